@@ -1,0 +1,75 @@
+"""
+jdcore: Jacobian descent for PyTorch.
+
+Instead of the gradient of one loss, a training step takes the Jacobian of several losses and
+aggregates its rows into one update that hurts none of them.
+"""
+
+from jdcore.errors import (
+    AmbiguousNameError,
+    GraphError,
+    JDCoreError,
+    JDCoreWarning,
+    NonDifferentiableError,
+    NonFiniteError,
+    ParameterError,
+    ParameterTypeError,
+    PluginError,
+    PluginWarning,
+    UnknownNameError,
+    UnsolvedWarning,
+)
+from jdcore.hooks import hookimpl
+from jdcore.protocols import (
+    Aggregator,
+    BlockwiseAggregator,
+    GeneralizedWeighting,
+    Stateful,
+    Weighting,
+)
+from jdcore.registry import (
+    describe,
+    get_aggregator,
+    get_solver,
+    get_weighting,
+    list_aggregators,
+    list_plugins,
+    list_solvers,
+    refresh,
+    register,
+)
+from jdcore.spec import AggregatorSpec, Property, Reference, SolverSpec
+
+__all__ = [
+    "Aggregator",
+    "AggregatorSpec",
+    "AmbiguousNameError",
+    "BlockwiseAggregator",
+    "GeneralizedWeighting",
+    "GraphError",
+    "JDCoreError",
+    "JDCoreWarning",
+    "NonDifferentiableError",
+    "NonFiniteError",
+    "ParameterError",
+    "ParameterTypeError",
+    "PluginError",
+    "PluginWarning",
+    "Property",
+    "Reference",
+    "SolverSpec",
+    "Stateful",
+    "UnknownNameError",
+    "UnsolvedWarning",
+    "Weighting",
+    "describe",
+    "get_aggregator",
+    "get_solver",
+    "get_weighting",
+    "hookimpl",
+    "list_aggregators",
+    "list_plugins",
+    "list_solvers",
+    "refresh",
+    "register",
+]

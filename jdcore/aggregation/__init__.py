@@ -1,0 +1,29 @@
+"""
+What all methods share, and the door to every installed method.
+
+Any registered method can be imported from here by its class name, e.g. ``from jdcore.aggregation
+import UPGrad, UPGradWeighting``; these are the classes that :func:`jdcore.get_aggregator` and
+:func:`jdcore.get_weighting` instantiate.
+"""
+
+from typing import Any
+
+from jdcore.aggregation._aggregator import GramianAggregator
+from jdcore.aggregation._flattening import Flattening
+from jdcore.aggregation._weighting import GramianWeighting, row_weights
+
+__all__ = ["Flattening", "GramianAggregator", "GramianWeighting", "row_weights"]
+
+
+def __getattr__(name: str) -> Any:
+    if name.startswith("_"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from jdcore.registry import registry  # on demand: importing the core reads no plugin
+
+    return registry.exported_class(name)
+
+
+def __dir__() -> list[str]:
+    from jdcore.registry import registry
+
+    return sorted({*__all__, *registry.exported_names()})

@@ -1,0 +1,168 @@
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Sequence
+from functools import reduce
+from typing import Any, ClassVar
+
+import torch
+from attrs import define, field
+from torch import Tensor
+
+from jdcore.aggregation._differentiation import forbid_differentiation
+from jdcore.aggregation._finite import all_finite, finite_required, nonfinite_rows
+from jdcore.errors import NonFiniteError, ParameterError, ParameterTypeError
+from jdcore.linalg import combine, gramian
+from jdcore.protocols import Weighting
+from jdcore.validators import check_matrix, describe_tensor
+
+
+def _callable(_: Any, attribute: Any, value: Any) -> None:
+    if not callable(value):
+        raise ParameterTypeError(attribute.name, "a Weighting", repr(value))
+
+
+@define(eq=False)
+class GramianAggregator:
+    """
+    The aggregator of a weighting: Gramian, weights, weighted sum of the rows.
+
+    Every Gramian method uses this one implementation, so it works with autojac (block by block,
+    without concatenating Jacobians) and with autogram alike.
+
+    :param weighting: Any :class:`~jdcore.Weighting`, also a plain function.
+
+    >>> import torch
+    >>> from jdcore.aggregation import GramianAggregator, MeanWeighting
+    >>> GramianAggregator(MeanWeighting())(torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
+    tensor([2., 3.])
+    """
+
+    weighting: Weighting = field(validator=_callable)
+
+    def __call__(self, matrix: Tensor, /) -> Tensor:
+        """
+        :param matrix: Jacobian, real floating Tensor [m, n].
+        :returns: Update [n], same dtype and device.
+        :raises ParameterError: If the matrix is not a real floating matrix, or an argument of the
+            weighting does not fit it.
+        :raises NonFiniteError: If the weighting asks for finite input and the matrix is not.
+        :raises NonDifferentiableError: When differentiating through a non-differentiable method.
+        """
+        check_matrix(matrix)
+        if not _uses_gramian(self.weighting):
+            return self._aggregate([matrix])[0][0]
+        [vector], _ = self._aggregate([matrix.detach()])
+        return forbid_differentiation(self, matrix, vector)
+
+    def aggregate_blocks(self, blocks: Sequence[Tensor], /) -> tuple[list[Tensor], Tensor]:
+        """
+        Aggregate the Jacobian given as column blocks, without putting them together.
+
+        :param blocks: At least one matrix [m, n1], [m, n2], ...; their dtypes may differ.
+        :returns: Vectors [n1], [n2], ... in the dtypes of the blocks, and the weights [m] in the
+            promoted dtype.
+        :raises ParameterError: If a block is no real floating matrix or the numbers of rows differ.
+        """
+        if not blocks:
+            raise ParameterError("blocks", "at least one matrix", "none")
+        m = blocks[0].shape[0] if isinstance(blocks[0], Tensor) and blocks[0].ndim else 0
+        for block in blocks:
+            check_matrix(block, "blocks")
+            if block.shape[0] != m:
+                raise ParameterError(
+                    "blocks", f"matrices with {m} rows, as the first", describe_tensor(block)
+                )
+        return self._aggregate([block.detach() for block in blocks])
+
+    def _aggregate(self, blocks: list[Tensor]) -> tuple[list[Tensor], Tensor]:
+        if _uses_gramian(self.weighting):
+            weights = self._weights(blocks)
+        else:
+            m = blocks[0].shape[0]
+            unused = blocks[0].new_zeros((), dtype=torch.float64).expand(m, m)
+            weights = self.weighting(unused)
+        vectors = [combine(weights, block) for block in blocks]
+        if not _uses_gramian(self.weighting) and not all_finite([v.detach() for v in vectors]):
+            vectors, weights = self._without_nonfinite(vectors, weights, blocks)
+        return vectors, weights.to(reduce(torch.promote_types, (b.dtype for b in blocks)))
+
+    def _weights(self, blocks: list[Tensor]) -> Tensor:
+        product = gramian(blocks)
+        if all(block.dtype != torch.float64 for block in blocks):
+            return self.weighting(product)  # squares of narrower dtypes cannot leave the range
+        largest = float(product.diagonal().max()) if len(product) else 1.0
+        if 1e-250 < largest < 1e250:
+            return self.weighting(product)
+        return self._rescaled_weights(blocks, product)
+
+    def _rescaled_weights(self, blocks: list[Tensor], product: Tensor) -> Tensor:
+        largest = max(float(block.abs().max()) if block.numel() else 0.0 for block in blocks)
+        if not 0.0 < largest < math.inf:
+            return self.weighting(product)
+        # A power of two, so that dividing by it is exact.
+        scale = 2.0 ** math.frexp(largest)[1]
+        weights = self.weighting(gramian([block / scale for block in blocks]))
+        return weights * scale ** getattr(self.weighting, "scale_degree", 0)
+
+    def _without_nonfinite(
+        self, vectors: list[Tensor], weights: Tensor, blocks: list[Tensor]
+    ) -> tuple[list[Tensor], Tensor]:
+        rows = nonfinite_rows(blocks)
+        if not rows:
+            return vectors, weights  # a finite sum that overflowed in its own dtype
+        if finite_required(getattr(self.weighting, "check_finite", None)):
+            raise NonFiniteError(rows)
+        return [v * float("nan") for v in vectors], weights * float("nan")
+
+
+def _uses_gramian(weighting: Weighting) -> bool:
+    return getattr(weighting, "uses_gramian", True)
+
+
+class ComposedAggregator(GramianAggregator):
+    """Base of the classes made by :func:`compose`; they take the arguments of their weighting."""
+
+    weighting_class: ClassVar[type]
+    qualified_name: ClassVar[str]
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(self.weighting_class(*args, **kwargs))
+
+    def __repr__(self) -> str:
+        arguments = repr(self.weighting).partition("(")[2]
+        return f"{type(self).__name__}({arguments}"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # By qualified name: the short name may belong to nobody where two distributions claim it.
+        return _restore, (self.qualified_name, self.weighting)
+
+
+def compose(
+    class_name: str, weighting_class: type, qualified_name: str
+) -> type[ComposedAggregator]:
+    """
+    Make the aggregator class of a weighting class.
+
+    :param class_name: Name of the new class, e.g. ``"UPGrad"``.
+    :param weighting_class: Class of the weighting; its docstring and signature are taken over.
+    :param qualified_name: ``"distribution:name"``, under which the registry finds the class again.
+    """
+    namespace = {
+        "__doc__": weighting_class.__doc__,
+        "__module__": "jdcore.aggregation",
+        "__signature__": inspect.signature(weighting_class),
+        "weighting_class": weighting_class,
+        "qualified_name": qualified_name,
+    }
+    return type(class_name, (ComposedAggregator,), namespace)
+
+
+def _restore(qualified_name: str, weighting: Weighting) -> ComposedAggregator:
+    from jdcore.registry import registry  # the registry composes, so it imports this module
+
+    cls: type[ComposedAggregator] = registry.aggregator_class(qualified_name)
+    aggregator = cls.__new__(cls)
+    GramianAggregator.__init__(aggregator, weighting)
+    return aggregator

@@ -1,0 +1,39 @@
+from __future__ import annotations
+
+import os
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from jdcore.errors import NonFiniteError
+
+
+def finite_required(check_finite: bool | None) -> bool:
+    """Whether non-finite input raises: the argument, or ``JDCORE_CHECK_FINITE`` if None."""
+    if check_finite is None:
+        return os.environ.get("JDCORE_CHECK_FINITE", "0") not in ("", "0")
+    return check_finite
+
+
+def refuse_gramian(gramian: NDArray[np.float64]) -> NonFiniteError:
+    """The error for a Gramian with non-finite entries, naming the rows that cause them."""
+    rows = np.flatnonzero(~np.isfinite(np.diagonal(gramian)))
+    if rows.size == 0:
+        rows = np.flatnonzero(~np.isfinite(gramian).all(axis=1))
+    return NonFiniteError(rows.tolist())
+
+
+def all_finite(blocks: list[Tensor]) -> bool:
+    """Whether every entry is finite, reading each block once in the common case."""
+    # A sum is finite only if all terms are; the converse fails on overflow, settled entry-wise.
+    return all(
+        bool(torch.isfinite(block.sum())) or bool(torch.isfinite(block).all()) for block in blocks
+    )
+
+
+def nonfinite_rows(blocks: list[Tensor]) -> list[int]:
+    """Indices of the rows with a non-finite entry in any block."""
+    bad = torch.stack([~torch.isfinite(block).all(dim=1).cpu() for block in blocks]).any(dim=0)
+    return bad.nonzero().flatten().tolist()

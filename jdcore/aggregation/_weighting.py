@@ -1,0 +1,104 @@
+from __future__ import annotations
+
+from functools import cache
+from typing import Any, ClassVar
+
+import attrs
+import numpy as np
+import torch
+from attrs import define, field
+from numpy.typing import NDArray
+from torch import Tensor
+
+from jdcore.aggregation._differentiation import forbid_differentiation
+from jdcore.aggregation._finite import finite_required, refuse_gramian
+from jdcore.errors import ParameterError
+from jdcore.validators import Validator, boolean, check_gramian, row_vector
+
+
+@define(eq=False)
+class GramianWeighting:
+    """
+    Base class that gives a weighting the laws of :class:`~jdcore.Weighting`.
+
+    A subclass is an attrs class (``@define(eq=False)``) that implements :meth:`compute` on a
+    float64 array and need not think of dtypes, devices, empty or non-finite input, nor of
+    differentiation. A field whose validator is :func:`jdcore.validators.row_vector` is checked
+    against the number of rows and the device at each call.
+
+    :param check_finite: Whether NaN or infinite input raises
+        :class:`~jdcore.errors.NonFiniteError` instead of giving NaN weights. None means: as the
+        environment variable ``JDCORE_CHECK_FINITE`` says (``1`` raises), else no.
+    """
+
+    uses_gramian: ClassVar[bool] = True
+    """False if the weights depend on m alone: no Gramian is then computed, and the aggregation is
+    differentiable."""
+
+    scale_degree: ClassVar[int] = 0
+    """d such that the weights of ``s * J`` are ``s**d`` times those of J."""
+
+    check_finite: bool | None = field(default=None, kw_only=True, validator=boolean, repr=False)
+
+    def compute(self, gramian: NDArray[np.float64]) -> NDArray[np.float64]:
+        """
+        :param gramian: Finite float64 Gramian [m, m] with m >= 1 (undefined entries if
+            :attr:`uses_gramian` is False). Must not be modified.
+        :returns: float64 weights [m].
+        """
+        raise NotImplementedError
+
+    def __call__(self, gramian: Tensor, /) -> Tensor:
+        """
+        :param gramian: Gramian of the Jacobian, real floating Tensor [m, m].
+        :returns: Weights [m], same dtype and device.
+        :raises ParameterError: If the Gramian is not a real floating square matrix, or an argument
+            of this weighting does not fit its size or device.
+        :raises NonFiniteError: See ``check_finite``.
+        :raises NonDifferentiableError: When differentiating through the weights.
+        """
+        check_gramian(gramian)
+        self._check_row_vectors(gramian)
+        weights = self._weights(gramian.detach())
+        return forbid_differentiation(self, gramian, weights) if self.uses_gramian else weights
+
+    def _weights(self, gramian: Tensor) -> Tensor:
+        m = gramian.shape[0]
+        if m == 0:
+            return gramian.new_zeros(0)
+        array = gramian.to(device="cpu", dtype=torch.float64).numpy()
+        if self.uses_gramian and not np.isfinite(array).all():
+            if finite_required(self.check_finite):
+                raise refuse_gramian(array)
+            return gramian.new_full((m,), float("nan"))
+        return torch.from_numpy(self.compute(array)).to(device=gramian.device, dtype=gramian.dtype)
+
+    def _check_row_vectors(self, gramian: Tensor) -> None:
+        for name in _fields_validated_by(type(self), row_vector):
+            vector = getattr(self, name)
+            if vector is None:
+                continue
+            m = gramian.shape[0]
+            if len(vector) != m:
+                raise ParameterError(
+                    name, f"of length {m}, the number of objectives", f"length {len(vector)}"
+                )
+            if vector.device != gramian.device:
+                raise ParameterError(
+                    name,
+                    f"on {gramian.device}, the device of the Gramian",
+                    f"a Tensor on {vector.device}",
+                    f"Move it: {name}.to({str(gramian.device)!r}).",
+                )
+
+
+@cache
+def _fields_validated_by(cls: Any, validator: Validator) -> tuple[str, ...]:
+    return tuple(f.name for f in attrs.fields(cls) if f.validator is validator)
+
+
+def row_weights(vector: Tensor | None, m: int) -> NDArray[np.float64]:
+    """The entries of a preference vector as float64, or 1/m each where there is none."""
+    if vector is None:
+        return np.full(m, 1.0 / m)
+    return vector.detach().to(device="cpu", dtype=torch.float64).numpy()

@@ -1,0 +1,209 @@
+"""
+Every exception and warning class of jdcore.
+
+All exceptions subclass :class:`JDCoreError` and a builtin, so ``except ValueError`` keeps working,
+and carry the parts of their message as attributes. Messages follow one grammar::
+
+    Parameter `c` must be >= 0, got -1.0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+__all__ = [
+    "AmbiguousNameError",
+    "GraphError",
+    "JDCoreError",
+    "JDCoreWarning",
+    "MissingMethodError",
+    "NonDifferentiableError",
+    "NonFiniteError",
+    "ParameterError",
+    "ParameterTypeError",
+    "PluginError",
+    "PluginWarning",
+    "UnknownNameError",
+    "UnsolvedWarning",
+]
+
+
+class JDCoreError(Exception):
+    """Base class of every exception that jdcore raises on purpose."""
+
+
+class ParameterError(JDCoreError, ValueError):
+    """
+    An argument has an unusable value.
+
+    :param parameter: Name of the parameter, as the caller wrote it.
+    :param expected: What was expected, completing "must be ...".
+    :param got: What came: a description or the value itself (shown with ``str``).
+    :param hint: What to do instead, a full sentence, if there is one way out.
+    """
+
+    def __init__(self, parameter: str, expected: str, got: object, hint: str | None = None) -> None:
+        self.parameter = parameter
+        self.expected = expected
+        self.got = got
+        self.hint = hint
+        message = f"Parameter `{parameter}` must be {expected}, got {got}."
+        super().__init__(message if hint is None else f"{message} {hint}")
+
+    def __reduce__(self) -> tuple[type, tuple[object, ...]]:
+        # Exceptions are rebuilt from ``args`` (the message) by default, which drops the parts.
+        return type(self), (self.parameter, self.expected, self.got, self.hint)
+
+
+class ParameterTypeError(ParameterError, TypeError):
+    """An argument has an unusable type. Same parts as :class:`ParameterError`."""
+
+
+class UnknownNameError(JDCoreError, LookupError):
+    """
+    A look-up found nothing under this name.
+
+    :param name: The name that was asked for.
+    :param kind: What was looked up, e.g. ``"aggregator"``.
+    :param close: Registered names that look alike, best first.
+    :param known: All registered names of this kind.
+    :param hint: How to get the name, if the catalogue of known distributions has it.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        kind: str,
+        close: Sequence[str] = (),
+        known: Sequence[str] = (),
+        hint: str | None = None,
+    ) -> None:
+        self.name = name
+        self.kind = kind
+        self.close = tuple(close)
+        self.known = tuple(known)
+        self.hint = hint
+        parts = [f"No {kind} is registered under the name {name!r}."]
+        if hint is not None:
+            parts.append(hint)
+        if self.close:
+            parts.append(f"Close matches: {', '.join(self.close)}.")
+        parts.append(f"Registered: {', '.join(self.known) or 'none'}.")
+        super().__init__(" ".join(parts))
+
+    def __reduce__(self) -> tuple[type, tuple[object, ...]]:
+        return type(self), (self.name, self.kind, self.close, self.known, self.hint)
+
+
+class MissingMethodError(UnknownNameError, ImportError):
+    """An import from ``jdcore.aggregation`` asked for a known method that is not installed."""
+
+    name: str  # both bases have it
+
+
+class AmbiguousNameError(JDCoreError, LookupError):
+    """
+    Several distributions provide this name, so none of them gets it.
+
+    :param name: The name that was asked for.
+    :param kind: What was looked up, e.g. ``"aggregator"``.
+    :param candidates: The qualified names (``"distribution:name"``) that do work.
+    """
+
+    def __init__(self, name: str, kind: str, candidates: Sequence[str]) -> None:
+        self.name = name
+        self.kind = kind
+        self.candidates = tuple(candidates)
+        super().__init__(
+            f"The {kind} name {name!r} is provided by several distributions. "
+            f"Ask for one of: {', '.join(repr(c) for c in self.candidates)}."
+        )
+
+    def __reduce__(self) -> tuple[type, tuple[object, ...]]:
+        return type(self), (self.name, self.kind, self.candidates)
+
+
+class PluginError(JDCoreError, RuntimeError):
+    """
+    A plugin that is needed for an explicit request could not be used; the cause is chained.
+
+    :param plugin: The plugin, as ``"distribution (entry point)"``.
+    :param reason: Why it cannot be used, one sentence.
+    """
+
+    def __init__(self, plugin: str, reason: str) -> None:
+        self.plugin = plugin
+        self.reason = reason
+        super().__init__(f"Plugin {plugin} cannot be used: {reason}")
+
+    def __reduce__(self) -> tuple[type, tuple[object, ...]]:
+        return type(self), (self.plugin, self.reason)
+
+
+class NonFiniteError(JDCoreError, ArithmeticError):
+    """
+    A Jacobian or Gramian holds NaN or infinite values, and finite ones were asked for.
+
+    :param rows: Indices of the objectives (rows) concerned.
+    """
+
+    def __init__(self, rows: Sequence[int]) -> None:
+        self.rows = tuple(rows)
+        super().__init__(
+            f"The gradients of objectives {list(self.rows)} hold NaN or infinite values. "
+            "Look for a diverging loss, or unset check_finite to get NaN weights instead."
+        )
+
+    def __reduce__(self) -> tuple[type, tuple[object, ...]]:
+        return type(self), (self.rows,)
+
+
+class NonDifferentiableError(JDCoreError, RuntimeError):
+    """
+    Differentiation went through a method that has no derivative.
+
+    :param method: ``repr`` of the weighting or aggregator.
+    """
+
+    def __init__(self, method: str) -> None:
+        self.method = method
+        super().__init__(
+            f"{method} is not differentiable. Detach its input (or run it under torch.no_grad()) "
+            "if no derivative through the aggregation is wanted."
+        )
+
+    def __reduce__(self) -> tuple[type, tuple[object, ...]]:
+        return type(self), (self.method,)
+
+
+class GraphError(JDCoreError, ValueError):
+    """
+    Two transforms do not fit together.
+
+    :param message: Which transforms, and which keys are missing or doubled.
+    """
+
+
+class JDCoreWarning(UserWarning):
+    """Base class of every warning that jdcore emits."""
+
+
+class PluginWarning(JDCoreWarning):
+    """Discovery left something out: a plugin failed, or a name is claimed twice."""
+
+
+class UnsolvedWarning(JDCoreWarning):
+    """
+    An optimisation problem was not solved to its promised accuracy.
+
+    :param problem: Name of the problem, e.g. ``"dual_cone"``.
+    :param residual: What is left of the optimality conditions, relative to the problem's scale.
+    """
+
+    def __init__(self, problem: str, residual: float) -> None:
+        self.problem = problem
+        self.residual = residual
+        super().__init__(
+            f"The {problem} problem was solved only up to a relative residual of {residual:.1e}: "
+            "its rows are dependent to working precision. The best weights found are returned."
+        )

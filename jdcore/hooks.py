@@ -1,0 +1,68 @@
+"""
+The hooks a plugin implements.
+
+A plugin is a module (or object) named by an entry point of the group ``jdcore.plugins``::
+
+    [project.entry-points."jdcore.plugins"]
+    my-methods = "my_methods.plugin"
+
+It implements any of the hooks below with :data:`hookimpl`. Hooks only *describe*: keep torch and
+solvers out of the plugin module, so that listing stays fast.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import pluggy
+
+from jdcore.spec import AggregatorSpec, SolverSpec
+
+__all__ = ["ENTRY_POINT_GROUP", "hookimpl", "jdcore_aggregators", "jdcore_solvers"]
+
+ENTRY_POINT_GROUP = "jdcore.plugins"
+
+hookspec = pluggy.HookspecMarker("jdcore")
+hookimpl = pluggy.HookimplMarker("jdcore")
+"""Decorator that marks a function of a plugin as the implementation of the hook of that name."""
+
+
+@hookspec
+def jdcore_aggregators() -> Iterable[AggregatorSpec]:  # type: ignore[empty-body]
+    """
+    Yield one spec per aggregation method.
+
+    Example::
+
+        from jdcore import AggregatorSpec, hookimpl
+
+        @hookimpl
+        def jdcore_aggregators():
+            yield AggregatorSpec(
+                name="norm_mean",
+                summary="Mean of the rows after scaling each to unit norm.",
+                weighting="my_methods.norm_mean:NormMeanWeighting",
+                api_version=1,
+            )
+    """
+
+
+@hookspec
+def jdcore_solvers() -> Iterable[SolverSpec]:  # type: ignore[empty-body]
+    """
+    Yield one spec per solver backend.
+
+    Example::
+
+        from jdcore import SolverSpec, hookimpl
+
+        @hookimpl
+        def jdcore_solvers():
+            yield SolverSpec(
+                name="bisection",
+                problem="dual_cone",
+                summary="Bisection, for teaching only.",
+                factory="my_methods.bisection:BisectionSolver",
+                api_version=1,
+            )
+    """

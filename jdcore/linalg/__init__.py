@@ -1,0 +1,15 @@
+"""Gramians and what every Gramian method does with them, in float64."""
+
+from jdcore.linalg._combine import combine
+from jdcore.linalg._equilibrate import equilibrate
+from jdcore.linalg._generalized import flatten_gramian, objectives_shape, unflatten_gramian
+from jdcore.linalg._gramian import gramian
+
+__all__ = [
+    "combine",
+    "equilibrate",
+    "flatten_gramian",
+    "gramian",
+    "objectives_shape",
+    "unflatten_gramian",
+]

@@ -1,0 +1,161 @@
+"""
+The contracts between the core, the methods and the solvers.
+
+They are protocols: anything with the right call satisfies them, and nothing has to be subclassed (a
+plain function is an :class:`Aggregator`). The docstrings below are the specification that the
+conformance tests check and that a third party implements.
+
+Words: ``m`` is the number of objectives (rows), ``n`` the number of parameters (columns), ``J`` the
+Jacobian of shape [m, n], ``G = J Jᵀ`` its Gramian of shape [m, m].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+__all__ = [
+    "Aggregator",
+    "BlockwiseAggregator",
+    "DualConeSolver",
+    "GeneralizedWeighting",
+    "Stateful",
+    "Weighting",
+]
+
+
+@runtime_checkable
+class Weighting(Protocol):
+    """
+    Maps a Gramian to weights.
+
+    Laws that every weighting obeys:
+
+    * the input is a positive semi-definite Tensor [m, m] of a real floating dtype; the output is a
+      Tensor [m] of the same dtype on the same device;
+    * the input is never modified;
+    * m = 0 gives an empty vector;
+    * NaN or infinite entries give NaN weights and leave any state as it was;
+    * a call that raises leaves any state as it was.
+    """
+
+    def __call__(self, gramian: Tensor, /) -> Tensor:
+        """
+        :param gramian: Gramian of the Jacobian, shape [m, m].
+        :returns: Weights, shape [m]. The update they stand for is ``weights @ J``.
+        """
+
+
+@runtime_checkable
+class GeneralizedWeighting(Protocol):
+    """
+    Maps a generalized Gramian to a tensor of weights.
+
+    The generalized Gramian of losses of shape [m1, ..., mk] has shape [m1, ..., mk, mk, ..., m1]:
+    the second half of the dimensions is reversed. The laws of :class:`Weighting` hold for the
+    flattened problem of m1 * ... * mk objectives.
+    """
+
+    def __call__(self, gramian: Tensor, /) -> Tensor:
+        """
+        :param gramian: Generalized Gramian, shape [m1, ..., mk, mk, ..., m1].
+        :returns: Weights, shape [m1, ..., mk], to be given to ``losses.backward(weights)``.
+        """
+
+
+@runtime_checkable
+class Aggregator(Protocol):
+    """
+    Maps a matrix to one vector.
+
+    Laws that every aggregator obeys:
+
+    * the input is a Tensor [m, n] of a real floating dtype; the output is a Tensor [n] of the same
+      dtype on the same device, and the input is never modified;
+    * m = 0 gives zeros, n = 0 gives an empty vector;
+    * NaN or infinite entries give a vector of NaN and leave any state as it was;
+    * a call that raises leaves any state as it was.
+    """
+
+    def __call__(self, matrix: Tensor, /) -> Tensor:
+        """
+        :param matrix: Jacobian (row i is the gradient of objective i), shape [m, n].
+        :returns: The aggregated update, shape [n].
+        """
+
+
+@runtime_checkable
+class BlockwiseAggregator(Aggregator, Protocol):
+    """
+    An aggregator that takes the Jacobian as column blocks and never needs it in one piece.
+
+    ``jac_to_grad`` uses this form wherever it exists: an aggregator that lacks it forces the
+    Jacobians of all parameters to be concatenated first.
+    """
+
+    def aggregate_blocks(self, blocks: Sequence[Tensor], /) -> tuple[list[Tensor], Tensor | None]:
+        """
+        Aggregate ``J = [blocks[0] | blocks[1] | ...]``.
+
+        The result is that of calling the aggregator on the concatenation, split again, up to
+        rounding (and, for stochastic methods, up to the order in which random numbers are drawn).
+
+        :param blocks: Matrices of shapes [m, n1], [m, n2], ...; their dtypes may differ.
+        :returns: The vectors of shapes [n1], [n2], ..., each in the dtype of its block, and the
+            weights [m] in the promoted dtype of all blocks, or None if the update is not a weighted
+            sum of the rows.
+        """
+
+
+@runtime_checkable
+class Stateful(Protocol):
+    """
+    A weighting or aggregator whose result depends on earlier calls.
+
+    ``b.load_state_dict(a.state_dict())`` makes a fresh ``b`` continue as ``a`` would. State
+    dictionaries hold tensors and plain numbers only, so ``torch.load(..., weights_only=True)``
+    reads them.
+    """
+
+    def reset(self) -> None:
+        """Return to the state of a new object."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Copy the state; later calls do not change the copy."""
+
+    def load_state_dict(self, state: Mapping[str, Any], /) -> None:
+        """
+        Restore a state.
+
+        :param state: What :meth:`state_dict` returned, of an object with the same arguments.
+        :raises ParameterError: If keys are missing or unknown; the state is then left as it was.
+        """
+
+
+@runtime_checkable
+class DualConeSolver(Protocol):
+    """
+    Solves ``problem="dual_cone"``: projection onto the dual cone of the rows, in Gramian form.
+
+    For each row u of ``references``, find ``v`` that minimises ``vᵀ G v`` subject to ``v >= u``.
+    Then ``Jᵀ v`` is the projection of ``Jᵀ u`` onto the cone of vectors that conflict with no row
+    of J.
+
+    Laws: ``v >= u`` exactly; a zero row of J keeps ``v_i = u_i``; the result does not depend on the
+    scale of G; an answer less accurate than promised comes with an
+    :class:`~jdcore.errors.UnsolvedWarning`.
+    """
+
+    def __call__(
+        self, gramian: NDArray[np.float64], references: NDArray[np.float64], /
+    ) -> NDArray[np.float64]:
+        """
+        :param gramian: Finite Gramian, float64, shape [m, m].
+        :param references: Vectors u, float64, shape [k, m].
+        :returns: Vectors v, float64, shape [k, m].
+        """

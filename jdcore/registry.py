@@ -1,0 +1,439 @@
+"""
+Discovery and look-up of methods and solvers.
+
+``import jdcore`` reads no metadata. The first look-up discovers all plugins once, each in
+isolation: it is loaded, its own hooks are called, what they yield is validated, and all of its
+specs are committed or none. What fails is recorded and reported in one warning; an explicit request
+for it raises.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+import os
+import threading
+import warnings
+from collections.abc import Iterator, Mapping
+from functools import cache
+from typing import Any, NoReturn
+
+from attrs import frozen
+
+from jdcore._catalogue import distribution_of
+from jdcore._discovery import PluginRecord, discover, names_of, normalize_distribution
+from jdcore.errors import (
+    AmbiguousNameError,
+    MissingMethodError,
+    ParameterError,
+    ParameterTypeError,
+    PluginError,
+    PluginWarning,
+    UnknownNameError,
+)
+from jdcore.spec import AggregatorSpec, normalize_name
+
+__all__ = [
+    "describe",
+    "get_aggregator",
+    "get_solver",
+    "get_weighting",
+    "list_aggregators",
+    "list_plugins",
+    "list_solvers",
+    "refresh",
+    "register",
+    "registry",
+]
+
+_RUNTIME = "runtime"  # stands for the distribution in the qualified name of registered specs
+
+
+@frozen
+class _Entry:
+    distribution: str
+    spec: Any
+
+    @property
+    def qualified_name(self) -> str:
+        return f"{self.distribution}:{self.spec.name}"
+
+
+class _Table:
+    """Entries of one kind by normalized name; several entries under one name disable the name."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        self._entries: dict[str, list[_Entry]] = {}
+
+    def add(self, entry: _Entry, names: tuple[str, ...]) -> None:
+        for name in names:
+            self._entries.setdefault(normalize_name(name), []).append(entry)
+
+    def __iter__(self) -> Iterator[_Entry]:
+        unique = {id(e): e for entries in self._entries.values() for e in entries}
+        return iter(sorted(unique.values(), key=lambda e: (e.spec.name, e.distribution)))
+
+    def clashes(self) -> dict[str, list[str]]:
+        return {
+            name: [e.qualified_name for e in entries]
+            for name, entries in sorted(self._entries.items())
+            if len(entries) > 1
+        }
+
+    def find(self, name: str) -> _Entry | None:
+        """
+        The entry under a plain or qualified name, or None.
+
+        :raises AmbiguousNameError: If several distributions claim the plain name.
+        """
+        distribution, colon, plain = name.rpartition(":")
+        entries = self._entries.get(normalize_name(plain), [])
+        if colon:
+            wanted = normalize_distribution(distribution)
+            entries = [e for e in entries if e.distribution == wanted]
+        if len(entries) > 1:
+            raise AmbiguousNameError(name, self.kind, [e.qualified_name for e in entries])
+        return entries[0] if entries else None
+
+    def listed_names(self) -> list[str]:
+        clashes = self.clashes()
+        return [
+            e.qualified_name if normalize_name(e.spec.name) in clashes else e.spec.name
+            for e in self
+        ]
+
+
+class Registry:
+    """All that is known of the installed plugins. Thread-safe; one per process is enough."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self._runtime: dict[str, AggregatorSpec] = {}
+        self._forget()
+
+    def _forget(self) -> None:
+        self._records: list[PluginRecord] | None = None
+        self._aggregators = _Table("aggregator")
+        self._solvers: dict[str, _Table] = {}
+        _load_factory.cache_clear()
+        _composed.cache_clear()
+
+    # -- discovery ---------------------------------------------------------------------------------
+
+    def refresh(self) -> None:
+        """Forget what was discovered; the next look-up discovers again. Registered specs stay."""
+        with self._lock:
+            importlib.invalidate_caches()
+            self._forget()
+
+    def register(self, spec: AggregatorSpec) -> None:
+        if not isinstance(spec, AggregatorSpec):
+            raise ParameterTypeError("spec", "an AggregatorSpec", repr(spec))
+        with self._lock:
+            self._discover()
+            for name in names_of(spec):
+                entry = self._aggregators.find(name)
+                if entry is not None and entry.qualified_name != f"{_RUNTIME}:{spec.name}":
+                    raise ParameterError(
+                        "name", "free", f"{name!r}, taken by {entry.qualified_name}"
+                    )
+            self._runtime[spec.name] = spec
+            self._fill(self._records or [])
+            _load_factory.cache_clear()  # a notebook cell that runs again redefines its class
+            _composed.cache_clear()
+
+    def _discover(self) -> None:
+        with self._lock:
+            if self._records is not None:
+                return
+            records = discover()
+            strict = os.environ.get("JDCORE_STRICT_PLUGINS", "0") not in ("", "0")
+            failed = [r for r in records if r.error is not None]
+            if strict and failed:
+                raise PluginError(failed[0].label, failed[0].reason) from failed[0].error
+            self._fill(records)
+            troubles = [f"{r.label} failed: {r.reason}" for r in failed] + self._clash_reports()
+            if strict and troubles:
+                self._forget()
+                raise PluginError("set", troubles[0])
+            self._records = records
+        if troubles:
+            lines = "".join(f"\n- {trouble}" for trouble in troubles)
+            warnings.warn(
+                f"Some jdcore plugins are left out (see jdcore.list_plugins()):{lines}",
+                PluginWarning,
+                stacklevel=_stacklevel_of_caller(),
+            )
+
+    def _fill(self, records: list[PluginRecord]) -> None:
+        aggregators = _Table("aggregator")
+        solvers: dict[str, _Table] = {}
+        for record in records:
+            for spec in record.aggregators:
+                aggregators.add(_Entry(record.distribution, spec), names_of(spec))
+            for solver in record.solvers:
+                table = solvers.setdefault(solver.problem, _Table(f"{solver.problem} solver"))
+                table.add(_Entry(record.distribution, solver), (solver.name,))
+        for spec in self._runtime.values():
+            aggregators.add(_Entry(_RUNTIME, spec), names_of(spec))
+        self._aggregators, self._solvers = aggregators, solvers
+
+    def _clash_reports(self) -> list[str]:
+        return [
+            f"the {table.kind} name {name!r} is claimed by {' and '.join(claims)}"
+            for table in (self._aggregators, *self._solvers.values())
+            for name, claims in table.clashes().items()
+        ]
+
+    def records(self) -> tuple[PluginRecord, ...]:
+        self._discover()
+        return tuple(self._records or ())
+
+    # -- look-up -----------------------------------------------------------------------------------
+
+    def aggregators(self) -> list[str]:
+        self._discover()
+        return self._aggregators.listed_names()
+
+    def solvers(self, problem: str) -> list[str]:
+        self._discover()
+        return self._solvers.get(problem, _Table(problem)).listed_names()
+
+    def problems(self) -> list[str]:
+        self._discover()
+        return sorted(self._solvers)
+
+    def aggregator(self, name: str) -> _Entry:
+        """
+        The entry of a method.
+
+        :raises ParameterTypeError: If the name is no string.
+        :raises AmbiguousNameError: If several distributions claim the plain name.
+        :raises PluginError: If the plugin that is known to provide it failed or is switched off.
+        :raises UnknownNameError: If there is no such method.
+        """
+        if not isinstance(name, str):
+            raise ParameterTypeError("name", "a string", repr(name))
+        self._discover()
+        entry = self._aggregators.find(name)
+        if entry is None:
+            self._raise_unknown(name, self._aggregators)
+        return entry
+
+    def solver(self, problem: str, name: str) -> _Entry:
+        """The entry of a solver backend. Raises as :meth:`aggregator`."""
+        if not isinstance(name, str):
+            raise ParameterTypeError("solver", "a string", repr(name))
+        self._discover()
+        table = self._solvers.get(problem, _Table(f"{problem} solver"))
+        entry = table.find(name)
+        if entry is None:
+            self._raise_unknown(name, table)
+        return entry
+
+    def _raise_unknown(self, name: str, table: _Table) -> NoReturn:
+        distribution, _, plain = name.rpartition(":")
+        known_provider = distribution_of(plain) if table is self._aggregators else None
+        provider = normalize_distribution(distribution) or known_provider
+        unusable = [r for r in self._records or () if r.reason]
+        for record in unusable:
+            if record.distribution == provider:
+                raise PluginError(record.label, record.reason) from record.error
+        hint = None
+        installed = {r.distribution for r in self._records or ()}
+        if known_provider is not None and known_provider not in installed:
+            hint = f"It is provided by {known_provider}: pip install {known_provider}."
+        elif unusable:
+            hint = "Plugins that cannot be used: " + "; ".join(
+                f"{r.label}: {r.reason}" for r in unusable
+            )
+        known = table.listed_names()
+        plain_names = {normalize_name(n.rpartition(":")[2]): n for n in known}
+        close = difflib.get_close_matches(normalize_name(plain), plain_names, cutoff=0.6)
+        error = UnknownNameError(name, table.kind, [plain_names[c] for c in close], known, hint)
+        raise error from (unusable[0].error if len(unusable) == 1 else None)
+
+    # -- classes -----------------------------------------------------------------------------------
+
+    def aggregator_class(self, name: str) -> type:
+        """The class of an aggregator: the plugin's own, or composed from its weighting."""
+        entry = self.aggregator(name)
+        if entry.spec.aggregator is not None:
+            return _load_factory(entry.qualified_name, entry.spec.aggregator)
+        return _composed(entry.spec.class_name, entry.qualified_name, entry.spec.weighting)
+
+    def weighting_class(self, name: str) -> type:
+        """
+        The class of a weighting.
+
+        :raises ParameterError: If the method is not a weighting of the Gramian.
+        """
+        entry = self.aggregator(name)
+        if entry.spec.weighting is None:
+            raise ParameterError(
+                "name",
+                "a method whose weights depend on the Gramian only",
+                repr(name),
+                f"{entry.spec.class_name} has to see the matrix: use get_aggregator({name!r}).",
+            )
+        return _load_factory(entry.qualified_name, entry.spec.weighting)
+
+    def exported_class(self, class_name: str) -> type:
+        """
+        The class that ``jdcore.aggregation`` exports under this name.
+
+        :raises AttributeError: If no method has this class name (so that ``hasattr`` works).
+        :raises MissingMethodError: If a known distribution that is not installed provides it.
+        """
+        base = class_name.removesuffix("Weighting")
+        self._discover()
+        try:
+            entry = self.aggregator(base)
+        except UnknownNameError as error:
+            if distribution_of(base) is None:
+                raise AttributeError(str(error), name=class_name) from error
+            raise MissingMethodError(
+                class_name, error.kind, error.close, error.known, error.hint
+            ) from None
+        if entry.spec.class_name != base:
+            raise AttributeError(
+                f"no method has the class name {base!r}; did you mean {entry.spec.class_name!r}?",
+                name=class_name,
+            )
+        if class_name == base:
+            return self.aggregator_class(entry.qualified_name)
+        return self.weighting_class(entry.qualified_name)
+
+    def exported_names(self) -> list[str]:
+        self._discover()
+        specs = [self.aggregator(name).spec for name in self._aggregators.listed_names()]
+        weightings = [f"{s.class_name}Weighting" for s in specs if s.weighting is not None]
+        return [s.class_name for s in specs] + weightings
+
+
+@cache
+def _load_factory(provider: str, factory: str) -> type:
+    module, _, attribute = factory.partition(":")
+    try:
+        return getattr(importlib.import_module(module), attribute)  # type: ignore[no-any-return]
+    except Exception as error:
+        raise PluginError(provider, f"{factory!r} cannot be loaded: {error}") from error
+
+
+@cache
+def _composed(class_name: str, qualified_name: str, weighting: str) -> type:
+    from jdcore.aggregation._aggregator import compose  # imports torch, which listing does without
+
+    return compose(class_name, _load_factory(qualified_name, weighting), qualified_name)
+
+
+def _stacklevel_of_caller() -> int:
+    """Stack level of the first frame outside this package, where a warning helps the user."""
+    level = 2
+    frame = inspect.currentframe()
+    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "jdcore":
+        frame = frame.f_back
+        level += 1
+    return level - 2
+
+
+registry = Registry()
+"""The registry of this process."""
+
+
+def _construct(cls: type, name: str, arguments: Mapping[str, Any]) -> Any:
+    signature = inspect.signature(cls)
+    accepts_any = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
+    for argument in arguments:
+        if argument not in signature.parameters and not accepts_any:
+            known = ", ".join(signature.parameters)
+            raise ParameterTypeError(
+                argument, f"one that {name!r} takes ({known})", "an unknown one"
+            )
+    return cls(**arguments)
+
+
+def get_aggregator(name: str, /, **arguments: Any) -> Any:
+    """
+    Make an aggregator by name.
+
+    :param name: Name in any spelling ("upgrad", "UPGrad"), or ``"distribution:name"``.
+    :param arguments: Arguments of the method, e.g. ``pref_vector``; see ``help()`` of its class.
+    :returns: An :class:`~jdcore.Aggregator`.
+    :raises UnknownNameError: If there is no such method; the message says what is near, what is
+        registered and, where known, what to install.
+    :raises AmbiguousNameError: If several distributions claim the plain name.
+    :raises PluginError: If the plugin that provides it failed; the cause is chained.
+    :raises ParameterError: If an argument is unknown to the method or has an unusable value.
+
+    >>> import torch, jdcore
+    >>> jdcore.get_aggregator("upgrad")(torch.tensor([[-4.0, 1.0, 1.0], [6.0, 1.0, 1.0]]))
+    tensor([0.2924, 1.9006, 1.9006])
+    """
+    return _construct(registry.aggregator_class(name), name, arguments)
+
+
+def get_weighting(name: str, /, **arguments: Any) -> Any:
+    """
+    Make a weighting by name. Parameters and errors as :func:`get_aggregator`.
+
+    :returns: A :class:`~jdcore.Weighting`.
+    :raises ParameterError: Also if the method's update is not a function of the Gramian.
+    """
+    return _construct(registry.weighting_class(name), name, arguments)
+
+
+def list_aggregators() -> tuple[str, ...]:
+    """Names of all usable methods, sorted; qualified where two distributions claim a name."""
+    return tuple(registry.aggregators())
+
+
+def describe(name: str, /) -> AggregatorSpec:
+    """The spec of a method, without importing it. Errors as :func:`get_aggregator`."""
+    spec: AggregatorSpec = registry.aggregator(name).spec
+    return spec
+
+
+def list_plugins() -> tuple[PluginRecord, ...]:
+    """What became of every installed plugin: what it provides, or why it is left out."""
+    return registry.records()
+
+
+def register(spec: AggregatorSpec, /) -> None:
+    """
+    Add a method without a distribution, for notebooks and tests.
+
+    A later registration of the same name replaces an earlier one. In a notebook the factory is
+    ``"__main__:MyWeighting"``.
+
+    :raises ParameterTypeError: If ``spec`` is no AggregatorSpec.
+    :raises ParameterError: If an installed plugin already provides one of its names.
+    """
+    registry.register(spec)
+
+
+def refresh() -> None:
+    """Discover again at the next look-up, e.g. after an installation. Registered specs stay."""
+    registry.refresh()
+
+
+def get_solver(problem: str, name: str) -> Any:
+    """
+    Make a solver backend.
+
+    :param problem: The problem, e.g. ``"dual_cone"``.
+    :param name: Name of the backend, e.g. ``"native"``.
+    :returns: An object that satisfies the protocol of the problem.
+    :raises UnknownNameError: If there is no such backend.
+    :raises PluginError: If it cannot be loaded.
+    """
+    entry = registry.solver(problem, name)
+    return _load_factory(entry.qualified_name, entry.spec.factory)()
+
+
+def list_solvers(problem: str | None = None) -> dict[str, tuple[str, ...]]:
+    """Names of the solver backends by problem, or of one problem only."""
+    problems = registry.problems() if problem is None else [problem]
+    return {p: tuple(registry.solvers(p)) for p in problems}

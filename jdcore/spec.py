@@ -1,0 +1,205 @@
+"""
+Declarative descriptions of what plugins provide.
+
+A spec is plain data: listing, documentation tables, error texts and conformance tests are generated
+from it, and no method or solver is imported before it is asked for.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from enum import Enum
+from types import MappingProxyType
+from typing import Any
+
+from attrs import Attribute, field, frozen
+
+from jdcore.errors import ParameterError, ParameterTypeError
+
+__all__ = ["API_VERSION", "AggregatorSpec", "Property", "Reference", "SolverSpec", "normalize_name"]
+
+API_VERSION = 1
+"""Version of the plugin interface. A plugin states the version it was written for in every spec."""
+
+_NAME = re.compile(r"[a-z][a-z0-9]*(_[a-z0-9]+)*")
+_FACTORY = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
+
+
+def normalize_name(name: str) -> str:
+    """Key under which a name is found: "NashMTL", "nash-mtl" and "nash_mtl" are the same."""
+    return name.replace("-", "").replace("_", "").lower()
+
+
+class Property(Enum):
+    """
+    Mathematical properties a method may declare; the conformance suite checks what is declared.
+
+    The first three are those of `Jacobian Descent for Multi-Objective Optimization
+    <https://arxiv.org/pdf/2406.16232>`_, section 2.2.
+    """
+
+    NON_CONFLICTING = "non_conflicting"
+    """The update has a non-negative inner product with every row."""
+
+    LINEAR_UNDER_SCALING = "linear_under_scaling"
+    """For every J, ``c -> A(diag(c) J)`` is linear over positive vectors c."""
+
+    STRONGLY_STATIONARY = "strongly_stationary"
+    """``A(J) = 0`` only if some strictly positive combination of the rows is zero."""
+
+    PERMUTATION_INVARIANT = "permutation_invariant"
+    """The update does not depend on the order of the rows."""
+
+    SCALE_EQUIVARIANT = "scale_equivariant"
+    """``A(s J) = s A(J)`` for every s > 0."""
+
+    DIFFERENTIABLE = "differentiable"
+    """``A`` can be differentiated with respect to J."""
+
+
+def _matches(pattern: re.Pattern[str], expected: str) -> Callable[[Any, Attribute[Any], Any], None]:
+    def validate(_: Any, attribute: Attribute[Any], value: Any) -> None:
+        if value is None and attribute.default is None:
+            return
+        if not isinstance(value, str):
+            raise ParameterTypeError(attribute.name, expected, repr(value))
+        if not pattern.fullmatch(value):
+            raise ParameterError(attribute.name, expected, repr(value))
+
+    return validate
+
+
+_valid_name = _matches(_NAME, "a lower snake case name such as 'nash_mtl'")
+_valid_factory = _matches(_FACTORY, "a 'module:attribute' string")
+
+
+def _text(_: Any, attribute: Attribute[Any], value: Any) -> None:
+    if not isinstance(value, str) or not value.strip():
+        raise ParameterError(attribute.name, "a non-empty string", repr(value))
+
+
+def _names(_: Any, attribute: Attribute[Any], value: Any) -> None:
+    for alias in value:
+        _valid_name(None, attribute, alias)
+
+
+def _api_version(_: Any, attribute: Attribute[Any], value: Any) -> None:
+    if value != API_VERSION:
+        raise ParameterError(
+            attribute.name,
+            f"{API_VERSION}, the plugin interface of this jdcore",
+            repr(value),
+            "Install a release of the plugin that matches this jdcore, or upgrade jdcore.",
+        )
+
+
+def _properties(values: Iterable[Property]) -> frozenset[Property]:
+    return frozenset(values)
+
+
+def _read_only(value: Mapping[str, str]) -> Mapping[str, str]:
+    return MappingProxyType(dict(value))
+
+
+def _no_arguments(m: int) -> dict[str, Any]:
+    del m
+    return {}
+
+
+@frozen(kw_only=True)
+class Reference:
+    """The publication of a method: title, year, and a stable address."""
+
+    title: str = field(validator=_text)
+    year: int
+    url: str = field(validator=_text)
+
+
+@frozen(kw_only=True)
+class AggregatorSpec:
+    """
+    Everything jdcore knows of a method before importing it.
+
+    Give ``weighting`` for a method whose weights depend on the Gramian only: its aggregator is then
+    composed from it, and it works with autojac and autogram alike. Give ``aggregator`` for a method
+    that has to see single coordinates.
+
+    :param name: Registry name, lower snake case.
+    :param summary: One line that says what the method does.
+    :param weighting: ``"module:attribute"`` of the weighting class, whose name is the class name of
+        the method followed by ``Weighting``.
+    :param aggregator: ``"module:attribute"`` of the aggregator class.
+    :param reference: The publication; None for methods that are common knowledge.
+    :param properties: What the method guarantees, checked by the conformance suite.
+    :param stateful: Whether results depend on earlier calls (see :class:`~jdcore.Stateful`).
+    :param stochastic: Whether results depend on a random generator (argument ``generator``).
+    :param min_rows: Smallest number of rows the method is defined for, at its example arguments;
+        fewer rows (but not zero) raise a ParameterError.
+    :param requires: Names of the distributions needed beyond torch and numpy.
+    :param aliases: Other names it is found under.
+    :param example: Keyword arguments that make a valid instance for m rows, given m.
+    :param expected_failures: ``{check: reason}`` for conformance checks known to fail. Strict: a
+        check listed here that passes is an error.
+    :param api_version: The plugin interface this spec was written for, :data:`API_VERSION`.
+    :raises ParameterError: If a field does not have the form described above.
+    """
+
+    name: str = field(validator=_valid_name)
+    summary: str = field(validator=_text)
+    api_version: int = field(validator=_api_version)
+    weighting: str | None = field(default=None, validator=_valid_factory)
+    aggregator: str | None = field(default=None, validator=_valid_factory)
+    reference: Reference | None = None
+    properties: frozenset[Property] = field(default=frozenset(), converter=_properties)
+    stateful: bool = False
+    stochastic: bool = False
+    min_rows: int = 1
+    requires: tuple[str, ...] = field(default=(), converter=tuple)
+    aliases: tuple[str, ...] = field(default=(), converter=tuple, validator=_names)
+    example: Callable[[int], Mapping[str, Any]] = _no_arguments
+    expected_failures: Mapping[str, str] = field(factory=dict, converter=_read_only)
+
+    def __attrs_post_init__(self) -> None:
+        if (self.weighting is None) == (self.aggregator is None):
+            raise ParameterError(
+                "weighting", "given if and only if `aggregator` is not", repr(self.weighting)
+            )
+        if self.weighting is not None and not self.weighting.endswith("Weighting"):
+            raise ParameterError(
+                "weighting", "a class whose name ends in 'Weighting'", repr(self.weighting)
+            )
+
+    @property
+    def class_name(self) -> str:
+        """Name of the aggregator class, e.g. ``"UPGrad"``."""
+        factory = self.weighting or self.aggregator or ""
+        return factory.partition(":")[2].removesuffix("Weighting")
+
+    @property
+    def input(self) -> str:
+        """What the method looks at: ``"gramian"`` or ``"matrix"``."""
+        return "matrix" if self.weighting is None else "gramian"
+
+
+@frozen(kw_only=True)
+class SolverSpec:
+    """
+    A backend for a problem that methods pose, selectable by name (``solver="quadprog"``).
+
+    :param name: Name of the backend, unique for its problem.
+    :param problem: The problem it solves, e.g. ``"dual_cone"``; the protocol of that problem (here
+        :class:`~jdcore.protocols.DualConeSolver`) is what the factory must return.
+    :param summary: One line: algorithm, accuracy, when to choose it.
+    :param factory: ``"module:attribute"``, called without arguments.
+    :param requires: Names of the distributions needed beyond torch and numpy.
+    :param api_version: The plugin interface this spec was written for, :data:`API_VERSION`.
+    :raises ParameterError: If a field does not have the form described above.
+    """
+
+    name: str = field(validator=_valid_name)
+    problem: str = field(validator=_valid_name)
+    summary: str = field(validator=_text)
+    factory: str = field(validator=_valid_factory)
+    api_version: int = field(validator=_api_version)
+    requires: tuple[str, ...] = field(default=(), converter=tuple)

@@ -1,0 +1,147 @@
+"""
+Validation in one grammar, for methods of any origin.
+
+The first group makes `attrs <https://www.attrs.org>`_ validators: given to ``attrs.field`` they run
+on construction and on every later set, and a refused value leaves the old one in place. The second
+group checks the tensors a method is called with.
+"""
+
+from __future__ import annotations
+
+import numbers
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from attrs import Attribute
+from torch import Tensor
+
+from jdcore.errors import ParameterError, ParameterTypeError
+
+__all__ = [
+    "Validator",
+    "boolean",
+    "check_gramian",
+    "check_matrix",
+    "describe_tensor",
+    "generator",
+    "integer",
+    "one_of",
+    "real",
+    "row_vector",
+]
+
+Validator = Callable[[Any, "Attribute[Any]", Any], None]
+
+
+def describe_tensor(value: object) -> str:
+    """One phrase for an error message: dtype and shape of a tensor, the type of anything else."""
+    if isinstance(value, Tensor):
+        return f"a {str(value.dtype).removeprefix('torch.')} Tensor of shape {list(value.shape)}"
+    return f"a {type(value).__name__}"
+
+
+def integer(minimum: int) -> Validator:
+    """An int (not a bool) that is at least ``minimum``."""
+
+    def validate(_: Any, attribute: Attribute[Any], value: Any) -> None:
+        if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+            raise ParameterTypeError(attribute.name, "an int", repr(value))
+        if value < minimum:
+            raise ParameterError(attribute.name, f">= {minimum}", value)
+
+    return validate
+
+
+def real(minimum: float, maximum: float = float("inf")) -> Validator:
+    """A finite real number in [minimum, maximum]."""
+
+    def validate(_: Any, attribute: Attribute[Any], value: Any) -> None:
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise ParameterTypeError(attribute.name, "a real number", repr(value))
+        bounded = maximum != float("inf")
+        if not minimum <= value <= maximum or abs(value) == float("inf"):
+            expected = f"in [{minimum}, {maximum}]" if bounded else f">= {minimum} and finite"
+            raise ParameterError(attribute.name, expected, value)
+
+    return validate
+
+
+def one_of(*options: str) -> Validator:
+    """One of the strings given."""
+
+    def validate(_: Any, attribute: Attribute[Any], value: Any) -> None:
+        if value not in options:
+            expected = f"one of {', '.join(map(repr, options))}"
+            raise ParameterError(attribute.name, expected, repr(value))
+
+    return validate
+
+
+def boolean(_: Any, attribute: Attribute[Any], value: Any) -> None:
+    """A bool, or None where None is the default."""
+    if not (isinstance(value, bool) or (value is None and attribute.default is None)):
+        raise ParameterTypeError(attribute.name, "a bool", repr(value))
+
+
+def generator(_: Any, attribute: Attribute[Any], value: Any) -> None:
+    """A torch.Generator or None (the default generator of torch)."""
+    if value is not None and not isinstance(value, torch.Generator):
+        raise ParameterTypeError(attribute.name, "a torch.Generator or None", repr(value))
+
+
+def row_vector(_: Any, attribute: Attribute[Any], value: Any) -> None:
+    """A finite real floating vector [m], or None where None is the default."""
+    if value is None and attribute.default is None:
+        return
+    expected = "a finite floating vector with one entry per objective"
+    if not isinstance(value, Tensor):
+        raise ParameterTypeError(
+            attribute.name, expected, describe_tensor(value), "Wrap it: torch.tensor([...])."
+        )
+    if value.ndim != 1 or not value.is_floating_point():
+        raise ParameterError(attribute.name, expected, describe_tensor(value))
+    if value.device.type != "meta" and not bool(torch.isfinite(value).all()):
+        raise ParameterError(attribute.name, expected, value.tolist())
+
+
+def check_matrix(matrix: Tensor, parameter: str = "matrix") -> None:
+    """
+    Refuse anything that is not a real floating matrix.
+
+    :raises ParameterTypeError: If it is no Tensor, or not of a real floating dtype.
+    :raises ParameterError: If it does not have two dimensions.
+    """
+    if not isinstance(matrix, Tensor):
+        raise ParameterTypeError(parameter, "a Tensor of shape [m, n]", describe_tensor(matrix))
+    if not matrix.is_floating_point():
+        raise ParameterTypeError(
+            parameter,
+            "of a real floating dtype",
+            describe_tensor(matrix),
+            f"Convert it: {parameter}.to(torch.float32).",
+        )
+    if matrix.ndim != 2:
+        raise ParameterError(
+            parameter,
+            "a matrix of shape [m, n]",
+            describe_tensor(matrix),
+            f"Flatten each row: {parameter}.flatten(1)." if matrix.ndim > 2 else None,
+        )
+
+
+def check_gramian(gramian: Tensor) -> None:
+    """
+    Refuse anything that is not a real floating square matrix.
+
+    :raises ParameterTypeError: If it is no Tensor, or not of a real floating dtype.
+    :raises ParameterError: If it is not square.
+    """
+    check_matrix(gramian, "gramian")
+    if gramian.shape[0] != gramian.shape[1]:
+        raise ParameterError(
+            "gramian",
+            "square, of shape [m, m]",
+            describe_tensor(gramian),
+            "Give the Gramian J @ J.T of a Jacobian J, or use the aggregator on J itself.",
+        )

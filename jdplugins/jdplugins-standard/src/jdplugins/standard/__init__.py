@@ -1,0 +1,1 @@
+"""The aggregation methods of the literature, with exact native solvers."""

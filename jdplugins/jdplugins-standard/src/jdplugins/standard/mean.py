@@ -1,0 +1,30 @@
+from __future__ import annotations
+
+from typing import ClassVar
+
+import numpy as np
+from attrs import define
+from numpy.typing import NDArray
+
+from jdcore.aggregation import GramianWeighting
+
+
+@define(eq=False)
+class MeanWeighting(GramianWeighting):
+    """
+    Equal weights 1/m: the update is the gradient of the mean of the losses.
+
+    The baseline every other method is compared with. Two objectives in conflict can make the mean
+    increase one of them.
+
+    >>> import torch
+    >>> from jdcore.aggregation import Mean
+    >>> Mean()(torch.tensor([[-4.0, 1.0, 1.0], [6.0, 1.0, 1.0]]))
+    tensor([1., 1., 1.])
+    """
+
+    uses_gramian: ClassVar[bool] = False
+
+    def compute(self, gramian: NDArray[np.float64]) -> NDArray[np.float64]:
+        m = len(gramian)
+        return np.full(m, 1.0 / m)
