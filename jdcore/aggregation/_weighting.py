@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from functools import cache
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import attrs
 import numpy as np
@@ -74,7 +74,7 @@ class GramianWeighting:
         return torch.from_numpy(self.compute(array)).to(device=gramian.device, dtype=gramian.dtype)
 
     def _check_row_vectors(self, gramian: Tensor) -> None:
-        for name in _fields_validated_by(type(self), row_vector):
+        for name in _fields_validated_by(cast(Any, type(self)), row_vector):
             vector = getattr(self, name)
             if vector is None:
                 continue
