@@ -12,10 +12,10 @@ from torch import Tensor
 
 from jdcore.aggregation._differentiation import forbid_differentiation
 from jdcore.aggregation._finite import all_finite, finite_required, nonfinite_rows
-from jdcore.errors import NonFiniteError, ParameterError, ParameterTypeError
+from jdcore.errors import NonFiniteError, ParameterTypeError
 from jdcore.linalg import combine, gramian
 from jdcore.protocols import Weighting
-from jdcore.validators import check_matrix, describe_tensor
+from jdcore.validators import check_blocks, check_matrix
 
 
 def _callable(_: Any, attribute: Any, value: Any) -> None:
@@ -65,15 +65,7 @@ class GramianAggregator:
             promoted dtype.
         :raises ParameterError: If a block is no real floating matrix or the numbers of rows differ.
         """
-        if not blocks:
-            raise ParameterError("blocks", "at least one matrix", "none")
-        m = blocks[0].shape[0] if isinstance(blocks[0], Tensor) and blocks[0].ndim else 0
-        for block in blocks:
-            check_matrix(block, "blocks")
-            if block.shape[0] != m:
-                raise ParameterError(
-                    "blocks", f"matrices with {m} rows, as the first", describe_tensor(block)
-                )
+        check_blocks(blocks)
         return self._aggregate([block.detach() for block in blocks])
 
     def _aggregate(self, blocks: list[Tensor]) -> tuple[list[Tensor], Tensor]:
