@@ -19,6 +19,8 @@ from jdcore.errors import (
     PluginWarning,
     UnknownNameError,
     UnsolvedWarning,
+    VectorizationError,
+    VectorizationWarning,
 )
 from jdcore.hooks import hookimpl
 from jdcore.protocols import (
@@ -62,6 +64,8 @@ __all__ = [
     "Stateful",
     "UnknownNameError",
     "UnsolvedWarning",
+    "VectorizationError",
+    "VectorizationWarning",
     "Weighting",
     "describe",
     "get_aggregator",

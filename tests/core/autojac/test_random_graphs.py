@@ -55,7 +55,7 @@ def _run(leaves: list[Tensor], steps: list[Step]) -> list[Tensor]:
     return values
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(programs(), st.sampled_from([None, 1, 2, 4, 50]), st.booleans(), st.integers(0, 2**31))
 def test_the_jacobian_of_any_graph_is_that_of_plain_autograd(
     program: tuple[list[Step], list[int]], chunk_size: int | None, split: bool, seed: int

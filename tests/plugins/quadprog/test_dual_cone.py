@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
@@ -119,7 +119,6 @@ def test_the_backends_are_as_accurate_for_many_rows(solver: str, name: str) -> N
     seed=st.integers(0, 2**16),
     exponent=st.integers(0, 8),
 )
-@settings(deadline=None)  # the first call imports the solver
 def test_a_projection_conflicts_with_no_row_and_lies_above_its_reference(
     m: int, k: int, seed: int, exponent: int
 ) -> None:

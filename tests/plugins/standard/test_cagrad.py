@@ -89,7 +89,7 @@ def _certificate(rows: np.ndarray, c: float) -> tuple[float, float]:
     return float((dual - primal) / length / norms[norms > 0].min()), float(radius)
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(
     name=st.sampled_from(["gauss", "conflict", "neardup", "rankdef", "lowdim", "special"]),
     m=st.integers(2, 30),

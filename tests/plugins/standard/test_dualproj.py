@@ -43,7 +43,7 @@ def test_without_conflict_it_is_the_weighted_sum() -> None:
     torch.testing.assert_close(DualProj(pref_vector=preferences)(matrix), preferences @ matrix)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(name=st.sampled_from(FAMILIES), m=st.integers(2, 24), seed=st.integers(0, 99))
 def test_it_equals_the_projection_in_extended_precision(name: str, m: int, seed: int) -> None:
     matrix = family(name, m, 200, generator=torch.Generator().manual_seed(1000 * seed + m))

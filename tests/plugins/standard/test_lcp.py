@@ -195,7 +195,7 @@ def test_references_of_any_sign_equal_those_in_extended_precision(m: int) -> Non
 # -- optimality, as a property ---------------------------------------------------------------------
 
 
-@settings(deadline=None, max_examples=80)
+@settings(max_examples=80)
 @given(
     name=st.sampled_from(FAMILIES),
     m=st.integers(1, 30),
@@ -221,7 +221,7 @@ def test_the_conditions_of_optimality_hold(
     assert relative_residual(C, (scaled / scales) @ C, Z).max() <= 1e-10
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(m=st.integers(2, 9), seed=st.integers(0, 1000), exponent=st.integers(-200, 200))
 def test_the_scale_of_each_row_and_of_the_gramian_leaves_the_problem(
     m: int, seed: int, exponent: int

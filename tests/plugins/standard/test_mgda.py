@@ -51,7 +51,7 @@ def test_equal_rows_share_the_weight() -> None:
     assert _weights([[1.0, 2.0], [1.0, 2.0]]) == [0.5, 0.5]
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(
     name=st.sampled_from(WELL_SCALED),
     m=st.integers(2, 40),
@@ -74,7 +74,7 @@ def test_the_certificate_of_the_shortest_vector(name: str, m: int, n: int, seed:
     assert float(x @ x - (wide @ x).min()) <= limit * spread * shortest**2
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(m=st.integers(2, 12), seed=st.integers(0, 99))
 def test_rows_of_very_different_norms(m: int, seed: int) -> None:
     rows = _matrix("badscale", m, 100, seed)

@@ -57,7 +57,7 @@ def test_preferences_weigh_the_projections() -> None:
     torch.testing.assert_close(update, J[0] + 22 / 38 * J[1])
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(name=st.sampled_from(FAMILIES), m=st.integers(2, 30), seed=st.integers(0, 99))
 def test_a_negative_preference_seeks_nothing(name: str, m: int, seed: int) -> None:
     # Zero is the vector of the dual cone closest to -g_i: |x + g_i| >= |g_i| if x g_i >= 0.
@@ -71,7 +71,7 @@ def test_a_negative_preference_seeks_nothing(name: str, m: int, seed: int) -> No
     assert error.norm() <= limit * matrix.norm()
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(name=st.sampled_from(FAMILIES), m=st.integers(2, 30), seed=st.integers(0, 99))
 def test_no_row_is_hurt_and_no_weight_falls_below_its_preference(
     name: str, m: int, seed: int
