@@ -23,6 +23,7 @@ from attrs import frozen
 
 from jdcore._catalogue import distribution_of
 from jdcore._discovery import PluginRecord, discover, names_of, normalize_distribution
+from jdcore._layers import CORE_RULES, LayerTable
 from jdcore.errors import (
     AmbiguousNameError,
     MissingMethodError,
@@ -32,11 +33,12 @@ from jdcore.errors import (
     PluginWarning,
     UnknownNameError,
 )
-from jdcore.spec import AggregatorSpec, normalize_name
+from jdcore.spec import AggregatorSpec, GramianRuleSpec, normalize_name
 
 __all__ = [
     "describe",
     "get_aggregator",
+    "get_gramian_rule",
     "get_solver",
     "get_weighting",
     "list_aggregators",
@@ -47,6 +49,7 @@ __all__ = [
     "registry",
 ]
 
+_CORE = "jdcore"
 _RUNTIME = "runtime"  # stands for the distribution in the qualified name of registered specs
 
 
@@ -111,12 +114,14 @@ class Registry:
     def __init__(self) -> None:
         self._lock = threading.RLock()
         self._runtime: dict[str, AggregatorSpec] = {}
+        self._runtime_rules: dict[str, GramianRuleSpec] = {}
         self._forget()
 
     def _forget(self) -> None:
         self._records: list[PluginRecord] | None = None
         self._aggregators = _Table("aggregator")
         self._solvers: dict[str, _Table] = {}
+        self._rules = LayerTable()
         _load_factory.cache_clear()
         _composed.cache_clear()
 
@@ -128,9 +133,12 @@ class Registry:
             importlib.invalidate_caches()
             self._forget()
 
-    def register(self, spec: AggregatorSpec) -> None:
+    def register(self, spec: AggregatorSpec | GramianRuleSpec) -> None:
+        if isinstance(spec, GramianRuleSpec):
+            self._register_rule(spec)
+            return
         if not isinstance(spec, AggregatorSpec):
-            raise ParameterTypeError("spec", "an AggregatorSpec", repr(spec))
+            raise ParameterTypeError("spec", "an AggregatorSpec or a GramianRuleSpec", repr(spec))
         with self._lock:
             self._discover()
             for name in names_of(spec):
@@ -143,6 +151,18 @@ class Registry:
             self._fill(self._records or [])
             _load_factory.cache_clear()  # a notebook cell that runs again redefines its class
             _composed.cache_clear()
+
+    def _register_rule(self, spec: GramianRuleSpec) -> None:
+        with self._lock:
+            self._discover()
+            for entry in self._rules.claims(spec.layer):
+                if entry.distribution != _RUNTIME:
+                    raise ParameterError(
+                        "layer", "free", f"{spec.layer!r}, taken by {entry.qualified_name}"
+                    )
+            self._runtime_rules[spec.layer] = spec
+            self._fill(self._records or [])
+            _load_factory.cache_clear()
 
     def _discover(self) -> None:
         with self._lock:
@@ -179,12 +199,27 @@ class Registry:
         for spec in self._runtime.values():
             aggregators.add(_Entry(_RUNTIME, spec), names_of(spec))
         self._aggregators, self._solvers = aggregators, solvers
+        self._rules = self._rule_table(records)
+
+    def _rule_table(self, records: list[PluginRecord]) -> LayerTable:
+        table = LayerTable()
+        for rule in CORE_RULES:
+            table.add(_Entry(_CORE, rule))
+        for record in records:
+            for rule in record.gramian_rules:
+                table.add(_Entry(record.distribution, rule))
+        for rule in self._runtime_rules.values():
+            table.add(_Entry(_RUNTIME, rule))
+        return table
 
     def _clash_reports(self) -> list[str]:
         return [
             f"the {table.kind} name {name!r} is claimed by {' and '.join(claims)}"
             for table in (self._aggregators, *self._solvers.values())
             for name, claims in table.clashes().items()
+        ] + [
+            f"the layer {layer} is claimed by {' and '.join(claims)}"
+            for layer, claims in self._rules.clashes().items()
         ]
 
     def records(self) -> tuple[PluginRecord, ...]:
@@ -232,6 +267,11 @@ class Registry:
         if entry is None:
             self._raise_unknown(name, table)
         return entry
+
+    def gramian_rules(self, layer: type) -> list[_Entry]:
+        """The rules for a class of layers: none, one, or several that clash."""
+        self._discover()
+        return self._rules.find(layer)
 
     def _raise_unknown(self, name: str, table: _Table) -> NoReturn:
         distribution, _, plain = name.rpartition(":")
@@ -401,15 +441,15 @@ def list_plugins() -> tuple[PluginRecord, ...]:
     return registry.records()
 
 
-def register(spec: AggregatorSpec, /) -> None:
+def register(spec: AggregatorSpec | GramianRuleSpec, /) -> None:
     """
-    Add a method without a distribution, for notebooks and tests.
+    Add a method or a Gramian rule without a distribution, for notebooks and tests.
 
     A later registration of the same name replaces an earlier one. In a notebook the factory is
     ``"__main__:MyWeighting"``.
 
-    :raises ParameterTypeError: If ``spec`` is no AggregatorSpec.
-    :raises ParameterError: If an installed plugin already provides one of its names.
+    :raises ParameterTypeError: If ``spec`` is neither.
+    :raises ParameterError: If an installed plugin already provides one of its names or its layer.
     """
     registry.register(spec)
 
@@ -431,6 +471,15 @@ def get_solver(problem: str, name: str) -> Any:
     """
     entry = registry.solver(problem, name)
     return _load_factory(entry.qualified_name, entry.spec.factory)()
+
+
+def get_gramian_rule(entry: _Entry) -> Any:
+    """
+    Make the rule of an entry of :meth:`Registry.gramian_rules`.
+
+    :raises PluginError: If it cannot be loaded.
+    """
+    return _load_factory(entry.qualified_name, entry.spec.rule)()
 
 
 def list_solvers(problem: str | None = None) -> dict[str, tuple[str, ...]]:
