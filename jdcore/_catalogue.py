@@ -10,7 +10,22 @@ from __future__ import annotations
 from jdcore.spec import normalize_name
 
 METHODS = {
-    "jdplugins-standard": ("constant", "mean", "random", "sum", "upgrad"),
+    "jdplugins-standard": (
+        "aligned_mtl",
+        "config",
+        "constant",
+        "graddrop",
+        "gradvac",
+        "imtl_g",
+        "krum",
+        "mean",
+        "nash_mtl",
+        "pcgrad",
+        "random",
+        "sum",
+        "trimmed_mean",
+        "upgrad",
+    ),
 }
 
 

@@ -78,7 +78,7 @@ def _load(point: EntryPoint) -> PluginRecord:
         version=point.dist.version if point.dist is not None else "",
         entry_point=point.name,
     )
-    switch = _switched_off_by({record.distribution, normalize_distribution(point.name)})
+    switch = _switched_off_by(_names(record))
     if switch is not None:
         return evolve(record, disabled=switch)
     try:
@@ -88,6 +88,17 @@ def _load(point: EntryPoint) -> PluginRecord:
     except (Exception, SystemExit) as error:
         return evolve(record, error=error, traceback=traceback.format_exc())
     return evolve(record, **provided)
+
+
+def switched_without_effect(records: Sequence[PluginRecord]) -> list[str]:
+    """Names in the off switches that no installed plugin has, most likely misspelt."""
+    variables = ("JDCORE_PLUGINS", "JDCORE_DISABLE_PLUGINS")
+    switched = set[str]().union(*(_listed(os.environ.get(v, "")) for v in variables))
+    return sorted(switched.difference(*(_names(record) for record in records)))
+
+
+def _names(record: PluginRecord) -> set[str]:
+    return {record.distribution, normalize_distribution(record.entry_point)}
 
 
 def _switched_off_by(names: set[str]) -> str | None:

@@ -24,9 +24,11 @@ if TYPE_CHECKING:
 __all__ = [
     "Aggregator",
     "BlockwiseAggregator",
+    "ConflictAverseSolver",
     "DualConeSolver",
     "GeneralizedWeighting",
     "GramianRule",
+    "MinNormSolver",
     "Stateful",
     "Weighting",
 ]
@@ -161,6 +163,69 @@ class DualConeSolver(Protocol):
         :param gramian: Finite Gramian, float64, shape [m, m].
         :param references: Vectors u, float64, shape [k, m].
         :returns: Vectors v, float64, shape [k, m].
+        """
+
+
+@runtime_checkable
+class MinNormSolver(Protocol):
+    """
+    Solves ``problem="min_norm"``: the shortest vector in the convex hull of the rows.
+
+    Find ``w`` that minimises ``wᵀ G w`` subject to ``w >= 0`` and ``sum(w) = 1``.
+
+    Laws: ``w >= 0`` exactly, and the sum is one up to rounding; the result does not depend on the
+    scale of G; an answer less accurate than promised comes with an
+    :class:`~jdcore.errors.UnsolvedWarning`, unless the solver stands for a procedure of a paper
+    that stops early by design.
+    """
+
+    def __call__(self, gramian: NDArray[np.float64], /) -> NDArray[np.float64]:
+        """
+        :param gramian: Finite Gramian, float64, shape [m, m].
+        :returns: Weights w, float64, shape [m].
+        """
+
+
+@runtime_checkable
+class ConflictAverseSolver(Protocol):
+    """
+    Solves ``problem="conflict_averse"``: the best worst case in a ball around the mean.
+
+    With ``g0`` the mean of the rows, find the weights ``w`` of the vector ``d = Jᵀ w`` that
+    maximises ``min_i g_i · d`` subject to ``‖d - g0‖ <= c ‖g0‖``. Where several vectors do (the
+    maximum being zero), it is the one closest to g0.
+
+    Laws: ``w - 1/m >= 0`` up to rounding; the result does not depend on the scale of G; an answer
+    less accurate than promised comes with an :class:`~jdcore.errors.UnsolvedWarning`.
+    """
+
+    def __call__(self, gramian: NDArray[np.float64], c: float, /) -> NDArray[np.float64]:
+        """
+        :param gramian: Finite Gramian, float64, shape [m, m].
+        :param c: Radius of the ball relative to the norm of g0, >= 0.
+        :returns: Weights w, float64, shape [m].
+        """
+
+
+@runtime_checkable
+class NashBargainingSolver(Protocol):
+    """
+    Solves ``problem="nash_bargaining"``: ``G α = 1/α`` entry by entry, for ``α > 0``.
+
+    The solution is unique in terms of ``Jᵀ α``, the direction of length ``√m`` that maximises the
+    sum of the logarithms of its inner products with the rows.
+
+    Laws: a zero row of J gets ``α_i = 0``; the result for ``s² G`` is ``α / s``; an answer less
+    accurate than promised comes with an :class:`~jdcore.errors.UnsolvedWarning`. Where a
+    non-negative combination of non-zero rows is zero (a Pareto-stationary point) no solution
+    exists. The rows of such combinations then leave the game: ``Jᵀ α`` is the solution for the
+    other rows, projected onto the orthogonal complement of those, and ``α >= 0`` still holds.
+    """
+
+    def __call__(self, gramian: NDArray[np.float64], /) -> NDArray[np.float64]:
+        """
+        :param gramian: Finite Gramian, float64, shape [m, m].
+        :returns: Weights α, float64, shape [m].
         """
 
 

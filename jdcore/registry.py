@@ -22,7 +22,13 @@ from typing import Any, NoReturn
 from attrs import frozen
 
 from jdcore._catalogue import distribution_of
-from jdcore._discovery import PluginRecord, discover, names_of, normalize_distribution
+from jdcore._discovery import (
+    PluginRecord,
+    discover,
+    names_of,
+    normalize_distribution,
+    switched_without_effect,
+)
 from jdcore._layers import CORE_RULES, LayerTable
 from jdcore.errors import (
     AmbiguousNameError,
@@ -174,11 +180,17 @@ class Registry:
             if strict and failed:
                 raise PluginError(failed[0].label, failed[0].reason) from failed[0].error
             self._fill(records)
-            troubles = [f"{r.label} failed: {r.reason}" for r in failed] + self._clash_reports()
-            if strict and troubles:
+            clashes = self._clashes()
+            if strict and clashes:
                 self._forget()
-                raise PluginError("set", troubles[0])
+                raise PluginError(*clashes[0])
             self._records = records
+        troubles = [f"{r.label} failed: {r.reason}" for r in failed]
+        troubles += [f"{claims}: {reason}" for claims, reason in clashes]
+        troubles += [
+            f"{n!r} is switched on or off, but not installed"
+            for n in switched_without_effect(records)
+        ]
         if troubles:
             lines = "".join(f"\n- {trouble}" for trouble in troubles)
             warnings.warn(
@@ -212,13 +224,13 @@ class Registry:
             table.add(_Entry(_RUNTIME, rule))
         return table
 
-    def _clash_reports(self) -> list[str]:
+    def _clashes(self) -> list[tuple[str, str]]:
         return [
-            f"the {table.kind} name {name!r} is claimed by {' and '.join(claims)}"
+            (" and ".join(claims), f"they claim the same {table.kind} name {name!r}.")
             for table in (self._aggregators, *self._solvers.values())
             for name, claims in table.clashes().items()
         ] + [
-            f"the layer {layer} is claimed by {' and '.join(claims)}"
+            (" and ".join(claims), f"they claim the same layer {layer}.")
             for layer, claims in self._rules.clashes().items()
         ]
 
@@ -277,23 +289,21 @@ class Registry:
         distribution, _, plain = name.rpartition(":")
         known_provider = distribution_of(plain) if table is self._aggregators else None
         provider = normalize_distribution(distribution) or known_provider
-        unusable = [r for r in self._records or () if r.reason]
-        for record in unusable:
-            if record.distribution == provider:
+        records = self._records or []
+        for record in records:
+            if record.reason and record.distribution == provider:
                 raise PluginError(record.label, record.reason) from record.error
+        failed = [r for r in records if r.error is not None]
         hint = None
-        installed = {r.distribution for r in self._records or ()}
-        if known_provider is not None and known_provider not in installed:
+        if known_provider is not None and all(r.distribution != known_provider for r in records):
             hint = f"It is provided by {known_provider}: pip install {known_provider}."
-        elif unusable:
-            hint = "Plugins that cannot be used: " + "; ".join(
-                f"{r.label}: {r.reason}" for r in unusable
-            )
+        elif failed:
+            hint = f"Plugins that failed: {'; '.join(f'{r.label}: {r.reason}' for r in failed)}"
         known = table.listed_names()
         plain_names = {normalize_name(n.rpartition(":")[2]): n for n in known}
         close = difflib.get_close_matches(normalize_name(plain), plain_names, cutoff=0.6)
         error = UnknownNameError(name, table.kind, [plain_names[c] for c in close], known, hint)
-        raise error from (unusable[0].error if len(unusable) == 1 else None)
+        raise error from (failed[0].error if len(failed) == 1 else None)
 
     # -- classes -----------------------------------------------------------------------------------
 

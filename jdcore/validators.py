@@ -9,7 +9,7 @@ group checks the tensors a method is called with.
 from __future__ import annotations
 
 import numbers
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from jdcore.errors import ParameterError, ParameterTypeError
 __all__ = [
     "Validator",
     "boolean",
+    "check_blocks",
     "check_gramian",
     "check_matrix",
     "describe_tensor",
@@ -128,6 +129,25 @@ def check_matrix(matrix: Tensor, parameter: str = "matrix") -> None:
             describe_tensor(matrix),
             f"Flatten each row: {parameter}.flatten(1)." if matrix.ndim > 2 else None,
         )
+
+
+def check_blocks(blocks: Sequence[Tensor], parameter: str = "blocks") -> int:
+    """
+    Refuse anything that is not the column blocks of one real floating matrix.
+
+    :returns: The number of rows, m.
+    :raises ParameterTypeError: If a block is no Tensor, or not of a real floating dtype.
+    :raises ParameterError: If there is no block, a block does not have two dimensions, or the
+        blocks differ in their number of rows.
+    """
+    if not blocks:
+        raise ParameterError(parameter, "at least one matrix", "none")
+    for block in blocks:
+        check_matrix(block, parameter)
+        if block.shape[0] != blocks[0].shape[0]:
+            expected = f"matrices with {blocks[0].shape[0]} rows, as the first"
+            raise ParameterError(parameter, expected, describe_tensor(block))
+    return blocks[0].shape[0]
 
 
 def check_gramian(gramian: Tensor) -> None:

@@ -9,10 +9,25 @@ import UPGrad, UPGradWeighting``; these are the classes that :func:`jdcore.get_a
 from typing import Any
 
 from jdcore.aggregation._aggregator import GramianAggregator
+from jdcore.aggregation._coordinatewise import CoordinatewiseAggregator
 from jdcore.aggregation._flattening import Flattening
+from jdcore.aggregation._module import as_module
+from jdcore.aggregation._solver import find_solver, solver_field
+from jdcore.aggregation._state import StateFields, state_field
 from jdcore.aggregation._weighting import GramianWeighting, row_weights
 
-__all__ = ["Flattening", "GramianAggregator", "GramianWeighting", "row_weights"]
+__all__ = [
+    "CoordinatewiseAggregator",
+    "Flattening",
+    "GramianAggregator",
+    "GramianWeighting",
+    "StateFields",
+    "as_module",
+    "find_solver",
+    "row_weights",
+    "solver_field",
+    "state_field",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import reduce
 from typing import Any, ClassVar
 
@@ -12,10 +12,12 @@ from torch import Tensor
 
 from jdcore.aggregation._differentiation import forbid_differentiation
 from jdcore.aggregation._finite import all_finite, finite_required, nonfinite_rows
-from jdcore.errors import NonFiniteError, ParameterError, ParameterTypeError
+from jdcore.errors import NonFiniteError, ParameterTypeError
 from jdcore.linalg import combine, gramian
 from jdcore.protocols import Weighting
-from jdcore.validators import check_matrix, describe_tensor
+from jdcore.validators import check_blocks, check_matrix
+
+_STATEFUL_METHODS = ("reset", "state_dict", "load_state_dict")
 
 
 def _callable(_: Any, attribute: Any, value: Any) -> None:
@@ -65,15 +67,7 @@ class GramianAggregator:
             promoted dtype.
         :raises ParameterError: If a block is no real floating matrix or the numbers of rows differ.
         """
-        if not blocks:
-            raise ParameterError("blocks", "at least one matrix", "none")
-        m = blocks[0].shape[0] if isinstance(blocks[0], Tensor) and blocks[0].ndim else 0
-        for block in blocks:
-            check_matrix(block, "blocks")
-            if block.shape[0] != m:
-                raise ParameterError(
-                    "blocks", f"matrices with {m} rows, as the first", describe_tensor(block)
-                )
+        check_blocks(blocks)
         return self._aggregate([block.detach() for block in blocks])
 
     def _aggregate(self, blocks: list[Tensor]) -> tuple[list[Tensor], Tensor]:
@@ -139,6 +133,30 @@ class ComposedAggregator(GramianAggregator):
         return _restore, (self.qualified_name, self.weighting)
 
 
+class _StatefulComposedAggregator(ComposedAggregator):
+    """Composed of a :class:`~jdcore.Stateful` weighting, which keeps the state."""
+
+    weighting: Any
+
+    def reset(self) -> None:
+        """Return to the state of a new object."""
+        self.weighting.reset()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Copy the state, which is that of ``.weighting``."""
+        state: dict[str, Any] = self.weighting.state_dict()
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Any], /) -> None:
+        """
+        Restore a state.
+
+        :param state: What :meth:`state_dict` returned, here or of ``.weighting``.
+        :raises ParameterError: If it does not fit; the state is then left as it was.
+        """
+        self.weighting.load_state_dict(state)
+
+
 def compose(
     class_name: str, weighting_class: type, qualified_name: str
 ) -> type[ComposedAggregator]:
@@ -156,7 +174,10 @@ def compose(
         "weighting_class": weighting_class,
         "qualified_name": qualified_name,
     }
-    return type(class_name, (ComposedAggregator,), namespace)
+    # The protocol's own check would need an instance before Python 3.12.
+    stateful = all(hasattr(weighting_class, name) for name in _STATEFUL_METHODS)
+    base = _StatefulComposedAggregator if stateful else ComposedAggregator
+    return type(class_name, (base,), namespace)
 
 
 def _restore(qualified_name: str, weighting: Weighting) -> ComposedAggregator:

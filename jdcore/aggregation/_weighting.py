@@ -1,9 +1,7 @@
 from __future__ import annotations
 
-from functools import cache
-from typing import Any, ClassVar
+from typing import ClassVar
 
-import attrs
 import numpy as np
 import torch
 from attrs import define, field
@@ -12,8 +10,8 @@ from torch import Tensor
 
 from jdcore.aggregation._differentiation import forbid_differentiation
 from jdcore.aggregation._finite import finite_required, refuse_gramian
-from jdcore.errors import ParameterError
-from jdcore.validators import Validator, boolean, check_gramian, row_vector
+from jdcore.aggregation._row_vectors import check_row_vectors
+from jdcore.validators import boolean, check_gramian
 
 
 @define(eq=False)
@@ -58,7 +56,7 @@ class GramianWeighting:
         :raises NonDifferentiableError: When differentiating through the weights.
         """
         check_gramian(gramian)
-        self._check_row_vectors(gramian)
+        check_row_vectors(self, gramian.shape[0], gramian.device)
         weights = self._weights(gramian.detach())
         return forbid_differentiation(self, gramian, weights) if self.uses_gramian else weights
 
@@ -72,29 +70,6 @@ class GramianWeighting:
                 raise refuse_gramian(array)
             return gramian.new_full((m,), float("nan"))
         return torch.from_numpy(self.compute(array)).to(device=gramian.device, dtype=gramian.dtype)
-
-    def _check_row_vectors(self, gramian: Tensor) -> None:
-        for name in _fields_validated_by(type(self), row_vector):
-            vector = getattr(self, name)
-            if vector is None:
-                continue
-            m = gramian.shape[0]
-            if len(vector) != m:
-                raise ParameterError(
-                    name, f"of length {m}, the number of objectives", f"length {len(vector)}"
-                )
-            if vector.device != gramian.device:
-                raise ParameterError(
-                    name,
-                    f"on {gramian.device}, the device of the Gramian",
-                    f"a Tensor on {vector.device}",
-                    f"Move it: {name}.to({str(gramian.device)!r}).",
-                )
-
-
-@cache
-def _fields_validated_by(cls: Any, validator: Validator) -> tuple[str, ...]:
-    return tuple(f.name for f in attrs.fields(cls) if f.validator is validator)
 
 
 def row_weights(vector: Tensor | None, m: int) -> NDArray[np.float64]:

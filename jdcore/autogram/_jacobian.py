@@ -42,7 +42,7 @@ class Jacobian:
         self._objectives, self._plan = objectives, plan
         self._scratch, self._probe = scratch, probe
         self._found: Survey = survey(objectives.output, plan, key)
-        self._pinned: list[Parameter] = []
+        self._pinned: dict[Parameter, None] = {}
         if objectives.batch_dim is None:
             self._pin()
         refuse_impossible(self._found, plan, objectives.batch_dim)
@@ -66,9 +66,9 @@ class Jacobian:
                 and beats_rows is not None
                 and beats_rows(record.served.module, record.args, record.output_shape, K)
             ):
-                self._pinned += [p for p in site.reached if p not in self._pinned]
+                self._pinned.update(dict.fromkeys(site.reached))
                 del found.sites[record]
-        self._pinned += [p for p in elsewhere if p not in self._pinned]
+        self._pinned.update(dict.fromkeys(elsewhere))
         found.uses.clear()
         found.stray.clear()
 
@@ -126,7 +126,7 @@ class Jacobian:
     def _capture(self, graph_needed: bool) -> dict[_Place | Parameter, Tensor]:
         places = self._places()
         inputs: list[Tensor | GradientEdge] = [GradientEdge(*place) for place in places]
-        inputs += self._pinned
+        inputs += list(self._pinned)
         kind = self._kind(places)
         probed = None
         checked = self._objectives.samples <= 1 or self._probe.mixed(kind) is not None

@@ -50,8 +50,8 @@ def unflatten_gramian(gramian: Tensor, /, shape: Sequence[int]) -> Tensor:
     m = math.prod(shape)
     if gramian.shape != (m, m):
         raise ParameterError("gramian", f"of shape [{m}, {m}]", describe_tensor(gramian))
-    return _reverse_second_half(gramian.reshape(*shape, *shape), len(shape))
+    return _reverse_second_half(gramian.reshape((*shape, *shape)), len(shape))
 
 
 def _reverse_second_half(tensor: Tensor, k: int) -> Tensor:
-    return tensor.permute(*range(k), *range(2 * k - 1, k - 1, -1))
+    return tensor.permute((*range(k), *range(2 * k - 1, k - 1, -1)))

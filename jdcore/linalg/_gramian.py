@@ -5,8 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from jdcore.errors import ParameterError
-from jdcore.validators import check_matrix, describe_tensor
+from jdcore.validators import check_blocks
 
 # 16384 columns of 8 float64 rows are 1 MB: large enough for the product to run at full speed, small
 # enough to stay in cache, so that converting costs little beside reading J once.
@@ -26,15 +25,7 @@ def gramian(jacobian: Tensor | Sequence[Tensor], /) -> Tensor:
     :raises ParameterError: If a block is no matrix, or the blocks differ in their number of rows.
     """
     blocks = [jacobian] if isinstance(jacobian, Tensor) else list(jacobian)
-    if not blocks:
-        raise ParameterError("jacobian", "a matrix or at least one block", "no block")
-    m = blocks[0].shape[0] if blocks[0].ndim else 0
-    for block in blocks:
-        check_matrix(block, "jacobian")
-        if block.shape[0] != m:
-            raise ParameterError(
-                "jacobian", f"made of blocks with {m} rows", describe_tensor(block)
-            )
+    m = check_blocks(blocks, "jacobian")
     if len(blocks) == 1 and blocks[0].shape[1] <= _COLUMNS:
         wide = blocks[0].double()
         return wide @ wide.T

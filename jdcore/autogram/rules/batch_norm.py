@@ -25,17 +25,26 @@ class BatchNormRule:
         return None
 
     def blocks(self, call: LayerCall) -> Iterator[Block]:
-        module: Any = call.module
-        mean, variance = call.value("running_mean"), call.value("running_var")
-        assert mean is not None and variance is not None  # the engine refuses the other case
-        K, N, C = call.grads.shape[:3]
-        grads = call.grads.reshape(K, N, C, -1)
-        images = call.input.reshape(N, C, -1)
-        scaled = (images - mean[:, None]) * (variance + module.eps).rsqrt()[:, None]
-        weight, bias = call.wanted("weight"), call.wanted("bias")
-        if weight is not None:
-            sums = torch.einsum("knct,nct->knc", grads, scaled)
-            yield RowsBlock(weight, sums.reshape(K, call.batch_size, -1, C).sum(2))
-        if bias is not None:
-            sums = grads.sum(3)
-            yield RowsBlock(bias, sums.reshape(K, call.batch_size, -1, C).sum(2))
+        return running_blocks(call)
+
+
+def running_blocks(call: LayerCall) -> Iterator[Block]:
+    """
+    The Jacobian of a normalization by running statistics.
+
+    :param call: A call in eval mode.
+    """
+    module: Any = call.module
+    mean, variance = call.value("running_mean"), call.value("running_var")
+    assert mean is not None and variance is not None  # the engine refuses the other case
+    K, N, C = call.grads.shape[:3]
+    grads = call.grads.reshape(K, N, C, -1)
+    images = call.input.reshape(N, C, -1)
+    scaled = (images - mean[:, None]) * (variance + module.eps).rsqrt()[:, None]
+    weight, bias = call.wanted("weight"), call.wanted("bias")
+    if weight is not None:
+        sums = torch.einsum("knct,nct->knc", grads, scaled)
+        yield RowsBlock(weight, sums.reshape(K, call.batch_size, -1, C).sum(2))
+    if bias is not None:
+        sums = grads.sum(3)
+        yield RowsBlock(bias, sums.reshape(K, call.batch_size, -1, C).sum(2))

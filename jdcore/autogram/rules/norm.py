@@ -10,6 +10,7 @@ from torch.nn import functional
 
 from jdcore.autogram._call import LayerCall
 from jdcore.autogram.blocks import Block, RowsBlock
+from jdcore.autogram.rules.batch_norm import running_blocks
 
 
 class LayerNormRule:
@@ -101,14 +102,11 @@ def _sums(grads: Tensor, images: Tensor, groups: int, eps: Any) -> tuple[Tensor,
 
 
 class InstanceNormRule(GroupNormRule):
-    """A group normalization with one group per channel, unless it uses running statistics."""
-
-    def refusal(self, module: nn.Module) -> str | None:
-        if module.track_running_stats:
-            return "track_running_stats makes it another layer in eval mode"
-        return None
+    """A group normalization with one group per channel; by running statistics in eval mode."""
 
     def blocks(self, call: LayerCall) -> Iterator[Block]:
+        if call.module.track_running_stats and not call.training:
+            return running_blocks(call)
         return super().blocks(call)
 
     def _groups(self, module: Any, images: Tensor) -> int:

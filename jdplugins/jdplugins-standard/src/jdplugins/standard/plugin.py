@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
-from jdcore import AggregatorSpec, Property, hookimpl
+from jdcore import AggregatorSpec, Property, Reference, SolverSpec, hookimpl
 
 _PACKAGE = "jdplugins.standard"
+
+_JACOBIAN_DESCENT = Reference(
+    title="Jacobian Descent for Multi-Objective Optimization",
+    year=2024,
+    url="https://arxiv.org/pdf/2406.16232",
+)
 
 
 @hookimpl
@@ -22,5 +29,303 @@ def jdcore_aggregators() -> Iterator[AggregatorSpec]:
             Property.SCALE_EQUIVARIANT,
             Property.DIFFERENTIABLE,
         ),
+        api_version=1,
+    )
+    yield AggregatorSpec(
+        name="upgrad",
+        summary="Mean of the projections of all rows onto the dual cone.",
+        weighting=f"{_PACKAGE}.upgrad:UPGradWeighting",
+        reference=_JACOBIAN_DESCENT,
+        properties=(
+            Property.NON_CONFLICTING,
+            Property.LINEAR_UNDER_SCALING,
+            Property.STRONGLY_STATIONARY,
+            Property.PERMUTATION_INVARIANT,
+            Property.SCALE_EQUIVARIANT,
+        ),
+        api_version=1,
+    )
+    yield AggregatorSpec(
+        name="dualproj",
+        summary="Projection of the mean of the rows onto the dual cone.",
+        weighting=f"{_PACKAGE}.dualproj:DualProjWeighting",
+        reference=Reference(
+            title="Gradient Episodic Memory for Continual Learning",
+            year=2017,
+            url="https://arxiv.org/pdf/1706.08840",
+        ),
+        properties=(
+            Property.NON_CONFLICTING,
+            Property.STRONGLY_STATIONARY,
+            Property.PERMUTATION_INVARIANT,
+            Property.SCALE_EQUIVARIANT,
+        ),
+        api_version=1,
+    )
+    yield AggregatorSpec(
+        name="mgda",
+        summary="Shortest vector in the convex hull of the rows.",
+        weighting=f"{_PACKAGE}.mgda:MGDAWeighting",
+        reference=Reference(
+            title="Multiple-gradient descent algorithm (MGDA) for multiobjective optimization",
+            year=2012,
+            url="https://www.sciencedirect.com/science/article/pii/S1631073X12000738",
+        ),
+        properties=(
+            Property.NON_CONFLICTING,
+            Property.PERMUTATION_INVARIANT,
+            Property.SCALE_EQUIVARIANT,
+        ),
+        api_version=1,
+    )
+    yield AggregatorSpec(
+        name="cagrad",
+        summary="Best worst-case improvement within a ball around the mean of the rows.",
+        weighting=f"{_PACKAGE}.cagrad:CAGradWeighting",
+        reference=Reference(
+            title="Conflict-Averse Gradient Descent for Multi-task Learning",
+            year=2021,
+            url="https://arxiv.org/pdf/2110.14048",
+        ),
+        properties=(
+            Property.STRONGLY_STATIONARY,
+            Property.PERMUTATION_INVARIANT,
+            Property.SCALE_EQUIVARIANT,
+        ),
+        example=lambda m: {"c": 0.5},
+        api_version=1,
+    )
+    yield AggregatorSpec(
+        name="sum",
+        summary="Sum of the rows: gradient descent on the sum of the losses.",
+        weighting=f"{_PACKAGE}.sum:SumWeighting",
+        properties=(
+            Property.LINEAR_UNDER_SCALING,
+            Property.STRONGLY_STATIONARY,
+            Property.PERMUTATION_INVARIANT,
+            Property.SCALE_EQUIVARIANT,
+            Property.DIFFERENTIABLE,
+        ),
+        api_version=1,
+    )
+    yield AggregatorSpec(
+        name="constant",
+        summary="Weights chosen by the user: gradient descent on a weighted sum of the losses.",
+        weighting=f"{_PACKAGE}.constant:ConstantWeighting",
+        properties=(
+            Property.LINEAR_UNDER_SCALING,
+            Property.SCALE_EQUIVARIANT,
+            Property.DIFFERENTIABLE,
+        ),
+        example=_constant_weights,
+        api_version=1,
+    )
+    yield AggregatorSpec(
+        name="random",
+        summary="Positive random weights that sum to 1, drawn anew at each call.",
+        weighting=f"{_PACKAGE}.random:RandomWeighting",
+        reference=Reference(
+            title=(
+                "Reasonable Effectiveness of Random Weighting: A Litmus Test for Multi-Task "
+                "Learning"
+            ),
+            year=2021,
+            url="https://arxiv.org/pdf/2111.10603",
+        ),
+        properties=(
+            Property.LINEAR_UNDER_SCALING,
+            Property.STRONGLY_STATIONARY,
+            Property.SCALE_EQUIVARIANT,
+            Property.DIFFERENTIABLE,
+        ),
+        stochastic=True,
+        api_version=1,
+    )
+    yield AggregatorSpec(
+        name="nash_mtl",
+        summary="Nash bargaining solution: the same relative gain for every objective.",
+        weighting=f"{_PACKAGE}.nash_mtl:NashMTLWeighting",
+        reference=Reference(
+            title="Multi-Task Learning as a Bargaining Game",
+            year=2022,
+            url="https://arxiv.org/pdf/2202.01017",
+        ),
+        properties=(
+            Property.NON_CONFLICTING,
+            Property.STRONGLY_STATIONARY,
+            Property.PERMUTATION_INVARIANT,
+        ),
+        stateful=True,
+        api_version=1,
+    )
+    yield AggregatorSpec(
+        name="pcgrad",
+        summary="Each row projected off the rows it conflicts with, in random order; summed.",
+        weighting=f"{_PACKAGE}.pcgrad:PCGradWeighting",
+        reference=Reference(
+            title="Gradient Surgery for Multi-Task Learning",
+            year=2020,
+            url="https://arxiv.org/pdf/2001.06782",
+        ),
+        properties=(
+            Property.LINEAR_UNDER_SCALING,
+            Property.STRONGLY_STATIONARY,
+            Property.SCALE_EQUIVARIANT,
+        ),
+        stochastic=True,
+        api_version=1,
+    )
+    yield AggregatorSpec(
+        name="gradvac",
+        summary="Pairs of rows brought to the cosine they have had on average; summed.",
+        weighting=f"{_PACKAGE}.gradvac:GradVacWeighting",
+        reference=Reference(
+            title=(
+                "Gradient Vaccine: Investigating and Improving Multi-task Optimization in "
+                "Massively Multilingual Models"
+            ),
+            year=2021,
+            url="https://arxiv.org/pdf/2010.05874",
+        ),
+        properties=(
+            Property.LINEAR_UNDER_SCALING,
+            Property.STRONGLY_STATIONARY,
+            Property.SCALE_EQUIVARIANT,
+        ),
+        stateful=True,
+        stochastic=True,
+        api_version=1,
+    )
+    yield AggregatorSpec(
+        name="imtl_g",
+        summary="Equal projections of the update onto the directions of all rows.",
+        weighting=f"{_PACKAGE}.imtl_g:IMTLGWeighting",
+        reference=Reference(
+            title="Towards Impartial Multi-task Learning",
+            year=2021,
+            url="https://discovery.ucl.ac.uk/id/eprint/10120667/",
+        ),
+        properties=(Property.PERMUTATION_INVARIANT, Property.SCALE_EQUIVARIANT),
+        api_version=1,
+    )
+    yield AggregatorSpec(
+        name="aligned_mtl",
+        summary="Principal components of the Jacobian made equally long and orthogonal.",
+        weighting=f"{_PACKAGE}.aligned_mtl:AlignedMTLWeighting",
+        reference=Reference(
+            title="Independent Component Alignment for Multi-Task Learning",
+            year=2023,
+            url="https://arxiv.org/pdf/2305.19000",
+        ),
+        properties=(
+            Property.STRONGLY_STATIONARY,
+            Property.PERMUTATION_INVARIANT,
+            Property.SCALE_EQUIVARIANT,
+        ),
+        api_version=1,
+    )
+    yield AggregatorSpec(
+        name="config",
+        summary="Equal cosines with all rows, and the length they add up to.",
+        weighting=f"{_PACKAGE}.config:ConFIGWeighting",
+        reference=Reference(
+            title="ConFIG: Towards Conflict-free Training of Physics Informed Neural Networks",
+            year=2024,
+            url="https://arxiv.org/pdf/2408.11104",
+        ),
+        properties=(
+            Property.LINEAR_UNDER_SCALING,
+            Property.PERMUTATION_INVARIANT,
+            Property.SCALE_EQUIVARIANT,
+        ),
+        api_version=1,
+    )
+    yield AggregatorSpec(
+        name="krum",
+        summary="Mean of the rows closest to their neighbours, robust to adversarial rows.",
+        weighting=f"{_PACKAGE}.krum:KrumWeighting",
+        reference=Reference(
+            title="Machine Learning with Adversaries: Byzantine Tolerant Gradient Descent",
+            year=2017,
+            url=(
+                "https://proceedings.neurips.cc/paper/2017/file/"
+                "f4b9ec30ad9f68f89b29639786cb62ef-Paper.pdf"
+            ),
+        ),
+        properties=(Property.SCALE_EQUIVARIANT,),
+        min_rows=4,
+        example=lambda m: {"n_byzantine": 1},
+        api_version=1,
+    )
+    yield AggregatorSpec(
+        name="trimmed_mean",
+        summary="Mean of each coordinate without its largest and smallest entries.",
+        aggregator=f"{_PACKAGE}.trimmed_mean:TrimmedMean",
+        reference=Reference(
+            title="Byzantine-Robust Distributed Learning: Towards Optimal Statistical Rates",
+            year=2018,
+            url="https://proceedings.mlr.press/v80/yin18a/yin18a.pdf",
+        ),
+        properties=(Property.PERMUTATION_INVARIANT, Property.SCALE_EQUIVARIANT),
+        min_rows=3,
+        example=lambda m: {"trim_number": 1},
+        api_version=1,
+    )
+    yield AggregatorSpec(
+        name="graddrop",
+        summary="Each coordinate keeps its positive or its negative entries, at random.",
+        aggregator=f"{_PACKAGE}.graddrop:GradDrop",
+        reference=Reference(
+            title="Just Pick a Sign: Optimizing Deep Multitask Models with Gradient Sign Dropout",
+            year=2020,
+            url="https://arxiv.org/pdf/2010.06808",
+        ),
+        properties=(Property.PERMUTATION_INVARIANT, Property.SCALE_EQUIVARIANT),
+        stochastic=True,
+        api_version=1,
+    )
+
+
+def _constant_weights(m: int) -> dict[str, Any]:
+    import torch  # only here, so that listing does without
+
+    return {"weights": torch.arange(1.0, m + 1.0)}
+
+
+@hookimpl
+def jdcore_solvers() -> Iterator[SolverSpec]:
+    yield SolverSpec(
+        name="native",
+        problem="dual_cone",
+        summary="Exact and scale-free, by block pivoting in numpy.",
+        factory=f"{_PACKAGE}._solvers:NativeDualConeSolver",
+        api_version=1,
+    )
+    yield SolverSpec(
+        name="native",
+        problem="min_norm",
+        summary="Exact and scale-free, by block pivoting in numpy.",
+        factory=f"{_PACKAGE}._solvers:NativeMinNormSolver",
+        api_version=1,
+    )
+    yield SolverSpec(
+        name="frank_wolfe",
+        problem="min_norm",
+        summary="The published procedure for deep networks; approximate, arguments decide when it stops.",
+        factory=f"{_PACKAGE}._solvers:FrankWolfeSolver",
+        api_version=1,
+    )
+    yield SolverSpec(
+        name="native",
+        problem="conflict_averse",
+        summary="Exact and scale-free, by LCPs for the level of improvement, in numpy.",
+        factory=f"{_PACKAGE}._solvers:NativeConflictAverseSolver",
+        api_version=1,
+    )
+    yield SolverSpec(
+        name="native",
+        problem="nash_bargaining",
+        summary="Exact and scale-free, by damped Newton steps in numpy.",
+        factory=f"{_PACKAGE}._solvers:NativeNashBargainingSolver",
         api_version=1,
     )

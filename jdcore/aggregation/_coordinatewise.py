@@ -1,0 +1,100 @@
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from attrs import define, field
+from torch import Tensor
+
+from jdcore.aggregation._differentiation import forbid_differentiation
+from jdcore.aggregation._finite import all_finite, finite_required, nonfinite_rows
+from jdcore.aggregation._row_vectors import check_row_vectors
+from jdcore.errors import NonFiniteError
+from jdcore.validators import boolean, check_blocks, check_matrix
+
+# Entries handled at once: few enough to stay in the cache of a CPU through several passes over
+# them, enough to occupy an accelerator.
+_ENTRIES = {"cpu": 1 << 17}
+_ENTRIES_ELSEWHERE = 1 << 24
+
+
+@define(eq=False)
+class CoordinatewiseAggregator:
+    """
+    Base class of aggregators that treat every column of the Jacobian by itself.
+
+    A subclass is an attrs class (``@define(eq=False)``) that implements :meth:`compute` on some
+    columns and need not think of half precision, of empty or non-finite input, nor of
+    differentiation. Columns come in portions, so memory stays bounded and Jacobians of single
+    parameters are never concatenated. A field whose validator is
+    :func:`jdcore.validators.row_vector` is checked against the rows and the device at each call.
+
+    :param check_finite: Whether NaN or infinite input raises
+        :class:`~jdcore.errors.NonFiniteError` instead of giving a vector of NaN. None means: as the
+        environment variable ``JDCORE_CHECK_FINITE`` says (``1`` raises), else no.
+    """
+
+    check_finite: bool | None = field(default=None, kw_only=True, validator=boolean, repr=False)
+
+    def check_rows(self, m: int) -> None:
+        """
+        Refuse a number of rows for which the method is not defined.
+
+        :param m: Number of rows, at least 1.
+        :raises ParameterError: Never here; subclasses that need it implement this method.
+        """
+
+    def compute(self, columns: Tensor) -> Tensor:
+        """
+        :param columns: Finite Tensor [m, k] of float32 or float64 with m, k >= 1. Must not be
+            modified.
+        :returns: The aggregation of each column, Tensor [k].
+        """
+        raise NotImplementedError
+
+    def __call__(self, matrix: Tensor, /) -> Tensor:
+        """
+        :param matrix: Jacobian, real floating Tensor [m, n].
+        :returns: Update [n], same dtype and device.
+        :raises ParameterError: If the matrix is not a real floating matrix, or an argument of this
+            aggregator does not fit it.
+        :raises NonFiniteError: See ``check_finite``.
+        :raises NonDifferentiableError: When differentiating through the aggregation.
+        """
+        check_matrix(matrix)
+        [vector] = self._aggregate([matrix.detach()])
+        return forbid_differentiation(self, matrix, vector)
+
+    def aggregate_blocks(self, blocks: Sequence[Tensor], /) -> tuple[list[Tensor], None]:
+        """
+        Aggregate the Jacobian given as column blocks, without putting them together.
+
+        :param blocks: At least one matrix [m, n1], [m, n2], ...; their dtypes may differ.
+        :returns: Vectors [n1], [n2], ... in the dtypes of the blocks; and None, because the update
+            is not a weighted sum of the rows.
+        :raises ParameterError: If a block is no real floating matrix or the numbers of rows differ.
+        """
+        check_blocks(blocks)
+        return self._aggregate([block.detach() for block in blocks]), None
+
+    def _aggregate(self, blocks: list[Tensor]) -> list[Tensor]:
+        m = blocks[0].shape[0]
+        check_row_vectors(self, m, blocks[0].device)
+        if m == 0:
+            return [block.new_zeros(block.shape[1]) for block in blocks]
+        self.check_rows(m)
+        if not all_finite(blocks):
+            if finite_required(self.check_finite):
+                raise NonFiniteError(nonfinite_rows(blocks))
+            return [block.new_full(block.shape[1:], float("nan")) for block in blocks]
+        return [self._aggregate_block(block) for block in blocks]
+
+    def _aggregate_block(self, block: Tensor) -> Tensor:
+        m, n = block.shape
+        wide = torch.promote_types(block.dtype, torch.float32)
+        vector = block.new_empty(n)
+        step = max(1, _ENTRIES.get(block.device.type, _ENTRIES_ELSEWHERE) // m)
+        for start in range(0, n, step):
+            columns = block[:, start : start + step].to(wide)
+            vector[start : start + step] = self.compute(columns)
+        return vector

@@ -1,0 +1,44 @@
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import attrs
+import torch
+
+from jdcore.errors import ParameterError
+from jdcore.validators import row_vector
+
+
+def check_row_vectors(method: Any, m: int, device: torch.device) -> None:
+    """
+    Refuse an argument with one entry per objective that does not fit the input of a call.
+
+    The arguments are the attrs fields of the method whose validator is
+    :func:`jdcore.validators.row_vector`.
+
+    :param m: Number of objectives of the input.
+    :param device: Device of the input.
+    :raises ParameterError: If the length or the device differs.
+    """
+    cls: Any = type(method)
+    for name in _row_vector_fields(cls):
+        vector = getattr(method, name)
+        if vector is None:
+            continue
+        if len(vector) != m:
+            raise ParameterError(
+                name, f"of length {m}, the number of objectives", f"length {len(vector)}"
+            )
+        if vector.device != device:
+            raise ParameterError(
+                name,
+                f"on {device}, the device of the input",
+                f"a Tensor on {vector.device}",
+                f"Move it: {name}.to({str(device)!r}).",
+            )
+
+
+@cache
+def _row_vector_fields(cls: Any) -> tuple[str, ...]:
+    return tuple(f.name for f in attrs.fields(cls) if f.validator is row_vector)

@@ -1,0 +1,38 @@
+from __future__ import annotations
+
+from typing import Any
+
+from attrs import Attribute, field
+
+from jdcore.errors import ParameterTypeError
+from jdcore.registry import get_solver
+
+
+def solver_field(problem: str) -> Any:
+    """
+    The attrs field ``solver`` of a method that poses a problem.
+
+    It takes the name of a registered backend (``"native"`` by default) or an object with the call
+    of the problem's protocol. A name that is not registered is refused on construction and on every
+    later set; it is the name that is kept, shown and pickled. Use with :func:`find_solver`.
+
+    :param problem: The problem, e.g. ``"dual_cone"``.
+    """
+
+    def validate(_: Any, attribute: Attribute[Any], value: Any) -> None:
+        if not callable(find_solver(problem, value)):
+            raise ParameterTypeError(
+                attribute.name, f"the name of a {problem} solver or such a solver", repr(value)
+            )
+
+    return field(default="native", kw_only=True, validator=validate)
+
+
+def find_solver(problem: str, solver: Any) -> Any:
+    """
+    The solver a ``solver`` field stands for: the object itself, or the backend of that name.
+
+    :raises UnknownNameError: If no backend for this problem has the name.
+    :raises PluginError: If the backend cannot be loaded.
+    """
+    return get_solver(problem, solver) if isinstance(solver, str) else solver

@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from torch import Tensor
+
+from jdcore.autojac import _checks as checks
+from jdcore.autojac._graph import rows_of
+from jdcore.autojac._leaves import reach
+from jdcore.autojac.transform import AccumulateJac, Jac
+from jdcore.errors import ParameterError
+
+
+def backward(
+    tensors: Tensor | Sequence[Tensor],
+    /,
+    *,
+    jac_tensors: Tensor | Sequence[Tensor] | None = None,
+    inputs: Tensor | Iterable[Tensor] | None = None,
+    retain_graph: bool = False,
+    parallel_chunk_size: int | None = None,
+) -> None:
+    """
+    Compute the Jacobian of tensors and accumulate it into the ``.jac`` of the inputs.
+
+    The analogue of :func:`torch.autograd.backward` for several objectives: each element of the
+    tensors is one objective, that is one row. The ``.jac`` of an input of shape S has shape
+    ``[m, *S]``; :func:`~jdcore.autojac.jac_to_grad` turns it into a ``.grad``.
+
+    A tensor that does not require grad (the loss of a task that is absent from the batch) gives
+    zero rows. An input that none of the tensors depends on gets no ``.jac``. Nothing is written
+    if the call fails.
+
+    :param tensors: What to differentiate. All their elements, in order, are the m objectives.
+    :param jac_tensors: Initial Jacobians, one of shape ``[m, *S]`` per tensor of shape S, with the
+        same m: the Jacobian is multiplied by them from the left. By default the identity.
+    :param inputs: Tensors with respect to which to differentiate: leaves, or tensors that retain
+        their gradient. Frozen parameters are skipped. By default all leaves behind ``tensors``.
+    :param retain_graph: Whether to keep the graph for another differentiation. Otherwise it is
+        freed after the last row, whatever the chunk size.
+    :param parallel_chunk_size: How many rows to differentiate at once (by vmap), 1 meaning one by
+        one. None lets the library choose what is fast and works.
+    :raises ParameterError: If an argument does not fit; see its message.
+
+    >>> import torch
+    >>> from jdcore.autojac import backward, jac_to_grad
+    >>> w = torch.tensor([1.0, 2.0], requires_grad=True)
+    >>> backward([w.sum(), (w**2).sum()])
+    >>> w.jac
+    tensor([[1., 1.],
+            [2., 4.]])
+    """
+    outputs = checks.tensor_list(tensors, "tensors")
+    checks.check_outputs(outputs, "tensors")
+    initial = checks.initial_jacobians(jac_tensors, outputs, "jac_tensors")
+    checks.check_flag(retain_graph, "retain_graph")
+    checks.check_chunk_size(parallel_chunk_size)
+    targets = _reached(outputs, inputs)
+    m = len(initial[0]) if initial else sum(output.numel() for output in outputs)
+    for target in targets:
+        checks.check_jac_field(target, m)
+    jac = Jac(outputs, targets, retain_graph=retain_graph, chunk_size=parallel_chunk_size)
+    graph = rows_of(outputs, initial) >> jac >> AccumulateJac(targets)
+    graph()
+
+
+def _reached(outputs: list[Tensor], inputs: Tensor | Iterable[Tensor] | None) -> list[Tensor]:
+    found = reach(outputs)
+    if inputs is None:
+        targets = list(found.leaves)
+        checks.check_real(targets, "inputs")
+    else:
+        given = checks.trainable(checks.tensor_list(inputs, "inputs"), "inputs")
+        checks.check_accumulates(given, "inputs")
+        targets = [tensor for tensor in given if found.reaches(tensor)]
+    if not targets:
+        raise ParameterError(
+            "inputs", "tensors that require grad and that `tensors` depend on", "none"
+        )
+    return targets

@@ -1,0 +1,269 @@
+from __future__ import annotations
+
+import numbers
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from jdcore.autojac._fields import get_jac
+from jdcore.errors import ParameterError, ParameterTypeError
+from jdcore.validators import describe_tensor
+
+
+def tensor_list(value: Tensor | Iterable[Tensor], parameter: str) -> list[Tensor]:
+    """
+    One tensor or several, as a list.
+
+    :raises ParameterTypeError: If it is neither, or something in it is no tensor.
+    :raises ParameterError: If it is empty.
+    """
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, (str, bytes)) or not isinstance(value, Iterable):
+        raise ParameterTypeError(parameter, "a Tensor or a sequence of Tensors", _word(value))
+    tensors = list(value)
+    for i, tensor in enumerate(tensors):
+        if not isinstance(tensor, Tensor):
+            raise ParameterTypeError(f"{parameter}[{i}]", "a Tensor", _word(tensor))
+    if not tensors:
+        raise ParameterError(parameter, "at least one Tensor", "none")
+    return tensors
+
+
+def _word(value: object) -> str:
+    return repr(value) if value is None else describe_tensor(value)
+
+
+def check_outputs(tensors: Sequence[Tensor], parameter: str) -> None:
+    """
+    Check tensors that are to be differentiated.
+
+    :raises ParameterTypeError: If one is not of a real floating dtype.
+    :raises ParameterError: If they repeat, hold no element, or none of them requires grad.
+    """
+    check_real(tensors, parameter)
+    check_distinct(tensors, parameter)
+    if all(tensor.numel() == 0 for tensor in tensors):
+        raise ParameterError(parameter, "tensors with at least one element", "empty tensors")
+    if not any(tensor.requires_grad for tensor in tensors):
+        raise ParameterError(
+            parameter,
+            "tensors of which at least one requires grad",
+            describe_all(tensors) + " without grad_fn",
+            "Were they computed under torch.no_grad(), detached, or from frozen parameters only?",
+        )
+
+
+def check_real(tensors: Sequence[Tensor], parameter: str) -> None:
+    """
+    Check dtypes.
+
+    :raises ParameterTypeError: If a tensor is not of a real floating dtype.
+    """
+    for i, tensor in enumerate(tensors):
+        if not tensor.is_floating_point():
+            raise ParameterTypeError(
+                f"{parameter}[{i}]", "of a real floating dtype", describe_tensor(tensor)
+            )
+
+
+def check_distinct(tensors: Sequence[Tensor], parameter: str) -> None:
+    """
+    Check that no tensor comes twice.
+
+    :raises ParameterError: Naming the first repetition.
+    """
+    first: dict[Tensor, int] = {}
+    for i, tensor in enumerate(tensors):
+        if tensor in first:
+            raise ParameterError(
+                parameter,
+                "distinct tensors",
+                f"the same one at positions {first[tensor]} and {i}",
+                "If an objective is really meant twice, give a copy: tensor.clone().",
+            )
+        first[tensor] = i
+
+
+def trainable(tensors: Iterable[Tensor], parameter: str) -> list[Tensor]:
+    """
+    The distinct tensors among those given, without frozen parameters.
+
+    :raises ParameterTypeError: If a tensor is not of a real floating dtype.
+    :raises ParameterError: If a tensor that is not an ``nn.Parameter`` does not require grad.
+    """
+    given = list(tensors)
+    check_real(given, parameter)
+    for i, tensor in enumerate(given):
+        if not tensor.requires_grad and not isinstance(tensor, torch.nn.Parameter):
+            raise ParameterError(
+                f"{parameter}[{i}]",
+                "a tensor that requires grad",
+                describe_tensor(tensor) + " that does not",
+            )
+    return [tensor for tensor in dict.fromkeys(given) if tensor.requires_grad]
+
+
+def check_accumulates(tensors: Sequence[Tensor], parameter: str) -> None:
+    """
+    Check that tensors keep what is accumulated into them.
+
+    :raises ParameterError: If a tensor is neither a leaf nor retains its gradient.
+    """
+    for i, tensor in enumerate(tensors):
+        if not (tensor.is_leaf or tensor.retains_grad):
+            raise ParameterError(
+                f"{parameter}[{i}]",
+                "a leaf, or a tensor that retains its gradient",
+                describe_tensor(tensor) + f" computed by {_operation(tensor)}",
+                "Call .retain_grad() on it before, or use jac to get its Jacobian directly.",
+            )
+
+
+def check_jac_field(tensor: Tensor, m: int) -> None:
+    """
+    Check that m rows can be added to the ``.jac`` of a tensor.
+
+    :raises ParameterError: If there is a ``.jac`` of another shape, dtype or device.
+    """
+    present = get_jac(tensor)
+    if present is None:
+        return
+    fits = (
+        isinstance(present, Tensor)
+        and present.shape == (m, *tensor.shape)
+        and present.dtype == tensor.dtype
+        and present.device == tensor.device
+    )
+    if not fits:
+        raise ParameterError(
+            ".jac",
+            f"of shape {[m, *tensor.shape]}, {str(tensor.dtype).removeprefix('torch.')} and on "
+            f"{tensor.device} for {m} rows to be added to it",
+            describe_tensor(present),
+            "Aggregate or delete the .jac of earlier calls first (jac_to_grad frees it).",
+        )
+
+
+def check_grad_field(tensor: Tensor) -> None:
+    """
+    Check that a gradient can be added to the ``.grad`` of a tensor.
+
+    :raises ParameterError: If there is a ``.grad`` that is not a dense tensor of the same shape.
+    """
+    if tensor.grad is not None and tensor.grad.layout != torch.strided:
+        raise ParameterError(".grad", "None or a dense tensor", f"a {tensor.grad.layout} tensor")
+
+
+def check_chunk_size(value: int | None) -> None:
+    """
+    Check ``parallel_chunk_size``.
+
+    :raises ParameterError: If it is neither None nor a positive int.
+    """
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise ParameterTypeError("parallel_chunk_size", "an int or None", repr(value))
+    if value < 1:
+        raise ParameterError(
+            "parallel_chunk_size", ">= 1 or None", value, "None lets the library choose."
+        )
+
+
+def check_flag(value: bool, parameter: str) -> None:
+    """
+    Check a switch.
+
+    :raises ParameterTypeError: If it is not a bool.
+    """
+    if not isinstance(value, bool):
+        raise ParameterTypeError(parameter, "a bool", repr(value))
+
+
+def initial_jacobians(
+    value: Tensor | Sequence[Tensor] | None, outputs: Sequence[Tensor], parameter: str
+) -> list[Tensor] | None:
+    """
+    The initial Jacobians as a list, checked against the outputs.
+
+    :raises ParameterTypeError: If they are not tensors of a real floating dtype.
+    :raises ParameterError: If their count, shapes, devices or numbers of rows do not fit.
+    """
+    if value is None:
+        return None
+    jacobians = tensor_list(value, parameter)
+    check_real(jacobians, parameter)
+    _check_count(jacobians, outputs, parameter)
+    m = jacobians[0].shape[0] if jacobians[0].ndim else 0
+    for i, (jacobian, output) in enumerate(zip(jacobians, outputs, strict=True)):
+        if jacobian.ndim == 0 or jacobian.shape[1:] != output.shape:
+            expected = f"of shape {['m', *output.shape]}".replace("'", "")
+            raise ParameterError(f"{parameter}[{i}]", expected, describe_tensor(jacobian))
+        if len(jacobian) != m:
+            raise ParameterError(
+                f"{parameter}[{i}]",
+                f"of {m} rows, as {parameter}[0]",
+                f"{len(jacobian)} rows",
+            )
+        _check_device(jacobian, output, f"{parameter}[{i}]")
+    if m == 0:
+        raise ParameterError(parameter, "of at least one row", "0 rows")
+    return jacobians
+
+
+def initial_gradients(
+    value: Tensor | Sequence[Tensor] | None, outputs: Sequence[Tensor], parameter: str
+) -> list[Tensor] | None:
+    """
+    The initial gradients as a list, checked against the outputs.
+
+    :raises ParameterTypeError: If they are not tensors of a real floating dtype.
+    :raises ParameterError: If their count, shapes or devices do not fit, or they are left out
+        although an output is not a scalar.
+    """
+    if value is None:
+        for i, output in enumerate(outputs):
+            if output.numel() != 1:
+                raise ParameterError(
+                    f"tensors[{i}]",
+                    f"a scalar, or come with `{parameter}`",
+                    describe_tensor(output),
+                    "Reduce it to one loss per task, or say how its elements count.",
+                )
+        return None
+    gradients = tensor_list(value, parameter)
+    check_real(gradients, parameter)
+    _check_count(gradients, outputs, parameter)
+    for i, (gradient, output) in enumerate(zip(gradients, outputs, strict=True)):
+        if gradient.shape != output.shape:
+            expected = f"of shape {list(output.shape)}, as its tensor"
+            raise ParameterError(f"{parameter}[{i}]", expected, describe_tensor(gradient))
+        _check_device(gradient, output, f"{parameter}[{i}]")
+    return gradients
+
+
+def _check_count(values: Sequence[Tensor], outputs: Sequence[Tensor], parameter: str) -> None:
+    if len(values) != len(outputs):
+        raise ParameterError(
+            parameter, f"{len(outputs)} tensors, one for each to differentiate", len(values)
+        )
+
+
+def _check_device(value: Tensor, output: Tensor, parameter: str) -> None:
+    if value.device != output.device:
+        raise ParameterError(
+            parameter, f"on {output.device}, as its tensor", f"a tensor on {value.device}"
+        )
+
+
+def describe_all(tensors: Sequence[Tensor]) -> str:
+    """A short phrase for one or several tensors."""
+    if len(tensors) == 1:
+        return describe_tensor(tensors[0])
+    return f"{len(tensors)} tensors"
+
+
+def _operation(tensor: Tensor) -> str:
+    return "nothing" if tensor.grad_fn is None else tensor.grad_fn.name()

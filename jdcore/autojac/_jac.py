@@ -1,0 +1,74 @@
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from torch import Tensor
+
+from jdcore.autojac import _checks as checks
+from jdcore.autojac._graph import rows_of
+from jdcore.autojac._leaves import reach
+from jdcore.autojac.transform import Jac
+from jdcore.errors import ParameterError
+from jdcore.validators import describe_tensor
+
+
+def jac(
+    outputs: Tensor | Sequence[Tensor],
+    /,
+    inputs: Tensor | Iterable[Tensor] | None = None,
+    *,
+    jac_outputs: Tensor | Sequence[Tensor] | None = None,
+    retain_graph: bool = False,
+    parallel_chunk_size: int | None = None,
+) -> tuple[Tensor, ...]:
+    """
+    Compute and return the Jacobian of the outputs with respect to the inputs.
+
+    The analogue of :func:`torch.autograd.grad` for several objectives: nothing is accumulated, no
+    field of any tensor changes. The Jacobian with respect to an input that the outputs do not
+    depend on is zero. Calls compose by the chain rule through ``jac_outputs``.
+
+    :param outputs: What to differentiate. All their elements, in order, are the m objectives.
+    :param inputs: Tensors that require grad, leaves or not. By default all leaves behind
+        ``outputs``.
+    :param jac_outputs: Initial Jacobians, one of shape ``[m, *S]`` per output of shape S, with the
+        same m: the Jacobian is multiplied by them from the left. By default the identity.
+    :param retain_graph: Whether to keep the graph for another differentiation.
+    :param parallel_chunk_size: How many rows to differentiate at once (by vmap), 1 meaning one by
+        one. None lets the library choose what is fast and works.
+    :returns: One Jacobian of shape ``[m, *S]`` per input of shape S.
+    :raises ParameterError: If an argument does not fit; see its message.
+
+    >>> import torch
+    >>> from jdcore.autojac import jac
+    >>> x = torch.tensor([1.0, 2.0], requires_grad=True)
+    >>> y = x**2
+    >>> jac(y, x)
+    (tensor([[2., 0.],
+            [0., 4.]]),)
+    """
+    differentiated = checks.tensor_list(outputs, "outputs")
+    checks.check_outputs(differentiated, "outputs")
+    initial = checks.initial_jacobians(jac_outputs, differentiated, "jac_outputs")
+    checks.check_flag(retain_graph, "retain_graph")
+    checks.check_chunk_size(parallel_chunk_size)
+    targets = _targets(differentiated, inputs)
+    step = Jac(differentiated, targets, retain_graph=retain_graph, chunk_size=parallel_chunk_size)
+    graph = rows_of(differentiated, initial) >> step
+    results = graph()
+    return tuple(results[target] for target in targets)
+
+
+def _targets(outputs: Sequence[Tensor], inputs: Tensor | Iterable[Tensor] | None) -> list[Tensor]:
+    targets = (
+        list(reach(outputs).leaves) if inputs is None else checks.tensor_list(inputs, "inputs")
+    )
+    checks.check_real(targets, "inputs")
+    for i, target in enumerate(targets):
+        if not target.requires_grad:
+            raise ParameterError(
+                f"inputs[{i}]",
+                "a tensor that requires grad",
+                describe_tensor(target) + " that does not",
+            )
+    return targets

@@ -1,0 +1,10 @@
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+
+
+def as_matrix(jacobian: Tensor) -> Tensor:
+    """View a Jacobian of shape ``[m, *S]`` as a matrix [m, n]; S may be empty or hold zeros."""
+    return jacobian.reshape(len(jacobian), math.prod(jacobian.shape[1:]))

@@ -1,0 +1,99 @@
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from attrs import frozen
+from torch import Tensor
+
+from jdcore.errors import UnsolvedWarning
+from jdcore.registry import registry
+from jdcore.spec import AggregatorSpec, Property
+from jdcore.testing.families import FAMILIES, family
+
+_SIZES = (2, 3, 5, 8)
+_COLUMNS = 40
+
+
+class ConformanceError(AssertionError):
+    """A method breaks a law of the contract, or a property its spec declares."""
+
+
+@frozen
+class Case:
+    """One method under test: makes fresh instances and matrices to call them on."""
+
+    name: str
+
+    @property
+    def spec(self) -> AggregatorSpec:
+        spec: AggregatorSpec = registry.aggregator(self.name).spec
+        return spec
+
+    @property
+    def rows(self) -> int:
+        """A number of rows the method is defined for, with its example arguments."""
+        return max(4, self.spec.min_rows)
+
+    def make(self, m: int, arguments: Mapping[str, Any] | None = None, seed: int = 0) -> Any:
+        """A new aggregator for m rows, seeded if the method is stochastic."""
+        return self._construct(registry.aggregator_class(self.name), m, arguments or {}, seed)
+
+    def make_weighting(
+        self, m: int, arguments: Mapping[str, Any] | None = None, seed: int = 0
+    ) -> Any:
+        """A new weighting for m rows, seeded if the method is stochastic."""
+        return self._construct(registry.weighting_class(self.name), m, arguments or {}, seed)
+
+    def _construct(self, cls: type, m: int, arguments: Mapping[str, Any], seed: int) -> Any:
+        seeded = {"generator": torch.Generator().manual_seed(seed)} if self.spec.stochastic else {}
+        return cls(**{**self.spec.example(m), **seeded, **arguments})
+
+    def declares(self, prop: Property) -> bool:
+        return prop in self.spec.properties
+
+    def matrices(self, *families: str) -> Iterator[tuple[str, Tensor]]:
+        """Matrices of all (or the given) families in several sizes, float64, with their labels."""
+        for name in families or FAMILIES:
+            for m in _SIZES:
+                if m >= self.spec.min_rows:
+                    generator = torch.Generator().manual_seed(m)
+                    yield f"{name} {m}x{_COLUMNS}", family(name, m, _COLUMNS, generator=generator)
+
+    def gauss(self, m: int | None = None, n: int = _COLUMNS, seed: int = 0) -> Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randn(self.rows if m is None else m, n, generator=generator).double()
+
+
+def call(function: Any, matrix: Tensor) -> Tensor:
+    """Call a method; being told that a problem is ill-posed is no failure of the method."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UnsolvedWarning)
+        result: Tensor = function(matrix)
+    return result
+
+
+def demand(condition: bool, message: str) -> None:
+    """
+    State a law.
+
+    :raises ConformanceError: If the condition does not hold.
+    """
+    if not condition:
+        raise ConformanceError(message)
+
+
+def demand_close(actual: Tensor, expected: Tensor, tolerance: float, message: str) -> None:
+    """
+    Demand that two tensors agree up to a tolerance relative to the largest expected entry.
+
+    :raises ConformanceError: If they do not, with the error found.
+    """
+    demand(actual.shape == expected.shape, f"{message}: shapes {actual.shape}, {expected.shape}")
+    if not expected.numel():
+        return
+    scale = float(expected.abs().max())
+    error = float((actual.double() - expected.double()).abs().max())
+    demand(error <= tolerance * scale, f"{message}: error {error:.1e} at scale {scale:.1e}")

@@ -1,0 +1,171 @@
+"""The laws of :class:`jdcore.Aggregator` and :class:`jdcore.Weighting`, for every method."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from jdcore.errors import NonFiniteError, ParameterError
+from jdcore.protocols import BlockwiseAggregator
+from jdcore.testing._case import Case, call, demand, demand_close
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def keeps_dtype_and_shape(case: Case) -> None:
+    for dtype in DTYPES:
+        matrix = case.gauss().to(dtype)
+        vector = call(case.make(case.rows), matrix)
+        demand(vector.dtype == dtype, f"{dtype} in, {vector.dtype} out")
+        demand(vector.shape == matrix.shape[1:], f"shape {vector.shape} for {matrix.shape}")
+        demand(bool(torch.isfinite(vector).all()), f"not finite in {dtype}")
+
+
+def agrees_between_dtypes(case: Case) -> None:
+    for dtype in DTYPES[:3]:
+        matrix = case.gauss().to(dtype)
+        narrow = call(case.make(case.rows), matrix)
+        wide = call(case.make(case.rows), matrix.double())
+        tolerance = 8 * torch.finfo(dtype).eps
+        demand_close(
+            narrow, wide.to(dtype), tolerance, f"{dtype} against float64 of the same input"
+        )
+
+
+def leaves_its_input_alone(case: Case) -> None:
+    matrix = case.gauss()
+    copy = matrix.clone()
+    call(case.make(case.rows), matrix)
+    demand(torch.equal(matrix, copy), "the matrix was modified")
+
+
+def handles_no_rows(case: Case) -> None:
+    vector = call(case.make(0), torch.zeros(0, 3))
+    demand(torch.equal(vector, torch.zeros(3)), f"{vector} for a matrix without rows")
+
+
+def handles_no_columns(case: Case) -> None:
+    vector = call(case.make(case.rows), torch.zeros(case.rows, 0))
+    demand(vector.shape == (0,), f"{vector} for a matrix without columns")
+
+
+def handles_degenerate_rows(case: Case) -> None:
+    matrix = case.gauss()
+    duplicate, opposite, one_zero = matrix.clone(), matrix.clone(), matrix.clone()
+    duplicate[1] = matrix[0]
+    opposite[1] = -matrix[0]
+    one_zero[1] = 0.0
+    degenerate = {
+        "duplicate rows": duplicate,
+        "opposite rows": opposite,
+        "a zero row": one_zero,
+        "equal rows": matrix[:1].expand_as(matrix),
+        "a single column": matrix[:, :1],
+    }
+    for label, example in degenerate.items():
+        vector = call(case.make(case.rows), example)
+        demand(bool(torch.isfinite(vector).all()), f"{vector} for {label}")
+    zero = call(case.make(case.rows), torch.zeros_like(matrix))
+    demand(not zero.any(), f"{zero} for the zero matrix")
+
+
+def handles_one_row(case: Case) -> None:
+    if case.spec.min_rows > 1:
+        return
+    vector = call(case.make(1), case.gauss(1))
+    demand(bool(torch.isfinite(vector).all()), f"{vector} for a single row")
+
+
+def refuses_too_few_rows(case: Case) -> None:
+    for m in range(1, case.spec.min_rows):
+        _demand_refusal(case, case.gauss(m), f"{m} rows, fewer than min_rows")
+
+
+def refuses_malformed_matrices(case: Case) -> None:
+    matrix = case.gauss()
+    malformed = {
+        "a vector": matrix[0],
+        "a three-dimensional tensor": matrix[None],
+        "an integer matrix": matrix.long(),
+        "a complex matrix": matrix.to(torch.complex64),
+        "a list": matrix.tolist(),
+    }
+    for label, example in malformed.items():
+        _demand_refusal(case, example, label)
+
+
+def _demand_refusal(case: Case, matrix: object, label: str) -> None:
+    try:
+        case.make(case.rows)(matrix)
+    except ParameterError:
+        return
+    demand(False, f"{label} should raise a ParameterError")
+
+
+def gives_nan_for_nonfinite_input(case: Case) -> None:
+    for value in (float("nan"), float("inf"), -float("inf")):
+        matrix = _with_entry(case, value)
+        vector = call(case.make(case.rows), matrix)
+        demand(bool(vector.isnan().all()), f"{vector} for a matrix with {value}")
+
+
+def raises_for_nonfinite_input_when_asked(case: Case) -> None:
+    try:
+        case.make(case.rows, {"check_finite": True})(_with_entry(case, float("nan")))
+    except NonFiniteError as error:
+        demand(error.rows == (1,), f"row 1 holds the NaN, but {error.rows} are named")
+        return
+    demand(False, "check_finite=True should raise a NonFiniteError")
+
+
+def _with_entry(case: Case, value: float) -> Tensor:
+    matrix = case.gauss()
+    matrix[1, 2] = value
+    return matrix
+
+
+def is_deterministic(case: Case) -> None:
+    matrix = case.gauss().float()
+    first, second = (call(case.make(case.rows, seed=3), matrix) for _ in range(2))
+    demand(torch.equal(first, second), "the same input and generator gave different bits")
+
+
+def gives_the_same_by_blocks(case: Case) -> None:
+    whole = case.make(case.rows)
+    demand(isinstance(whole, BlockwiseAggregator), "there is no aggregate_blocks method")
+    if case.spec.input == "matrix" and case.spec.stochastic:
+        return  # the order in which blocks draw random numbers is not promised
+    matrix = case.gauss()
+    vectors, weights = case.make(case.rows).aggregate_blocks([matrix[:, :7], matrix[:, 7:].float()])
+    expected = call(whole, torch.cat([matrix[:, :7], matrix[:, 7:].float().double()], dim=1))
+    demand_close(torch.cat(vectors), expected, 1e-6, "blocks against the whole matrix")
+    demand(vectors[1].dtype == torch.float32, "a block lost its dtype")
+    demand((weights is None) == (case.spec.input == "matrix"), f"weights are {weights}")
+
+
+def weighting_agrees_with_aggregator(case: Case) -> None:
+    if case.spec.input == "matrix":
+        return
+    matrix = case.gauss()
+    weights = call(case.make_weighting(case.rows), matrix @ matrix.T)
+    expected = call(case.make(case.rows), matrix)
+    demand_close(weights @ matrix, expected, 1e-12, "weights @ J against the aggregator")
+
+
+def weighting_keeps_its_laws(case: Case) -> None:
+    if case.spec.input == "matrix":
+        return
+    matrix = case.gauss()
+    gramian = matrix @ matrix.T
+    for dtype in DTYPES:
+        weights = call(case.make_weighting(case.rows), gramian.to(dtype))
+        demand(weights.dtype == dtype, f"{dtype} in, {weights.dtype} out")
+        demand(weights.shape == (case.rows,), f"weights of shape {weights.shape}")
+    demand(torch.equal(gramian, matrix @ matrix.T), "the Gramian was modified")
+    empty = call(case.make_weighting(0), torch.zeros(0, 0))
+    demand(empty.shape == (0,), f"{empty} for an empty Gramian")
+    try:
+        case.make_weighting(case.rows)(matrix)
+    except ParameterError:
+        return
+    demand(False, "a Gramian that is not square should raise a ParameterError")

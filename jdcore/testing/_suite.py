@@ -1,0 +1,138 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from attrs import frozen
+
+from jdcore._discovery import normalize_distribution
+from jdcore.registry import registry
+from jdcore.spec import Property
+from jdcore.testing import _laws, _lifecycle, _properties
+from jdcore.testing._case import Case, ConformanceError
+
+Check = Callable[[Case], None]
+
+_ALWAYS: tuple[Check, ...] = (
+    _laws.keeps_dtype_and_shape,
+    _laws.agrees_between_dtypes,
+    _laws.leaves_its_input_alone,
+    _laws.handles_no_rows,
+    _laws.handles_no_columns,
+    _laws.handles_one_row,
+    _laws.handles_degenerate_rows,
+    _laws.refuses_too_few_rows,
+    _laws.refuses_malformed_matrices,
+    _laws.gives_nan_for_nonfinite_input,
+    _laws.raises_for_nonfinite_input_when_asked,
+    _laws.is_deterministic,
+    _laws.gives_the_same_by_blocks,
+    _laws.weighting_agrees_with_aggregator,
+    _laws.weighting_keeps_its_laws,
+    _properties.differentiates_as_declared,
+    _lifecycle.describes_itself,
+    _lifecycle.shows_what_you_would_type,
+    _lifecycle.survives_pickling_and_copying,
+    _lifecycle.checks_vectors_against_the_rows,
+    _lifecycle.is_stateful_as_declared,
+    _lifecycle.continues_from_a_saved_state,
+    _lifecycle.resets_to_a_new_object,
+    _lifecycle.keeps_its_state_when_a_call_fails,
+    _lifecycle.refuses_a_foreign_state,
+)
+
+_DECLARED: dict[Property, Check] = {
+    Property.NON_CONFLICTING: _properties.never_conflicts,
+    Property.LINEAR_UNDER_SCALING: _properties.is_linear_under_scaling,
+    Property.STRONGLY_STATIONARY: _properties.stops_only_where_strongly_stationary,
+    Property.PERMUTATION_INVARIANT: _properties.is_permutation_invariant,
+    Property.SCALE_EQUIVARIANT: _properties.is_scale_equivariant,
+}
+
+
+@frozen
+class ConformanceCheck:
+    """
+    One check of one method.
+
+    :param method: Name of the method, plain or ``"distribution:name"``.
+    :param check: What is checked.
+    """
+
+    method: str
+    check: Check
+
+    def __str__(self) -> str:
+        return f"{self.method}-{self.check.__name__}"
+
+    def run(self) -> None:
+        """
+        Run the check.
+
+        :raises ConformanceError: If the method fails it; or if it passes although the spec lists it
+            among ``expected_failures``.
+        """
+        case = Case(self.method)
+        reason = case.spec.expected_failures.get(self.check.__name__)
+        if reason is None:
+            self._attempt(case)
+            return
+        try:
+            self._attempt(case)
+        except ConformanceError:
+            return
+        raise ConformanceError(
+            f"{self} passes, although the spec expects it to fail ({reason}). "
+            "Remove it from expected_failures."
+        )
+
+    def _attempt(self, case: Case) -> None:
+        try:
+            self.check(case)
+        except ConformanceError:
+            raise
+        except Exception as error:
+            raise ConformanceError(f"{type(error).__name__}: {error}") from error
+
+
+def checks_of(name: str) -> list[ConformanceCheck]:
+    """
+    The checks that apply to a method: the laws of the contract and the properties it declares.
+
+    :raises ConformanceError: If its spec expects the failure of a check that does not apply.
+    """
+    spec = Case(name).spec
+    checks = [*_ALWAYS, *(check for p, check in _DECLARED.items() if p in spec.properties)]
+    unknown = set(spec.expected_failures) - {check.__name__ for check in checks}
+    if unknown:
+        raise ConformanceError(f"expected_failures of {name} name no check: {sorted(unknown)}")
+    return [ConformanceCheck(name, check) for check in checks]
+
+
+def conformance_tests(distribution: str) -> Any:
+    """
+    Make a pytest test that runs every check on every method of a distribution.
+
+    One line in a test file is all it takes::
+
+        test_conformance = conformance_tests("my-methods")
+
+    :param distribution: Name of an installed distribution that provides methods.
+    :returns: A parametrized test function.
+    :raises ConformanceError: If the distribution provides no method.
+    """
+    import pytest  # an extra: only this function needs it
+
+    wanted = normalize_distribution(distribution)
+    records = [r for r in registry.records() if r.distribution == wanted]
+    names = [f"{wanted}:{spec.name}" for record in records for spec in record.aggregators]
+    if not names:
+        reasons = "; ".join(r.reason for r in records if r.reason) or "it is not installed"
+        raise ConformanceError(f"{distribution} provides no method: {reasons}")
+    checks = [check for name in names for check in checks_of(name)]
+
+    @pytest.mark.parametrize("check", checks, ids=str)
+    def test_conformance(check: ConformanceCheck) -> None:
+        check.run()
+
+    return test_conformance

@@ -1,0 +1,22 @@
+"""
+Native solvers: exact, scale-free, numpy only.
+
+The dual-cone projection, the min-norm point and the conflict-averse direction all reduce to one
+linear complementarity problem (LCP) with the matrix of cosines of the rows. It is solved along
+separate paths for tiny, small and large problems and for a single right-hand side. Nash bargaining
+is solved by Newton's method.
+"""
+
+from jdplugins.standard._solvers._conflict_averse import NativeConflictAverseSolver
+from jdplugins.standard._solvers._dual_cone import NativeDualConeSolver
+from jdplugins.standard._solvers._frank_wolfe import FrankWolfeSolver
+from jdplugins.standard._solvers._min_norm import NativeMinNormSolver
+from jdplugins.standard._solvers._nash_bargaining import NativeNashBargainingSolver
+
+__all__ = [
+    "FrankWolfeSolver",
+    "NativeConflictAverseSolver",
+    "NativeDualConeSolver",
+    "NativeMinNormSolver",
+    "NativeNashBargainingSolver",
+]

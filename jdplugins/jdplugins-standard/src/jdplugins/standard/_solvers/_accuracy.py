@@ -1,0 +1,82 @@
+"""
+What "solved" means for the linear complementarity problem (LCP) all native solvers share.
+
+Find z >= 0 with ``y = C z + q >= 0`` and ``zᵀ y = 0``, where C [m, m] is positive semi-definite with
+unit diagonal and q [m] is of order one. How far a z is from that is measured by its natural
+residual ``max |min(z, y)|``, relative to ``1 + max z``: even for the exact z, y cannot be computed
+more accurately than about ``m * EPS * (1 + max z)``.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from jdcore.errors import UnsolvedWarning
+
+Floats: TypeAlias = NDArray[np.float64]
+Indices: TypeAlias = NDArray[np.intp]
+Mask: TypeAlias = NDArray[np.bool_]
+
+EPS = 2.0**-52
+
+DELTAS = (1e-8, 1e-11, 1e-13)
+"""
+Proximal terms of the successive levels of a solve.
+
+The first must be this large: with 1e-14, the signs of y are noise on dependent rows, and block
+pivoting needs six times as many steps or does not finish. The bias is removed by refinement, and by
+the later levels where the rows are nearly dependent.
+"""
+
+ROUGH = 1e-11
+"""Relative residual above which a solve is handed to the one-pivot-at-a-time method."""
+
+UNSOLVED = 1e-10
+"""
+Relative residual that is worth a warning.
+
+Rounding C alone explains some ``m * EPS``, four orders less at m = 100; that margin covers solves
+that are as accurate as nearly dependent rows permit.
+"""
+
+
+def pivot_tolerance(m: int) -> float:
+    """Entries of y above minus this (times ``1 + max z``) count as non-negative."""
+    return 16.0 * m * EPS
+
+
+def accepted(m: int) -> float:
+    """Relative residual at which no further level can improve the solution."""
+    return 6.0 * m * EPS
+
+
+def natural_residual(C: Floats, Q: Floats, Z: Floats) -> Floats:
+    """
+    Natural residual of each row.
+
+    :param C: Matrix [m, m].
+    :param Q: Vectors q, one per row [k, m] (or a single one [m]).
+    :param Z: Candidate solutions, same shape.
+    :returns: ``max |min(z, C z + q)|`` of each row [k] (or a single number).
+    """
+    Y = Z @ C
+    Y += Q
+    np.minimum(Z, Y, out=Y)
+    residual: Floats = np.abs(Y, out=Y).max(axis=-1)
+    return residual
+
+
+def relative_residual(C: Floats, Q: Floats, Z: Floats) -> Floats:
+    """:func:`natural_residual` relative to ``1 + max z`` of each row."""
+    relative: Floats = natural_residual(C, Q, Z) / (1.0 + Z.max(axis=-1))
+    return relative
+
+
+def warn_if_unsolved(problem: str, residual: float, limit: float = UNSOLVED) -> None:
+    """Emit an :class:`~jdcore.errors.UnsolvedWarning` if the residual exceeds the limit."""
+    if residual > limit:
+        warnings.warn(UnsolvedWarning(problem, residual), stacklevel=4)

@@ -1,0 +1,170 @@
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from attrs import define, frozen
+
+from jdcore.linalg import equilibrate
+from jdplugins.standard._solvers._accuracy import (
+    EPS,
+    Floats,
+    Mask,
+    relative_residual,
+    warn_if_unsolved,
+)
+from jdplugins.standard._solvers._min_norm import shortest
+from jdplugins.standard._solvers._single import solve_single
+
+_MAX_LEVELS = 60
+_STATIONARY = 256.0 * EPS
+
+
+@frozen
+class NativeConflictAverseSolver:
+    """
+    Exact direction of the best worst case; the native solver of ``problem="conflict_averse"``.
+
+    The solution is ``d = g0 + Jᵀ v`` with v >= 0, where ``g_i · d >= l`` with equality wherever
+    v_i > 0, and ``‖Jᵀ v‖ = c ‖g0‖``. For a given level l this is an LCP. The norm of its ``Jᵀ v``
+    grows with l, and for a given passive set it is a closed formula of l, so the level is found in
+    a few steps. Where zero lies in the convex hull of the rows (a Pareto-stationary point) and the
+    projection of g0 onto the dual cone lies in the ball, that projection is the answer.
+
+    A solution comes with an :class:`~jdcore.errors.UnsolvedWarning` where its duality gap exceeds
+    1e-6 of ``‖g0‖ min ‖g_i‖ max(1, c)``: the level, unlike the projections, is known to half of the
+    digits only where rows are nearly opposite.
+    """
+
+    def __call__(self, gramian: Floats, c: float, /) -> Floats:
+        """
+        :param gramian: Finite Gramian [m, m].
+        :param c: Radius of the ball relative to the norm of g0, >= 0.
+        :returns: Weights w [m], ``>= 1 / m`` up to rounding.
+        """
+        m = len(gramian)
+        weights = np.full(m, 1.0 / m)
+        cosines, norms, inverses = equilibrate(gramian)
+        largest = norms.max()
+        if c == 0.0 or largest == 0.0:
+            return weights
+        mean = norms / (largest * m)
+        towards = cosines @ mean
+        length = math.sqrt(max(float(mean @ towards), 0.0))
+        if length <= math.sqrt(m * EPS):  # zero to working precision: the ball is a point
+            return weights
+        rows = np.flatnonzero(norms)  # the zero rows constrain nothing
+        unit = 1.0 / (max(1.0, c) * length)
+        problem = _Levels(
+            cosines[np.ix_(rows, rows)],
+            norms[rows].min() * inverses[rows],
+            towards[rows] * unit,
+            c * length * unit,
+        )
+        weights[rows] += problem.solve() * (largest / unit) * inverses[rows]
+        return weights
+
+
+class _Levels:
+    """
+    The problem in unit rows, lengths being relative to ``max(1, c) ‖g0‖``.
+
+    :param C: Cosines [m, m].
+    :param a: ``min(d) / d`` for the row norms d [m]: the level of row i is ``l * a_i``.
+    :param b: Inner products of the unit rows with g0 [m].
+    :param radius: Radius of the ball.
+    """
+
+    def __init__(self, C: Floats, a: Floats, b: Floats, radius: float) -> None:
+        self.C, self.a, self.b, self.radius = C, a, b, radius
+
+    def solve(self) -> Floats:
+        """The v of ``d = g0 + Jᵀ v`` [m]."""
+        v, excess = self._at(0.0, None)
+        if abs(excess) <= 1e-9:
+            return v / (1.0 + excess)
+        if excess > 0.0:
+            lowest = min(float((self.b / self.a).min()), 0.0)  # v is zero there
+            return self._search(_Bracket(lowest, 0.0, -1.0, excess), v > 0.0)
+        if self._stationary():
+            return v
+        uppermost = (self.b + self.radius) / self.a
+        passive = v > 0.0
+        if not passive.any():
+            passive[int(uppermost.argmin())] = True
+        return self._search(_Bracket(0.0, float(uppermost.min()), excess, math.inf), passive)
+
+    def _at(self, level: float, passive: Mask | None) -> tuple[Floats, float]:
+        """The v of a level, and by how much the norm of its ``Jᵀ v`` exceeds the radius."""
+        v, _ = solve_single(self.C, self.b - level * self.a, passive)
+        norm = math.sqrt(max(float(v @ (self.C @ v)), 0.0))
+        return v, norm / self.radius - 1.0
+
+    def _stationary(self) -> bool:
+        """Whether zero is in the convex hull of the rows, to working precision."""
+        z = shortest(self.C, self.a)
+        squared = float(z @ (self.C @ z)) / float(self.a @ z) ** 2
+        return squared <= _STATIONARY * len(z)
+
+    def _search(self, bracket: _Bracket, passive: Mask) -> Floats:
+        """Find the level where the norm is the radius."""
+        level = bracket.clip(self._level_of(passive))
+        for _ in range(_MAX_LEVELS):
+            before = passive
+            v, excess = self._at(level, before)
+            passive = v > 0.0
+            same = bool((passive == before).all())
+            if abs(excess) <= (1e-8 if same else 1e-14) or not bracket.tighten(level, excess):
+                break
+            # A closed formula that was wrong for its own passive set suffers from rounding.
+            level = bracket.interpolate() if same else bracket.clip(self._level_of(passive))
+        if excess > -1.0:
+            v /= 1.0 + excess
+        residual = relative_residual(self.C, self.b - level * self.a, v)
+        warn_if_unsolved("conflict_averse", float(residual))
+        return v
+
+    def _level_of(self, passive: Mask) -> float:
+        """The level at which the norm is the radius, if the passive set is that; else NaN."""
+        indices = passive.nonzero()[0]
+        if indices.size == 0:
+            return math.nan
+        a, b = self.a[indices], self.b[indices]
+        block = self.C[indices[:, None], indices]
+        block.flat[:: len(indices) + 1] += 1e-14
+        solved = np.linalg.solve(block, np.stack([a, b], axis=1))
+        aa, ab, bb = float(a @ solved[:, 0]), float(a @ solved[:, 1]), float(b @ solved[:, 1])
+        discriminant = ab * ab - aa * (bb - self.radius * self.radius)
+        return (ab + math.sqrt(discriminant)) / aa if discriminant >= 0.0 else math.nan
+
+
+@define
+class _Bracket:
+    """An interval that holds a root of a growing function, with its values at both ends."""
+
+    low: float
+    high: float
+    below: float
+    above: float
+
+    def clip(self, guess: float) -> float:
+        """A guess moved to the interval if it is just outside, replaced if it is far from it."""
+        near = 1e-9 * max(abs(self.low), abs(self.high))
+        if self.low - near <= guess <= self.high + near:
+            return min(max(guess, self.low), self.high)
+        return self.interpolate()
+
+    def interpolate(self) -> float:
+        """The next guess by the Illinois variant of false position."""
+        if not math.isfinite(self.above):
+            return 0.5 * (self.low + self.high)
+        guess = self.low - self.below * (self.high - self.low) / (self.above - self.below)
+        return min(max(guess, self.low), self.high)
+
+    def tighten(self, at: float, value: float) -> bool:
+        """Replace an end; the result says whether there is room left between the ends."""
+        if value > 0.0:
+            self.high, self.above, self.below = at, value, 0.5 * self.below
+        else:
+            self.low, self.below, self.above = at, value, 0.5 * self.above
+        return self.high - self.low > 2.0 * EPS * max(abs(self.low), abs(self.high))

@@ -1,0 +1,84 @@
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from attrs import frozen
+
+from jdcore.linalg import equilibrate
+from jdplugins.standard._solvers._accuracy import Floats, warn_if_unsolved
+from jdplugins.standard._solvers._single import solve_single
+from jdplugins.standard._solvers._tiny import solve_tiny
+
+_TINY = 8
+
+
+@frozen
+class NativeMinNormSolver:
+    """
+    Exact min-norm point of the convex hull; the native solver of ``problem="min_norm"``.
+
+    With C the cosines, D the row norms d and ``a = min(d) / d``, the weights are ``a z / sum(a z)``
+    for the z >= 0 that minimises ``zᵀ C z + (1 - aᵀ z)²``. That is an LCP whose entries are of
+    order one whatever the scales of the rows.
+
+    A solution comes with an :class:`~jdcore.errors.UnsolvedWarning` where the natural residual of
+    this LCP exceeds 1e-10 of ``1 + max z``.
+    """
+
+    def __call__(self, gramian: Floats, /) -> Floats:
+        """
+        :param gramian: Finite Gramian [m, m].
+        :returns: Weights w [m], >= 0, of sum one; equal on the zero rows if there are any.
+        """
+        m = len(gramian)
+        zero = np.diagonal(gramian) <= 0.0
+        if zero.any():
+            return zero / np.count_nonzero(zero)
+        if m == 2:
+            return _shortest_of_two(gramian.tolist())
+        if m <= _TINY:
+            tiny = _shortest_tiny(gramian.tolist())
+            if tiny is not None:
+                return np.array(tiny)
+        cosines, norms, inverses = equilibrate(gramian)
+        ratios = norms.min() * inverses
+        z = shortest(cosines, ratios)
+        weights = z * ratios
+        weights /= weights.sum()
+        return weights
+
+
+def shortest(cosines: Floats, ratios: Floats) -> Floats:
+    """The z of the class docstring, for rows that are not zero."""
+    z, residual = solve_single(cosines + np.multiply.outer(ratios, ratios), -ratios)
+    warn_if_unsolved("min_norm", residual)
+    return z
+
+
+def _shortest_of_two(gramian: list[list[float]]) -> Floats:
+    (g00, g01), (_, g11) = gramian
+    w0, w1 = max(g11 - g01, 0.0), max(g00 - g01, 0.0)
+    total = w0 + w1
+    if total == 0.0:  # the rows are equal
+        return np.array([0.5, 0.5])
+    return np.array([w0 / total, w1 / total])
+
+
+def _shortest_tiny(G: list[list[float]]) -> list[float] | None:
+    norms = [math.sqrt(row[i]) for i, row in enumerate(G)]
+    shortest_row = min(norms)
+    a = [shortest_row / norm for norm in norms]
+    # This path wants a unit diagonal: scale 1 + a² away.
+    e = [1.0 / math.sqrt(1.0 + x * x) for x in a]
+    indices = range(len(G))
+    C = [
+        [(G[i][j] / (norms[i] * norms[j]) + a[i] * a[j]) * e[i] * e[j] for j in indices]
+        for i in indices
+    ]
+    z = solve_tiny(C, [-x * y for x, y in zip(a, e, strict=True)])
+    if z is None:
+        return None
+    weights = [x * y * t for x, y, t in zip(a, e, z, strict=True)]
+    total = sum(weights)
+    return [w / total for w in weights]

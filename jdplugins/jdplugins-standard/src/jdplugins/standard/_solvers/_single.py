@@ -1,0 +1,108 @@
+"""
+The LCP for one right-hand side: the proximal block pivoting of the dense path, without its batches.
+
+Only the passive block of C is factorised, and a good guess of the passive set saves pivots.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from jdplugins.standard._solvers._accuracy import (
+    DELTAS,
+    ROUGH,
+    Floats,
+    Indices,
+    Mask,
+    accepted,
+    pivot_tolerance,
+    relative_residual,
+)
+from jdplugins.standard._solvers._goldfarb import solve_goldfarb_idnani
+
+_CREDIT = 3  # block exchanges that may fail to reduce the infeasibilities
+_FIRST_PIVOTS = 30
+_LATER_PIVOTS = 6
+_REFINEMENTS = 2
+
+
+def solve_single(C: Floats, q: Floats, passive: Mask | None = None) -> tuple[Floats, float]:
+    """
+    Solve one LCP.
+
+    :param C: Positive semi-definite matrix [m, m] with a diagonal of order one.
+    :param q: Vector [m].
+    :param passive: Where z is expected to be positive [m], if that is known roughly.
+    :returns: z [m] and its natural residual relative to ``1 + max z``.
+    """
+    m = len(q)
+    F = q < -pivot_tolerance(m) if passive is None else passive
+    z = np.zeros(m)
+    residual = max(0.0, -float(q.min()))
+    if residual <= pivot_tolerance(m) and not F.any():
+        return z, residual
+    for level, delta in enumerate(DELTAS):
+        limit = _LATER_PIVOTS if level else _FIRST_PIVOTS
+        candidate, F = _pivot(C, q, z, F, delta, limit)
+        achieved = float(relative_residual(C, q, candidate))
+        previous = residual
+        if achieved < residual:
+            z, residual = candidate, achieved
+        if residual <= accepted(m) or (residual <= ROUGH and achieved > 0.1 * previous):
+            break
+    if residual > ROUGH:
+        z, residual = rescue(C, q, z, residual)
+    return z, residual
+
+
+def rescue(C: Floats, q: Floats, z: Floats, residual: float) -> tuple[Floats, float]:
+    """The better of a solution and that of the one-pivot-at-a-time method, with its residual."""
+    slow = solve_goldfarb_idnani(C, q)
+    if slow is None:
+        return z, residual
+    achieved = float(relative_residual(C, q, slow))
+    return (slow, achieved) if achieved < residual else (z, residual)
+
+
+def _pivot(
+    C: Floats, q: Floats, centre: Floats, F: Mask, delta: float, limit: int
+) -> tuple[Floats, Mask]:
+    """Solve the LCP of ``C + delta I`` and ``q - delta centre``, then refine towards that of C."""
+    m = len(q)
+    b = delta * centre - q
+    fewest, credit = m + 1, _CREDIT
+    z = np.zeros(m)
+    for _ in range(limit):
+        indices = F.nonzero()[0]
+        block = C[indices[:, None], indices]
+        block.flat[:: len(indices) + 1] += delta
+        z = np.zeros(m)
+        z[indices] = np.linalg.solve(block, b[indices])
+        y = C @ z
+        y -= b
+        y += pivot_tolerance(m) * (1.0 + np.abs(z).max())
+        bad = np.where(F, z, y) < 0.0
+        count = int(np.count_nonzero(bad))
+        if count == 0:
+            _refine(C, q, z, indices, block)
+            break
+        if count < fewest:
+            fewest, credit = count, _CREDIT
+        else:
+            credit -= 1
+        if credit < 0:  # Murty's rule: it cannot cycle
+            bad[: np.flatnonzero(bad)[-1]] = False
+        F = F ^ bad
+    return np.maximum(z, 0.0), F
+
+
+def _refine(C: Floats, q: Floats, z: Floats, indices: Indices, block: Floats) -> None:
+    """Steps towards the solution without the proximal term, as long as no sign changes; in place."""
+    for _ in range(_REFINEMENTS):
+        step = np.linalg.solve(block, C[indices] @ z + q[indices])
+        refined = z[indices] - step
+        if refined.min(initial=0.0) < 0.0:
+            break
+        z[indices] = refined
+        if np.abs(step).max(initial=0.0) <= 1e-13 * (1.0 + refined.max(initial=0.0)):
+            break

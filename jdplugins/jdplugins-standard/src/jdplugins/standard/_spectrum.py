@@ -1,0 +1,41 @@
+from __future__ import annotations
+
+import numpy as np
+from attrs import frozen
+from numpy.typing import NDArray
+
+# Eigenvalues below 64 m eps of the largest count as zero. That is singular values of J below about
+# 1e-7 √m of the largest: what rounding rank-deficient rows to float32 leaves behind is smaller.
+_RANK_TOLERANCE = 64.0 * np.finfo(np.float64).eps
+
+
+@frozen
+class Spectrum:
+    """
+    Eigendecomposition of a positive semi-definite matrix, without its numerical null space.
+
+    :param values: Positive eigenvalues [r], ascending.
+    :param vectors: Their eigenvectors [m, r].
+    :param null_space: Orthonormal basis of the null space [m, m - r].
+    """
+
+    values: NDArray[np.float64]
+    vectors: NDArray[np.float64]
+    null_space: NDArray[np.float64]
+
+    def pseudo_solve(self, right: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Least-squares solution of least norm for a right-hand side [m] or several [m, k]."""
+        # Dividing in this order keeps rows and columns apart for both shapes.
+        coordinates: NDArray[np.float64] = ((right.T @ self.vectors) / self.values).T
+        return self.vectors @ coordinates
+
+
+def spectrum(matrix: NDArray[np.float64], /) -> Spectrum:
+    """
+    Eigenvalues that are not rounding, their eigenvectors, and a basis of the null space.
+
+    :param matrix: Positive semi-definite float64 array [m, m].
+    """
+    values, vectors = np.linalg.eigh(matrix)
+    zeros = int(np.count_nonzero(values <= _RANK_TOLERANCE * len(matrix) * values[-1]))
+    return Spectrum(values[zeros:], vectors[:, zeros:], vectors[:, :zeros])

@@ -1,0 +1,36 @@
+from __future__ import annotations
+
+from typing import ClassVar
+
+import numpy as np
+from attrs import define, field
+from numpy.typing import NDArray
+from torch import Tensor
+
+from jdcore.aggregation import GramianWeighting, row_weights
+from jdcore.validators import row_vector
+
+
+@define(eq=False)
+class ConstantWeighting(GramianWeighting):
+    """
+    Weights chosen by the user: gradient descent on a weighted sum of the losses.
+
+    Known as linear scalarisation. It reaches only the convex part of the Pareto front, and the
+    weights have to be found by search. Differentiable with respect to J.
+
+    :param weights: Tensor [m], one weight per objective, on the device of the Jacobian.
+
+    >>> import torch
+    >>> from jdcore.aggregation import Constant
+    >>> aggregator = Constant(weights=torch.tensor([1.0, 2.0]))
+    >>> aggregator(torch.tensor([[-4.0, 1.0, 1.0], [6.0, 1.0, 1.0]]))
+    tensor([8., 3., 3.])
+    """
+
+    uses_gramian: ClassVar[bool] = False
+
+    weights: Tensor = field(validator=row_vector)
+
+    def compute(self, gramian: NDArray[np.float64]) -> NDArray[np.float64]:
+        return row_weights(self.weights, len(gramian))

@@ -1,0 +1,110 @@
+from __future__ import annotations
+
+import math
+from typing import ClassVar
+
+import numpy as np
+import torch
+from attrs import Attribute, define, field
+from numpy.typing import NDArray
+from torch import Tensor
+
+from jdcore.aggregation import (
+    GramianWeighting,
+    StateFields,
+    find_solver,
+    solver_field,
+    state_field,
+)
+from jdcore.errors import ParameterError
+from jdcore.protocols import NashBargainingSolver
+from jdcore.validators import integer, real
+
+
+def _integer_or_none(instance: object, attribute: Attribute[int | None], value: int | None) -> None:
+    if value is not None:
+        integer(1)(instance, attribute, value)
+
+
+def _no_weights() -> Tensor:
+    return torch.zeros(0, dtype=torch.float64)
+
+
+@define(eq=False)
+class NashMTLWeighting(StateFields, GramianWeighting):
+    """
+    The Nash bargaining solution: every objective gets the same relative gain.
+
+    The weights α > 0 solve ``G α = 1/α``. The update ``Jᵀ α`` then has a positive inner product
+    with every row, does not change when a row is multiplied by a positive number, and has the
+    length ``√m`` whatever the length of the rows. From `Multi-Task Learning as a Bargaining Game
+    <https://arxiv.org/pdf/2202.01017>`_.
+
+    Choose it when losses have incomparable scales. Because the length says nothing about the
+    distance from a stationary point, decrease the learning rate over time. At a Pareto-stationary
+    point (a non-negative combination of non-zero rows is zero) there is no solution; the rows
+    concerned are then left aside, and the others bargain orthogonally to them. Zero rows get weight
+    zero.
+
+    The equation is solved exactly, so there is no number of solver iterations to choose. The
+    authors' code solves it for ``G / |G|`` instead, which gives the same direction, but an update
+    shorter than ``max_norm`` where the rows are short.
+
+    Stateful if ``update_weights_every > 1``: the weights are kept between updates.
+
+    :param n_tasks: Number of objectives. Not needed; if given, it is checked at each call.
+    :param max_norm: Largest length of the update ``Jᵀ α``; longer ones are shortened to it. As the
+        length is ``√m``, the default gives updates of length 1. 0 means no limit.
+    :param update_weights_every: Solve at every k-th call, and reuse the weights (but apply
+        ``max_norm`` anew) in between.
+    :param solver: Name or instance of a ``"nash_bargaining"`` solver.
+
+    >>> import torch
+    >>> from jdcore.aggregation import NashMTL
+    >>> NashMTL()(torch.tensor([[100.0, 0.0], [0.0, 1.0]]))
+    tensor([0.7071, 0.7071])
+    """
+
+    scale_degree: ClassVar[int] = -1
+
+    n_tasks: int | None = field(default=None, validator=_integer_or_none)
+    max_norm: float = field(default=1.0, validator=real(0.0))
+    update_weights_every: int = field(default=1, validator=integer(1))
+    solver: NashBargainingSolver | str = solver_field("nash_bargaining")
+    calls: int = state_field(int, validator=integer(0))
+    alpha: Tensor = state_field(_no_weights)
+
+    def compute(self, gramian: NDArray[np.float64]) -> NDArray[np.float64]:
+        m = len(gramian)
+        if self.n_tasks not in (None, m):
+            raise ParameterError(
+                "n_tasks", f"{m}, the number of objectives", self.n_tasks, "It can be left out."
+            )
+        if self.calls % self.update_weights_every == 0:
+            solve: NashBargainingSolver = find_solver("nash_bargaining", self.solver)
+            alpha = solve(gramian)
+        else:
+            alpha = self._reused(m)
+        self.calls += 1
+        self.alpha = torch.from_numpy(alpha)
+        return self._shorten(alpha, gramian)
+
+    def _reused(self, m: int) -> NDArray[np.float64]:
+        if len(self.alpha) != m:
+            raise ParameterError(
+                "gramian",
+                f"of {len(self.alpha)} objectives, as when the weights were last updated",
+                f"one of {m}",
+                "Call reset() before the number of objectives changes.",
+            )
+        alpha: NDArray[np.float64] = self.alpha.numpy()
+        return alpha
+
+    def _shorten(
+        self, alpha: NDArray[np.float64], gramian: NDArray[np.float64]
+    ) -> NDArray[np.float64]:
+        length = math.sqrt(max(float(alpha @ gramian @ alpha), 0.0))
+        factor = self.max_norm / length if 0.0 < self.max_norm < length else 1.0
+        # A new array: the state must not change with what the caller does to the result.
+        weights: NDArray[np.float64] = factor * alpha
+        return weights

@@ -1,0 +1,48 @@
+from __future__ import annotations
+
+from typing import ClassVar
+
+import numpy as np
+import torch
+from attrs import define, field
+from numpy.typing import NDArray
+
+from jdcore.aggregation import GramianWeighting
+from jdcore.validators import generator
+
+
+@define(eq=False)
+class RandomWeighting(GramianWeighting):
+    """
+    Positive random weights that sum to 1, drawn anew at each call.
+
+    The weights are the softmax of m independent standard normal numbers. From `Reasonable
+    Effectiveness of Random Weighting: A Litmus Test for Multi-Task Learning
+    <https://arxiv.org/pdf/2111.10603>`_.
+
+    The baseline a new method has to beat: it often does no worse than elaborate ones.
+    Differentiable with respect to J.
+
+    :param generator: Source of the random numbers, on any device; the default generator of torch if
+        None.
+
+    >>> import torch
+    >>> from jdcore.aggregation import Random
+    >>> aggregator = Random(generator=torch.Generator().manual_seed(0))
+    >>> aggregator(torch.tensor([[1.0, 0.0], [0.0, 1.0]])).sum()
+    tensor(1.)
+    """
+
+    uses_gramian: ClassVar[bool] = False
+
+    generator: torch.Generator | None = field(
+        default=None, kw_only=True, repr=False, validator=generator
+    )
+
+    def compute(self, gramian: NDArray[np.float64]) -> NDArray[np.float64]:
+        device = "cpu" if self.generator is None else self.generator.device
+        normal = torch.randn(
+            len(gramian), generator=self.generator, dtype=torch.float64, device=device
+        )
+        weights: NDArray[np.float64] = torch.softmax(normal, dim=0).cpu().numpy()
+        return weights

@@ -1,0 +1,29 @@
+from __future__ import annotations
+
+from typing import ClassVar
+
+import numpy as np
+from attrs import define
+from numpy.typing import NDArray
+
+from jdcore.aggregation import GramianWeighting
+
+
+@define(eq=False)
+class SumWeighting(GramianWeighting):
+    """
+    Weights 1: the update is the gradient of the sum of the losses.
+
+    It differs from :class:`Mean <jdcore.aggregation.Mean>` by the factor m, so the learning rate
+    has to follow the number of objectives. Differentiable with respect to J.
+
+    >>> import torch
+    >>> from jdcore.aggregation import Sum
+    >>> Sum()(torch.tensor([[-4.0, 1.0, 1.0], [6.0, 1.0, 1.0]]))
+    tensor([2., 2., 2.])
+    """
+
+    uses_gramian: ClassVar[bool] = False
+
+    def compute(self, gramian: NDArray[np.float64]) -> NDArray[np.float64]:
+        return np.ones(len(gramian))

@@ -1,0 +1,44 @@
+from __future__ import annotations
+
+import numpy as np
+from attrs import define, field
+from numpy.typing import NDArray
+from torch import Tensor
+
+from jdcore.aggregation import GramianWeighting, find_solver, row_weights, solver_field
+from jdcore.protocols import DualConeSolver
+from jdcore.validators import row_vector
+
+
+@define(eq=False)
+class UPGradWeighting(GramianWeighting):
+    """
+    Unconflicting projection of gradients: every row projected onto the dual cone, then averaged.
+
+    ``A(J) = Σ_i π_J(p_i g_i)``, where ``π_J(x)`` is the vector closest to x that has a non-negative
+    inner product with every row of J, and p is the preference vector. The update conflicts with no
+    objective, and rows that are longer count for more, linearly. From `Jacobian Descent for
+    Multi-Objective Optimization <https://arxiv.org/pdf/2406.16232>`_.
+
+    The method to start with: it protects every objective, and converges where the mean converges.
+    Choose :class:`DualProj <jdcore.aggregation.DualProj>` for many objectives if time matters: it
+    projects once instead of m times.
+
+    :param pref_vector: Preferences p, Tensor [m]; 1/m each if None. Objectives with preference zero
+        are protected without being sought.
+    :param solver: Name or instance of a ``"dual_cone"`` solver.
+
+    >>> import torch
+    >>> from jdcore.aggregation import UPGrad
+    >>> UPGrad()(torch.tensor([[-4.0, 1.0, 1.0], [6.0, 1.0, 1.0]]))
+    tensor([0.2924, 1.9006, 1.9006])
+    """
+
+    pref_vector: Tensor | None = field(default=None, validator=row_vector)
+    solver: DualConeSolver | str = solver_field("dual_cone")
+
+    def compute(self, gramian: NDArray[np.float64]) -> NDArray[np.float64]:
+        project: DualConeSolver = find_solver("dual_cone", self.solver)
+        preferences = row_weights(self.pref_vector, len(gramian))
+        weights: NDArray[np.float64] = project(gramian, np.diag(preferences)).sum(axis=0)
+        return weights

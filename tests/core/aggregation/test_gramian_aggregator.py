@@ -1,0 +1,126 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from attrs import define, field
+from numpy.typing import NDArray
+from torch import Tensor
+
+from jdcore import Aggregator, BlockwiseAggregator, ParameterError, ParameterTypeError, Weighting
+from jdcore.aggregation import Flattening, GramianAggregator, GramianWeighting
+from jdcore.errors import NonDifferentiableError, NonFiniteError
+from jdcore.validators import row_vector
+
+
+@define(eq=False)
+class InverseNormWeighting(GramianWeighting):
+    """Weights 1/|g_i|: each row counts with unit length."""
+
+    scale_degree = -1
+    factors: Tensor | None = field(default=None, validator=row_vector)
+
+    def compute(self, gramian: NDArray[np.float64]) -> NDArray[np.float64]:
+        return 1.0 / np.sqrt(np.diagonal(gramian))
+
+
+def test_the_protocols_recognise_what_satisfies_them() -> None:
+    aggregator = GramianAggregator(InverseNormWeighting())
+
+    assert isinstance(InverseNormWeighting(), Weighting)
+    assert isinstance(aggregator, Aggregator)
+    assert isinstance(aggregator, BlockwiseAggregator)
+    assert not isinstance(lambda matrix: matrix[0], BlockwiseAggregator)
+
+
+def test_a_plain_function_can_be_the_weighting() -> None:
+    aggregator = GramianAggregator(lambda gramian: gramian.diagonal())
+
+    vector = aggregator(torch.tensor([[3.0, 4.0], [0.0, 2.0]]))
+
+    assert torch.equal(vector, torch.tensor([75.0, 108.0]))
+
+
+def test_a_weighting_that_cannot_be_called_is_refused_and_the_old_one_kept() -> None:
+    aggregator = GramianAggregator(InverseNormWeighting())
+    old = aggregator.weighting
+
+    with pytest.raises(ParameterTypeError, match="`weighting` must be a Weighting, got 3"):
+        aggregator.weighting = 3
+    assert aggregator.weighting is old
+
+
+@pytest.mark.parametrize("scale", [1e-250, 1e-200, 1e-20, 1.0, 1e160, 1e250])
+def test_float64_rows_of_any_scale_are_aggregated_exactly(scale: float) -> None:
+    matrix = torch.tensor([[3.0, 4.0], [0.0, 2.0]], dtype=torch.float64) * scale
+
+    [vector], weights = GramianAggregator(InverseNormWeighting()).aggregate_blocks([matrix])
+
+    expected = torch.tensor([0.6, 1.8], dtype=torch.float64)
+    torch.testing.assert_close(vector, expected, rtol=1e-12, atol=0.0)
+    torch.testing.assert_close(
+        weights * scale, torch.tensor([0.2, 0.5], dtype=torch.float64), rtol=1e-12, atol=0.0
+    )
+
+
+def test_weights_come_back_in_the_promoted_dtype_of_the_blocks() -> None:
+    blocks = [torch.eye(2, dtype=torch.bfloat16), torch.eye(2)]
+
+    vectors, weights = GramianAggregator(InverseNormWeighting()).aggregate_blocks(blocks)
+
+    assert [v.dtype for v in vectors] == [torch.bfloat16, torch.float32]
+    assert weights.dtype == torch.float32
+
+
+def test_malformed_blocks_are_refused() -> None:
+    aggregator = GramianAggregator(InverseNormWeighting())
+
+    with pytest.raises(ParameterError, match="`blocks` must be at least one matrix, got none"):
+        aggregator.aggregate_blocks([])
+    with pytest.raises(ParameterError, match="`blocks` must be matrices with 2 rows, as the first"):
+        aggregator.aggregate_blocks([torch.eye(2), torch.eye(3)])
+
+
+@pytest.mark.parametrize(("variable", "raises"), [("1", True), ("0", False), ("", False)])
+def test_the_environment_decides_about_nonfinite_input_unless_the_argument_does(
+    monkeypatch: pytest.MonkeyPatch, variable: str, raises: bool
+) -> None:
+    monkeypatch.setenv("JDCORE_CHECK_FINITE", variable)
+    matrix = torch.tensor([[1.0, 2.0], [float("inf"), 1.0], [float("nan"), 1.0]])
+
+    if raises:
+        with pytest.raises(NonFiniteError, match=r"objectives \[1, 2\] hold NaN or infinite"):
+            GramianAggregator(InverseNormWeighting())(matrix)
+    else:
+        assert GramianAggregator(InverseNormWeighting())(matrix).isnan().all()
+    assert GramianAggregator(InverseNormWeighting(check_finite=False))(matrix).isnan().all()
+
+
+def test_differentiating_through_weights_raises_and_names_the_method() -> None:
+    gramian = torch.eye(2, requires_grad=True)
+
+    weights = InverseNormWeighting()(gramian)
+
+    with pytest.raises(NonDifferentiableError, match=r"InverseNormWeighting.* is not different"):
+        weights.sum().backward()
+    with torch.no_grad():
+        assert not InverseNormWeighting()(gramian).requires_grad
+
+
+def test_a_row_vector_of_the_wrong_length_or_device_is_named_with_the_way_out() -> None:
+    short = InverseNormWeighting(factors=torch.ones(3))
+    elsewhere = InverseNormWeighting(factors=torch.ones(2, device="meta"))
+
+    with pytest.raises(ParameterError, match="`factors` must be of length 2, the number of obj"):
+        short(torch.eye(2))
+    with pytest.raises(ParameterError, match=r"on cpu.*got a Tensor on meta.*factors.to\('cpu'\)"):
+        elsewhere(torch.eye(2))
+
+
+def test_flattening_weighs_every_element_of_the_losses() -> None:
+    gradients = torch.tensor([[[1.0, 0.0], [0.0, 2.0]], [[0.0, 4.0], [8.0, 0.0]]])
+    generalized = torch.einsum("abx,dcx->abcd", gradients, gradients)
+
+    weights = Flattening(InverseNormWeighting())(generalized)
+
+    assert torch.equal(weights, torch.tensor([[1.0, 0.5], [0.25, 0.125]]))

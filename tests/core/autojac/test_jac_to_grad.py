@@ -1,0 +1,106 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from jdcore.aggregation import GramianAggregator
+from jdcore.autojac import backward, jac_to_grad
+
+
+def _by_norm(gramian: Tensor) -> Tensor:
+    return gramian.diagonal().rsqrt()
+
+
+def _mean(matrix: Tensor) -> Tensor:
+    return matrix.mean(dim=0)
+
+
+def _model() -> nn.Module:
+    model = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2)).double()
+    backward(model(torch.randn(5, 4, dtype=torch.float64)).square().mean(dim=0))
+    return model
+
+
+def _matrix(tensors: list[Tensor]) -> Tensor:
+    return torch.cat([tensor.jac.flatten(1) for tensor in tensors], dim=1)
+
+
+def _grads(tensors: list[Tensor]) -> Tensor:
+    return torch.cat([tensor.grad.flatten() for tensor in tensors])
+
+
+def test_a_gramian_method_aggregates_all_tensors_as_one_matrix_and_returns_its_weights() -> None:
+    parameters = list(_model().parameters())
+    matrix = _matrix(parameters)
+    expected = _by_norm(matrix @ matrix.T)
+    weights = jac_to_grad(iter(parameters), GramianAggregator(_by_norm))
+    torch.testing.assert_close(weights, expected)
+    torch.testing.assert_close(_grads(parameters), expected @ matrix)
+    assert not any(hasattr(parameter, "jac") for parameter in parameters)
+
+
+def test_a_gramian_method_never_sees_the_concatenation(monkeypatch) -> None:
+    parameters = list(_model().parameters())
+    monkeypatch.setattr(torch, "cat", None)
+    jac_to_grad(parameters, GramianAggregator(_by_norm))
+
+
+def test_a_function_is_an_aggregator_without_weights() -> None:
+    parameters = list(_model().parameters())
+    matrix = _matrix(parameters)
+    assert jac_to_grad(parameters, _mean) is None
+    torch.testing.assert_close(_grads(parameters), matrix.mean(dim=0))
+
+
+def test_gradients_share_no_memory() -> None:
+    parameters = list(_model().parameters())
+    jac_to_grad(parameters, _mean)
+    storages = {parameter.grad.untyped_storage().data_ptr() for parameter in parameters}
+    assert len(storages) == len(parameters)
+
+
+def test_jac_is_kept_on_demand_and_grad_accumulates() -> None:
+    parameters = list(_model().parameters())
+    matrix = _matrix(parameters)
+    jac_to_grad(parameters, _mean, retain_jac=True)
+    jac_to_grad(parameters, _mean)
+    torch.testing.assert_close(_grads(parameters), 2 * matrix.mean(dim=0))
+
+
+def test_groups_are_aggregated_apart() -> None:
+    model = _model()
+    groups = [list(layer.parameters()) for layer in (model[0], model[2])]
+    matrices = [_matrix(group) for group in groups]
+    for group in groups:
+        jac_to_grad(group, GramianAggregator(_by_norm))
+    for group, matrix in zip(groups, matrices, strict=True):
+        torch.testing.assert_close(_grads(group), _by_norm(matrix @ matrix.T) @ matrix)
+
+
+def test_tensors_without_jac_are_skipped() -> None:
+    model = _model()
+    other = nn.Linear(2, 2)
+    jac_to_grad([*other.parameters(), *model.parameters()], _mean)
+    assert other.weight.grad is None
+    assert model[0].weight.grad is not None
+
+
+def test_a_repeated_tensor_counts_once() -> None:
+    a = torch.ones(2, requires_grad=True)
+    backward(a * 2)
+    jac_to_grad([a, a], lambda matrix: matrix.sum(dim=0))
+    assert a.grad.tolist() == [2.0, 2.0]
+
+
+@pytest.mark.parametrize("aggregator", [_mean, GramianAggregator(_by_norm)])
+def test_mixed_dtypes_give_each_tensor_a_gradient_of_its_own_dtype(aggregator) -> None:
+    a = torch.tensor([1.0, 2.0], requires_grad=True)
+    b = torch.tensor([3.0], dtype=torch.float64, requires_grad=True)
+    c = torch.tensor([0.5], dtype=torch.bfloat16, requires_grad=True)
+    backward([a.sum() * b.sum() * c.float().sum(), (a**2).sum() + b.sum() + c.sum()])
+    matrix = torch.cat([t.jac.double() for t in (a, b, c)], dim=1)
+    jac_to_grad([a, b, c], aggregator)
+    for tensor, expected in zip((a, b, c), aggregator(matrix).split([2, 1, 1]), strict=True):
+        assert tensor.grad.dtype == tensor.dtype
+        torch.testing.assert_close(tensor.grad.double(), expected, rtol=1e-2, atol=0.0)

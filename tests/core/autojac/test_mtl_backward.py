@@ -1,0 +1,157 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from jdcore.autojac import mtl_backward
+
+
+def _leaf(*shape: int) -> Tensor:
+    return torch.randn(shape, dtype=torch.float64, requires_grad=True)
+
+
+def _assert_grads(loss: Tensor, parameters: list[Tensor]) -> None:
+    gradients = torch.autograd.grad(loss, parameters, retain_graph=True)
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("chunk_size", [None, 1, 2, 100])
+@pytest.mark.parametrize("explicit", [False, True])
+def test_trunk_gets_rows_and_heads_get_gradients(truth, chunk_size, explicit) -> None:
+    trunk = nn.Sequential(nn.Linear(4, 5), nn.Tanh()).double()
+    heads = [nn.Linear(5, 1).double() for _ in range(3)]
+    features = trunk(torch.randn(6, 4, dtype=torch.float64))
+    losses = [head(features).square().mean() for head in heads]
+    expected = truth(losses, list(trunk.parameters()))
+    parameters = (
+        {
+            "shared_params": trunk.parameters(),
+            "tasks_params": [head.parameters() for head in heads],
+        }
+        if explicit
+        else {}
+    )
+
+    mtl_backward(
+        losses, features, parallel_chunk_size=chunk_size, retain_graph=True, **parameters
+    )
+
+    for parameter, jacobian in zip(trunk.parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.jac, jacobian, rtol=1e-12, atol=1e-14)
+        assert parameter.grad is None
+    for head, loss in zip(heads, losses, strict=True):
+        _assert_grads(loss, list(head.parameters()))
+        assert not hasattr(head.weight, "jac")
+
+
+def test_several_features(truth) -> None:
+    a, b, h = _leaf(3), _leaf(2), _leaf()
+    features = [a.sin(), (a[:2] * b).exp()]
+    losses = [features[0].sum() * h, (features[1] * features[0][:2]).sum(), features[1].prod()]
+    expected = truth(losses, [a, b])
+    mtl_backward(losses, features, retain_graph=True)
+    torch.testing.assert_close(a.jac, expected[0])
+    torch.testing.assert_close(b.jac, expected[1])
+    _assert_grads(losses[0], [h])
+
+
+@pytest.mark.parametrize("retain_graph", [False, True])
+def test_a_layer_shared_by_some_heads_gets_the_sum_of_their_gradients(truth, retain_graph) -> None:
+    trunk, between = _leaf(3), _leaf(3)
+    features = trunk.tanh()
+    middle = (features * between).sin()  # one graph, used by the first and the third head
+    losses = [middle.sum(), features.square().sum(), middle.exp().sum()]
+    expected = truth(losses, [trunk])
+    gradient = torch.autograd.grad(losses[0] + losses[2], between, retain_graph=True)[0]
+
+    mtl_backward(losses, features, retain_graph=retain_graph)
+
+    torch.testing.assert_close(trunk.jac, expected[0])
+    torch.testing.assert_close(between.grad, gradient)
+    if retain_graph:
+        mtl_backward(losses, features)
+        torch.testing.assert_close(trunk.jac, 2 * expected[0])
+
+
+def test_a_weight_tied_between_trunk_and_head_gets_the_whole_derivative(truth) -> None:
+    tied, private = _leaf(3, 3), _leaf(3)
+    features = torch.tanh(tied @ torch.ones(3, dtype=torch.float64))
+    losses = [(tied.T @ features).sum(), (features * private).sum()]
+    [expected] = truth(losses, [tied])
+    mtl_backward(losses, features)
+    torch.testing.assert_close(tied.jac, expected)
+    torch.testing.assert_close(private.grad, features.detach())
+
+
+def test_a_loss_past_the_features_counts(truth) -> None:
+    weight = _leaf(3)
+    features = weight.sin()
+    losses = [features.sum() + weight.square().sum(), features.prod()]
+    [expected] = truth(losses, [weight])
+    mtl_backward(losses, features)
+    torch.testing.assert_close(weight.jac, expected)
+
+
+def test_absent_tasks_give_zero_rows_and_no_gradient(truth) -> None:
+    trunk, head = _leaf(3), _leaf()
+    features = trunk.exp()
+    losses = [torch.zeros((), dtype=torch.float64), features.sum() * head]
+    [expected] = truth(losses[1:], [trunk])
+    absent = _leaf()
+    mtl_backward(losses, features, tasks_params=[[absent], [head]])
+    assert trunk.jac[0].eq(0).all()
+    torch.testing.assert_close(trunk.jac[1:], expected)
+    assert absent.grad is None
+
+
+def test_a_loss_that_does_not_depend_on_the_features_gives_a_zero_row(truth) -> None:
+    trunk, head = _leaf(3), _leaf()
+    features = trunk.exp()
+    mtl_backward([features.sum(), head.square()], features)
+    assert trunk.jac[1].eq(0).all()
+    torch.testing.assert_close(head.grad, 2 * head.detach())
+
+
+def test_initial_gradients_weigh_the_elements_of_each_loss(truth) -> None:
+    trunk = _leaf(3)
+    features = trunk.sin()
+    losses = [features * 2, features.prod().view(1)]
+    initial = [torch.randn(3, dtype=torch.float64), torch.tensor([3.0], dtype=torch.float64)]
+    whole = truth(losses, [trunk])[0]
+    mtl_backward(losses, features, grad_tensors=initial)
+    torch.testing.assert_close(trunk.jac[0], initial[0] @ whole[:3])
+    torch.testing.assert_close(trunk.jac[1], 3 * whole[3])
+
+
+def test_gradients_accumulate_in_place() -> None:
+    trunk, head = _leaf(2), _leaf()
+    for factor in (1.0, 2.0):
+        features = trunk * factor
+        mtl_backward([features.sum() * head, features.prod()], features)
+        if factor == 1.0:
+            first = head.grad
+    assert head.grad is first
+    torch.testing.assert_close(head.grad, 3 * trunk.detach().sum())
+
+
+def test_no_shared_parameter_leaves_plain_gradients() -> None:
+    trunk, heads = _leaf(2), [_leaf(), _leaf()]
+    features = trunk.exp()
+    losses = [features.sum() * head for head in heads]
+    mtl_backward(losses, features, shared_params=[])
+    assert not hasattr(trunk, "jac")
+    for head in heads:
+        torch.testing.assert_close(head.grad, features.detach().sum())
+
+
+def test_task_parameters_may_lie_behind_the_features(truth) -> None:
+    first, second, head = _leaf(3), _leaf(3), _leaf()
+    features = first * second
+    losses = [features.sum() * head, features.prod()]
+    [expected] = truth(losses, [first])
+    gradient = torch.autograd.grad(losses[1], second, retain_graph=True)[0]
+    mtl_backward(losses, features, shared_params=[first], tasks_params=[[head], [second]])
+    torch.testing.assert_close(first.jac, expected)
+    torch.testing.assert_close(second.grad, gradient)

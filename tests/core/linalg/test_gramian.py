@@ -1,0 +1,89 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from jdcore import ParameterError, ParameterTypeError
+from jdcore.linalg import gramian
+
+
+def longhand(matrix: Tensor) -> Tensor:
+    rows = matrix.double()
+    return torch.stack([torch.stack([(a * b).sum() for b in rows]) for a in rows])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_entries_are_the_inner_products_of_the_rows_in_float64(dtype: torch.dtype) -> None:
+    matrix = torch.randn(4, 30).to(dtype)
+
+    result = gramian(matrix)
+
+    assert result.dtype == torch.float64
+    torch.testing.assert_close(result, longhand(matrix), rtol=1e-14, atol=1e-14)
+
+
+@given(st.lists(st.integers(0, 7), min_size=1, max_size=4), st.integers(0, 5))
+def test_blocks_give_the_gramian_of_their_concatenation(widths: list[int], m: int) -> None:
+    generator = torch.Generator().manual_seed(sum(widths))
+    blocks = [torch.randn(m, n, generator=generator) for n in widths]
+
+    result = gramian(blocks)
+
+    torch.testing.assert_close(result, gramian(torch.cat(blocks, dim=1)), rtol=1e-13, atol=1e-13)
+
+
+def test_blocks_may_differ_in_dtype() -> None:
+    blocks = [torch.randn(3, 5, dtype=torch.float64), torch.randn(3, 4, dtype=torch.bfloat16)]
+
+    expected = gramian(torch.cat([b.double() for b in blocks], dim=1))
+
+    torch.testing.assert_close(gramian(blocks), expected)
+
+
+def test_long_correlated_float32_rows_lose_no_digits() -> None:
+    rows = torch.ones(2, 1_000_000) + 0.01 * torch.randn(2, 1_000_000)
+
+    relative = (gramian(rows) - longhand(rows)).abs().max() / longhand(rows).max()
+
+    assert relative < 1e-13
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+def test_no_float32_scale_overflows_or_underflows(scale: float) -> None:
+    matrix = torch.randn(3, 20) * scale
+
+    result = gramian(matrix)
+
+    torch.testing.assert_close(result / scale**2, longhand(matrix / scale), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("n", [10, 50_000])
+def test_the_result_is_exactly_symmetric(n: int) -> None:
+    result = gramian(torch.randn(5, n))
+
+    assert torch.equal(result, result.T)
+
+
+def test_the_jacobian_is_left_alone() -> None:
+    matrix = torch.randn(3, 40_000)
+    copy = matrix.clone()
+
+    gramian(matrix)
+
+    assert torch.equal(matrix, copy)
+
+
+def test_malformed_jacobians_are_refused() -> None:
+    with pytest.raises(ParameterError, match="`jacobian` must be at least one matrix, got none"):
+        gramian([])
+    with pytest.raises(ParameterError, match="matrices with 2 rows, as the first, got a float32"):
+        gramian([torch.ones(2, 3), torch.ones(3, 3)])
+    with pytest.raises(ParameterError, match=r"Flatten each row: jacobian.flatten\(1\)"):
+        gramian(torch.ones(2, 3, 4))
+    with pytest.raises(ParameterTypeError, match="of a real floating dtype, got a complex64"):
+        gramian(torch.ones(2, 3, dtype=torch.complex64))
+    with pytest.raises(ParameterTypeError, match="a Tensor of shape"):
+        gramian([[1.0]])  # type: ignore[list-item]

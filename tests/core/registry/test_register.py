@@ -1,0 +1,130 @@
+"""The registry of one process: names, registration at run time, errors of look-ups."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from attrs import define
+from numpy.typing import NDArray
+
+import jdcore
+from jdcore import AggregatorSpec, ParameterError, ParameterTypeError, UnknownNameError
+from jdcore.aggregation import GramianWeighting
+from jdcore.errors import AmbiguousNameError
+from jdcore.registry import Registry
+
+
+@define(eq=False)
+class LastRowWeighting(GramianWeighting):
+    """Weight 1 on the last objective, 0 on the others."""
+
+    def compute(self, gramian: NDArray[np.float64]) -> NDArray[np.float64]:
+        return np.eye(len(gramian))[-1]
+
+
+def spec(name: str = "last_row", **changes: object) -> AggregatorSpec:
+    fields = {
+        "summary": "Takes the last row only.",
+        "weighting": f"{__name__}:LastRowWeighting",
+        "api_version": 1,
+    }
+    return AggregatorSpec(name=name, **(fields | changes))  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def registry() -> Registry:
+    return Registry()
+
+
+@pytest.mark.parametrize(
+    "spelling", ["last_row", "last-row", "LastRow", "LASTROW", "runtime:LastRow"]
+)
+def test_a_registered_method_is_found_in_any_spelling(registry: Registry, spelling: str) -> None:
+    registry.register(spec())
+
+    assert registry.weighting_class(spelling) is LastRowWeighting
+    assert registry.aggregator_class(spelling).__name__ == "LastRow"
+    assert registry.exported_class("LastRowWeighting") is LastRowWeighting
+    assert registry.exported_class("LastRow") is registry.aggregator_class(spelling)
+
+
+def test_the_composed_class_takes_the_arguments_and_the_docstring_of_its_weighting(
+    registry: Registry,
+) -> None:
+    registry.register(spec())
+
+    cls = registry.aggregator_class("last_row")
+
+    assert cls.__doc__ == LastRowWeighting.__doc__
+    assert repr(cls(check_finite=True)) == "LastRow()"
+    assert cls(check_finite=True).weighting.check_finite is True
+
+
+def test_registering_again_replaces_the_earlier_registration(registry: Registry) -> None:
+    registry.register(spec())
+    registry.register(spec(summary="Another summary."))
+
+    assert registry.aggregator("last_row").spec.summary == "Another summary."
+
+
+def test_registrations_survive_a_refresh(registry: Registry) -> None:
+    registry.register(spec())
+    registry.refresh()
+
+    assert "last_row" in registry.aggregators()
+
+
+def test_registering_a_taken_alias_is_refused_and_changes_nothing(registry: Registry) -> None:
+    registry.register(spec())
+    before = registry.aggregators()
+
+    with pytest.raises(
+        ParameterError, match=r"`name` must be free, got .last_row., taken by runtime"
+    ):
+        registry.register(spec("other", aliases=["last_row"]))
+
+    assert registry.aggregators() == before
+
+
+def test_registering_something_else_is_refused(registry: Registry) -> None:
+    with pytest.raises(ParameterTypeError, match="Parameter `spec` must be an AggregatorSpec, got"):
+        registry.register("last_row")  # type: ignore[arg-type]
+
+
+def test_an_unknown_name_shows_close_matches_and_what_is_registered(registry: Registry) -> None:
+    registry.register(spec())
+
+    with pytest.raises(UnknownNameError, match="Close matches: last_row") as caught:
+        registry.aggregator("lst_row")
+
+    assert caught.value.name == "lst_row"
+    assert caught.value.close == ("last_row",)
+    assert "last_row" in caught.value.known
+
+
+def test_an_exported_name_must_be_the_exact_class_name(registry: Registry) -> None:
+    registry.register(spec())
+
+    with pytest.raises(AttributeError, match="did you mean 'LastRow'"):
+        registry.exported_class("Lastrow")
+    with pytest.raises(AttributeError, match="No aggregator is registered"):
+        registry.exported_class("NoSuchMethod")
+
+
+def test_a_name_that_is_no_string_is_refused() -> None:
+    with pytest.raises(ParameterTypeError, match="Parameter `name` must be a string, got 3"):
+        jdcore.get_aggregator(3)  # type: ignore[arg-type]
+
+
+def test_an_unknown_solver_names_its_problem(registry: Registry) -> None:
+    with pytest.raises(UnknownNameError, match="No no_such_problem solver is registered under"):
+        registry.solver("no_such_problem", "native")
+
+
+def test_an_exported_name_that_two_methods_claim_is_ambiguous(registry: Registry) -> None:
+    registry.register(spec())
+    entry = registry.aggregator("last_row")
+    registry._aggregators.add(entry, ("last_row",))
+
+    with pytest.raises(AmbiguousNameError):
+        registry.aggregator("last_row")

@@ -1,0 +1,184 @@
+"""The conformance kit catches what it promises to catch: each saboteur breaks one law."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from attrs import define, field
+from numpy.typing import NDArray
+from torch import Tensor
+
+import jdcore
+from jdcore import AggregatorSpec, Property
+from jdcore.aggregation import GramianAggregator, GramianWeighting
+from jdcore.testing import ConformanceError, checks_of, conformance_tests
+
+Array = NDArray[np.float64]
+
+
+@define(eq=False)
+class HonestWeighting(GramianWeighting):
+    """
+    Equal weights.
+
+    >>> HonestWeighting()
+    HonestWeighting()
+    """
+
+    def compute(self, gramian: Array) -> Array:
+        return np.full(len(gramian), 1.0 / len(gramian))
+
+
+@define(eq=False)
+class FixedScaleWeighting(HonestWeighting):
+    """Weights that depend on the scale."""
+
+    def compute(self, gramian: Array) -> Array:
+        return 1.0 / (1.0 + np.diagonal(gramian))
+
+
+@define(eq=False)
+class FirstRowWeighting(HonestWeighting):
+    """Weights that depend on the order."""
+
+    def compute(self, gramian: Array) -> Array:
+        return np.eye(len(gramian))[0]
+
+
+@define(eq=False)
+class RandomBitsWeighting(HonestWeighting):
+    """Weights that differ from call to call."""
+
+    def compute(self, gramian: Array) -> Array:
+        return np.random.default_rng().random(len(gramian))
+
+
+@define(eq=False)
+class OverwritingWeighting(HonestWeighting):
+    """Writes into the Gramian it is given."""
+
+    def __call__(self, gramian: Tensor, /) -> Tensor:
+        return super(OverwritingWeighting, self).__call__(gramian.fill_(1.0))
+
+
+@define(eq=False)
+class SilentWeighting(HonestWeighting):
+    """Turns non-finite input into finite weights."""
+
+    def __call__(self, gramian: Tensor, /) -> Tensor:
+        return torch.ones(len(gramian), dtype=gramian.dtype)
+
+
+@define(eq=False)
+class ForgetfulWeighting(HonestWeighting):
+    """Has state that a saved state does not hold."""
+
+    calls: int = field(default=0, init=False, repr=False)
+
+    def compute(self, gramian: Array) -> Array:
+        self.calls += 1
+        return np.full(len(gramian), float(self.calls))
+
+    def reset(self) -> None:
+        """Does nothing."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns nothing."""
+        return {}
+
+    def load_state_dict(self, state: Any, /) -> None:
+        """Loads nothing."""
+
+
+class Forgetful(GramianAggregator):
+    """Aggregator of a stateful weighting."""
+
+    def __init__(self) -> None:
+        super().__init__(ForgetfulWeighting())
+        self.reset = self.weighting.reset  # type: ignore[attr-defined]
+        self.state_dict = self.weighting.state_dict  # type: ignore[attr-defined]
+        self.load_state_dict = self.weighting.load_state_dict  # type: ignore[attr-defined]
+
+
+ALL = tuple(p for p in Property if p is not Property.DIFFERENTIABLE)
+
+
+def failures(name: str, weighting: str | None, **fields: Any) -> dict[str, str]:
+    factory = {"weighting": f"{__name__}:{weighting}"} if weighting else {}
+    jdcore.register(
+        AggregatorSpec(name=name, summary="For this test.", api_version=1, **factory, **fields)
+    )
+    found = {}
+    for check in checks_of(f"runtime:{name}"):
+        try:
+            check.run()
+        except ConformanceError as error:
+            found[check.check.__name__] = str(error)
+    return found
+
+
+def test_an_honest_method_passes_every_check() -> None:
+    assert failures("honest", "HonestWeighting", properties=[Property.PERMUTATION_INVARIANT]) == {}
+
+
+@pytest.mark.parametrize(
+    ("name", "weighting", "check", "fields"),
+    [
+        ("claims_peace", "HonestWeighting", "never_conflicts", {"properties": ALL}),
+        ("fixed_scale", "FixedScaleWeighting", "is_scale_equivariant", {"properties": ALL}),
+        ("fixed_scale", "FixedScaleWeighting", "is_linear_under_scaling", {"properties": ALL}),
+        ("first_only", "FirstRowWeighting", "is_permutation_invariant", {"properties": ALL}),
+        ("claims_stop", "FirstRowWeighting", "is_permutation_invariant", {"properties": ALL}),
+        ("random_bits", "RandomBitsWeighting", "is_deterministic", {}),
+        ("overwriting", "OverwritingWeighting", "weighting_keeps_its_laws", {}),
+        ("silent", "SilentWeighting", "raises_for_nonfinite_input_when_asked", {}),
+        ("silent", "SilentWeighting", "weighting_keeps_its_laws", {}),
+        ("no_example", "FirstRowWeighting", "describes_itself", {}),
+        ("claims_state", "HonestWeighting", "is_stateful_as_declared", {"stateful": True}),
+        (
+            "claims_derivative",
+            "HonestWeighting",
+            "differentiates_as_declared",
+            {"properties": [Property.DIFFERENTIABLE]},
+        ),
+    ],
+)
+def test_a_method_that_breaks_a_law_is_caught(
+    name: str, weighting: str, check: str, fields: dict[str, Any]
+) -> None:
+    assert check in failures(name, weighting, **fields)
+
+
+def test_state_that_is_not_saved_is_caught() -> None:
+    found = failures("forgetful", None, aggregator=f"{__name__}:Forgetful", stateful=True)
+
+    assert {"continues_from_a_saved_state", "resets_to_a_new_object"} <= set(found)
+    assert "refuses_a_foreign_state" in found
+
+
+def test_an_expected_failure_is_accepted_only_while_it_fails() -> None:
+    reason = {"is_permutation_invariant": "the first row is special"}
+
+    expected = failures("expected", "FirstRowWeighting", properties=ALL, expected_failures=reason)
+    passing = failures(
+        "passing",
+        "HonestWeighting",
+        properties=[Property.PERMUTATION_INVARIANT],
+        expected_failures=reason,
+    )
+
+    assert "is_permutation_invariant" not in expected
+    assert "Remove it from expected_failures" in passing["is_permutation_invariant"]
+
+
+def test_an_expected_failure_that_names_no_check_is_refused() -> None:
+    with pytest.raises(ConformanceError, match="name no check: \\['misspelt'\\]"):
+        failures("misspelling", "HonestWeighting", expected_failures={"misspelt": "because"})
+
+
+def test_a_distribution_without_methods_cannot_pass_unnoticed() -> None:
+    with pytest.raises(ConformanceError, match="provides no method: it is not installed"):
+        conformance_tests("no-such-distribution")
