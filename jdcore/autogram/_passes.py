@@ -56,9 +56,9 @@ class Objectives:
         """Bring a tensor [K, B, ...] into the shape [*losses, ...]."""
         rest = tensor.shape[2:]
         if self.batch_dim is None:
-            return tensor.reshape(*self.output.shape, *rest)
+            return tensor.reshape((*self.output.shape, *rest))
         moved = self.output.movedim(self.batch_dim, -1).shape
-        return tensor.reshape(*moved, *rest).movedim(len(moved) - 1, self.batch_dim)
+        return tensor.reshape((*moved, *rest)).movedim(len(moved) - 1, self.batch_dim)
 
     def gramian(self, total: Tensor) -> Tensor:
         """Bring rows and columns from the order [K, B] into that of the flattened losses."""
@@ -123,6 +123,8 @@ def _sequential(
 
 
 def _with_row(rows: Tensor | None, gradient: Tensor, k: int, K: int) -> Tensor:
+    if gradient.is_sparse:
+        gradient = gradient.to_dense()
     if K == 1:
         return gradient.unsqueeze(0)
     if rows is None:

@@ -42,4 +42,4 @@ class RowsBlock(Block):
         return RowsBlock(self.columns[0][0], total.reshape(K, B, -1))
 
     def _flat(self) -> Tensor:
-        return self._rows.flatten(0, 1).flatten(1)
+        return self._rows.reshape(self._rows.shape[0] * self._rows.shape[1], -1)

@@ -76,9 +76,9 @@ def block_of_use(
     if factor is None:
         return None
     K = len(grads)
-    summed = [d + 2 for d in range(1, len(shape)) if shape[d] == 1 and factor.shape[d + 1] != 1]
-    by_sample = factor.reshape(K, samples, -1, *factor.shape[2:]).sum([2, *[d + 1 for d in summed]])
-    return RowsBlock(parameter, by_sample.reshape(K, samples, -1))
+    by_sample = factor.reshape(K, samples, -1, *factor.shape[2:])
+    broadcast = [d + 2 for d, length in enumerate(shape) if d > 0 and length == 1]
+    return RowsBlock(parameter, by_sample.sum([2, *broadcast]))
 
 
 def _matrix_product(

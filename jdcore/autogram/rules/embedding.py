@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
+import torch
 from torch import nn
 
 from jdcore.autogram._call import LayerCall
@@ -29,3 +31,10 @@ class EmbeddingRule:
             grads = grads * (index != module.padding_idx)[..., None]
         if weight is not None:
             yield ScatterBlock(weight, index, grads, bool(module.sparse))
+
+    def beats_rows(
+        self, module: nn.Embedding, args: tuple[Any, ...], output_shape: torch.Size, tasks: int
+    ) -> bool:
+        del args, tasks
+        # Rows of the whole table are dense, the gradient of few tokens is not.
+        return module.sparse or output_shape.numel() < module.weight.numel()
