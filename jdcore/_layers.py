@@ -22,7 +22,6 @@ def _core(name: str, layer: str, rule: str, summary: str) -> GramianRuleSpec:
 _OUTER = "Outer products of inputs and output gradients: Gram matrices of both, or direct."
 _PATCHES = "Pixel Gram matrix, patches, or one weight gradient per row, by cost."
 _STATISTICS = "Sums over positions of the normalized input times the output gradient."
-_GATES = "Recomputes the gates step by step; outer products of inputs, states and gate gradients."
 
 CORE_RULES: tuple[GramianRuleSpec, ...] = (
     _core("linear", "Linear", "linear:LinearRule", _OUTER),
@@ -46,13 +45,6 @@ CORE_RULES: tuple[GramianRuleSpec, ...] = (
         _core(f"batch_norm{n}d", f"BatchNorm{n}d", "batch_norm:BatchNormRule", _STATISTICS)
         for n in (1, 2, 3)
     ),
-    _core(
-        "multihead_attention",
-        "MultiheadAttention",
-        "attention:AttentionRule",
-        "Recomputes the attention; outer products for each projection.",
-    ),
-    *(_core(n.lower(), n, "recurrent:RecurrentRule", _GATES) for n in ("RNN", "LSTM", "GRU")),
     _core("prelu", "PReLU", "prelu:PReLURule", "Sums of the negative inputs."),
 )
 """The rules of the core, found through the same table as those of plugins."""

@@ -1,27 +1,25 @@
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, Node
+from torch.autograd.graph import GradientEdge
 from torch.nn import Parameter
+from torch.utils._pytree import tree_map
 
 from jdcore.autogram._accumulator import Accumulator
 from jdcore.autogram._call import LayerCall, check_batch, widened
+from jdcore.autogram._open import Layouts, OpenParameters, Place, grads_of
 from jdcore.autogram._passes import Objectives, capture, gradients
 from jdcore.autogram._plan import Plan
-from jdcore.autogram._probe import Probe, apart, probe_weights
+from jdcore.autogram._probe import Probe, layout, probe_weights
 from jdcore.autogram._scratch import Scratch
 from jdcore.autogram._survey import Site, Survey, survey
 from jdcore.autogram._validation import refuse_impossible
 from jdcore.autogram.blocks import Block, Gradients, RowsBlock, combined
-from jdcore.autogram.rules.direct import block_of_use, supported
-from jdcore.autogram.rules.generic import rows_of_call, rows_of_losses
 from jdcore.errors import ParameterError
-
-_Place = tuple[Node, int]
-"""A node of the graph and one of its outputs: where gradients are captured."""
 
 
 class Jacobian:
@@ -46,6 +44,7 @@ class Jacobian:
         if objectives.batch_dim is None:
             self._pin()
         refuse_impossible(self._found, plan, objectives.batch_dim)
+        self._open = OpenParameters(self._found)
         self._blocks: list[Block] = []
 
     # -- which parameters are served how -----------------------------------------------------------
@@ -87,11 +86,10 @@ class Jacobian:
         if m == 0:
             return gramian.total
         with torch.autocast(output.device.type, enabled=False):
-            graph_needed = retain_graph or bool(self._found.uses)
-            graph_needed |= keep and bool(self._found.leaves)
-            captured = self._capture(graph_needed)
+            graph_needed = retain_graph or bool(self._open) or keep and bool(self._found.leaves)
+            captured, layouts = self._capture(graph_needed)
             with torch.no_grad():
-                blocks = combined(list(self._make_blocks(captured)))
+                blocks = combined(list(self._make_blocks(captured, layouts)))
             self._blocks = blocks if keep else []
             captured.clear()
             with torch.no_grad():
@@ -123,164 +121,96 @@ class Jacobian:
 
     # -- the backward passes -----------------------------------------------------------------------
 
-    def _capture(self, graph_needed: bool) -> dict[_Place | Parameter, Tensor]:
-        places = self._places()
-        inputs: list[Tensor | GradientEdge] = [GradientEdge(*place) for place in places]
-        inputs += list(self._pinned)
+    def _capture(self, graph_needed: bool) -> tuple[dict[Any, Tensor], Layouts]:
+        places: dict[Place, Site | None] = dict.fromkeys(self._open.places())
+        for site in self._sites():
+            places.update(((e.node, e.output_nr), site) for e in site.edges.values())
+        keys: list[Any] = [*places, *self._pinned]
+        inputs = [GradientEdge(*key) if isinstance(key, tuple) else key for key in keys]
         kind = self._kind(places)
-        probed = None
-        checked = self._objectives.samples <= 1 or self._probe.mixed(kind) is not None
-        if not checked:
-            probed = self._probe_pass(inputs)
+        layouts = self._probe.layouts(kind) if self._objectives.samples > 1 else ()
+        probed = self._probe_pass(inputs) if layouts is None else []
         grads = capture(self._objectives, inputs, self._found.operations, graph_needed)
-        keys: list[_Place | Parameter] = [*places, *self._pinned]
-        captured = {
-            key: gradient for key, gradient in zip(keys, grads, strict=True) if gradient is not None
-        }
-        if probed is not None:
-            self._compare(places, captured, probed, kind)
-        return captured
+        if layouts is None:
+            layouts = self._layouts(places, grads, probed)
+            self._probe.remember(kind, layouts)
+        captured = {k: g for k, g in zip(keys, grads, strict=True) if g is not None}
+        return captured, dict(zip(places, layouts, strict=False))
 
-    def _places(self) -> dict[_Place, str]:
-        """Where gradients are needed, each with a label that is the same for every batch."""
-        places: dict[_Place, str] = {}
-        for uses in self._found.uses.values():
-            for node, _ in uses:
-                if supported(node):
-                    places[node, 0] = f"operation {node.name()}"
-        for record, site in self._found.sites.items():
-            for edge in site.edges.values():
-                label = record.served.name or type(record.served.module).__name__
-                places[edge.node, edge.output_nr] = f"module {label}"
-        return places
+    def _sites(self) -> Iterable[Site]:
+        return self._found.sites.values()
 
-    def _kind(self, places: dict[_Place, str]) -> Hashable:
-        records = self._found.sites
-        training = tuple((id(r.served), r.training, len(r.output_shape)) for r in records)
-        return training, tuple(places.values()), self._objectives.output.ndim
+    def _kind(self, places: dict[Place, Site | None]) -> Hashable:
+        """What decides where samples are, but for sizes: these change from batch to batch."""
+        B = self._objectives.samples
+        calls = tuple((id(s.record.served), s.record.training) for s in self._sites())
+        shapes = [(node.name(), _shape_at(node, output)) for node, output in places]
+        # A dimension that holds just the samples looks the same in several layouts.
+        forms = tuple((name, len(s), tuple(d == B for d in s[:2])) for name, s in shapes)
+        return calls, forms, self._objectives.output.ndim
 
-    def _probe_pass(self, inputs: list[Tensor | GradientEdge]) -> list[Tensor | None]:
-        output = self._objectives.output
-        weights = probe_weights(self._objectives.samples).to(output)
+    def _probe_pass(self, inputs: list[Any]) -> list[Tensor | None]:
+        weights = probe_weights(self._objectives.samples).to(self._objectives.output)
         by_task = weights.expand(self._objectives.tasks, -1)
         return gradients(self._objectives, inputs, by_task, retain_graph=True) if inputs else []
 
-    def _compare(
+    def _layouts(
         self,
-        places: dict[_Place, str],
-        captured: dict[_Place | Parameter, Tensor],
+        places: dict[Place, Site | None],
+        captured: list[Tensor | None],
         probed: list[Tensor | None],
-        kind: Hashable,
-    ) -> None:
+    ) -> tuple[str | None, ...]:
         weights = probe_weights(self._objectives.samples)
-        mixed = set()
-        for (place, label), of_place in zip(places.items(), probed, strict=False):
-            grads = captured.get(place)
-            if grads is None or of_place is None or apart(grads.sum(0), of_place, weights):
-                continue
-            if label.startswith("module"):
-                _refuse_mixing(label, grads.shape[1:], len(weights))
-            mixed.add(label)
-        self._probe.remember(kind, frozenset(mixed))
-        self._mixed = mixed
+        layouts: list[str | None] = []
+        for site, grads, of_place in zip(places.values(), captured, probed, strict=False):
+            found: str | None = "major"
+            if grads is not None and of_place is not None:
+                found = layout(grads.sum(0), of_place, weights)
+                if found != "major" and site is not None and site.record.served.rule is not None:
+                    _refuse_mixing(site.record.served.label, grads.shape[1:], len(weights))
+            layouts.append(found)
+        return tuple(layouts)
 
     # -- the blocks --------------------------------------------------------------------------------
 
-    def _make_blocks(self, captured: dict[_Place | Parameter, Tensor]) -> Iterator[Block]:
-        B = self._objectives.samples
+    def _make_blocks(
+        self, captured: dict[Any, Tensor], layouts: Layouts
+    ) -> Iterator[Block]:
         for parameter in self._pinned:
             if parameter in captured:
                 yield RowsBlock(parameter, widened(captured[parameter]).unsqueeze(1))
-        yield from self._open_blocks(captured)
-        for site in self._found.sites.values():
-            served = site.record.served
-            grads = {
-                index: captured[edge.node, edge.output_nr]
-                for index, edge in site.edges.items()
-                if (edge.node, edge.output_nr) in captured
-            }
-            if served.rule is not None and grads and site.reached:
-                yield from served.rule.blocks(_call(site, grads, B))
+        yield from self._open.blocks(captured, layouts, self._objectives)
+        for site in self._sites():
+            rule = site.record.served.rule
+            grads = grads_of(site, captured)
+            if rule is not None and grads and site.reached:
+                yield from rule.blocks(_call(site, grads, self._objectives.samples))
 
-    def _open_blocks(self, captured: dict[_Place | Parameter, Tensor]) -> Iterator[Block]:
-        """Blocks of the parameters without a closed form."""
-        rows_of: dict[Site, list[Parameter]] = {}
-        by_definition: list[Parameter] = []
-        for parameter, uses in self._found.uses.items():
-            blocks: list[Block] = []
-            sites: list[Site] = []
-            for site in dict.fromkeys(uses.values()):
-                inside = [use for use, owner in uses.items() if owner is site]
-                direct = [self._direct(parameter, use, captured) for use in inside]
-                if all(block is not None for block in direct):
-                    blocks += [block for block in direct if block is not None]
-                elif site is None or site.leaky:
-                    by_definition.append(parameter)
-                    break
-                else:
-                    sites.append(site)
-            else:
-                yield from blocks
-                for site in sites:
-                    rows_of.setdefault(site, []).append(parameter)
-        yield from self._rows(rows_of, by_definition, captured)
 
-    def _direct(
-        self, parameter: Parameter, use: tuple[Node, int], captured: dict[_Place | Parameter, Tensor]
-    ) -> Block | None:
-        node, operand = use
-        grads = captured.get((node, 0))
-        B = self._objectives.samples
-        if grads is None or grads.ndim < 2 or grads.shape[1] % B or self._mixes(node):
-            return None
-        return block_of_use(parameter, node, operand, widened(grads), B)
-
-    def _mixes(self, node: Node) -> bool:
-        mixed = self._probe.mixed(self._kind(self._places())) or ()
-        return f"operation {node.name()}" in mixed
-
-    def _rows(
-        self,
-        rows_of: dict[Site, list[Parameter]],
-        by_definition: list[Parameter],
-        captured: dict[_Place | Parameter, Tensor],
-    ) -> Iterator[Block]:
-        for site in self._found.sites.values():
-            # Rows by definition hold all uses, also those that a rule would have served.
-            site.reached.difference_update(by_definition)
-        for site, parameters in rows_of.items():
-            grads = {
-                index: captured[edge.node, edge.output_nr]
-                for index, edge in site.edges.items()
-                if (edge.node, edge.output_nr) in captured
-            }
-            if grads:
-                yield from rows_of_call(site, parameters, grads, self._objectives.samples)
-        if by_definition:
-            yield from rows_of_losses(self._objectives, by_definition)
+def _shape_at(node: Any, output: int) -> torch.Size:
+    """Shape of one result of an operation."""
+    shape: torch.Size = node._input_metadata[output].shape
+    return shape
 
 
 def _call(site: Site, grads: dict[int, Tensor], samples: int) -> LayerCall:
     record = site.record
-    name = record.served.name or type(record.served.module).__name__
     for gradient in grads.values():
-        check_batch(name, gradient.shape[1] if gradient.ndim > 1 else 1, samples)
-    count = max(grads) + 1
+        length = gradient.shape[1] if gradient.ndim > 1 else 1
+        check_batch(record.served.label, length, samples)
     return LayerCall(
         module=record.served.module,
-        args=torch.utils._pytree.tree_map(widened, record.args),
-        kwargs=torch.utils._pytree.tree_map(widened, record.kwargs),
+        args=tree_map(widened, record.args),
+        kwargs=tree_map(widened, record.kwargs),
         training=record.training,
         batch_size=samples,
-        output_grads=tuple(widened(grads.get(index)) for index in range(count)),
+        output_grads=tuple(widened(grads.get(index)) for index in range(max(grads) + 1)),
         reached=frozenset(site.reached),
     )
 
 
-def _refuse_mixing(label: str, shape: torch.Size, samples: int) -> None:
-    name = label.removeprefix("module ")
-    if not shape or shape[0] % samples:
-        check_batch(name, shape[0] if shape else 1, samples)
+def _refuse_mixing(name: str, shape: torch.Size, samples: int) -> None:
+    check_batch(name, shape[0] if shape else 1, samples)
     raise ParameterError(
         "batch_dim",
         "given only if each loss depends on one sample, and layers have samples first",

@@ -17,8 +17,8 @@ from jdcore.errors import ParameterError, ParameterTypeError
 from jdcore.protocols import GramianRule
 from jdcore.registry import get_gramian_rule, registry
 
-GENERIC = "generic"
-DIRECT = "direct"
+OPERATIONS = "operations"
+"""Stands for the rules that serve everything without a closed form of its own."""
 
 
 @frozen(eq=False)
@@ -40,6 +40,11 @@ class Served:
     rule_name: str
     reason: str
     parameters: dict[str, Parameter]
+
+    @property
+    def label(self) -> str:
+        """The name, or the type of a module that is the whole model."""
+        return self.name or type(self.module).__name__
 
 
 @define
@@ -121,7 +126,8 @@ def _ruled(module: nn.Module, name: str, entry: Any) -> Served:
 
 
 def _generic(module: nn.Module, name: str, reason: str) -> Served:
-    return Served(name, module, None, GENERIC, reason, dict(module.named_parameters()))
+    reason += ": by the operations that use its parameters, or row by row"
+    return Served(name, module, None, OPERATIONS, reason, dict(module.named_parameters()))
 
 
 def _opaque(module: nn.Module) -> str | None:
@@ -129,6 +135,8 @@ def _opaque(module: nn.Module) -> str | None:
         return "parametrized"
     if isinstance(module, torch.jit.ScriptModule):
         return "scripted"
+    if isinstance(module, nn.MultiheadAttention):
+        return "uses the parameters of its submodule without calling it"
     dynamo = sys.modules.get("torch._dynamo.eval_frame")
     if dynamo is not None and isinstance(module, dynamo.OptimizedModule):
         return "compiled"
@@ -178,6 +186,6 @@ def _joined(prefix: str, name: str) -> str:
 def explanation(plan: Plan) -> Iterator[tuple[str, str, str]]:
     """Name, rule and reason, for every module and every parameter served by itself."""
     for served in plan.served:
-        yield served.name or type(served.module).__name__, served.rule_name, served.reason
+        yield served.label, served.rule_name, served.reason
     for name in plan.direct.values():
-        yield name, DIRECT, "used by a module with children: by the operations that use it"
+        yield name, OPERATIONS, "used by a module with children: by the operations that use it"

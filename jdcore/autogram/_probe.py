@@ -24,36 +24,49 @@ def probe_weights(samples: int) -> Tensor:
     return 1.0 + bits
 
 
-def apart(grads: Tensor, probed: Tensor, weights: Tensor) -> bool:
+def layout(grads: Tensor, probed: Tensor, weights: Tensor) -> str | None:
     """
-    Whether the entries of sample b were scaled by its weight.
+    Where the samples are: the first layout in which each was scaled by its own weight.
 
-    :param grads: Gradients [N, ...] of the unweighted losses; sample b owns N / B entries in turn.
+    :param grads: Gradients of the unweighted losses.
     :param probed: Gradients of the weighted losses.
     :param weights: Shape [B].
+    :returns: "major", "minor" or "second" (see :mod:`jdcore.autogram.rules.direct`), or None if
+        samples mix.
     """
     B = len(weights)
-    if grads.ndim == 0 or grads.shape[0] % B:
-        return False
     half = grads.dtype in (torch.float16, torch.bfloat16)
-    scale = weights.to(device=grads.device, dtype=torch.float32 if half else grads.dtype)
-    expected = grads.reshape(B, -1) * scale[:, None]
-    error = torch.linalg.vector_norm(probed.reshape(B, -1) - expected)
-    size = torch.linalg.vector_norm(expected)
+    weights = weights.to(device=grads.device, dtype=torch.float32 if half else grads.dtype)
+    scales = {}
+    if grads.ndim > 0 and grads.shape[0] % B == 0:
+        repeats = grads.shape[0] // B
+        rest = (1,) * (grads.ndim - 1)
+        scales["major"] = weights.repeat_interleave(repeats).view(-1, *rest)
+        scales["minor"] = weights.repeat(repeats).view(-1, *rest)
+    if grads.ndim > 2 and grads.shape[1] == B:
+        scales["second"] = weights.view(-1, *(1,) * (grads.ndim - 2))
+    for name, scale in scales.items():
+        if _equal(probed, grads * scale, _HALF_TOLERANCE if half else _TOLERANCE):
+            return name
+    return None
+
+
+def _equal(got: Tensor, expected: Tensor, tolerance: float) -> bool:
+    error = torch.linalg.vector_norm(got - expected)
     # NaN is left to the weighting, which says what it does with it.
-    return not bool(error > (_HALF_TOLERANCE if half else _TOLERANCE) * size)
+    return not bool(error > tolerance * torch.linalg.vector_norm(expected))
 
 
 class Probe:
     """Remembers for which kinds of graph the check was made, and what it showed."""
 
     def __init__(self) -> None:
-        self._known: dict[Hashable, frozenset[Hashable]] = {}
+        self._known: dict[Hashable, tuple[str | None, ...]] = {}
 
-    def mixed(self, kind: Hashable) -> frozenset[Hashable] | None:
-        """Places where samples mix, or None if this kind of graph was not checked yet."""
+    def layouts(self, kind: Hashable) -> tuple[str | None, ...] | None:
+        """Layouts by place, or None if this kind of graph was not checked yet."""
         return self._known.get(kind)
 
-    def remember(self, kind: Hashable, mixed: frozenset[Hashable]) -> None:
+    def remember(self, kind: Hashable, layouts: tuple[str | None, ...]) -> None:
         """Store the result of a check."""
-        self._known[kind] = mixed
+        self._known[kind] = layouts

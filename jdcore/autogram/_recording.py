@@ -123,19 +123,23 @@ def _attach(served: Served, key: object) -> RemovableHandle:
 
 
 def _attach_gate(served: Served, key: object) -> RemovableHandle:
-    def gate(value: Any) -> Any:
-        if not isinstance(value, Tensor) or not value.requires_grad:
-            return value
-        gated = Gate.apply(value, key)  # type: ignore[no-untyped-call]
-        gated.version_at_gate = gated._version
-        return gated
-
     def hook(module: nn.Module, args: Any, kwargs: Any) -> Any:
         if torch.compiler.is_compiling() or not torch.is_grad_enabled():
             return None
-        return tree_map(gate, (args, kwargs))
+        gated: dict[int, Tensor] = {}
+        return tree_map(lambda value: _gated(value, key, gated), (args, kwargs))
 
     return served.module.register_forward_pre_hook(hook, with_kwargs=True)
+
+
+def _gated(value: Any, key: object, gated: dict[int, Tensor]) -> Any:
+    if not isinstance(value, Tensor) or not value.requires_grad:
+        return value
+    if id(value) not in gated:  # attention asks whether query, key and value are the same object
+        gate: Any = Gate.apply(value, key)  # type: ignore[no-untyped-call]
+        gate.version_at_gate = gate._version
+        gated[id(value)] = gate
+    return gated[id(value)]
 
 
 def _intact(served: Served) -> bool:
@@ -180,6 +184,6 @@ def _refuse_modified_inputs(served: Served, args: Any, kwargs: Any) -> None:
             raise ParameterError(
                 "modules",
                 "free of layers without a closed form that modify their input in place",
-                f"`{served.name or type(served.module).__name__}`, which does",
+                f"`{served.label}`, which does",
                 "Let it work on a copy, or register a rule for its type.",
             )

@@ -9,6 +9,7 @@ from torch.nn import Parameter
 
 from jdcore.autogram._plan import Plan
 from jdcore.autogram._recording import Gate, Record
+from jdcore.autogram.rules.direct import REARRANGING, Parents
 from jdcore.errors import ParameterError
 
 Use = tuple[Node, int]
@@ -38,6 +39,7 @@ class Survey:
     """Parameters with a closed form that are used where no recorded call covers them."""
     leaves: dict[Tensor, None] = field(factory=dict)
     """Everything else that a backward pass would reach."""
+    parents: Parents = field(factory=dict)
     operations: set[str] = field(factory=set)
     batch_norms: list[Node] = field(factory=list)
 
@@ -65,6 +67,10 @@ def survey(output: Tensor, plan: Plan, key: object) -> Survey:
             if variable is not None:
                 _leaf(found, plan, variable, owner, (node, position))
                 continue
+            if child.name() in REARRANGING:
+                users = found.parents.setdefault(child, [])
+                if (node, position, number) not in users:
+                    users.append((node, position, number))
             visit = _enter(found, child, number, owner, key)
             if visit not in seen:
                 seen.add(visit)

@@ -18,7 +18,7 @@ def refuse_impossible(found: Survey, plan: Plan, batch_dim: int | None) -> None:
             raise ParameterError(
                 "output",
                 "computed from inputs that are still what they were",
-                f"an input of `{record.served.name}` that was modified in place after its call",
+                f"an input of `{record.served.label}` that was modified in place after its call",
                 "Work on a copy: x = x + y instead of x += y.",
             )
     if found.stray:
@@ -54,7 +54,7 @@ def _refuse_batch_statistics(found: Survey, plan: Plan) -> None:
 def batch_dim_text(found: Survey) -> str:
     """What to call the offending layer."""
     names = [
-        record.served.name
+        record.served.label
         for record in found.sites
         if record.training and "BatchNorm" in type(record.served.module).__name__
     ]

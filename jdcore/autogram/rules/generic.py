@@ -19,13 +19,18 @@ from jdcore.autogram.blocks import RowsBlock
 
 
 def rows_of_call(
-    site: Site, parameters: Sequence[Parameter], output_grads: dict[int, Tensor], samples: int
+    site: Site,
+    parameters: Sequence[Parameter],
+    output_grads: dict[int, Tensor],
+    layouts: Sequence[str],
+    samples: int,
 ) -> Iterator[RowsBlock]:
     """
     One backward pass per row, through the operations of one recorded call.
 
     :param parameters: Parameters that the call uses.
     :param output_grads: By output, shape [K, N, ...].
+    :param layouts: Where the samples are in each of these.
     :param samples: B.
     """
     outputs = [site.record.outputs[index] for index in output_grads]
@@ -36,7 +41,8 @@ def rows_of_call(
     try:
         for k in range(K):
             for b in range(samples):
-                seeds = [_only(grads[k], b, samples) for grads in output_grads.values()]
+                pairs = zip(output_grads.values(), layouts, strict=True)
+                seeds = [_only(grads[k], layout, b, samples) for grads, layout in pairs]
                 _fill(rows, k, b, _grad(outputs, parameters, seeds))
     finally:
         for gate in site.gates:
@@ -45,10 +51,15 @@ def rows_of_call(
         yield RowsBlock(parameter, of_parameter)
 
 
-def _only(grads: Tensor, sample: int, samples: int) -> Tensor:
+def _only(grads: Tensor, layout: str, sample: int, samples: int) -> Tensor:
+    """The gradients of one sample, zeros for all others."""
     masked = torch.zeros_like(grads)
     size = grads.shape[0] // samples
-    own = slice(sample * size, (sample + 1) * size)
+    own: tuple[slice, ...] = (slice(sample * size, (sample + 1) * size),)
+    if layout == "minor":
+        own = (slice(sample, None, samples),)
+    elif layout == "second":
+        own = slice(None), slice(sample, sample + 1)
     masked[own] = grads[own]
     return masked
 
