@@ -15,7 +15,11 @@ _RULES = "jdcore.autogram.rules"
 
 def _core(name: str, layer: str, rule: str, summary: str) -> GramianRuleSpec:
     return GramianRuleSpec(
-        name=name, layer=f"torch.nn:{layer}", rule=f"{_RULES}.{rule}", summary=summary, api_version=1
+        name=name,
+        layer=f"torch.nn:{layer}",
+        rule=f"{_RULES}.{rule}",
+        summary=summary,
+        api_version=1,
     )
 
 
@@ -25,10 +29,7 @@ _STATISTICS = "Sums over positions of the normalized input times the output grad
 
 CORE_RULES: tuple[GramianRuleSpec, ...] = (
     _core("linear", "Linear", "linear:LinearRule", _OUTER),
-    *(
-        _core(f"conv{n}d", f"Conv{n}d", "convolution:ConvolutionRule", _PATCHES)
-        for n in (1, 2, 3)
-    ),
+    *(_core(f"conv{n}d", f"Conv{n}d", "convolution:ConvolutionRule", _PATCHES) for n in (1, 2, 3)),
     *(
         _core(f"conv_transpose{n}d", f"ConvTranspose{n}d", "convolution:ConvolutionRule", _PATCHES)
         for n in (1, 2, 3)

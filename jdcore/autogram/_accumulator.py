@@ -34,5 +34,5 @@ class Accumulator:
         if rows.dtype == torch.float64 or rows.shape[1] <= _COLUMNS:
             self.total += rows @ rows.T
             return
-        for piece in rows.split(_COLUMNS, dim=1):
+        for piece in torch.split(rows, _COLUMNS, dim=1):
             self.total += piece @ piece.T

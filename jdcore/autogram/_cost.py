@@ -17,7 +17,12 @@ _BYTES = 8.0
 _ENTRY = 4.0  # bytes
 _GHOST_LIMIT = 8 << 20  # entries of an [N, N] matrix that are still worth having
 
-__all__ = ["conv_form", "conv_ghost_beats_rows", "outer_ghost_beats_direct", "outer_ghost_beats_rows"]
+__all__ = [
+    "conv_form",
+    "conv_ghost_beats_rows",
+    "outer_ghost_beats_direct",
+    "outer_ghost_beats_rows",
+]
 
 
 def _time(flops: float, entries: float) -> float:
@@ -58,7 +63,7 @@ def outer_ghost_beats_rows(K: int, N: int, i: int, o: int) -> bool:
 
 
 def _conv_ghost(K: int, B: int, r: int, C: int, o: int, kernel: int, pixels: int, T: int) -> float:
-    """Gram of patches as ``kernel`` shifted sums of the Gram of pixels: kernel times fewer flops."""
+    """Gram of patches as ``kernel`` shifted sums of the Gram of pixels: a fraction of the flops."""
     M, N = B * r * pixels, B * r * T
     if N * N > _GHOST_LIMIT or M * M > 2 * _GHOST_LIMIT:
         return float("inf")
@@ -85,12 +90,10 @@ def conv_form(
     if _conv_ghost(K, B, r, C, o, kernel, pixels, T) < direct:
         return "ghost"
     # A weight gradient of one sample runs at full speed only on large maps.
-    return "rows" if r * T >= 200 and R * P <= capacity else "patches"
+    return "rows" if r * T >= 200 and capacity >= R * P else "patches"
 
 
-def conv_ghost_beats_rows(
-    K: int, r: int, C: int, o: int, kernel: int, pixels: int, T: int
-) -> bool:
+def conv_ghost_beats_rows(K: int, r: int, C: int, o: int, kernel: int, pixels: int, T: int) -> bool:
     """For K tasks over a whole batch of r images."""
     ghost = _conv_ghost(K, 1, r, C, o, kernel, pixels, T)
     return ghost < _rows(K, r * T, o * C * kernel)

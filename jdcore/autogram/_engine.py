@@ -59,7 +59,9 @@ class Engine:
     """
 
     def __init__(self, *modules: nn.Module, batch_dim: int | None) -> None:
-        if batch_dim is not None and (isinstance(batch_dim, bool) or not isinstance(batch_dim, int)):
+        if batch_dim is not None and (
+            isinstance(batch_dim, bool) or not isinstance(batch_dim, int)
+        ):
             raise ParameterTypeError("batch_dim", "an int or None", repr(batch_dim))
         self._batch_dim = batch_dim
         self._plan = make_plan(modules)
@@ -160,9 +162,7 @@ def _shaped(total: Tensor, output: Tensor) -> Tensor:
     return unflatten_gramian(total.to(dtype), output.shape)
 
 
-def _weigh(
-    weighting: Callable[[Tensor], Tensor], gramian: Tensor, output: Tensor
-) -> Tensor:
+def _weigh(weighting: Callable[[Tensor], Tensor], gramian: Tensor, output: Tensor) -> Tensor:
     shape = list(output.shape)
     hint = None
     if output.ndim != 1:

@@ -86,7 +86,7 @@ class Jacobian:
         if m == 0:
             return gramian.total
         with torch.autocast(output.device.type, enabled=False):
-            graph_needed = retain_graph or bool(self._open) or keep and bool(self._found.leaves)
+            graph_needed = retain_graph or bool(self._open) or (keep and bool(self._found.leaves))
             captured, layouts = self._capture(graph_needed)
             with torch.no_grad():
                 blocks = combined(list(self._make_blocks(captured, layouts)))
@@ -173,9 +173,7 @@ class Jacobian:
 
     # -- the blocks --------------------------------------------------------------------------------
 
-    def _make_blocks(
-        self, captured: dict[Any, Tensor], layouts: Layouts
-    ) -> Iterator[Block]:
+    def _make_blocks(self, captured: dict[Any, Tensor], layouts: Layouts) -> Iterator[Block]:
         for parameter in self._pinned:
             if parameter in captured:
                 yield RowsBlock(parameter, widened(captured[parameter]).unsqueeze(1))

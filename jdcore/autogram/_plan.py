@@ -163,7 +163,9 @@ def _refuse_unusable(name: str, module: nn.Module) -> None:
     for parameter_name, parameter in module.named_parameters(recurse=False):
         label = _joined(name, parameter_name)
         if _distributed(parameter):
-            raise ParameterError("modules", "without distributed tensors", f"a DTensor as `{label}`")
+            raise ParameterError(
+                "modules", "without distributed tensors", f"a DTensor as `{label}`"
+            )
         if isinstance(parameter, UninitializedParameter):
             raise ParameterError(
                 "modules",

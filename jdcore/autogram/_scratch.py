@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -42,4 +44,4 @@ def pieces(length: int, largest: int) -> list[tuple[int, int]]:
     """Split ``range(length)`` into pieces of about equal size, none above ``largest``."""
     count = -(-length // max(1, min(length, largest))) if length else 0
     bounds = [length * i // count for i in range(count + 1)] if count else [0]
-    return list(zip(bounds, bounds[1:], strict=False))
+    return list(pairwise(bounds))

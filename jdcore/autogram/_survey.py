@@ -8,7 +8,7 @@ from torch.autograd.graph import GradientEdge, Node
 from torch.nn import Parameter
 
 from jdcore.autogram._plan import Plan
-from jdcore.autogram._recording import Gate, Record
+from jdcore.autogram._recording import Record
 from jdcore.autogram.rules.direct import REARRANGING, Parents
 from jdcore.errors import ParameterError
 
@@ -82,7 +82,8 @@ def _enter(
     found: Survey, node: Node, output: int, owner: Site | None, key: object
 ) -> tuple[Node, Site | None]:
     """The node with the call inside of which it lies, coming from a node inside of ``owner``."""
-    for number, record, index in node.metadata.get(key, ()):
+    marks: Any = node.metadata  # a property that torch annotates as a method
+    for number, record, index in marks.get(key, ()):
         if number == output:
             if owner is not None and node not in owner.record.sources:
                 owner.leaky = True

@@ -1,9 +1,9 @@
 """
 Cost of a step with autogram beside an ordinary step and, where it is installed, TorchJD.
 
-Run ``python -m tests.benchmarks.autogram [case ...] [--json FILE] [--both-allocators]``. One thread,
-methods interleaved, medians after warm-up. Fresh memory is expensive on many virtual machines, so
-the second allocator setting keeps freed memory mapped: quote both.
+Run ``python -m tests.benchmarks.autogram [case ...] [--json FILE] [--both-allocators]``. One
+thread, methods interleaved, medians after warm-up. Fresh memory is expensive on many virtual
+machines, so the second allocator setting keeps freed memory mapped: quote both.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ class Case:
 
 def mlp(*sizes: int) -> nn.Sequential:
     layers: list[nn.Module] = []
-    for i, o in zip(sizes, sizes[1:], strict=False):
+    for i, o in pairwise(sizes):
         layers += [nn.Linear(i, o), nn.ReLU()]
     return nn.Sequential(*layers[:-1])
 

@@ -38,7 +38,7 @@ def _contract_tasks(gram: Tensor, grads: Tensor) -> Tensor:
 
 def _inner_products(rows: Tensor, vector: Tensor) -> Tensor:
     # In pieces: one float32 sum over millions of entries loses half of its digits.
-    pieces = zip(rows.split(16384, dim=1), vector.split(16384), strict=True)
+    pieces = zip(torch.split(rows, 16384, dim=1), torch.split(vector, 16384), strict=True)
     return torch.stack([(row @ piece).double() for row, piece in pieces]).sum(0)
 
 

@@ -98,15 +98,17 @@ class PatchBlock(Block):
             self._add_patches(gramian)
 
     def _add_ghost(self, gramian: Accumulator) -> None:
-        K, B, r = self._sizes
-        gram = patch_gram(self._images, self._geometry, *self._weight.shape[2:], *self._grads.shape[3:])
+        K, B, _ = self._sizes
+        gram = patch_gram(
+            self._images, self._geometry, *self._weight.shape[2:], *self._grads.shape[3:]
+        )
         positions = self._grads.flatten(3).transpose(2, 3).reshape(K, B, -1, self._grads.shape[2])
         gramian.add(contract(gram, positions))
 
     def _add_rows(self, gramian: Accumulator) -> None:
         K, B, _ = self._sizes
         P = self._weight.numel()
-        keep = gramian.keep and K * B * P <= _KEEP * self._grads.numel()
+        keep = gramian.keep and _KEEP * self._grads.numel() >= K * B * P
         if keep:
             rows = self._grads.new_empty(K * B, P)
         else:
@@ -146,7 +148,7 @@ class PatchBlock(Block):
             gramian.add_rows(rows.view(K * B, -1))
 
     def _patches(self, gramian: Accumulator, start: int, stop: int) -> Tensor:
-        """Patches [N, c * kernel, T]. A copy of a strided view, several times faster than unfold."""
+        """Patches [N, c * kernel, T]. Copied from a strided view: faster than unfold."""
         geometry = self._geometry
         (top, left), (down, right) = geometry.padding, geometry.stride
         images = pad(self._images[:, start:stop], (left, left, top, top))
@@ -166,9 +168,7 @@ class PatchBlock(Block):
         by_sample = self._grads.reshape(K, B, r, *self._grads.shape[2:])
         grads = weighted_sum(weights, by_sample).flatten(0, 1)
         weight = self._weight.detach().to(grads.dtype)
-        gradients.add(
-            self.columns[0], self._geometry.weight_gradient(grads, self._images, weight)
-        )
+        gradients.add(self.columns[0], self._geometry.weight_gradient(grads, self._images, weight))
 
     def rows(self, start: int, stop: int) -> Tensor:
         K, B, _ = self._sizes

@@ -29,7 +29,7 @@ class ScatterBlock(Block):
 
     def add_gramian(self, gramian: Accumulator) -> None:
         K, B, T, o = self._grads.shape
-        used, place = self._index.unique(return_inverse=True)
+        used, place = torch.unique(self._index, return_inverse=True)
         R = K * B
         if R * len(used) < B * T * T or R * len(used) * o <= CAPACITY:
             for start, stop in pieces(o, CAPACITY // max(1, R * len(used))):

@@ -36,7 +36,8 @@ def running_blocks(call: LayerCall) -> Iterator[Block]:
     """
     module: Any = call.module
     mean, variance = call.value("running_mean"), call.value("running_var")
-    assert mean is not None and variance is not None  # the engine refuses the other case
+    assert mean is not None  # the engine refuses the other case
+    assert variance is not None
     K, N, C = call.grads.shape[:3]
     grads = call.grads.reshape(K, N, C, -1)
     images = call.input.reshape(N, C, -1)

@@ -54,13 +54,12 @@ class ConvolutionRule:
 
 
 def _padded(module: Any, images: Tensor) -> tuple[Tensor, tuple[int, ...]]:
-    both_sides = module._reversed_padding_repeated_twice if not module.transposed else None
-    if module.padding_mode != "zeros":
-        return pad(images, both_sides, mode=module.padding_mode), (0,) * len(module.kernel_size)
-    if not isinstance(module.padding, str):
+    if module.padding_mode == "zeros" and not isinstance(module.padding, str):
         return images, module.padding
     # "same" pads one more on the right where the kernel is even.
-    return pad(images, both_sides), (0,) * len(module.kernel_size)
+    both_sides = module._reversed_padding_repeated_twice
+    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+    return pad(images, both_sides, mode=mode), (0,) * len(module.kernel_size)
 
 
 def _geometry(module: Any, padding: tuple[int, ...], call: LayerCall) -> Geometry:

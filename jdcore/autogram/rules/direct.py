@@ -94,22 +94,26 @@ def _part(node: Any, output: int) -> tuple[int, int]:
 Factor = Callable[[Any, int, Tensor], Tensor]
 
 
+def _times(grads: Tensor, factor: Tensor | float) -> Tensor:
+    return grads * factor
+
+
 def _add(node: Any, operand: int, grads: Tensor) -> Tensor:
-    return grads if operand == 0 else grads * node._saved_alpha
+    return grads if operand == 0 else _times(grads, node._saved_alpha)
 
 
 def _sub(node: Any, operand: int, grads: Tensor) -> Tensor:
-    return grads if operand == 0 else grads * -node._saved_alpha
+    return grads if operand == 0 else _times(grads, -node._saved_alpha)
 
 
 def _mul(node: Any, operand: int, grads: Tensor) -> Tensor:
-    return grads * (node._saved_other if operand == 0 else node._saved_self)
+    return _times(grads, node._saved_other if operand == 0 else node._saved_self)
 
 
 def _div(node: Any, operand: int, grads: Tensor) -> Tensor:
     if operand == 0:
-        return grads / node._saved_other
-    return -grads * node._saved_self / node._saved_other.square()
+        return _times(grads, 1.0 / node._saved_other)
+    return _times(grads, -node._saved_self / node._saved_other.square())
 
 
 def _expand(node: Any, operand: int, grads: Tensor) -> Tensor:

@@ -24,11 +24,11 @@ class EmbeddingRule:
 
     def blocks(self, call: LayerCall) -> Iterator[Block]:
         weight = call.wanted("weight")
-        module = call.module
+        module: Any = call.module
         index = call.input.reshape(call.batch_size, -1)
         grads = call.positions(call.grads, 1)
         if module.padding_idx is not None:
-            grads = grads * (index != module.padding_idx)[..., None]
+            grads = grads * torch.ne(index, module.padding_idx)[..., None]
         if weight is not None:
             yield ScatterBlock(weight, index, grads, bool(module.sparse))
 

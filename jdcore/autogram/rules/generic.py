@@ -79,9 +79,7 @@ def _fill(rows: list[Tensor], k: int, b: int, found: Sequence[Tensor | None]) ->
             row[k, b] = gradient.to_dense() if gradient.is_sparse else gradient
 
 
-def rows_of_losses(
-    objectives: Objectives, parameters: Sequence[Parameter]
-) -> Iterator[RowsBlock]:
+def rows_of_losses(objectives: Objectives, parameters: Sequence[Parameter]) -> Iterator[RowsBlock]:
     """One backward pass per row, from the losses: the definition of the Jacobian."""
     K, B = objectives.tasks, objectives.samples
     rows = [p.new_zeros(K, B, *p.shape) for p in parameters]

@@ -16,7 +16,7 @@ from jdcore.autogram.rules.batch_norm import running_blocks
 class LayerNormRule:
     """Sums over positions of the normalized input times the output gradient."""
 
-    parameters = ("weight", "bias")
+    parameters: tuple[str, ...] = ("weight", "bias")
 
     def refusal(self, module: nn.Module) -> str | None:
         del module
@@ -83,9 +83,7 @@ def _sums(grads: Tensor, images: Tensor, groups: int, eps: Any) -> tuple[Tensor,
     N, C = images.shape[:2]
     T = math.prod(images.shape[2:])
     images, grads = images.contiguous(), grads.contiguous()
-    _, mean, deviation = torch.ops.aten.native_group_norm(
-        images, None, None, N, C, T, groups, eps
-    )
+    _, mean, deviation = torch.ops.aten.native_group_norm(images, None, None, N, C, T, groups, eps)
     _, of_weight, of_bias = torch.ops.aten.native_group_norm_backward(
         grads.view(1, N * C, T),
         images.view(1, N * C, T),

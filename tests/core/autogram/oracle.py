@@ -28,7 +28,9 @@ def explicit_jacobian(losses: Tensor, parameters: Sequence[Tensor]) -> Tensor:
 def generalized(matrix: Tensor, shape: Sequence[int]) -> Tensor:
     """[m1, ..., mk, mk, ..., m1] entry by entry, from the definition."""
     total = matrix.new_empty(*shape, *reversed(shape))
-    indices = [tuple(i) for i in torch.cartesian_prod(*map(torch.arange, shape)).view(-1, len(shape))]
+    indices = [
+        tuple(i) for i in torch.cartesian_prod(*map(torch.arange, shape)).view(-1, len(shape))
+    ]
     for row, i in enumerate(indices):
         for column, j in enumerate(indices):
             total[(*i, *reversed(j))] = matrix[row, column]

@@ -182,7 +182,9 @@ TOKENS = torch.randint(0, 9, (B, 7), generator=torch.Generator().manual_seed(3))
 
 @pytest.mark.parametrize("options", [{}, {"padding_idx": 0}, {"sparse": True}])
 @pytest.mark.parametrize("scatter", [True, False])
-def test_embedding(monkeypatch: pytest.MonkeyPatch, options: dict[str, object], scatter: bool) -> None:
+def test_embedding(
+    monkeypatch: pytest.MonkeyPatch, options: dict[str, object], scatter: bool
+) -> None:
     if not scatter:
         monkeypatch.setattr("jdcore.autogram.blocks._scatter.CAPACITY", 1)
         monkeypatch.setattr("jdcore.autogram.blocks._scatter.CAPACITY", 1)

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -13,10 +13,9 @@ B = 6
 
 
 @pytest.fixture(autouse=True)
-def _float32(_float64: None) -> Iterator[None]:
+def _float32(_float64: None) -> None:
     torch.set_default_dtype(torch.float32)
     torch.manual_seed(0)
-    yield
 
 
 def _cnn() -> nn.Module:
@@ -47,7 +46,10 @@ def _like(model: nn.Module, x: Tensor) -> Tensor:
 @pytest.mark.parametrize("name", ["mlp", "cnn", "encoder"])
 def test_float32_error(name: str, batch_dim: int | None) -> None:
     if name == "mlp":
-        model, x = nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 3)), torch.randn(B, 64)
+        model, x = (
+            nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 3)),
+            torch.randn(B, 64),
+        )
     elif name == "cnn":
         model, x = _cnn(), torch.randn(B, 3, 16, 16)
     else:

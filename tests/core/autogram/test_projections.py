@@ -60,16 +60,17 @@ def test_transformer_with_cross_attention() -> None:
     def losses(model: nn.Module) -> Tensor:
         return model(randn(B, T, E), randn(B, 3, E)).pow(2).sum((1, 2))
 
-    check_engine(
-        lambda: nn.Transformer(E, 2, 1, 1, 16, dropout=0.1, batch_first=True), losses, 0
-    )
+    check_engine(lambda: nn.Transformer(E, 2, 1, 1, 16, dropout=0.1, batch_first=True), losses, 0)
 
 
 class _Attention(nn.Module):
     def __init__(self, separate: bool, **options: Any) -> None:
         super().__init__()
         self.attention = nn.MultiheadAttention(E, 2, batch_first=True, **options)
-        self.keys, self.values = nn.Linear(E, options.get("kdim", E)), nn.Linear(E, options.get("vdim", E))
+        self.keys, self.values = (
+            nn.Linear(E, options.get("kdim", E)),
+            nn.Linear(E, options.get("vdim", E)),
+        )
         self.separate = separate
 
     def forward(self, x: Tensor, y: Tensor, **options: Any) -> Tensor:

@@ -451,6 +451,9 @@ def test_two_engines_on_one_module() -> None:
     model = nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 2))
     by_sample, whole = Engine(model, batch_dim=0), Engine(model[0], batch_dim=None)
     losses = _one(model)
-    for engine, parameters in ((by_sample, parameters_of([model])), (whole, parameters_of([model[0]]))):
+    for engine, parameters in (
+        (by_sample, parameters_of([model])),
+        (whole, parameters_of([model[0]])),
+    ):
         jacobian = explicit_jacobian(losses, parameters)
         assert relative_error(engine.compute_gramian(losses), jacobian @ jacobian.T) < 1e-12

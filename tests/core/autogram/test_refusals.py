@@ -17,7 +17,9 @@ from tests.core.autogram.oracle import randn
 B = 5
 
 
-def _refused(model: nn.Module, losses: Callable[[], Tensor], match: str, batch_dim: int | None = 0) -> None:
+def _refused(
+    model: nn.Module, losses: Callable[[], Tensor], match: str, batch_dim: int | None = 0
+) -> None:
     """Both entry points raise, and no gradient is left behind."""
     engine = Engine(model, batch_dim=batch_dim)
     with pytest.raises(ParameterError, match=match):
