@@ -5,6 +5,7 @@ Instead of the gradient of one loss, a training step takes the Jacobian of sever
 aggregates its rows into one update that hurts none of them.
 """
 
+from jdcore.config import to_config
 from jdcore.errors import (
     AmbiguousNameError,
     GraphError,
@@ -73,4 +74,5 @@ __all__ = [
     "list_solvers",
     "refresh",
     "register",
+    "to_config",
 ]

@@ -12,13 +12,16 @@ from jdcore.spec import normalize_name
 METHODS = {
     "jdplugins-standard": (
         "aligned_mtl",
+        "cagrad",
         "config",
         "constant",
+        "dualproj",
         "graddrop",
         "gradvac",
         "imtl_g",
         "krum",
         "mean",
+        "mgda",
         "nash_mtl",
         "pcgrad",
         "random",
@@ -29,10 +32,34 @@ METHODS = {
 }
 
 
-def distribution_of(name: str) -> str | None:
-    """Name of the distribution known to provide this method, in any spelling."""
-    key = normalize_name(name)
-    for distribution, names in METHODS.items():
-        if key in map(normalize_name, names):
+SOLVERS: dict[str, dict[str, tuple[str, ...]]] = {
+    "jdplugins-cvxpy": {"conflict_averse": ("cvxpy",), "nash_bargaining": ("ecos",)},
+    "jdplugins-quadprog": {"dual_cone": ("qpsolvers", "quadprog")},
+    "jdplugins-standard": {
+        "conflict_averse": ("native",),
+        "dual_cone": ("native",),
+        "min_norm": ("frank_wolfe", "native"),
+        "nash_bargaining": ("native",),
+    },
+}
+
+
+def solver_names(problem: str) -> dict[str, tuple[str, ...]]:
+    """Names of the backends known for a problem, by distribution."""
+    return {d: problems[problem] for d, problems in SOLVERS.items() if problem in problems}
+
+
+def distribution_of(name: str, problem: str | None = None) -> str | None:
+    """
+    Name of the distribution known to provide a method, in any spelling.
+
+    :param name: Plain name, ``"distribution:name"``, or ``"name:variant"`` of a solver.
+    :param problem: The problem if it is a solver that is looked for.
+    """
+    table = METHODS if problem is None else solver_names(problem)
+    parts = name.split(":")
+    keys = {normalize_name(part) for part in (parts[-1:] if problem is None else parts)}
+    for distribution, names in table.items():
+        if not keys.isdisjoint(map(normalize_name, names)):
             return distribution
     return None

@@ -25,6 +25,8 @@ __all__ = [
     "PluginWarning",
     "UnknownNameError",
     "UnsolvedWarning",
+    "VectorizationError",
+    "VectorizationWarning",
 ]
 
 
@@ -198,12 +200,59 @@ class UnsolvedWarning(JDCoreWarning):
 
     :param problem: Name of the problem, e.g. ``"dual_cone"``.
     :param residual: What is left of the optimality conditions, relative to the problem's scale.
+    :param reason: Why, if it is not the problem itself.
     """
 
-    def __init__(self, problem: str, residual: float) -> None:
+    def __init__(
+        self,
+        problem: str,
+        residual: float,
+        reason: str = "its rows are dependent to working precision",
+    ) -> None:
         self.problem = problem
         self.residual = residual
+        self.reason = reason
         super().__init__(
             f"The {problem} problem was solved only up to a relative residual of {residual:.1e}: "
-            "its rows are dependent to working precision. The best weights found are returned."
+            f"{reason}. The best weights found are returned."
         )
+
+    def __reduce__(self) -> tuple[type, tuple[object, ...]]:
+        return type(self), (self.problem, self.residual, self.reason)
+
+
+class VectorizationError(JDCoreError, RuntimeError):
+    """
+    Several rows could not be differentiated at once, although a chunk size above 1 was asked for.
+
+    :param reason: The operation at fault, as far as it is known, and what it said.
+    """
+
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
+        super().__init__(
+            f"The rows cannot be differentiated several at a time: {reason} Leave "
+            "parallel_chunk_size at None, which falls back by itself, or set it to 1."
+        )
+
+    def __reduce__(self) -> tuple[type, tuple[object, ...]]:
+        return type(self), (self.reason,)
+
+
+class VectorizationWarning(JDCoreWarning):
+    """
+    Rows that were to be differentiated several at once are differentiated one by one.
+
+    :param reason: The operation at fault, as far as it is known, and what it said.
+    """
+
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
+        super().__init__(
+            "Differentiating several rows at once failed for this kind of graph, so its rows are "
+            f"differentiated one by one: {reason} The result is the same. Set "
+            "parallel_chunk_size=1 to do so from the start."
+        )
+
+    def __reduce__(self) -> tuple[type, tuple[object, ...]]:
+        return type(self), (self.reason,)

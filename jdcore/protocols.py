@@ -5,6 +5,9 @@ They are protocols: anything with the right call satisfies them, and nothing has
 plain function is an :class:`Aggregator`). The docstrings below are the specification that the
 conformance tests check and that a third party implements.
 
+Solvers keep no state that changes an answer: one object serves every method that names the backend,
+from any thread. What an iterative solver may start from is an argument, and kept by the method.
+
 Words: ``m`` is the number of objectives (rows), ``n`` the number of parameters (columns), ``J`` the
 Jacobian of shape [m, n], ``G = J Jᵀ`` its Gramian of shape [m, m].
 """
@@ -222,9 +225,13 @@ class NashBargainingSolver(Protocol):
     other rows, projected onto the orthogonal complement of those, and ``α >= 0`` still holds.
     """
 
-    def __call__(self, gramian: NDArray[np.float64], /) -> NDArray[np.float64]:
+    def __call__(
+        self, gramian: NDArray[np.float64], start: NDArray[np.float64] | None = None, /
+    ) -> NDArray[np.float64]:
         """
         :param gramian: Finite Gramian, float64, shape [m, m].
+        :param start: Weights of an earlier call, float64, shape [m], from which an iteration may
+            start. Not modified.
         :returns: Weights α, float64, shape [m].
         """
 

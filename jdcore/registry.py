@@ -15,13 +15,13 @@ import inspect
 import os
 import threading
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from functools import cache
 from typing import Any, NoReturn
 
 from attrs import frozen
 
-from jdcore._catalogue import distribution_of
+from jdcore._catalogue import distribution_of, solver_names
 from jdcore._discovery import (
     PluginRecord,
     discover,
@@ -56,7 +56,7 @@ __all__ = [
 ]
 
 _CORE = "jdcore"
-_RUNTIME = "runtime"  # stands for the distribution in the qualified name of registered specs
+RUNTIME = "runtime"  # stands for the distribution in the qualified name of registered specs
 
 
 @frozen
@@ -72,8 +72,9 @@ class _Entry:
 class _Table:
     """Entries of one kind by normalized name; several entries under one name disable the name."""
 
-    def __init__(self, kind: str) -> None:
+    def __init__(self, kind: str, problem: str | None = None) -> None:
         self.kind = kind
+        self.problem = problem
         self._entries: dict[str, list[_Entry]] = {}
 
     def add(self, entry: _Entry, names: tuple[str, ...]) -> None:
@@ -128,8 +129,7 @@ class Registry:
         self._aggregators = _Table("aggregator")
         self._solvers: dict[str, _Table] = {}
         self._rules = LayerTable()
-        _load_factory.cache_clear()
-        _composed.cache_clear()
+        shared_solver.cache_clear()
 
     # -- discovery ---------------------------------------------------------------------------------
 
@@ -149,26 +149,23 @@ class Registry:
             self._discover()
             for name in names_of(spec):
                 entry = self._aggregators.find(name)
-                if entry is not None and entry.qualified_name != f"{_RUNTIME}:{spec.name}":
+                if entry is not None and entry.qualified_name != f"{RUNTIME}:{spec.name}":
                     raise ParameterError(
                         "name", "free", f"{name!r}, taken by {entry.qualified_name}"
                     )
             self._runtime[spec.name] = spec
             self._fill(self._records or [])
-            _load_factory.cache_clear()  # a notebook cell that runs again redefines its class
-            _composed.cache_clear()
 
     def _register_rule(self, spec: GramianRuleSpec) -> None:
         with self._lock:
             self._discover()
             for entry in self._rules.claims(spec.layer):
-                if entry.distribution != _RUNTIME:
+                if entry.distribution != RUNTIME:
                     raise ParameterError(
                         "layer", "free", f"{spec.layer!r}, taken by {entry.qualified_name}"
                     )
             self._runtime_rules[spec.layer] = spec
             self._fill(self._records or [])
-            _load_factory.cache_clear()
 
     def _discover(self) -> None:
         with self._lock:
@@ -206,10 +203,12 @@ class Registry:
             for spec in record.aggregators:
                 aggregators.add(_Entry(record.distribution, spec), names_of(spec))
             for solver in record.solvers:
-                table = solvers.setdefault(solver.problem, _Table(f"{solver.problem} solver"))
+                table = solvers.setdefault(
+                    solver.problem, _Table(f"{solver.problem} solver", solver.problem)
+                )
                 table.add(_Entry(record.distribution, solver), (solver.name,))
         for spec in self._runtime.values():
-            aggregators.add(_Entry(_RUNTIME, spec), names_of(spec))
+            aggregators.add(_Entry(RUNTIME, spec), names_of(spec))
         self._aggregators, self._solvers = aggregators, solvers
         self._rules = self._rule_table(records)
 
@@ -221,7 +220,7 @@ class Registry:
             for rule in record.gramian_rules:
                 table.add(_Entry(record.distribution, rule))
         for rule in self._runtime_rules.values():
-            table.add(_Entry(_RUNTIME, rule))
+            table.add(_Entry(RUNTIME, rule))
         return table
 
     def _clashes(self) -> list[tuple[str, str]]:
@@ -269,16 +268,24 @@ class Registry:
             self._raise_unknown(name, self._aggregators)
         return entry
 
-    def solver(self, problem: str, name: str) -> _Entry:
-        """The entry of a solver backend. Raises as :meth:`aggregator`."""
+    def solver(self, problem: str, name: str) -> tuple[_Entry, str | None]:
+        """
+        The entry of a solver backend and the variant asked for, from ``"name"``, ``"name:variant"``
+        or either after ``"distribution:"``. Raises as :meth:`aggregator`.
+        """
         if not isinstance(name, str):
             raise ParameterTypeError("solver", "a string", repr(name))
         self._discover()
-        table = self._solvers.get(problem, _Table(f"{problem} solver"))
+        table = self._solvers.get(problem, _Table(f"{problem} solver", problem))
+        # "a:b" is first of all the solver b of the distribution a: qualified names always work.
         entry = table.find(name)
-        if entry is None:
+        if entry is not None:
+            return entry, None
+        base, _, variant = name.rpartition(":")
+        entry = table.find(base)
+        if entry is None or not entry.spec.variants or not variant:
             self._raise_unknown(name, table)
-        return entry
+        return entry, variant
 
     def gramian_rules(self, layer: type) -> list[_Entry]:
         """The rules for a class of layers: none, one, or several that clash."""
@@ -287,11 +294,13 @@ class Registry:
 
     def _raise_unknown(self, name: str, table: _Table) -> NoReturn:
         distribution, _, plain = name.rpartition(":")
-        known_provider = distribution_of(plain) if table is self._aggregators else None
-        provider = normalize_distribution(distribution) or known_provider
+        known_provider = distribution_of(name, table.problem)
+        providers = [normalize_distribution(distribution) or known_provider]
+        if table.problem is not None:  # what precedes the colon may be the solver of a variant
+            providers.append(known_provider)
         records = self._records or []
         for record in records:
-            if record.reason and record.distribution == provider:
+            if record.reason and record.distribution in providers:
                 raise PluginError(record.label, record.reason) from record.error
         failed = [r for r in records if r.error is not None]
         hint = None
@@ -299,6 +308,8 @@ class Registry:
             hint = f"It is provided by {known_provider}: pip install {known_provider}."
         elif failed:
             hint = f"Plugins that failed: {'; '.join(f'{r.label}: {r.reason}' for r in failed)}"
+        elif table.problem is not None:
+            hint = _installable(table.problem, {r.distribution for r in records})
         known = table.listed_names()
         plain_names = {normalize_name(n.rpartition(":")[2]): n for n in known}
         close = difflib.get_close_matches(normalize_name(plain), plain_names, cutoff=0.6)
@@ -312,7 +323,8 @@ class Registry:
         entry = self.aggregator(name)
         if entry.spec.aggregator is not None:
             return _load_factory(entry.qualified_name, entry.spec.aggregator)
-        return _composed(entry.spec.class_name, entry.qualified_name, entry.spec.weighting)
+        weighting_class = _load_factory(entry.qualified_name, entry.spec.weighting)
+        return _composed(entry.spec.class_name, entry.qualified_name, weighting_class)
 
     def weighting_class(self, name: str) -> type:
         """
@@ -363,7 +375,15 @@ class Registry:
         return [s.class_name for s in specs] + weightings
 
 
-@cache
+def _installable(problem: str, installed: Collection[str]) -> str | None:
+    """What else could solve a problem, one sentence; None if nothing could."""
+    others = {d: names for d, names in solver_names(problem).items() if d not in installed}
+    if not others:
+        return None
+    offers = [f"{', '.join(map(repr, n))} (pip install {d})" for d, n in others.items()]
+    return f"Not installed: {'; '.join(offers)}."
+
+
 def _load_factory(provider: str, factory: str) -> type:
     module, _, attribute = factory.partition(":")
     try:
@@ -372,11 +392,19 @@ def _load_factory(provider: str, factory: str) -> type:
         raise PluginError(provider, f"{factory!r} cannot be loaded: {error}") from error
 
 
+# By class, not by name: the composed class stays the same object until a notebook cell that runs
+# again redefines its weighting.
 @cache
-def _composed(class_name: str, qualified_name: str, weighting: str) -> type:
+def _composed(class_name: str, qualified_name: str, weighting_class: type) -> type:
     from jdcore.aggregation._aggregator import compose  # imports torch, which listing does without
 
-    return compose(class_name, _load_factory(qualified_name, weighting), qualified_name)
+    return compose(class_name, weighting_class, qualified_name)
+
+
+@cache
+def shared_solver(problem: str, name: str) -> Any:
+    """:func:`get_solver`, always the same object: for solvers used by name, which keep no state."""
+    return get_solver(problem, name)
 
 
 def _stacklevel_of_caller() -> int:
@@ -393,7 +421,7 @@ registry = Registry()
 """The registry of this process."""
 
 
-def _construct(cls: type, name: str, arguments: Mapping[str, Any]) -> Any:
+def _construct(cls: type, name: str, arguments: Mapping[str, Any], *first: Any) -> Any:
     signature = inspect.signature(cls)
     accepts_any = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
     for argument in arguments:
@@ -402,37 +430,50 @@ def _construct(cls: type, name: str, arguments: Mapping[str, Any]) -> Any:
             raise ParameterTypeError(
                 argument, f"one that {name!r} takes ({known})", "an unknown one"
             )
-    return cls(**arguments)
+    return cls(*first, **arguments)
 
 
-def get_aggregator(name: str, /, **arguments: Any) -> Any:
+def get_aggregator(name: str | Mapping[str, Any], /, **arguments: Any) -> Any:
     """
-    Make an aggregator by name.
+    Make an aggregator by name, or from a configuration (see :mod:`jdcore.config`).
 
-    :param name: Name in any spelling ("upgrad", "UPGrad"), or ``"distribution:name"``.
+    :param name: Name in any spelling ("upgrad", "UPGrad"), or ``"distribution:name"``; or a mapping
+        with the name under the key ``name`` and arguments as plain data.
     :param arguments: Arguments of the method, e.g. ``pref_vector``; see ``help()`` of its class.
     :returns: An :class:`~jdcore.Aggregator`.
     :raises UnknownNameError: If there is no such method; the message says what is near, what is
         registered and, where known, what to install.
     :raises AmbiguousNameError: If several distributions claim the plain name.
     :raises PluginError: If the plugin that provides it failed; the cause is chained.
-    :raises ParameterError: If an argument is unknown to the method or has an unusable value.
+    :raises ParameterError: If an argument is unknown to the method or has an unusable value; in a
+        configuration, its path is named.
 
     >>> import torch, jdcore
     >>> jdcore.get_aggregator("upgrad")(torch.tensor([[-4.0, 1.0, 1.0], [6.0, 1.0, 1.0]]))
     tensor([0.2924, 1.9006, 1.9006])
     """
+    if isinstance(name, Mapping):
+        return _read_config(name, "aggregator", arguments)
     return _construct(registry.aggregator_class(name), name, arguments)
 
 
-def get_weighting(name: str, /, **arguments: Any) -> Any:
+def get_weighting(name: str | Mapping[str, Any], /, **arguments: Any) -> Any:
     """
-    Make a weighting by name. Parameters and errors as :func:`get_aggregator`.
+    Make a weighting by name or from a configuration. Parameters and errors as
+    :func:`get_aggregator`.
 
     :returns: A :class:`~jdcore.Weighting`.
     :raises ParameterError: Also if the method's update is not a function of the Gramian.
     """
+    if isinstance(name, Mapping):
+        return _read_config(name, "weighting", arguments)
     return _construct(registry.weighting_class(name), name, arguments)
+
+
+def _read_config(config: Mapping[str, Any], kind: str, arguments: Mapping[str, Any]) -> Any:
+    from jdcore.config._read import read  # imports torch and, for look-ups, this module
+
+    return read(config, kind=kind, extra=arguments)
 
 
 def list_aggregators() -> tuple[str, ...]:
@@ -469,18 +510,23 @@ def refresh() -> None:
     registry.refresh()
 
 
-def get_solver(problem: str, name: str) -> Any:
+def get_solver(problem: str, name: str, /, **arguments: Any) -> Any:
     """
     Make a solver backend.
 
     :param problem: The problem, e.g. ``"dual_cone"``.
-    :param name: Name of the backend, e.g. ``"native"``.
+    :param name: Name of the backend, e.g. ``"native"``, or ``"name:variant"`` where the backend is
+        a door to several solvers (``"qpsolvers:daqp"``). ``"distribution:name"`` and
+        ``"distribution:name:variant"`` say whose; a qualified name comes before a variant.
+    :param arguments: Arguments of the backend, if it takes any.
     :returns: An object that satisfies the protocol of the problem.
     :raises UnknownNameError: If there is no such backend.
     :raises PluginError: If it cannot be loaded.
+    :raises ParameterError: If an argument is unknown to the backend or has an unusable value.
     """
-    entry = registry.solver(problem, name)
-    return _load_factory(entry.qualified_name, entry.spec.factory)()
+    entry, variant = registry.solver(problem, name)
+    factory = _load_factory(entry.qualified_name, entry.spec.factory)
+    return _construct(factory, name, arguments, *(() if variant is None else (variant,)))
 
 
 def get_gramian_rule(entry: _Entry) -> Any:

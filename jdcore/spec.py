@@ -106,6 +106,10 @@ def _properties(values: Iterable[Property]) -> frozenset[Property]:
     return frozenset(values)
 
 
+def _strings(values: Iterable[str]) -> tuple[str, ...]:
+    return tuple(values)
+
+
 def _read_only(value: Mapping[str, str]) -> Mapping[str, str]:
     return MappingProxyType(dict(value))
 
@@ -163,8 +167,8 @@ class AggregatorSpec:
     stateful: bool = False
     stochastic: bool = False
     min_rows: int = 1
-    requires: tuple[str, ...] = field(default=(), converter=tuple)
-    aliases: tuple[str, ...] = field(default=(), converter=tuple, validator=_names)
+    requires: tuple[str, ...] = field(default=(), converter=_strings)
+    aliases: tuple[str, ...] = field(default=(), converter=_strings, validator=_names)
     example: Callable[[int], Mapping[str, Any]] = _no_arguments
     expected_failures: Mapping[str, str] = field(factory=dict, converter=_read_only)
 
@@ -199,7 +203,11 @@ class SolverSpec:
     :param problem: The problem it solves, e.g. ``"dual_cone"``; the protocol of that problem (here
         :class:`~jdcore.protocols.DualConeSolver`) is what the factory must return.
     :param summary: One line: algorithm, accuracy, when to choose it.
-    :param factory: ``"module:attribute"``, called without arguments.
+    :param factory: ``"module:attribute"``, called without arguments, or with keyword arguments
+        given by the user (see :func:`~jdcore.get_solver`).
+    :param variants: Whether ``"name:variant"`` selects one of several solvers behind the backend,
+        as in ``"qpsolvers:daqp"``. The variant, in the user's spelling, is then the first argument
+        of the factory, which refuses an unknown one; without it the factory chooses.
     :param requires: Names of the distributions needed beyond torch and numpy.
     :param api_version: The plugin interface this spec was written for, :data:`API_VERSION`.
     :raises ParameterError: If a field does not have the form described above.
@@ -210,7 +218,8 @@ class SolverSpec:
     summary: str = field(validator=_text)
     factory: str = field(validator=_valid_factory)
     api_version: int = field(validator=_api_version)
-    requires: tuple[str, ...] = field(default=(), converter=tuple)
+    variants: bool = False
+    requires: tuple[str, ...] = field(default=(), converter=_strings)
 
 
 @frozen(kw_only=True)

@@ -17,6 +17,8 @@ from jdcore.linalg import combine, gramian
 from jdcore.protocols import Weighting
 from jdcore.validators import check_blocks, check_matrix
 
+# Stands for the Gramian where the weighting does not look at it.
+_UNUSED = torch.zeros((), dtype=torch.float64)
 _STATEFUL_METHODS = ("reset", "state_dict", "load_state_dict")
 
 
@@ -55,7 +57,8 @@ class GramianAggregator:
         check_matrix(matrix)
         if not _uses_gramian(self.weighting):
             return self._aggregate([matrix])[0][0]
-        [vector], _ = self._aggregate([matrix.detach()])
+        source = matrix.detach() if matrix.requires_grad else matrix
+        vector = combine(self._weights([source]), source)
         return forbid_differentiation(self, matrix, vector)
 
     def aggregate_blocks(self, blocks: Sequence[Tensor], /) -> tuple[list[Tensor], Tensor]:
@@ -68,23 +71,24 @@ class GramianAggregator:
         :raises ParameterError: If a block is no real floating matrix or the numbers of rows differ.
         """
         check_blocks(blocks)
-        return self._aggregate([block.detach() for block in blocks])
+        vectors, weights = self._aggregate([block.detach() for block in blocks])
+        return vectors, weights.to(reduce(torch.promote_types, (b.dtype for b in blocks)))
 
     def _aggregate(self, blocks: list[Tensor]) -> tuple[list[Tensor], Tensor]:
         if _uses_gramian(self.weighting):
             weights = self._weights(blocks)
         else:
             m = blocks[0].shape[0]
-            unused = blocks[0].new_zeros((), dtype=torch.float64).expand(m, m)
-            weights = self.weighting(unused)
+            unused = _UNUSED if blocks[0].is_cpu else _UNUSED.to(blocks[0].device)
+            weights = self.weighting(unused.expand(m, m))
         vectors = [combine(weights, block) for block in blocks]
-        if not _uses_gramian(self.weighting) and not all_finite([v.detach() for v in vectors]):
+        if not _uses_gramian(self.weighting) and not all_finite(vectors):
             vectors, weights = self._without_nonfinite(vectors, weights, blocks)
-        return vectors, weights.to(reduce(torch.promote_types, (b.dtype for b in blocks)))
+        return vectors, weights
 
     def _weights(self, blocks: list[Tensor]) -> Tensor:
         product = gramian(blocks)
-        if all(block.dtype != torch.float64 for block in blocks):
+        if torch.float64 not in [block.dtype for block in blocks]:
             return self.weighting(product)  # squares of narrower dtypes cannot leave the range
         largest = float(product.diagonal().max()) if len(product) else 1.0
         if 1e-250 < largest < 1e250:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 import os
 
 import numpy as np
@@ -29,7 +30,7 @@ def all_finite(blocks: list[Tensor]) -> bool:
     """Whether every entry is finite, reading each block once in the common case."""
     # A sum is finite only if all terms are; the converse fails on overflow, settled entry-wise.
     return all(
-        bool(torch.isfinite(block.sum())) or bool(torch.isfinite(block).all()) for block in blocks
+        math.isfinite(block.sum().item()) or bool(torch.isfinite(block).all()) for block in blocks
     )
 
 

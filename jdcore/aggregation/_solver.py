@@ -5,27 +5,31 @@ from typing import Any
 from attrs import Attribute, field
 
 from jdcore.errors import ParameterTypeError
-from jdcore.registry import get_solver
+from jdcore.registry import shared_solver
 
 
-def solver_field(problem: str) -> Any:
+def solver_field(problem: str, *, default: str | None = "native") -> Any:
     """
-    The attrs field ``solver`` of a method that poses a problem.
+    The attrs field ``solver`` of a method that poses a problem (or ``fallback`` of a solver).
 
-    It takes the name of a registered backend (``"native"`` by default) or an object with the call
-    of the problem's protocol. A name that is not registered is refused on construction and on every
-    later set; it is the name that is kept, shown and pickled. Use with :func:`find_solver`.
+    It takes the name of a registered backend or an object with the call of the problem's protocol.
+    A name that is not registered is refused on construction and on every later set; it is the name
+    that is kept, shown and pickled. Use with :func:`find_solver`.
 
     :param problem: The problem, e.g. ``"dual_cone"``.
+    :param default: Name of the default backend. None makes the solver optional.
     """
 
     def validate(_: Any, attribute: Attribute[Any], value: Any) -> None:
+        if value is None and default is None:
+            return
         if not callable(find_solver(problem, value)):
             raise ParameterTypeError(
                 attribute.name, f"the name of a {problem} solver or such a solver", repr(value)
             )
 
-    return field(default="native", kw_only=True, validator=validate)
+    metadata = {"jdcore.problem": problem}  # for those who list the solvers of a method
+    return field(default=default, kw_only=True, validator=validate, metadata=metadata)
 
 
 def find_solver(problem: str, solver: Any) -> Any:
@@ -35,4 +39,4 @@ def find_solver(problem: str, solver: Any) -> Any:
     :raises UnknownNameError: If no backend for this problem has the name.
     :raises PluginError: If the backend cannot be loaded.
     """
-    return get_solver(problem, solver) if isinstance(solver, str) else solver
+    return shared_solver(problem, solver) if isinstance(solver, str) else solver

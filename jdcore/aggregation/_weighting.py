@@ -57,19 +57,21 @@ class GramianWeighting:
         """
         check_gramian(gramian)
         check_row_vectors(self, gramian.shape[0], gramian.device)
-        weights = self._weights(gramian.detach())
+        weights = self._weights(gramian.detach() if gramian.requires_grad else gramian)
         return forbid_differentiation(self, gramian, weights) if self.uses_gramian else weights
 
     def _weights(self, gramian: Tensor) -> Tensor:
         m = gramian.shape[0]
         if m == 0:
             return gramian.new_zeros(0)
-        array = gramian.to(device="cpu", dtype=torch.float64).numpy()
+        as_it_is = gramian.is_cpu and gramian.dtype == torch.float64
+        array = (gramian if as_it_is else gramian.to("cpu", torch.float64)).numpy()
         if self.uses_gramian and not np.isfinite(array).all():
             if finite_required(self.check_finite):
                 raise refuse_gramian(array)
             return gramian.new_full((m,), float("nan"))
-        return torch.from_numpy(self.compute(array)).to(device=gramian.device, dtype=gramian.dtype)
+        weights = torch.from_numpy(self.compute(array))
+        return weights if as_it_is else weights.to(gramian.device, gramian.dtype)
 
 
 def row_weights(vector: Tensor | None, m: int) -> NDArray[np.float64]:

@@ -24,7 +24,8 @@ def aggregate(
     if isinstance(aggregator, BlockwiseAggregator):
         vectors, weights = aggregator.aggregate_blocks(blocks)
         _check_vectors(vectors, blocks)
-        return list(vectors), weights
+        pairs = zip(vectors, blocks, strict=True)
+        return [_own(vector.detach(), block) for vector, block in pairs], weights
     return _aggregate_matrix(aggregator, blocks), None
 
 
@@ -42,11 +43,17 @@ def _aggregate_matrix(aggregator: Aggregator, blocks: Sequence[Tensor]) -> list[
 
 def _check_vectors(vectors: Sequence[Tensor], blocks: Sequence[Tensor]) -> None:
     expected = [(block.shape[1],) for block in blocks]
-    got = [tuple(vector.shape) for vector in vectors]
+    got = [tuple(v.shape) if isinstance(v, Tensor) else describe_tensor(v) for v in vectors]
     if got != expected:
         raise ParameterError(
             "aggregator", f"one that returns vectors of shapes {expected}", f"shapes {got}"
         )
+
+
+def _own(vector: Tensor, block: Tensor) -> Tensor:
+    """The vector in dtype and on the device of its block, but not in its memory."""
+    shared = vector.untyped_storage().data_ptr() == block.untyped_storage().data_ptr()
+    return vector.to(block, copy=shared)
 
 
 def _word(value: object) -> str:

@@ -5,8 +5,12 @@ from collections.abc import Iterable, Sequence
 from torch import Tensor
 
 from jdcore.autojac import _checks as checks
+from jdcore.autojac._distributed import refuse_replicated, refuse_sharded
+from jdcore.autojac._fields import check_jac_field
 from jdcore.autojac._graph import rows_of
+from jdcore.autojac._initial import initial_jacobians
 from jdcore.autojac._leaves import reach
+from jdcore.autojac._reentrant import is_reentrant, refuse_default
 from jdcore.autojac.transform import AccumulateJac, Jac
 from jdcore.errors import ParameterError
 
@@ -52,29 +56,39 @@ def backward(
     """
     outputs = checks.tensor_list(tensors, "tensors")
     checks.check_outputs(outputs, "tensors")
-    initial = checks.initial_jacobians(jac_tensors, outputs, "jac_tensors")
+    initial = initial_jacobians(jac_tensors, outputs, "jac_tensors")
     checks.check_flag(retain_graph, "retain_graph")
     checks.check_chunk_size(parallel_chunk_size)
-    targets = _reached(outputs, inputs)
+    targets = reached(outputs, inputs)
     m = len(initial[0]) if initial else sum(output.numel() for output in outputs)
     for target in targets:
-        checks.check_jac_field(target, m)
+        check_jac_field(target, m)
     jac = Jac(outputs, targets, retain_graph=retain_graph, chunk_size=parallel_chunk_size)
     graph = rows_of(outputs, initial) >> jac >> AccumulateJac(targets)
     graph()
 
 
-def _reached(outputs: list[Tensor], inputs: Tensor | Iterable[Tensor] | None) -> list[Tensor]:
+def reached(outputs: list[Tensor], inputs: Tensor | Iterable[Tensor] | None) -> list[Tensor]:
+    """
+    The tensors that accumulate: the inputs given that the outputs depend on, or all leaves.
+
+    :raises ParameterError: If there are none, or one of those given cannot.
+    """
     found = reach(outputs)
+    refuse_sharded(found.leaves, "inputs")
+    reentrant = is_reentrant(found)
     if inputs is None:
+        if reentrant:
+            raise refuse_default("inputs")
         targets = list(found.leaves)
         checks.check_real(targets, "inputs")
     else:
         given = checks.trainable(checks.tensor_list(inputs, "inputs"), "inputs")
         checks.check_accumulates(given, "inputs")
-        targets = [tensor for tensor in given if found.reaches(tensor)]
+        targets = [tensor for tensor in given if reentrant or found.reaches(tensor)]
     if not targets:
         raise ParameterError(
             "inputs", "tensors that require grad and that `tensors` depend on", "none"
         )
+    refuse_replicated(targets, "inputs")
     return targets

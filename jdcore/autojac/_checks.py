@@ -6,7 +6,6 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from jdcore.autojac._fields import get_jac
 from jdcore.errors import ParameterError, ParameterTypeError
 from jdcore.validators import describe_tensor
 
@@ -121,41 +120,6 @@ def check_accumulates(tensors: Sequence[Tensor], parameter: str) -> None:
             )
 
 
-def check_jac_field(tensor: Tensor, m: int) -> None:
-    """
-    Check that m rows can be added to the ``.jac`` of a tensor.
-
-    :raises ParameterError: If there is a ``.jac`` of another shape, dtype or device.
-    """
-    present = get_jac(tensor)
-    if present is None:
-        return
-    fits = (
-        isinstance(present, Tensor)
-        and present.shape == (m, *tensor.shape)
-        and present.dtype == tensor.dtype
-        and present.device == tensor.device
-    )
-    if not fits:
-        raise ParameterError(
-            ".jac",
-            f"of shape {[m, *tensor.shape]}, {str(tensor.dtype).removeprefix('torch.')} and on "
-            f"{tensor.device} for {m} rows to be added to it",
-            describe_tensor(present),
-            "Aggregate or delete the .jac of earlier calls first (jac_to_grad frees it).",
-        )
-
-
-def check_grad_field(tensor: Tensor) -> None:
-    """
-    Check that a gradient can be added to the ``.grad`` of a tensor.
-
-    :raises ParameterError: If there is a ``.grad`` that is not a dense tensor of the same shape.
-    """
-    if tensor.grad is not None and tensor.grad.layout != torch.strided:
-        raise ParameterError(".grad", "None or a dense tensor", f"a {tensor.grad.layout} tensor")
-
-
 def check_chunk_size(value: int | None) -> None:
     """
     Check ``parallel_chunk_size``.
@@ -180,82 +144,6 @@ def check_flag(value: bool, parameter: str) -> None:
     """
     if not isinstance(value, bool):
         raise ParameterTypeError(parameter, "a bool", repr(value))
-
-
-def initial_jacobians(
-    value: Tensor | Sequence[Tensor] | None, outputs: Sequence[Tensor], parameter: str
-) -> list[Tensor] | None:
-    """
-    The initial Jacobians as a list, checked against the outputs.
-
-    :raises ParameterTypeError: If they are not tensors of a real floating dtype.
-    :raises ParameterError: If their count, shapes, devices or numbers of rows do not fit.
-    """
-    if value is None:
-        return None
-    jacobians = tensor_list(value, parameter)
-    check_real(jacobians, parameter)
-    _check_count(jacobians, outputs, parameter)
-    m = jacobians[0].shape[0] if jacobians[0].ndim else 0
-    for i, (jacobian, output) in enumerate(zip(jacobians, outputs, strict=True)):
-        if jacobian.ndim == 0 or jacobian.shape[1:] != output.shape:
-            expected = f"of shape {['m', *output.shape]}".replace("'", "")
-            raise ParameterError(f"{parameter}[{i}]", expected, describe_tensor(jacobian))
-        if len(jacobian) != m:
-            raise ParameterError(
-                f"{parameter}[{i}]",
-                f"of {m} rows, as {parameter}[0]",
-                f"{len(jacobian)} rows",
-            )
-        _check_device(jacobian, output, f"{parameter}[{i}]")
-    if m == 0:
-        raise ParameterError(parameter, "of at least one row", "0 rows")
-    return jacobians
-
-
-def initial_gradients(
-    value: Tensor | Sequence[Tensor] | None, outputs: Sequence[Tensor], parameter: str
-) -> list[Tensor] | None:
-    """
-    The initial gradients as a list, checked against the outputs.
-
-    :raises ParameterTypeError: If they are not tensors of a real floating dtype.
-    :raises ParameterError: If their count, shapes or devices do not fit, or they are left out
-        although an output is not a scalar.
-    """
-    if value is None:
-        for i, output in enumerate(outputs):
-            if output.numel() != 1:
-                raise ParameterError(
-                    f"tensors[{i}]",
-                    f"a scalar, or come with `{parameter}`",
-                    describe_tensor(output),
-                    "Reduce it to one loss per task, or say how its elements count.",
-                )
-        return None
-    gradients = tensor_list(value, parameter)
-    check_real(gradients, parameter)
-    _check_count(gradients, outputs, parameter)
-    for i, (gradient, output) in enumerate(zip(gradients, outputs, strict=True)):
-        if gradient.shape != output.shape:
-            expected = f"of shape {list(output.shape)}, as its tensor"
-            raise ParameterError(f"{parameter}[{i}]", expected, describe_tensor(gradient))
-        _check_device(gradient, output, f"{parameter}[{i}]")
-    return gradients
-
-
-def _check_count(values: Sequence[Tensor], outputs: Sequence[Tensor], parameter: str) -> None:
-    if len(values) != len(outputs):
-        raise ParameterError(
-            parameter, f"{len(outputs)} tensors, one for each to differentiate", len(values)
-        )
-
-
-def _check_device(value: Tensor, output: Tensor, parameter: str) -> None:
-    if value.device != output.device:
-        raise ParameterError(
-            parameter, f"on {output.device}, as its tensor", f"a tensor on {value.device}"
-        )
 
 
 def describe_all(tensors: Sequence[Tensor]) -> str:

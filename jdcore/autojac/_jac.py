@@ -5,8 +5,11 @@ from collections.abc import Iterable, Sequence
 from torch import Tensor
 
 from jdcore.autojac import _checks as checks
+from jdcore.autojac._distributed import refuse_sharded
 from jdcore.autojac._graph import rows_of
+from jdcore.autojac._initial import initial_jacobians
 from jdcore.autojac._leaves import reach
+from jdcore.autojac._reentrant import is_reentrant, refuse_default
 from jdcore.autojac.transform import Jac
 from jdcore.errors import ParameterError
 from jdcore.validators import describe_tensor
@@ -49,7 +52,7 @@ def jac(
     """
     differentiated = checks.tensor_list(outputs, "outputs")
     checks.check_outputs(differentiated, "outputs")
-    initial = checks.initial_jacobians(jac_outputs, differentiated, "jac_outputs")
+    initial = initial_jacobians(jac_outputs, differentiated, "jac_outputs")
     checks.check_flag(retain_graph, "retain_graph")
     checks.check_chunk_size(parallel_chunk_size)
     targets = _targets(differentiated, inputs)
@@ -60,9 +63,11 @@ def jac(
 
 
 def _targets(outputs: Sequence[Tensor], inputs: Tensor | Iterable[Tensor] | None) -> list[Tensor]:
-    targets = (
-        list(reach(outputs).leaves) if inputs is None else checks.tensor_list(inputs, "inputs")
-    )
+    found = reach(outputs)
+    refuse_sharded(found.leaves, "inputs")
+    if inputs is None and is_reentrant(found):
+        raise refuse_default("inputs")
+    targets = list(found.leaves) if inputs is None else checks.tensor_list(inputs, "inputs")
     checks.check_real(targets, "inputs")
     for i, target in enumerate(targets):
         if not target.requires_grad:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from jdcore.autojac import _checks as checks
 from jdcore.autojac._aggregate import aggregate
-from jdcore.autojac._fields import accumulate_grad, free_jac, get_jac
+from jdcore.autojac._fields import accumulate_grad, check_grad_field, free_jac, get_jac
 from jdcore.autojac._matrix import as_matrix
 from jdcore.errors import ParameterError, ParameterTypeError
 from jdcore.protocols import Aggregator
@@ -49,7 +49,7 @@ def jac_to_grad(
     checks.check_flag(retain_jac, "retain_jac")
     jacobians = _jacobians(given)
     for tensor in jacobians:
-        checks.check_grad_field(tensor)
+        check_grad_field(tensor)
     blocks = [as_matrix(jacobian) for jacobian in jacobians.values()]
     vectors, weights = aggregate(aggregator, blocks)
     for tensor, vector in zip(jacobians, vectors, strict=True):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import cached_property
 from typing import TypeAlias
 
 from attrs import frozen
@@ -10,7 +11,7 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 Edge: TypeAlias = "tuple[Node, int]"
 
 
-@frozen(eq=False)
+@frozen(eq=False, slots=False)  # slots leave no room for cached properties
 class Reach:
     """
     What a differentiation of some outputs passes through.
@@ -26,7 +27,11 @@ class Reach:
         """Whether the outputs depend on a tensor that requires grad."""
         return edge_of(tensor) in self.edges
 
-    @property
+    def reaches_any(self, edges: set[Edge]) -> bool:
+        """Whether one of the edges is in the graph."""
+        return not edges.isdisjoint(self.edges)
+
+    @cached_property
     def nodes(self) -> set[Node]:
         """The nodes that are executed and may hold saved tensors: all but those of leaves."""
         return {node for node, _ in self.edges if not hasattr(node, "variable")}

@@ -1,6 +1,7 @@
 """Gramians and what every Gramian method does with them, in float64."""
 
 from jdcore.linalg._combine import combine
+from jdcore.linalg._complementarity import lcp_residual, refine_lcp
 from jdcore.linalg._equilibrate import equilibrate
 from jdcore.linalg._generalized import flatten_gramian, objectives_shape, unflatten_gramian
 from jdcore.linalg._gramian import gramian
@@ -10,6 +11,8 @@ __all__ = [
     "equilibrate",
     "flatten_gramian",
     "gramian",
+    "lcp_residual",
     "objectives_shape",
+    "refine_lcp",
     "unflatten_gramian",
 ]

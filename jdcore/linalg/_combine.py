@@ -22,17 +22,22 @@ def combine(weights: Tensor, block: Tensor, /) -> Tensor:
     dtype = block.dtype
     if dtype == torch.float64:
         return weights.to(block) @ block
-    wide = torch.float64 if _extreme(weights) else torch.float32
-    factors = weights.to(device=block.device, dtype=wide)
-    if dtype == wide:
+    if not (weights.is_cpu and block.is_cpu):
+        weights = weights.to(block.device)
+    extreme = _extreme(weights)
+    factors = weights.double() if extreme else weights.float()
+    if dtype == factors.dtype:
         return factors @ block
     pieces = torch.split(block, _COLUMNS, dim=1)
-    return torch.cat([(factors @ piece.to(wide)).to(dtype) for piece in pieces])
+    return torch.cat([(factors @ piece.to(factors.dtype)).to(dtype) for piece in pieces])
 
 
 def _extreme(weights: Tensor) -> bool:
-    if weights.device.type != "cpu" or weights.dtype != torch.float64:
+    if not weights.is_cpu or weights.dtype != torch.float64:
         # Asking a device would cost a synchronisation; narrower dtypes cannot hold such weights.
         return False
     smallest, largest = _SAFE
-    return any(w != 0.0 and not smallest <= abs(w) <= largest for w in weights.tolist())
+    for weight in weights.tolist():
+        if weight != 0.0 and not smallest <= abs(weight) <= largest:
+            return True
+    return False

@@ -10,7 +10,7 @@ First-party and third-party methods go through the same line::
 The tests need pytest: ``pip install jdcore[testing]``.
 """
 
-from jdcore.testing._case import ConformanceError
+from jdcore.testing._case import ConformanceError, NotApplicable
 from jdcore.testing._suite import ConformanceCheck, checks_of, conformance_tests
 from jdcore.testing.families import FAMILIES, family
 
@@ -18,6 +18,7 @@ __all__ = [
     "FAMILIES",
     "ConformanceCheck",
     "ConformanceError",
+    "NotApplicable",
     "checks_of",
     "conformance_tests",
     "family",

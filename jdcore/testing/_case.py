@@ -21,6 +21,10 @@ class ConformanceError(AssertionError):
     """A method breaks a law of the contract, or a property its spec declares."""
 
 
+class NotApplicable(Exception):  # noqa: N818 - nothing is wrong
+    """A check has nothing to look at on this machine."""
+
+
 @frozen
 class Case:
     """One method under test: makes fresh instances and matrices to call them on."""

@@ -1,44 +1,55 @@
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from attrs import frozen
 
 from jdcore._discovery import normalize_distribution
-from jdcore.registry import registry
-from jdcore.spec import Property
-from jdcore.testing import _laws, _lifecycle, _properties
-from jdcore.testing._case import Case, ConformanceError
+from jdcore.registry import RUNTIME, registry
+from jdcore.spec import AggregatorSpec, Property
+from jdcore.testing import _arguments, _description, _laws, _lifecycle, _properties
+from jdcore.testing._case import Case, ConformanceError, NotApplicable
 
 Check = Callable[[Case], None]
 
 _ALWAYS: tuple[Check, ...] = (
     _laws.keeps_dtype_and_shape,
     _laws.agrees_between_dtypes,
+    _laws.works_on_accelerators,
     _laws.leaves_its_input_alone,
     _laws.handles_no_rows,
     _laws.handles_no_columns,
-    _laws.handles_one_row,
     _laws.handles_degenerate_rows,
-    _laws.refuses_too_few_rows,
     _laws.refuses_malformed_matrices,
     _laws.gives_nan_for_nonfinite_input,
     _laws.raises_for_nonfinite_input_when_asked,
     _laws.is_deterministic,
     _laws.gives_the_same_by_blocks,
+    _properties.differentiates_as_declared,
+    _description.describes_itself,
+    _arguments.refuses_unusable_arguments,
+    _arguments.survives_a_config_round_trip,
+    _lifecycle.is_stateful_as_declared,
+)
+
+_OF_WEIGHTINGS: tuple[Check, ...] = (
     _laws.weighting_agrees_with_aggregator,
     _laws.weighting_keeps_its_laws,
-    _properties.differentiates_as_declared,
-    _lifecycle.describes_itself,
-    _lifecycle.shows_what_you_would_type,
-    _lifecycle.survives_pickling_and_copying,
-    _lifecycle.checks_vectors_against_the_rows,
-    _lifecycle.is_stateful_as_declared,
+    _arguments.checks_vectors_against_the_rows,
+)
+
+_OF_STATE: tuple[Check, ...] = (
     _lifecycle.continues_from_a_saved_state,
     _lifecycle.resets_to_a_new_object,
     _lifecycle.keeps_its_state_when_a_call_fails,
     _lifecycle.refuses_a_foreign_state,
+)
+
+# A torch.Generator has no literal, and can be neither pickled nor copied.
+_WITHOUT_GENERATOR: tuple[Check, ...] = (
+    _description.shows_what_you_would_type,
+    _lifecycle.survives_pickling_and_copying,
 )
 
 _DECLARED: dict[Property, Check] = {
@@ -71,6 +82,7 @@ class ConformanceCheck:
 
         :raises ConformanceError: If the method fails it; or if it passes although the spec lists it
             among ``expected_failures``.
+        :raises NotApplicable: If this machine lacks what the check needs.
         """
         case = Case(self.method)
         reason = case.spec.expected_failures.get(self.check.__name__)
@@ -89,7 +101,7 @@ class ConformanceCheck:
     def _attempt(self, case: Case) -> None:
         try:
             self.check(case)
-        except ConformanceError:
+        except (ConformanceError, NotApplicable):
             raise
         except Exception as error:
             raise ConformanceError(f"{type(error).__name__}: {error}") from error
@@ -102,11 +114,25 @@ def checks_of(name: str) -> list[ConformanceCheck]:
     :raises ConformanceError: If its spec expects the failure of a check that does not apply.
     """
     spec = Case(name).spec
-    checks = [*_ALWAYS, *(check for p, check in _DECLARED.items() if p in spec.properties)]
+    checks = list(_applicable(name, spec))
     unknown = set(spec.expected_failures) - {check.__name__ for check in checks}
     if unknown:
         raise ConformanceError(f"expected_failures of {name} name no check: {sorted(unknown)}")
     return [ConformanceCheck(name, check) for check in checks]
+
+
+def _applicable(name: str, spec: AggregatorSpec) -> Iterator[Check]:
+    yield from _ALWAYS
+    yield _laws.handles_one_row if spec.min_rows == 1 else _laws.refuses_too_few_rows
+    if spec.weighting is not None:
+        yield from _OF_WEIGHTINGS
+    if spec.stateful:
+        yield from _OF_STATE
+    if not spec.stochastic:
+        yield from _WITHOUT_GENERATOR
+    if registry.aggregator(name).distribution != RUNTIME:
+        yield _description.is_listed_without_being_imported
+    yield from (check for prop, check in _DECLARED.items() if prop in spec.properties)
 
 
 def conformance_tests(distribution: str) -> Any:
@@ -133,6 +159,13 @@ def conformance_tests(distribution: str) -> Any:
 
     @pytest.mark.parametrize("check", checks, ids=str)
     def test_conformance(check: ConformanceCheck) -> None:
-        check.run()
+        try:
+            check.run()
+        except NotApplicable as reason:
+            pytest.skip(str(reason))
+        except ConformanceError as error:
+            if error.__cause__ is not None:
+                raise  # something unforeseen: where it happened is what helps
+            pytest.fail(str(error), pytrace=False)
 
     return test_conformance

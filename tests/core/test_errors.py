@@ -16,6 +16,7 @@ EXAMPLES = [
     errors.NonFiniteError([0, 2]),
     errors.NonDifferentiableError("UPGrad()"),
     errors.GraphError("keys are missing"),
+    errors.UnsolvedWarning("dual_cone", 1e-3, "its solver stopped early"),
 ]
 
 

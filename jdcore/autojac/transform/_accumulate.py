@@ -4,8 +4,12 @@ from collections.abc import Iterable
 
 from torch import Tensor
 
-from jdcore.autojac._checks import check_grad_field, check_jac_field
-from jdcore.autojac._fields import accumulate_grad, accumulate_jac
+from jdcore.autojac._fields import (
+    accumulate_grad,
+    accumulate_jac,
+    check_grad_field,
+    check_jac_field,
+)
 from jdcore.autojac.transform._base import Transform, Values, describe_keys
 
 

@@ -62,7 +62,7 @@ class Transform(ABC):
         :raises GraphError: If keys are missing.
         """
         given = {} if values is None else values
-        check_covered(self, given, "The values given to it lack")
+        check_covered(self, given)
         return self.apply({key: given[key] for key in self.needs})
 
     def __rshift__(self, second: Transform) -> Transform:
@@ -88,7 +88,7 @@ class Chain(Transform):
     def __init__(self, parts: Iterable[Transform]) -> None:
         self.parts = tuple(parts)
         for before, after in pairwise(self.parts):
-            check_covered(after, before.gives, f"{before!r} does not give")
+            check_covered(after, before.gives, before)
         super().__init__(self.parts[0].needs, self.parts[-1].gives)
 
     def apply(self, values: dict[Tensor, Tensor], /) -> Values:
@@ -134,15 +134,20 @@ def _parts(transform: Transform, kind: type[Chain | Union]) -> tuple[Transform, 
     return transform.parts if isinstance(transform, kind) else (transform,)
 
 
-def check_covered(transform: Transform, given: Iterable[Tensor], blame: str) -> None:
+def check_covered(
+    transform: Transform, given: Iterable[Tensor], giver: Transform | None = None
+) -> None:
     """
     Check that a transform finds its keys.
 
+    :param given: The keys that there are.
+    :param giver: The transform they come from, if any.
     :raises GraphError: Naming the keys that are not among those given.
     """
     available = set(given)
     missing = [key for key in transform.needs if key not in available]
     if missing:
+        blame = "The values given to it lack" if giver is None else f"{giver!r} does not give"
         raise GraphError(
             f"{transform!r} needs keys that are missing. {blame} "
             f"{describe_keys(missing, limit=None)}."

@@ -9,22 +9,28 @@ from torch import Tensor
 Truth = Callable[[Sequence[Tensor], Sequence[Tensor]], list[Tensor]]
 
 
-def _loop(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
+def row_by_row(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
     rows: list[list[Tensor]] = [[] for _ in inputs]
     for output in outputs:
         for element in output.flatten():
-            gradients = torch.autograd.grad(
-                element, inputs, retain_graph=True, allow_unused=True, materialize_grads=True
-            )
+            gradients = _gradients(element, inputs)
             for row, gradient in zip(rows, gradients, strict=True):
                 row.append(gradient)
     return [torch.stack(row) for row in rows]
 
 
+def _gradients(element: Tensor, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
+    if not element.requires_grad:
+        return [torch.zeros_like(tensor) for tensor in inputs]
+    return torch.autograd.grad(
+        element, inputs, retain_graph=True, allow_unused=True, materialize_grads=True
+    )
+
+
 @pytest.fixture
 def truth() -> Truth:
     """The Jacobians, row by row, by plain autograd; the graph is kept."""
-    return _loop
+    return row_by_row
 
 
 @pytest.fixture(autouse=True)

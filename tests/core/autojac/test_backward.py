@@ -5,6 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from jdcore.autojac import backward
+from tests.core.autojac.conftest import Truth
 
 CHUNK_SIZES = [None, 1, 2, 3, 100]
 
@@ -14,7 +15,9 @@ def _leaf(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
 
 
 @pytest.mark.parametrize("chunk_size", CHUNK_SIZES)
-def test_a_vector_of_losses_of_a_network_has_one_row_per_element(truth, chunk_size) -> None:
+def test_a_vector_of_losses_of_a_network_has_one_row_per_element(
+    truth: Truth, chunk_size: int | None
+) -> None:
     model = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3)).double()
     losses = model(torch.randn(7, 5, dtype=torch.float64)).square().mean(dim=0)
     expected = truth([losses], list(model.parameters()))
@@ -27,7 +30,9 @@ def test_a_vector_of_losses_of_a_network_has_one_row_per_element(truth, chunk_si
 
 
 @pytest.mark.parametrize("chunk_size", CHUNK_SIZES)
-def test_several_outputs_of_several_shapes_over_a_branching_graph(truth, chunk_size) -> None:
+def test_several_outputs_of_several_shapes_over_a_branching_graph(
+    truth: Truth, chunk_size: int | None
+) -> None:
     a, b, c = _leaf(3), _leaf(2, 3), _leaf()
     hidden = (b @ a).sin()
     shared = hidden * c
@@ -41,7 +46,7 @@ def test_several_outputs_of_several_shapes_over_a_branching_graph(truth, chunk_s
         torch.testing.assert_close(leaf.jac, jacobian, rtol=1e-12, atol=1e-14)
 
 
-def test_a_tensor_used_many_times_gets_the_sum_of_its_uses(truth) -> None:
+def test_a_tensor_used_many_times_gets_the_sum_of_its_uses(truth: Truth) -> None:
     w = _leaf(3, 3)
     x = torch.randn(3, dtype=torch.float64)
     for _ in range(4):
@@ -51,7 +56,7 @@ def test_a_tensor_used_many_times_gets_the_sum_of_its_uses(truth) -> None:
     torch.testing.assert_close(w.jac, expected[0], rtol=1e-12, atol=1e-14)
 
 
-def test_only_the_inputs_asked_for_get_a_jac(truth) -> None:
+def test_only_the_inputs_asked_for_get_a_jac(truth: Truth) -> None:
     a, b = _leaf(2), _leaf(2)
     losses = a * b
     [expected] = truth([losses], [b])
@@ -67,7 +72,7 @@ def test_inputs_that_no_loss_reaches_get_no_jac() -> None:
     assert not hasattr(b, "jac")
 
 
-def test_repeated_inputs_count_once(truth) -> None:
+def test_repeated_inputs_count_once(truth: Truth) -> None:
     a = _leaf(2)
     losses = a.square()
     [expected] = truth([losses], [a])
@@ -83,7 +88,7 @@ def test_frozen_parameters_are_skipped() -> None:
     assert not hasattr(layer.bias, "jac")
 
 
-def test_jacobians_of_several_calls_are_summed_in_place(truth) -> None:
+def test_jacobians_of_several_calls_are_summed_in_place(truth: Truth) -> None:
     a = _leaf(2)
     [first] = truth([a.square()], [a])
     [second] = truth([a.exp()], [a])
@@ -94,7 +99,7 @@ def test_jacobians_of_several_calls_are_summed_in_place(truth) -> None:
     torch.testing.assert_close(a.jac, first + second)
 
 
-def test_initial_jacobians_multiply_from_the_left(truth) -> None:
+def test_initial_jacobians_multiply_from_the_left(truth: Truth) -> None:
     a, b = _leaf(3), _leaf(2)
     outputs = [a.sin() * b.sum(), b.exp()]
     initial = [torch.randn(4, 3, dtype=torch.float64), torch.randn(4, 2, dtype=torch.float64)]
@@ -108,7 +113,7 @@ def test_initial_jacobians_multiply_from_the_left(truth) -> None:
     torch.testing.assert_close(b.jac, expected[1])
 
 
-def test_a_loss_without_graph_gives_a_zero_row(truth) -> None:
+def test_a_loss_without_graph_gives_a_zero_row(truth: Truth) -> None:
     a = _leaf(2)
     present = a.square().sum()
     [expected] = truth([present], [a])
@@ -118,7 +123,7 @@ def test_a_loss_without_graph_gives_a_zero_row(truth) -> None:
     assert a.jac[[0, 2, 3]].eq(0).all()
 
 
-def test_a_loss_that_diverges_leaves_the_rows_of_the_others_alone(truth) -> None:
+def test_a_loss_that_diverges_leaves_the_rows_of_the_others_alone(truth: Truth) -> None:
     a = _leaf(2)
     fine = (a * 2).sum()
     diverged = (a - a.detach()).sqrt().sum()  # infinite derivative, finite value
@@ -137,7 +142,7 @@ def test_the_graph_is_freed_unless_retained() -> None:
     torch.testing.assert_close(a.jac, 2 * a.exp().diag().detach())
 
 
-def test_a_non_leaf_input_that_retains_grad_gets_a_jac(truth) -> None:
+def test_a_non_leaf_input_that_retains_grad_gets_a_jac(truth: Truth) -> None:
     a = _leaf(3)
     hidden = a.sin()
     hidden.retain_grad()
@@ -163,7 +168,7 @@ def test_jacobians_of_different_inputs_share_no_memory() -> None:
     assert initial.tolist() == [[1.0, 1.0]]
 
 
-def test_mixed_dtypes_give_each_input_rows_of_its_own_dtype(truth) -> None:
+def test_mixed_dtypes_give_each_input_rows_of_its_own_dtype(truth: Truth) -> None:
     a, b = _leaf(2, dtype=torch.float32), _leaf(2)
     losses = a.double() * b
     expected = truth([losses], [a, b])

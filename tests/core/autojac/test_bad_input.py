@@ -91,19 +91,21 @@ def _ids(table: list[tuple[str, Call, str]]) -> list[str]:
 
 @pytest.mark.parametrize(("name", "arguments", "match"), BOTH, ids=_ids(BOTH))
 @pytest.mark.parametrize("function", [backward, jac])
-def test_tensors_to_differentiate(scene, function, name, arguments, match) -> None:
+def test_tensors_to_differentiate(
+    scene: Scene, function: Any, name: str, arguments: Call, match: str
+) -> None:
     with pytest.raises(ParameterError, match=match):
         function(*arguments(scene))
 
 
 @pytest.mark.parametrize(("name", "arguments", "match"), BOTH, ids=_ids(BOTH))
-def test_losses_of_tasks(scene, name, arguments, match) -> None:
+def test_losses_of_tasks(scene: Scene, name: str, arguments: Call, match: str) -> None:
     with pytest.raises(ParameterError, match=match):
         mtl_backward(*arguments(scene), scene.features)
 
 
 @pytest.mark.parametrize(("name", "arguments", "match"), BOTH, ids=_ids(BOTH))
-def test_features(scene, name, arguments, match) -> None:
+def test_features(scene: Scene, name: str, arguments: Call, match: str) -> None:
     with pytest.raises(ParameterError, match=match.replace(r"\w+", "features")):
         mtl_backward(scene.losses, *arguments(scene))
 
@@ -111,7 +113,9 @@ def test_features(scene, name, arguments, match) -> None:
 @pytest.mark.parametrize(
     ("name", "arguments", "match"), _jac_errors("jac_tensors"), ids=_ids(_jac_errors(""))
 )
-def test_initial_jacobians_of_backward(scene, name, arguments, match) -> None:
+def test_initial_jacobians_of_backward(
+    scene: Scene, name: str, arguments: Call, match: str
+) -> None:
     outputs, keywords = arguments(scene)
     with pytest.raises(ParameterError, match=match):
         backward(outputs, **keywords)
@@ -120,14 +124,14 @@ def test_initial_jacobians_of_backward(scene, name, arguments, match) -> None:
 @pytest.mark.parametrize(
     ("name", "arguments", "match"), _jac_errors("jac_outputs"), ids=_ids(_jac_errors(""))
 )
-def test_initial_jacobians_of_jac(scene, name, arguments, match) -> None:
+def test_initial_jacobians_of_jac(scene: Scene, name: str, arguments: Call, match: str) -> None:
     outputs, keywords = arguments(scene)
     with pytest.raises(ParameterError, match=match):
         jac(outputs, **keywords)
 
 
 @pytest.mark.parametrize(("size", "match"), CHUNKS)
-def test_chunk_sizes(scene, size, match) -> None:
+def test_chunk_sizes(scene: Scene, size: Any, match: str) -> None:
     for call in (
         lambda: backward(scene.losses, parallel_chunk_size=size),
         lambda: jac(scene.losses, parallel_chunk_size=size),
@@ -137,7 +141,7 @@ def test_chunk_sizes(scene, size, match) -> None:
             call()
 
 
-def test_flags_are_bools(scene) -> None:
+def test_flags_are_bools(scene: Scene) -> None:
     for call in (
         lambda: backward(scene.losses, retain_graph=1),
         lambda: jac(scene.losses, retain_graph=1),
@@ -149,7 +153,7 @@ def test_flags_are_bools(scene) -> None:
 
 
 @pytest.mark.parametrize("function", [backward, jac])
-def test_inputs(scene, function) -> None:
+def test_inputs(scene: Scene, function: Any) -> None:
     def refused(inputs: Any, match: str) -> None:
         with pytest.raises(ParameterError, match=match):
             function(scene.losses, inputs=inputs)
@@ -166,7 +170,7 @@ def test_inputs(scene, function) -> None:
         refused([scene.frozen], r"`inputs\[0\]` must be a tensor that requires grad")
 
 
-def test_complex_parameters_behind_the_losses(scene) -> None:
+def test_complex_parameters_behind_the_losses(scene: Scene) -> None:
     loss = scene.complex.abs().sum()
     with pytest.raises(ParameterTypeError, match="complex64"):
         backward([scene.loss, loss])
@@ -176,14 +180,14 @@ def test_complex_parameters_behind_the_losses(scene) -> None:
         mtl_backward([scene.loss, loss], [scene.features, scene.complex * 2])
 
 
-def test_jacobians_of_another_number_of_rows_cannot_be_added(scene) -> None:
+def test_jacobians_of_another_number_of_rows_cannot_be_added(scene: Scene) -> None:
     with pytest.raises(ParameterError, match=r"`\.jac` must be of shape \[1\].* for 1 rows"):
         backward(scene.loss)
     with pytest.raises(ParameterError, match=r"`\.jac` must be of shape \[3, 2\]"):
         mtl_backward([*scene.losses, scene.features.sum()], scene.features)
 
 
-def test_task_parameters(scene) -> None:
+def test_task_parameters(scene: Scene) -> None:
     def refused(match: str, **keywords: Any) -> None:
         with pytest.raises(ParameterError, match=match):
             mtl_backward(scene.losses, scene.features, **keywords)
@@ -203,12 +207,12 @@ def test_task_parameters(scene) -> None:
     refused(r"`tasks_params\[0\]\[0\]` must be a leaf", tasks_params=[[scene.hidden], []])
 
 
-def test_features_computed_from_one_another(scene) -> None:
+def test_features_computed_from_one_another(scene: Scene) -> None:
     with pytest.raises(ParameterError, match=r"independently of one another, got features\[1\]"):
         mtl_backward(scene.losses, [scene.features, scene.hidden])
 
 
-def test_non_scalar_losses_need_initial_gradients(scene) -> None:
+def test_non_scalar_losses_need_initial_gradients(scene: Scene) -> None:
     losses = [scene.loss, scene.features]
     with pytest.raises(ParameterError, match=r"`tensors\[1\]` must be a scalar, or come with"):
         mtl_backward(losses, scene.features)
@@ -222,7 +226,7 @@ def test_non_scalar_losses_need_initial_gradients(scene) -> None:
             mtl_backward(losses, scene.features, grad_tensors=gradients)
 
 
-def test_jac_to_grad_refuses(scene) -> None:
+def test_jac_to_grad_refuses(scene: Scene) -> None:
     def refused(match: str, tensors: Any = scene.a, aggregator: Any = torch.sum) -> None:
         with pytest.raises(ParameterError, match=match):
             jac_to_grad(tensors, aggregator)
@@ -235,7 +239,7 @@ def test_jac_to_grad_refuses(scene) -> None:
     refused(r"returns a Tensor of shape \[2\]", aggregator=lambda matrix: None)
 
 
-def test_jac_to_grad_refuses_jacobians_that_do_not_fit_together(scene) -> None:
+def test_jac_to_grad_refuses_jacobians_that_do_not_fit_together(scene: Scene) -> None:
     odd = torch.ones(2, requires_grad=True)
     odd.jac = torch.ones(3, 2)
     with pytest.raises(ParameterError, match=r"`\.jac` must be of 2 rows"):
@@ -248,7 +252,7 @@ def test_jac_to_grad_refuses_jacobians_that_do_not_fit_together(scene) -> None:
         jac_to_grad([odd], torch.sum)
 
 
-def test_a_failing_aggregator_leaves_everything_as_it_was(scene) -> None:
+def test_a_failing_aggregator_leaves_everything_as_it_was(scene: Scene) -> None:
     def fail(matrix: Tensor) -> Tensor:
         raise ZeroDivisionError
 
@@ -260,11 +264,11 @@ class _Fails(torch.autograd.Function):
     calls = 0
 
     @staticmethod
-    def forward(ctx, x):
+    def forward(ctx: Any, x: Tensor) -> Tensor:
         return x.clone()
 
     @staticmethod
-    def backward(ctx, gradient):
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
         _Fails.calls += 1
         if _Fails.calls > 1:
             raise ZeroDivisionError
@@ -272,13 +276,12 @@ class _Fails(torch.autograd.Function):
 
 
 @pytest.mark.parametrize("function", ["backward", "mtl_backward"])
-def test_a_failure_in_the_middle_of_the_rows_leaves_everything_as_it_was(scene, function) -> None:
+def test_a_failure_in_the_middle_of_the_rows_leaves_everything_as_it_was(
+    scene: Scene, function: str
+) -> None:
     _Fails.calls = 0
     features = _Fails.apply(scene.features)
     losses = [head * features.sum() for head in scene.heads]
     with pytest.raises(ZeroDivisionError):
-        if function == "backward":
-            backward(losses)
-        else:
-            mtl_backward(losses, features)
+        backward(losses) if function == "backward" else mtl_backward(losses, features)
     assert _Fails.calls == 2

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from jdcore.autojac import jac
+from tests.core.autojac.conftest import Truth
 
 
 def _leaf(*shape: int) -> Tensor:
@@ -12,7 +13,7 @@ def _leaf(*shape: int) -> Tensor:
 
 
 @pytest.mark.parametrize("chunk_size", [None, 1, 2, 100])
-def test_one_jacobian_per_input_and_no_field_changes(truth, chunk_size) -> None:
+def test_one_jacobian_per_input_and_no_field_changes(truth: Truth, chunk_size: int | None) -> None:
     a, b = _leaf(3), _leaf(2, 2)
     outputs = [a.prod() * b, a.sin()]
     expected = truth(outputs, [b, a])
@@ -43,7 +44,7 @@ def test_the_inputs_default_to_the_leaves() -> None:
     assert [j.shape for j in jac((a * b).sum())] == [(1, 2), (1, 2)]
 
 
-def test_the_chain_rule_composes_calls(truth) -> None:
+def test_the_chain_rule_composes_calls(truth: Truth) -> None:
     a = _leaf(3)
     hidden = a.sin()
     losses = hidden.cumprod(0)

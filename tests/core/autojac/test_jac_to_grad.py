@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
 
+from jdcore import ParameterError
 from jdcore.aggregation import GramianAggregator
 from jdcore.autojac import backward, jac_to_grad
 
@@ -40,7 +43,7 @@ def test_a_gramian_method_aggregates_all_tensors_as_one_matrix_and_returns_its_w
     assert not any(hasattr(parameter, "jac") for parameter in parameters)
 
 
-def test_a_gramian_method_never_sees_the_concatenation(monkeypatch) -> None:
+def test_a_gramian_method_never_sees_the_concatenation(monkeypatch: pytest.MonkeyPatch) -> None:
     parameters = list(_model().parameters())
     monkeypatch.setattr(torch, "cat", None)
     jac_to_grad(parameters, GramianAggregator(_by_norm))
@@ -94,7 +97,7 @@ def test_a_repeated_tensor_counts_once() -> None:
 
 
 @pytest.mark.parametrize("aggregator", [_mean, GramianAggregator(_by_norm)])
-def test_mixed_dtypes_give_each_tensor_a_gradient_of_its_own_dtype(aggregator) -> None:
+def test_mixed_dtypes_give_each_tensor_a_gradient_of_its_own_dtype(aggregator: Any) -> None:
     a = torch.tensor([1.0, 2.0], requires_grad=True)
     b = torch.tensor([3.0], dtype=torch.float64, requires_grad=True)
     c = torch.tensor([0.5], dtype=torch.bfloat16, requires_grad=True)
@@ -104,3 +107,54 @@ def test_mixed_dtypes_give_each_tensor_a_gradient_of_its_own_dtype(aggregator) -
     for tensor, expected in zip((a, b, c), aggregator(matrix).split([2, 1, 1]), strict=True):
         assert tensor.grad.dtype == tensor.dtype
         torch.testing.assert_close(tensor.grad.double(), expected, rtol=1e-2, atol=0.0)
+
+
+def test_the_gradient_has_the_memory_layout_of_its_tensor() -> None:
+    weight = torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last).requires_grad_()
+    backward(weight.square().sum(dim=(1, 2, 3)))
+    assert weight.jac.is_contiguous()
+    jac_to_grad(weight, _mean)
+    assert weight.grad.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(weight.grad, weight.detach())
+
+
+class _FirstRow:
+    """A block-wise aggregator that returns views, in whatever dtype it likes."""
+
+    dtype = torch.float32
+
+    def __call__(self, matrix: Tensor) -> Tensor:
+        return matrix[0]
+
+    def aggregate_blocks(self, blocks: list[Tensor]) -> tuple[list[Tensor], None]:
+        return [block[0].to(self.dtype) for block in blocks], None
+
+
+def test_views_returned_by_an_aggregator_are_copied() -> None:
+    a = torch.ones(2, requires_grad=True)
+    backward(a * 2)
+    assert jac_to_grad(a, _FirstRow(), retain_jac=True) is None
+    a.grad.add_(5.0)
+    assert a.jac.tolist() == [[2.0, 0.0], [0.0, 2.0]]
+
+
+def test_vectors_of_an_aggregator_are_cast_to_the_dtype_of_their_tensor() -> None:
+    aggregator = _FirstRow()
+    aggregator.dtype = torch.float64
+    a = torch.ones(2, requires_grad=True)
+    backward(a * 2)
+    jac_to_grad(a, aggregator)
+    assert a.grad.dtype == torch.float32
+
+
+def test_an_aggregator_that_returns_other_shapes_changes_nothing() -> None:
+    class Wrong(_FirstRow):
+        def aggregate_blocks(self, blocks: list[Tensor]) -> tuple[list[Tensor], None]:
+            return [block.sum() for block in blocks], None
+
+    a, b = torch.ones(2, requires_grad=True), torch.ones(3, requires_grad=True)
+    backward(torch.cat([a, b]))
+    with pytest.raises(ParameterError, match=r"vectors of shapes \[\(2,\), \(3,\)\]"):
+        jac_to_grad([a, b], Wrong())
+    assert a.grad is None
+    assert a.jac.shape == (5, 2)

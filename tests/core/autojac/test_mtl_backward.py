@@ -5,6 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from jdcore.autojac import mtl_backward
+from tests.core.autojac.conftest import Truth
 
 
 def _leaf(*shape: int) -> Tensor:
@@ -19,7 +20,9 @@ def _assert_grads(loss: Tensor, parameters: list[Tensor]) -> None:
 
 @pytest.mark.parametrize("chunk_size", [None, 1, 2, 100])
 @pytest.mark.parametrize("explicit", [False, True])
-def test_trunk_gets_rows_and_heads_get_gradients(truth, chunk_size, explicit) -> None:
+def test_trunk_gets_rows_and_heads_get_gradients(
+    truth: Truth, chunk_size: int | None, explicit: bool
+) -> None:
     trunk = nn.Sequential(nn.Linear(4, 5), nn.Tanh()).double()
     heads = [nn.Linear(5, 1).double() for _ in range(3)]
     features = trunk(torch.randn(6, 4, dtype=torch.float64))
@@ -34,9 +37,7 @@ def test_trunk_gets_rows_and_heads_get_gradients(truth, chunk_size, explicit) ->
         else {}
     )
 
-    mtl_backward(
-        losses, features, parallel_chunk_size=chunk_size, retain_graph=True, **parameters
-    )
+    mtl_backward(losses, features, parallel_chunk_size=chunk_size, retain_graph=True, **parameters)
 
     for parameter, jacobian in zip(trunk.parameters(), expected, strict=True):
         torch.testing.assert_close(parameter.jac, jacobian, rtol=1e-12, atol=1e-14)
@@ -46,7 +47,7 @@ def test_trunk_gets_rows_and_heads_get_gradients(truth, chunk_size, explicit) ->
         assert not hasattr(head.weight, "jac")
 
 
-def test_several_features(truth) -> None:
+def test_several_features(truth: Truth) -> None:
     a, b, h = _leaf(3), _leaf(2), _leaf()
     features = [a.sin(), (a[:2] * b).exp()]
     losses = [features[0].sum() * h, (features[1] * features[0][:2]).sum(), features[1].prod()]
@@ -58,7 +59,9 @@ def test_several_features(truth) -> None:
 
 
 @pytest.mark.parametrize("retain_graph", [False, True])
-def test_a_layer_shared_by_some_heads_gets_the_sum_of_their_gradients(truth, retain_graph) -> None:
+def test_a_layer_shared_by_some_heads_gets_the_sum_of_their_gradients(
+    truth: Truth, retain_graph: bool
+) -> None:
     trunk, between = _leaf(3), _leaf(3)
     features = trunk.tanh()
     middle = (features * between).sin()  # one graph, used by the first and the third head
@@ -75,7 +78,7 @@ def test_a_layer_shared_by_some_heads_gets_the_sum_of_their_gradients(truth, ret
         torch.testing.assert_close(trunk.jac, 2 * expected[0])
 
 
-def test_a_weight_tied_between_trunk_and_head_gets_the_whole_derivative(truth) -> None:
+def test_a_weight_tied_between_trunk_and_head_gets_the_whole_derivative(truth: Truth) -> None:
     tied, private = _leaf(3, 3), _leaf(3)
     features = torch.tanh(tied @ torch.ones(3, dtype=torch.float64))
     losses = [(tied.T @ features).sum(), (features * private).sum()]
@@ -85,7 +88,7 @@ def test_a_weight_tied_between_trunk_and_head_gets_the_whole_derivative(truth) -
     torch.testing.assert_close(private.grad, features.detach())
 
 
-def test_a_loss_past_the_features_counts(truth) -> None:
+def test_a_loss_past_the_features_counts(truth: Truth) -> None:
     weight = _leaf(3)
     features = weight.sin()
     losses = [features.sum() + weight.square().sum(), features.prod()]
@@ -94,7 +97,7 @@ def test_a_loss_past_the_features_counts(truth) -> None:
     torch.testing.assert_close(weight.jac, expected)
 
 
-def test_absent_tasks_give_zero_rows_and_no_gradient(truth) -> None:
+def test_absent_tasks_give_zero_rows_and_no_gradient(truth: Truth) -> None:
     trunk, head = _leaf(3), _leaf()
     features = trunk.exp()
     losses = [torch.zeros((), dtype=torch.float64), features.sum() * head]
@@ -106,7 +109,7 @@ def test_absent_tasks_give_zero_rows_and_no_gradient(truth) -> None:
     assert absent.grad is None
 
 
-def test_a_loss_that_does_not_depend_on_the_features_gives_a_zero_row(truth) -> None:
+def test_a_loss_that_does_not_depend_on_the_features_gives_a_zero_row(truth: Truth) -> None:
     trunk, head = _leaf(3), _leaf()
     features = trunk.exp()
     mtl_backward([features.sum(), head.square()], features)
@@ -114,7 +117,7 @@ def test_a_loss_that_does_not_depend_on_the_features_gives_a_zero_row(truth) -> 
     torch.testing.assert_close(head.grad, 2 * head.detach())
 
 
-def test_initial_gradients_weigh_the_elements_of_each_loss(truth) -> None:
+def test_initial_gradients_weigh_the_elements_of_each_loss(truth: Truth) -> None:
     trunk = _leaf(3)
     features = trunk.sin()
     losses = [features * 2, features.prod().view(1)]
@@ -146,7 +149,7 @@ def test_no_shared_parameter_leaves_plain_gradients() -> None:
         torch.testing.assert_close(head.grad, features.detach().sum())
 
 
-def test_task_parameters_may_lie_behind_the_features(truth) -> None:
+def test_task_parameters_may_lie_behind_the_features(truth: Truth) -> None:
     first, second, head = _leaf(3), _leaf(3), _leaf()
     features = first * second
     losses = [features.sum() * head, features.prod()]
@@ -155,3 +158,25 @@ def test_task_parameters_may_lie_behind_the_features(truth) -> None:
     mtl_backward(losses, features, shared_params=[first], tasks_params=[[head], [second]])
     torch.testing.assert_close(first.jac, expected)
     torch.testing.assert_close(second.grad, gradient)
+
+
+def test_a_hook_on_a_feature_acts_once(truth: Truth) -> None:
+    trunk, heads = _leaf(3), [_leaf(), _leaf()]
+    features = trunk.sin()
+    features.register_hook(lambda gradient: gradient * 0.5)
+    losses = [features.sum() * heads[0], features.prod() * heads[1]]
+    [expected] = truth(losses, [trunk])
+    torch.testing.assert_close(expected[0], 0.5 * trunk.detach().cos() * heads[0].detach())
+    mtl_backward(losses, features)
+    torch.testing.assert_close(trunk.jac, expected)
+
+
+def test_the_grad_of_a_feature_that_retains_it_is_that_of_the_heads_alone() -> None:
+    trunk, heads = _leaf(3), [_leaf(), _leaf()]
+    features = trunk.sin()
+    features.retain_grad()
+    losses = [features.sum() * heads[0], features.prod() * heads[1]]
+    expected = torch.autograd.grad(sum(losses), features, retain_graph=True)[0]
+    features.grad = None
+    mtl_backward(losses, features)
+    torch.testing.assert_close(features.grad, expected)

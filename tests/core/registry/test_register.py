@@ -74,6 +74,16 @@ def test_registrations_survive_a_refresh(registry: Registry) -> None:
     assert "last_row" in registry.aggregators()
 
 
+def test_classes_stay_the_same_whatever_else_is_registered(registry: Registry) -> None:
+    registry.register(spec())
+    cls = registry.aggregator_class("last_row")
+
+    registry.register(spec("another_last_row"))
+    registry.refresh()
+
+    assert registry.aggregator_class("last_row") is cls
+
+
 def test_registering_a_taken_alias_is_refused_and_changes_nothing(registry: Registry) -> None:
     registry.register(spec())
     before = registry.aggregators()

@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 import jdcore
-from jdcore import AggregatorSpec, Property
+from jdcore import AggregatorSpec, Property, Reference
 from jdcore.aggregation import GramianAggregator, GramianWeighting
-from jdcore.testing import ConformanceError, checks_of, conformance_tests
+from jdcore.testing import ConformanceError, NotApplicable, checks_of, conformance_tests
 
 Array = NDArray[np.float64]
 
@@ -73,6 +73,31 @@ class SilentWeighting(HonestWeighting):
 
 
 @define(eq=False)
+class CredulousWeighting(HonestWeighting):
+    """
+    Takes anything for an argument.
+
+    :param level: Anything.
+    """
+
+    level: Any = 0.0
+
+
+class Secretive:
+    """
+    Keeps its argument where nobody finds it.
+
+    :param level: Stays a secret.
+    """
+
+    def __init__(self, level: float = 0.0) -> None:
+        self._level = level
+
+    def __call__(self, matrix: Tensor, /) -> Tensor:
+        return self._level * matrix.sum(dim=0)
+
+
+@define(eq=False)
 class ForgetfulWeighting(HonestWeighting):
     """Has state that a saved state does not hold."""
 
@@ -106,6 +131,9 @@ class Forgetful(GramianAggregator):
 ALL = tuple(p for p in Property if p is not Property.DIFFERENTIABLE)
 
 
+PAPER = Reference(title="A paper", year=2024, url="https://example.org/paper")
+
+
 def failures(name: str, weighting: str | None, **fields: Any) -> dict[str, str]:
     factory = {"weighting": f"{__name__}:{weighting}"} if weighting else {}
     jdcore.register(
@@ -117,6 +145,8 @@ def failures(name: str, weighting: str | None, **fields: Any) -> dict[str, str]:
             check.run()
         except ConformanceError as error:
             found[check.check.__name__] = str(error)
+        except NotApplicable:
+            assert check.check.__name__ == "works_on_accelerators"
     return found
 
 
@@ -137,6 +167,8 @@ def test_an_honest_method_passes_every_check() -> None:
         ("silent", "SilentWeighting", "raises_for_nonfinite_input_when_asked", {}),
         ("silent", "SilentWeighting", "weighting_keeps_its_laws", {}),
         ("no_example", "FirstRowWeighting", "describes_itself", {}),
+        ("no_link", "HonestWeighting", "describes_itself", {"reference": PAPER}),
+        ("credulous", "CredulousWeighting", "refuses_unusable_arguments", {}),
         ("claims_state", "HonestWeighting", "is_stateful_as_declared", {"stateful": True}),
         (
             "claims_derivative",
@@ -157,6 +189,12 @@ def test_state_that_is_not_saved_is_caught() -> None:
 
     assert {"continues_from_a_saved_state", "resets_to_a_new_object"} <= set(found)
     assert "refuses_a_foreign_state" in found
+
+
+def test_arguments_that_cannot_be_read_back_are_caught() -> None:
+    found = failures("secretive", None, aggregator=f"{__name__}:Secretive")
+
+    assert "AttributeError" in found["survives_a_config_round_trip"]
 
 
 def test_an_expected_failure_is_accepted_only_while_it_fails() -> None:

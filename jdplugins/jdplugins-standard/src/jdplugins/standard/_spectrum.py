@@ -8,6 +8,9 @@ from numpy.typing import NDArray
 # 1e-7 √m of the largest: what rounding rank-deficient rows to float32 leaves behind is smaller.
 _RANK_TOLERANCE = 64.0 * np.finfo(np.float64).eps
 
+# Rows whose part orthogonal to the rows before is at least this long are solved for directly.
+_REGULAR_PIVOT = 1e-2
+
 
 @frozen
 class Spectrum:
@@ -28,6 +31,22 @@ class Spectrum:
         # Dividing in this order keeps rows and columns apart for both shapes.
         coordinates: NDArray[np.float64] = ((right.T @ self.vectors) / self.values).T
         return self.vectors @ coordinates
+
+
+def pseudo_solve(matrix: NDArray[np.float64], right: NDArray[np.float64]) -> NDArray[np.float64]:
+    """
+    Least-squares solution z of least norm of ``matrix @ z = right``.
+
+    :param matrix: Positive semi-definite matrix of cosines [m, m].
+    :param right: Vector [m].
+    """
+    try:
+        pivots = np.diagonal(np.linalg.cholesky(matrix))
+        if pivots.min() > _REGULAR_PIVOT:
+            return np.linalg.solve(matrix, right).astype(np.float64, copy=False)
+    except np.linalg.LinAlgError:
+        pass  # singular: to be solved in the range of the matrix
+    return spectrum(matrix).pseudo_solve(right)
 
 
 def spectrum(matrix: NDArray[np.float64], /) -> Spectrum:

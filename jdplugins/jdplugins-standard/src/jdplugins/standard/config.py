@@ -8,7 +8,7 @@ from torch import Tensor
 from jdcore.aggregation import GramianWeighting, row_weights
 from jdcore.linalg import equilibrate
 from jdcore.validators import row_vector
-from jdplugins.standard._spectrum import spectrum
+from jdplugins.standard._spectrum import pseudo_solve
 
 
 @define(eq=False)
@@ -42,7 +42,7 @@ class ConFIGWeighting(GramianWeighting):
         m = len(gramian)
         cosines, norms, inverses = equilibrate(gramian)
         preferences = np.ones(m) if self.pref_vector is None else row_weights(self.pref_vector, m)
-        direction = spectrum(cosines).pseudo_solve(preferences)
+        direction = pseudo_solve(cosines, preferences)
         projections = cosines @ direction
         squared = float(direction @ projections)
         if not squared > 0.0:

@@ -33,4 +33,5 @@ class ConstantWeighting(GramianWeighting):
     weights: Tensor = field(validator=row_vector)
 
     def compute(self, gramian: NDArray[np.float64]) -> NDArray[np.float64]:
-        return row_weights(self.weights, len(gramian))
+        # A copy: what the caller does to the result must not change the argument.
+        return np.array(row_weights(self.weights, len(gramian)))

@@ -11,6 +11,8 @@ from jdcore.aggregation import CoordinatewiseAggregator
 from jdcore.errors import ParameterError, ParameterTypeError
 from jdcore.validators import describe_tensor, generator, row_vector
 
+_TINY = torch.finfo(torch.float64).tiny  # makes the purity of a column of zeros 0 rather than NaN
+
 
 def identity(purity: Tensor) -> Tensor:
     """The purity itself, the default of :class:`GradDrop`."""
@@ -61,15 +63,16 @@ class GradDrop(CoordinatewiseAggregator):
     )
 
     def compute(self, columns: Tensor) -> Tensor:
-        total = columns.sum(0, dtype=torch.float64)
-        magnitude = columns.abs().sum(0, dtype=torch.float64)
-        purity = torch.where(magnitude > 0.0, 0.5 * (1.0 + total / magnitude), 0.5)
+        positive, negative = _signed_sums(columns.sum(0, dtype=torch.float64), columns.abs())
+        magnitude = (positive - negative).clamp_min_(_TINY)
+        purity = positive / magnitude
         keep_positive = self._probability(purity) > self._uniform(purity)
         if self.leak is None:
-            return _one_sign(keep_positive, total, magnitude)
-        leak, wide = self.leak.double(), columns.double()
-        kept = _one_sign(keep_positive, (1.0 - leak) @ wide, (1.0 - leak) @ wide.abs())
-        return kept + leak @ wide
+            return torch.where(keep_positive, positive, negative)
+        leaked = self.leak.double()[:, None] * columns
+        held = columns - leaked
+        kept = torch.where(keep_positive, *_signed_sums(held.sum(0), held.abs()))
+        return kept + leaked.sum(0)
 
     def _probability(self, purity: Tensor) -> Tensor:
         probability = self.f(purity)
@@ -81,10 +84,15 @@ class GradDrop(CoordinatewiseAggregator):
 
     def _uniform(self, like: Tensor) -> Tensor:
         device = like.device if self.generator is None else self.generator.device
-        return torch.rand(len(like), generator=self.generator, device=device).to(like.device)
+        # In float32 for all dtypes of J, so that a seed stands for the same signs.
+        uniform = torch.rand(
+            len(like), generator=self.generator, dtype=torch.float32, device=device
+        )
+        return uniform.to(like.device)
 
 
-def _one_sign(keep_positive: Tensor, total: Tensor, magnitude: Tensor) -> Tensor:
-    """Sums of the positive entries where kept, else of the negative ones."""
+def _signed_sums(total: Tensor, magnitudes: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums of the positive and of the negative entries of each column, in float64."""
     # Where all signs are equal, total and magnitude agree bit by bit: the other sum is exactly 0.
-    return 0.5 * (total + torch.where(keep_positive, magnitude, -magnitude))
+    positive = magnitudes.sum(0, dtype=torch.float64).add_(total).mul_(0.5)
+    return positive, total - positive

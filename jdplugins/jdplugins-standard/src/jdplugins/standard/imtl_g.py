@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from jdcore.aggregation import GramianWeighting
 from jdcore.errors import JDCoreWarning
 from jdcore.linalg import equilibrate
-from jdplugins.standard._spectrum import spectrum
+from jdplugins.standard._spectrum import pseudo_solve
 
 _ZERO = 1e-12
 _NO_SUM = "IMTL-G has no solution whose weights sum to 1 here; all weights are 0."
@@ -39,7 +39,7 @@ class IMTLGWeighting(GramianWeighting):
 
     def compute(self, gramian: NDArray[np.float64]) -> NDArray[np.float64]:
         cosines, norms, inverses = equilibrate(gramian)
-        shares = spectrum(cosines).pseudo_solve((norms > 0.0).astype(np.float64))
+        shares = pseudo_solve(cosines, (norms > 0.0).astype(np.float64))
         if np.abs(shares).max() <= _ZERO:
             return np.zeros_like(shares)  # 0 is the only vector with equal projections
         weights = shares * inverses

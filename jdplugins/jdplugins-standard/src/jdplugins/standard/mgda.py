@@ -29,8 +29,8 @@ class MGDAWeighting(GramianWeighting):
 
     >>> import torch
     >>> from jdcore.aggregation import MGDA
-    >>> MGDA()(torch.tensor([[-4.0, 1.0, 1.0], [6.0, 1.0, 1.0]]))
-    tensor([0., 1., 1.])
+    >>> MGDA()(torch.tensor([[3.0, 0.0], [0.0, 4.0]]))
+    tensor([1.9200, 1.4400])
     """
 
     solver: MinNormSolver | str = solver_field("min_norm")

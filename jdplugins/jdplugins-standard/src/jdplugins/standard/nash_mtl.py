@@ -50,7 +50,8 @@ class NashMTLWeighting(StateFields, GramianWeighting):
     authors' code solves it for ``G / |G|`` instead, which gives the same direction, but an update
     shorter than ``max_norm`` where the rows are short.
 
-    Stateful if ``update_weights_every > 1``: the weights are kept between updates.
+    Stateful: the weights are kept, for the calls between updates if ``update_weights_every > 1``,
+    and for a solver that starts from them.
 
     :param n_tasks: Number of objectives. Not needed; if given, it is checked at each call.
     :param max_norm: Largest length of the update ``Jᵀ α``; longer ones are shortened to it. As the
@@ -82,7 +83,7 @@ class NashMTLWeighting(StateFields, GramianWeighting):
             )
         if self.calls % self.update_weights_every == 0:
             solve: NashBargainingSolver = find_solver("nash_bargaining", self.solver)
-            alpha = solve(gramian)
+            alpha = solve(gramian, self.alpha.numpy() if len(self.alpha) == m else None)
         else:
             alpha = self._reused(m)
         self.calls += 1

@@ -311,7 +311,7 @@ def jdcore_solvers() -> Iterator[SolverSpec]:
     yield SolverSpec(
         name="frank_wolfe",
         problem="min_norm",
-        summary="The published procedure for deep networks; approximate, arguments decide when it stops.",
+        summary="The published procedure for deep networks: approximate, stops by its arguments.",
         factory=f"{_PACKAGE}._solvers:FrankWolfeSolver",
         api_version=1,
     )

@@ -8,9 +8,9 @@ from jdcore.aggregation import CoordinatewiseAggregator
 from jdcore.errors import ParameterError
 from jdcore.validators import integer
 
-# Up to here, passes of pairwise exchanges beat sorting.
+# Up to here, tournaments beat sorting.
 _MAX_PASSES = 3
-_MAX_EXCHANGES = 256
+_MAX_ENTRIES = 256
 
 
 @define(eq=False)
@@ -53,22 +53,36 @@ class TrimmedMean(CoordinatewiseAggregator):
 
     def compute(self, columns: Tensor) -> Tensor:
         m, t = len(columns), self.trim_number
-        if t == 0:
-            kept = columns
-        elif t <= _MAX_PASSES and t * m <= _MAX_EXCHANGES:
-            kept = torch.stack(_trim(list(columns.unbind()), t))
-        else:
+        if t > _MAX_PASSES or t * m > _MAX_ENTRIES:
             kept = columns.T.contiguous().sort(dim=1).values[:, t : m - t].T
+        else:
+            kept = columns
+            for _ in range(t):
+                kept = _trim(kept)
         return kept.sum(dim=0, dtype=torch.float64) / (m - 2 * t)
 
 
-def _trim(rows: list[Tensor], times: int) -> list[Tensor]:
-    """Drop the smallest and the largest entry of each column, several times over."""
-    for _ in range(times):
-        largest, rows = rows[0], rows[1:]
-        for i, row in enumerate(rows):
-            largest, rows[i] = torch.maximum(largest, row), torch.minimum(largest, row)
-        smallest, rows = rows[0], rows[1:]
-        for i, row in enumerate(rows):
-            smallest, rows[i] = torch.minimum(smallest, row), torch.maximum(smallest, row)
-    return rows
+def _trim(rows: Tensor) -> Tensor:
+    """Drop the smallest and the largest entry of each column; the order within columns is lost."""
+    lows, highs, left_over = _exchange(rows)
+    if len(left_over):  # it can still be the smallest or the largest
+        lowest, highest, _ = _exchange(torch.cat([lows[-1:], left_over]))
+        lows, highs = torch.cat([lows[:-1], lowest]), torch.cat([highs, highest])
+    return torch.cat([*_losers(lows, smallest=True), *_losers(highs, smallest=False)])
+
+
+def _exchange(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    half = len(rows) // 2
+    one, two = rows[:half], rows[half : 2 * half]
+    return torch.minimum(one, two), torch.maximum(one, two), rows[2 * half :]
+
+
+def _losers(rows: Tensor, *, smallest: bool) -> list[Tensor]:
+    """All entries but the extreme one of each column, by a tournament."""
+    losers = []
+    while len(rows) > 1:
+        lows, highs, left_over = _exchange(rows)
+        winners, beaten = (lows, highs) if smallest else (highs, lows)
+        losers.append(beaten)
+        rows = torch.cat([winners, left_over]) if len(left_over) else winners
+    return losers

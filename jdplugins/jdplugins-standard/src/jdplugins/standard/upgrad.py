@@ -39,6 +39,10 @@ class UPGradWeighting(GramianWeighting):
 
     def compute(self, gramian: NDArray[np.float64]) -> NDArray[np.float64]:
         project: DualConeSolver = find_solver("dual_cone", self.solver)
-        preferences = row_weights(self.pref_vector, len(gramian))
-        weights: NDArray[np.float64] = project(gramian, np.diag(preferences)).sum(axis=0)
+        m = len(gramian)
+        references = np.zeros((m, m))
+        references.flat[:: m + 1] = (
+            1.0 / m if self.pref_vector is None else row_weights(self.pref_vector, m)
+        )
+        weights: NDArray[np.float64] = project(gramian, references).sum(axis=0)
         return weights

@@ -1,8 +1,8 @@
 """
 What "solved" means for the linear complementarity problem (LCP) all native solvers share.
 
-Find z >= 0 with ``y = C z + q >= 0`` and ``zᵀ y = 0``, where C [m, m] is positive semi-definite with
-unit diagonal and q [m] is of order one. How far a z is from that is measured by its natural
+Find z >= 0 with ``y = C z + q >= 0`` and ``zᵀ y = 0``, where C [m, m] is positive semi-definite
+with unit diagonal and q [m] is of order one. How far a z is from that is measured by its natural
 residual ``max |min(z, y)|``, relative to ``1 + max z``: even for the exact z, y cannot be computed
 more accurately than about ``m * EPS * (1 + max z)``.
 """
@@ -49,9 +49,20 @@ def pivot_tolerance(m: int) -> float:
     return 16.0 * m * EPS
 
 
+def infeasible(y: Floats) -> Mask:
+    """Which entries of y (of its last dimension m) are negative beyond rounding."""
+    below: Mask = y < -pivot_tolerance(y.shape[-1])
+    return below
+
+
 def accepted(m: int) -> float:
-    """Relative residual at which no further level can improve the solution."""
-    return 6.0 * m * EPS
+    """
+    Relative residual at which no further level can improve the solution.
+
+    A laxer limit costs digits: the residual of an error along an eigenvector of C is that error
+    times the eigenvalue.
+    """
+    return m * EPS
 
 
 def natural_residual(C: Floats, Q: Floats, Z: Floats) -> Floats:

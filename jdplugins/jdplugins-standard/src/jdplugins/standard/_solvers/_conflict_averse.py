@@ -13,10 +13,13 @@ from jdplugins.standard._solvers._accuracy import (
     relative_residual,
     warn_if_unsolved,
 )
+from jdplugins.standard._solvers._dispatch import solve_one
 from jdplugins.standard._solvers._min_norm import shortest
-from jdplugins.standard._solvers._single import solve_single
 
 _MAX_LEVELS = 60
+# Relative errors of the norm: as good as can be, and such as nearly dependent rows may force.
+# Rescaling v to remove the latter would disturb the levels by as much, so they are left.
+_EXACT_NORM, _ROUGH_NORM = 1e-14, 1e-8
 _STATIONARY = 256.0 * EPS
 
 
@@ -81,8 +84,8 @@ class _Levels:
     def solve(self) -> Floats:
         """The v of ``d = g0 + Jᵀ v`` [m]."""
         v, excess = self._at(0.0, None)
-        if abs(excess) <= 1e-9:
-            return v / (1.0 + excess)
+        if abs(excess) <= _ROUGH_NORM:
+            return v
         if excess > 0.0:
             lowest = min(float((self.b / self.a).min()), 0.0)  # v is zero there
             return self._search(_Bracket(lowest, 0.0, -1.0, excess), v > 0.0)
@@ -96,7 +99,7 @@ class _Levels:
 
     def _at(self, level: float, passive: Mask | None) -> tuple[Floats, float]:
         """The v of a level, and by how much the norm of its ``Jᵀ v`` exceeds the radius."""
-        v, _ = solve_single(self.C, self.b - level * self.a, passive)
+        v, _ = solve_one(self.C, self.b - level * self.a, passive)
         norm = math.sqrt(max(float(v @ (self.C @ v)), 0.0))
         return v, norm / self.radius - 1.0
 
@@ -109,20 +112,24 @@ class _Levels:
     def _search(self, bracket: _Bracket, passive: Mask) -> Floats:
         """Find the level where the norm is the radius."""
         level = bracket.clip(self._level_of(passive))
+        best, best_excess, best_level = np.zeros_like(self.b), math.inf, level
         for _ in range(_MAX_LEVELS):
             before = passive
             v, excess = self._at(level, before)
             passive = v > 0.0
             same = bool((passive == before).all())
-            if abs(excess) <= (1e-8 if same else 1e-14) or not bracket.tighten(level, excess):
+            stuck = abs(excess) <= _ROUGH_NORM and abs(excess) > 0.1 * abs(best_excess)
+            if abs(excess) < abs(best_excess):
+                best, best_excess, best_level = v, excess, level
+            if abs(excess) <= _EXACT_NORM or stuck or not bracket.tighten(level, excess):
                 break
             # A closed formula that was wrong for its own passive set suffers from rounding.
             level = bracket.interpolate() if same else bracket.clip(self._level_of(passive))
-        if excess > -1.0:
-            v /= 1.0 + excess
-        residual = relative_residual(self.C, self.b - level * self.a, v)
+        if abs(best_excess) > _ROUGH_NORM and best_excess > -1.0:
+            best = best / (1.0 + best_excess)
+        residual = relative_residual(self.C, self.b - best_level * self.a, best)
         warn_if_unsolved("conflict_averse", float(residual))
-        return v
+        return best
 
     def _level_of(self, passive: Mask) -> float:
         """The level at which the norm is the radius, if the passive set is that; else NaN."""
@@ -146,25 +153,28 @@ class _Bracket:
     high: float
     below: float
     above: float
+    lagging: bool = False
 
     def clip(self, guess: float) -> float:
-        """A guess moved to the interval if it is just outside, replaced if it is far from it."""
+        """A guess inside the interval, or at an upper end of unknown value; else another one."""
         near = 1e-9 * max(abs(self.low), abs(self.high))
-        if self.low - near <= guess <= self.high + near:
-            return min(max(guess, self.low), self.high)
-        return self.interpolate()
+        if math.isinf(self.above) and abs(guess - self.high) <= near:
+            return self.high
+        return guess if self.low < guess < self.high else self.interpolate()
 
     def interpolate(self) -> float:
-        """The next guess by the Illinois variant of false position."""
-        if not math.isfinite(self.above):
+        """The next guess by the Illinois variant of false position, or by bisection if it lags."""
+        if self.lagging or math.isinf(self.above):
             return 0.5 * (self.low + self.high)
         guess = self.low - self.below * (self.high - self.low) / (self.above - self.below)
         return min(max(guess, self.low), self.high)
 
     def tighten(self, at: float, value: float) -> bool:
         """Replace an end; the result says whether there is room left between the ends."""
+        width = self.high - self.low
         if value > 0.0:
             self.high, self.above, self.below = at, value, 0.5 * self.below
         else:
             self.low, self.below, self.above = at, value, 0.5 * self.above
+        self.lagging = self.high - self.low > 0.5 * width
         return self.high - self.low > 2.0 * EPS * max(abs(self.low), abs(self.high))

@@ -10,7 +10,13 @@ from __future__ import annotations
 
 import numpy as np
 
-from jdplugins.standard._solvers._accuracy import Floats, Indices, Mask, pivot_tolerance
+from jdplugins.standard._solvers._accuracy import (
+    Floats,
+    Indices,
+    Mask,
+    infeasible,
+    pivot_tolerance,
+)
 
 _CHUNK = 64  # right-hand sides at a time: their vectors stay in cache
 _MAX_PIVOTS = 12
@@ -32,9 +38,9 @@ def solve_conjugate(C: Floats, Q: Floats) -> tuple[Floats, Mask, Mask]:
     :returns: Solutions Z [k, m], which rows are solved [k], and the last passive sets [k, m], a
         start for another method where they are not.
     """
-    F = Q < -pivot_tolerance(Q.shape[1])
+    F = infeasible(Q)
     Z = np.zeros_like(Q)
-    solved = ~F.any(axis=1)
+    solved: Mask = np.logical_not(F.any(axis=1))
     rows = np.flatnonzero(~solved)
     for start in range(0, rows.size, _CHUNK):
         _solve_chunk(C, Q, F, Z, solved, rows[start : start + _CHUNK])
@@ -90,6 +96,8 @@ def _conjugate_gradients(C: Floats, q: Floats, mask: Floats, z: Floats, toleranc
         product *= mask
         product += _DAMPING * direction
         curvature = np.einsum("ij,ij->i", direction, product)
+        if (curvature < 0.0).any():  # C is not semi-definite: leave it to another method
+            return np.inf
         step = (squared / np.maximum(curvature, _TINY))[:, None]
         z += step * direction
         product *= step

@@ -1,9 +1,9 @@
 """
 The LCP for many right-hand sides together, by proximal block principal pivoting.
 
-Each level solves the LCP with ``C + delta I`` and ``q - delta z``, z being the solution of the level
-before, by exchanging all infeasible indices at once (Júdice and Pires), with Murty's rule as the
-safeguard. The added term makes every subproblem solvable although C may be singular; steps of
+Each level solves the LCP with ``C + delta I`` and ``q - delta z``, z being the solution of the
+level before, by exchanging all infeasible indices at once (Júdice and Pires), with Murty's rule as
+the safeguard. The added term makes every subproblem solvable although C may be singular; steps of
 iterative refinement with the same matrix then remove its effect.
 """
 
@@ -18,6 +18,7 @@ from jdplugins.standard._solvers._accuracy import (
     Indices,
     Mask,
     accepted,
+    infeasible,
     natural_residual,
     pivot_tolerance,
 )
@@ -25,12 +26,12 @@ from jdplugins.standard._solvers._accuracy import (
 _MASKED = 24  # up to this size, gathering the passive block costs more than it saves
 _BUDGET = 1 << 19  # entries of the matrices that are gathered at once
 _CREDIT = 3  # block exchanges that may fail to reduce the infeasibilities
+_FIRST_PIVOTS = 40
+_LATER_PIVOTS = 6
 _REFINEMENTS = 2
 
 
-def solve_dense(
-    C: Floats, Q: Floats, passive: Mask | None = None
-) -> tuple[Floats, Floats]:
+def solve_dense(C: Floats, Q: Floats, passive: Mask | None = None) -> tuple[Floats, Floats]:
     """
     Solve the LCPs of all rows of Q.
 
@@ -40,7 +41,7 @@ def solve_dense(
     :returns: Solutions Z [k, m] and their natural residuals relative to ``1 + max z`` [k].
     """
     m = Q.shape[1]
-    F = Q < -pivot_tolerance(m) if passive is None else passive
+    F = infeasible(Q) if passive is None else passive
     Z = np.zeros_like(Q)
     residual = np.maximum(-Q.min(axis=1), 0.0)
     rows = np.flatnonzero(F.any(axis=1) | (residual > pivot_tolerance(m)))
@@ -50,7 +51,7 @@ def solve_dense(
         centre = Z[rows]
         q = Q[rows]
         f = F[rows]
-        z = _pivot(C, delta * centre - q, f, delta, limit=6 if level else 2 * m + 20)
+        z = _pivot(C, delta * centre - q, f, delta, _LATER_PIVOTS if level else _FIRST_PIVOTS)
         z = _refine(C, q, z, f, delta)
         new = natural_residual(C, q, z) / (1.0 + z.max(axis=1))
         old = residual[rows]
@@ -105,6 +106,7 @@ def _exchanged(bad: Mask, block: Mask) -> Mask:
 
 def _refine(C: Floats, Q: Floats, Z: Floats, F: Mask, delta: float) -> Floats:
     """Steps towards the solution without the proximal term, as far as no sign would change."""
+    residual: Floats
     for _ in range(_REFINEMENTS):
         residual = Z @ C
         residual += Q
@@ -137,8 +139,11 @@ def _solve_masked(C: Floats, B: Floats, F: Mask, delta: float) -> Floats:
     A = C * (F[:, :, None] & F[:, None, :])
     diagonal = np.arange(C.shape[0])
     A[:, diagonal, diagonal] = np.where(F, 1.0 + delta, 1.0)
-    Z: Floats = np.linalg.solve(A, (B * F)[:, :, None])[:, :, 0]
-    return Z
+    return _solve_batch(A, B * F)
+
+
+def _solve_batch(A: Floats, B: Floats) -> Floats:
+    return np.asarray(np.linalg.solve(A, B[:, :, None])[:, :, 0], dtype=np.float64)
 
 
 def _solve_gathered(C: Floats, B: Floats, F: Mask, sizes: Indices, delta: float) -> Floats:
@@ -156,6 +161,5 @@ def _solve_gathered(C: Floats, B: Floats, F: Mask, sizes: Indices, delta: float)
     diagonal = np.arange(p)
     A[:, diagonal, diagonal] = np.where(valid, 1.0 + delta, 1.0)
     b = np.take_along_axis(B, indices, axis=1) * valid
-    z = np.linalg.solve(A, b[:, :, None])[:, :, 0]
-    np.put_along_axis(Z, indices, z, axis=1)
+    np.put_along_axis(Z, indices, _solve_batch(A, b), axis=1)
     return Z

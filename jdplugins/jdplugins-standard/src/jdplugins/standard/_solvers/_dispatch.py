@@ -4,17 +4,28 @@ from __future__ import annotations
 
 import numpy as np
 
-from jdplugins.standard._solvers._accuracy import ROUGH, Floats, relative_residual
+from jdplugins.standard._solvers._accuracy import ROUGH, Floats, Mask, relative_residual
 from jdplugins.standard._solvers._conjugate import solve_conjugate
 from jdplugins.standard._solvers._dense import solve_dense
-from jdplugins.standard._solvers._single import rescue, solve_single
+from jdplugins.standard._solvers._goldfarb import solve_goldfarb_idnani
+from jdplugins.standard._solvers._single import solve_single
 
 _DENSE = 24  # up to this size, factorising all passive blocks beats conjugate gradients
 
 
-def solve_lcp(C: Floats, Q: Floats) -> tuple[Floats, Floats]:
+def solve_one(C: Floats, q: Floats, passive: Mask | None = None) -> tuple[Floats, float]:
+    """:func:`solve_single`, followed by :func:`rescue` if need be."""
+    z, achieved = solve_single(C, q, passive)
+    if achieved <= ROUGH:
+        return z, achieved
+    Z, residual = z[None], np.array([achieved])
+    rescue(C, q[None], Z, residual)
+    return Z[0], float(residual[0])
+
+
+def solve_all(C: Floats, Q: Floats) -> tuple[Floats, Floats]:
     """
-    Solve the LCPs of all rows of Q by the path that is fastest for their number and size.
+    Solve the LCPs of all rows of Q by the block method that is fastest for their number and size.
 
     :param C: Unit-diagonal positive semi-definite matrix [m, m].
     :param Q: Vectors q [k, m], of order one.
@@ -25,18 +36,21 @@ def solve_lcp(C: Floats, Q: Floats) -> tuple[Floats, Floats]:
         z, achieved = solve_single(C, Q[0])
         return z[None], np.array([achieved])
     if m <= _DENSE:
-        Z, residual = solve_dense(C, Q)
-    else:
-        Z, residual = _solve_large(C, Q)
-    for row in np.flatnonzero(residual > ROUGH):
-        Z[row], residual[row] = rescue(C, Q[row], Z[row], residual[row])
-    return Z, residual
-
-
-def _solve_large(C: Floats, Q: Floats) -> tuple[Floats, Floats]:
+        return solve_dense(C, Q)
     Z, solved, passive = solve_conjugate(C, Q)
     residual = relative_residual(C, Q, Z)
     hard = np.flatnonzero(~solved)
     if hard.size:
         Z[hard], residual[hard] = solve_dense(C, Q[hard], passive[hard])
     return Z, residual
+
+
+def rescue(C: Floats, Q: Floats, Z: Floats, residual: Floats) -> None:
+    """Improve rough solutions by the one-pivot-at-a-time method where that is better; in place."""
+    for row in np.flatnonzero(residual > ROUGH):
+        slow = solve_goldfarb_idnani(C, Q[row])
+        if slow is None:
+            continue
+        achieved = relative_residual(C, Q[row], slow)
+        if achieved < residual[row]:
+            Z[row], residual[row] = slow, achieved

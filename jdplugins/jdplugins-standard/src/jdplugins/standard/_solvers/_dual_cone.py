@@ -6,11 +6,12 @@ import numpy as np
 from attrs import frozen
 
 from jdcore.linalg import equilibrate
-from jdplugins.standard._solvers._accuracy import Floats, warn_if_unsolved
-from jdplugins.standard._solvers._dispatch import solve_lcp
+from jdplugins.standard._solvers._accuracy import ROUGH, Floats, warn_if_unsolved
+from jdplugins.standard._solvers._dispatch import rescue, solve_all
+from jdplugins.standard._solvers._semidefinite import nearest_semidefinite
 from jdplugins.standard._solvers._tiny import solve_tiny
 
-_TINY = 6
+_TINY = 8  # up to this size, Python floats beat numpy
 
 
 @frozen
@@ -34,8 +35,6 @@ class NativeDualConeSolver:
         :returns: Vectors v [k, m], each ``>= u`` exactly.
         """
         m = len(gramian)
-        if m == 2 and gramian[0, 0] > 0.0 and gramian[1, 1] > 0.0:
-            return _project_two(gramian, references)
         if m <= _TINY:
             tiny = _project_tiny(gramian.tolist(), references.tolist())
             if tiny is not None:
@@ -48,7 +47,7 @@ def _project(gramian: Floats, references: Floats) -> Floats:
     scaled = references * norms
     scales = np.abs(scaled).max(axis=1, keepdims=True)
     scaled /= np.where(scales > 0.0, scales, 1.0)
-    solutions, residuals = solve_lcp(cosines, scaled @ cosines)
+    solutions, residuals = _solve(cosines, scaled)
     warn_if_unsolved("dual_cone", float(residuals.max(initial=0.0)))
     solutions *= scales
     solutions *= inverses
@@ -56,35 +55,67 @@ def _project(gramian: Floats, references: Floats) -> Floats:
     return solutions
 
 
-def _project_two(gramian: Floats, references: Floats) -> Floats:
-    """Closed form for two non-zero rows: the one takes the other's conflict away, or v is zero."""
-    (g00, g01), (_, g11) = gramian.tolist()
-    r0, r1 = -g01 / g00, -g01 / g11
-    projected = []
-    for u0, u1 in references.tolist():
-        if u0 <= 0.0 and u1 <= 0.0:
-            projected.append((0.0, 0.0))
-        else:
-            projected.append((max(u0, r0 * max(u1, 0.0)), max(u1, r1 * max(u0, 0.0))))
-    return np.array(projected).reshape(references.shape)
+def _solve(C: Floats, U: Floats) -> tuple[Floats, Floats]:
+    """Solutions of the LCPs with ``q = C u`` for the rows u of U, with their residuals."""
+    Q = U @ C
+    Z, residuals = solve_all(C, Q)
+    if residuals.max(initial=0.0) > ROUGH:
+        definite = nearest_semidefinite(C)
+        if definite is not C:
+            return _solve(definite, U)
+        rescue(C, Q, Z, residuals)
+    return Z, residuals
 
 
 def _project_tiny(G: list[list[float]], references: list[list[float]]) -> list[list[float]] | None:
-    norms = [math.sqrt(row[i]) for i, row in enumerate(G)]
-    if min(norms) == 0.0:
+    """:func:`_project` without numpy; None for zero or nearly dependent rows."""
+    if len(G) == 2:
+        return _project_two(G, references)
+    squares = [row[i] for i, row in enumerate(G)]
+    if min(squares, default=0.0) == 0.0:
         return None
-    C = [[g / (a * b) for g, b in zip(row, norms)] for row, a in zip(G, norms)]
-    m = range(len(G))
+    norms = [math.sqrt(square) for square in squares]
+    C = [
+        [g / (norm * other) for g, other in zip(row, norms, strict=True)]
+        for row, norm in zip(G, norms, strict=True)
+    ]
     projected = []
     for u in references:
-        scaled = [x * d for x, d in zip(u, norms)]
-        scale = max(max(scaled), -min(scaled))
-        if scale == 0.0:
-            projected.append(u)
-            continue
-        terms = [(C[j], x / scale) for j, x in enumerate(scaled) if x != 0.0]
-        z = solve_tiny(C, [sum(row[i] * x for row, x in terms) for i in m])
-        if z is None:
+        v = _project_one(C, norms, u)
+        if v is None:
             return None
-        projected.append([x + scale * t / d for x, t, d in zip(u, z, norms)])
+        projected.append(v)
     return projected
+
+
+def _project_one(C: list[list[float]], norms: list[float], u: list[float]) -> list[float] | None:
+    scaled = [x * norm for x, norm in zip(u, norms, strict=True)]
+    scale = max(max(scaled), -min(scaled))
+    if scale == 0.0:
+        return u
+    terms = [(C[j], x / scale) for j, x in enumerate(scaled) if x != 0.0]
+    if len(terms) == 1:  # UPGrad: u is a multiple of a unit vector
+        [(row, sign)] = terms
+        q = row if sign > 0.0 else [-c for c in row]
+    else:
+        q = [sum(row[i] * x for row, x in terms) for i in range(len(u))]
+    if min(q) >= 0.0:
+        return u
+    z = solve_tiny(C, q)
+    if z is None:
+        return None
+    return [x + scale * t / norm for x, t, norm in zip(u, z, norms, strict=True)]
+
+
+def _project_two(G: list[list[float]], references: list[list[float]]) -> list[list[float]] | None:
+    """Closed form: only one of two rows can take the other's conflict away, or v is zero."""
+    (g00, g01), (_, g11) = G
+    if g00 == 0.0 or g11 == 0.0:
+        return None
+    r0, r1 = -g01 / g00, -g01 / g11
+    return [
+        [max(u0, r0 * max(u1, 0.0)), max(u1, r1 * max(u0, 0.0))]
+        if u0 > 0.0 or u1 > 0.0
+        else [0.0, 0.0]
+        for u0, u1 in references
+    ]

@@ -7,7 +7,7 @@ from attrs import frozen
 
 from jdcore.linalg import equilibrate
 from jdplugins.standard._solvers._accuracy import Floats, warn_if_unsolved
-from jdplugins.standard._solvers._single import solve_single
+from jdplugins.standard._solvers._dispatch import solve_one
 from jdplugins.standard._solvers._tiny import solve_tiny
 
 _TINY = 8
@@ -34,7 +34,8 @@ class NativeMinNormSolver:
         m = len(gramian)
         zero = np.diagonal(gramian) <= 0.0
         if zero.any():
-            return zero / np.count_nonzero(zero)
+            shared: Floats = zero / np.count_nonzero(zero)
+            return shared
         if m == 2:
             return _shortest_of_two(gramian.tolist())
         if m <= _TINY:
@@ -44,14 +45,14 @@ class NativeMinNormSolver:
         cosines, norms, inverses = equilibrate(gramian)
         ratios = norms.min() * inverses
         z = shortest(cosines, ratios)
-        weights = z * ratios
+        weights: Floats = z * ratios
         weights /= weights.sum()
         return weights
 
 
 def shortest(cosines: Floats, ratios: Floats) -> Floats:
     """The z of the class docstring, for rows that are not zero."""
-    z, residual = solve_single(cosines + np.multiply.outer(ratios, ratios), -ratios)
+    z, residual = solve_one(cosines + np.multiply.outer(ratios, ratios), -ratios)
     warn_if_unsolved("min_norm", residual)
     return z
 

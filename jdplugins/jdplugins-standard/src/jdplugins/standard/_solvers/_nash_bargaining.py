@@ -13,6 +13,7 @@ from jdplugins.standard._spectrum import spectrum
 
 _PROXIMAL = 1e-12
 _STEPS = 60
+_NEARBY = 0.1  # Newton decrement from which convergence is certain and quadratic
 _UNSOLVED = 1e-10
 
 
@@ -32,19 +33,23 @@ class NativeNashBargainingSolver:
     :class:`~jdcore.protocols.NashBargainingSolver`.
     """
 
-    def __call__(self, gramian: NDArray[np.float64], /) -> NDArray[np.float64]:
+    def __call__(
+        self, gramian: NDArray[np.float64], start: NDArray[np.float64] | None = None, /
+    ) -> NDArray[np.float64]:
         """
         :param gramian: Finite Gramian [m, m].
+        :param start: Not used: the answer is exact from any start.
         :returns: Weights α [m], zero for zero rows.
         """
         cosines, norms, inverses = equilibrate(gramian)
-        nonzero = norms > 0.0
-        if nonzero.all():
-            return _bargain(cosines) * inverses
-        shares = np.zeros(len(gramian))
-        if nonzero.any():
-            shares[nonzero] = _bargain(cosines[np.ix_(nonzero, nonzero)])
-        return shares * inverses
+        nonzero = np.flatnonzero(norms)
+        if not nonzero.size:
+            return np.zeros_like(norms)
+        if nonzero.size < norms.size:
+            cosines = cosines[np.ix_(nonzero, nonzero)]
+        weights = np.zeros_like(norms)
+        weights[nonzero] = _bargain(cosines) * inverses[nonzero]
+        return weights
 
 
 def _bargain(cosines: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -52,21 +57,23 @@ def _bargain(cosines: NDArray[np.float64]) -> NDArray[np.float64]:
     # The best multiple of the vector of ones, which is exact for identical or orthogonal rows.
     start = np.full(m, min(math.sqrt(m / max(float(cosines.sum()), 1e-30)), 1e6))
     near, _ = _newton(cosines, start, _PROXIMAL)
-    shares, decrement = _newton(cosines, near, 0.0)
-    if decrement < 0.1:
-        _warn_if_inexact(cosines, shares)
-        return shares
-    stationary = _stationary_combination(cosines, near)
-    if not stationary.any():
-        _warn_if_inexact(cosines, near)
-        return near
-    return _bargain_beside(cosines, stationary)
+    shares, decrement = _newton(cosines, near, 0.0, give_up=_NEARBY)
+    if decrement > _NEARBY:
+        stationary = _stationary_rows(cosines, near)
+        if stationary.any():
+            return _bargain_beside(cosines, near, stationary)
+        shares, decrement = _newton(cosines, near, 0.0)
+    _warn_if_inexact(cosines, shares, 1.0, solved=decrement < _NEARBY)
+    return shares
 
 
 def _newton(
-    cosines: NDArray[np.float64], shares: NDArray[np.float64], shift: float
+    cosines: NDArray[np.float64],
+    shares: NDArray[np.float64],
+    shift: float,
+    give_up: float = math.inf,
 ) -> tuple[NDArray[np.float64], float]:
-    """Minimise with C + shift I. Without shift, give up where no minimiser is near the start."""
+    """Minimise with C + shift I; stop at the first decrement above ``give_up``."""
     diagonal = np.arange(len(shares))
     previous = decrement = math.inf
     for _ in range(_STEPS):
@@ -78,63 +85,90 @@ def _newton(
         hessian[diagonal, diagonal] += 1.0
         step = np.linalg.solve(hessian, gradient)
         decrement = math.sqrt(max(float(gradient @ step), 0.0))
-        if not shift and not decrement < 0.1:
+        if not decrement <= give_up:
             break
-        # No entry of the step exceeds the decrement, so that damping keeps the shares positive.
-        shares = shares * (1.0 - (step / (1.0 + decrement) if decrement > 0.25 else step))
+        size = 1.0 if decrement <= 0.25 else _step_size(gradient, step, decrement)
+        shares = shares * (1.0 - size * step)
         if decrement < 1e-7 or 0.5 * previous < decrement < 1e-4:
             break
         previous = decrement
     return shares, decrement
 
 
-def _warn_if_inexact(cosines: NDArray[np.float64], shares: NDArray[np.float64]) -> None:
-    gains = shares * (cosines @ shares)
-    scale = 1.0 + shares * (np.abs(cosines) @ shares)
-    residual = float((np.abs(gains - 1.0) / scale).max())
+def _step_size(gradient: NDArray[np.float64], step: NDArray[np.float64], decrement: float) -> float:
+    """
+    A step length within a factor of 2 of the best one.
+
+    The damped step of the theory, 1/(1 + decrement), is safe but lets a share grow by a factor of
+    ``1 + 1/√m`` at most; near stationary points they have to grow to a million.
+    """
+    # The slope along the step is ``t curvature - tilt + Σ step / (1 - t step)``.
+    curvature = float(gradient @ step - step @ step)
+    tilt = float(gradient @ step + step.sum())
+    limit = 1.0 / max(float(step.max()), 1e-300)  # where the first share becomes 0
+    size = 1.0 / (1.0 + decrement)
+    while 2.0 * size < limit:
+        slope = 2.0 * size * curvature - tilt + float((step / (1.0 - 2.0 * size * step)).sum())
+        if not slope < 0.0:
+            break
+        size *= 2.0
+    return size
+
+
+def _warn_if_inexact(
+    cosines: NDArray[np.float64],
+    shares: NDArray[np.float64],
+    gains: float | NDArray[np.float64],
+    *,
+    solved: bool = True,
+) -> None:
+    scale = 1.0 + shares * (np.abs(cosines) @ shares) if solved else 1.0
+    residual = float((np.abs(shares * (cosines @ shares) - gains) / scale).max())
     if not residual <= _UNSOLVED:
         warnings.warn(UnsolvedWarning("nash_bargaining", residual), stacklevel=2)
 
 
-def _stationary_combination(
+def _stationary_rows(
     cosines: NDArray[np.float64], shares: NDArray[np.float64]
-) -> NDArray[np.float64]:
+) -> NDArray[np.bool_]:
     """
-    The combination v >= 0 with ``C v = 0`` of largest support, scaled to max v = 1, or zeros.
+    Rows with a part in a combination ``v >= 0`` with ``C v = 0``.
 
-    The shares of the proximal problem grow without bound exactly on that support, so they are close
-    to such a combination and the projection onto the null space of C makes it exact.
+    Their shares in the proximal problem are of the order of 1e6, so v is the part of all shares in
+    the null space of C. Other shares can be large as well, but have no such part.
     """
-    null = spectrum(cosines).null_space
-    combination: NDArray[np.float64] = null @ (null.T @ shares)
-    largest = float(combination.max())
-    if largest < 1e4:
-        return np.zeros_like(combination)
-    combination /= largest
-    combination[combination < 1e-6] = 0.0
-    return combination
+    null_space = spectrum(cosines).null_space
+    combination = null_space @ (null_space.T @ shares)
+    rows: NDArray[np.bool_] = combination > max(1e4, 1e-3 * combination.max())
+    return rows
 
 
 def _bargain_beside(
-    cosines: NDArray[np.float64], stationary: NDArray[np.float64]
+    cosines: NDArray[np.float64], near: NDArray[np.float64], stationary: NDArray[np.bool_]
 ) -> NDArray[np.float64]:
     """Shares of the other rows orthogonally to the stationary ones, and what cancels the rest."""
-    inside = np.flatnonzero(stationary)
-    outside = np.flatnonzero(stationary == 0.0)
-    shares = stationary.copy()
-    if outside.size == 0:
-        return shares
-    shadows = spectrum(cosines[np.ix_(inside, inside)]).pseudo_solve(
-        cosines[np.ix_(inside, outside)]
-    )
-    remaining = cosines[np.ix_(outside, outside)] - cosines[np.ix_(outside, inside)] @ shadows
-    # What is left of a row that lies in the span of the stationary ones is rounding.
-    gone = np.diagonal(remaining) < 1e-12
-    remaining[gone] = remaining[:, gone] = 0.0
+    while True:
+        inside, outside = np.flatnonzero(stationary), np.flatnonzero(~stationary)
+        span = spectrum(cosines[np.ix_(inside, inside)])
+        shadows = span.pseudo_solve(cosines[np.ix_(inside, outside)])
+        remaining = cosines[np.ix_(outside, outside)] - cosines[np.ix_(outside, inside)] @ shadows
+        # Rows in the span of a positive combination that is zero take part in another such one.
+        rounding = 1e-15 * len(inside) * (1e3 + (shadows * shadows).sum(axis=0))
+        gone = np.diagonal(remaining) < rounding
+        if not gone.any():
+            break
+        stationary[outside[gone]] = True
+    combination = span.null_space @ (span.null_space.T @ near[inside])
+    if not combination.max() > 0.0:
+        _warn_if_inexact(cosines, near, 1.0, solved=False)
+        return near
+    combination /= combination.max()
+    shares = np.zeros(len(cosines))
     shares[outside] = NativeNashBargainingSolver()(remaining)
-    shares[inside] = -shadows @ shares[outside]
-    # Any multiple of the stationary combination is free: the least that leaves no share negative,
-    # and one more.
-    deficit = -shares[inside] / stationary[inside]
-    shares[inside] += (1.0 + max(float(deficit.max()), 0.0)) * stationary[inside]
+    cancelling = -shadows @ shares[outside]
+    # Multiples of the combination are free: the least that leaves no share negative, and one more.
+    deficit = -cancelling / np.maximum(combination, 1e-9)
+    cancelling += (1.0 + max(float(deficit.max()), 0.0)) * combination
+    shares[inside] = np.maximum(cancelling, 0.0)
+    _warn_if_inexact(cosines, shares, np.where(stationary, 0.0, 1.0))
     return shares

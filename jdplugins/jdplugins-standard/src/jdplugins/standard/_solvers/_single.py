@@ -15,10 +15,10 @@ from jdplugins.standard._solvers._accuracy import (
     Indices,
     Mask,
     accepted,
+    infeasible,
     pivot_tolerance,
     relative_residual,
 )
-from jdplugins.standard._solvers._goldfarb import solve_goldfarb_idnani
 
 _CREDIT = 3  # block exchanges that may fail to reduce the infeasibilities
 _FIRST_PIVOTS = 30
@@ -36,7 +36,7 @@ def solve_single(C: Floats, q: Floats, passive: Mask | None = None) -> tuple[Flo
     :returns: z [m] and its natural residual relative to ``1 + max z``.
     """
     m = len(q)
-    F = q < -pivot_tolerance(m) if passive is None else passive
+    F = infeasible(q) if passive is None else passive
     z = np.zeros(m)
     residual = max(0.0, -float(q.min()))
     if residual <= pivot_tolerance(m) and not F.any():
@@ -50,18 +50,7 @@ def solve_single(C: Floats, q: Floats, passive: Mask | None = None) -> tuple[Flo
             z, residual = candidate, achieved
         if residual <= accepted(m) or (residual <= ROUGH and achieved > 0.1 * previous):
             break
-    if residual > ROUGH:
-        z, residual = rescue(C, q, z, residual)
     return z, residual
-
-
-def rescue(C: Floats, q: Floats, z: Floats, residual: float) -> tuple[Floats, float]:
-    """The better of a solution and that of the one-pivot-at-a-time method, with its residual."""
-    slow = solve_goldfarb_idnani(C, q)
-    if slow is None:
-        return z, residual
-    achieved = float(relative_residual(C, q, slow))
-    return (slow, achieved) if achieved < residual else (z, residual)
 
 
 def _pivot(
@@ -70,17 +59,19 @@ def _pivot(
     """Solve the LCP of ``C + delta I`` and ``q - delta centre``, then refine towards that of C."""
     m = len(q)
     b = delta * centre - q
+    shifted = C.copy()
+    shifted.flat[:: m + 1] += delta
+    tolerance = pivot_tolerance(m)
     fewest, credit = m + 1, _CREDIT
     z = np.zeros(m)
     for _ in range(limit):
         indices = F.nonzero()[0]
-        block = C[indices[:, None], indices]
-        block.flat[:: len(indices) + 1] += delta
+        block = shifted[indices[:, None], indices]
         z = np.zeros(m)
         z[indices] = np.linalg.solve(block, b[indices])
         y = C @ z
         y -= b
-        y += pivot_tolerance(m) * (1.0 + np.abs(z).max())
+        y += tolerance * (1.0 + max(z.max(), -z.min()))
         bad = np.where(F, z, y) < 0.0
         count = int(np.count_nonzero(bad))
         if count == 0:
@@ -97,7 +88,7 @@ def _pivot(
 
 
 def _refine(C: Floats, q: Floats, z: Floats, indices: Indices, block: Floats) -> None:
-    """Steps towards the solution without the proximal term, as long as no sign changes; in place."""
+    """Steps towards the solution without the proximal term until a sign would change; in place."""
     for _ in range(_REFINEMENTS):
         step = np.linalg.solve(block, C[indices] @ z + q[indices])
         refined = z[indices] - step

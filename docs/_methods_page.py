@@ -1,0 +1,71 @@
+"""The page of methods, made from the specs of ``jdplugins-standard``."""
+
+from __future__ import annotations
+
+from jdcore import AggregatorSpec, Property, list_plugins
+
+_DISTRIBUTION = "jdplugins-standard"
+
+_INTRODUCTION = """\
+# Methods
+
+All of these come with `jdplugins-standard`. Any is found by its name in any spelling,
+`jdcore.get_aggregator("nash_mtl")`, and imported by its class, `from jdcore.aggregation import
+NashMTL`; those that look at the Gramian also have a weighting, `NashMTLWeighting`, for autogram.
+
+A tick is a promise that the conformance tests check.
+"""
+
+_COLUMNS = {
+    Property.NON_CONFLICTING: "conflicts with no row",
+    Property.LINEAR_UNDER_SCALING: "linear under scaling of rows",
+    Property.STRONGLY_STATIONARY: "zero only at strongly stationary points",
+    Property.PERMUTATION_INVARIANT: "order of rows is irrelevant",
+    Property.SCALE_EQUIVARIANT: "scales with the matrix",
+    Property.DIFFERENTIABLE: "differentiable",
+}
+
+
+def methods_page() -> str:
+    """The page in Markdown."""
+    specs = sorted(
+        (
+            spec
+            for plugin in list_plugins()
+            if plugin.distribution == _DISTRIBUTION
+            for spec in plugin.aggregators
+        ),
+        key=lambda spec: spec.name,
+    )
+    return "\n".join([_INTRODUCTION, *_table(specs), "", *map(_section, specs)])
+
+
+def _table(specs: list[AggregatorSpec]) -> list[str]:
+    head = ["name", *_COLUMNS.values()]
+    return [
+        f"| {' | '.join(head)} |",
+        f"|{'---|' * len(head)}",
+        *(f"| {' | '.join(_cells(spec))} |" for spec in specs),
+    ]
+
+
+def _cells(spec: AggregatorSpec) -> list[str]:
+    ticks = ["✓" if prop in spec.properties else "" for prop in _COLUMNS]
+    return [f"[`{spec.name}`](#{spec.name.replace('_', '-')})", *ticks]
+
+
+def _section(spec: AggregatorSpec) -> str:
+    facts = [f"Looks at the {'Gramian' if spec.input == 'gramian' else 'matrix'}."]
+    facts += ["Stateful."] if spec.stateful else []
+    facts += ["Stochastic."] if spec.stochastic else []
+    facts += [f"Needs at least {spec.min_rows} rows."] if spec.min_rows > 1 else []
+    return f"""\
+({spec.name.replace("_", "-")})=
+## `{spec.name}`
+
+{spec.summary} {" ".join(facts)}
+
+```{{eval-rst}}
+.. autoclass:: jdcore.aggregation.{spec.class_name}
+```
+"""

@@ -1,0 +1,1 @@
+"""A jdcore method for one main loss that auxiliary losses should help and never hinder."""

@@ -1,0 +1,1 @@
+"""One module per command of ``jdcore``: ``add_parser`` declares it, ``run`` gives its exit code."""

@@ -1,0 +1,129 @@
+"""What the registry knows, as plain data: the JSON of the commands, and what their tables show."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from jdcore._catalogue import METHODS
+from jdcore._discovery import PluginRecord
+from jdcore.errors import PluginWarning
+from jdcore.registry import registry
+from jdcore.spec import AggregatorSpec, SolverSpec, normalize_name
+
+
+def discover() -> tuple[PluginRecord, ...]:
+    """The plugins; instead of a warning from within the library, one line on standard error."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", PluginWarning)
+        records = registry.records()
+    if caught:
+        print("Some plugins are left out, see: jdcore plugins", file=sys.stderr)
+    return records
+
+
+def installed_version(distribution: str) -> str | None:
+    """Version of an installed distribution, or None."""
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return None
+
+
+def method_records() -> list[dict[str, Any]]:
+    """All methods that are registered, then those that known distributions would add."""
+    plugins = discover()
+    registered = [method_record(name) for name in registry.aggregators()]
+    present = {plugin.distribution for plugin in plugins}
+    taken = {normalize_name(record["name"]) for record in registered}
+    return registered + [
+        {
+            "name": name,
+            "installed": False,
+            "distribution": distribution,
+            "install": _pip(distribution),
+        }
+        for distribution, names in METHODS.items()
+        for name in names
+        if distribution not in present and normalize_name(name) not in taken
+    ]
+
+
+def method_record(name: str) -> dict[str, Any]:
+    """One registered method. Errors as :func:`jdcore.describe`."""
+    entry = registry.aggregator(name)
+    spec: AggregatorSpec = entry.spec
+    missing = [required for required in spec.requires if installed_version(required) is None]
+    return {
+        "name": name,
+        "class_name": spec.class_name,
+        "summary": spec.summary,
+        "input": spec.input,
+        "properties": sorted(prop.value for prop in spec.properties),
+        "stateful": spec.stateful,
+        "stochastic": spec.stochastic,
+        "min_rows": spec.min_rows,
+        "aliases": list(spec.aliases),
+        "reference": _reference(spec),
+        "requires": list(spec.requires),
+        "distribution": entry.distribution,
+        "version": installed_version(entry.distribution),
+        "installed": not missing,
+        "install": _pip(*missing) if missing else None,
+    }
+
+
+def solver_record(entry: Any) -> dict[str, Any]:
+    """One solver backend."""
+    spec: SolverSpec = entry.spec
+    missing = [required for required in spec.requires if installed_version(required) is None]
+    return {
+        "name": spec.name,
+        "problem": spec.problem,
+        "summary": spec.summary,
+        "variants": spec.variants,
+        "requires": list(spec.requires),
+        "distribution": entry.distribution,
+        "installed": not missing,
+        "install": _pip(*missing) if missing else None,
+    }
+
+
+def solver_records(problem: str) -> list[dict[str, Any]]:
+    """The backends for one problem."""
+    return [solver_record(registry.solver(problem, name)[0]) for name in registry.solvers(problem)]
+
+
+def plugin_records() -> Iterator[dict[str, Any]]:
+    """What became of every installed plugin."""
+    for record in discover():
+        yield {
+            "distribution": record.distribution,
+            "version": record.version,
+            "entry_point": record.entry_point,
+            "status": _status(record),
+            "reason": record.reason or None,
+            "aggregators": [spec.name for spec in record.aggregators],
+            "solvers": [f"{spec.problem}/{spec.name}" for spec in record.solvers],
+            "traceback": record.traceback,
+        }
+
+
+def _status(record: PluginRecord) -> str:
+    if record.disabled is not None:
+        return "off"
+    return "ok" if record.error is None else "failed"
+
+
+def _reference(spec: AggregatorSpec) -> dict[str, Any] | None:
+    reference = spec.reference
+    if reference is None:
+        return None
+    return {"title": reference.title, "year": reference.year, "url": reference.url}
+
+
+def _pip(*distributions: str) -> str:
+    return f"pip install {' '.join(distributions)}"

@@ -1,0 +1,147 @@
+"""``jdcore info NAME``: all about one method."""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import re
+import textwrap
+from typing import Any
+
+from jdcore._commands._output import print_json
+from jdcore._commands._records import discover, method_record, solver_records
+from jdcore.registry import registry
+
+_PARAMETER = re.compile(r"^:param (\w+): (.*?)(?=^:|\Z)", re.DOTALL | re.MULTILINE)
+
+
+def add_parser(commands: Any) -> None:
+    """Add ``info`` to the commands of the program."""
+    parser = commands.add_parser("info", help="show one method: parameters, paper, solvers")
+    parser.add_argument("name", metavar="NAME", help="name of the method, in any spelling")
+    parser.add_argument("--json", action="store_true", help="as JSON, for programs")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """
+    Print what is known of a method.
+
+    :raises JDCoreError: If there is no such method, or it cannot be imported.
+    """
+    discover()
+    record = describe_method(arguments.name)
+    if arguments.json:
+        print_json(record)
+    else:
+        _print(record)
+    return 0
+
+
+def describe_method(name: str) -> dict[str, Any]:
+    """The record of a method, with its parameters and the solvers they take. Imports it."""
+    cls = registry.aggregator_class(name)
+    entry = registry.aggregator(name)
+    plain = registry.aggregators()
+    listed = entry.spec.name if entry.spec.name in plain else entry.qualified_name
+    parameters = _parameters(cls)
+    problem = solver_problem(cls)
+    return method_record(listed) | {
+        "parameters": parameters,
+        "problem": problem,
+        "solvers": [] if problem is None else solver_records(problem),
+        "doc": inspect.getdoc(cls) or "",
+    }
+
+
+def solver_problem(cls: Any) -> str | None:
+    """The problem whose solvers the argument ``solver`` of a method selects, if it has one."""
+    fields = getattr(getattr(cls, "weighting_class", cls), "__attrs_attrs__", ())
+    problems = (field.metadata.get("jdcore.problem") for field in fields)
+    return next(filter(None, problems), None)
+
+
+def _parameters(cls: Any) -> list[dict[str, Any]]:
+    descriptions = _parameter_descriptions(cls)
+    return [
+        {
+            "name": parameter.name,
+            "type": _annotation(parameter.annotation),
+            "required": parameter.default is parameter.empty,
+            "default": None if parameter.default is parameter.empty else repr(parameter.default),
+            "description": descriptions.get(parameter.name, ""),
+        }
+        for parameter in inspect.signature(cls).parameters.values()
+    ]
+
+
+def _parameter_descriptions(cls: Any) -> dict[str, str]:
+    """The ``:param x:`` fields of a class and its bases, each on one line."""
+    found = {}
+    for base in reversed(getattr(cls, "weighting_class", cls).__mro__):
+        doc = inspect.cleandoc(base.__doc__ or "").partition("\n>>>")[0]
+        for name, text in _PARAMETER.findall(doc):
+            found[name] = _plain(" ".join(text.split()))
+    return found
+
+
+def _annotation(annotation: Any) -> str:
+    text = annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)
+    return "" if annotation is inspect.Parameter.empty else text
+
+
+def _print(record: dict[str, Any]) -> None:
+    print(f"{record['name']} ({record['class_name']}): {record['summary']}\n")
+    for label, text in _facts(record):
+        print(f"{label + ':':13}{text}")
+    for parameter in record["parameters"]:
+        _print_parameter(parameter)
+    for solver in record["solvers"]:
+        _print_entry(f"solver {solver['name']!r} ({solver['distribution']})", _summary(solver))
+    print(f"\n{_description(record['doc'])}")
+
+
+def _print_parameter(parameter: dict[str, Any]) -> None:
+    default = "" if parameter["required"] else f" = {parameter['default']}"
+    kind = f": {parameter['type']}" if parameter["type"] else ""
+    _print_entry(f"{parameter['name']}{kind}{default}", parameter["description"])
+
+
+def _print_entry(head: str, text: str) -> None:
+    print(f"\n{head}")
+    if text:
+        print(textwrap.fill(text, 88, initial_indent="    ", subsequent_indent="    "))
+
+
+def _facts(record: dict[str, Any]) -> list[tuple[str, str]]:
+    reference = record["reference"]
+    facts = [
+        ("paper", reference and f"{reference['title']} ({reference['year']}), {reference['url']}"),
+        ("input", record["input"]),
+        ("properties", ", ".join(record["properties"])),
+        ("stateful", "yes" if record["stateful"] else ""),
+        ("stochastic", "yes" if record["stochastic"] else ""),
+        ("rows", f"at least {record['min_rows']}" if record["min_rows"] > 1 else ""),
+        ("aliases", ", ".join(record["aliases"])),
+        ("provided by", f"{record['distribution']} {record['version'] or ''}".rstrip()),
+        ("needs", record["install"]),
+    ]
+    return [(label, text) for label, text in facts if text]
+
+
+def _summary(solver: dict[str, Any]) -> str:
+    return solver["summary"] if solver["installed"] else f"not installed: {solver['install']}"
+
+
+def _description(doc: str) -> str:
+    """The prose of a docstring: neither parameters nor example."""
+    prose = doc.partition("\n>>>")[0].partition("\n:param")[0]
+    return "\n\n".join(
+        textwrap.fill(_plain(p), 88, break_on_hyphens=False) for p in prose.strip().split("\n\n")
+    )
+
+
+def _plain(text: str) -> str:
+    """Text without the markup that only a renderer understands."""
+    text = re.sub(r":\w+:`~?([^`<]*?)(?:\s+<[^`]*>)?`", r"\1", text)
+    return re.sub(r"`([^`<]+?)\s+<([^`]+)>`_", r"\1 (\2)", text).replace("``", "")

@@ -1,0 +1,54 @@
+"""``jdcore list``: every method, installed or not. Imports no method, and no torch."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from jdcore._commands._output import draws_tables, print_json, print_table
+from jdcore._commands._records import method_records
+
+_COLUMNS = ("name", "input", "kind", "properties", "provided by", "summary")
+
+
+def add_parser(commands: Any) -> None:
+    """Add ``list`` to the commands of the program."""
+    parser = commands.add_parser("list", help="show every aggregation method")
+    parser.add_argument("--json", action="store_true", help="as JSON, for programs")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print the methods."""
+    records = method_records()
+    if arguments.json:
+        print_json(records)
+    elif records and draws_tables():
+        print_table(("name", "method"), [_short_row(record) for record in records])
+    elif records:
+        print_table(_COLUMNS, [_row(record) for record in records])
+    return 0
+
+
+def _short_row(record: dict[str, Any]) -> tuple[str, ...]:
+    """For a terminal, too narrow for all columns: everything but the name below the summary."""
+    name, source, kind, properties, provider, summary = _row(record)
+    facts = ", ".join(filter(None, (source, kind, provider and f"from {provider}")))
+    return name, "\n".join(filter(None, (summary, facts, properties))) + "\n"
+
+
+def _row(record: dict[str, Any]) -> tuple[str, ...]:
+    if "summary" not in record:
+        return (record["name"], "", "", "", "", f"not installed: {record['install']}")
+    summary = record["summary"]
+    if not record["installed"]:
+        summary = f"{summary} Needs: {record['install']}"
+    kinds = [kind for kind in ("stateful", "stochastic") if record[kind]]
+    return (
+        record["name"],
+        record["input"],
+        ", ".join(kinds),
+        ", ".join(record["properties"]),
+        record["distribution"],
+        summary,
+    )

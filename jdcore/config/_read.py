@@ -1,0 +1,115 @@
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from jdcore.config._arguments import ADAPTERS, Argument, arguments_of
+from jdcore.config._tensors import read_tensor
+from jdcore.errors import ParameterError, ParameterTypeError, UnknownNameError
+from jdcore.registry import registry
+from jdcore.spec import normalize_name
+
+
+def read(
+    config: Any, *, kind: str, path: str = "config", extra: Mapping[str, Any] | None = None
+) -> Any:
+    """
+    Build what a configuration describes.
+
+    :param config: The configuration.
+    :param kind: ``"aggregator"`` or ``"weighting"``: a Gramian method is both under one name.
+    :param path: Where the configuration stands, for messages.
+    :param extra: Arguments, as objects, that take precedence over those of the configuration.
+    :raises ParameterError: If a key is unknown or missing, or a value cannot be used.
+    :raises UnknownNameError: If a method or solver is not registered.
+    """
+    name = _name(config, kind, path)
+    with _located(path, config):
+        cls = _class(name, kind)
+    known = arguments_of(cls)
+    given = {key: value for key, value in config.items() if key != "name"}
+    extra = extra or {}
+    _refuse_unknown([f"{path}.{key}" for key in given] + list(extra), known, name)
+    values = {k: _value(known[k], v, f"{path}.{k}") for k, v in given.items() if k not in extra}
+    values |= extra
+    for argument in known.values():
+        if argument.required and argument.name not in values:
+            raise ParameterError(f"{path}.{argument.name}", f"given for {name!r}", "nothing")
+    with _located(path, given):
+        return cls(**values)
+
+
+def _refuse_unknown(paths: list[str], known: Mapping[str, Argument], name: str) -> None:
+    for path in paths:
+        if path.rpartition(".")[2] not in known:
+            expected = f"an argument of {name!r} ({', '.join(known) or 'it takes none'})"
+            raise ParameterTypeError(path, expected, "an unknown one")
+
+
+def _name(config: Any, kind: str, path: str) -> str:
+    if not isinstance(config, Mapping):
+        expected = f"a mapping with the name of {_a(kind)} under `name`"
+        raise ParameterTypeError(path, expected, repr(config))
+    if "name" not in config:
+        raise ParameterError(f"{path}.name", f"the name of {_a(kind)}", "nothing")
+    name = config["name"]
+    if not isinstance(name, str):
+        raise ParameterTypeError(f"{path}.name", f"the name of {_a(kind)}", repr(name))
+    return name
+
+
+def _a(kind: str) -> str:
+    return f"{'an' if kind[0] == 'a' else 'a'} {kind}"
+
+
+def _class(name: str, kind: str) -> Any:
+    for adapter, cls in ADAPTERS.items():
+        if normalize_name(adapter) == normalize_name(name):
+            _refuse_adapter_as(kind, adapter)
+            return cls
+    find = registry.aggregator_class if kind == "aggregator" else registry.weighting_class
+    return find(name)
+
+
+def _refuse_adapter_as(kind: str, adapter: str) -> None:
+    made = "aggregator" if adapter.endswith("aggregator") else "weighting"
+    if made != kind:
+        hint = f"Build it with get_{made}(config)."
+        raise ParameterError("name", f"the name of {_a(kind)}", f"{adapter!r}, {_a(made)}", hint)
+
+
+def _value(argument: Argument, value: Any, path: str) -> Any:
+    value = _plain(value)
+    if isinstance(value, (list, dict)) and argument.accepts("Tensor"):
+        return read_tensor(value, path)
+    if isinstance(value, dict) and "name" in value:
+        kind = "aggregator" if argument.accepts("Aggregator") else "weighting"
+        return read(value, kind=kind, path=path)
+    return value
+
+
+def _plain(value: Any) -> Any:
+    """Lists and dictionaries in place of the containers of OmegaConf, tomlkit and their like."""
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [_plain(item) for item in value]
+    return value
+
+
+@contextmanager
+def _located(path: str, config: Mapping[str, Any]) -> Iterator[None]:
+    """Put the path inside the configuration into the errors of a constructor or a look-up."""
+    try:
+        yield
+    except ParameterError as error:
+        cls = ParameterTypeError if isinstance(error, ParameterTypeError) else ParameterError
+        parameter = f"{path}.{error.parameter}"
+        raise cls(parameter, error.expected, error.got, error.hint) from error
+    except UnknownNameError as error:
+        key = next((key for key in config if config[key] == error.name), "name")
+        hint = f"`{path}.{key}` asks for it."
+        if error.hint is not None:
+            hint = f"{hint} {error.hint}"
+        raise UnknownNameError(error.name, error.kind, error.close, error.known, hint) from error

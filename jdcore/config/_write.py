@@ -1,0 +1,100 @@
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from jdcore.aggregation._aggregator import ComposedAggregator
+from jdcore.config._arguments import ADAPTERS, Argument, arguments_of
+from jdcore.config._tensors import write_tensor
+from jdcore.errors import ParameterError, ParameterTypeError
+from jdcore.registry import registry
+from jdcore.spec import normalize_name
+
+_DATA = "data: a number, string, boolean, None, list, mapping, Tensor or registered method"
+
+
+def write(method: Any, path: str, omit: Collection[str] = ()) -> dict[str, Any]:
+    """See :func:`jdcore.to_config`."""
+    name = _name_of(method)
+    if name is None:
+        raise ParameterTypeError(
+            path, "an instance of a registered aggregator or weighting", repr(method)
+        )
+    owner = method.weighting if isinstance(method, ComposedAggregator) else method
+    arguments = arguments_of(type(owner))
+    _refuse_unknown(omit, arguments, name)
+    return {"name": name} | {
+        argument.name: _plain(getattr(owner, argument.attribute), f"{path}.{argument.name}")
+        for argument in arguments.values()
+        if argument.name not in omit and not _is_default(argument, owner)
+    }
+
+
+def _refuse_unknown(omit: Collection[str], arguments: Collection[str], name: str) -> None:
+    for argument in omit:
+        if argument not in arguments:
+            known = ", ".join(arguments) or "none"
+            raise ParameterError("omit", f"arguments of {name!r} ({known})", repr(argument))
+
+
+def _is_default(argument: Argument, owner: Any) -> bool:
+    value = getattr(owner, argument.attribute)
+    if value is argument.default:
+        return True
+    # Types too, since 1 == True == 1.0; tensors compare by entry.
+    comparable = type(value) is type(argument.default) and not isinstance(value, Tensor)
+    return comparable and bool(value == argument.default)
+
+
+def _plain(value: Any, path: str) -> Any:
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, Tensor):
+        return write_tensor(value, path)
+    if isinstance(value, (list, tuple)):
+        return [_plain(item, f"{path}[{index}]") for index, item in enumerate(value)]
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item, f"{path}.{key}") for key, item in value.items()}
+    if _name_of(value) is not None:
+        return write(value, path)
+    raise ParameterTypeError(path, _DATA, repr(value), _hint(path))
+
+
+def _hint(path: str) -> str | None:
+    root, _, argument = path.partition(".")
+    if "." in argument or "[" in argument:
+        return None
+    return (
+        f"Leave it out, to_config(..., omit=[{argument!r}]), and give it again when building: "
+        f"get_aggregator({root}, {argument}=...)."
+    )
+
+
+def _name_of(method: Any) -> str | None:
+    """The name to find the class of an object under; None if it is not registered."""
+    cls = type(method)
+    for adapter, adapter_class in ADAPTERS.items():
+        if cls is adapter_class:
+            return adapter
+    return next((_listed(entry) for entry in _entries() if _makes(entry, cls)), None)
+
+
+def _entries() -> list[Any]:
+    return [registry.aggregator(name) for name in registry.aggregators()]
+
+
+def _makes(entry: Any, cls: Any) -> bool:
+    if issubclass(cls, ComposedAggregator):  # by name: composed classes are made anew by refresh()
+        return bool(entry.qualified_name == cls.qualified_name)
+    if entry.spec.class_name != cls.__name__.removesuffix("Weighting"):
+        return False  # so that no other method is imported
+    found = registry.weighting_class if entry.spec.weighting else registry.aggregator_class
+    return found(entry.qualified_name) is cls
+
+
+def _listed(entry: Any) -> str:
+    reserved = normalize_name(entry.spec.name) in map(normalize_name, ADAPTERS)
+    plain = entry.spec.name in registry.aggregators() and not reserved
+    return str(entry.spec.name if plain else entry.qualified_name)

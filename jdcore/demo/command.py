@@ -1,0 +1,122 @@
+"""Arguments of ``jdcore demo``. Everything that can be wrong with them is found before training."""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Callable
+from importlib.util import find_spec
+from inspect import Parameter, signature
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jdcore.errors import JDCoreError, ParameterError
+from jdcore.registry import describe, get_aggregator, registry
+
+if TYPE_CHECKING:
+    from jdcore.protocols import Aggregator
+
+TASKS = 2
+
+_EXTRA = {"sklearn": "scikit-learn", "matplotlib": "matplotlib", "rich": "rich"}
+
+
+def add_parser(commands: Any) -> None:
+    """Add ``demo`` to the commands of the program."""
+    parser = commands.add_parser(
+        "demo",
+        help="train on two overlaid digits, with the mean and with a method of your choice",
+        description="Train a network that reads two overlaid handwritten digits, once with the "
+        "mean of both gradients and once with an aggregation method, then compare.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--aggregator", metavar="NAME", default="upgrad", help="method to compare")
+    parser.add_argument("--epochs", metavar="N", type=_whole(1), default=6, help="passes over data")
+    parser.add_argument(
+        "--out", metavar="DIR", type=Path, default=Path("jdcore-demo"), help="folder of the figure"
+    )
+    parser.add_argument(
+        "--seed", metavar="N", type=_whole(0, 2**32 - 1), default=0, help="seed of everything"
+    )
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """
+    Check the arguments, train, and report.
+
+    :raises JDCoreError: If an argument cannot be used or the extra is not installed.
+    """
+    name = arguments.aggregator
+    spec = describe(name)
+    if spec.min_rows > TASKS:
+        raise _refused(name, f"it needs at least {spec.min_rows}")
+    _require_extra()
+    methods = [
+        (describe("mean").class_name, get_aggregator("mean")),
+        (spec.class_name, make_aggregator(name)),
+    ]
+    folder = _writable_folder(arguments.out)
+
+    from jdcore.demo.experiment import compare
+
+    compare(methods, folder=folder, epochs=arguments.epochs, seed=arguments.seed)
+
+
+def make_aggregator(name: str) -> Aggregator:
+    """
+    An unused aggregator, with arguments from its spec where it has no defaults.
+
+    :raises JDCoreError: If the method is unknown, or does not work for two objectives.
+    """
+    import torch  # on demand, as `jdcore --help` has no use for it
+
+    cls, example = registry.aggregator_class(name), describe(name).example(TASKS)
+    parameters = signature(cls).parameters.values()
+    required = {p.name for p in parameters if p.default is Parameter.empty}
+    arguments = {k: v for k, v in example.items() if k in required}
+    try:
+        # Some methods can tell only at a call that they need more rows.
+        with torch.random.fork_rng(devices=[]):
+            get_aggregator(name, **arguments)(torch.eye(TASKS, TASKS + 1))
+    except Exception as error:
+        raise _refused(name, str(error).rstrip(".")) from error
+    aggregator: Aggregator = get_aggregator(name, **arguments)
+    return aggregator
+
+
+def _refused(name: str, reason: str) -> ParameterError:
+    return ParameterError("--aggregator", f"a method for {TASKS} objectives", f"{name!r}: {reason}")
+
+
+def _require_extra() -> None:
+    missing = [package for module, package in _EXTRA.items() if find_spec(module) is None]
+    if missing:
+        raise JDCoreError(f"Not installed: {', '.join(missing)}. Run: pip install 'jdcore[demo]'")
+
+
+def _writable_folder(path: Path) -> Path:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            return path
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+        raise ParameterError(
+            "--out", "a folder to write to", f"{str(path)!r} ({reason})"
+        ) from error
+
+
+def _whole(minimum: int, maximum: int | None = None) -> Callable[[str], int]:
+    expected = f">= {minimum}" if maximum is None else f"in [{minimum}, {maximum}]"
+
+    def convert(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = minimum - 1
+        if value < minimum or (maximum is not None and value > maximum):
+            raise argparse.ArgumentTypeError(f"must be a whole number {expected}, got {text!r}")
+        return value
+
+    return convert

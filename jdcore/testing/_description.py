@@ -1,0 +1,60 @@
+"""What a method says of itself, and what it costs to ask."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import subprocess
+import sys
+from functools import cache
+from typing import Any
+
+import torch
+
+from jdcore.registry import registry
+from jdcore.testing._case import Case, demand
+
+
+def describes_itself(case: Case) -> None:
+    cls = registry.aggregator_class(case.name)
+    demand(cls.__name__ == case.spec.class_name, f"class {cls.__name__}, {case.spec.class_name}")
+    demand(bool(cls.__doc__ and cls.__doc__.strip()), "the class has no docstring")
+    demand(">>>" in (cls.__doc__ or ""), "the docstring has no runnable example")
+    documented = cls.__doc__ or ""
+    if case.spec.reference is not None:
+        url = case.spec.reference.url
+        demand(url in documented, f"the docstring does not link the reference, {url}")
+    for parameter in inspect.signature(cls).parameters:
+        if parameter != "check_finite":  # documented once, in the base class
+            demand(f":param {parameter}:" in documented, f"{parameter!r} is not documented")
+
+
+def shows_what_you_would_type(case: Case) -> None:
+    aggregator = case.make(case.rows)
+    scope: dict[str, Any] = {
+        case.spec.class_name: registry.aggregator_class(case.name),
+        "tensor": torch.tensor,
+        "torch": torch,
+    }
+    shown = repr(aggregator)
+    demand(repr(eval(shown, scope)) == shown, f"{shown} does not evaluate to itself")
+
+
+def is_listed_without_being_imported(case: Case) -> None:
+    modules = _modules_after_listing(registry.aggregator(case.name).distribution)
+    factory = case.spec.weighting or case.spec.aggregator or ""
+    for module in ("torch", factory.partition(":")[0]):
+        demand(module not in modules, f"listing the plugin imports {module}")
+
+
+@cache
+def _modules_after_listing(distribution: str) -> frozenset[str]:
+    code = "import jdcore, sys; jdcore.list_plugins(); print(*sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code],
+        env=os.environ | {"JDCORE_PLUGINS": distribution},
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    return frozenset(done.stdout.split())

@@ -1,0 +1,187 @@
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from attrs import define, field
+from torch import Tensor
+
+from jdcore import ParameterError, ParameterTypeError, Stateful
+from jdcore.aggregation import GramianWeighting, StateFields, state_field
+from jdcore.aggregation._aggregator import ComposedAggregator, compose
+from jdcore.validators import integer
+
+
+@define(eq=False)
+class Averaging(StateFields, GramianWeighting):
+    """Average of the diagonals seen so far."""
+
+    factor: float = field(default=1.0)
+    calls: int = state_field(int, validator=integer(0))
+    share: float = state_field(float)
+    total: Tensor = state_field(lambda: torch.zeros(0, dtype=torch.float64))
+
+    def compute(self, gramian: np.ndarray) -> np.ndarray:
+        total = np.diagonal(gramian) + (self.total.numpy() if self.calls else 0.0)
+        if gramian[0, 0] == 13.0:
+            raise RuntimeError("thirteen")
+        self.total, self.calls, self.share = torch.from_numpy(total), self.calls + 1, 0.5
+        return self.factor * total / self.calls
+
+
+@define(eq=False)
+class Stateless(GramianWeighting):
+    def compute(self, gramian: np.ndarray) -> np.ndarray:
+        return np.ones(len(gramian))
+
+
+def used(**arguments: Any) -> Averaging:
+    weighting = Averaging(**arguments)
+    weighting(torch.diag(torch.tensor([1.0, 3.0])))
+    return weighting
+
+
+def test_state_is_no_argument_and_not_shown() -> None:
+    assert repr(used(factor=2.0)) == "Averaging(factor=2.0)"
+    with pytest.raises(TypeError):
+        Averaging(calls=3)
+
+
+def test_the_protocol_is_satisfied_exactly_by_classes_with_state() -> None:
+    assert isinstance(Averaging(), Stateful)
+    assert not isinstance(Stateless(), Stateful)
+
+
+def test_the_state_is_tensors_and_plain_numbers_by_field_name() -> None:
+    state = used().state_dict()
+
+    assert list(state) == ["calls", "share", "total"]
+    assert (state["calls"], state["share"], state["total"].tolist()) == (1, 0.5, [1.0, 3.0])
+
+
+def test_a_fresh_object_continues_from_a_file() -> None:
+    one, two = used(), Averaging()
+    file = io.BytesIO()
+    torch.save(one.state_dict(), file)
+    file.seek(0)
+
+    two.load_state_dict(torch.load(file, weights_only=True))
+
+    gramian = torch.diag(torch.tensor([5.0, 5.0]))
+    assert two(gramian).tolist() == one(gramian).tolist() == [3.0, 4.0]
+
+
+def test_reset_returns_to_a_new_object_but_keeps_arguments() -> None:
+    weighting = used(factor=2.0)
+
+    weighting.reset()
+
+    assert repr(weighting.state_dict()) == repr(Averaging().state_dict())
+    assert weighting.factor == 2.0
+
+
+def test_new_objects_do_not_share_their_initial_tensors() -> None:
+    assert Averaging().total is not Averaging().total
+
+
+def test_saved_and_restored_tensors_are_copies() -> None:
+    one, two = used(), Averaging()
+    saved = one.state_dict()
+    two.load_state_dict(saved)
+
+    saved["total"].zero_()
+
+    assert one.total.tolist() == two.total.tolist() == [1.0, 3.0]
+
+
+def test_tensors_are_restored_in_the_dtype_of_the_field() -> None:
+    weighting = Averaging()
+
+    weighting.load_state_dict({"calls": 2, "share": 1, "total": torch.ones(2).half()})
+
+    assert weighting.total.dtype == torch.float64
+    assert type(weighting.share) is float
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"extra": 1}, r"with the keys \['calls', 'share', 'total'\], got the keys"),
+        ({"calls": None}, "`calls` must be a plain int"),
+        ({"calls": 1.5}, "`calls` must be a plain int"),
+        ({"calls": True}, "`calls` must be a plain int"),
+        ({"calls": -1}, "`calls` must be >= 0"),
+        ({"share": "half"}, "`share` must be a plain float"),
+        ({"total": [1.0, 2.0]}, "`total` must be a Tensor"),
+    ],
+)
+def test_a_state_that_does_not_fit_is_refused_and_nothing_is_changed(
+    change: dict[str, Any], message: str
+) -> None:
+    weighting = used()
+    before = repr(weighting.state_dict())
+    state = {**Averaging().state_dict(), **change}
+
+    with pytest.raises(ParameterError, match=message):
+        weighting.load_state_dict(state)
+
+    assert repr(weighting.state_dict()) == before
+
+
+def test_missing_keys_and_other_types_are_refused() -> None:
+    weighting = used()
+    state = weighting.state_dict()
+    del state["share"]
+
+    with pytest.raises(ParameterError, match="`state` must be a mapping with the keys"):
+        weighting.load_state_dict(state)
+    with pytest.raises(ParameterTypeError, match="`state` must be a mapping"):
+        weighting.load_state_dict([1, 2])
+    assert weighting.calls == 1
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_call_with_non_finite_input_leaves_the_state_alone(bad: float) -> None:
+    weighting = used()
+    before = repr(weighting.state_dict())
+
+    assert bool(weighting(torch.diag(torch.tensor([bad, 1.0]))).isnan().all())
+
+    assert repr(weighting.state_dict()) == before
+
+
+def test_a_call_that_raises_leaves_the_state_alone() -> None:
+    weighting = used()
+    before = repr(weighting.state_dict())
+
+    with pytest.raises(RuntimeError, match="thirteen"):
+        weighting(torch.diag(torch.tensor([13.0, 1.0])))
+
+    assert repr(weighting.state_dict()) == before
+
+
+def composed(weighting_class: type) -> type[ComposedAggregator]:
+    return compose("Composed", weighting_class, "nowhere:composed")
+
+
+def test_a_composed_aggregator_has_the_state_of_its_weighting() -> None:
+    aggregator, other = composed(Averaging)(), composed(Averaging)()
+    aggregator(torch.eye(2))
+    assert isinstance(aggregator, Stateful)
+
+    other.load_state_dict(aggregator.state_dict())
+    assert other.weighting.calls == 1
+    other.reset()
+    assert other.weighting.calls == 0
+    with pytest.raises(ParameterError):
+        other.load_state_dict({})
+
+
+def test_a_composed_aggregator_of_a_stateless_weighting_has_none() -> None:
+    aggregator = composed(Stateless)()
+
+    assert not isinstance(aggregator, Stateful)
+    assert not any(hasattr(aggregator, name) for name in ("reset", "state_dict"))

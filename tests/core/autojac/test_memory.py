@@ -1,0 +1,102 @@
+"""Peaks of tensor allocations, from the events of the profiler: exact, and the same on each run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from jdcore.aggregation import GramianAggregator
+from jdcore.autojac import backward, gramian_backward, jac_to_grad, mtl_backward
+
+M = 6
+
+
+def _mean(gramian: Tensor) -> Tensor:
+    return torch.full((len(gramian),), 1.0 / len(gramian), dtype=gramian.dtype)
+
+
+def _peak(step: Callable[[], None]) -> int:
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
+        step()
+    events = profile.profiler.kineto_results.events()
+    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+    level = peak = 0
+    for _, change in changes:
+        level += change
+        peak = max(peak, level)
+    return peak
+
+
+class _Setting:
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        layers = [layer for _ in range(6) for layer in (nn.Linear(400, 400), nn.ReLU())]
+        self.trunk = nn.Sequential(*layers)
+        self.heads = nn.ModuleList(nn.Linear(400, 1) for _ in range(M))
+        self.shared = list(self.trunk.parameters())
+        self.x = torch.randn(2, 400)
+        self.jacobian = M * 4 * sum(parameter.numel() for parameter in self.shared)
+
+    def forward(self) -> tuple[list[Tensor], Tensor]:
+        features = self.trunk(self.x)
+        return [head(features).square().mean() for head in self.heads], features
+
+    def plain(self) -> None:
+        torch.stack(self.forward()[0]).mean().backward()
+        self.clear()
+
+    def clear(self) -> None:
+        for parameter in [*self.shared, *self.heads.parameters()]:
+            parameter.grad = None
+
+
+@pytest.fixture
+def setting() -> _Setting:
+    setting = _Setting()
+    setting.plain()  # what is allocated once and for all
+    return setting
+
+
+@pytest.mark.parametrize("chunk_size", [1, M])
+def test_backward_and_jac_to_grad_take_a_jacobian_above_plain_backward(
+    setting: _Setting, chunk_size: int
+) -> None:
+    def step() -> None:
+        backward(setting.forward()[0], inputs=setting.shared, parallel_chunk_size=chunk_size)
+        jac_to_grad(setting.shared, GramianAggregator(_mean))
+        setting.clear()
+
+    step()
+    assert _peak(step) - _peak(setting.plain) <= 1.1 * setting.jacobian
+
+
+def test_mtl_backward_and_jac_to_grad_take_a_jacobian_above_plain_backward(
+    setting: _Setting,
+) -> None:
+    def step() -> None:
+        mtl_backward(*setting.forward())
+        jac_to_grad(setting.shared, GramianAggregator(_mean))
+        setting.clear()
+
+    step()
+    assert _peak(step) - _peak(setting.plain) <= 1.1 * setting.jacobian
+
+
+def test_the_lean_step_takes_the_rows_of_the_largest_parameter_above_plain_backward(
+    setting: _Setting,
+) -> None:
+    def step() -> None:
+        gramian_backward(setting.forward()[0], _mean, inputs=setting.shared)
+        setting.clear()
+
+    step()
+    largest = M * 4 * 400 * 400
+    # The Gramian is made of float64 pieces of 16384 columns.
+    pieces = M * 8 * 16384
+    assert _peak(step) - _peak(setting.plain) <= 1.1 * largest + pieces
+    assert largest + pieces < 0.4 * setting.jacobian

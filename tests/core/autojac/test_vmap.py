@@ -1,0 +1,221 @@
+"""What the library chooses, and what happens where vmap does not work."""
+
+from __future__ import annotations
+
+import pickle
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from jdcore.autojac import _vmap, backward, jac
+from jdcore.autojac._leaves import reach
+from jdcore.autojac._policy import choose_chunk_size
+from jdcore.errors import VectorizationError, VectorizationWarning
+from tests.core.autojac.conftest import Truth
+
+
+@pytest.fixture(autouse=True)
+def _fresh_memory() -> Iterator[None]:
+    _vmap._WORKED.clear()
+    _vmap._FAILED.clear()
+    yield
+    _vmap._WORKED.clear()
+    _vmap._FAILED.clear()
+
+
+def _leaf(*shape: int) -> Tensor:
+    return torch.randn(shape, dtype=torch.float64, requires_grad=True)
+
+
+def _chosen(outputs: list[Tensor], inputs: list[Tensor], usage: list[list[bool]]) -> int:
+    return choose_chunk_size(_vmap.Kind.of(reach(outputs)), inputs, usage)
+
+
+def _dense(m: int) -> list[list[bool]]:
+    return [[True]] * m
+
+
+def test_small_graphs_are_vmapped_on_cpu_in_bounded_chunks() -> None:
+    layer = nn.Linear(8, 8)
+    out = layer(torch.randn(8)).tanh()
+    assert _chosen([out], list(layer.parameters()), _dense(8)) == 8
+    assert _chosen([out], list(layer.parameters()), _dense(1000)) == 64
+
+
+def test_large_layers_are_differentiated_row_by_row_on_cpu() -> None:
+    layer = nn.Linear(512, 512)
+    assert _chosen([layer(torch.randn(512))], list(layer.parameters()), _dense(8)) == 1
+
+
+def test_separate_losses_are_differentiated_row_by_row_on_cpu() -> None:
+    a = _leaf(2)
+    losses = [a.sum(), a.prod()]
+    assert _chosen(losses, [a], [[True, False], [False, True]]) == 1
+
+
+def test_convolutions_are_differentiated_row_by_row() -> None:
+    layer = nn.Conv2d(1, 2, 3)
+    out = layer(torch.randn(1, 1, 5, 5))
+    assert _chosen([out], list(layer.parameters()), _dense(8)) == 1
+
+
+def test_leaves_with_hooks_are_differentiated_row_by_row() -> None:
+    a = _leaf(2)
+    seen = []
+    a.register_hook(seen.append)
+    backward(a.sin())
+    assert [gradient.shape for gradient in seen] == [(2,), (2,)]
+    assert a.jac.shape == (2, 2)
+
+
+class _Item(torch.autograd.Function):
+    """A custom function whose backward pass cannot be vmapped."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x * 2
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        assert gradient.sum().item() > -1e300
+        return gradient * 2
+
+
+def test_custom_functions_just_work(truth: Truth) -> None:
+    a = _leaf(3)
+    losses = _Item.apply(a).sin()
+    [expected] = truth([losses], [a])
+    backward(losses)
+    torch.testing.assert_close(a.jac, expected)
+
+
+def test_an_explicit_chunk_size_is_obeyed_and_its_failure_explained() -> None:
+    a = _leaf(3)
+    with pytest.raises(VectorizationError, match=r"parallel_chunk_size at None") as caught:
+        backward(_Item.apply(a).sin(), parallel_chunk_size=2)
+    assert isinstance(caught.value.__cause__, RuntimeError)
+    assert not hasattr(a, "jac")
+
+
+def _broken_on_first_sight(a: Tensor, monkeypatch: pytest.MonkeyPatch) -> Tensor:
+    def fail(*arguments: Any) -> None:
+        raise RuntimeError("Batching rule not implemented for aten::fancy. Sorry.")
+
+    monkeypatch.setattr("jdcore.autojac._rows.batched_gradients", fail)
+    return a.sin()
+
+
+def test_where_vmap_fails_rows_are_computed_one_by_one_with_one_warning_for_each_kind_of_graph(
+    truth: Truth, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a = _leaf(3)
+    losses = _broken_on_first_sight(a, monkeypatch)
+    [expected] = truth([losses], [a])
+    with pytest.warns(VectorizationWarning, match="aten::fancy"):
+        backward(losses)
+    torch.testing.assert_close(a.jac, expected)
+    backward(a.sin())  # no second warning: it would be an error here
+    with pytest.warns(VectorizationWarning):
+        backward(a.cos())
+
+
+def test_the_graph_is_freed_after_a_fallback(monkeypatch: pytest.MonkeyPatch) -> None:
+    a = _leaf(3)
+    losses = _broken_on_first_sight(a, monkeypatch)
+    with pytest.warns(VectorizationWarning):
+        backward(losses)
+    with pytest.raises(RuntimeError, match="second time"):
+        backward(losses)
+
+
+def test_an_error_that_vmap_is_not_to_blame_for_stays_that_of_torch() -> None:
+    for chunk_size in (None, 1, 2):
+        a = _leaf(3)
+        hidden = a.exp()
+        losses = hidden.sin()
+        hidden.add_(1.0)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation") as caught:
+            backward(losses, parallel_chunk_size=chunk_size)
+        assert type(caught.value) is RuntimeError
+        assert not hasattr(a, "jac")
+
+
+def test_an_intermediate_tensor_that_retains_grad_gets_no_batched_gradient(truth: Truth) -> None:
+    a = _leaf(3)
+    hidden = a.sin()
+    hidden.retain_grad()
+    losses = hidden.square()
+    [expected] = truth([losses], [a])
+    hidden.grad = None
+    with pytest.warns(VectorizationWarning, match="retain_grad"):
+        backward(losses)
+    torch.testing.assert_close(a.jac, expected)
+    torch.testing.assert_close(hidden.grad, 2 * hidden.detach())  # the sum of the rows
+
+
+def test_an_explicit_chunk_size_with_a_tensor_that_retains_grad_is_refused() -> None:
+    a = _leaf(3)
+    hidden = a.sin()
+    hidden.retain_grad()
+    with pytest.raises(VectorizationError, match="retain_grad"):
+        backward(hidden.square(), parallel_chunk_size=3)
+    assert hidden.grad is None
+    assert not hasattr(a, "jac")
+
+
+@pytest.mark.parametrize("chunk_size", [None, 1, 2])
+def test_the_grad_of_inputs_and_outputs_that_retain_it_does_not_change(
+    chunk_size: int | None,
+) -> None:
+    a = _leaf(2)
+    hidden = a.sin()
+    losses = hidden.exp()
+    hidden.retain_grad()
+    losses.retain_grad()
+    hidden.grad = kept = torch.zeros(2, dtype=torch.float64)
+    backward(losses, inputs=[hidden], parallel_chunk_size=chunk_size)
+    assert hidden.grad is kept
+    assert hidden.grad.eq(0).all()
+    assert losses.grad is None
+
+
+def test_sparse_gradients_become_dense_rows(truth: Truth) -> None:
+    embedding = nn.Embedding(5, 2, sparse=True).double()
+    losses = embedding(torch.tensor([1, 3])).sum(dim=1)
+    dense = nn.Embedding.from_pretrained(embedding.weight.detach().clone(), freeze=False)
+    [expected] = truth([dense(torch.tensor([1, 3])).sum(dim=1)], [dense.weight])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", VectorizationWarning)
+        [result] = jac(losses, embedding.weight)
+    assert result.layout == torch.strided
+    torch.testing.assert_close(result, expected)
+
+
+def test_recurrent_layers_work(truth: Truth) -> None:
+    lstm = nn.LSTM(3, 4, batch_first=True).double()
+    losses = lstm(torch.randn(2, 5, 3, dtype=torch.float64))[0].square().mean(dim=(0, 1))
+    expected = truth([losses], list(lstm.parameters()))
+    backward(losses)
+    for parameter, jacobian in zip(lstm.parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.jac, jacobian)
+
+
+@pytest.mark.parametrize("cls", [VectorizationError, VectorizationWarning])
+def test_what_vmap_says_crosses_process_borders(cls: type[Exception]) -> None:
+    error = cls("aten::fancy: no rule.")
+    copy = pickle.loads(pickle.dumps(error))
+    assert (str(copy), copy.reason) == (str(error), error.reason)
+
+
+def test_no_batched_tensor_is_left_anywhere() -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 4)).double()
+    losses = model(torch.randn(3, dtype=torch.float64))
+    backward(losses)
+    _vmap._check_nothing_escaped()
+    for parameter in model.parameters():
+        assert parameter.jac.is_contiguous()
+        assert parameter.jac.data_ptr() != 0

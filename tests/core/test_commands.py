@@ -1,0 +1,293 @@
+"""The commands that list, describe and examine, on methods registered for these tests."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from typing import Any
+
+import numpy as np
+import pytest
+from attrs import define, field
+from numpy.typing import NDArray
+
+import jdcore
+from jdcore import AggregatorSpec, Property, Reference
+from jdcore._commands import _output, _records
+from jdcore.aggregation import GramianWeighting
+from jdcore.cli import main
+from jdcore.validators import real
+
+Array = NDArray[np.float64]
+
+
+@define(eq=False)
+class EvenWeighting(GramianWeighting):
+    """
+    Equal weights, see :class:`EvenWeighting <somewhere>` and `a paper
+    <https://example.org/even>`_.
+
+    :param total: What the weights
+        sum to.
+
+    >>> EvenWeighting()
+    EvenWeighting(total=1.0)
+    """
+
+    total: float = field(default=1.0, validator=real(0.0))
+
+    def compute(self, gramian: Array) -> Array:
+        return np.full(len(gramian), self.total / len(gramian))
+
+
+@define(eq=False)
+class BrokenWeighting(GramianWeighting):
+    """Fails at every call."""
+
+    def compute(self, gramian: Array) -> Array:
+        raise ZeroDivisionError("by nothing")
+
+
+@define(eq=False)
+class UnbuildableWeighting(GramianWeighting):
+    """Fails when it is made."""
+
+    def __attrs_post_init__(self) -> None:
+        raise OSError("no license server")
+
+
+@pytest.fixture(autouse=True)
+def _fresh_registry() -> Any:
+    """The registry of these tests, without what other tests have registered."""
+    old = dict(jdcore.registry.registry._runtime)
+    jdcore.registry.registry._runtime.clear()
+    jdcore.refresh()
+    register("even", "EvenWeighting", requires=("no-such-distribution",))
+    yield
+    jdcore.registry.registry._runtime.clear()
+    jdcore.registry.registry._runtime.update(old)
+    jdcore.refresh()
+
+
+def register(name: str, weighting: str, **fields: Any) -> None:
+    jdcore.register(
+        AggregatorSpec(
+            name=name,
+            summary="Equal weights.",
+            weighting=f"{__name__}:{weighting}",
+            properties=(Property.PERMUTATION_INVARIANT,),
+            reference=Reference(title="A paper", year=2024, url="https://example.org/even"),
+            api_version=1,
+            **fields,
+        )
+    )
+
+
+def run(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str]:
+    code = main(argv)
+    return code, capsys.readouterr().out
+
+
+def test_listing_as_json_has_the_documented_keys(capsys: pytest.CaptureFixture[str]) -> None:
+    code, printed = run(capsys, "list", "--json")
+    [record] = [r for r in json.loads(printed) if r["name"] == "even"]
+
+    assert code == 0
+    assert record == {
+        "name": "even",
+        "class_name": "Even",
+        "summary": "Equal weights.",
+        "input": "gramian",
+        "properties": ["permutation_invariant"],
+        "stateful": False,
+        "stochastic": False,
+        "min_rows": 1,
+        "aliases": [],
+        "reference": {"title": "A paper", "year": 2024, "url": "https://example.org/even"},
+        "requires": ["no-such-distribution"],
+        "distribution": "runtime",
+        "version": None,
+        "installed": False,
+        "install": "pip install no-such-distribution",
+    }
+
+
+def test_methods_of_known_distributions_are_listed_with_the_command_that_installs_them(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_records, "METHODS", {"more-methods": ("even", "odd")})
+
+    records = json.loads(run(capsys, "list", "--json")[1])
+    text = run(capsys, "list")[1]
+
+    assert [r for r in records if r["distribution"] == "more-methods"] == [
+        {
+            "name": "odd",
+            "installed": False,
+            "distribution": "more-methods",
+            "install": "pip install more-methods",
+        }
+    ]
+    assert "not installed: pip install more-methods" in text
+
+
+def test_in_a_pipe_a_table_is_plain_text_with_one_line_per_row(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    lines = run(capsys, "list")[1].splitlines()
+
+    assert lines[0].split()[:2] == ["name", "input"]
+    [line] = [line for line in lines if line.startswith("even ")]
+    assert line.endswith("Equal weights. Needs: pip install no-such-distribution")
+
+
+def test_on_a_terminal_a_table_is_drawn_by_rich(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("rich")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+
+    _output.print_table(("name", "text"), [("even", "[m, m]")])
+    printed = capsys.readouterr().out
+
+    assert "[m, m]" in printed  # no markup of rich
+    assert "─" in printed
+
+
+def test_on_a_terminal_the_listing_needs_two_columns_only(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("rich")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "70")
+
+    lines = [line.strip() for line in run(capsys, "list")[1].splitlines()]
+
+    assert "gramian, from runtime" in lines
+    assert "permutation_invariant" in lines
+
+
+@pytest.mark.parametrize(
+    "command", [["list"], ["list", "--json"], ["plugins"], ["plugins", "--json"]]
+)
+def test_commands_that_only_read_specs_do_not_import_torch(command: list[str]) -> None:
+    code = (
+        f"import sys; from jdcore.cli import main; main({command}); "
+        "print('torch' in sys.modules, file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+
+    assert done.stderr == "False\n"
+
+
+def test_info_shows_parameters_with_types_defaults_and_descriptions(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    code, printed = run(capsys, "info", "EVEN")
+
+    assert code == 0
+    assert "total: float = 1.0\n    What the weights sum to.\n" in printed
+    assert "check_finite: bool | None = None\n    Whether NaN or infinite" in printed
+    assert "paper:       A paper (2024), https://example.org/even\n" in printed
+    assert "Equal weights, see EvenWeighting and a paper (https://example.org/even)." in printed
+
+
+def test_info_as_json_adds_parameters_and_solvers_to_the_record(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    record = json.loads(run(capsys, "info", "even", "--json")[1])
+
+    assert record["parameters"][0] == {
+        "name": "total",
+        "type": "float",
+        "required": False,
+        "default": "1.0",
+        "description": "What the weights sum to.",
+    }
+    assert (record["problem"], record["solvers"]) == (None, [])
+    assert record["doc"].startswith("Equal weights")
+
+
+@pytest.mark.parametrize("command", ["info", "check"])
+def test_an_unknown_method_is_one_line_and_exit_code_2(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = main([command, "evne"])
+
+    assert code == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"jdcore {command}: No aggregator is registered under the name 'evne'.")
+    assert error.count("\n") == 1
+
+
+def test_check_reports_every_check_and_succeeds_for_an_honest_method(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    code, printed = run(capsys, "check", "even")
+
+    assert code == 0
+    assert "passed   is_permutation_invariant\n" in printed
+    assert "failed" not in printed
+
+
+def test_check_fails_for_a_method_that_breaks_its_promises(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    register("broken", "BrokenWeighting")
+
+    code, printed = run(capsys, "check", "broken")
+
+    assert code == 1
+    assert "failed   is_deterministic: ZeroDivisionError: by nothing\n" in printed
+
+
+def test_the_doctor_is_content_with_a_method_that_works(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    code, printed = run(capsys, "doctor", "--json")
+    report = json.loads(printed)
+    [trial] = [t for t in report["trials"] if t["method"] == "even"]
+
+    assert code == 0
+    assert report["troubles"] == []
+    assert trial["trouble"] is None
+    assert trial["milliseconds"] > 0.0
+    assert report["versions"]["no-such-distribution"] == "not installed"
+    assert report["versions"]["Python"].startswith("3.")
+
+
+@pytest.mark.parametrize(
+    ("weighting", "trouble"),
+    [
+        ("BrokenWeighting", "ZeroDivisionError: by nothing"),
+        ("UnbuildableWeighting", "OSError: no license server"),
+        ("MissingWeighting", "PluginError: Plugin runtime:sick cannot be used: "),
+    ],
+)
+def test_the_doctor_names_what_is_broken_goes_on_and_exits_with_1(
+    weighting: str, trouble: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    register("sick", weighting)
+
+    code, printed = run(capsys, "doctor")
+
+    assert code == 1
+    assert f"Broken: sick: {trouble}" in printed
+    [line] = [line for line in printed.splitlines() if line.startswith("even ")]
+    assert line.endswith("ok")
+
+
+def test_a_pipe_that_is_closed_early_is_no_error() -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", "from jdcore.cli import main; raise SystemExit(main(['list']))"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    process.stdout.close()
+    _, errors = process.communicate()
+
+    assert process.returncode == 0
+    assert errors == ""

@@ -1,0 +1,95 @@
+"""``jdcore new``: what it writes can be installed, and its tests pass."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from jdcore._commands import new
+from jdcore.cli import main
+from tests.environments import clean_environment, make_environment
+
+
+def test_a_new_distribution_has_every_file_and_no_placeholder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    method = ["--method", "fair_mean", "--class-name", "FAIRMean"]
+    assert main(["new", "My.Methods", *method, "--out", str(tmp_path)]) == 0
+
+    folder = tmp_path / "my-methods"
+    written = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
+    assert written == {
+        ".gitignore",
+        "README.md",
+        "pyproject.toml",
+        "src/my_methods/__init__.py",
+        "src/my_methods/fair_mean.py",
+        "src/my_methods/plugin.py",
+        "src/my_methods/py.typed",
+        "tests/test_conformance.py",
+        "tests/test_fair_mean.py",
+    }
+    assert all("$" not in (folder / name).read_text() for name in written)
+    assert "class FAIRMeanWeighting" in (folder / "src/my_methods/fair_mean.py").read_text()
+    assert f"cd {folder}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("argv", "problem"),
+    [
+        (["jdcore"], "Parameter `NAME` must be letters, digits and dashes, and no package of"),
+        (["jdplugins"], "got 'jdplugins'."),
+        (["../escape"], "Parameter `NAME` must be"),
+        (["my-methods", "--method", "FairMean"], "Parameter `--method` must be a lower snake case"),
+        (["my-methods", "--method", "class"], "Parameter `--method` must be"),
+        (["my-methods", "--class-name", "Other"], "Parameter `--class-name` must be 'norm_mean'"),
+        (["my-methods", "--class-name", "norm-mean"], "Parameter `--class-name` must be"),
+        (["import"], "Parameter `NAME` must be"),
+    ],
+)
+def test_names_that_cannot_be_used_are_refused_and_nothing_is_written(
+    argv: list[str],
+    problem: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    assert main(["new", *argv]) == 2
+
+    assert problem in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_is_there_is_left_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "my-methods").mkdir()
+
+    assert main(["new", "my-methods", "--out", str(tmp_path)]) == 2
+
+    assert "(File exists)" in capsys.readouterr().err
+    assert list((tmp_path / "my-methods").iterdir()) == []
+
+
+def test_every_file_of_the_template_is_used() -> None:
+    folder = Path(new.__file__).parents[1] / "_template"
+
+    assert {p.name.removesuffix(".txt") for p in folder.glob("*.txt")} == set(new._FILES)
+
+
+@pytest.mark.slow
+def test_the_tests_of_a_new_distribution_pass_once_it_is_installed(tmp_path: Path) -> None:
+    assert main(["new", "my-methods", "--out", str(tmp_path)]) == 0
+    folder = tmp_path / "my-methods"
+    python = make_environment(tmp_path / "venv", folder)
+
+    tests = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    done = subprocess.run(
+        tests, cwd=folder, env=clean_environment(), capture_output=True, text=True
+    )
+
+    assert done.returncode == 0, done.stdout

@@ -1,0 +1,84 @@
+"""The documentation builds without a warning, and what it says is so."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from jdcore import aggregation, autojac, get_aggregator
+from jdcore.cli import _COMMANDS, main
+
+DOCS = Path(__file__).parents[2] / "docs"
+PAGES = sorted(path.stem for path in DOCS.glob("*.md"))
+
+
+def text_of(page: str) -> str:
+    return (DOCS / f"{page}.md").read_text(encoding="utf-8")
+
+
+def blocks(page: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", text_of(page), re.DOTALL | re.MULTILINE)
+
+
+def test_every_page_is_in_the_table_of_contents() -> None:
+    [contents] = blocks("index", "{toctree}")
+
+    assert set(PAGES) - {"index"} <= set(contents.split())
+
+
+def test_the_example_on_the_first_page_runs() -> None:
+    [example] = blocks("index", "python")
+
+    exec(compile(example, "index.md", "exec"), {"__name__": "example"})
+
+
+def test_the_configuration_file_of_the_documentation_makes_an_aggregator(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("yaml")
+    [file], [example] = blocks("configuration", "yaml"), blocks("configuration", "python")
+    (tmp_path / "config.yaml").write_text(file)
+    monkeypatch.chdir(tmp_path)
+
+    scope: dict[str, object] = {"__name__": "example"}
+    exec(compile(example, "configuration.md", "exec"), scope)
+
+    expected = get_aggregator({"name": "upgrad", "pref_vector": [0.25, 0.75]})
+    assert repr(scope["aggregator"]) == repr(expected)
+
+
+def test_every_command_is_documented_and_every_documented_one_is_there(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    documented = re.findall(r"^\| `jdcore (\w+)", text_of("command-line"), re.MULTILINE)
+    main(["--help"])
+    shown = re.findall(r"^    (\w+) ", capsys.readouterr().out, re.MULTILINE)
+
+    assert sorted(documented) == sorted(shown)
+    assert len(documented) == len(_COMMANDS)
+
+
+def test_what_the_migration_page_imports_is_there() -> None:
+    imports = re.findall(r"`from jdcore\.(\w+) import ([\w, ]+)`", text_of("migration"))
+    modules = {"autojac": autojac, "aggregation": aggregation}
+
+    assert len(imports) == 2
+    for module, names in imports:
+        assert all(hasattr(modules[module], name) for name in names.split(", "))
+
+
+@pytest.mark.slow
+def test_the_documentation_builds_without_a_warning(tmp_path: Path) -> None:
+    pytest.importorskip("sphinx", reason="needs Sphinx (tox -e docs)")
+    pytest.importorskip("furo")
+    pytest.importorskip("myst_parser")
+    command = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-d", tmp_path / "trees"]
+    done = subprocess.run([*command, DOCS, tmp_path / "html"], capture_output=True, text=True)
+
+    assert done.returncode == 0, done.stderr
+    methods = (tmp_path / "html" / "_generated" / "methods.html").read_text()
+    assert "jdcore.aggregation.UPGrad" in methods

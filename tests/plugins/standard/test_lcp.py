@@ -1,0 +1,323 @@
+"""The paths of the LCP solver against each other, an oracle and the conditions of optimality."""
+
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jdcore.errors import UnsolvedWarning
+from jdcore.linalg import equilibrate
+from jdcore.testing import FAMILIES, family
+from jdplugins.standard._solvers import NativeDualConeSolver
+from jdplugins.standard._solvers._accuracy import infeasible, relative_residual
+from jdplugins.standard._solvers._conjugate import solve_conjugate
+from jdplugins.standard._solvers._dense import solve_dense
+from jdplugins.standard._solvers._dispatch import rescue, solve_all, solve_one
+from jdplugins.standard._solvers._dual_cone import _project
+from jdplugins.standard._solvers._goldfarb import solve_goldfarb_idnani
+from jdplugins.standard._solvers._semidefinite import nearest_semidefinite
+from jdplugins.standard._solvers._single import solve_single
+from jdplugins.standard._solvers._tiny import solve_tiny
+from tests.plugins.standard.oracle import LD, project_exactly
+
+REGULAR = ("gauss", "conflict", "badscale")
+
+
+def jacobian(name: str, m: int, n: int = 200, seed: int = 0) -> np.ndarray:
+    generator = torch.Generator().manual_seed(1000 * seed + m)
+    return family(name, m, n, generator=generator).numpy()
+
+
+def unit_rows(name: str, m: int, n: int = 200, seed: int = 0) -> np.ndarray:
+    J = jacobian(name, m, n, seed)
+    norms = np.linalg.norm(J, axis=1, keepdims=True)
+    return J / np.where(norms > 0.0, norms, 1.0)
+
+
+def cosines(name: str, m: int, n: int = 200, seed: int = 0) -> np.ndarray:
+    J = unit_rows(name, m, n, seed)
+    return equilibrate(J @ J.T)[0]
+
+
+def distance(J: np.ndarray, Z: np.ndarray, other: np.ndarray) -> float:
+    """Largest distance between the vectors that two sets of solutions stand for."""
+    return float(np.linalg.norm((Z - other) @ J, axis=-1).max())
+
+
+# -- known solutions -------------------------------------------------------------------------------
+
+
+def test_two_rows_with_one_passive_index() -> None:
+    # C = [[1, -1/2], [-1/2, 1]], q = C e_0 = [1, -1/2]: raising z_1 to 1/2 zeroes y_1.
+    C = [[1.0, -0.5], [-0.5, 1.0]]
+    assert solve_tiny(C, [1.0, -0.5]) == [0.0, 0.5]
+    z, residual = solve_single(np.array(C), np.array([1.0, -0.5]))
+    assert z.tolist() == pytest.approx([0.0, 0.5], abs=1e-15)
+    assert residual <= 1e-15
+
+
+def test_three_rows_with_two_passive_indices() -> None:
+    # Cosines -1/2, -1/2 and 1/2 with row 0: z_1 = z_2 = t with t + t/2 = 1/2, so t = 1/3.
+    C = np.array([[1.0, -0.5, -0.5], [-0.5, 1.0, 0.5], [-0.5, 0.5, 1.0]])
+    expected = [0.0, 1 / 3, 1 / 3]
+    assert solve_tiny(C.tolist(), C[0].tolist()) == pytest.approx(expected, abs=1e-15)
+    assert solve_goldfarb_idnani(C, C[0]) == pytest.approx(expected, abs=1e-15)
+    Z, _ = solve_dense(C, C[:1])
+    assert Z[0] == pytest.approx(expected, abs=1e-15)
+
+
+def test_nothing_to_do_gives_zero_on_every_path() -> None:
+    C = np.eye(4)
+    q = np.array([0.0, 1.0, 0.5, 2.0])
+    assert solve_tiny(C.tolist(), q.tolist()) == [0.0] * 4
+    assert solve_single(C, q)[0].tolist() == [0.0] * 4
+    assert not solve_dense(C, q[None])[0].any()
+    assert not solve_conjugate(C, q[None])[0].any()
+    goldfarb = solve_goldfarb_idnani(C, q)
+    assert goldfarb is not None
+    assert not goldfarb.any()
+
+
+def test_goldfarb_idnani_tells_that_a_problem_has_no_solution() -> None:
+    # y_0 + y_1 = q_0 + q_1 = -1 for every z.
+    C = np.array([[1.0, -1.0], [-1.0, 1.0]])
+    assert solve_goldfarb_idnani(C, np.array([-1.0, 0.0])) is None
+
+
+def test_opposite_rows_are_solved_although_the_block_is_singular() -> None:
+    C = np.array([[1.0, -1.0], [-1.0, 1.0]])
+    for Z in (solve_dense(C, C)[0], solve_all(C, C)[0]):
+        np.testing.assert_allclose(Z, [[0.0, 1.0], [1.0, 0.0]], atol=1e-14)
+
+
+def test_the_tiny_path_leaves_dependent_rows_to_the_others() -> None:
+    # Row 2 is the sum of rows 0 and 1; the passive set {0, 1, 2} appears on the way.
+    J = np.array([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [1.0, 1.0, 0.0], [-1.0, -1.2, 0.3]])
+    C = equilibrate(J @ J.T)[0]
+    assert solve_tiny(C.tolist(), C[3].tolist()) is None
+
+
+# -- the paths against each other ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", REGULAR)
+@pytest.mark.parametrize("m", [3, 4, 5, 6, 8])
+def test_tiny_and_dense_paths_agree(name: str, m: int) -> None:
+    C = cosines(name, m)
+    Z, _ = solve_dense(C, C)
+    tiny = np.array([solve_tiny(C.tolist(), row) for row in C.tolist()])
+    np.testing.assert_allclose(tiny, Z, atol=1e-10, rtol=1e-10)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("m", [5, 12, 30])
+def test_single_dense_and_goldfarb_paths_agree(name: str, m: int) -> None:
+    J, C = unit_rows(name, m), cosines(name, m)
+    limit = 1e-6 if name == "neardup" else 1e-10
+    Z, residual = solve_dense(C, C)
+    rescue(C, C, Z, residual)
+    for i in range(0, m, 3):
+        slow = solve_goldfarb_idnani(C, C[i])
+        assert slow is not None
+        assert distance(J, Z[i], slow) <= limit
+        assert distance(J, Z[i], solve_one(C, C[i])[0]) <= limit
+
+
+@pytest.mark.parametrize("name", REGULAR)
+@pytest.mark.parametrize("m", [30, 70])
+def test_conjugate_gradients_and_dense_path_agree(name: str, m: int) -> None:
+    J, C = unit_rows(name, m), cosines(name, m)
+    Z, solved, _ = solve_conjugate(C, C)
+    assert solved.mean() >= 0.5
+    assert distance(J, Z[solved], solve_dense(C, C)[0][solved]) <= 1e-12
+
+
+def test_conjugate_gradients_give_up_on_dependent_rows() -> None:
+    C = cosines("neardup", 40)
+    _, solved, _ = solve_conjugate(C, C)
+    assert not solved.all()
+    _, residual = solve_all(C, C)
+    assert residual.max() <= 1e-10
+
+
+def test_a_warm_start_does_not_change_the_solution() -> None:
+    C = cosines("conflict", 20)
+    q = C.mean(axis=0) - 0.02
+    cold, _ = solve_single(C, q)
+    for passive in (cold > 0.0, np.ones(20, dtype=bool), np.arange(20) % 2 == 0):
+        warm, residual = solve_single(C, q, passive)
+        assert residual <= 1e-13
+        np.testing.assert_allclose(warm, cold, atol=1e-11)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_many_references_equal_each_reference_alone(name: str) -> None:
+    J = jacobian(name, 10)
+    G = J @ J.T
+    U = np.vstack([np.diag(np.full(10, 0.1)), np.full((1, 10), 0.1)])
+    V = NativeDualConeSolver()(G, U)
+    for u, v in zip(U, V, strict=True):
+        [alone] = NativeDualConeSolver()(G, u[None])
+        limit = 1e-6 if name == "neardup" else 1e-11
+        assert np.linalg.norm((v - alone) @ J) <= limit * np.linalg.norm(np.abs(u) @ np.abs(J))
+
+
+# -- against the oracle ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("m", [2, 3, 4, 6, 7, 12, 26])
+def test_projections_equal_those_in_extended_precision(name: str, m: int) -> None:
+    limit = 1e-7 if name == "neardup" else 1e-12
+    for seed in range(2 if m <= 7 else 1):
+        J = jacobian(name, m, 300, seed)
+        U = np.diag(np.full(m, 1.0 / m))
+        V = NativeDualConeSolver()(J @ J.T, U)
+        error = (V - project_exactly(J, U)) @ J.astype(LD)
+        scale = np.linalg.norm(J.mean(axis=0))
+        assert float(np.sqrt((error.sum(axis=0) ** 2).sum())) <= limit * scale
+
+
+@pytest.mark.parametrize("m", [2, 3, 5, 9])
+def test_references_of_any_sign_equal_those_in_extended_precision(m: int) -> None:
+    J = jacobian("gauss", m, 2 * m)
+    U = np.random.default_rng(m).normal(size=(6, m))
+    U[4] = np.abs(U[4])
+    U[5] = -np.abs(U[5])
+    V = NativeDualConeSolver()(J @ J.T, U)
+    error = (V - project_exactly(J, U)) @ J.astype(LD)
+    assert np.abs(error).max() <= 1e-12 * np.linalg.norm(U @ J)
+
+
+# -- optimality, as a property ---------------------------------------------------------------------
+
+
+@settings(deadline=None, max_examples=80)
+@given(
+    name=st.sampled_from(FAMILIES),
+    m=st.integers(1, 30),
+    n=st.integers(2, 60),
+    seed=st.integers(0, 10_000),
+    single=st.booleans(),
+)
+def test_the_conditions_of_optimality_hold(
+    name: str, m: int, n: int, seed: int, single: bool
+) -> None:
+    if name == "neardup":  # fewer columns would make near-dependence of exact dependence
+        n = max(n, m)
+    J = jacobian(name, m, n, seed)
+    G = J @ J.T
+    U = np.full((1, m), 1.0 / m) if single else np.diag(np.full(m, 1.0 / m))
+    V = NativeDualConeSolver()(G, U)
+    assert (V >= U).all()
+    C, norms, _ = equilibrate(G)
+    scaled = U * norms
+    scales = np.abs(scaled).max(axis=1, keepdims=True)
+    scales[scales == 0.0] = 1.0
+    Z = (V - U) * norms / scales
+    assert relative_residual(C, (scaled / scales) @ C, Z).max() <= 1e-10
+
+
+@settings(deadline=None, max_examples=40)
+@given(m=st.integers(2, 9), seed=st.integers(0, 1000), exponent=st.integers(-200, 200))
+def test_the_scale_of_each_row_and_of_the_gramian_leaves_the_problem(
+    m: int, seed: int, exponent: int
+) -> None:
+    J = jacobian("conflict", m, 40, seed)
+    U = np.eye(m)
+    powers = 2.0 ** np.random.default_rng(seed).integers(-20, 20, size=m)
+    G = J @ J.T
+    plain = NativeDualConeSolver()(G, U)
+    # Row i scaled by r_i: v_i becomes v_i / r_i once u_i is scaled alike. Powers of two are exact.
+    scaled = NativeDualConeSolver()(
+        G * powers[:, None] * powers * 2.0**exponent, U / powers[None, :]
+    )
+    np.testing.assert_allclose(scaled * powers, plain, rtol=1e-9, atol=1e-12)
+
+
+# -- what is special -------------------------------------------------------------------------------
+
+
+def test_zero_rows_keep_their_reference_exactly() -> None:
+    J = jacobian("special", 8)
+    U = np.random.default_rng(0).normal(size=(3, 8))
+    V = NativeDualConeSolver()(J @ J.T, U)
+    assert (V[:, 2] == U[:, 2]).all()
+    two = NativeDualConeSolver()(np.array([[0.0, 0.0], [0.0, 4.0]]), np.array([[-1.0, -2.0]]))
+    assert two.tolist() == [[-1.0, 0.0]]
+
+
+@pytest.mark.parametrize("m", [1, 2, 5, 9])
+def test_no_references_give_no_vectors(m: int) -> None:
+    assert NativeDualConeSolver()(np.eye(m), np.zeros((0, m))).shape == (0, m)
+
+
+@pytest.mark.parametrize("m", [2, 5, 12, 40])
+def test_a_reference_below_zero_is_projected_onto_zero(m: int) -> None:
+    J = jacobian("gauss", m)
+    V = NativeDualConeSolver()(J @ J.T, -np.ones((2, m)))
+    assert np.abs(V @ J).max() <= 1e-13 * np.abs(J).sum()
+
+
+@pytest.mark.parametrize("m", [2, 6, 12])
+def test_the_arguments_are_not_modified(m: int) -> None:
+    G = cosines("conflict", m)
+    U = np.full((3, m), 0.5)
+    before = G.copy(), U.copy()
+    NativeDualConeSolver()(G, U)
+    assert (before[0] == G).all()
+    assert (before[1] == U).all()
+
+
+@pytest.mark.parametrize("name", ["lowdim", "special", "rankdef"])
+@pytest.mark.parametrize("m", [6, 12, 30])
+def test_a_gramian_rounded_to_float32_is_made_semidefinite_again(name: str, m: int) -> None:
+    J = jacobian(name, m)
+    G = (J @ J.T).astype(np.float32).astype(np.float64)
+    x = NativeDualConeSolver()(G, np.diag(np.full(m, 1.0 / m))).sum(axis=0) @ J
+    norms = np.linalg.norm(J, axis=1)
+    conflicts = (J @ x)[norms > 0] / norms[norms > 0]
+    # Half of the digits of float32: G determines lengths only up to the root of its own error.
+    assert conflicts.min() >= -5e-3 * np.linalg.norm(J.mean(axis=0))
+
+
+def test_semidefinite_matrices_are_not_repaired() -> None:
+    for name in FAMILIES:
+        C = cosines(name, 12)
+        assert nearest_semidefinite(C) is C
+
+
+def test_a_problem_that_cannot_be_solved_warns_with_its_residual() -> None:
+    # Not even nearly a Gramian: every pair of five unit vectors at an angle beyond 120 degrees.
+    with pytest.warns(UnsolvedWarning) as caught:
+        _project_unrepaired(np.full((9, 9), -0.9) + 1.9 * np.eye(9))
+    [warning] = caught
+    assert isinstance(warning.message, UnsolvedWarning)
+    assert warning.message.problem == "dual_cone"
+    assert warning.message.residual > 1e-10
+
+
+def _project_unrepaired(G: np.ndarray) -> None:
+    """Project without the repair, which would turn any symmetric matrix into a Gramian."""
+    from jdplugins.standard._solvers import _dual_cone
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_dual_cone, "nearest_semidefinite", lambda C: C)
+        _project(G, np.eye(len(G)))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("m", [2, 6, 16, 33])
+def test_no_family_warns(name: str, m: int) -> None:
+    J = jacobian(name, m)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        NativeDualConeSolver()(J @ J.T, np.diag(np.full(m, 1.0 / m)))
+        NativeDualConeSolver()(J @ J.T, np.full((1, m), 1.0 / m))
+
+
+def test_entries_below_rounding_do_not_count_as_infeasible() -> None:
+    assert infeasible(np.array([-1e-16, 0.0, -1e-10])).tolist() == [False, False, True]
