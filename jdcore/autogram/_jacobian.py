@@ -198,8 +198,8 @@ def _call(site: Site, grads: dict[int, Tensor], samples: int) -> LayerCall:
         check_batch(record.served.label, length, samples)
     return LayerCall(
         module=record.served.module,
-        args=tree_map(widened, record.args),
-        kwargs=tree_map(widened, record.kwargs),
+        args=tuple(tree_map(widened, argument) for argument in record.args),
+        kwargs={name: tree_map(widened, argument) for name, argument in record.kwargs.items()},
         training=record.training,
         batch_size=samples,
         output_grads=tuple(widened(grads.get(index)) for index in range(max(grads) + 1)),

@@ -53,9 +53,12 @@ class Record:
         if served.rule is None:
             self.outputs = outputs  # what the tap is applied to lies before the node of the record
             return
-        tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        if len(args) == 1 and not kwargs and isinstance(args[0], Tensor):
+            tensors, self.args = list(args), (args[0].detach(),)  # the common case, made cheap
+        else:
+            tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+            self.args, self.kwargs = tree_map(_detached, (args, kwargs))
         self.sources = frozenset(_source(t) for t in tensors if t.requires_grad)
-        self.args, self.kwargs = tree_map(_detached, (args, kwargs))
         self.versions = [(t.detach(), t._version) for t in tensors if not t.is_inference()]
 
     def modified(self) -> bool:

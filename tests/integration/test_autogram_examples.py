@@ -37,10 +37,11 @@ def test_instance_wise_risk_minimization() -> None:
 
 def _multi_task() -> tuple[nn.Module, nn.Module, nn.Module, list[Tensor]]:
     torch.manual_seed(0)
-    shared = Sequential(Linear(10, 5), ReLU(), Linear(5, 3), ReLU())
-    tasks = Linear(3, 1), Linear(3, 1)
-    data = [torch.randn(16, 10), torch.randn(16), torch.randn(16)]
-    return shared, *tasks, data
+    # float64: 32 objectives of rank 21 make the weights a matter of rounding in float32.
+    shared = Sequential(Linear(10, 5), ReLU(), Linear(5, 3), ReLU()).double()
+    first, second = Linear(3, 1).double(), Linear(3, 1).double()
+    data = [torch.randn(*shape, dtype=torch.float64) for shape in ((16, 10), (16,), (16,))]
+    return shared, first, second, data
 
 
 def test_instance_wise_multi_task_learning() -> None:

@@ -89,7 +89,8 @@ def weighted_sum(weights: Tensor, rows: Tensor) -> Tensor:
     :param rows: Shape [K, B, ...].
     :returns: Shape [B, ...].
     """
-    K, B = weights.shape
-    if K == 1:
-        return rows[0] * weights[0].reshape(B, *[1] * (rows.ndim - 2))
-    return torch.einsum("kb,kbx->bx", weights, rows.reshape(K, B, -1)).reshape(rows.shape[1:])
+    scale = weights.reshape(*weights.shape, *[1] * (rows.ndim - 2))
+    total = rows[0] * scale[0]
+    for k in range(1, len(rows)):
+        total.addcmul_(rows[k], scale[k])
+    return total

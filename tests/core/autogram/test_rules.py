@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from jdcore import GramianRuleSpec, ParameterError
+from jdcore import GramianRuleSpec, ParameterError, hookimpl
+from jdcore._discovery import _specs_of
 from jdcore._layers import CORE_RULES
 from jdcore.autogram import Block, Engine, LayerCall, RowsBlock
 from jdcore.protocols import GramianRule
@@ -151,3 +152,22 @@ def test_explain_names_every_module_and_parameter() -> None:
         ["net.2", "operations"],
         ["token", "operations"],
     ]
+
+
+class _Plugin:
+    @hookimpl
+    def jdcore_gramian_rules(self) -> Iterator[GramianRuleSpec]:
+        yield _spec()
+        yield _spec(name="other", layer="a:B")
+
+
+def test_rules_of_a_plugin_are_collected() -> None:
+    assert [s.name for s in _specs_of(_Plugin())["gramian_rules"]] == ["layer_scale", "other"]
+
+
+def test_a_whole_model_compiled_after_the_engine_is_refused() -> None:
+    model = nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 2))
+    engine = Engine(model, batch_dim=0)
+    compiled = torch.compile(model, backend="aot_eager")
+    with pytest.raises(ParameterError, match=r"torch\.compile"):
+        engine.compute_gramian(compiled(randn(B, 6)).pow(2).sum(1))
