@@ -342,6 +342,11 @@ class Registry:
             )
         return _load_factory(entry.qualified_name, entry.spec.weighting)
 
+    @staticmethod
+    def solver_class(entry: _Entry) -> type:
+        """What makes the solver of an entry."""
+        return _load_factory(entry.qualified_name, entry.spec.factory)
+
     def exported_class(self, class_name: str) -> type:
         """
         The class that ``jdcore.aggregation`` exports under this name.
@@ -525,7 +530,7 @@ def get_solver(problem: str, name: str, /, **arguments: Any) -> Any:
     :raises ParameterError: If an argument is unknown to the backend or has an unusable value.
     """
     entry, variant = registry.solver(problem, name)
-    factory = _load_factory(entry.qualified_name, entry.spec.factory)
+    factory = registry.solver_class(entry)
     return _construct(factory, name, arguments, *(() if variant is None else (variant,)))
 
 

@@ -50,7 +50,8 @@ def describe_method(name: str) -> dict[str, Any]:
         "parameters": parameters,
         "problem": problem,
         "solvers": [] if problem is None else solver_records(problem),
-        "doc": inspect.getdoc(cls) or "",
+        # Not inspect.getdoc(), which falls back on the docstring of a base class.
+        "doc": inspect.cleandoc(cls.__doc__ or ""),
     }
 
 
@@ -98,7 +99,8 @@ def _print(record: dict[str, Any]) -> None:
         _print_parameter(parameter)
     for solver in record["solvers"]:
         _print_entry(f"solver {solver['name']!r} ({solver['distribution']})", _summary(solver))
-    print(f"\n{_description(record['doc'])}")
+    if record["doc"]:
+        print(f"\n{_description(record['doc'])}")
 
 
 def _print_parameter(parameter: dict[str, Any]) -> None:

@@ -13,7 +13,8 @@ from torch import Tensor
 from jdcore.aggregation._differentiation import forbid_differentiation
 from jdcore.aggregation._finite import all_finite, finite_required, nonfinite_rows
 from jdcore.errors import NonFiniteError, ParameterTypeError
-from jdcore.linalg import combine, gramian
+from jdcore.linalg import combine
+from jdcore.linalg._gramian import sum_gramians
 from jdcore.protocols import Weighting
 from jdcore.validators import check_blocks, check_matrix
 
@@ -87,7 +88,7 @@ class GramianAggregator:
         return vectors, weights
 
     def _weights(self, blocks: list[Tensor]) -> Tensor:
-        product = gramian(blocks)
+        product = sum_gramians(blocks)
         if torch.float64 not in [block.dtype for block in blocks]:
             return self.weighting(product)  # squares of narrower dtypes cannot leave the range
         largest = float(product.diagonal().max()) if len(product) else 1.0
@@ -101,7 +102,7 @@ class GramianAggregator:
             return self.weighting(product)
         # A power of two, so that dividing by it is exact.
         scale = 2.0 ** math.frexp(largest)[1]
-        weights = self.weighting(gramian([block / scale for block in blocks]))
+        weights = self.weighting(sum_gramians([block / scale for block in blocks]))
         return weights * scale ** getattr(self.weighting, "scale_degree", 0)
 
     def _without_nonfinite(

@@ -35,9 +35,11 @@ def gramian_backward(
     ordinary backward pass differentiates the weighted sum of the objectives. The memory above that
     of an ordinary backward pass is m times the largest parameter, not m times all of them.
 
-    Choose it when the Jacobian does not fit into memory. Otherwise ``backward`` and ``jac_to_grad``
-    are usually as fast or faster: where vmap cannot batch the graph, the row-by-row passes are
-    repeated for each group of parameters that fits into that memory.
+    Choose it when the Jacobian does not fit into memory, or layers are wide and fully connected.
+    Measured against ``backward`` and ``jac_to_grad`` with one CPU thread and m = 8: layers of 4096
+    units take 0.65 of the time and 0.7 of the memory, a ResNet-18 takes 1.4 times the time and 0.7
+    of the memory, a perceptron 64 units wide 2.4 times the time. Where vmap cannot batch the graph,
+    row-by-row passes are repeated for each group of parameters that fits into that memory.
 
     :param tensors: What to differentiate. All their elements, in order, are the m objectives.
     :param weighting: A weighting, or the aggregator of one. A plain function is taken as a

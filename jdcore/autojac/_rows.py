@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 
 import torch
@@ -12,6 +12,7 @@ from jdcore.autojac._leaves import Reach, reach
 from jdcore.autojac._matrix import as_matrix
 from jdcore.autojac._policy import choose_chunk_size
 from jdcore.autojac._reentrant import accumulated_gradients, is_reentrant
+from jdcore.autojac._taps import RowTaps
 from jdcore.autojac._vmap import Kind, attempt, batched_gradients, insist
 
 
@@ -110,17 +111,20 @@ class Problem:
         zeros: list[list[int]] = [[] for _ in results]
         starts = range(0, m, chunk_size)
         last = max((s for s in starts if any(map(any, usage[s : s + chunk_size]))), default=-1)
-        for start in starts:
-            rows = slice(start, min(start + chunk_size, m))
-            used = [k for k in range(len(self.outputs)) if any(u[k] for u in usage[rows])]
-            gradients = self._gradients(rows, used, retain_graph or start != last)
-            for i in reversed(range(len(results))):
-                # Popping frees each gradient as soon as it is copied.
-                gradient = gradients.pop()
-                if gradient is None:
-                    zeros[i].extend(range(rows.start, rows.stop))
-                else:
-                    results[i][rows] = _dense(gradient)
+        taps = RowTaps(self.inputs, results)
+        with taps.open() if chunk_size == 1 and not self.reentrant else nullcontext():
+            for start in starts:
+                rows = slice(start, min(start + chunk_size, m))
+                used = [k for k in range(len(self.outputs)) if any(u[k] for u in usage[rows])]
+                taps.start(start)
+                gradients = self._gradients(rows, used, retain_graph or start != last)
+                for i in reversed(range(len(results))):
+                    # Popping frees each gradient as soon as it is copied.
+                    gradient = gradients.pop()
+                    if gradient is None:
+                        zeros[i].extend(range(rows.start, rows.stop))
+                    elif i not in taps.taken:
+                        results[i][rows] = _dense(gradient)
         for result, indices in zip(results, zeros, strict=True):
             if indices:
                 result[indices] = 0.0

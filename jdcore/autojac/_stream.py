@@ -1,15 +1,14 @@
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.hooks import RemovableHandle
 
 from jdcore.autojac._matrix import as_matrix
 from jdcore.autojac._rows import Problem
+from jdcore.autojac._taps import hooked, placeholder
 from jdcore.autojac._vmap import batched_gradients
 from jdcore.linalg import gramian
 
@@ -31,7 +30,8 @@ def streamed_gramian(problem: Problem) -> Tensor:
     def consume(rows: Tensor) -> None:
         total.add_(gramian(as_matrix(rows)))
 
-    with _tapped(problem.inputs, consume):
+    tap: Callable[[Tensor, Sink], Tensor] = _Tap.apply
+    with hooked(problem.inputs, [lambda rows: tap(rows, consume)] * len(problem.inputs)):
         batched_gradients(problem.outputs, problem.inputs, problem.cotangents, True)
     return total
 
@@ -70,19 +70,6 @@ def _zeros(problem: Problem) -> Tensor:
     return torch.zeros((m, m), dtype=torch.float64, device=problem.inputs[0].device)
 
 
-@contextmanager
-def _tapped(leaves: Sequence[Tensor], consume: Sink) -> Iterator[None]:
-    """Give the rows of each leaf to ``consume``; what autograd keeps of them takes no memory."""
-    tap: Callable[[Tensor, Sink], Tensor] = _Tap.apply
-    register: Callable[..., RemovableHandle] = Tensor.register_hook
-    hooks = [register(leaf, lambda rows: tap(rows, consume)) for leaf in leaves]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
 class _Tap(torch.autograd.Function):
     """The way to the tensor behind a batched one that needs no private function."""
 
@@ -101,4 +88,4 @@ class _Tap(torch.autograd.Function):
         batched = in_dims[0]
         assert batched is not None
         consume(rows.movedim(batched, 0))
-        return rows.new_zeros(()).expand(rows.shape), batched
+        return placeholder(rows), batched

@@ -13,7 +13,8 @@ way back. Values are numbers, strings, booleans, None, lists, mappings, and
 
 * tensors: a nested list for float32, ``{"data": [...], "dtype": "float64"}`` for anything else;
 * weightings and aggregators within others: a configuration again. The adapters of the core are
-  named ``gramian_aggregator`` and ``flattening``.
+  named ``gramian_aggregator`` and ``flattening``;
+* solvers: their name, or a mapping of ``name`` and the arguments of the solver.
 
 Names are looked up among registered methods and solvers only: no configuration can make jdcore
 import anything else. Tensors are made on the CPU; state (see :class:`~jdcore.Stateful`) is no part

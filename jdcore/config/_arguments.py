@@ -27,12 +27,15 @@ class Argument:
     :param attribute: Where the object keeps it.
     :param default: Its default, or ``inspect.Parameter.empty``.
     :param hint: Its annotation: a type, or the source text of one.
+    :param problem: The problem whose solver it is, if it is one (see
+        :func:`~jdcore.aggregation.solver_field`).
     """
 
     name: str
     attribute: str
     default: Any
     hint: Any
+    problem: str | None = None
 
     @property
     def required(self) -> bool:
@@ -70,7 +73,8 @@ def arguments_of(cls: Any) -> dict[str, Argument]:
 def _of_attrs(cls: Any) -> Iterator[Argument]:
     for field in attrs.fields(cls):
         if field.init:
-            yield Argument(field.alias, field.name, _default(field), field.type)
+            problem = field.metadata.get("jdcore.problem")
+            yield Argument(field.alias, field.name, _default(field), field.type, problem)
 
 
 def _default(field: attrs.Attribute[Any]) -> Any:

@@ -7,7 +7,7 @@ from typing import Any
 from jdcore.config._arguments import ADAPTERS, Argument, arguments_of
 from jdcore.config._tensors import read_tensor
 from jdcore.errors import ParameterError, ParameterTypeError, UnknownNameError
-from jdcore.registry import registry
+from jdcore.registry import get_solver, registry
 from jdcore.spec import normalize_name
 
 
@@ -83,10 +83,20 @@ def _value(argument: Argument, value: Any, path: str) -> Any:
     value = _plain(value)
     if isinstance(value, (list, dict)) and argument.accepts("Tensor"):
         return read_tensor(value, path)
+    if isinstance(value, dict) and argument.problem is not None:
+        return _solver(value, argument.problem, path)
     if isinstance(value, dict) and "name" in value:
         kind = "aggregator" if argument.accepts("Aggregator") else "weighting"
         return read(value, kind=kind, path=path)
     return value
+
+
+def _solver(config: dict[str, Any], problem: str, path: str) -> Any:
+    """A solver with arguments; one without is better written as its name alone."""
+    name = _name(config, f"{problem} solver", path)
+    arguments = {key: value for key, value in config.items() if key != "name"}
+    with _located(path, config):
+        return get_solver(problem, name, **arguments)
 
 
 def _plain(value: Any) -> Any:
@@ -108,7 +118,8 @@ def _located(path: str, config: Mapping[str, Any]) -> Iterator[None]:
         parameter = f"{path}.{error.parameter}"
         raise cls(parameter, error.expected, error.got, error.hint) from error
     except UnknownNameError as error:
-        key = next((key for key in config if config[key] == error.name), "name")
+        named = [key for key in config if str(config[key]).endswith(error.name)]  # or its variant
+        key = named[0] if named else "name"
         hint = f"`{path}.{key}` asks for it."
         if error.hint is not None:
             hint = f"{hint} {error.hint}"

@@ -26,7 +26,7 @@ def write(method: Any, path: str, omit: Collection[str] = ()) -> dict[str, Any]:
     arguments = arguments_of(type(owner))
     _refuse_unknown(omit, arguments, name)
     return {"name": name} | {
-        argument.name: _plain(getattr(owner, argument.attribute), f"{path}.{argument.name}")
+        argument.name: _value(argument, owner, f"{path}.{argument.name}")
         for argument in arguments.values()
         if argument.name not in omit and not _is_default(argument, owner)
     }
@@ -46,6 +46,28 @@ def _is_default(argument: Argument, owner: Any) -> bool:
     # Types too, since 1 == True == 1.0; tensors compare by entry.
     comparable = type(value) is type(argument.default) and not isinstance(value, Tensor)
     return comparable and bool(value == argument.default)
+
+
+def _value(argument: Argument, owner: Any, path: str) -> Any:
+    value = getattr(owner, argument.attribute)
+    solver = None if argument.problem is None else _solver(argument.problem, value, path)
+    return _plain(value, path) if solver is None else solver
+
+
+def _solver(problem: str, solver: Any, path: str) -> dict[str, Any] | None:
+    """A solver that was given as an object, if it is one of a registered backend."""
+    for name in registry.solvers(problem):
+        entry, _ = registry.solver(problem, name)
+        # Comparing names first, so that no other solver is imported.
+        same_name = entry.spec.factory.endswith(f":{type(solver).__name__}")
+        if same_name and registry.solver_class(entry) is type(solver):
+            arguments = [
+                a for a in arguments_of(type(solver)).values() if not _is_default(a, solver)
+            ]
+            return {"name": name} | {
+                a.name: _value(a, solver, f"{path}.{a.name}") for a in arguments
+            }
+    return None
 
 
 def _plain(value: Any, path: str) -> Any:

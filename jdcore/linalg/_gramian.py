@@ -25,11 +25,17 @@ def gramian(jacobian: Tensor | Sequence[Tensor], /) -> Tensor:
     :raises ParameterError: If a block is no matrix, or the blocks differ in their number of rows.
     """
     blocks = [jacobian] if isinstance(jacobian, Tensor) else list(jacobian)
-    m = check_blocks(blocks, "jacobian")
-    if len(blocks) == 1 and blocks[0].shape[1] <= _COLUMNS:
-        wide = blocks[0].double()
+    check_blocks(blocks, "jacobian")
+    return sum_gramians(blocks)
+
+
+def sum_gramians(blocks: Sequence[Tensor]) -> Tensor:
+    """:func:`gramian` of blocks that have been checked."""
+    first = blocks[0]
+    if len(blocks) == 1 and first.shape[1] <= _COLUMNS:
+        wide = first.double()
         return wide @ wide.T
-    total = blocks[0].new_zeros((m, m), dtype=torch.float64)
+    total = first.new_zeros((len(first), len(first)), dtype=torch.float64)
     for block in blocks:
         _add_gramian(total, block)
     return total

@@ -5,7 +5,7 @@ Time and memory of one training step with Jacobians, side by side with torchjd i
 
 Every step goes end to end, from the forward pass to the ``.grad`` of all parameters, with UPGrad.
 Steps of all methods alternate, and medians are compared: absolute times vary by a factor of two
-with the state of the machine, ratios do not. Memory is the exact peak of tensor allocations during
+with the state of the machine, ratios less. Memory is the exact peak of tensor allocations during
 one step above what is alive before it (parameters, data). The peer is imported here only; without
 it, its columns are left out.
 
@@ -24,7 +24,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from attrs import asdict, define, frozen
+from attrs import asdict, frozen
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, relu
 
@@ -176,23 +176,21 @@ class Result:
     megabytes: float
 
 
-@define
-class Clock:
-    """Wall time, synchronised with the device."""
+def milliseconds(step: Step, problem: Problem, device: str) -> float:
+    """Processor time for one CPU thread, as other processes disturb it less; else wall time."""
+    alone = device == "cpu" and torch.get_num_threads() == 1
+    clock = time.process_time if alone else time.perf_counter
+    problem.clear()
+    _wait(device)
+    start = clock()
+    step(problem)
+    _wait(device)
+    return 1e3 * (clock() - start)
 
-    device: str
 
-    def time(self, step: Step, problem: Problem) -> float:
-        problem.clear()
-        self._wait()
-        start = time.perf_counter()
-        step(problem)
-        self._wait()
-        return 1e3 * (time.perf_counter() - start)
-
-    def _wait(self) -> None:
-        if self.device != "cpu":
-            torch.accelerator.synchronize()
+def _wait(device: str) -> None:
+    if device != "cpu":
+        torch.accelerator.synchronize()
 
 
 def peak_megabytes(step: Step, problem: Problem, device: str) -> float:
@@ -219,11 +217,11 @@ def peak_megabytes(step: Step, problem: Problem, device: str) -> float:
 
 def measure(model: str, m: int, steps: dict[str, Step], reps: int, device: str) -> list[Result]:
     """Alternate the steps of one problem; the first round is thrown away."""
-    problem, clock = Problem(model, m, device), Clock(device)
+    problem = Problem(model, m, device)
     times: dict[str, list[float]] = {name: [] for name in steps}
     for round_ in range(reps + 1):
         for name, step in steps.items():
-            elapsed = clock.time(step, problem)
+            elapsed = milliseconds(step, problem, device)
             if round_ > 0:
                 times[name].append(elapsed)
     return [

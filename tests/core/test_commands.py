@@ -41,6 +41,11 @@ class EvenWeighting(GramianWeighting):
         return np.full(len(gramian), self.total / len(gramian))
 
 
+class MuteWeighting(GramianWeighting):
+    def compute(self, gramian: Array) -> Array:
+        return np.ones(len(gramian))
+
+
 @define(eq=False)
 class BrokenWeighting(GramianWeighting):
     """Fails at every call."""
@@ -191,6 +196,15 @@ def test_info_shows_parameters_with_types_defaults_and_descriptions(
     assert "check_finite: bool | None = None\n    Whether NaN or infinite" in printed
     assert "paper:       A paper (2024), https://example.org/even\n" in printed
     assert "Equal weights, see EvenWeighting and a paper (https://example.org/even)." in printed
+
+
+def test_info_of_a_method_without_docstring_shows_no_other_docstring(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    register("mute", "MuteWeighting")
+
+    assert json.loads(run(capsys, "info", "mute", "--json")[1])["doc"] == ""
+    assert run(capsys, "info", "mute")[1].endswith("else no.\n")
 
 
 def test_info_as_json_adds_parameters_and_solvers_to_the_record(

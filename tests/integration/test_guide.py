@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from attrs import define, field, frozen
 
+import jdcore.hooks
 from tests.environments import clean_environment, install, make_environment
 
 GUIDE = Path(__file__).parents[2] / "docs" / "write-a-plugin.md"
@@ -131,3 +132,11 @@ def test_every_block_is_of_a_kind_that_is_run() -> None:
 
     assert kinds == {"sh", "python", "text"}
     assert GUIDE.read_text(encoding="utf-8").count("\n```") == 2 * len(blocks())
+
+
+def test_the_guide_shows_every_hook_at_work() -> None:
+    hooks = [name for name in vars(jdcore.hooks) if name.startswith("jdcore_")]
+    code = "".join(block.text for block in blocks())
+
+    assert {"jdcore_aggregators", "jdcore_solvers"} <= set(hooks)
+    assert all(f"@hookimpl\ndef {hook}(" in code for hook in hooks)

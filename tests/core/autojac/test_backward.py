@@ -183,3 +183,21 @@ def test_inputs_with_no_element_are_allowed() -> None:
     a, empty = _leaf(2), _leaf(0)
     backward(a * (1 + empty.sum()))
     assert empty.jac.shape == (2, 0)
+
+
+@pytest.mark.parametrize("chunk_size", [None, 1, 2])
+def test_hooks_of_leaves_act_on_every_row_and_are_left_in_place(
+    truth: Truth, chunk_size: int | None
+) -> None:
+    a, b = _leaf(3), _leaf(3)
+    a.register_hook(lambda gradient: 2 * gradient)
+    losses = (a * b).cumsum(0)
+    expected = truth([losses], [a, b])
+    torch.testing.assert_close(expected[0][0, 0], 2 * b.detach()[0])
+
+    backward(losses, parallel_chunk_size=chunk_size)
+
+    torch.testing.assert_close(a.jac, expected[0])
+    torch.testing.assert_close(b.jac, expected[1])
+    assert len(a._backward_hooks) == 1
+    assert not b._backward_hooks

@@ -75,6 +75,19 @@ def test_backward_and_jac_to_grad_take_a_jacobian_above_plain_backward(
     assert _peak(step) - _peak(setting.plain) <= 1.1 * setting.jacobian
 
 
+def test_no_row_exists_as_a_whole_beside_the_jacobian(setting: _Setting) -> None:
+    def step() -> None:
+        backward(setting.forward()[0], inputs=setting.shared, parallel_chunk_size=1)
+        for parameter in setting.shared:
+            del parameter.jac
+
+    step()
+    row = setting.jacobian // M
+    largest = 4 * 400 * 400
+    # Plain backward holds a whole gradient; the rows are taken one parameter at a time.
+    assert _peak(step) - _peak(setting.plain) <= setting.jacobian - row + 2 * largest
+
+
 def test_mtl_backward_and_jac_to_grad_take_a_jacobian_above_plain_backward(
     setting: _Setting,
 ) -> None:

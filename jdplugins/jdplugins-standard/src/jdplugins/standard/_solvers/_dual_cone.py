@@ -89,16 +89,17 @@ def _project_tiny(G: list[list[float]], references: list[list[float]]) -> list[l
 
 
 def _project_one(C: list[list[float]], norms: list[float], u: list[float]) -> list[float] | None:
-    scaled = [x * norm for x, norm in zip(u, norms, strict=True)]
-    scale = max(max(scaled), -min(scaled))
-    if scale == 0.0:
+    sought = [j for j, x in enumerate(u) if x != 0.0]
+    if len(sought) == 1:  # UPGrad: u is a multiple of a unit vector
+        [i] = sought
+        scale = abs(u[i]) * norms[i]
+        q = C[i] if u[i] > 0.0 else [-c for c in C[i]]
+    elif not sought:
         return u
-    terms = [(C[j], x / scale) for j, x in enumerate(scaled) if x != 0.0]
-    if len(terms) == 1:  # UPGrad: u is a multiple of a unit vector
-        [(row, sign)] = terms
-        q = row if sign > 0.0 else [-c for c in row]
     else:
-        q = [sum(row[i] * x for row, x in terms) for i in range(len(u))]
+        scaled = [x * norm for x, norm in zip(u, norms, strict=True)]
+        scale = max(max(scaled), -min(scaled))
+        q = [sum(c * (x / scale) for c, x in zip(row, scaled, strict=True)) for row in C]
     if min(q) >= 0.0:
         return u
     z = solve_tiny(C, q)

@@ -23,39 +23,27 @@ def solve_tiny(C: Sequence[Sequence[float]], q: Sequence[float]) -> list[float] 
     :param q: The m entries of the vector.
     :returns: z, or None if the rows are too close to dependent for this path.
     """
-    m = len(q)
-    passive = [j for j in range(m) if q[j] < -_TOLERANCE]
-    z = [0.0] * m
-    if not passive:
-        return z
+    indices = range(len(q))
+    passive = [j for j in indices if q[j] < -_TOLERANCE]
     for _ in range(_MAX_PIVOTS):
         values = _solve_passive(C, q, passive)
         if values is None:
             return None
-        bad = [j for j, value in zip(passive, values, strict=True) if value < 0.0]
-        bad += _negative_slacks(C, q, passive, values)
+        bad = [passive[a] for a, value in enumerate(values) if value < 0.0]
+        for i in indices:
+            if i not in passive:
+                row, slack = C[i], q[i]
+                for j, value in zip(passive, values, strict=True):
+                    slack += row[j] * value
+                if slack < -_TOLERANCE:
+                    bad.append(i)
         if not bad:
+            z = [0.0] * len(q)
             for j, value in zip(passive, values, strict=True):
                 z[j] = value
             return z
-        passive = [j for j in range(m) if (j in passive) != (j in bad)]
+        passive = [j for j in indices if (j in passive) != (j in bad)]
     return None
-
-
-def _negative_slacks(
-    C: Sequence[Sequence[float]], q: Sequence[float], passive: list[int], values: Sequence[float]
-) -> list[int]:
-    bad = []
-    for i in range(len(q)):
-        if i in passive:
-            continue
-        row = C[i]
-        y = q[i]
-        for j, value in zip(passive, values, strict=True):
-            y += row[j] * value
-        if y < -_TOLERANCE:
-            bad.append(i)
-    return bad
 
 
 def _solve_passive(

@@ -1,0 +1,1 @@
+"""Reference solvers: CAGrad by cvxpy, and NashMTL's convex-concave procedure by ECOS."""

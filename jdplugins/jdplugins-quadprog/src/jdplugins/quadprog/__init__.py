@@ -1,0 +1,1 @@
+"""Compiled solvers for the projection onto the dual cone: quadprog, and all that qpsolvers has."""
