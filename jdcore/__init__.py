@@ -41,7 +41,7 @@ from jdcore.registry import (
     refresh,
     register,
 )
-from jdcore.spec import AggregatorSpec, Property, Reference, SolverSpec
+from jdcore.spec import AggregatorSpec, GramianRuleSpec, Property, Reference, SolverSpec
 
 __all__ = [
     "Aggregator",
@@ -49,6 +49,7 @@ __all__ = [
     "AmbiguousNameError",
     "BlockwiseAggregator",
     "GeneralizedWeighting",
+    "GramianRuleSpec",
     "GraphError",
     "JDCoreError",
     "JDCoreWarning",

@@ -13,7 +13,7 @@ from attrs import evolve, frozen
 from jdcore import hooks
 from jdcore.errors import ParameterTypeError
 from jdcore.hooks import ENTRY_POINT_GROUP
-from jdcore.spec import AggregatorSpec, SolverSpec, normalize_name
+from jdcore.spec import AggregatorSpec, GramianRuleSpec, SolverSpec, normalize_name
 
 T = TypeVar("T")
 
@@ -28,6 +28,7 @@ class PluginRecord:
     :param entry_point: Name of the entry point.
     :param aggregators: The methods it provides; empty unless everything about it was valid.
     :param solvers: The solver backends it provides, likewise.
+    :param gramian_rules: The layers it knows closed forms for, likewise.
     :param disabled: The environment variable that switched it off, or None.
     :param error: What went wrong, or None.
     :param traceback: The formatted traceback of ``error``, or None.
@@ -38,6 +39,7 @@ class PluginRecord:
     entry_point: str
     aggregators: tuple[AggregatorSpec, ...] = ()
     solvers: tuple[SolverSpec, ...] = ()
+    gramian_rules: tuple[GramianRuleSpec, ...] = ()
     disabled: str | None = None
     error: BaseException | None = None
     traceback: str | None = None
@@ -80,12 +82,12 @@ def _load(point: EntryPoint) -> PluginRecord:
     if switch is not None:
         return evolve(record, disabled=switch)
     try:
-        aggregators, solvers = _specs_of(point.load())
+        provided = _specs_of(point.load())
     # A plugin may do anything on import, also leave through sys.exit(): none of it may reach the
     # program that merely looks up another method.
     except (Exception, SystemExit) as error:
         return evolve(record, error=error, traceback=traceback.format_exc())
-    return evolve(record, aggregators=aggregators, solvers=solvers)
+    return evolve(record, **provided)
 
 
 def switched_without_effect(records: Sequence[PluginRecord]) -> list[str]:
@@ -112,7 +114,7 @@ def _listed(value: str) -> set[str]:
     return {normalize_distribution(name.strip()) for name in value.split(",") if name.strip()}
 
 
-def _specs_of(plugin: object) -> tuple[tuple[AggregatorSpec, ...], tuple[SolverSpec, ...]]:
+def _specs_of(plugin: object) -> dict[str, Any]:
     # One manager per plugin: pluggy calls the hook of all plugins at once and stops at the first
     # that raises, which would let one plugin take down the others.
     manager = pluggy.PluginManager("jdcore")
@@ -128,9 +130,11 @@ def _specs_of(plugin: object) -> tuple[tuple[AggregatorSpec, ...], tuple[SolverS
         )
     aggregators = _collect(manager.hook.jdcore_aggregators(), AggregatorSpec)
     solvers = _collect(manager.hook.jdcore_solvers(), SolverSpec)
+    rules = _collect(manager.hook.jdcore_gramian_rules(), GramianRuleSpec)
     _refuse_duplicates([normalize_name(n) for spec in aggregators for n in names_of(spec)])
     _refuse_duplicates([f"{spec.problem}/{normalize_name(spec.name)}" for spec in solvers])
-    return aggregators, solvers
+    _refuse_duplicates([spec.layer for spec in rules])
+    return {"aggregators": aggregators, "solvers": solvers, "gramian_rules": rules}
 
 
 def _collect(results: Sequence[Iterable[Any]], kind: type[T]) -> tuple[T, ...]:

@@ -16,9 +16,15 @@ from collections.abc import Iterable
 
 import pluggy
 
-from jdcore.spec import AggregatorSpec, SolverSpec
+from jdcore.spec import AggregatorSpec, GramianRuleSpec, SolverSpec
 
-__all__ = ["ENTRY_POINT_GROUP", "hookimpl", "jdcore_aggregators", "jdcore_solvers"]
+__all__ = [
+    "ENTRY_POINT_GROUP",
+    "hookimpl",
+    "jdcore_aggregators",
+    "jdcore_gramian_rules",
+    "jdcore_solvers",
+]
 
 ENTRY_POINT_GROUP = "jdcore.plugins"
 
@@ -63,6 +69,27 @@ def jdcore_solvers() -> Iterable[SolverSpec]:  # type: ignore[empty-body]
                 problem="dual_cone",
                 summary="Bisection, for teaching only.",
                 factory="my_methods.bisection:BisectionSolver",
+                api_version=1,
+            )
+    """
+
+
+@hookspec
+def jdcore_gramian_rules() -> Iterable[GramianRuleSpec]:  # type: ignore[empty-body]
+    """
+    Yield one spec per type of layer for which the plugin knows a closed form of the Jacobian.
+
+    Example::
+
+        from jdcore import GramianRuleSpec, hookimpl
+
+        @hookimpl
+        def jdcore_gramian_rules():
+            yield GramianRuleSpec(
+                name="layer_scale",
+                layer="my_layers.scale:LayerScale",
+                rule="my_layers.gramian:LayerScaleRule",
+                summary="Sums of the input times the output gradient.",
                 api_version=1,
             )
     """

@@ -29,6 +29,7 @@ from jdcore._discovery import (
     normalize_distribution,
     switched_without_effect,
 )
+from jdcore._layers import CORE_RULES, LayerTable
 from jdcore.errors import (
     AmbiguousNameError,
     MissingMethodError,
@@ -38,11 +39,12 @@ from jdcore.errors import (
     PluginWarning,
     UnknownNameError,
 )
-from jdcore.spec import AggregatorSpec, normalize_name
+from jdcore.spec import AggregatorSpec, GramianRuleSpec, normalize_name
 
 __all__ = [
     "describe",
     "get_aggregator",
+    "get_gramian_rule",
     "get_solver",
     "get_weighting",
     "list_aggregators",
@@ -53,6 +55,7 @@ __all__ = [
     "registry",
 ]
 
+_CORE = "jdcore"
 RUNTIME = "runtime"  # stands for the distribution in the qualified name of registered specs
 
 
@@ -118,12 +121,14 @@ class Registry:
     def __init__(self) -> None:
         self._lock = threading.RLock()
         self._runtime: dict[str, AggregatorSpec] = {}
+        self._runtime_rules: dict[str, GramianRuleSpec] = {}
         self._forget()
 
     def _forget(self) -> None:
         self._records: list[PluginRecord] | None = None
         self._aggregators = _Table("aggregator")
         self._solvers: dict[str, _Table] = {}
+        self._rules = LayerTable()
         shared_solver.cache_clear()
 
     # -- discovery ---------------------------------------------------------------------------------
@@ -134,9 +139,12 @@ class Registry:
             importlib.invalidate_caches()
             self._forget()
 
-    def register(self, spec: AggregatorSpec) -> None:
+    def register(self, spec: AggregatorSpec | GramianRuleSpec) -> None:
+        if isinstance(spec, GramianRuleSpec):
+            self._register_rule(spec)
+            return
         if not isinstance(spec, AggregatorSpec):
-            raise ParameterTypeError("spec", "an AggregatorSpec", repr(spec))
+            raise ParameterTypeError("spec", "an AggregatorSpec or a GramianRuleSpec", repr(spec))
         with self._lock:
             self._discover()
             for name in names_of(spec):
@@ -146,6 +154,17 @@ class Registry:
                         "name", "free", f"{name!r}, taken by {entry.qualified_name}"
                     )
             self._runtime[spec.name] = spec
+            self._fill(self._records or [])
+
+    def _register_rule(self, spec: GramianRuleSpec) -> None:
+        with self._lock:
+            self._discover()
+            for entry in self._rules.claims(spec.layer):
+                if entry.distribution != RUNTIME:
+                    raise ParameterError(
+                        "layer", "free", f"{spec.layer!r}, taken by {entry.qualified_name}"
+                    )
+            self._runtime_rules[spec.layer] = spec
             self._fill(self._records or [])
 
     def _discover(self) -> None:
@@ -191,12 +210,27 @@ class Registry:
         for spec in self._runtime.values():
             aggregators.add(_Entry(RUNTIME, spec), names_of(spec))
         self._aggregators, self._solvers = aggregators, solvers
+        self._rules = self._rule_table(records)
+
+    def _rule_table(self, records: list[PluginRecord]) -> LayerTable:
+        table = LayerTable()
+        for rule in CORE_RULES:
+            table.add(_Entry(_CORE, rule))
+        for record in records:
+            for rule in record.gramian_rules:
+                table.add(_Entry(record.distribution, rule))
+        for rule in self._runtime_rules.values():
+            table.add(_Entry(RUNTIME, rule))
+        return table
 
     def _clashes(self) -> list[tuple[str, str]]:
         return [
             (" and ".join(claims), f"they claim the same {table.kind} name {name!r}.")
             for table in (self._aggregators, *self._solvers.values())
             for name, claims in table.clashes().items()
+        ] + [
+            (" and ".join(claims), f"they claim the same layer {layer}.")
+            for layer, claims in self._rules.clashes().items()
         ]
 
     def records(self) -> tuple[PluginRecord, ...]:
@@ -252,6 +286,11 @@ class Registry:
         if entry is None or not entry.spec.variants or not variant:
             self._raise_unknown(name, table)
         return entry, variant
+
+    def gramian_rules(self, layer: type) -> list[_Entry]:
+        """The rules for a class of layers: none, one, or several that clash."""
+        self._discover()
+        return self._rules.find(layer)
 
     def _raise_unknown(self, name: str, table: _Table) -> NoReturn:
         distribution, _, plain = name.rpartition(":")
@@ -458,15 +497,15 @@ def list_plugins() -> tuple[PluginRecord, ...]:
     return registry.records()
 
 
-def register(spec: AggregatorSpec, /) -> None:
+def register(spec: AggregatorSpec | GramianRuleSpec, /) -> None:
     """
-    Add a method without a distribution, for notebooks and tests.
+    Add a method or a Gramian rule without a distribution, for notebooks and tests.
 
     A later registration of the same name replaces an earlier one. In a notebook the factory is
     ``"__main__:MyWeighting"``.
 
-    :raises ParameterTypeError: If ``spec`` is no AggregatorSpec.
-    :raises ParameterError: If an installed plugin already provides one of its names.
+    :raises ParameterTypeError: If ``spec`` is neither.
+    :raises ParameterError: If an installed plugin already provides one of its names or its layer.
     """
     registry.register(spec)
 
@@ -493,6 +532,15 @@ def get_solver(problem: str, name: str, /, **arguments: Any) -> Any:
     entry, variant = registry.solver(problem, name)
     factory = registry.solver_class(entry)
     return _construct(factory, name, arguments, *(() if variant is None else (variant,)))
+
+
+def get_gramian_rule(entry: _Entry) -> Any:
+    """
+    Make the rule of an entry of :meth:`Registry.gramian_rules`.
+
+    :raises PluginError: If it cannot be loaded.
+    """
+    return _load_factory(entry.qualified_name, entry.spec.rule)()
 
 
 def list_solvers(problem: str | None = None) -> dict[str, tuple[str, ...]]:

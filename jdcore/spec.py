@@ -17,7 +17,15 @@ from attrs import Attribute, field, frozen
 
 from jdcore.errors import ParameterError, ParameterTypeError
 
-__all__ = ["API_VERSION", "AggregatorSpec", "Property", "Reference", "SolverSpec", "normalize_name"]
+__all__ = [
+    "API_VERSION",
+    "AggregatorSpec",
+    "GramianRuleSpec",
+    "Property",
+    "Reference",
+    "SolverSpec",
+    "normalize_name",
+]
 
 API_VERSION = 1
 """Version of the plugin interface. A plugin states the version it was written for in every spec."""
@@ -212,3 +220,28 @@ class SolverSpec:
     api_version: int = field(validator=_api_version)
     variants: bool = False
     requires: tuple[str, ...] = field(default=(), converter=_strings)
+
+
+@frozen(kw_only=True)
+class GramianRuleSpec:
+    """
+    A closed form of autogram for one type of layer.
+
+    Both the layer and the rule are named, not imported: a layer whose module was never imported
+    cannot be in anybody's model.
+
+    :param name: Name of the rule, lower snake case.
+    :param layer: ``"module:attribute"`` of the layer class. Subclasses are served too, unless they
+        override ``forward``.
+    :param rule: ``"module:attribute"`` of the rule, called without arguments; what it returns
+        satisfies :class:`~jdcore.protocols.GramianRule`.
+    :param summary: One line: which form of the Jacobian the rule uses.
+    :param api_version: The plugin interface this spec was written for, :data:`API_VERSION`.
+    :raises ParameterError: If a field does not have the form described above.
+    """
+
+    name: str = field(validator=_valid_name)
+    layer: str = field(validator=_valid_factory)
+    rule: str = field(validator=_valid_factory)
+    summary: str = field(validator=_text)
+    api_version: int = field(validator=_api_version)

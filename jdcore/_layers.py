@@ -1,0 +1,92 @@
+"""Look-up of Gramian rules by the class of a layer."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from jdcore.spec import GramianRuleSpec
+
+__all__ = ["CORE_RULES", "LayerTable"]
+
+_RULES = "jdcore.autogram.rules"
+
+
+def _core(name: str, layer: str, rule: str, summary: str) -> GramianRuleSpec:
+    return GramianRuleSpec(
+        name=name,
+        layer=f"torch.nn:{layer}",
+        rule=f"{_RULES}.{rule}",
+        summary=summary,
+        api_version=1,
+    )
+
+
+_OUTER = "Outer products of inputs and output gradients: Gram matrices of both, or direct."
+_PATCHES = "Pixel Gram matrix, patches, or one weight gradient per row, by cost."
+_STATISTICS = "Sums over positions of the normalized input times the output gradient."
+
+CORE_RULES: tuple[GramianRuleSpec, ...] = (
+    _core("linear", "Linear", "linear:LinearRule", _OUTER),
+    *(_core(f"conv{n}d", f"Conv{n}d", "convolution:ConvolutionRule", _PATCHES) for n in (1, 2, 3)),
+    *(
+        _core(f"conv_transpose{n}d", f"ConvTranspose{n}d", "convolution:ConvolutionRule", _PATCHES)
+        for n in (1, 2, 3)
+    ),
+    _core("embedding", "Embedding", "embedding:EmbeddingRule", "Rows scattered by index."),
+    _core("layer_norm", "LayerNorm", "norm:LayerNormRule", _STATISTICS),
+    _core("rms_norm", "RMSNorm", "norm:RMSNormRule", _STATISTICS),
+    _core("group_norm", "GroupNorm", "norm:GroupNormRule", _STATISTICS),
+    *(
+        _core(f"instance_norm{n}d", f"InstanceNorm{n}d", "norm:InstanceNormRule", _STATISTICS)
+        for n in (1, 2, 3)
+    ),
+    *(
+        _core(f"batch_norm{n}d", f"BatchNorm{n}d", "batch_norm:BatchNormRule", _STATISTICS)
+        for n in (1, 2, 3)
+    ),
+    _core("prelu", "PReLU", "prelu:PReLURule", "Sums of the negative inputs."),
+)
+"""The rules of the core, found through the same table as those of plugins."""
+
+
+class LayerTable:
+    """Rules by layer; several rules for one layer disable each other."""
+
+    def __init__(self) -> None:
+        self._entries: list[Any] = []
+
+    def add(self, entry: Any) -> None:
+        self._entries.append(entry)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._entries)
+
+    def claims(self, layer: str) -> list[Any]:
+        """All entries that name this layer."""
+        return [entry for entry in self._entries if entry.spec.layer == layer]
+
+    def clashes(self) -> dict[str, list[str]]:
+        layers = sorted({entry.spec.layer for entry in self._entries})
+        claims = {layer: [e.qualified_name for e in self.claims(layer)] for layer in layers}
+        return {layer: names for layer, names in claims.items() if len(names) > 1}
+
+    def find(self, cls: type) -> list[Any]:
+        """
+        The entries for a class of layers: none, one, or several that clash.
+
+        :param cls: The class of a module. A subclass that overrides ``forward`` is another layer.
+        """
+        for base in cls.__mro__:
+            entries = [e for e in self._entries if _imported(e.spec.layer) is base]
+            if entries:
+                same = getattr(cls, "forward", None) is getattr(base, "forward", None)
+                return entries if same else []
+        return []
+
+
+def _imported(path: str) -> Any:
+    # An instance can only exist once its module was imported, so nothing is imported here.
+    module, _, attribute = path.partition(":")
+    return getattr(sys.modules.get(module), attribute, None)

@@ -1,0 +1,99 @@
+"""
+The cost model: which form of a layer's Gramian is cheapest.
+
+Times are in nanoseconds on one core; only their order matters, so the two constants need to be
+right to a factor of two at most. Shapes: K tasks, B samples, T positions per sample, N = B T; a
+weight maps i inputs to o outputs. The three forms of a block with J = sum_t D_t X_tᵀ are
+
+* ghost: Gram matrices of X and D over positions, [N, N] each, and never J;
+* direct: the rows of J through a reused buffer, and their products;
+* rows: the rows of J from autograd itself (only with ``batch_dim=None``).
+"""
+
+from __future__ import annotations
+
+_FLOPS = 90.0  # multiply-adds count as two
+_BYTES = 8.0
+_ENTRY = 4.0  # bytes
+_GHOST_LIMIT = 8 << 20  # entries of an [N, N] matrix that are still worth having
+
+__all__ = [
+    "conv_form",
+    "conv_ghost_beats_rows",
+    "outer_ghost_beats_direct",
+    "outer_ghost_beats_rows",
+]
+
+
+def _time(flops: float, entries: float) -> float:
+    return flops / _FLOPS + entries * _ENTRY / _BYTES
+
+
+def _contraction(K: int, B: int, T: int, o: int, A: float) -> float:
+    """<D_r, A D_s> for all rows r, s, with A an [N, N] matrix."""
+    N, R = B * T, K * B
+    if K == 1:
+        return _time(2 * N * N * o, 2 * A)
+    return _time(2 * K * N * N * o + 2 * R * R * T * o, A + 2 * K * N * o)
+
+
+def _outer_ghost(K: int, B: int, T: int, i: int, o: int) -> float:
+    N = B * T
+    return _time(2 * N * N * i, N * N) + _contraction(K, B, T, o, N * N)
+
+
+def _direct(R: int, T: int, P: int) -> float:
+    # Products of few long rows reach half the speed of large ones.
+    return _time(2 * R * T * P + 4 * R * R * P, 2 * R * P)
+
+
+def outer_ghost_beats_direct(K: int, B: int, T: int, i: int, o: int) -> bool:
+    """For a batch of samples, or of rows, with T > 1 positions each."""
+    return _outer_ghost(K, B, T, i, o) < _direct(K * B, T, i * o)
+
+
+def _rows(K: int, N: int, P: int) -> float:
+    # K weight gradients into fresh memory, then their products.
+    return _time(2 * K * N * P + 4 * K * K * P, 4 * K * P)
+
+
+def outer_ghost_beats_rows(K: int, N: int, i: int, o: int) -> bool:
+    """For one sample with N positions: K tasks over a whole batch."""
+    return N * N <= _GHOST_LIMIT and _outer_ghost(K, 1, N, i, o) < _rows(K, N, i * o)
+
+
+def _conv_ghost(K: int, B: int, r: int, C: int, o: int, kernel: int, pixels: int, T: int) -> float:
+    """Gram of patches as ``kernel`` shifted sums of the Gram of pixels: a fraction of the flops."""
+    M, N = B * r * pixels, B * r * T
+    if N * N > _GHOST_LIMIT or M * M > 2 * _GHOST_LIMIT:
+        return float("inf")
+    return (
+        _time(2 * M * M * C, M * M + 3 * kernel * N * N)
+        + _contraction(K, B, r * T, o, N * N)
+        + _time(0, 2 * K * N * o)  # positions have to come before channels
+    )
+
+
+def conv_form(
+    K: int, B: int, r: int, C: int, o: int, kernel: int, pixels: int, T: int, capacity: int
+) -> str:
+    """
+    Form for a plain 2-D convolution over B samples of r images each.
+
+    :param pixels: Input positions of an image.
+    :param T: Output positions of an image.
+    :param capacity: Entries that fit the reused buffer.
+    :returns: "ghost", "rows" (one weight gradient per row) or "patches" (direct, by channels).
+    """
+    R, P = K * B, o * C * kernel
+    direct = _direct(R, r * T, P) + _time(0, B * r * C * kernel * T)
+    if _conv_ghost(K, B, r, C, o, kernel, pixels, T) < direct:
+        return "ghost"
+    # A weight gradient of one sample runs at full speed only on large maps.
+    return "rows" if r * T >= 200 and capacity >= R * P else "patches"
+
+
+def conv_ghost_beats_rows(K: int, r: int, C: int, o: int, kernel: int, pixels: int, T: int) -> bool:
+    """For K tasks over a whole batch of r images."""
+    ghost = _conv_ghost(K, 1, r, C, o, kernel, pixels, T)
+    return ghost < _rows(K, r * T, o * C * kernel)

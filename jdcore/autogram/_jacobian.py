@@ -1,0 +1,218 @@
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge
+from torch.nn import Parameter
+from torch.utils._pytree import tree_map
+
+from jdcore.autogram._accumulator import Accumulator
+from jdcore.autogram._call import LayerCall, check_batch, widened
+from jdcore.autogram._open import Layouts, OpenParameters, Place, grads_of
+from jdcore.autogram._passes import Objectives, capture, gradients
+from jdcore.autogram._plan import Plan
+from jdcore.autogram._probe import Probe, layout, probe_weights
+from jdcore.autogram._scratch import Scratch
+from jdcore.autogram._survey import Site, Survey, survey
+from jdcore.autogram._validation import refuse_impossible
+from jdcore.autogram.blocks import Block, Gradients, RowsBlock, combined
+from jdcore.errors import ParameterError
+
+
+class Jacobian:
+    """
+    The Jacobian of some losses, as blocks of columns.
+
+    :param objectives: The losses.
+    :param plan: Which rule serves what.
+    :param key: Under which the graph holds the records.
+    :param scratch: Reused memory.
+    :param probe: What is known of graphs of this kind.
+    :raises ParameterError: If it cannot be right.
+    """
+
+    def __init__(
+        self, objectives: Objectives, plan: Plan, key: object, scratch: Scratch, probe: Probe
+    ) -> None:
+        self._objectives, self._plan = objectives, plan
+        self._scratch, self._probe = scratch, probe
+        self._found: Survey = survey(objectives.output, plan, key)
+        self._pinned: dict[Parameter, None] = {}
+        if objectives.batch_dim is None:
+            self._pin()
+        refuse_impossible(self._found, plan, objectives.batch_dim)
+        self._open = OpenParameters(self._found)
+        self._blocks: list[Block] = []
+
+    # -- which parameters are served how -----------------------------------------------------------
+
+    def _pin(self) -> None:
+        """Without samples, ordinary gradients are rows of J: only a cheaper closed form is used."""
+        found, K = self._found, self._objectives.tasks
+        calls: dict[Parameter, int] = {}
+        for site in found.sites.values():
+            for parameter in site.reached:
+                calls[parameter] = calls.get(parameter, 0) + 1
+        elsewhere = {*found.stray, *found.uses}
+        for record, site in list(found.sites.items()):
+            alone = all(calls[p] == 1 and p not in elsewhere for p in site.reached)
+            beats_rows = getattr(record.served.rule, "beats_rows", None)
+            if not (
+                alone
+                and beats_rows is not None
+                and beats_rows(record.served.module, record.args, record.output_shape, K)
+            ):
+                self._pinned.update(dict.fromkeys(site.reached))
+                del found.sites[record]
+        self._pinned.update(dict.fromkeys(elsewhere))
+        found.uses.clear()
+        found.stray.clear()
+
+    # -- the Gramian -------------------------------------------------------------------------------
+
+    def gramian(self, keep: bool, retain_graph: bool) -> Tensor:
+        """
+        The Gramian of the flattened losses, float64 [m, m].
+
+        :param keep: Whether :meth:`weighted` will be called.
+        :param retain_graph: Whether the graph is needed afterwards.
+        """
+        output = self._objectives.output
+        m = output.numel()
+        gramian = Accumulator(m, output.device, keep, self._scratch)
+        if m == 0:
+            return gramian.total
+        with torch.autocast(output.device.type, enabled=False):
+            graph_needed = retain_graph or bool(self._open) or (keep and bool(self._found.leaves))
+            captured, layouts = self._capture(graph_needed)
+            with torch.no_grad():
+                blocks = combined(list(self._make_blocks(captured, layouts)))
+            self._blocks = blocks if keep else []
+            captured.clear()
+            with torch.no_grad():
+                while blocks:
+                    blocks[0].add_gramian(gramian)
+                    blocks = blocks[1:]
+        return self._objectives.gramian((gramian.total + gramian.total.T) / 2)
+
+    def weighted(self, weights: Tensor, retain_graph: bool) -> dict[Tensor, Tensor]:
+        """
+        Gradients of the weighted losses, after :meth:`gramian` with ``keep``.
+
+        :param weights: Shape of the losses.
+        :returns: Gradient by leaf, for all leaves of the graph.
+        """
+        gradients_of = Gradients()
+        leaves = list(self._found.leaves)
+        by_task = self._objectives.by_task(weights)
+        if leaves and weights.numel():
+            found = gradients(self._objectives, leaves, by_task, retain_graph)
+            for leaf, gradient in zip(leaves, found, strict=True):
+                if gradient is not None:
+                    gradients_of.of[leaf] = gradient  # type: ignore[index]  # any leaf
+        with torch.no_grad(), torch.autocast(weights.device.type, enabled=False):
+            while self._blocks:
+                block = self._blocks.pop()
+                block.add_weighted(by_task.to(block.dtype), gradients_of)
+        return gradients_of.of  # type: ignore[return-value]  # Parameters are Tensors
+
+    # -- the backward passes -----------------------------------------------------------------------
+
+    def _capture(self, graph_needed: bool) -> tuple[dict[Any, Tensor], Layouts]:
+        places: dict[Place, Site | None] = dict.fromkeys(self._open.places())
+        for site in self._sites():
+            places.update(((e.node, e.output_nr), site) for e in site.edges.values())
+        keys: list[Any] = [*places, *self._pinned]
+        inputs = [GradientEdge(*key) if isinstance(key, tuple) else key for key in keys]
+        kind = self._kind(places)
+        layouts = self._probe.layouts(kind) if self._objectives.samples > 1 else ()
+        probed = self._probe_pass(inputs) if layouts is None else []
+        grads = capture(self._objectives, inputs, self._found.operations, graph_needed)
+        if layouts is None:
+            layouts = self._layouts(places, grads, probed)
+            self._probe.remember(kind, layouts)
+        captured = {k: g for k, g in zip(keys, grads, strict=True) if g is not None}
+        return captured, dict(zip(places, layouts, strict=False))
+
+    def _sites(self) -> Iterable[Site]:
+        return self._found.sites.values()
+
+    def _kind(self, places: dict[Place, Site | None]) -> Hashable:
+        """What decides where samples are, but for sizes: these change from batch to batch."""
+        B = self._objectives.samples
+        calls = tuple((id(s.record.served), s.record.training) for s in self._sites())
+        shapes = [(node.name(), _shape_at(node, output)) for node, output in places]
+        # A dimension that holds just the samples looks the same in several layouts.
+        forms = tuple((name, len(s), tuple(d == B for d in s[:2])) for name, s in shapes)
+        return calls, forms, self._objectives.output.ndim
+
+    def _probe_pass(self, inputs: list[Any]) -> list[Tensor | None]:
+        weights = probe_weights(self._objectives.samples).to(self._objectives.output)
+        by_task = weights.expand(self._objectives.tasks, -1)
+        return gradients(self._objectives, inputs, by_task, retain_graph=True) if inputs else []
+
+    def _layouts(
+        self,
+        places: dict[Place, Site | None],
+        captured: list[Tensor | None],
+        probed: list[Tensor | None],
+    ) -> tuple[str | None, ...]:
+        weights = probe_weights(self._objectives.samples)
+        layouts: list[str | None] = []
+        for site, grads, of_place in zip(places.values(), captured, probed, strict=False):
+            found: str | None = "major"
+            if grads is not None and of_place is not None:
+                found = layout(grads.sum(0), of_place, weights)
+                if found != "major" and site is not None and site.record.served.rule is not None:
+                    _refuse_mixing(site.record.served.label, grads.shape[1:], len(weights))
+            layouts.append(found)
+        return tuple(layouts)
+
+    # -- the blocks --------------------------------------------------------------------------------
+
+    def _make_blocks(self, captured: dict[Any, Tensor], layouts: Layouts) -> Iterator[Block]:
+        for parameter in self._pinned:
+            if parameter in captured:
+                yield RowsBlock(parameter, widened(captured[parameter]).unsqueeze(1))
+        yield from self._open.blocks(captured, layouts, self._objectives)
+        for site in self._sites():
+            rule = site.record.served.rule
+            grads = grads_of(site, captured)
+            if rule is not None and grads and site.reached:
+                yield from rule.blocks(_call(site, grads, self._objectives.samples))
+
+
+def _shape_at(node: Any, output: int) -> torch.Size:
+    """Shape of one result of an operation."""
+    shape: torch.Size = node._input_metadata[output].shape
+    return shape
+
+
+def _call(site: Site, grads: dict[int, Tensor], samples: int) -> LayerCall:
+    record = site.record
+    for gradient in grads.values():
+        length = gradient.shape[1] if gradient.ndim > 1 else 1
+        check_batch(record.served.label, length, samples)
+    return LayerCall(
+        module=record.served.module,
+        args=tuple(tree_map(widened, argument) for argument in record.args),
+        kwargs={name: tree_map(widened, argument) for name, argument in record.kwargs.items()},
+        training=record.training,
+        batch_size=samples,
+        output_grads=tuple(widened(grads.get(index)) for index in range(max(grads) + 1)),
+        reached=frozenset(site.reached),
+    )
+
+
+def _refuse_mixing(name: str, shape: torch.Size, samples: int) -> None:
+    check_batch(name, shape[0] if shape else 1, samples)
+    raise ParameterError(
+        "batch_dim",
+        "given only if each loss depends on one sample, and layers have samples first",
+        f"samples that mix at the output of `{name}`, of shape {list(shape)}",
+        "Use batch_first=True, keep the order of samples when dimensions are folded, avoid "
+        "statistics of the batch, or use batch_dim=None.",
+    )

@@ -1,0 +1,183 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from jdcore.autogram import Engine
+from tests.core.autogram.oracle import explicit_jacobian, parameters_of, relative_error
+
+B = 6
+
+
+@pytest.fixture(autouse=True)
+def _float32(_float64: None) -> None:
+    torch.set_default_dtype(torch.float32)
+    torch.manual_seed(0)
+
+
+def _cnn() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1),
+        nn.GroupNorm(4, 16),
+        nn.ReLU(),
+        nn.Conv2d(16, 32, 3, stride=2),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(32 * 49, 3),
+    )
+
+
+def _truth(model: nn.Module, losses_of: Callable[[nn.Module], Tensor]) -> Tensor:
+    """Gramian of the same model in float64."""
+    double = model.double()
+    jacobian = explicit_jacobian(losses_of(double), parameters_of([double]))
+    model.float()
+    return jacobian @ jacobian.T
+
+
+def _like(model: nn.Module, x: Tensor) -> Tensor:
+    return x.to(next(model.parameters()).dtype)
+
+
+@pytest.mark.parametrize("batch_dim", [0, None])
+@pytest.mark.parametrize("name", ["mlp", "cnn", "encoder"])
+def test_float32_error(name: str, batch_dim: int | None) -> None:
+    if name == "mlp":
+        model, x = (
+            nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 3)),
+            torch.randn(B, 64),
+        )
+    elif name == "cnn":
+        model, x = _cnn(), torch.randn(B, 3, 16, 16)
+    else:
+        layer = nn.TransformerEncoderLayer(32, 4, 64, dropout=0.0, batch_first=True)
+        model, x = nn.Sequential(layer, nn.Linear(32, 3)), torch.randn(B, 10, 32)
+
+    def losses_of(model: nn.Module) -> Tensor:
+        squares = model(_like(model, x)).pow(2).reshape(B, -1, 3).mean(1)
+        return squares.sum(1) if batch_dim == 0 else squares.mean(0)
+
+    engine = Engine(model, batch_dim=batch_dim)
+    gramian = engine.compute_gramian(losses_of(model))
+    assert gramian.dtype == torch.float32
+    assert relative_error(gramian, _truth(model, losses_of)) <= 1e-6
+
+
+@pytest.mark.parametrize("batch_dim", [0, None])
+def test_float32_error_of_ten_million_parameters(batch_dim: int | None) -> None:
+    # Positive inputs, weights and losses: all rows point the same way, the worst case for sums.
+    model = nn.Sequential(nn.Linear(1000, 9000), nn.Linear(9000, 3))
+    for p in model.parameters():
+        p.data.abs_()
+    x = torch.rand(4, 1000)
+
+    def losses_of(model: nn.Module) -> Tensor:
+        squares = model(_like(model, x)).square()
+        return squares.sum(1) if batch_dim == 0 else squares.mean(0)
+
+    engine = Engine(model, batch_dim=batch_dim)
+    gramian = engine.compute_gramian(losses_of(model))
+    assert relative_error(gramian, _truth(model, losses_of)) <= 1e-6
+
+
+def test_float32_error_of_rows_from_backward_passes() -> None:
+    parameter = nn.Parameter(torch.rand(5_000_000))
+
+    class Weighted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = parameter
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.stack([(self.scale * x).sum(), (self.scale.sqrt() * x).sum()])
+
+    model, x = Weighted(), torch.rand(5_000_000)
+    engine = Engine(model, batch_dim=None)
+    gramian = engine.compute_gramian(model(x))
+
+    def losses_of(model: nn.Module) -> Tensor:
+        return model(_like(model, x))
+
+    assert relative_error(gramian, _truth(model, losses_of)) <= 1e-6
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 2e-2), (torch.float16, 3e-3)])
+def test_half_precision_models(dtype: torch.dtype, tolerance: float) -> None:
+    model, x = _cnn().to(dtype), torch.randn(B, 3, 16, 16)
+    engine = Engine(model, batch_dim=0)
+
+    def losses_of(model: nn.Module) -> Tensor:
+        return model(_like(model, x)).pow(2).mean(1)
+
+    losses = losses_of(model)
+    jacobian = explicit_jacobian(losses.float(), list(model.parameters())).double()
+    gramian = engine.compute_gramian(losses)
+    assert gramian.dtype == torch.float32
+    assert relative_error(gramian, jacobian @ jacobian.T) <= tolerance
+    weights = engine.backward(losses_of(model), lambda g: g.diagonal() / g.trace())
+    assert weights.dtype == torch.float32
+    update = weights.double() @ jacobian
+    got = torch.cat([p.grad.reshape(-1) for p in model.parameters()])
+    assert got.dtype == dtype
+    assert relative_error(got, update) <= tolerance
+
+
+def test_gramians_of_half_precision_models_do_not_overflow() -> None:
+    model = nn.Linear(8, 1).half()
+    engine = Engine(model, batch_dim=0)
+    losses = 100.0 * model(50.0 * torch.ones(2, 8, dtype=torch.float16)).squeeze(1)
+    # (100 * 50)^2 * 8 + 100^2 is beyond the range of float16.
+    torch.testing.assert_close(engine.compute_gramian(losses), torch.full((2, 2), 200_010_000.0))
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 2e-2), (torch.float16, 3e-3)])
+@pytest.mark.parametrize("inside", [True, False])
+def test_autocast(dtype: torch.dtype, tolerance: float, inside: bool) -> None:
+    layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
+    model, x = nn.Sequential(nn.Linear(5, 16), layer, nn.Linear(16, 3)), torch.randn(B, 4, 5)
+    engine = Engine(model, batch_dim=0)
+
+    def losses() -> Tensor:
+        with torch.autocast("cpu", dtype):
+            return model(x).float().pow(2).sum((1, 2))
+
+    jacobian = explicit_jacobian(losses(), list(model.parameters())).double()
+    outputs = losses(), losses()
+    with torch.autocast("cpu", dtype, enabled=inside):
+        gramian = engine.compute_gramian(outputs[0])
+        weights = engine.backward(outputs[1], lambda g: g.diagonal() / g.trace())
+    assert gramian.dtype == torch.float32
+    assert relative_error(gramian, jacobian @ jacobian.T) <= tolerance
+    got = torch.cat([p.grad.reshape(-1) for p in model.parameters()])
+    assert relative_error(got, weights.double() @ jacobian) <= tolerance
+
+
+def test_losses_that_are_not_finite_give_a_gramian_that_is_not() -> None:
+    model = nn.Linear(3, 1)
+    engine = Engine(model, batch_dim=0)
+    losses = model(torch.tensor([[1.0, 2.0, 3.0], [float("inf"), 0.0, 0.0]])).squeeze(1)
+    gramian = engine.compute_gramian(losses)
+    assert gramian[0, 0] == 15.0
+    assert not torch.isfinite(gramian[1, 1])
+
+
+def test_recurrent_layers_in_float32() -> None:
+    class Last(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lstm = nn.LSTM(5, 7, batch_first=True, num_layers=2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.lstm(x)[0][:, -1]
+
+    model, x = Last(), torch.randn(B, 4, 5)
+    engine = Engine(model, batch_dim=0)
+
+    def losses_of(model: nn.Module) -> Tensor:
+        return model(_like(model, x)).pow(2).sum(1)
+
+    gramian = engine.compute_gramian(losses_of(model))
+    assert relative_error(gramian, _truth(model, losses_of)) <= 1e-6

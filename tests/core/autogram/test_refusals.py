@@ -1,0 +1,256 @@
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+from jdcore import ParameterError, ParameterTypeError
+from jdcore.autogram import Engine
+from tests.core.autogram.oracle import randn
+
+B = 5
+
+
+def _refused(
+    model: nn.Module, losses: Callable[[], Tensor], match: str, batch_dim: int | None = 0
+) -> None:
+    """Both entry points raise, and no gradient is left behind."""
+    engine = Engine(model, batch_dim=batch_dim)
+    with pytest.raises(ParameterError, match=match):
+        engine.compute_gramian(losses())
+    with pytest.raises(ParameterError, match=match):
+        engine.backward(losses(), torch.diag)
+    assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("batch_dim", [0, None])
+def test_reentrant_checkpointing(batch_dim: int | None) -> None:
+    model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 3))
+
+    def losses() -> Tensor:
+        out: Tensor = checkpoint(model[1], model[0](randn(B, 6)), use_reentrant=True)
+        return out.pow(2).sum(1)
+
+    _refused(model, losses, "reentrant", batch_dim)
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_batch_norm_in_training_mode(affine: bool) -> None:
+    model = nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4, affine=affine), nn.Linear(4, 2))
+    _refused(model, lambda: model(randn(B, 6)).sum(1), "BatchNorm")
+
+
+def test_batch_norm_without_running_statistics() -> None:
+    model = nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4, track_running_stats=False)).eval()
+    _refused(model, lambda: model(randn(B, 6)).pow(3).sum(1), "BatchNorm")
+
+
+def test_batch_norm_in_training_mode_outside_of_the_modules() -> None:
+    model, norm = nn.Linear(6, 4), nn.BatchNorm1d(4)
+    _refused(model, lambda: norm(model(randn(B, 6))).pow(3).sum(1), "BatchNorm")
+
+
+def test_batch_norm_in_training_mode_below_the_modules_does_no_harm() -> None:
+    norm, model = nn.BatchNorm1d(6), nn.Linear(6, 2)
+    losses = model(norm(randn(B, 6))).sum(1)
+    engine = Engine(model, batch_dim=0)
+    losses = model(norm(randn(B, 6))).sum(1)
+    assert engine.compute_gramian(losses).shape == (B, B)
+
+
+def test_batch_norm_in_training_mode_without_samples() -> None:
+    from tests.core.autogram.oracle import check_engine
+
+    def make() -> nn.Module:
+        return nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+
+    check_engine(make, lambda m: m(randn(B, 6)).pow(2).mean(0), None)
+
+
+class _Borrowing(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.linear(torch.tanh(self.b(self.a(x))), self.a.weight)
+
+
+def test_a_parameter_used_outside_of_its_layer() -> None:
+    model = _Borrowing()
+    _refused(model, lambda: model(randn(B, 6)).sum(1), r"`a\.weight` used in another way")
+
+
+def test_a_parameter_used_outside_of_its_layer_is_right_without_samples() -> None:
+    from tests.core.autogram.oracle import check_engine
+
+    check_engine(_Borrowing, lambda m: m(randn(B, 6)).pow(2).mean(0), None)
+
+
+def test_a_forward_pass_before_the_engine() -> None:
+    model = nn.Linear(6, 3)
+    losses = model(randn(B, 6)).sum(1)
+    with pytest.raises(ParameterError, match="before the engine was made"):
+        Engine(model, batch_dim=0).compute_gramian(losses)
+
+
+def test_parameters_derived_from_those_of_the_layer() -> None:
+    model = nn.Sequential(nn.Linear(6, 3))
+
+    def losses() -> Tensor:
+        derived = {name: 2.0 * p for name, p in model.named_parameters()}
+        return functional_call(model, derived, randn(B, 6)).sum(1)
+
+    _refused(model, losses, "used in another way")
+
+
+def test_an_input_modified_in_place_after_the_call() -> None:
+    model = nn.Linear(6, 3)
+
+    def losses() -> Tensor:
+        x = randn(B, 6)
+        out = model(x).pow(2).sum(1)
+        x.add_(1.0)
+        return out
+
+    _refused(model, losses, "modified in place")
+
+
+def test_a_layer_without_a_rule_that_modifies_its_input() -> None:
+    class Adding(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bias = nn.Parameter(torch.ones(6))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x.add_(self.bias)
+
+    model = nn.Sequential(nn.Linear(6, 6), Adding())
+    _refused(model, lambda: model(randn(B, 6)).pow(2).sum(1), "modify their input")
+
+
+def test_a_batch_dim_of_the_wrong_size() -> None:
+    model = nn.Linear(6, 3)
+    _refused(model, lambda: model(randn(B, 6)).pow(2).sum(0), "samples")
+    _refused(model, lambda: model(randn(6, 6)).pow(2).sum(0), "samples")
+
+
+def test_a_batch_dim_that_is_no_dimension() -> None:
+    model = nn.Linear(6, 3)
+    _refused(model, lambda: model(randn(B, 6)).sum(1), "`batch_dim` must be a dimension", 1)
+
+
+@pytest.mark.parametrize("T", [B, 2 * B, 3])
+def test_layers_with_positions_before_samples(T: int) -> None:
+    model = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 2))
+    _refused(model, lambda: model(randn(T, B, 6)).pow(2).sum((0, 2)), "samples")
+
+
+def test_losses_that_depend_on_several_samples() -> None:
+    model = nn.Linear(6, 3)
+
+    def losses() -> Tensor:
+        out = model(randn(B, 6))
+        return (out @ out.T).softmax(1).diagonal()
+
+    _refused(model, losses, "samples that mix")
+
+
+def test_the_check_of_samples_is_made_for_every_kind_of_graph() -> None:
+    model = nn.Linear(6, 3)
+    engine = Engine(model, batch_dim=0)
+    engine.compute_gramian(model(randn(B, 6)).sum(1))
+    with pytest.raises(ParameterError, match="samples that mix"):
+        engine.compute_gramian(model(randn(B, 2, 6)).pow(2).sum((1, 2)).softmax(0))
+
+
+def test_an_output_without_a_graph() -> None:
+    engine = Engine(nn.Linear(6, 3), batch_dim=0)
+    for output in (torch.ones(3), torch.ones(3, requires_grad=True)):
+        with pytest.raises(ParameterError, match="`output` must be the result of"):
+            engine.compute_gramian(output)
+
+
+@pytest.mark.parametrize("output", [1.0, torch.ones(3, dtype=torch.int64)])
+def test_an_output_that_is_no_floating_tensor(output: object) -> None:
+    engine = Engine(nn.Linear(6, 3), batch_dim=0)
+    with pytest.raises(ParameterTypeError, match="`output` must be a floating Tensor"):
+        engine.compute_gramian(output)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("batch_dim", ["0", 1.0, True])
+def test_a_batch_dim_of_the_wrong_type(batch_dim: object) -> None:
+    with pytest.raises(ParameterTypeError, match="`batch_dim`"):
+        Engine(nn.Linear(6, 3), batch_dim=batch_dim)  # type: ignore[arg-type]
+
+
+def test_something_that_is_no_module() -> None:
+    with pytest.raises(ParameterTypeError, match="`modules` must be"):
+        Engine([nn.Linear(6, 3)], batch_dim=0)  # type: ignore[arg-type]
+
+
+def test_lazy_parameters() -> None:
+    with pytest.raises(ParameterError, match="lazy parameter"):
+        Engine(nn.LazyLinear(3), batch_dim=0)
+
+
+@pytest.fixture
+def process_group() -> Iterator[None]:
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29541")
+    torch.distributed.init_process_group("gloo", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.usefixtures("process_group")
+def test_distributed_modules_and_tensors() -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import distribute_tensor
+
+    model = nn.Sequential(nn.Linear(6, 3))
+    with pytest.raises(ParameterError, match="distributed training"):
+        Engine(nn.parallel.DistributedDataParallel(model), batch_dim=0)
+    mesh = init_device_mesh("cpu", (1,))
+    model[0].weight = nn.Parameter(distribute_tensor(model[0].weight.detach(), mesh))
+    with pytest.raises(ParameterError, match=r"DTensor as `0\.weight`"):
+        Engine(model, batch_dim=0)
+
+
+def test_a_weighting_for_vectors_on_losses_of_more_dimensions() -> None:
+    from jdcore.validators import check_gramian
+
+    def weighting(gramian: Tensor) -> Tensor:
+        check_gramian(gramian)
+        return gramian.diagonal()
+
+    model = nn.Linear(6, 3)
+    engine = Engine(model, batch_dim=0)
+    with pytest.raises(ParameterError, match=r"Flattening\(weighting\)"):
+        engine.backward(model(randn(B, 6)), weighting)
+    assert model.weight.grad is None
+
+
+def test_weights_of_the_wrong_shape() -> None:
+    model = nn.Linear(6, 3)
+    engine = Engine(model, batch_dim=0)
+    with pytest.raises(ParameterError, match=r"weights of shape \[5\]"):
+        engine.backward(model(randn(B, 6)).sum(1), lambda g: g)
+    assert model.weight.grad is None
+
+
+def test_an_error_of_the_weighting_leaves_no_gradient() -> None:
+    def broken(_: Tensor) -> Tensor:
+        raise RuntimeError("mine")
+
+    model = nn.Linear(6, 3)
+    engine = Engine(model, batch_dim=0)
+    with pytest.raises(RuntimeError, match="mine"):
+        engine.backward(model(randn(B, 6)).sum(1), broken)
+    assert model.weight.grad is None
