@@ -10,8 +10,8 @@ from typing import Any
 
 from jdcore._catalogue import METHODS
 from jdcore._discovery import PluginRecord
+from jdcore._registry import registry
 from jdcore.errors import PluginWarning
-from jdcore.registry import registry
 from jdcore.spec import AggregatorSpec, SolverSpec, normalize_name
 
 

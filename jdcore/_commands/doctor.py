@@ -19,8 +19,8 @@ from jdcore._commands._records import (
     solver_records,
 )
 from jdcore._commands.info import solver_problem
+from jdcore._registry import registry
 from jdcore.errors import JDCoreError
-from jdcore.registry import registry
 
 _ROWS, _COLUMNS = 4, 1000
 _REPETITIONS = 3

@@ -10,7 +10,7 @@ from typing import Any
 
 from jdcore._commands._output import print_json
 from jdcore._commands._records import discover, method_record, solver_records
-from jdcore.registry import registry
+from jdcore._registry import registry
 
 _PARAMETER = re.compile(r"^:param (\w+): (.*?)(?=^:|\Z)", re.DOTALL | re.MULTILINE)
 

@@ -33,12 +33,12 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name.startswith("_"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from jdcore.registry import registry  # on demand: importing the core reads no plugin
+    from jdcore._registry import registry  # on demand: importing the core reads no plugin
 
     return registry.exported_class(name)
 
 
 def __dir__() -> list[str]:
-    from jdcore.registry import registry
+    from jdcore._registry import registry
 
     return sorted({*__all__, *registry.exported_names()})

@@ -4,8 +4,8 @@ from typing import Any
 
 from attrs import Attribute, field
 
+from jdcore._registry import shared_solver
 from jdcore.errors import ParameterTypeError
-from jdcore.registry import shared_solver
 
 
 def solver_field(problem: str, *, default: str | None = "native") -> Any:

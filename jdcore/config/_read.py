@@ -4,10 +4,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from jdcore._registry import get_solver, registry
 from jdcore.config._arguments import ADAPTERS, Argument, arguments_of
 from jdcore.config._tensors import read_tensor
 from jdcore.errors import ParameterError, ParameterTypeError, UnknownNameError
-from jdcore.registry import get_solver, registry
 from jdcore.spec import normalize_name
 
 

@@ -5,11 +5,11 @@ from typing import Any
 
 from torch import Tensor
 
+from jdcore._registry import registry
 from jdcore.aggregation._aggregator import ComposedAggregator
 from jdcore.config._arguments import ADAPTERS, Argument, arguments_of
 from jdcore.config._tensors import write_tensor
 from jdcore.errors import ParameterError, ParameterTypeError
-from jdcore.registry import registry
 from jdcore.spec import normalize_name
 
 _DATA = "data: a number, string, boolean, None, list, mapping, Tensor or registered method"

@@ -10,8 +10,9 @@ from inspect import Parameter, signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jdcore._registry import registry
 from jdcore.errors import JDCoreError, ParameterError
-from jdcore.registry import describe, get_aggregator, registry
+from jdcore.registry import describe, get_aggregator
 
 if TYPE_CHECKING:
     from jdcore.protocols import Aggregator

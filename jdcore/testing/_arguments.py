@@ -8,10 +8,11 @@ from typing import Any
 import attrs
 import torch
 
+from jdcore._registry import registry
 from jdcore.config import to_config
 from jdcore.config._arguments import Argument, arguments_of
 from jdcore.errors import ParameterError
-from jdcore.registry import get_aggregator, get_weighting, registry
+from jdcore.registry import get_aggregator, get_weighting
 from jdcore.testing._case import Case, call, demand
 from jdcore.validators import row_vector
 

@@ -8,8 +8,8 @@ import torch
 from attrs import frozen
 from torch import Tensor
 
+from jdcore._registry import registry
 from jdcore.errors import UnsolvedWarning
-from jdcore.registry import registry
 from jdcore.spec import AggregatorSpec, Property
 from jdcore.testing.families import FAMILIES, family
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from jdcore.registry import registry
+from jdcore._registry import registry
 from jdcore.testing._case import Case, demand
 
 

@@ -6,7 +6,7 @@ from typing import Any
 from attrs import frozen
 
 from jdcore._discovery import normalize_distribution
-from jdcore.registry import RUNTIME, registry
+from jdcore._registry import RUNTIME, registry
 from jdcore.spec import AggregatorSpec, Property
 from jdcore.testing import _arguments, _description, _laws, _lifecycle, _properties
 from jdcore.testing._case import Case, ConformanceError, NotApplicable

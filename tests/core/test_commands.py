@@ -65,13 +65,13 @@ class UnbuildableWeighting(GramianWeighting):
 @pytest.fixture(autouse=True)
 def _fresh_registry() -> Any:
     """The registry of these tests, without what other tests have registered."""
-    old = dict(jdcore.registry.registry._runtime)
-    jdcore.registry.registry._runtime.clear()
+    old = dict(jdcore._registry.registry._runtime)
+    jdcore._registry.registry._runtime.clear()
     jdcore.refresh()
     register("even", "EvenWeighting", requires=("no-such-distribution",))
     yield
-    jdcore.registry.registry._runtime.clear()
-    jdcore.registry.registry._runtime.update(old)
+    jdcore._registry.registry._runtime.clear()
+    jdcore._registry.registry._runtime.update(old)
     jdcore.refresh()
 
 

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from jdcore import GramianRuleSpec, ParameterError, hookimpl
 from jdcore._discovery import _specs_of
 from jdcore._layers import CORE_RULES
+from jdcore._registry import Registry, get_gramian_rule
 from jdcore.autogram import Block, Engine, LayerCall, RowsBlock
 from jdcore.protocols import GramianRule
-from jdcore.registry import Registry, get_gramian_rule
 from tests.core.autogram.oracle import check_engine, randn
 
 B = 5

@@ -9,9 +9,9 @@ from numpy.typing import NDArray
 
 import jdcore
 from jdcore import AggregatorSpec, ParameterError, ParameterTypeError, UnknownNameError
+from jdcore._registry import Registry
 from jdcore.aggregation import GramianWeighting
 from jdcore.errors import AmbiguousNameError
-from jdcore.registry import Registry
 
 
 @define(eq=False)

@@ -11,10 +11,11 @@ from attrs import define, field, frozen
 
 import jdcore
 from jdcore import ParameterError, ParameterTypeError, SolverSpec, UnknownNameError
-from jdcore import registry as registry_module
+from jdcore import _registry as registry_module
+from jdcore._discovery import PluginRecord
+from jdcore._registry import Registry
 from jdcore.aggregation import find_solver, solver_field
 from jdcore.errors import AmbiguousNameError, PluginError
-from jdcore.registry import PluginRecord, Registry
 
 
 @frozen
@@ -68,6 +69,7 @@ def fill(monkeypatch: pytest.MonkeyPatch) -> Fill:
         registry._fill(records)
         registry._records = records
         monkeypatch.setattr(registry_module, "registry", registry)
+        monkeypatch.setattr(jdcore.registry, "registry", registry)
         registry_module.shared_solver.cache_clear()
         return registry
 
@@ -232,7 +234,7 @@ def test_a_field_takes_an_object(fill: Fill) -> None:
 
 def test_listing_solvers_makes_none(fill: Fill, monkeypatch: pytest.MonkeyPatch) -> None:
     fill(one=[solver("many", variants=True), solver("single")])
-    monkeypatch.setattr(registry_module, "_load_factory", lambda *_: pytest.fail("imported"))
+    monkeypatch.setattr(registry_module, "load_factory", lambda *_: pytest.fail("imported"))
 
     assert jdcore.list_solvers() == {"nothing": ("many", "single")}
     assert jdcore.list_solvers("dual_cone") == {"dual_cone": ()}
