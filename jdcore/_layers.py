@@ -28,25 +28,25 @@ _PATCHES = "Pixel Gram matrix, patches, or one weight gradient per row, by cost.
 _STATISTICS = "Sums over positions of the normalized input times the output gradient."
 
 CORE_RULES: tuple[GramianRuleSpec, ...] = (
-    _core("linear", "Linear", "linear:LinearRule", _OUTER),
-    *(_core(f"conv{n}d", f"Conv{n}d", "convolution:ConvolutionRule", _PATCHES) for n in (1, 2, 3)),
+    _core("linear", "Linear", "_linear:LinearRule", _OUTER),
+    *(_core(f"conv{n}d", f"Conv{n}d", "_convolution:ConvolutionRule", _PATCHES) for n in (1, 2, 3)),
     *(
-        _core(f"conv_transpose{n}d", f"ConvTranspose{n}d", "convolution:ConvolutionRule", _PATCHES)
+        _core(f"conv_transpose{n}d", f"ConvTranspose{n}d", "_convolution:ConvolutionRule", _PATCHES)
         for n in (1, 2, 3)
     ),
-    _core("embedding", "Embedding", "embedding:EmbeddingRule", "Rows scattered by index."),
-    _core("layer_norm", "LayerNorm", "norm:LayerNormRule", _STATISTICS),
-    _core("rms_norm", "RMSNorm", "norm:RMSNormRule", _STATISTICS),
-    _core("group_norm", "GroupNorm", "norm:GroupNormRule", _STATISTICS),
+    _core("embedding", "Embedding", "_embedding:EmbeddingRule", "Rows scattered by index."),
+    _core("layer_norm", "LayerNorm", "_norm:LayerNormRule", _STATISTICS),
+    _core("rms_norm", "RMSNorm", "_norm:RMSNormRule", _STATISTICS),
+    _core("group_norm", "GroupNorm", "_norm:GroupNormRule", _STATISTICS),
     *(
-        _core(f"instance_norm{n}d", f"InstanceNorm{n}d", "norm:InstanceNormRule", _STATISTICS)
+        _core(f"instance_norm{n}d", f"InstanceNorm{n}d", "_norm:InstanceNormRule", _STATISTICS)
         for n in (1, 2, 3)
     ),
     *(
-        _core(f"batch_norm{n}d", f"BatchNorm{n}d", "batch_norm:BatchNormRule", _STATISTICS)
+        _core(f"batch_norm{n}d", f"BatchNorm{n}d", "_batch_norm:BatchNormRule", _STATISTICS)
         for n in (1, 2, 3)
     ),
-    _core("prelu", "PReLU", "prelu:PReLURule", "Sums of the negative inputs."),
+    _core("prelu", "PReLU", "_prelu:PReLURule", "Sums of the negative inputs."),
 )
 """The rules of the core, found through the same table as those of plugins."""
 

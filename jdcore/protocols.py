@@ -288,7 +288,7 @@ class GramianRule(Protocol):
         """
         The Jacobian through one call.
 
-        :param call: The call, with gradients [K, *output.shape] of K losses per sample.
+        :param call: The call, with gradients ``[K, *output.shape]`` of K losses per sample.
         :returns: Blocks of columns with rows (k, b), for those parameters that ``call.wanted``
             gives. They need not be disjoint.
         """

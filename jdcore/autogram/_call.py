@@ -23,8 +23,8 @@ class LayerCall:
     :param training: Whether the layer was in training mode.
     :param batch_size: Number B of samples; 1 with ``batch_dim=None``. Sample b owns the entries
         ``b * r`` to ``(b + 1) * r`` of the first dimension of inputs and outputs.
-    :param output_grads: One tensor [K, *output.shape] per output tensor; K is the number of losses
-        per sample. None for outputs that no loss depends on.
+    :param output_grads: One tensor ``[K, *output.shape]`` per output tensor; K is the number of
+        losses per sample. None for outputs that no loss depends on.
     :param reached: The parameters that the losses depend on through this call.
     """
 
@@ -38,7 +38,7 @@ class LayerCall:
 
     @property
     def grads(self) -> Tensor:
-        """The gradients of the only output, shape [K, *output.shape]."""
+        """The gradients of the only output, shape ``[K, *output.shape]``."""
         [grads] = self.output_grads
         assert grads is not None  # else the call is not reached
         return grads
@@ -71,9 +71,9 @@ class LayerCall:
         """
         Fold everything between sample and features into one dimension of positions.
 
-        :param tensor: Shape [*leading, B * r, ..., features].
+        :param tensor: Shape ``[*leading, B * r, ..., features]``.
         :param leading: Number of dimensions before the samples: 1 for output gradients.
-        :returns: Shape [*leading, B, T, features].
+        :returns: Shape ``[*leading, B, T, features]``.
         """
         head = tensor.shape[:leading]
         return tensor.reshape(*head, self.batch_size, -1, tensor.shape[-1])

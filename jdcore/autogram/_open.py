@@ -11,8 +11,8 @@ from jdcore.autogram._call import widened
 from jdcore.autogram._passes import Objectives
 from jdcore.autogram._survey import Site, Survey
 from jdcore.autogram.blocks import Block, RowsBlock
-from jdcore.autogram.rules.direct import Layout, Operand, block_of_use, operands
-from jdcore.autogram.rules.generic import rows_of_call, rows_of_losses
+from jdcore.autogram.rules._direct import Layout, Operand, block_of_use, operands
+from jdcore.autogram.rules._generic import rows_of_call, rows_of_losses
 
 Place = tuple[Node, int]
 """A node of the graph and one of its outputs: where gradients are captured."""

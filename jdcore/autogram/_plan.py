@@ -13,9 +13,9 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils.parametrize import is_parametrized
 
+from jdcore._registry import get_gramian_rule, registry
 from jdcore.errors import ParameterError, ParameterTypeError
 from jdcore.protocols import GramianRule
-from jdcore.registry import get_gramian_rule, registry
 
 OPERATIONS = "operations"
 """Stands for the rules that serve everything without a closed form of its own."""

@@ -31,7 +31,7 @@ def layout(grads: Tensor, probed: Tensor, weights: Tensor) -> str | None:
     :param grads: Gradients of the unweighted losses.
     :param probed: Gradients of the weighted losses.
     :param weights: Shape [B].
-    :returns: "major", "minor" or "second" (see :mod:`jdcore.autogram.rules.direct`), or None if
+    :returns: "major", "minor" or "second" (see :mod:`jdcore.autogram.rules._direct`), or None if
         samples mix.
     """
     B = len(weights)

@@ -9,7 +9,7 @@ from torch.nn import Parameter
 
 from jdcore.autogram._plan import Plan
 from jdcore.autogram._recording import Record
-from jdcore.autogram.rules.direct import REARRANGING, Parents
+from jdcore.autogram.rules._direct import REARRANGING, Parents
 from jdcore.errors import ParameterError
 
 Use = tuple[Node, int]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from jdcore import aggregation, autojac, get_aggregator
+from jdcore import aggregation, autogram, autojac, get_aggregator
 from jdcore.cli import _COMMANDS, main
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -64,9 +64,9 @@ def test_every_command_is_documented_and_every_documented_one_is_there(
 
 def test_what_the_migration_page_imports_is_there() -> None:
     imports = re.findall(r"`from jdcore\.(\w+) import ([\w, ]+)`", text_of("migration"))
-    modules = {"autojac": autojac, "aggregation": aggregation}
+    modules = {"autojac": autojac, "autogram": autogram, "aggregation": aggregation}
 
-    assert len(imports) == 2
+    assert {module for module, _ in imports} == set(modules)
     for module, names in imports:
         assert all(hasattr(modules[module], name) for name in names.split(", "))
 

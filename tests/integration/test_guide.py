@@ -138,5 +138,5 @@ def test_the_guide_shows_every_hook_at_work() -> None:
     hooks = [name for name in vars(jdcore.hooks) if name.startswith("jdcore_")]
     code = "".join(block.text for block in blocks())
 
-    assert {"jdcore_aggregators", "jdcore_solvers"} <= set(hooks)
+    assert {"jdcore_aggregators", "jdcore_solvers", "jdcore_gramian_rules"} <= set(hooks)
     assert all(f"@hookimpl\ndef {hook}(" in code for hook in hooks)

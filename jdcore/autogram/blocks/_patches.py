@@ -57,7 +57,8 @@ class PatchBlock(Block):
     """
     The weight of a convolution.
 
-    :param weight: The weight [o, C / groups, *kernel] ([C, o / groups, *kernel] if transposed).
+    :param weight: The weight ``[o, C / groups, *kernel]``, or ``[C, o / groups, *kernel]`` if
+        transposed.
     :param geometry: How it is applied.
     :param images: Input [N, C, ...], N = B * r.
     :param grads: Output gradients [K, N, o, ...].

@@ -14,7 +14,7 @@ class RowsBlock(Block):
     The rows themselves, for parameters so small that nothing is gained by a factored form.
 
     :param parameter: The parameter.
-    :param rows: Shape [K, B, *parameter.shape], or anything that has as many entries per row.
+    :param rows: Shape ``[K, B, *parameter.shape]``, or anything that has as many entries per row.
     """
 
     def __init__(self, parameter: Parameter, rows: Tensor) -> None:

@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from jdcore.autogram._call import LayerCall
 from jdcore.autogram.blocks import Block, RowsBlock
-from jdcore.autogram.rules.batch_norm import running_blocks
+from jdcore.autogram.rules._batch_norm import running_blocks
 
 
 class LayerNormRule:
