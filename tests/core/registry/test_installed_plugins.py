@@ -74,6 +74,25 @@ def test_importing_the_core_reads_no_plugin_and_no_torch(run: Run) -> None:
     assert "torch" not in loaded
 
 
+def test_a_slow_plugin_is_waited_for_by_the_first_look_up_only_and_by_no_import(run: Run) -> None:
+    before, names, naps = run(
+        """
+import sys, time
+before = "slow_plugin" in sys.modules
+names = jdcore.list_aggregators()
+naps = []
+time.sleep = naps.append
+again = jdcore.list_aggregators()
+result = before, [names, again], naps
+""",
+        plugins="slow-plugin,healthy-plugin",
+    )
+
+    assert not before
+    assert names == [["first_row", "late"]] * 2
+    assert naps == []
+
+
 def test_listing_imports_no_method_module(run: Run) -> None:
     loaded = run(
         "jdcore.list_aggregators(); jdcore.describe('first_row'); import sys; "
