@@ -186,7 +186,7 @@ def compose(
 
 
 def _restore(qualified_name: str, weighting: Weighting) -> ComposedAggregator:
-    from jdcore.registry import registry  # the registry composes, so it imports this module
+    from jdcore._registry import registry  # the registry composes, so it imports this module
 
     cls: type[ComposedAggregator] = registry.aggregator_class(qualified_name)
     aggregator = cls.__new__(cls)
