@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -23,7 +24,8 @@ pytestmark = [
 ]
 
 
-def _in_process(rank: int, store: str, results: Any, body: Callable[[], None]) -> None:
+def _in_process(name: str, rank: int, store: str) -> None:
+    """Run one of the functions below as one of two processes."""
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     torch.set_num_threads(1)
     dist.init_process_group(
@@ -34,27 +36,25 @@ def _in_process(rank: int, store: str, results: Any, body: Callable[[], None]) -
         timeout=timedelta(seconds=60),
     )
     try:
-        body()
-        results.put((rank, None))
-    except BaseException as error:
-        results.put((rank, f"{type(error).__name__}: {error}"))
+        globals()[name]()
     finally:
         dist.destroy_process_group()
 
 
 def _run(body: Callable[[], None], store: Path) -> None:
-    context = multiprocessing.get_context("spawn")
-    results = context.Queue()
+    # This file as a script, not by multiprocessing: a spawned process would look for the module of
+    # the function, which only pytest can import.
     processes = [
-        context.Process(target=_in_process, args=(rank, str(store), results, body))
+        subprocess.Popen(
+            [sys.executable, __file__, body.__name__, str(rank), store],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
         for rank in range(2)
     ]
-    for process in processes:
-        process.start()
-    outcomes = dict(results.get(timeout=120) for _ in processes)
-    for process in processes:
-        process.join(timeout=60)
-    assert outcomes == {0: None, 1: None}
+    outputs = [process.communicate(timeout=120)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
 
 
 def _refused(match: str, call: Callable[..., Any], *arguments: Any, **keywords: Any) -> None:
@@ -117,3 +117,7 @@ def test_averaging_jacobians_by_hand_keeps_the_processes_equal(tmp_path: Path) -
 def test_sharded_parameters_are_refused(tmp_path: Path) -> None:
     pytest.importorskip("torch.distributed.tensor")
     _run(_sharded, tmp_path / "store")
+
+
+if __name__ == "__main__":
+    _in_process(sys.argv[1], int(sys.argv[2]), sys.argv[3])
