@@ -92,8 +92,10 @@ class CoordinatewiseAggregator:
     def _aggregate_block(self, block: Tensor) -> Tensor:
         m, n = block.shape
         wide = torch.promote_types(block.dtype, torch.float32)
-        vector = block.new_empty(n)
         step = max(1, _ENTRIES.get(block.device.type, _ENTRIES_ELSEWHERE) // m)
+        if 0 < n <= step:
+            return self.compute(block.to(wide)).to(block.dtype)
+        vector = block.new_empty(n)
         for start in range(0, n, step):
             columns = block[:, start : start + step].to(wide)
             vector[start : start + step] = self.compute(columns)

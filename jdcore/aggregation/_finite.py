@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -9,6 +10,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from jdcore.errors import NonFiniteError
+
+_WIDE = (torch.float32, torch.float64)
 
 
 def finite_required(check_finite: bool | None) -> bool:
@@ -26,15 +29,20 @@ def refuse_gramian(gramian: NDArray[np.float64]) -> NonFiniteError:
     return NonFiniteError(rows.tolist())
 
 
-def all_finite(blocks: list[Tensor]) -> bool:
+def all_finite(blocks: Sequence[Tensor]) -> bool:
     """Whether every entry is finite, reading each block once in the common case."""
-    # A sum is finite only if all terms are; the converse fails on overflow, settled entry-wise.
-    return all(
-        math.isfinite(block.sum().item()) or bool(torch.isfinite(block).all()) for block in blocks
-    )
+    return all(map(_is_finite, blocks))
 
 
-def nonfinite_rows(blocks: list[Tensor]) -> list[int]:
+def _is_finite(block: Tensor) -> bool:
+    # A sum (of squares) is finite only if all terms are; the converse fails on overflow, settled
+    # entry by entry. Squares of half precision would overflow too often.
+    squared = block.ndim == 1 and block.dtype in _WIDE
+    total = torch.dot(block, block) if squared else block.sum()
+    return math.isfinite(total.item()) or bool(torch.isfinite(block).all())
+
+
+def nonfinite_rows(blocks: Sequence[Tensor]) -> list[int]:
     """Indices of the rows with a non-finite entry in any block."""
     bad = torch.stack([~torch.isfinite(block).all(dim=1).cpu() for block in blocks]).any(dim=0)
     return bad.nonzero().flatten().tolist()

@@ -20,7 +20,7 @@ from jdplugins.standard._solvers._dual_cone import _project
 from jdplugins.standard._solvers._goldfarb import solve_goldfarb_idnani
 from jdplugins.standard._solvers._semidefinite import nearest_semidefinite
 from jdplugins.standard._solvers._single import solve_single
-from jdplugins.standard._solvers._tiny import solve_tiny
+from jdplugins.standard._solvers._tiny import solve_pair, solve_tiny
 from tests.plugins.standard.oracle import LD, project_exactly
 
 REGULAR = ("gauss", "conflict", "badscale")
@@ -321,3 +321,16 @@ def test_no_family_warns(name: str, m: int) -> None:
 
 def test_entries_below_rounding_do_not_count_as_infeasible() -> None:
     assert infeasible(np.array([-1e-16, 0.0, -1e-10])).tolist() == [False, False, True]
+
+
+@given(*[st.floats(-0.999, 0.999)] * 3)
+def test_the_closed_form_for_two_unknowns_agrees_with_pivoting(
+    c: float, p: float, q: float
+) -> None:
+    pair = solve_pair(c, p, q)
+
+    assert pair == pytest.approx(solve_tiny([[1.0, c], [c, 1.0]], [p, q]), abs=1e-9)
+
+
+def test_the_closed_form_leaves_nearly_parallel_rows_to_the_other_paths() -> None:
+    assert solve_pair(-1.0 + 1e-9, -1.0, -1.0) is None

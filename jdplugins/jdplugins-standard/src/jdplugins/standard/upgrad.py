@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from functools import lru_cache
+
 import numpy as np
 from attrs import define, field
 from numpy.typing import NDArray
@@ -8,6 +10,8 @@ from torch import Tensor
 from jdcore.aggregation import GramianWeighting, find_solver, row_weights, solver_field
 from jdcore.protocols import DualConeSolver
 from jdcore.validators import row_vector
+
+_SHARED = 64  # up to this size, making the references costs more than the memory to keep them
 
 
 @define(eq=False)
@@ -40,9 +44,16 @@ class UPGradWeighting(GramianWeighting):
     def compute(self, gramian: NDArray[np.float64]) -> NDArray[np.float64]:
         project: DualConeSolver = find_solver("dual_cone", self.solver)
         m = len(gramian)
-        references = np.zeros((m, m))
-        references.flat[:: m + 1] = (
-            1.0 / m if self.pref_vector is None else row_weights(self.pref_vector, m)
-        )
+        if self.pref_vector is None and m <= _SHARED:
+            references = _equal_references(m)
+        else:
+            references = np.diag(row_weights(self.pref_vector, m))
         weights: NDArray[np.float64] = project(gramian, references).sum(axis=0)
         return weights
+
+
+@lru_cache(maxsize=16)
+def _equal_references(m: int) -> NDArray[np.float64]:
+    references = np.diag(row_weights(None, m))
+    references.flags.writeable = False  # it is shared
+    return references

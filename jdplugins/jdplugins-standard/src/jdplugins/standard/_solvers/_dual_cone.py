@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from operator import mul
 
 import numpy as np
 from attrs import frozen
@@ -9,7 +10,7 @@ from jdcore.linalg import equilibrate
 from jdplugins.standard._solvers._accuracy import ROUGH, Floats, warn_if_unsolved
 from jdplugins.standard._solvers._dispatch import rescue, solve_all
 from jdplugins.standard._solvers._semidefinite import nearest_semidefinite
-from jdplugins.standard._solvers._tiny import solve_tiny
+from jdplugins.standard._solvers._tiny import solve_pair, solve_tiny
 
 _TINY = 8  # up to this size, Python floats beat numpy
 
@@ -92,6 +93,8 @@ def _project_one(C: list[list[float]], norms: list[float], u: list[float]) -> li
     sought = [j for j, x in enumerate(u) if x != 0.0]
     if len(sought) == 1:  # UPGrad: u is a multiple of a unit vector
         [i] = sought
+        if len(u) == 3 and u[i] > 0.0:
+            return _project_row_of_three(C, norms, u, i)
         scale = abs(u[i]) * norms[i]
         q = C[i] if u[i] > 0.0 else [-c for c in C[i]]
     elif not sought:
@@ -99,13 +102,28 @@ def _project_one(C: list[list[float]], norms: list[float], u: list[float]) -> li
     else:
         scaled = [x * norm for x, norm in zip(u, norms, strict=True)]
         scale = max(max(scaled), -min(scaled))
-        q = [sum(c * (x / scale) for c, x in zip(row, scaled, strict=True)) for row in C]
+        unit = [x / scale for x in scaled]
+        q = [sum(map(mul, row, unit)) for row in C]
     if min(q) >= 0.0:
         return u
     z = solve_tiny(C, q)
     if z is None:
         return None
     return [x + scale * t / norm for x, t, norm in zip(u, z, norms, strict=True)]
+
+
+def _project_row_of_three(
+    C: list[list[float]], norms: list[float], u: list[float], i: int
+) -> list[float] | None:
+    """A row never conflicts with its own projection, so only two entries of z can be positive."""
+    j, k = i - 2, i - 1
+    pair = solve_pair(C[j][k], C[i][j], C[i][k])
+    if pair is None:
+        return None
+    scale = u[i] * norms[i]
+    v = u.copy()
+    v[j], v[k] = scale * pair[0] / norms[j], scale * pair[1] / norms[k]
+    return v
 
 
 def _project_two(G: list[list[float]], references: list[list[float]]) -> list[list[float]] | None:

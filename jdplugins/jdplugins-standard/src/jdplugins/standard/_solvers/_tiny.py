@@ -46,6 +46,20 @@ def solve_tiny(C: Sequence[Sequence[float]], q: Sequence[float]) -> list[float] 
     return None
 
 
+def solve_pair(c: float, p: float, q: float) -> tuple[float, float] | None:
+    """:func:`solve_tiny` in closed form for the matrix [[1, c], [c, 1]] and the vector [p, q]."""
+    if p >= -_TOLERANCE and q >= -_TOLERANCE:
+        return 0.0, 0.0
+    if p < 0.0 and q - c * p >= -_TOLERANCE:
+        return -p, 0.0
+    if q < 0.0 and p - c * q >= -_TOLERANCE:
+        return 0.0, -q
+    determinant = 1.0 - c * c
+    if determinant < _SMALLEST_PIVOT:
+        return None
+    return max((c * q - p) / determinant, 0.0), max((c * p - q) / determinant, 0.0)
+
+
 def _solve_passive(
     C: Sequence[Sequence[float]], q: Sequence[float], passive: list[int]
 ) -> Sequence[float] | None:
