@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -202,8 +201,9 @@ def test_lazy_parameters() -> None:
 
 @pytest.fixture
 def process_group() -> Iterator[None]:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29541")
-    torch.distributed.init_process_group("gloo", rank=0, world_size=1)
+    # A store in memory: a port may be taken by another run of the tests.
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     yield
     torch.distributed.destroy_process_group()
 
