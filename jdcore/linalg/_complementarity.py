@@ -31,17 +31,20 @@ def lcp_residual(
     ``C z + q`` alone.
 
     :param C: Cosines of the rows [m, m], float64.
-    :param Q: Vectors q, one problem per row [k, m].
-    :param Z: Answers z >= 0 [k, m].
-    :returns: Residuals [k].
+    :param Q: Vectors q, one problem per row [k, m] (or a single one [m]).
+    :param Z: Answers z >= 0, same shape.
+    :returns: Residuals [k] (or a single number).
 
     >>> import numpy as np
     >>> lcp_residual(np.eye(2), np.array([[-1.0, 2.0]]), np.array([[0.5, 0.0]]))
     array([0.33333333])
     """
-    violations = np.abs(np.minimum(Z, Z @ C + Q))
-    residuals: NDArray[np.float64] = violations.max(axis=1, initial=0.0)
-    residuals /= 1.0 + Z.max(axis=1, initial=0.0)
+    violations = Z @ C
+    violations += Q
+    np.minimum(Z, violations, out=violations)
+    np.abs(violations, out=violations)
+    sizes = 1.0 + Z.max(axis=-1, initial=0.0)
+    residuals: NDArray[np.float64] = violations.max(axis=-1, initial=0.0) / sizes
     return residuals
 
 

@@ -65,28 +65,6 @@ def accepted(m: int) -> float:
     return m * EPS
 
 
-def natural_residual(C: Floats, Q: Floats, Z: Floats) -> Floats:
-    """
-    Natural residual of each row.
-
-    :param C: Matrix [m, m].
-    :param Q: Vectors q, one per row [k, m] (or a single one [m]).
-    :param Z: Candidate solutions, same shape.
-    :returns: ``max |min(z, C z + q)|`` of each row [k] (or a single number).
-    """
-    Y = Z @ C
-    Y += Q
-    np.minimum(Z, Y, out=Y)
-    residual: Floats = np.abs(Y, out=Y).max(axis=-1)
-    return residual
-
-
-def relative_residual(C: Floats, Q: Floats, Z: Floats) -> Floats:
-    """:func:`natural_residual` relative to ``1 + max z`` of each row."""
-    relative: Floats = natural_residual(C, Q, Z) / (1.0 + Z.max(axis=-1))
-    return relative
-
-
 def warn_if_unsolved(problem: str, residual: float, limit: float = UNSOLVED) -> None:
     """Emit an :class:`~jdcore.errors.UnsolvedWarning` if the residual exceeds the limit."""
     if residual > limit:

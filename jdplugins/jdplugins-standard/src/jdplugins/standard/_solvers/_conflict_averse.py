@@ -5,12 +5,11 @@ import math
 import numpy as np
 from attrs import define, frozen
 
-from jdcore.linalg import equilibrate
+from jdcore.linalg import equilibrate, lcp_residual
 from jdplugins.standard._solvers._accuracy import (
     EPS,
     Floats,
     Mask,
-    relative_residual,
     warn_if_unsolved,
 )
 from jdplugins.standard._solvers._dispatch import solve_one
@@ -127,7 +126,7 @@ class _Levels:
             level = bracket.interpolate() if same else bracket.clip(self._level_of(passive))
         if abs(best_excess) > _ROUGH_NORM and best_excess > -1.0:
             best = best / (1.0 + best_excess)
-        residual = relative_residual(self.C, self.b - best_level * self.a, best)
+        residual = lcp_residual(self.C, self.b - best_level * self.a, best)
         warn_if_unsolved("conflict_averse", float(residual))
         return best
 

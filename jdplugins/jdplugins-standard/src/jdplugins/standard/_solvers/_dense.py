@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from jdcore.linalg import lcp_residual
 from jdplugins.standard._solvers._accuracy import (
     DELTAS,
     ROUGH,
@@ -19,7 +20,6 @@ from jdplugins.standard._solvers._accuracy import (
     Mask,
     accepted,
     infeasible,
-    natural_residual,
     pivot_tolerance,
 )
 
@@ -53,7 +53,7 @@ def solve_dense(C: Floats, Q: Floats, passive: Mask | None = None) -> tuple[Floa
         f = F[rows]
         z = _pivot(C, delta * centre - q, f, delta, _LATER_PIVOTS if level else _FIRST_PIVOTS)
         z = _refine(C, q, z, f, delta)
-        new = natural_residual(C, q, z) / (1.0 + z.max(axis=1))
+        new = lcp_residual(C, q, z)
         old = residual[rows]
         better = new < old
         improved = rows[better]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from jdplugins.standard._solvers._accuracy import ROUGH, Floats, Mask, relative_residual
+from jdcore.linalg import lcp_residual
+from jdplugins.standard._solvers._accuracy import ROUGH, Floats, Mask
 from jdplugins.standard._solvers._conjugate import solve_conjugate
 from jdplugins.standard._solvers._dense import solve_dense
 from jdplugins.standard._solvers._goldfarb import solve_goldfarb_idnani
@@ -38,7 +39,7 @@ def solve_all(C: Floats, Q: Floats) -> tuple[Floats, Floats]:
     if m <= _DENSE:
         return solve_dense(C, Q)
     Z, solved, passive = solve_conjugate(C, Q)
-    residual = relative_residual(C, Q, Z)
+    residual = lcp_residual(C, Q, Z)
     hard = np.flatnonzero(~solved)
     if hard.size:
         Z[hard], residual[hard] = solve_dense(C, Q[hard], passive[hard])
@@ -51,6 +52,6 @@ def rescue(C: Floats, Q: Floats, Z: Floats, residual: Floats) -> None:
         slow = solve_goldfarb_idnani(C, Q[row])
         if slow is None:
             continue
-        achieved = relative_residual(C, Q[row], slow)
+        achieved = lcp_residual(C, Q[row], slow)
         if achieved < residual[row]:
             Z[row], residual[row] = slow, achieved

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from jdcore.linalg import lcp_residual
 from jdplugins.standard._solvers._accuracy import (
     DELTAS,
     ROUGH,
@@ -17,7 +18,6 @@ from jdplugins.standard._solvers._accuracy import (
     accepted,
     infeasible,
     pivot_tolerance,
-    relative_residual,
 )
 
 _CREDIT = 3  # block exchanges that may fail to reduce the infeasibilities
@@ -44,7 +44,7 @@ def solve_single(C: Floats, q: Floats, passive: Mask | None = None) -> tuple[Flo
     for level, delta in enumerate(DELTAS):
         limit = _LATER_PIVOTS if level else _FIRST_PIVOTS
         candidate, F = _pivot(C, q, z, F, delta, limit)
-        achieved = float(relative_residual(C, q, candidate))
+        achieved = float(lcp_residual(C, q, candidate))
         previous = residual
         if achieved < residual:
             z, residual = candidate, achieved
