@@ -12,6 +12,7 @@ from jdcore.aggregation._aggregator import GramianAggregator
 from jdcore.aggregation._coordinatewise import CoordinatewiseAggregator
 from jdcore.aggregation._flattening import Flattening
 from jdcore.aggregation._module import as_module
+from jdcore.aggregation._scalarization import ScalarizationWeighting
 from jdcore.aggregation._solver import find_solver, solver_field
 from jdcore.aggregation._state import StateFields, state_field
 from jdcore.aggregation._weighting import GramianWeighting, row_weights
@@ -21,6 +22,7 @@ __all__ = [
     "Flattening",
     "GramianAggregator",
     "GramianWeighting",
+    "ScalarizationWeighting",
     "StateFields",
     "as_module",
     "find_solver",

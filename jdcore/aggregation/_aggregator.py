@@ -6,20 +6,23 @@ from collections.abc import Mapping, Sequence
 from functools import reduce
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from attrs import define, field
+from numpy.typing import NDArray
 from torch import Tensor
 
 from jdcore.aggregation._differentiation import forbid_differentiation
 from jdcore.aggregation._finite import all_finite, finite_required, nonfinite_rows
+from jdcore.aggregation._scalarization import ScalarizationWeighting
+from jdcore.aggregation._weighting import GramianWeighting
 from jdcore.errors import NonFiniteError, ParameterTypeError
 from jdcore.linalg import combine
 from jdcore.linalg._gramian import sum_gramians
 from jdcore.protocols import Weighting
 from jdcore.validators import check_blocks, check_matrix
 
-# Stands for the Gramian where the weighting does not look at it.
-_UNUSED = torch.zeros((), dtype=torch.float64)
+RowWeights = Tensor | NDArray[np.float64]
 _STATEFUL_METHODS = ("reset", "state_dict", "load_state_dict")
 
 
@@ -56,11 +59,11 @@ class GramianAggregator:
         :raises NonDifferentiableError: When differentiating through a non-differentiable method.
         """
         check_matrix(matrix)
-        if not _uses_gramian(self.weighting):
-            return self._aggregate([matrix])[0][0]
+        if isinstance(self.weighting, ScalarizationWeighting):
+            return _scalarize(self.weighting, [matrix])[0][0]
         source = matrix.detach() if matrix.requires_grad else matrix
-        vector = combine(self._weights([source]), source)
-        return forbid_differentiation(self, matrix, vector)
+        vector = combine(_weigh(self.weighting, [source]), source)
+        return forbid_differentiation(self, matrix, vector) if matrix.requires_grad else vector
 
     def aggregate_blocks(self, blocks: Sequence[Tensor], /) -> tuple[list[Tensor], Tensor]:
         """
@@ -72,52 +75,59 @@ class GramianAggregator:
         :raises ParameterError: If a block is no real floating matrix or the numbers of rows differ.
         """
         check_blocks(blocks)
-        vectors, weights = self._aggregate([block.detach() for block in blocks])
-        return vectors, weights.to(reduce(torch.promote_types, (b.dtype for b in blocks)))
-
-    def _aggregate(self, blocks: list[Tensor]) -> tuple[list[Tensor], Tensor]:
-        if _uses_gramian(self.weighting):
-            weights = self._weights(blocks)
+        sources = [block.detach() for block in blocks]
+        weights: RowWeights
+        if isinstance(self.weighting, ScalarizationWeighting):
+            vectors, weights = _scalarize(self.weighting, sources)
         else:
-            m = blocks[0].shape[0]
-            unused = _UNUSED if blocks[0].is_cpu else _UNUSED.to(blocks[0].device)
-            weights = self.weighting(unused.expand(m, m))
-        vectors = [combine(weights, block) for block in blocks]
-        if not _uses_gramian(self.weighting) and not all_finite(vectors):
-            vectors, weights = self._without_nonfinite(vectors, weights, blocks)
+            weights = _weigh(self.weighting, sources)
+            vectors = [combine(weights, source) for source in sources]
+        dtype = reduce(torch.promote_types, (block.dtype for block in blocks))
+        return vectors, torch.as_tensor(weights, dtype=dtype, device=blocks[0].device)
+
+
+def _weigh(weighting: Weighting, blocks: list[Tensor]) -> RowWeights:
+    product = sum_gramians(blocks)
+    for block in blocks:
+        if block.dtype == torch.float64:  # squares of narrower dtypes cannot leave the range
+            largest = float(product.diagonal().max()) if len(product) else 1.0
+            if not 1e-250 < largest < 1e250:
+                return _weigh_rescaled(weighting, blocks, product)
+            break
+    return _ask(weighting, product)
+
+
+def _weigh_rescaled(weighting: Weighting, blocks: list[Tensor], product: Tensor) -> RowWeights:
+    largest = max(float(block.abs().max()) if block.numel() else 0.0 for block in blocks)
+    if not 0.0 < largest < math.inf:
+        return _ask(weighting, product)
+    # A power of two, so that dividing by it is exact.
+    scale = 2.0 ** math.frexp(largest)[1]
+    weights = _ask(weighting, sum_gramians([block / scale for block in blocks]))
+    return weights * scale ** getattr(weighting, "scale_degree", 0)
+
+
+def _ask(weighting: Weighting, gramian: Tensor) -> RowWeights:
+    # For a handful of rows, going through Tensors would cost as much as the weights themselves.
+    overridden = type(weighting).__call__ is not GramianWeighting.__call__
+    if isinstance(weighting, GramianWeighting) and not overridden:
+        return weighting.weigh(gramian.cpu().numpy(), gramian.device)
+    return weighting(gramian)
+
+
+def _scalarize(
+    weighting: ScalarizationWeighting, blocks: list[Tensor]
+) -> tuple[list[Tensor], RowWeights]:
+    weights = weighting.weigh(blocks[0].shape[0], blocks[0].device)
+    vectors = [combine(weights, block) for block in blocks]
+    if all_finite(vectors):
         return vectors, weights
-
-    def _weights(self, blocks: list[Tensor]) -> Tensor:
-        product = sum_gramians(blocks)
-        if torch.float64 not in [block.dtype for block in blocks]:
-            return self.weighting(product)  # squares of narrower dtypes cannot leave the range
-        largest = float(product.diagonal().max()) if len(product) else 1.0
-        if 1e-250 < largest < 1e250:
-            return self.weighting(product)
-        return self._rescaled_weights(blocks, product)
-
-    def _rescaled_weights(self, blocks: list[Tensor], product: Tensor) -> Tensor:
-        largest = max(float(block.abs().max()) if block.numel() else 0.0 for block in blocks)
-        if not 0.0 < largest < math.inf:
-            return self.weighting(product)
-        # A power of two, so that dividing by it is exact.
-        scale = 2.0 ** math.frexp(largest)[1]
-        weights = self.weighting(sum_gramians([block / scale for block in blocks]))
-        return weights * scale ** getattr(self.weighting, "scale_degree", 0)
-
-    def _without_nonfinite(
-        self, vectors: list[Tensor], weights: Tensor, blocks: list[Tensor]
-    ) -> tuple[list[Tensor], Tensor]:
-        rows = nonfinite_rows(blocks)
-        if not rows:
-            return vectors, weights  # a finite sum that overflowed in its own dtype
-        if finite_required(getattr(self.weighting, "check_finite", None)):
-            raise NonFiniteError(rows)
-        return [v * float("nan") for v in vectors], weights * float("nan")
-
-
-def _uses_gramian(weighting: Weighting) -> bool:
-    return getattr(weighting, "uses_gramian", True)
+    rows = nonfinite_rows(blocks)
+    if not rows:
+        return vectors, weights  # a finite sum that overflowed in its own dtype
+    if finite_required(weighting.check_finite):
+        raise NonFiniteError(rows)
+    return [vector * math.nan for vector in vectors], weights * math.nan
 
 
 class ComposedAggregator(GramianAggregator):

@@ -38,7 +38,7 @@ def _is_finite(block: Tensor) -> bool:
     # A sum (of squares) is finite only if all terms are; the converse fails on overflow, settled
     # entry by entry. Squares of half precision would overflow too often.
     squared = block.ndim == 1 and block.dtype in _WIDE
-    total = torch.dot(block, block) if squared else block.sum()
+    total = block.dot(block) if squared else block.sum()
     return math.isfinite(total.item()) or bool(torch.isfinite(block).all())
 
 

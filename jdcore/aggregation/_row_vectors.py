@@ -26,7 +26,7 @@ def check_row_vectors(method: Any, m: int, device: torch.device) -> None:
         vector = getattr(method, name)
         if vector is None:
             continue
-        if len(vector) != m:
+        if vector.shape[0] != m:
             raise ParameterError(
                 name, f"of length {m}, the number of objectives", f"length {len(vector)}"
             )

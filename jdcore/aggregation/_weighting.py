@@ -14,6 +14,8 @@ from jdcore.aggregation._finite import finite_required, refuse_gramian
 from jdcore.aggregation._row_vectors import check_row_vectors
 from jdcore.validators import boolean, check_gramian
 
+_FEW = 4096
+
 
 @define(eq=False)
 class GramianWeighting:
@@ -30,10 +32,6 @@ class GramianWeighting:
         environment variable ``JDCORE_CHECK_FINITE`` says (``1`` raises), else no.
     """
 
-    uses_gramian: ClassVar[bool] = True
-    """False if the weights depend on m alone: no Gramian is then computed, and the aggregation is
-    differentiable."""
-
     scale_degree: ClassVar[int] = 0
     """d such that the weights of ``s * J`` are ``s**d`` times those of J."""
 
@@ -41,8 +39,7 @@ class GramianWeighting:
 
     def compute(self, gramian: NDArray[np.float64]) -> NDArray[np.float64]:
         """
-        :param gramian: Finite float64 Gramian [m, m] with m >= 1 (undefined entries if
-            :attr:`uses_gramian` is False). Must not be modified.
+        :param gramian: Finite float64 Gramian [m, m] with m >= 1. Must not be modified.
         :returns: float64 weights [m].
         """
         raise NotImplementedError
@@ -57,29 +54,41 @@ class GramianWeighting:
         :raises NonDifferentiableError: When differentiating through the weights.
         """
         check_gramian(gramian)
-        check_row_vectors(self, gramian.shape[0], gramian.device)
-        weights = self._weights(gramian.detach() if gramian.requires_grad else gramian)
-        return forbid_differentiation(self, gramian, weights) if self.uses_gramian else weights
+        array = gramian.detach().to("cpu", torch.float64).numpy()
+        weights = torch.from_numpy(self.weigh(array, gramian.device)).to(gramian)
+        return forbid_differentiation(self, gramian, weights)
 
-    def _weights(self, gramian: Tensor) -> Tensor:
-        m = gramian.shape[0]
+    def weigh(self, gramian: NDArray[np.float64], device: torch.device) -> NDArray[np.float64]:
+        """
+        A call without its conversions, for those who have a float64 Gramian already.
+
+        :param gramian: Gramian [m, m], which may be empty or non-finite.
+        :param device: Device of the Jacobian, for arguments of this weighting to be checked.
+        :returns: float64 weights [m].
+        """
+        m = len(gramian)
+        check_row_vectors(self, m, device)
         if m == 0:
-            return gramian.new_zeros(0)
-        as_it_is = gramian.is_cpu and gramian.dtype == torch.float64
-        array = (gramian if as_it_is else gramian.to("cpu", torch.float64)).numpy()
-        # A finite sum of squares has finite terms only, and costs less than looking at each.
-        if self.uses_gramian and not (
-            math.isfinite(np.vdot(array, array)) or np.isfinite(array).all()
-        ):
-            if finite_required(self.check_finite):
-                raise refuse_gramian(array)
-            return gramian.new_full((m,), float("nan"))
-        weights = torch.from_numpy(self.compute(array))
-        return weights if as_it_is else weights.to(gramian.device, gramian.dtype)
+            return np.zeros(0)
+        if _all_finite(gramian):
+            return self.compute(gramian)
+        if finite_required(self.check_finite):
+            raise refuse_gramian(gramian)
+        return np.full(m, math.nan)
+
+
+def _all_finite(gramian: NDArray[np.float64]) -> bool:
+    # A finite sum of squares has finite terms only, and costs less than looking at each of a few.
+    few = gramian.size <= _FEW
+    return (few and math.isfinite(np.vdot(gramian, gramian))) or bool(np.isfinite(gramian).all())
 
 
 def row_weights(vector: Tensor | None, m: int) -> NDArray[np.float64]:
-    """The entries of a preference vector as float64, or 1/m each where there is none."""
+    """
+    The entries of a preference vector as a new float64 array, or 1/m each where there is none.
+
+    :param vector: Vector [m] of any real floating dtype, on any device.
+    """
     if vector is None:
         return np.full(m, 1.0 / m)
-    return vector.detach().to(device="cpu", dtype=torch.float64).numpy()
+    return np.array(vector.tolist(), dtype=np.float64)

@@ -1,5 +1,6 @@
 """Gramians and what every Gramian method does with them, in float64."""
 
+from jdcore.linalg._blas import cholesky, eigh, product, solve
 from jdcore.linalg._combine import combine
 from jdcore.linalg._complementarity import lcp_residual, refine_lcp
 from jdcore.linalg._equilibrate import equilibrate
@@ -7,12 +8,16 @@ from jdcore.linalg._generalized import flatten_gramian, objectives_shape, unflat
 from jdcore.linalg._gramian import gramian
 
 __all__ = [
+    "cholesky",
     "combine",
+    "eigh",
     "equilibrate",
     "flatten_gramian",
     "gramian",
     "lcp_residual",
     "objectives_shape",
+    "product",
     "refine_lcp",
+    "solve",
     "unflatten_gramian",
 ]

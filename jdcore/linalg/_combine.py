@@ -1,43 +1,52 @@
 from __future__ import annotations
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from jdcore.linalg._pages import new_tensor
+
 _COLUMNS = 65536
-# Weights outside this range would lose digits or overflow as float32 factors of float32 rows.
-_SAFE = (1e-18, 1e18)
+# Entries from which on it pays to ask for huge pages.
+_LARGE = 1 << 21
+# Weights outside this range would lose digits or overflow as float32 factors.
+_SAFE = (1e-37, 1e37)
 
 
-def combine(weights: Tensor, block: Tensor, /) -> Tensor:
+def combine(weights: Tensor | NDArray[np.float64], block: Tensor, /) -> Tensor:
     """
     Weighted sum of rows ``weights @ block`` in the dtype of the block.
 
     The factors are never rounded to half precision, and extreme factors (rows of very different
     norms) are multiplied in float64, so that ``inf * 0`` cannot arise from finite inputs.
 
-    :param weights: Vector [m] of any real floating dtype.
+    :param weights: Vector [m]: a Tensor of any real floating dtype, or a float64 array.
     :param block: Matrix [m, n].
     :returns: Vector [n]. Differentiable with respect to the block.
     """
     dtype = block.dtype
-    if dtype == torch.float64:
-        return weights.to(block) @ block
-    if not (weights.is_cpu and block.is_cpu):
-        weights = weights.to(block.device)
-    extreme = _extreme(weights)
-    factors = weights.double() if extreme else weights.float()
+    exact = dtype == torch.float64
+    if isinstance(weights, np.ndarray):
+        exact = exact or _extreme(weights.tolist())
+        factors = torch.from_numpy(weights if exact else weights.astype(np.float32))
+    else:
+        # Asking a device would cost a synchronisation; narrower dtypes cannot hold extreme weights.
+        if not exact and weights.is_cpu and weights.dtype == torch.float64:
+            exact = _extreme(weights.tolist())
+        factors = weights.to(torch.float64 if exact else torch.float32)
+    if not block.is_cpu:
+        factors = factors.to(block.device)
+    if dtype == factors.dtype and block.numel() >= _LARGE and not block.requires_grad:
+        return torch.mv(block.T, factors, out=new_tensor(block, block.shape[1]))
     if dtype == factors.dtype:
-        return factors @ block
+        return torch.matmul(factors, block)  # less overhead than the operator: 1 us of 6
     pieces = torch.split(block, _COLUMNS, dim=1)
     return torch.cat([(factors @ piece.to(factors.dtype)).to(dtype) for piece in pieces])
 
 
-def _extreme(weights: Tensor) -> bool:
-    if not weights.is_cpu or weights.dtype != torch.float64:
-        # Asking a device would cost a synchronisation; narrower dtypes cannot hold such weights.
-        return False
+def _extreme(weights: list[float]) -> bool:
     smallest, largest = _SAFE
-    for weight in weights.tolist():
-        if weight != 0.0 and not smallest <= abs(weight) <= largest:
-            return True
-    return False
+    if weights and smallest <= min(weights) and max(weights) <= largest:
+        return False
+    return any(weight != 0.0 and not smallest <= abs(weight) <= largest for weight in weights)

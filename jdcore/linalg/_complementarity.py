@@ -11,6 +11,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from jdcore.linalg._blas import product, solve
+
 _EPS = 2.0**-52
 # Proximal terms: each makes singular blocks solvable, and the next one corrects its bias.
 _DELTAS = (1e-11, 1e-13)
@@ -39,7 +41,7 @@ def lcp_residual(
     >>> lcp_residual(np.eye(2), np.array([[-1.0, 2.0]]), np.array([[0.5, 0.0]]))
     array([0.33333333])
     """
-    violations = Z @ C
+    violations = product(Z, C)
     violations += Q
     np.minimum(Z, violations, out=violations)
     np.abs(violations, out=violations)
@@ -71,7 +73,7 @@ def refine_lcp(
     """
     m = Q.shape[1]
     best, residuals = Z.copy(), lcp_residual(C, Q, Z)
-    passive = Z > Z @ C + Q
+    passive = product(Z, C) + Q < Z
     chunk = max(1, _BUDGET // max(1, m * m))
     for delta in _DELTAS:
         left = np.flatnonzero(residuals > 6.0 * m * _EPS)
@@ -96,7 +98,7 @@ def _solve_near(
     B = delta * centre - Q
     Z = _solve_passive(C, B, passive, delta)
     for _ in range(_EXCHANGES):
-        slack = Z @ C + delta * Z - B
+        slack = product(Z, C) + delta * Z - B
         slack += 16.0 * C.shape[0] * _EPS * (1.0 + np.abs(Z).max(axis=1, keepdims=True))
         wrong = np.where(passive, Z, slack) < 0.0
         rows = np.flatnonzero(wrong.any(axis=1))
@@ -105,7 +107,7 @@ def _solve_near(
         passive = passive ^ wrong
         Z[rows] = _solve_passive(C, B[rows], passive[rows], delta)
     for _ in range(_STEPS):
-        refined = Z - _solve_passive(C, Z @ C + Q, passive, delta)
+        refined = Z - _solve_passive(C, product(Z, C) + Q, passive, delta)
         kept = refined.min(axis=1) < 0.0
         refined[kept] = Z[kept]
         Z = refined
@@ -119,5 +121,4 @@ def _solve_passive(
     blocks = C * (passive[:, :, None] & passive[:, None, :])
     diagonal = np.arange(C.shape[0])
     blocks[:, diagonal, diagonal] = np.where(passive, 1.0 + delta, 1.0)
-    solved = np.linalg.solve(blocks, (B * passive)[:, :, None])
-    return solved[:, :, 0].astype(np.float64, copy=False)
+    return solve(blocks, (B * passive)[:, :, None])[:, :, 0]

@@ -1,15 +1,18 @@
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from jdcore.validators import check_blocks
 
-# 16384 columns of 8 float64 rows are 1 MB: large enough for the product to run at full speed, small
-# enough to stay in cache, so that converting costs little beside reading J once.
-_COLUMNS = 16384
+# Float64 entries of the pieces that are multiplied: 1 MB is large enough for the product to run at
+# full speed, small enough to stay in the cache of a CPU, so that converting costs little beside
+# reading J once. An accelerator wants few calls.
+_ENTRIES = 1 << 17
+_ENTRIES_ELSEWHERE = 1 << 24
+_NARROWEST = 1024  # columns, below which the product itself gets slow
 
 
 def gramian(jacobian: Tensor | Sequence[Tensor], /) -> Tensor:
@@ -31,24 +34,37 @@ def gramian(jacobian: Tensor | Sequence[Tensor], /) -> Tensor:
 
 def sum_gramians(blocks: Sequence[Tensor]) -> Tensor:
     """:func:`gramian` of blocks that have been checked."""
-    first = blocks[0]
-    if len(blocks) == 1 and first.shape[1] <= _COLUMNS:
-        wide = first.double()
-        return wide @ wide.T
-    total = first.new_zeros((len(first), len(first)), dtype=torch.float64)
-    for block in blocks:
-        _add_gramian(total, block)
+    m = blocks[0].shape[0]
+    entries = _ENTRIES if blocks[0].is_cpu else _ENTRIES_ELSEWHERE
+    columns = max(_NARROWEST, entries // max(1, m))
+    if len(blocks) == 1 and blocks[0].shape[1] <= columns:
+        wide = blocks[0].double()
+        return wide.mm(wide.T)
+    total = blocks[0].new_zeros((m, m), dtype=torch.float64)
+    # One reused buffer: fresh large temporaries cost more in page faults than in arithmetic. Narrow
+    # blocks share it, which saves calls.
+    buffer = total.new_empty((m, min(columns, sum(block.shape[1] for block in blocks))))
+    filled = 0
+    for piece in _pieces(blocks, columns):
+        end = filled + piece.shape[1]
+        if end > columns:
+            _add_product(total, buffer[:, :filled])
+            filled, end = 0, piece.shape[1]
+        buffer[:, filled:end].copy_(piece)
+        filled = end
+    _add_product(total, buffer[:, :filled])
     return total
 
 
-def _add_gramian(total: Tensor, block: Tensor) -> None:
-    m, n = block.shape
-    if block.dtype == torch.float64:
-        total.addmm_(block, block.T)
-        return
-    # One reused buffer: fresh large temporaries cost more in page faults than in arithmetic.
-    buffer = total.new_empty((m, min(n, _COLUMNS)))
-    for start in range(0, n, _COLUMNS):
-        piece = block[:, start : start + _COLUMNS]
-        wide = buffer[:, : piece.shape[1]].copy_(piece)
-        total.addmm_(wide, wide.T)
+def _pieces(blocks: Sequence[Tensor], columns: int) -> Iterator[Tensor]:
+    for block in blocks:
+        n = block.shape[1]
+        if n <= columns:
+            yield block
+        else:
+            for start in range(0, n, columns):
+                yield block[:, start : start + columns]
+
+
+def _add_product(total: Tensor, wide: Tensor) -> None:
+    total.addmm_(wide, wide.T)

@@ -5,7 +5,8 @@ Time of aggregation, side by side with torchjd in one process.
 
 Every call goes end to end, from a float32 Jacobian to the update. Calls of both libraries alternate
 on the same Jacobians, and medians are compared: absolute times vary by a factor of two with the
-state of the machine, ratios do not. The peer is imported here only.
+state of the machine, ratios do not. Only the time of the calling thread counts, not what other
+processes do. The peer is imported here only.
 """
 
 from __future__ import annotations
@@ -28,6 +29,10 @@ from jdcore.testing import family
 Aggregator = Callable[[Tensor], Tensor]
 SIZES = (2, 3, 4, 8, 16, 32, 64, 128)
 KINDS = ("gauss", "conflict")
+
+
+def _ones(m: int) -> dict[str, Any]:
+    return {"weights": torch.ones(m)}
 
 
 @frozen
@@ -62,6 +67,8 @@ class Row:
 PAIRS = (
     Pair("mean", "Mean"),
     Pair("sum", "Sum"),
+    Pair("constant", "Constant", _ones, lambda m: (torch.ones(m),)),
+    Pair("random", "Random"),
     Pair("upgrad", "UPGrad"),
     Pair("dualproj", "DualProj"),
     Pair("mgda", "MGDA"),
@@ -104,9 +111,9 @@ def measure(pair: Pair, kind: str, m: int, n: int, peer_module: Any, seconds: fl
     while time.perf_counter() < end or len(times[ours]) < 3:
         for matrix in matrices:
             for method, spent in times.items():
-                start = time.perf_counter()
+                start = time.thread_time()
                 method(matrix)
-                spent.append(time.perf_counter() - start)
+                spent.append(time.thread_time() - start)
     medians = {method: 1e6 * statistics.median(spent) for method, spent in times.items()}
     return Row(method=pair.name, kind=kind, m=m, n=n, peer=medians[peer], ours=medians[ours])
 

@@ -124,3 +124,21 @@ def test_flattening_weighs_every_element_of_the_losses() -> None:
     weights = Flattening(InverseNormWeighting())(generalized)
 
     assert torch.equal(weights, torch.tensor([[1.0, 0.5], [0.25, 0.125]]))
+
+
+def test_a_weighting_that_overrides_the_call_is_called() -> None:
+    class FirstRow(InverseNormWeighting):
+        def __call__(self, gramian: Tensor, /) -> Tensor:
+            return torch.eye(len(gramian), dtype=gramian.dtype)[0]
+
+    matrix = torch.tensor([[1.0, 2.0], [10.0, 20.0]])
+
+    assert torch.equal(GramianAggregator(FirstRow())(matrix), matrix[0])
+
+
+@pytest.mark.parametrize("m", [3, 70])
+def test_infinities_of_both_signs_in_the_gramian_are_found_without_a_warning(m: int) -> None:
+    gramian = torch.eye(m)
+    gramian[0, 1], gramian[1, 0] = float("inf"), -float("inf")
+
+    assert InverseNormWeighting()(gramian).isnan().all()

@@ -87,3 +87,14 @@ def test_malformed_jacobians_are_refused() -> None:
         gramian(torch.ones(2, 3, dtype=torch.complex64))
     with pytest.raises(ParameterTypeError, match="a Tensor of shape"):
         gramian([[1.0]])  # type: ignore[list-item]
+
+
+@pytest.mark.parametrize("m", [1, 3, 200])
+def test_pieces_of_all_widths_count_once(m: int) -> None:
+    columns = max(1024, 2**17 // m)
+    widths = [columns - 1, 3, columns, 0, columns + 1, 2 * columns, 5]
+    blocks = [torch.randint(-4, 5, (m, n)).to(torch.float32) for n in widths]
+
+    expected = torch.cat(blocks, dim=1).double()
+
+    assert torch.equal(gramian(blocks), expected @ expected.T)  # sums of integers are exact

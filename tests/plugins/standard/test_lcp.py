@@ -93,11 +93,13 @@ def test_opposite_rows_are_solved_although_the_block_is_singular() -> None:
         np.testing.assert_allclose(Z, [[0.0, 1.0], [1.0, 0.0]], atol=1e-14)
 
 
-def test_the_tiny_path_leaves_dependent_rows_to_the_others() -> None:
+def test_the_tiny_path_solves_dependent_rows_or_leaves_them_to_the_others() -> None:
     # Row 2 is the sum of rows 0 and 1; the passive set {0, 1, 2} appears on the way.
     J = np.array([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [1.0, 1.0, 0.0], [-1.0, -1.2, 0.3]])
     C = equilibrate(J @ J.T)[0]
-    assert solve_tiny(C.tolist(), C[3].tolist()) is None
+    assert solve_tiny(C.tolist(), C[3].tolist(), dependent=False) is None
+    z = np.array(solve_tiny(C.tolist(), C[3].tolist()))
+    assert lcp_residual(C, C[3], z) <= 1e-15
 
 
 # -- the paths against each other ------------------------------------------------------------------
@@ -281,7 +283,7 @@ def test_a_gramian_rounded_to_float32_is_made_semidefinite_again(name: str, m: i
     norms = np.linalg.norm(J, axis=1)
     conflicts = (J @ x)[norms > 0] / norms[norms > 0]
     # Half of the digits of float32: G determines lengths only up to the root of its own error.
-    assert conflicts.min() >= -5e-3 * np.linalg.norm(J.mean(axis=0))
+    assert conflicts.min() >= -1e-2 * np.linalg.norm(J.mean(axis=0))
 
 
 def test_semidefinite_matrices_are_not_repaired() -> None:

@@ -4,6 +4,8 @@ import numpy as np
 from attrs import frozen
 from numpy.typing import NDArray
 
+from jdcore.linalg import cholesky, eigh, solve
+
 # Eigenvalues below 64 m eps of the largest count as zero. That is singular values of J below about
 # 1e-7 √m of the largest: what rounding rank-deficient rows to float32 leaves behind is smaller.
 _RANK_TOLERANCE = 64.0 * np.finfo(np.float64).eps
@@ -41,9 +43,9 @@ def pseudo_solve(matrix: NDArray[np.float64], right: NDArray[np.float64]) -> NDA
     :param right: Vector [m].
     """
     try:
-        pivots = np.diagonal(np.linalg.cholesky(matrix))
+        pivots = np.diagonal(cholesky(matrix))
         if pivots.min() > _REGULAR_PIVOT:
-            return np.linalg.solve(matrix, right).astype(np.float64, copy=False)
+            return solve(matrix, right)
     except np.linalg.LinAlgError:
         pass  # singular: to be solved in the range of the matrix
     return spectrum(matrix).pseudo_solve(right)
@@ -55,6 +57,6 @@ def spectrum(matrix: NDArray[np.float64], /) -> Spectrum:
 
     :param matrix: Positive semi-definite float64 array [m, m].
     """
-    values, vectors = np.linalg.eigh(matrix)
+    values, vectors = eigh(matrix)
     zeros = int(np.count_nonzero(values <= _RANK_TOLERANCE * len(matrix) * values[-1]))
     return Spectrum(values[zeros:], vectors[:, zeros:], vectors[:, :zeros])

@@ -1,18 +1,16 @@
 from __future__ import annotations
 
-from typing import ClassVar
-
 import numpy as np
 from attrs import define, field
 from numpy.typing import NDArray
 from torch import Tensor
 
-from jdcore.aggregation import GramianWeighting, row_weights
+from jdcore.aggregation import ScalarizationWeighting, row_weights
 from jdcore.validators import row_vector
 
 
 @define(eq=False)
-class ConstantWeighting(GramianWeighting):
+class ConstantWeighting(ScalarizationWeighting):
     """
     Weights chosen by the user: gradient descent on a weighted sum of the losses.
 
@@ -28,10 +26,7 @@ class ConstantWeighting(GramianWeighting):
     tensor([8., 3., 3.])
     """
 
-    uses_gramian: ClassVar[bool] = False
-
     weights: Tensor = field(validator=row_vector)
 
-    def compute(self, gramian: NDArray[np.float64]) -> NDArray[np.float64]:
-        # A copy: what the caller does to the result must not change the argument.
-        return np.array(row_weights(self.weights, len(gramian)))
+    def compute(self, m: int) -> NDArray[np.float64]:
+        return row_weights(self.weights, m)

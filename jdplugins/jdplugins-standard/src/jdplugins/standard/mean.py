@@ -1,16 +1,14 @@
 from __future__ import annotations
 
-from typing import ClassVar
-
 import numpy as np
 from attrs import define
 from numpy.typing import NDArray
 
-from jdcore.aggregation import GramianWeighting
+from jdcore.aggregation import ScalarizationWeighting
 
 
 @define(eq=False)
-class MeanWeighting(GramianWeighting):
+class MeanWeighting(ScalarizationWeighting):
     """
     Equal weights 1/m: the update is the gradient of the mean of the losses.
 
@@ -23,8 +21,5 @@ class MeanWeighting(GramianWeighting):
     tensor([1., 1., 1.])
     """
 
-    uses_gramian: ClassVar[bool] = False
-
-    def compute(self, gramian: NDArray[np.float64]) -> NDArray[np.float64]:
-        m = len(gramian)
+    def compute(self, m: int) -> NDArray[np.float64]:
         return np.full(m, 1.0 / m)

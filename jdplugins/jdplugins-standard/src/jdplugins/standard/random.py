@@ -1,18 +1,16 @@
 from __future__ import annotations
 
-from typing import ClassVar
-
 import numpy as np
 import torch
 from attrs import define, field
 from numpy.typing import NDArray
 
-from jdcore.aggregation import GramianWeighting
+from jdcore.aggregation import ScalarizationWeighting
 from jdcore.validators import generator
 
 
 @define(eq=False)
-class RandomWeighting(GramianWeighting):
+class RandomWeighting(ScalarizationWeighting):
     """
     Positive random weights that sum to 1, drawn anew at each call.
 
@@ -33,16 +31,13 @@ class RandomWeighting(GramianWeighting):
     tensor(1.)
     """
 
-    uses_gramian: ClassVar[bool] = False
-
     generator: torch.Generator | None = field(
         default=None, kw_only=True, repr=False, validator=generator
     )
 
-    def compute(self, gramian: NDArray[np.float64]) -> NDArray[np.float64]:
+    def compute(self, m: int) -> NDArray[np.float64]:
         device = "cpu" if self.generator is None else self.generator.device
-        normal = torch.randn(
-            len(gramian), generator=self.generator, dtype=torch.float64, device=device
-        )
-        weights: NDArray[np.float64] = torch.softmax(normal, dim=0).cpu().numpy()
+        normal = torch.randn(m, generator=self.generator, dtype=torch.float64, device=device)
+        weights: NDArray[np.float64] = np.exp(normal.cpu().numpy())
+        weights /= np.add.reduce(weights)
         return weights

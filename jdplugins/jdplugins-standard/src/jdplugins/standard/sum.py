@@ -1,16 +1,14 @@
 from __future__ import annotations
 
-from typing import ClassVar
-
 import numpy as np
 from attrs import define
 from numpy.typing import NDArray
 
-from jdcore.aggregation import GramianWeighting
+from jdcore.aggregation import ScalarizationWeighting
 
 
 @define(eq=False)
-class SumWeighting(GramianWeighting):
+class SumWeighting(ScalarizationWeighting):
     """
     Weights 1: the update is the gradient of the sum of the losses.
 
@@ -23,7 +21,5 @@ class SumWeighting(GramianWeighting):
     tensor([2., 2., 2.])
     """
 
-    uses_gramian: ClassVar[bool] = False
-
-    def compute(self, gramian: NDArray[np.float64]) -> NDArray[np.float64]:
-        return np.ones(len(gramian))
+    def compute(self, m: int) -> NDArray[np.float64]:
+        return np.ones(m)

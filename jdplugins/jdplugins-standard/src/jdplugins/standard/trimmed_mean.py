@@ -80,9 +80,11 @@ def _exchange(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def _losers(rows: Tensor, *, smallest: bool) -> list[Tensor]:
     """All entries but the extreme one of each column, by a tournament."""
     losers = []
-    while len(rows) > 1:
+    while len(rows) > 2:
         lows, highs, left_over = _exchange(rows)
         winners, beaten = (lows, highs) if smallest else (highs, lows)
         losers.append(beaten)
         rows = torch.cat([winners, left_over]) if len(left_over) else winners
+    if len(rows) == 2:
+        losers.append((torch.maximum if smallest else torch.minimum)(rows[:1], rows[1:]))
     return losers

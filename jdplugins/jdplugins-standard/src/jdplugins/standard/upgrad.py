@@ -48,7 +48,7 @@ class UPGradWeighting(GramianWeighting):
             references = _equal_references(m)
         else:
             references = np.diag(row_weights(self.pref_vector, m))
-        weights: NDArray[np.float64] = project(gramian, references).sum(axis=0)
+        weights: NDArray[np.float64] = np.add.reduce(project(gramian, references))
         return weights
 
 

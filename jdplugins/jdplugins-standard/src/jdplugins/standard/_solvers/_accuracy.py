@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jdcore.errors import UnsolvedWarning
+from jdcore.linalg import cholesky
 
 Floats: TypeAlias = NDArray[np.float64]
 Indices: TypeAlias = NDArray[np.intp]
@@ -32,6 +33,11 @@ pivoting needs six times as many steps or does not finish. The bias is removed b
 the later levels where the rows are nearly dependent.
 """
 
+REGULAR = (0.0,)
+"""Levels on independent rows: they need no proximal term, hence no refinement either."""
+
+_SMALLEST_PIVOT = 1e-6
+
 ROUGH = 1e-11
 """Relative residual above which a solve is handed to the one-pivot-at-a-time method."""
 
@@ -42,6 +48,15 @@ Relative residual that is worth a warning.
 Rounding C alone explains some ``m * EPS``, four orders less at m = 100; that margin covers solves
 that are as accurate as nearly dependent rows permit.
 """
+
+
+def levels(C: Floats) -> tuple[float, ...]:
+    """Proximal terms for a matrix of cosines: none where a Cholesky factorisation is safe."""
+    try:
+        smallest = cholesky(C).diagonal().min()
+    except np.linalg.LinAlgError:
+        return DELTAS
+    return REGULAR if smallest * smallest > _SMALLEST_PIVOT else DELTAS
 
 
 def pivot_tolerance(m: int) -> float:

@@ -5,7 +5,7 @@ import math
 import numpy as np
 from attrs import define, frozen
 
-from jdcore.linalg import equilibrate, lcp_residual
+from jdcore.linalg import equilibrate, lcp_residual, product, solve
 from jdplugins.standard._solvers._accuracy import (
     EPS,
     Floats,
@@ -51,7 +51,7 @@ class NativeConflictAverseSolver:
         if c == 0.0 or largest == 0.0:
             return weights
         mean = norms / (largest * m)
-        towards = cosines @ mean
+        towards = product(cosines, mean)
         length = math.sqrt(max(float(mean @ towards), 0.0))
         if length <= math.sqrt(m * EPS):  # zero to working precision: the ball is a point
             return weights
@@ -99,13 +99,13 @@ class _Levels:
     def _at(self, level: float, passive: Mask | None) -> tuple[Floats, float]:
         """The v of a level, and by how much the norm of its ``Jᵀ v`` exceeds the radius."""
         v, _ = solve_one(self.C, self.b - level * self.a, passive)
-        norm = math.sqrt(max(float(v @ (self.C @ v)), 0.0))
+        norm = math.sqrt(max(float(v @ product(self.C, v)), 0.0))
         return v, norm / self.radius - 1.0
 
     def _stationary(self) -> bool:
         """Whether zero is in the convex hull of the rows, to working precision."""
         z = shortest(self.C, self.a)
-        squared = float(z @ (self.C @ z)) / float(self.a @ z) ** 2
+        squared = float(z @ product(self.C, z)) / float(self.a @ z) ** 2
         return squared <= _STATIONARY * len(z)
 
     def _search(self, bracket: _Bracket, passive: Mask) -> Floats:
@@ -138,7 +138,7 @@ class _Levels:
         a, b = self.a[indices], self.b[indices]
         block = self.C[indices[:, None], indices]
         block.flat[:: len(indices) + 1] += 1e-14
-        solved = np.linalg.solve(block, np.stack([a, b], axis=1))
+        solved = solve(block, np.stack([a, b], axis=1))
         aa, ab, bb = float(a @ solved[:, 0]), float(a @ solved[:, 1]), float(b @ solved[:, 1])
         discriminant = ab * ab - aa * (bb - self.radius * self.radius)
         return (ab + math.sqrt(discriminant)) / aa if discriminant >= 0.0 else math.nan

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from jdcore.linalg import product
 from jdplugins.standard._solvers._accuracy import (
     Floats,
     Indices,
@@ -58,7 +59,7 @@ def _solve_chunk(C: Floats, Q: Floats, F: Mask, Z: Floats, solved: Mask, rows: I
         largest = _conjugate_gradients(C, q, mask, z, tolerance)
         if largest > _HOPELESS and pivot > 0:
             break
-        y = z @ C
+        y = product(z, C)
         y += q
         left = np.abs(y * mask).max(axis=1)
         y += pivot_tolerance(len(C)) * (1.0 + np.abs(z).max(axis=1, keepdims=True))
@@ -83,25 +84,24 @@ def _conjugate_gradients(C: Floats, q: Floats, mask: Floats, z: Floats, toleranc
 
     :returns: The largest norm of a residual.
     """
-    product = z @ C
     residual = -q
-    residual -= product
+    residual -= product(z, C)
     residual *= mask
     direction = residual.copy()
     squared = np.einsum("ij,ij->i", residual, residual)
     for _ in range(_MAX_STEPS):
         if squared.max() <= tolerance * tolerance:
             break
-        np.matmul(direction, C, out=product)
-        product *= mask
-        product += _DAMPING * direction
-        curvature = np.einsum("ij,ij->i", direction, product)
+        image = product(direction, C)
+        image *= mask
+        image += _DAMPING * direction
+        curvature = np.einsum("ij,ij->i", direction, image)
         if (curvature < 0.0).any():  # C is not semi-definite: leave it to another method
             return np.inf
         step = (squared / np.maximum(curvature, _TINY))[:, None]
         z += step * direction
-        product *= step
-        residual -= product
+        image *= step
+        residual -= image
         before = squared
         squared = np.einsum("ij,ij->i", residual, residual)
         direction *= (squared / np.maximum(before, _TINY))[:, None]

@@ -11,15 +11,15 @@ from __future__ import annotations
 
 import numpy as np
 
-from jdcore.linalg import lcp_residual
+from jdcore.linalg import lcp_residual, product, solve
 from jdplugins.standard._solvers._accuracy import (
-    DELTAS,
     ROUGH,
     Floats,
     Indices,
     Mask,
     accepted,
     infeasible,
+    levels,
     pivot_tolerance,
 )
 
@@ -45,14 +45,15 @@ def solve_dense(C: Floats, Q: Floats, passive: Mask | None = None) -> tuple[Floa
     Z = np.zeros_like(Q)
     residual = np.maximum(-Q.min(axis=1), 0.0)
     rows = np.flatnonzero(F.any(axis=1) | (residual > pivot_tolerance(m)))
-    for level, delta in enumerate(DELTAS):
-        if rows.size == 0:
-            break
+    if rows.size == 0:
+        return Z, residual
+    for level, delta in enumerate(levels(C)):
         centre = Z[rows]
         q = Q[rows]
         f = F[rows]
         z = _pivot(C, delta * centre - q, f, delta, _LATER_PIVOTS if level else _FIRST_PIVOTS)
-        z = _refine(C, q, z, f, delta)
+        if delta:
+            z = _refine(C, q, z, f, delta)
         new = lcp_residual(C, q, z)
         old = residual[rows]
         better = new < old
@@ -64,6 +65,8 @@ def solve_dense(C: Floats, Q: Floats, passive: Mask | None = None) -> tuple[Floa
         # Once a level gains nothing, the answer is as accurate as C itself.
         left &= (residual[rows] > ROUGH) | (new < 0.1 * old)
         rows = rows[left]
+        if rows.size == 0:
+            break
     return Z, residual
 
 
@@ -78,7 +81,7 @@ def _pivot(C: Floats, B: Floats, F: Mask, delta: float, limit: int) -> Floats:
         b, f = B[rows], F[rows]
         z = _solve_passive(C, b, f, delta)
         Z[rows] = z
-        y = z @ C
+        y = product(z, C)
         y -= b
         y += pivot_tolerance(m) * (1.0 + np.abs(z).max(axis=1, keepdims=True))
         bad = np.where(f, z, y) < 0.0
@@ -108,7 +111,7 @@ def _refine(C: Floats, Q: Floats, Z: Floats, F: Mask, delta: float) -> Floats:
     """Steps towards the solution without the proximal term, as far as no sign would change."""
     residual: Floats
     for _ in range(_REFINEMENTS):
-        residual = Z @ C
+        residual = product(Z, C)
         residual += Q
         residual *= F
         if np.abs(residual).max() <= 1e-16:
@@ -143,7 +146,7 @@ def _solve_masked(C: Floats, B: Floats, F: Mask, delta: float) -> Floats:
 
 
 def _solve_batch(A: Floats, B: Floats) -> Floats:
-    return np.asarray(np.linalg.solve(A, B[:, :, None])[:, :, 0], dtype=np.float64)
+    return solve(A, B[:, :, None])[:, :, 0]
 
 
 def _solve_gathered(C: Floats, B: Floats, F: Mask, sizes: Indices, delta: float) -> Floats:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import numpy as np
 
 from jdcore.linalg import lcp_residual
-from jdplugins.standard._solvers._accuracy import ROUGH, Floats, Mask
+from jdplugins.standard._solvers._accuracy import REGULAR, ROUGH, Floats, Mask, levels
 from jdplugins.standard._solvers._conjugate import solve_conjugate
 from jdplugins.standard._solvers._dense import solve_dense
 from jdplugins.standard._solvers._goldfarb import solve_goldfarb_idnani
 from jdplugins.standard._solvers._single import solve_single
 
-_DENSE = 24  # up to this size, factorising all passive blocks beats conjugate gradients
+# Up to this size, factorising all passive blocks beats conjugate gradients; and up to this one on
+# dependent rows, where conjugate gradients hardly converge.
+_DENSE, _DEPENDENT = 20, 96
 
 
 def solve_one(C: Floats, q: Floats, passive: Mask | None = None) -> tuple[Floats, float]:
@@ -36,7 +38,7 @@ def solve_all(C: Floats, Q: Floats) -> tuple[Floats, Floats]:
     if k == 1:
         z, achieved = solve_single(C, Q[0])
         return z[None], np.array([achieved])
-    if m <= _DENSE:
+    if m <= _DENSE or (m <= _DEPENDENT and levels(C) is not REGULAR):
         return solve_dense(C, Q)
     Z, solved, passive = solve_conjugate(C, Q)
     residual = lcp_residual(C, Q, Z)

@@ -6,13 +6,14 @@ from operator import mul
 import numpy as np
 from attrs import frozen
 
-from jdcore.linalg import equilibrate
+from jdcore.linalg import equilibrate, product
 from jdplugins.standard._solvers._accuracy import ROUGH, Floats, warn_if_unsolved
 from jdplugins.standard._solvers._dispatch import rescue, solve_all
 from jdplugins.standard._solvers._semidefinite import nearest_semidefinite
 from jdplugins.standard._solvers._tiny import solve_pair, solve_tiny
 
-_TINY = 8  # up to this size, Python floats beat numpy
+# Up to this size, Python floats beat numpy; and up to this one also if the rows are dependent.
+_TINY, _TINIEST = 8, 5
 
 
 @frozen
@@ -36,10 +37,11 @@ class NativeDualConeSolver:
         :returns: Vectors v [k, m], each ``>= u`` exactly.
         """
         m = len(gramian)
-        if m <= _TINY:
-            tiny = _project_tiny(gramian.tolist(), references.tolist())
+        if m <= _TINY and len(references):
+            project = _project_two if m == 2 else _project_tiny
+            tiny = project(gramian.tolist(), references.tolist())
             if tiny is not None:
-                return np.array(tiny).reshape(references.shape)
+                return np.array(tiny)
         return _project(gramian, references)
 
 
@@ -58,7 +60,7 @@ def _project(gramian: Floats, references: Floats) -> Floats:
 
 def _solve(C: Floats, U: Floats) -> tuple[Floats, Floats]:
     """Solutions of the LCPs with ``q = C u`` for the rows u of U, with their residuals."""
-    Q = U @ C
+    Q = product(U, C)
     Z, residuals = solve_all(C, Q)
     if residuals.max(initial=0.0) > ROUGH:
         definite = nearest_semidefinite(C)
@@ -70,8 +72,6 @@ def _solve(C: Floats, U: Floats) -> tuple[Floats, Floats]:
 
 def _project_tiny(G: list[list[float]], references: list[list[float]]) -> list[list[float]] | None:
     """:func:`_project` without numpy; None for zero or nearly dependent rows."""
-    if len(G) == 2:
-        return _project_two(G, references)
     squares = [row[i] for i, row in enumerate(G)]
     if min(squares, default=0.0) == 0.0:
         return None
@@ -81,15 +81,18 @@ def _project_tiny(G: list[list[float]], references: list[list[float]]) -> list[l
         for row, norm in zip(G, norms, strict=True)
     ]
     projected = []
+    dependent = len(references) == 1 or len(C) <= _TINIEST
     for u in references:
-        v = _project_one(C, norms, u)
+        v = _project_one(C, norms, u, dependent)
         if v is None:
             return None
         projected.append(v)
     return projected
 
 
-def _project_one(C: list[list[float]], norms: list[float], u: list[float]) -> list[float] | None:
+def _project_one(
+    C: list[list[float]], norms: list[float], u: list[float], dependent: bool
+) -> list[float] | None:
     sought = [j for j, x in enumerate(u) if x != 0.0]
     if len(sought) == 1:  # UPGrad: u is a multiple of a unit vector
         [i] = sought
@@ -106,7 +109,7 @@ def _project_one(C: list[list[float]], norms: list[float], u: list[float]) -> li
         q = [sum(map(mul, row, unit)) for row in C]
     if min(q) >= 0.0:
         return u
-    z = solve_tiny(C, q)
+    z = solve_tiny(C, q, dependent=dependent)
     if z is None:
         return None
     return [x + scale * t / norm for x, t, norm in zip(u, z, norms, strict=True)]
@@ -132,9 +135,12 @@ def _project_two(G: list[list[float]], references: list[list[float]]) -> list[li
     if g00 == 0.0 or g11 == 0.0:
         return None
     r0, r1 = -g01 / g00, -g01 / g11
-    return [
-        [max(u0, r0 * max(u1, 0.0)), max(u1, r1 * max(u0, 0.0))]
-        if u0 > 0.0 or u1 > 0.0
-        else [0.0, 0.0]
-        for u0, u1 in references
-    ]
+    projected = []
+    for u0, u1 in references:
+        v0 = r0 * u1 if u1 > 0.0 else 0.0
+        v1 = r1 * u0 if u0 > 0.0 else 0.0
+        if u0 > 0.0 or u1 > 0.0:
+            projected.append([max(u0, v0), max(u1, v1)])
+        else:
+            projected.append([0.0, 0.0])
+    return projected

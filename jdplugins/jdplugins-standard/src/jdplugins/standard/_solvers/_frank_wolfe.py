@@ -3,6 +3,7 @@ from __future__ import annotations
 import numpy as np
 from attrs import field, frozen
 
+from jdcore.linalg import product
 from jdcore.validators import integer, real
 from jdplugins.standard._solvers._accuracy import Floats
 
@@ -32,7 +33,7 @@ class FrankWolfeSolver:
         """
         m = len(gramian)
         weights = np.full(m, 1.0 / m)
-        products = gramian @ weights
+        products = product(gramian, weights)
         for _ in range(self.max_iters):
             towards = int(products.argmin())
             step = _line_search(

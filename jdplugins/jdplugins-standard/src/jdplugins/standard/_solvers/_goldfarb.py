@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from jdcore.linalg import product, solve
 from jdplugins.standard._solvers._accuracy import Floats, pivot_tolerance
 
 # A row whose squared distance to the span of the passive rows is below this depends on them.
@@ -37,7 +38,7 @@ def solve_goldfarb_idnani(C: Floats, q: Floats) -> Floats | None:
         if not _enter(C, q, z, passive, entering):
             return None
         _refresh(C, q, z, passive)
-        y = C @ z + q
+        y = product(C, z) + q
     return z
 
 
@@ -45,7 +46,7 @@ def _enter(C: Floats, q: Floats, z: Floats, passive: list[int], entering: int) -
     """Raise ``z[entering]`` until its slack is zero, dropping the rows that block; in place."""
     row = C[entering]
     while True:
-        direction = np.linalg.solve(C[np.ix_(passive, passive)], row[passive])
+        direction = solve(C[np.ix_(passive, passive)], row[passive])
         curvature = row[entering] - row[passive] @ direction
         blocking, room = _first_to_vanish(z[passive], direction)
         gap = -(row @ z + q[entering])
@@ -74,7 +75,7 @@ def _first_to_vanish(z: Floats, direction: Floats) -> tuple[int, float]:
 
 def _refresh(C: Floats, q: Floats, z: Floats, passive: list[int]) -> None:
     """Solve for the passive entries anew, which removes the rounding of the steps; in place."""
-    fresh = np.linalg.solve(C[np.ix_(passive, passive)], -q[passive])
+    fresh = solve(C[np.ix_(passive, passive)], -q[passive])
     if fresh.min() >= 0.0:
         z[:] = 0.0
         z[passive] = fresh

@@ -8,7 +8,7 @@ from attrs import frozen
 from numpy.typing import NDArray
 
 from jdcore.errors import UnsolvedWarning
-from jdcore.linalg import equilibrate
+from jdcore.linalg import equilibrate, product, solve
 from jdplugins.standard._spectrum import spectrum
 
 _PROXIMAL = 1e-12
@@ -83,7 +83,7 @@ def _newton(
             hessian[diagonal, diagonal] += shift * shares * shares
         gradient = hessian.sum(axis=1) - 1.0
         hessian[diagonal, diagonal] += 1.0
-        step = np.linalg.solve(hessian, gradient)
+        step = solve(hessian, gradient)
         decrement = math.sqrt(max(float(gradient @ step), 0.0))
         if not decrement <= give_up:
             break
@@ -122,8 +122,8 @@ def _warn_if_inexact(
     *,
     solved: bool = True,
 ) -> None:
-    scale = 1.0 + shares * (np.abs(cosines) @ shares) if solved else 1.0
-    residual = float((np.abs(shares * (cosines @ shares) - gains) / scale).max())
+    scale = 1.0 + shares * product(np.abs(cosines), shares) if solved else 1.0
+    residual = float((np.abs(shares * product(cosines, shares) - gains) / scale).max())
     if not residual <= _UNSOLVED:
         warnings.warn(UnsolvedWarning("nash_bargaining", residual), stacklevel=2)
 
@@ -151,7 +151,9 @@ def _bargain_beside(
         inside, outside = np.flatnonzero(stationary), np.flatnonzero(~stationary)
         span = spectrum(cosines[np.ix_(inside, inside)])
         shadows = span.pseudo_solve(cosines[np.ix_(inside, outside)])
-        remaining = cosines[np.ix_(outside, outside)] - cosines[np.ix_(outside, inside)] @ shadows
+        remaining = cosines[np.ix_(outside, outside)] - product(
+            cosines[np.ix_(outside, inside)], shadows
+        )
         # Rows in the span of a positive combination that is zero take part in another such one.
         rounding = 1e-15 * len(inside) * (1e3 + (shadows * shadows).sum(axis=0))
         gone = np.diagonal(remaining) < rounding

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from jdcore.linalg import eigh, product
 from jdplugins.standard._solvers._accuracy import EPS, Floats
 
 
@@ -17,13 +18,13 @@ def nearest_semidefinite(C: Floats) -> Floats:
     :returns: The matrix itself if it is positive semi-definite to float64 precision; else the
         nearest one of that rank, scaled back to the diagonal of C.
     """
-    values, vectors = np.linalg.eigh(C)
+    values, vectors = eigh(C)
     if values[0] >= -32.0 * len(C) * EPS:
         return C
     kept = values > -values[0]
     roots = vectors[:, kept] * np.sqrt(values[kept])
     norms = np.sqrt(np.einsum("ij,ij->i", roots, roots))
     roots *= np.divide(C.diagonal(), norms, out=np.zeros_like(norms), where=norms > 0.0)[:, None]
-    definite: Floats = roots @ roots.T
+    definite: Floats = product(roots, roots.T)
     np.fill_diagonal(definite, C.diagonal())
     return definite

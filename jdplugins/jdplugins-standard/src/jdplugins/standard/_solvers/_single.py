@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import numpy as np
 
-from jdcore.linalg import lcp_residual
+from jdcore.linalg import lcp_residual, product, solve
 from jdplugins.standard._solvers._accuracy import (
-    DELTAS,
     ROUGH,
     Floats,
     Indices,
     Mask,
     accepted,
-    infeasible,
+    levels,
     pivot_tolerance,
 )
 
@@ -36,12 +35,12 @@ def solve_single(C: Floats, q: Floats, passive: Mask | None = None) -> tuple[Flo
     :returns: z [m] and its natural residual relative to ``1 + max z``.
     """
     m = len(q)
-    F = infeasible(q) if passive is None else passive
     z = np.zeros(m)
     residual = max(0.0, -float(q.min()))
-    if residual <= pivot_tolerance(m) and not F.any():
+    if residual <= pivot_tolerance(m) and (passive is None or not passive.any()):
         return z, residual
-    for level, delta in enumerate(DELTAS):
+    F = _guess(C, q) if passive is None else passive
+    for level, delta in enumerate(levels(C)):
         limit = _LATER_PIVOTS if level else _FIRST_PIVOTS
         candidate, F = _pivot(C, q, z, F, delta, limit)
         achieved = float(lcp_residual(C, q, candidate))
@@ -51,6 +50,12 @@ def solve_single(C: Floats, q: Floats, passive: Mask | None = None) -> tuple[Flo
         if residual <= accepted(m) or (residual <= ROUGH and achieved > 0.1 * previous):
             break
     return z, residual
+
+
+def _guess(C: Floats, q: Floats) -> Mask:
+    """The passive set after one projected gradient step: nearer the solution's than ``q < 0``."""
+    z = np.maximum(-q, 0.0)
+    return np.asarray(z > product(C, z) + q)
 
 
 def _pivot(
@@ -68,14 +73,15 @@ def _pivot(
         indices = F.nonzero()[0]
         block = shifted[indices[:, None], indices]
         z = np.zeros(m)
-        z[indices] = np.linalg.solve(block, b[indices])
-        y = C @ z
+        z[indices] = solve(block, b[indices])
+        y = product(C, z)
         y -= b
-        y += tolerance * (1.0 + max(z.max(), -z.min()))
+        y += tolerance * (1.0 + np.abs(z).max())
         bad = np.where(F, z, y) < 0.0
         count = int(np.count_nonzero(bad))
         if count == 0:
-            _refine(C, q, z, indices, block)
+            if delta:
+                _refine(C, q, z, indices, block)
             break
         if count < fewest:
             fewest, credit = count, _CREDIT
@@ -90,7 +96,7 @@ def _pivot(
 def _refine(C: Floats, q: Floats, z: Floats, indices: Indices, block: Floats) -> None:
     """Steps towards the solution without the proximal term until a sign would change; in place."""
     for _ in range(_REFINEMENTS):
-        step = np.linalg.solve(block, C[indices] @ z + q[indices])
+        step = solve(block, product(C[indices], z) + q[indices])
         refined = z[indices] - step
         if refined.min(initial=0.0) < 0.0:
             break

@@ -7,43 +7,122 @@ Up to about eight rows, the time of a solve in numpy is that of its calls; this 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import add, mul
 
-# Below this pivot the answer would lose more than a few digits: the numpy paths, which refine
-# their solutions, then take over.
+from jdplugins.standard._solvers._accuracy import DELTAS, ROUGH, accepted, pivot_tolerance
+
+# Below this pivot, solving for the passive entries directly would lose more than a few digits.
 _SMALLEST_PIVOT = 1e-6
 _TOLERANCE = 1e-14
 _MAX_PIVOTS = 8
+_REFINEMENTS = 2
 
 
-def solve_tiny(C: Sequence[Sequence[float]], q: Sequence[float]) -> list[float] | None:
+def solve_tiny(
+    C: Sequence[Sequence[float]], q: Sequence[float], *, dependent: bool = True
+) -> list[float] | None:
     """
     Solve one LCP by block pivoting.
 
     :param C: Unit-diagonal positive semi-definite matrix, as m lists.
     :param q: The m entries of the vector.
-    :returns: z, or None if the rows are too close to dependent for this path.
+    :param dependent: Whether to go on with proximal terms, as the numpy paths do, where the rows
+        are too close to dependent. Many such problems with the same C are faster there.
+    :returns: z, or None if that did not find the solution.
     """
     indices = range(len(q))
     passive = [j for j in indices if q[j] < -_TOLERANCE]
     for _ in range(_MAX_PIVOTS):
         values = _solve_passive(C, q, passive)
         if values is None:
-            return None
+            return _solve_proximal(C, q) if dependent else None
         bad = [passive[a] for a, value in enumerate(values) if value < 0.0]
         for i in indices:
             if i not in passive:
                 row, slack = C[i], q[i]
-                for j, value in zip(passive, values, strict=True):
+                for j, value in zip(passive, values):  # noqa: B905
                     slack += row[j] * value
                 if slack < -_TOLERANCE:
                     bad.append(i)
         if not bad:
-            z = [0.0] * len(q)
-            for j, value in zip(passive, values, strict=True):
-                z[j] = value
-            return z
+            return _spread(values, passive, len(q))
         passive = [j for j in indices if (j in passive) != (j in bad)]
     return None
+
+
+def _solve_proximal(C: Sequence[Sequence[float]], q: Sequence[float]) -> list[float] | None:
+    m = len(q)
+    z, residual = [0.0] * m, -min(q)
+    passive = [j for j in range(m) if q[j] < -_TOLERANCE]
+    for delta in DELTAS:
+        b = [x - delta * t for t, x in zip(z, q, strict=True)]
+        found = _solve_level(C, q, b, passive, delta)
+        if found is None:
+            return None
+        candidate, passive = found
+        y = _slacks(C, q, candidate)
+        achieved = max(abs(min(t, x)) for t, x in zip(candidate, y, strict=True))
+        achieved /= 1.0 + max(candidate)
+        previous = residual
+        if achieved < residual:
+            z, residual = candidate, achieved
+        if residual <= accepted(m) or (residual <= ROUGH and achieved > 0.1 * previous):
+            break
+    return z if residual <= ROUGH else None
+
+
+def _solve_level(
+    C: Sequence[Sequence[float]],
+    q: Sequence[float],
+    b: list[float],
+    passive: list[int],
+    delta: float,
+) -> tuple[list[float], list[int]] | None:
+    """The LCP of ``C + delta I`` and b, refined towards that of C and q; and its passive set."""
+    indices = range(len(b))
+    for _ in range(_MAX_PIVOTS):
+        values = _solve_ldl(C, b, passive, 1.0 + delta, 0.0)
+        if values is None:
+            return None
+        z = _spread(values, passive, len(b))
+        slack = -pivot_tolerance(len(b)) * (1.0 + max(max(z), -min(z)))
+        y = _slacks(C, b, z)
+        bad = [j for j in indices if (z[j] < 0.0 if j in passive else y[j] < slack)]
+        if not bad:
+            return _refine(C, q, z, passive, delta), passive
+        passive = [j for j in indices if (j in passive) != (j in bad)]
+    return None
+
+
+def _refine(
+    C: Sequence[Sequence[float]],
+    q: Sequence[float],
+    z: list[float],
+    passive: list[int],
+    delta: float,
+) -> list[float]:
+    """Steps towards the solution without the proximal term until a sign would change."""
+    for _ in range(_REFINEMENTS):
+        values = _solve_ldl(C, _slacks(C, q, z), passive, 1.0 + delta, 0.0)
+        if values is None:
+            break
+        step = _spread(values, passive, len(z))
+        refined = list(map(add, z, step))
+        if min(refined) < 0.0:
+            break
+        z = refined
+    return z
+
+
+def _slacks(C: Sequence[Sequence[float]], q: Sequence[float], z: list[float]) -> list[float]:
+    return [x + sum(map(mul, row, z)) for x, row in zip(q, C, strict=True)]
+
+
+def _spread(values: Sequence[float], passive: list[int], m: int) -> list[float]:
+    z = [0.0] * m
+    for j, value in zip(passive, values, strict=True):
+        z[j] = value
+    return z
 
 
 def solve_pair(c: float, p: float, q: float) -> tuple[float, float] | None:
@@ -75,19 +154,28 @@ def _solve_passive(
         if determinant < _SMALLEST_PIVOT:
             return None
         return (c * q[b] - q[a]) / determinant, (c * q[a] - q[b]) / determinant
-    return _solve_ldl(C, q, passive)
+    return _solve_ldl(C, q, passive, 1.0, _SMALLEST_PIVOT)
 
 
 def _solve_ldl(
-    C: Sequence[Sequence[float]], q: Sequence[float], passive: list[int]
+    C: Sequence[Sequence[float]],
+    q: Sequence[float],
+    passive: list[int],
+    diagonal: float,
+    smallest: float,
 ) -> list[float] | None:
-    """Solve ``C_FF z = -q_F`` by an LDLᵀ factorisation, with forward substitution on the way."""
+    """
+    Solve ``C_FF z = -q_F`` by an LDLᵀ factorisation, with forward substitution on the way.
+
+    :param diagonal: Stands for the diagonal of C.
+    :param smallest: Up to this pivot, the result is None.
+    """
     lower: list[list[float]] = []
     pivots: list[float] = []
     z: list[float] = []
     for i in passive:
         row = [C[i][j] for j in passive[: len(lower)]]
-        pivot = 1.0
+        pivot = diagonal
         rhs = -q[i]
         for b, other in enumerate(lower):
             scaled = row[b]  # = L_ib D_b
@@ -97,7 +185,7 @@ def _solve_ldl(
             row[b] = entry
             pivot -= entry * scaled
             rhs -= entry * z[b]
-        if pivot < _SMALLEST_PIVOT:
+        if pivot <= smallest:
             return None
         lower.append(row)
         pivots.append(pivot)

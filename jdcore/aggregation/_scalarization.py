@@ -1,0 +1,57 @@
+from __future__ import annotations
+
+import numpy as np
+import torch
+from attrs import define, field
+from numpy.typing import NDArray
+from torch import Tensor
+
+from jdcore.aggregation._row_vectors import check_row_vectors
+from jdcore.validators import boolean, check_gramian
+
+
+@define(eq=False)
+class ScalarizationWeighting:
+    """
+    Base class of weightings that do not look at the Gramian, but at the number of rows alone.
+
+    Their update is the gradient of one scalar, a weighted sum of the losses. No Gramian is computed
+    for them, and their aggregators are differentiable. A subclass is an attrs class
+    (``@define(eq=False)``) that implements :meth:`compute`; a field whose validator is
+    :func:`jdcore.validators.row_vector` is checked against the number of rows and the device at
+    each call.
+
+    :param check_finite: Whether a Jacobian with NaN or infinite entries raises
+        :class:`~jdcore.errors.NonFiniteError` in the aggregator, instead of giving NaN. None means:
+        as the environment variable ``JDCORE_CHECK_FINITE`` says (``1`` raises), else no.
+    """
+
+    check_finite: bool | None = field(default=None, kw_only=True, validator=boolean, repr=False)
+
+    def compute(self, m: int) -> NDArray[np.float64]:
+        """
+        :param m: Number of rows, at least 1.
+        :returns: float64 weights [m], in memory of their own.
+        """
+        raise NotImplementedError
+
+    def __call__(self, gramian: Tensor, /) -> Tensor:
+        """
+        :param gramian: Real floating Tensor [m, m], whose entries are not read.
+        :returns: Weights [m], same dtype and device.
+        :raises ParameterError: If the Gramian is not a real floating square matrix, or an argument
+            of this weighting does not fit its size or device.
+        """
+        check_gramian(gramian)
+        return torch.from_numpy(self.weigh(len(gramian), gramian.device)).to(gramian)
+
+    def weigh(self, m: int, device: torch.device) -> NDArray[np.float64]:
+        """
+        A call for those who have no Gramian.
+
+        :param m: Number of rows.
+        :param device: Device of the Jacobian, for arguments of this weighting to be checked.
+        :returns: float64 weights [m].
+        """
+        check_row_vectors(self, m, device)
+        return self.compute(m) if m else np.zeros(0)

@@ -1,0 +1,78 @@
+"""
+Float64 algebra on matrices of one row per objective, which heeds ``torch.set_num_threads``.
+
+From these sizes on, numpy's own BLAS and LAPACK start as many threads as there are cores, whatever
+torch was told. They wait for each other by spinning: where other processes (the workers of a data
+loader, say) want the cores as well, that takes 10 to 50 times as long as one thread would. Smaller
+matrices stay with numpy, which costs less to call.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+_PRODUCT = 64 * 64
+_SOLVE = 96
+_EIGH = 24
+
+
+def product(A: NDArray[np.float64], B: NDArray[np.float64], /) -> NDArray[np.float64]:
+    """
+    ``A @ B`` for a matrix and a vector, or for two matrices.
+
+    :param A: Array [k, m] or [m].
+    :param B: Array [m, l] or [m].
+    """
+    if max(A.size, B.size) <= _PRODUCT:
+        return np.asarray(A @ B)
+    array: NDArray[np.float64] = torch.matmul(torch.from_numpy(A), torch.from_numpy(B)).numpy()
+    return array
+
+
+def solve(A: NDArray[np.float64], B: NDArray[np.float64], /) -> NDArray[np.float64]:
+    """
+    ``A⁻¹ B``, also for a batch.
+
+    :param A: Regular matrices [..., m, m].
+    :param B: Vector [m], or matrices [..., m, k].
+    :raises numpy.linalg.LinAlgError: If a matrix is singular.
+    """
+    if A.shape[-1] <= _SOLVE:
+        return np.asarray(np.linalg.solve(A, B), dtype=np.float64)
+    solution, failed = torch.linalg.solve_ex(torch.from_numpy(A), torch.from_numpy(B))
+    if failed.any():
+        raise np.linalg.LinAlgError("Singular matrix")
+    array: NDArray[np.float64] = solution.numpy()
+    return array
+
+
+def cholesky(A: NDArray[np.float64], /) -> NDArray[np.float64]:
+    """
+    Lower triangular factor L of ``A = L Lᵀ``.
+
+    :param A: Symmetric positive definite matrix [m, m].
+    :raises numpy.linalg.LinAlgError: If it is not positive definite to working precision.
+    """
+    if len(A) <= _SOLVE:
+        return np.asarray(np.linalg.cholesky(A), dtype=np.float64)
+    factor, failed = torch.linalg.cholesky_ex(torch.from_numpy(A))
+    if failed.item():
+        raise np.linalg.LinAlgError(f"The leading minor of order {failed.item()} is not positive.")
+    lower: NDArray[np.float64] = factor.numpy()
+    return lower
+
+
+def eigh(A: NDArray[np.float64], /) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """
+    Eigenvalues of a symmetric matrix, ascending, and its eigenvectors.
+
+    :param A: Symmetric matrix [m, m].
+    :returns: Eigenvalues [m], and a matrix whose columns are the eigenvectors [m, m].
+    """
+    if len(A) <= _EIGH:
+        values, vectors = np.linalg.eigh(A)
+        return values, vectors
+    values, vectors = torch.linalg.eigh(torch.from_numpy(A))
+    return values.numpy(), vectors.numpy()

@@ -1,0 +1,53 @@
+"""
+Large new tensors in huge pages.
+
+The first touch of fresh memory costs one page fault per 4 kB, which takes longer than to fill it.
+Of pages of 2 MB the kernel hands out 512 times fewer, but under its usual setting it does so only
+where the program asks for it, as torch does with ``THP_MEM_ALLOC_ENABLE=1`` and numpy always.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from collections.abc import Callable
+from functools import cache
+
+import torch
+from torch import Tensor
+
+_LARGE = 1 << 22  # bytes
+_PAGE = 1 << 12
+_MADV_HUGEPAGE = 14
+
+Advise = Callable[[int, int, int], int]
+
+
+def new_tensor(like: Tensor, *shape: int) -> Tensor:
+    """Uninitialised tensor in the dtype and on the device of another."""
+    return _advised(torch.empty(shape, dtype=like.dtype, device=like.device))
+
+
+def _advised(tensor: Tensor) -> Tensor:
+    size = tensor.numel() * tensor.itemsize
+    if size >= _LARGE and tensor.is_cpu:
+        advise = _madvise()
+        if advise is not None:
+            address = tensor.data_ptr()
+            start = -(-address // _PAGE) * _PAGE
+            # Mere advice: whether it is taken makes no difference but in time.
+            advise(start, (address + size) // _PAGE * _PAGE - start, _MADV_HUGEPAGE)
+    return tensor
+
+
+@cache
+def _madvise() -> Advise | None:
+    if sys.platform != "linux":
+        return None
+    try:
+        advise = ctypes.CDLL(None).madvise
+    except (OSError, AttributeError):
+        return None
+    advise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    function: Advise = advise
+    return function
