@@ -39,6 +39,8 @@ class Reach:
 
 def edge_of(tensor: Tensor) -> Edge:
     """Where the gradient of a tensor that requires grad arrives in the graph."""
+    if tensor.grad_fn is not None:  # less overhead than the call
+        return tensor.grad_fn, tensor.output_nr
     edge: GradientEdge = get_gradient_edge(tensor)
     return edge.node, edge.output_nr
 

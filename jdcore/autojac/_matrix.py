@@ -7,4 +7,5 @@ from torch import Tensor
 
 def as_matrix(jacobian: Tensor) -> Tensor:
     """View a Jacobian of shape ``[m, *S]`` as a matrix [m, n]; S may be empty or hold zeros."""
-    return jacobian.reshape(len(jacobian), math.prod(jacobian.shape[1:]))
+    shape = jacobian.shape
+    return jacobian.reshape(shape[0], math.prod(shape[1:]))

@@ -1,19 +1,24 @@
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
+from typing import cast
 
 import torch
-from attrs import evolve, frozen
+from attrs import evolve, field, frozen
 from torch import Tensor
+from torch.autograd.graph import GradientEdge
 
+from jdcore.autojac._gradients import dense, disjoint, same_grad, zeros
 from jdcore.autojac._leaves import Reach, reach
 from jdcore.autojac._matrix import as_matrix
 from jdcore.autojac._policy import choose_chunk_size
+from jdcore.autojac._products import Product, find_products
 from jdcore.autojac._reentrant import accumulated_gradients, is_reentrant
 from jdcore.autojac._taps import RowTaps
 from jdcore.autojac._vmap import Kind, attempt, batched_gradients, insist
+from jdcore.linalg._pages import new_tensor
 
 
 def jacobians(
@@ -36,17 +41,7 @@ def jacobians(
     :returns: One new contiguous tensor ``[m, *S_input]`` per input, sharing memory with no other.
     :raises VectorizationError: If vmap fails with the chunk size asked for.
     """
-    problem = Problem.of(outputs, inputs, cotangents)
-    if chunk_size == 1 or len(cotangents[0]) == 1:
-        return problem.solve(1, retain_graph)
-    kind = Kind.of(problem.graph)
-    if chunk_size is not None:
-        return insist(kind, partial(problem.solve, chunk_size), retain_graph)
-    chosen = choose_chunk_size(kind, inputs, problem.usage)
-    one_by_one = partial(problem.solve, 1, retain_graph)
-    if chosen == 1:
-        return one_by_one()
-    return attempt(kind, partial(problem.solve, chosen), retain_graph, one_by_one)
+    return Problem.of(outputs, inputs, cotangents).jacobians(retain_graph, chunk_size)
 
 
 @frozen(eq=False)
@@ -59,6 +54,8 @@ class Problem:
     :param cotangents: Initial Jacobians ``[m, *S_output]``, one per output.
     :param graph: What lies behind the outputs.
     :param reentrant: Whether a reentrant checkpoint is among it.
+    :param products: Inputs, by position, whose rows are computed as products. Only taken into
+        account where rows are differentiated one by one.
     """
 
     outputs: list[Tensor]
@@ -66,6 +63,7 @@ class Problem:
     cotangents: list[Tensor]
     graph: Reach
     reentrant: bool
+    products: Mapping[int, Product] = field(factory=dict)
 
     @staticmethod
     def of(
@@ -78,9 +76,16 @@ class Problem:
         graph = reach(differentiated)
         return Problem(differentiated, list(inputs), rows, graph, is_reentrant(graph))
 
-    def restricted(self, inputs: Sequence[Tensor]) -> Problem:
+    def restricted(self, positions: Sequence[int]) -> Problem:
         """The same rows for some of the inputs."""
-        return evolve(self, inputs=list(inputs))
+        products = {p: self.products[i] for p, i in enumerate(positions) if i in self.products}
+        return evolve(self, inputs=[self.inputs[i] for i in positions], products=products)
+
+    def with_products(self) -> Problem:
+        """The same problem, knowing which inputs are factors of matrix products."""
+        if self.reentrant:
+            return self
+        return evolve(self, products=find_products(self.graph, self.outputs, self.inputs))
 
     @property
     def usage(self) -> list[list[bool]]:
@@ -90,45 +95,87 @@ class Problem:
         An output whose part of the row is zero is left out: passing zeros through its graph costs
         time, and gives NaN wherever that graph has an infinite derivative.
         """
-        masks = [(as_matrix(c) != 0).any(dim=1) for c in self.cotangents]
-        return torch.stack(masks, dim=1).tolist()
+        if all(c.ndim == 1 for c in self.cotangents):
+            masks = [c != 0 for c in self.cotangents]
+        else:
+            masks = [(as_matrix(c) != 0).any(dim=1) for c in self.cotangents]
+        usage: list[list[bool]] = torch.stack(masks, dim=1).tolist()
+        return usage
+
+    def row_by_row(self, retain_graph: bool) -> list[Tensor]:
+        """Differentiate without vmap, freeing the graph with the last row."""
+        return self.with_products().solve(1, retain_graph)
+
+    def jacobians(self, retain_graph: bool, chunk_size: int | None = None) -> list[Tensor]:
+        """The Jacobians of the inputs; see :func:`jacobians`."""
+        if chunk_size == 1 or len(self.cotangents[0]) == 1:
+            return self.row_by_row(retain_graph)
+        kind = Kind.of(self.graph)
+        if chunk_size is not None:
+            return insist(kind, partial(self.solve, chunk_size), retain_graph)
+        chosen = choose_chunk_size(kind, self.inputs, self.usage)
+        one_by_one = partial(self.row_by_row, retain_graph)
+        if chosen == 1:
+            return one_by_one()
+        return attempt(kind, partial(self.solve, chosen), retain_graph, one_by_one)
 
     def solve(self, chunk_size: int, retain_graph: bool) -> list[Tensor]:
         """Differentiate ``chunk_size`` rows at a time, freeing the graph with the last of them."""
-        with _same_grad([*self.outputs, *self.inputs]):
+        with same_grad([*self.outputs, *self.inputs]):
             if chunk_size >= len(self.cotangents[0]) > 1:
                 return self._at_once(retain_graph)
             return self._in_chunks(chunk_size, retain_graph)
 
     def _at_once(self, retain_graph: bool) -> list[Tensor]:
         gradients = batched_gradients(self.outputs, self.inputs, self.cotangents, retain_graph)
-        return _disjoint(gradients, self.cotangents)
+        m = len(self.cotangents[0])
+        pairs = zip(gradients, self.inputs, strict=True)
+        return disjoint([zeros(t, m) if g is None else g for g, t in pairs], self.cotangents)
 
     def _in_chunks(self, chunk_size: int, retain_graph: bool) -> list[Tensor]:
         usage = self.usage
         m = len(usage)
-        results = [_empty(m, tensor) for tensor in self.inputs]
-        zeros: list[list[int]] = [[] for _ in results]
+        pairs = zip(self.inputs, self.row_shapes, strict=True)
+        results = [new_tensor(tensor, m, *shape) for tensor, shape in pairs]
+        filled: list[list[bool]] = []
         starts = range(0, m, chunk_size)
         last = max((s for s in starts if any(map(any, usage[s : s + chunk_size]))), default=-1)
-        taps = RowTaps(self.inputs, results)
+        taps = RowTaps(self.inputs, results, self.products)
         with taps.open() if chunk_size == 1 and not self.reentrant else nullcontext():
             for start in starts:
                 rows = slice(start, min(start + chunk_size, m))
-                used = [k for k in range(len(self.outputs)) if any(u[k] for u in usage[rows])]
+                used = [k for k, uses in enumerate(zip(*usage[rows], strict=True)) if any(uses)]
                 taps.start(start)
                 gradients = self._gradients(rows, used, retain_graph or start != last)
-                for i in reversed(range(len(results))):
-                    # Popping frees each gradient as soon as it is copied.
-                    gradient = gradients.pop()
-                    if gradient is None:
-                        zeros[i].extend(range(rows.start, rows.stop))
-                    elif i not in taps.taken:
-                        results[i][rows] = _dense(gradient)
-        for result, indices in zip(results, zeros, strict=True):
-            if indices:
-                result[indices] = 0.0
+                filled += [self._fill(results, rows, gradients, taps.taken)] * (
+                    rows.stop - rows.start
+                )
+        _clear(results, filled)
         return results
+
+    def _fill(
+        self,
+        results: list[Tensor],
+        rows: slice,
+        gradients: list[Tensor | None],
+        taken: set[int],
+    ) -> list[bool]:
+        """
+        Write those gradients to their rows that have not been taken on their way.
+
+        :returns: For each input, whether the rows are written.
+        """
+        filled = [i in taken or gradient is not None for i, gradient in enumerate(gradients)]
+        for i in reversed(range(len(gradients))):
+            # Popping frees each gradient as soon as it is copied.
+            gradient = gradients.pop()
+            if i in taken or gradient is None:
+                continue
+            if i in self.products:
+                self.products[i].write_row(results[i][rows.start], gradient)
+            else:
+                results[i][rows] = dense(gradient)
+        return filled
 
     def _gradients(self, rows: slice, used: list[int], retain_graph: bool) -> list[Tensor | None]:
         if not used:
@@ -148,45 +195,30 @@ class Problem:
             return accumulated_gradients(leaves, outputs, self.inputs, cotangents, retain_graph)
         return list(
             torch.autograd.grad(
-                outputs, self.inputs, cotangents, retain_graph=retain_graph, allow_unused=True
+                outputs, self.ends, cotangents, retain_graph=retain_graph, allow_unused=True
             )
         )
 
+    @property
+    def row_shapes(self) -> list[tuple[int, ...]]:
+        """Shapes of the rows of the inputs."""
+        products = self.products
+        return [
+            products[i].row_shape(tensor) if i in products else tuple(tensor.shape)
+            for i, tensor in enumerate(self.inputs)
+        ]
 
-def _dense(gradient: Tensor) -> Tensor:
-    return gradient if gradient.layout == torch.strided else gradient.to_dense()
-
-
-def _empty(m: int, tensor: Tensor) -> Tensor:
-    return torch.empty((m, *tensor.shape), dtype=tensor.dtype, device=tensor.device)
-
-
-def _disjoint(gradients: Sequence[Tensor], others: Sequence[Tensor]) -> list[Tensor]:
-    """Copy those gradients that share memory: with one another (as for a + b), or with others."""
-    seen = {other.untyped_storage().data_ptr() for other in others}
-    results = []
-    for gradient in gradients:
-        dense = _dense(gradient)
-        storage = dense.untyped_storage()
-        whole = dense.is_contiguous() and storage.nbytes() == dense.numel() * dense.itemsize
-        if not whole or storage.data_ptr() in seen:
-            dense = dense.clone(memory_format=torch.contiguous_format)
-        seen.add(dense.untyped_storage().data_ptr())
-        results.append(dense)
-    return results
+    @property
+    def ends(self) -> list[Tensor] | list[GradientEdge]:
+        """Where differentiation ends: the inputs, or the products that they are factors of."""
+        products = self.products
+        ends = [products[i].edge if i in products else t for i, t in enumerate(self.inputs)]
+        return cast("list[Tensor]", ends)  # torch takes mixed lists, its annotations do not
 
 
-@contextmanager
-def _same_grad(tensors: Sequence[Tensor]) -> Iterator[None]:
-    """
-    Put back the ``.grad`` of tensors that retain it.
-
-    Differentiating writes it as a side effect: sums over the rows, to which an aggregated gradient
-    must not be added, or under vmap a tensor that cannot be used outside.
-    """
-    before = [(t, t.grad) for t in tensors if not t.is_leaf and t.retains_grad]
-    try:
-        yield
-    finally:
-        for tensor, gradient in before:
-            tensor.grad = gradient
+def _clear(results: list[Tensor], filled: list[list[bool]]) -> None:
+    """Set to zero the rows that nothing was written to."""
+    for result, rows in zip(results, zip(*filled, strict=True), strict=True):
+        missing = [k for k, written in enumerate(rows) if not written]
+        if missing:
+            result[missing] = 0.0

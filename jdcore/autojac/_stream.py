@@ -1,14 +1,17 @@
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
+from attrs import evolve
 from torch import Tensor
 
 from jdcore.autojac._matrix import as_matrix
 from jdcore.autojac._rows import Problem
-from jdcore.autojac._taps import hooked, placeholder
+from jdcore.autojac._taps import hooked, listening, placeholder
 from jdcore.autojac._vmap import batched_gradients
 from jdcore.linalg import gramian
 
@@ -26,14 +29,36 @@ def streamed_gramian(problem: Problem) -> Tensor:
     :returns: float64 Tensor [m, m].
     """
     total = _zeros(problem)
+    heard: set[int] = set()
 
     def consume(rows: Tensor) -> None:
         total.add_(gramian(as_matrix(rows)))
 
-    tap: Callable[[Tensor, Sink], Tensor] = _Tap.apply
-    with hooked(problem.inputs, [lambda rows: tap(rows, consume)] * len(problem.inputs)):
-        batched_gradients(problem.outputs, problem.inputs, problem.cotangents, True)
+    def multiply(i: int, gradients: Tensor) -> None:
+        total.add_(problem.products[i].gramian(gradients))
+        heard.add(i)
+
+    leaves = [leaf for i, leaf in enumerate(problem.inputs) if i not in problem.products]
+    listeners = {i: partial(_listen, partial(multiply, i)) for i in problem.products}
+    with (
+        hooked(leaves, [lambda rows: _tap(rows, consume)] * len(leaves)),
+        listening(problem.products, listeners),
+    ):
+        found = batched_gradients(problem.outputs, problem.ends, problem.cotangents, True)
+    for i in problem.products:
+        gradients = found[i]
+        if i not in heard and gradients is not None:
+            multiply(i, gradients)
     return total
+
+
+def _listen(consume: Sink, gradients: Tensor) -> None:
+    _tap(gradients, consume)
+
+
+def _tap(rows: Tensor, consume: Sink) -> Tensor:
+    apply: Callable[[Tensor, Sink], Tensor] = _Tap.apply
+    return apply(rows, consume)
 
 
 def grouped_gramian(problem: Problem) -> Tensor:
@@ -46,22 +71,39 @@ def grouped_gramian(problem: Problem) -> Tensor:
     :returns: float64 Tensor [m, m].
     """
     total = _zeros(problem)
-    for group in _groups(problem.inputs):
-        rows = problem.restricted(group).solve(1, retain_graph=True)
-        total.add_(gramian([as_matrix(block) for block in rows]))
+    for group in _groups(problem):
+        part = problem.restricted(group)
+        rows = part.solve(1, retain_graph=True)
+        direct = [as_matrix(block) for i, block in enumerate(rows) if i not in part.products]
+        if direct:
+            total.add_(gramian(direct))
+        for i, product in part.products.items():
+            total.add_(product.gramian(rows[i]))
     return total
 
 
-def _groups(inputs: Sequence[Tensor]) -> list[list[Tensor]]:
-    limit = max(tensor.numel() for tensor in inputs)
-    groups: list[list[Tensor]] = [[]]
-    size = 0
-    for tensor in inputs:
-        if size + tensor.numel() > limit and groups[-1]:
+def cheap_products(problem: Problem) -> Problem:
+    """The same problem, with those products of which the gradients suffice for a Gramian."""
+    m = len(problem.cotangents[0])
+    found = problem.with_products()
+    products = {
+        i: evolve(product, multiply=False)
+        for i, product in found.products.items()
+        if product.has_cheap_gramian(found.inputs[i], m)
+    }
+    return evolve(found, products=products)
+
+
+def _groups(problem: Problem) -> list[list[int]]:
+    limit = max(tensor.numel() for tensor in problem.inputs)
+    groups: list[list[int]] = [[]]
+    total = 0
+    for i, size in enumerate(map(math.prod, problem.row_shapes)):
+        if total + size > limit and groups[-1]:
             groups.append([])
-            size = 0
-        groups[-1].append(tensor)
-        size += tensor.numel()
+            total = 0
+        groups[-1].append(i)
+        total += size
     return groups
 
 

@@ -10,6 +10,7 @@ import torch
 from attrs import frozen
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction
+from torch.autograd.graph import GradientEdge
 
 from jdcore.autojac._leaves import Reach
 from jdcore.errors import VectorizationError, VectorizationWarning
@@ -58,32 +59,33 @@ _FAILED: set[frozenset[str]] = set()
 
 def batched_gradients(
     outputs: Sequence[Tensor],
-    inputs: Sequence[Tensor],
+    inputs: Sequence[Tensor] | Sequence[GradientEdge],
     cotangents: Sequence[Tensor],
     retain_graph: bool,
-) -> tuple[Tensor, ...]:
+) -> list[Tensor | None]:
     """
     Differentiate several rows in one pass.
 
     :param cotangents: Initial Jacobians ``[m, *S_output]``, one per output.
-    :returns: One tensor ``[m, *S_input]`` per input, zero where no output depends on it.
+    :returns: One tensor ``[m, *S_input]`` per input, None where no output depends on it.
     """
+    reached: list[int] = []
 
-    def row(*gradients: Tensor) -> tuple[Tensor, ...]:
-        return torch.autograd.grad(
-            outputs,
-            inputs,
-            gradients,
-            retain_graph=retain_graph,
-            allow_unused=True,
-            materialize_grads=True,
+    def row(*gradients: Tensor) -> list[Tensor]:
+        results = torch.autograd.grad(
+            outputs, inputs, gradients, retain_graph=retain_graph, allow_unused=True
         )
+        reached.extend(i for i, result in enumerate(results) if result is not None)
+        return [result for result in results if result is not None]
 
     with warnings.catch_warnings():
         # vmap runs an operator that it cannot batch row by row, as we would do without it.
         warnings.filterwarnings("ignore", message="There is a performance drop")
-        results: tuple[Tensor, ...] = torch.vmap(row)(*cotangents)
-    return results
+        results = torch.vmap(row)(*cotangents)
+    found: list[Tensor | None] = [None] * len(inputs)
+    for i, result in zip(reached, results, strict=True):
+        found[i] = result
+    return found
 
 
 def attempt(

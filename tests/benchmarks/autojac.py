@@ -1,16 +1,19 @@
 """
 Time and memory of one training step with Jacobians, side by side with torchjd in one process.
 
-    python -m tests.benchmarks.autojac [--models mlp resnet] [--m 2 4 8 16] [--reps 5] [--json FILE]
+    python -m tests.benchmarks.autojac [--models mlp resnet] [--m 2 4 8 16] [--steps backward lean]
+        [--reps 5] [--json FILE]
 
 Every step goes end to end, from the forward pass to the ``.grad`` of all parameters, with UPGrad.
 Steps of all methods alternate, and medians are compared: absolute times vary by a factor of two
-with the state of the machine, ratios less. Memory is the exact peak of tensor allocations during
-one step above what is alive before it (parameters, data). The peer is imported here only; without
-it, its columns are left out.
+with the state of the machine, ratios less. Each timed step follows an untimed one of its kind, as
+it does in training: memory that another method has just given back can be slow to take. Memory is
+the exact peak of tensor allocations during one step above what is alive before it (parameters,
+data). The peer is imported here only; without it, its columns are left out.
 
-Fresh large CPU buffers cost as much as the arithmetic on some machines (page faults). Set
-``THP_MEM_ALLOC_ENABLE=1``, by which torch asks for huge pages, to see the difference.
+Fresh large CPU buffers cost as much as the arithmetic on some machines (page faults). jdcore asks
+for huge pages where it allocates a Jacobian; set ``THP_MEM_ALLOC_ENABLE=1``, by which torch asks
+for them everywhere, to see all methods with them.
 """
 
 from __future__ import annotations
@@ -29,6 +32,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, relu
 
 import jdcore
+from jdcore.autogram import Engine
 from jdcore.autojac import backward, gramian_backward, jac_to_grad, mtl_backward
 
 
@@ -138,6 +142,12 @@ def ours_lean(problem: Problem) -> None:
     gramian_backward(problem.forward()[0], jdcore.get_weighting("upgrad"))
 
 
+def ours_engine(problem: Problem) -> None:
+    """Engine.backward on all parameters. The engine is made anew: its hooks go with it."""
+    engine = Engine(problem.trunk, problem.heads, batch_dim=None)
+    engine.backward(torch.stack(problem.forward()[0]), jdcore.get_weighting("upgrad"))
+
+
 def peer_steps() -> dict[str, Step]:
     """The same steps with torchjd, if it is installed."""
     try:
@@ -162,6 +172,7 @@ STEPS: dict[str, Step] = {
     "backward": ours,
     "mtl": ours_mtl,
     "lean": ours_lean,
+    "engine": ours_engine,
 }
 
 
@@ -216,14 +227,13 @@ def peak_megabytes(step: Step, problem: Problem, device: str) -> float:
 
 
 def measure(model: str, m: int, steps: dict[str, Step], reps: int, device: str) -> list[Result]:
-    """Alternate the steps of one problem; the first round is thrown away."""
+    """Alternate the steps of one problem."""
     problem = Problem(model, m, device)
     times: dict[str, list[float]] = {name: [] for name in steps}
-    for round_ in range(reps + 1):
+    for _ in range(reps):
         for name, step in steps.items():
-            elapsed = milliseconds(step, problem, device)
-            if round_ > 0:
-                times[name].append(elapsed)
+            milliseconds(step, problem, device)
+            times[name].append(milliseconds(step, problem, device))
     return [
         Result(
             model, m, name, statistics.median(times[name]), peak_megabytes(step, problem, device)
@@ -256,6 +266,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.strip().splitlines()[0])
     parser.add_argument("--models", nargs="+", choices=sorted(MODELS), default=["mlp", "resnet"])
     parser.add_argument("--m", nargs="+", type=int, default=[2, 4, 8, 16])
+    parser.add_argument("--steps", nargs="+", help="by default all of them")
     parser.add_argument("--reps", type=int, default=5)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=1)
@@ -263,6 +274,8 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     steps = STEPS | peer_steps()
+    if arguments.steps:
+        steps = {name: steps[name] for name in arguments.steps}
     results = []
     for model in arguments.models:
         for m in arguments.m:

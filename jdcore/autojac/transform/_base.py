@@ -62,8 +62,12 @@ class Transform(ABC):
         :raises GraphError: If keys are missing.
         """
         given = {} if values is None else values
-        check_covered(self, given)
-        return self.apply({key: given[key] for key in self.needs})
+        try:
+            needed = {key: given[key] for key in self.needs}
+        except KeyError:
+            check_covered(self, given)  # names all that are missing
+            raise
+        return self.apply(needed)
 
     def __rshift__(self, second: Transform) -> Transform:
         """Run this transform, then ``second`` on its result."""

@@ -8,8 +8,16 @@ from torch import Tensor, nn
 
 from jdcore import ParameterError, ParameterTypeError
 from jdcore.aggregation import GramianAggregator
-from jdcore.autojac import _stream, backward, gramian_backward, jac_to_grad
+from jdcore.autojac import _gramian_backward, _stream, backward, gramian_backward, jac_to_grad
 from jdcore.errors import VectorizationWarning
+
+
+@pytest.fixture(autouse=True, params=[0, _gramian_backward._SMALL])
+def small(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Size up to which the Jacobian is held: never, or as always."""
+    monkeypatch.setattr(_gramian_backward, "_SMALL", request.param)
+    size: int = request.param
+    return size
 
 
 def _by_norm(gramian: Tensor) -> Tensor:
@@ -68,7 +76,9 @@ def test_graphs_that_vmap_cannot_batch() -> None:
     _check(hidden.mean(dim=0), list(model.parameters()))
 
 
+@pytest.mark.parametrize("small", [0], indirect=True)
 def test_a_failure_of_vmap_falls_back_to_groups_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+
     def fail(*arguments: Any) -> None:
         raise RuntimeError("Batching rule not implemented for aten::fancy.")
 
@@ -135,6 +145,7 @@ def test_the_graph_is_freed_unless_retained() -> None:
         gramian_backward(losses, _by_norm)
 
 
+@pytest.mark.parametrize("small", [0], indirect=True)
 def test_the_rows_of_one_leaf_at_a_time_are_alive(monkeypatch: pytest.MonkeyPatch) -> None:
     import weakref
 
@@ -178,6 +189,6 @@ def test_bad_input_changes_nothing() -> None:
         (fail, ZeroDivisionError, "^$"),
     ):
         with pytest.raises(error, match=match):
-            gramian_backward(losses, weighting)
+            gramian_backward(losses, weighting, retain_graph=True)
     assert a.grad.tolist() == [9.0, 9.0]
     gramian_backward(losses, _by_norm)
