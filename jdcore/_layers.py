@@ -8,7 +8,15 @@ from typing import Any
 
 from jdcore.spec import GramianRuleSpec
 
-__all__ = ["CORE_RULES", "LayerTable"]
+__all__ = ["CHOOSE", "CORE_RULES", "RUNTIME", "LayerTable"]
+
+RUNTIME = "runtime"
+"""Stands for the distribution in the qualified name of registered specs."""
+
+CHOOSE = (
+    "Choose one with jdcore.register(spec), or switch a distribution off with "
+    "JDCORE_DISABLE_PLUGINS."
+)
 
 _RULES = "jdcore.autogram.rules"
 
@@ -52,7 +60,7 @@ CORE_RULES: tuple[GramianRuleSpec, ...] = (
 
 
 class LayerTable:
-    """Rules by layer; several rules for one layer disable each other."""
+    """Rules by layer; several rules for one layer disable each other, unless one is registered."""
 
     def __init__(self) -> None:
         self._entries: list[Any] = []
@@ -64,13 +72,23 @@ class LayerTable:
         return iter(self._entries)
 
     def claims(self, layer: str) -> list[Any]:
-        """All entries that name this layer."""
-        return [entry for entry in self._entries if entry.spec.layer == layer]
+        """All entries for this layer, also by other paths if it was imported."""
+        cls = _imported(layer)
+        return [
+            entry
+            for entry in self._entries
+            if entry.spec.layer == layer or (cls is not None and _imported(entry.spec.layer) is cls)
+        ]
 
     def clashes(self) -> dict[str, list[str]]:
-        layers = sorted({entry.spec.layer for entry in self._entries})
-        claims = {layer: [e.qualified_name for e in self.claims(layer)] for layer in layers}
-        return {layer: names for layer, names in claims.items() if len(names) > 1}
+        clashes: dict[str, list[str]] = {}
+        for layer in sorted({entry.spec.layer for entry in self._entries}):
+            entries = self.claims(layer)
+            names = [entry.qualified_name for entry in entries]
+            chosen = any(entry.distribution == RUNTIME for entry in entries)
+            if len(names) > 1 and not chosen and names not in clashes.values():
+                clashes[layer] = names
+        return clashes
 
     def find(self, cls: type) -> list[Any]:
         """
@@ -81,6 +99,8 @@ class LayerTable:
         for base in cls.__mro__:
             entries = [e for e in self._entries if _imported(e.spec.layer) is base]
             if entries:
+                # What somebody registered in this process settles who serves the layer.
+                entries = [e for e in entries if e.distribution == RUNTIME] or entries
                 same = getattr(cls, "forward", None) is getattr(base, "forward", None)
                 return entries if same else []
         return []

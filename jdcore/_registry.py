@@ -20,7 +20,7 @@ from jdcore._discovery import (
     normalize_distribution,
     switched_without_effect,
 )
-from jdcore._layers import CORE_RULES, LayerTable
+from jdcore._layers import CHOOSE, CORE_RULES, RUNTIME, LayerTable
 from jdcore._tables import Entry, NameTable
 from jdcore.errors import (
     MissingMethodError,
@@ -33,7 +33,6 @@ from jdcore.errors import (
 from jdcore.spec import AggregatorSpec, GramianRuleSpec, normalize_name
 
 _CORE = "jdcore"
-RUNTIME = "runtime"  # stands for the distribution in the qualified name of registered specs
 
 
 class Registry:
@@ -80,11 +79,11 @@ class Registry:
     def _register_rule(self, spec: GramianRuleSpec) -> None:
         with self._lock:
             self._discover()
-            for entry in self._rules.claims(spec.layer):
-                if entry.distribution != RUNTIME:
-                    raise ParameterError(
-                        "layer", "free", f"{spec.layer!r}, taken by {entry.qualified_name}"
-                    )
+            claims = [e for e in self._rules.claims(spec.layer) if e.distribution != RUNTIME]
+            # Several installed ones have disabled each other: then this is the choice.
+            if len(claims) == 1:
+                taken = f"{spec.layer!r}, taken by {claims[0].qualified_name}"
+                raise ParameterError("layer", "free", taken)
             self._runtime_rules[spec.layer] = spec
             self._fill(self._records or [])
 
@@ -150,7 +149,7 @@ class Registry:
             for table in (self._aggregators, *self._solvers.values())
             for name, claims in table.clashes().items()
         ] + [
-            (" and ".join(claims), f"they claim the same layer {layer}.")
+            (" and ".join(claims), f"they claim the same layer {layer}. {CHOOSE}")
             for layer, claims in self._rules.clashes().items()
         ]
 
@@ -212,6 +211,22 @@ class Registry:
         """The rules for a class of layers: none, one, or several that clash."""
         self._discover()
         return self._rules.find(layer)
+
+    def gramian_rule(self, name: str) -> Entry:
+        """
+        The entry of a rule, by its plain or its qualified name.
+
+        :raises UnknownNameError: If there is no such rule, or if several have the plain name.
+        """
+        self._discover()
+        entries = list(self._rules)
+        found: list[Entry] = [e for e in entries if name in (e.spec.name, e.qualified_name)]
+        if len(found) != 1:
+            known = [e.qualified_name for e in entries]
+            close = [e.qualified_name for e in found] or difflib.get_close_matches(name, known)
+            raise UnknownNameError(name, "Gramian rule", close, known)
+        [entry] = found
+        return entry
 
     def _raise_unknown(self, name: str, table: NameTable) -> NoReturn:
         distribution, _, plain = name.rpartition(":")

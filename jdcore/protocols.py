@@ -257,6 +257,13 @@ class GramianRule(Protocol):
       again draws other random numbers;
     * it has no state: one object serves all layers of its type.
 
+    With ``batch_dim=None`` each loss has one row for the whole batch, which an ordinary backward
+    pass gives, so a rule is used only where it says that it is cheaper, by an optional method
+    ``beats_rows(module, args, output_shape, tasks) -> bool``. It is given the layer, its positional
+    arguments (none if all came by keyword), the shape of its first output and the number of losses.
+
+    :func:`jdcore.testing.gramian_rule_tests` checks all of this.
+
     A rule for a layer that multiplies each channel by a parameter::
 
         class LayerScaleRule:

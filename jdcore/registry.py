@@ -95,6 +95,9 @@ def register(spec: AggregatorSpec | GramianRuleSpec, /) -> None:
     A later registration of the same name replaces an earlier one. In a notebook the factory is
     ``"__main__:MyWeighting"``.
 
+    Where several installed distributions claim one layer, and so disable each other, registering a
+    rule for it is the choice between them; their specs are in :func:`list_plugins`.
+
     :raises ParameterTypeError: If ``spec`` is neither.
     :raises ParameterError: If an installed plugin already provides one of its names or its layer.
     """

@@ -31,7 +31,7 @@ class Accumulator:
 
     def add_rows(self, rows: Tensor) -> None:
         """Add the Gramian of rows [R, n]."""
-        if rows.dtype == torch.float64 or rows.shape[1] <= _COLUMNS:
+        if rows.shape[1] <= _COLUMNS:
             self.total += rows @ rows.T
             return
         for piece in torch.split(rows, _COLUMNS, dim=1):

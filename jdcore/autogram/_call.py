@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -51,8 +52,11 @@ class LayerCall:
 
     @property
     def input(self) -> Tensor:
-        """The first argument."""
-        tensor: Tensor = self.argument(0, "input")
+        """The first argument, whatever the layer calls it."""
+        first = self.args[0] if self.args else None
+        if first is None:
+            first = self.kwargs[next(iter(inspect.signature(self.module.forward).parameters))]
+        tensor: Tensor = first
         return tensor
 
     def wanted(self, name: str) -> Parameter | None:
@@ -97,5 +101,6 @@ def check_batch(module_name: str, length: int, batch_size: int) -> None:
             "batch_dim",
             f"the dimension of the samples: the losses have {batch_size} entries along it",
             f"an output of `{module_name}` with {length} entries along its first dimension",
-            "Give layers the samples first (batch_first=True), or use batch_dim=None.",
+            "Give layers the samples first (batch_first=True), also tables of positions, whose "
+            "indices expand to all samples; or use batch_dim=None.",
         )

@@ -125,8 +125,9 @@ class Engine:
             ``.grad`` field is changed then.
         """
         jacobian = self._jacobian(output)
-        total = jacobian.gramian(keep=True, retain_graph=retain_graph)
-        weights = _weigh(weighting, _shaped(total, output), output)
+        gramian = _shaped(jacobian.gramian(keep=True, retain_graph=retain_graph), output)
+        weights = _weigh(weighting, gramian, output)
+        del gramian
         accumulate(jacobian.weighted(weights.detach(), retain_graph))
         return weights
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Hashable, Iterable, Iterator
 from typing import Any
 
@@ -11,14 +12,16 @@ from torch.utils._pytree import tree_map
 
 from jdcore.autogram._accumulator import Accumulator
 from jdcore.autogram._call import LayerCall, check_batch, widened
-from jdcore.autogram._open import Layouts, OpenParameters, Place, grads_of
+from jdcore.autogram._open import Layouts, OpenParameters, grads_of
 from jdcore.autogram._passes import Objectives, capture, gradients
 from jdcore.autogram._plan import Plan
-from jdcore.autogram._probe import Probe, layout, probe_weights
+from jdcore.autogram._probe import Finding, Probe, find_layout, probe_weights
 from jdcore.autogram._scratch import Scratch
+from jdcore.autogram._stream import stream
 from jdcore.autogram._survey import Site, Survey, survey
 from jdcore.autogram._validation import refuse_impossible
 from jdcore.autogram.blocks import Block, Gradients, RowsBlock, combined
+from jdcore.autogram.rules._direct import Place
 from jdcore.errors import ParameterError
 
 
@@ -52,24 +55,25 @@ class Jacobian:
     def _pin(self) -> None:
         """Without samples, ordinary gradients are rows of J: only a cheaper closed form is used."""
         found, K = self._found, self._objectives.tasks
-        calls: dict[Parameter, int] = {}
-        for site in found.sites.values():
-            for parameter in site.reached:
-                calls[parameter] = calls.get(parameter, 0) + 1
-        elsewhere = {*found.stray, *found.uses}
+        shared = self._shared()
         for record, site in list(found.sites.items()):
-            alone = all(calls[p] == 1 and p not in elsewhere for p in site.reached)
             beats_rows = getattr(record.served.rule, "beats_rows", None)
             if not (
-                alone
+                shared.isdisjoint(site.reached)
                 and beats_rows is not None
                 and beats_rows(record.served.module, record.args, record.output_shape, K)
             ):
                 self._pinned.update(dict.fromkeys(site.reached))
                 del found.sites[record]
-        self._pinned.update(dict.fromkeys(elsewhere))
+        self._pinned.update(dict.fromkeys([*found.stray, *found.uses]))
         found.uses.clear()
         found.stray.clear()
+
+    def _shared(self) -> set[Parameter]:
+        """Parameters that several calls use, or anything but a call."""
+        calls = Counter(p for site in self._sites() for p in site.reached)
+        several = {p for p, count in calls.items() if count > 1}
+        return several.union(self._found.stray, self._found.uses)
 
     # -- the Gramian -------------------------------------------------------------------------------
 
@@ -87,16 +91,20 @@ class Jacobian:
             return gramian.total
         with torch.autocast(output.device.type, enabled=False):
             graph_needed = retain_graph or bool(self._open) or (keep and bool(self._found.leaves))
-            captured, layouts = self._capture(graph_needed)
+            captured, layouts = self._capture(gramian, graph_needed)
             with torch.no_grad():
                 blocks = combined(list(self._make_blocks(captured, layouts)))
-            self._blocks = blocks if keep else []
-            captured.clear()
-            with torch.no_grad():
-                while blocks:
-                    blocks[0].add_gramian(gramian)
-                    blocks = blocks[1:]
-        return self._objectives.gramian((gramian.total + gramian.total.T) / 2)
+                captured.clear()
+                self._add(blocks, gramian)
+        total = gramian.total + gramian.total.T
+        del gramian
+        return self._objectives.gramian(total.div_(2))
+
+    def _add(self, blocks: list[Block], gramian: Accumulator) -> None:
+        if gramian.keep:
+            self._blocks += blocks
+        while blocks:
+            blocks.pop(0).add_gramian(gramian)
 
     def weighted(self, weights: Tensor, retain_graph: bool) -> dict[Tensor, Tensor]:
         """
@@ -115,13 +123,15 @@ class Jacobian:
                     gradients_of.of[leaf] = gradient  # type: ignore[index]  # any leaf
         with torch.no_grad(), torch.autocast(weights.device.type, enabled=False):
             while self._blocks:
-                block = self._blocks.pop()
+                block = self._blocks.pop(0)
                 block.add_weighted(by_task.to(block.dtype), gradients_of)
         return gradients_of.of  # type: ignore[return-value]  # Parameters are Tensors
 
     # -- the backward passes -----------------------------------------------------------------------
 
-    def _capture(self, graph_needed: bool) -> tuple[dict[Any, Tensor], Layouts]:
+    def _capture(
+        self, gramian: Accumulator, graph_needed: bool
+    ) -> tuple[dict[Any, Tensor], Layouts]:
         places: dict[Place, Site | None] = dict.fromkeys(self._open.places())
         for site in self._sites():
             places.update(((e.node, e.output_nr), site) for e in site.edges.values())
@@ -129,13 +139,45 @@ class Jacobian:
         inputs = [GradientEdge(*key) if isinstance(key, tuple) else key for key in keys]
         kind = self._kind(places)
         layouts = self._probe.layouts(kind) if self._objectives.samples > 1 else ()
+        if layouts is not None and self._objectives.tasks == 1 and not self._pinned:
+            captured = self._stream(places, gramian, graph_needed)
+            return captured, dict(zip(places, layouts, strict=False))
         probed = self._probe_pass(inputs) if layouts is None else []
         grads = capture(self._objectives, inputs, self._found.operations, graph_needed)
         if layouts is None:
-            layouts = self._layouts(places, grads, probed)
-            self._probe.remember(kind, layouts)
+            findings = self._findings(places, grads, probed)
+            layouts = tuple(finding.layout for finding in findings)
+            if all(finding.sure for finding in findings):
+                self._probe.remember(kind, layouts)
         captured = {k: g for k, g in zip(keys, grads, strict=True) if g is not None}
         return captured, dict(zip(places, layouts, strict=False))
+
+    def _stream(
+        self, places: dict[Place, Site | None], gramian: Accumulator, graph_needed: bool
+    ) -> dict[Any, Tensor]:
+        """
+        Add the share of each layer when its gradients come.
+
+        :returns: What has to wait: gradients that concern parameters used in several places.
+        """
+        shared = self._shared()
+        captured: dict[Any, Tensor] = {}
+
+        def receive(place: Place, gradient: Tensor) -> None:
+            captured[place] = gradient.unsqueeze(0)
+            site = places[place]
+            if site is None or site.record.served.rule is None:
+                return
+            needed = [(edge.node, edge.output_nr) for edge in site.edges.values()]
+            if shared.isdisjoint(site.reached) and all(other in captured for other in needed):
+                with torch.no_grad():
+                    blocks = combined(list(self._blocks_of(site, captured)))
+                    for other in needed:
+                        del captured[other]
+                    self._add(blocks, gramian)
+
+        stream(self._objectives, places, self._found.children, receive, graph_needed)
+        return captured
 
     def _sites(self) -> Iterable[Site]:
         return self._found.sites.values()
@@ -147,29 +189,34 @@ class Jacobian:
         shapes = [(node.name(), _shape_at(node, output)) for node, output in places]
         # A dimension that holds just the samples looks the same in several layouts.
         forms = tuple((name, len(s), tuple(d == B for d in s[:2])) for name, s in shapes)
-        return calls, forms, self._objectives.output.ndim
+        # Other operations may mix samples where those seen before did not.
+        return calls, forms, frozenset(self._found.operations), self._objectives.output.ndim
 
     def _probe_pass(self, inputs: list[Any]) -> list[Tensor | None]:
         weights = probe_weights(self._objectives.samples).to(self._objectives.output)
         by_task = weights.expand(self._objectives.tasks, -1)
         return gradients(self._objectives, inputs, by_task, retain_graph=True) if inputs else []
 
-    def _layouts(
+    def _findings(
         self,
         places: dict[Place, Site | None],
         captured: list[Tensor | None],
         probed: list[Tensor | None],
-    ) -> tuple[str | None, ...]:
+    ) -> list[Finding]:
         weights = probe_weights(self._objectives.samples)
-        layouts: list[str | None] = []
+        findings: list[Finding] = []
         for site, grads, of_place in zip(places.values(), captured, probed, strict=False):
-            found: str | None = "major"
+            found = Finding("major", sure=True)
             if grads is not None and of_place is not None:
-                found = layout(grads.sum(0), of_place, weights)
-                if found != "major" and site is not None and site.record.served.rule is not None:
-                    _refuse_mixing(site.record.served.label, grads.shape[1:], len(weights))
-            layouts.append(found)
-        return tuple(layouts)
+                found = find_layout(grads.sum(0), of_place, weights)
+                if site is not None and site.record.served.rule is not None:
+                    # Layers with a rule have samples first, so nothing else needs to be excluded.
+                    if found.layout != "major":
+                        _refuse_mixing(site.record.served.label, grads.shape[1:], len(weights))
+                elif found.ambiguous:
+                    found = Finding(None, sure=False)
+            findings.append(found)
+        return findings
 
     # -- the blocks --------------------------------------------------------------------------------
 
@@ -179,10 +226,12 @@ class Jacobian:
                 yield RowsBlock(parameter, widened(captured[parameter]).unsqueeze(1))
         yield from self._open.blocks(captured, layouts, self._objectives)
         for site in self._sites():
-            rule = site.record.served.rule
-            grads = grads_of(site, captured)
-            if rule is not None and grads and site.reached:
-                yield from rule.blocks(_call(site, grads, self._objectives.samples))
+            yield from self._blocks_of(site, captured)
+
+    def _blocks_of(self, site: Site, captured: dict[Any, Tensor]) -> Iterator[Block]:
+        rule, grads = site.record.served.rule, grads_of(site, captured)
+        if rule is not None and grads and site.reached:
+            yield from rule.blocks(_call(site, grads, self._objectives.samples))
 
 
 def _shape_at(node: Any, output: int) -> torch.Size:
@@ -198,13 +247,17 @@ def _call(site: Site, grads: dict[int, Tensor], samples: int) -> LayerCall:
         check_batch(record.served.label, length, samples)
     return LayerCall(
         module=record.served.module,
-        args=tuple(tree_map(widened, argument) for argument in record.args),
-        kwargs={name: tree_map(widened, argument) for name, argument in record.kwargs.items()},
+        args=tuple(_widened(argument) for argument in record.args),
+        kwargs={name: _widened(argument) for name, argument in record.kwargs.items()},
         training=record.training,
         batch_size=samples,
         output_grads=tuple(widened(grads.get(index)) for index in range(max(grads) + 1)),
         reached=frozenset(site.reached),
     )
+
+
+def _widened(argument: Any) -> Any:
+    return widened(argument) if isinstance(argument, Tensor) else tree_map(widened, argument)
 
 
 def _refuse_mixing(name: str, shape: torch.Size, samples: int) -> None:
@@ -213,6 +266,7 @@ def _refuse_mixing(name: str, shape: torch.Size, samples: int) -> None:
         "batch_dim",
         "given only if each loss depends on one sample, and layers have samples first",
         f"samples that mix at the output of `{name}`, of shape {list(shape)}",
-        "Use batch_first=True, keep the order of samples when dimensions are folded, avoid "
-        "statistics of the batch, or use batch_dim=None.",
+        "Use batch_first=True, keep the order of samples when dimensions are folded, expand the "
+        "indices of tables of positions to all samples, avoid statistics of the batch, or use "
+        "batch_dim=None.",
     )

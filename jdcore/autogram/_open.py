@@ -4,18 +4,20 @@ from collections.abc import Iterator
 
 from attrs import define, field
 from torch import Tensor
-from torch.autograd.graph import Node
 from torch.nn import Parameter
 
-from jdcore.autogram._call import widened
 from jdcore.autogram._passes import Objectives
 from jdcore.autogram._survey import Site, Survey
 from jdcore.autogram.blocks import Block, RowsBlock
-from jdcore.autogram.rules._direct import Layout, Operand, block_of_use, operands
+from jdcore.autogram.rules._direct import (
+    Layout,
+    Operand,
+    Place,
+    Results,
+    block_of_use,
+    operands,
+)
 from jdcore.autogram.rules._generic import rows_of_call, rows_of_losses
-
-Place = tuple[Node, int]
-"""A node of the graph and one of its outputs: where gradients are captured."""
 
 Layouts = dict[Place, "Layout | None"]
 
@@ -55,7 +57,7 @@ class OpenParameters:
         """Where gradients are needed."""
         for groups in self._groups.values():
             for group in groups:
-                yield from ((use.node, 0) for use in group.uses if use.known)
+                yield from (place for use in group.uses if use.known for place in use.places)
 
     def blocks(
         self,
@@ -69,13 +71,14 @@ class OpenParameters:
         :param captured: Gradients at the places, shape [K, ...].
         :param layouts: Where the samples are at each place; None where they mix.
         """
+        results = Results(captured, layouts, objectives.samples)
         rows: dict[Site, list[Parameter]] = {}
         by_definition: list[Parameter] = []
         for parameter, groups in self._groups.items():
             blocks: list[Block] = []
             through: list[Site] = []
             for group in groups:
-                closed = _closed(parameter, group, captured, layouts, objectives.samples)
+                closed = _closed(parameter, group, results)
                 if closed is not None:
                     blocks += closed
                 elif group.site is not None and _apart(group.site, layouts):
@@ -95,20 +98,10 @@ class OpenParameters:
             yield from rows_of_losses(objectives, by_definition)
 
 
-def _closed(
-    parameter: Parameter,
-    group: _Group,
-    captured: dict[Place, Tensor],
-    layouts: Layouts,
-    samples: int,
-) -> list[Block] | None:
+def _closed(parameter: Parameter, group: _Group, results: Results) -> list[Block] | None:
     blocks = []
     for use in group.uses:
-        grads = captured.get((use.node, 0)) if use.known else None
-        layout = layouts.get((use.node, 0), "major")
-        if grads is None or layout is None or grads.ndim < 2:
-            return None
-        block = block_of_use(parameter, use, widened(grads), layout, samples)
+        block = block_of_use(parameter, use, results)
         if block is None:
             return None
         blocks.append(block)

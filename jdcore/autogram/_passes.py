@@ -1,8 +1,9 @@
 """
 Backward passes: from the losses to gradients at chosen places of the graph, for all tasks.
 
-The gradients are captured where the graph has them; no hook runs during the pass, so neither
-threads nor ``torch.vmap`` matter to what receives them.
+The gradients are captured where the graph has them; no hook runs during these passes, so neither
+threads nor ``torch.vmap`` matter to what receives them. Where one pass serves all losses,
+:mod:`jdcore.autogram._stream` needs less memory.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -13,8 +14,9 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils.parametrize import is_parametrized
 
+from jdcore._layers import CHOOSE
 from jdcore._registry import get_gramian_rule, registry
-from jdcore.errors import ParameterError, ParameterTypeError
+from jdcore.errors import ParameterError, ParameterTypeError, PluginWarning
 from jdcore.protocols import GramianRule
 
 OPERATIONS = "operations"
@@ -107,12 +109,21 @@ def _serve(module: nn.Module, name: str) -> Served | None:
         return _generic(module, name, opaque)
     entries = registry.gramian_rules(type(module))
     if len(entries) > 1:
-        claims = " and ".join(e.qualified_name for e in entries)
-        return _generic(module, name, f"{claims} disable each other")
+        return _generic(module, name, _clash(type(module), entries))
     if entries:
         return _ruled(module, name, entries[0])
     leaf = not any(next(child.parameters(), None) is not None for child in module.children())
     return _generic(module, name, f"no rule for {type(module).__name__}") if leaf else None
+
+
+def _clash(layer: type, entries: Sequence[Any]) -> str:
+    claims = " and ".join(e.qualified_name for e in entries)
+    warnings.warn(
+        f"{claims} claim the same layer {layer.__name__}, and none of them serves it. {CHOOSE}",
+        PluginWarning,
+        stacklevel=2,
+    )
+    return f"{claims} disable each other"
 
 
 def _ruled(module: nn.Module, name: str, entry: Any) -> Served:

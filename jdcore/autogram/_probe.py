@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Hashable
 
 import torch
+from attrs import frozen
 from torch import Tensor
 
 _HALF_TOLERANCE = 1e-2
@@ -24,19 +25,50 @@ def probe_weights(samples: int) -> Tensor:
     return 1.0 + bits
 
 
-def layout(grads: Tensor, probed: Tensor, weights: Tensor) -> str | None:
+@frozen
+class Finding:
     """
-    Where the samples are: the first layout in which each was scaled by its own weight.
+    Where the samples are at one place.
+
+    :param layout: "major", "minor" or "second" (see :mod:`jdcore.autogram.rules._direct`), or None
+        if samples mix.
+    :param sure: Whether the gradients were such that nothing else explains them. A first batch may
+        hide a layout: behind a layer that starts at zero all gradients are zero, and scale any way.
+    :param ambiguous: Whether several layouts explain them, which differ in what is whose.
+    """
+
+    layout: str | None
+    sure: bool
+    ambiguous: bool = False
+
+
+def find_layout(grads: Tensor, probed: Tensor, weights: Tensor) -> Finding:
+    """
+    Find the layout in which the gradients of each sample were scaled by its own weight.
 
     :param grads: Gradients of the unweighted losses.
     :param probed: Gradients of the weighted losses.
     :param weights: Shape [B].
-    :returns: "major", "minor" or "second" (see :mod:`jdcore.autogram.rules._direct`), or None if
-        samples mix.
     """
-    B = len(weights)
     half = grads.dtype in (torch.float16, torch.bfloat16)
+    tolerance = _HALF_TOLERANCE if half else _TOLERANCE
     weights = weights.to(device=grads.device, dtype=torch.float32 if half else grads.dtype)
+
+    def explains(scale: Tensor | float) -> bool:
+        return _equal(probed, grads * scale, tolerance)
+
+    scales = _scales(grads, weights)
+    fitting = [name for name, scale in scales.items() if explains(scale)]
+    if not fitting:
+        return Finding(None, sure=True)
+    first = scales[fitting[0]].expand_as(grads)
+    same = all(torch.equal(first, scales[name].expand_as(grads)) for name in fitting[1:])
+    shown = same and not explains(1.0) and not explains(2.0)
+    return Finding(fitting[0], sure=shown, ambiguous=not same and bool(grads.any()))
+
+
+def _scales(grads: Tensor, weights: Tensor) -> dict[str, Tensor]:
+    B = len(weights)
     scales = {}
     if grads.ndim > 0 and grads.shape[0] % B == 0:
         repeats = grads.shape[0] // B
@@ -45,10 +77,7 @@ def layout(grads: Tensor, probed: Tensor, weights: Tensor) -> str | None:
         scales["minor"] = weights.repeat(repeats).view(-1, *rest)
     if grads.ndim > 2 and grads.shape[1] == B:
         scales["second"] = weights.view(-1, *(1,) * (grads.ndim - 2))
-    for name, scale in scales.items():
-        if _equal(probed, grads * scale, _HALF_TOLERANCE if half else _TOLERANCE):
-            return name
-    return None
+    return scales
 
 
 def _equal(got: Tensor, expected: Tensor, tolerance: float) -> bool:

@@ -8,16 +8,22 @@ along, a call that the losses do not depend on is never met, and a plain backwar
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node, get_gradient_edge
+from torch.nn.modules.module import _global_forward_hooks
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 from torch.utils.hooks import RemovableHandle
 
 from jdcore.autogram._plan import Plan, Served
 from jdcore.errors import ParameterError
+
+_HOOKS: weakref.WeakSet[Callable[..., Any]] = weakref.WeakSet()
+"""The hooks of all engines: they leave the value of an output as it is."""
 
 
 class Record:
@@ -119,8 +125,11 @@ def _attach(served: Served, key: object) -> RemovableHandle:
     def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         if torch.compiler.is_compiling() or not torch.is_grad_enabled():
             return None
-        return _record(served, key, args, kwargs, output) if _intact(served) else None
+        if not _intact(served) or not _untouched(served, hook):
+            return None
+        return _record(served, key, args, kwargs, output)
 
+    _HOOKS.add(hook)
     # First of all hooks: the output as the layer made it is what the rule speaks of.
     return served.module.register_forward_hook(hook, with_kwargs=True, prepend=True)
 
@@ -151,6 +160,20 @@ def _intact(served: Served) -> bool:
         return True
     own = served.module._parameters
     return all(own.get(name) is p for name, p in served.parameters.items() if "." not in name)
+
+
+def _untouched(served: Served, hook: Callable[..., Any]) -> bool:
+    """Whether the output comes from the layer itself: another hook may have run before."""
+    if served.rule is None:
+        return True
+    if _global_forward_hooks:
+        return False
+    for earlier in served.module._forward_hooks.values():
+        if earlier is hook:
+            return True
+        if earlier not in _HOOKS:
+            return False
+    return True
 
 
 def _record(served: Served, key: object, args: Any, kwargs: Any, output: Any) -> Any:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 
 import torch
@@ -7,6 +8,11 @@ from torch import Tensor
 
 CAPACITY = 4 << 20
 """Entries (16 MB of float32) that a temporary of a rule should not exceed."""
+
+
+# Rows that are powers of two apart evict each other from the cache: their products take up to half
+# as long again.
+_GAP = 16
 
 
 class Scratch:
@@ -28,9 +34,7 @@ class Scratch:
         :param like: Gives dtype and device.
         :param slot: Temporaries that live at the same time have different slots.
         """
-        size = 1
-        for length in shape:
-            size *= length
+        size = math.prod(shape)
         key = slot, like.dtype, like.device
         buffer = self._buffers.get(key)
         if buffer is None or buffer.numel() < size:
@@ -38,6 +42,16 @@ class Scratch:
             buffer = like.new_empty(max(size, min(CAPACITY, 2 * size)))
             self._buffers[key] = buffer
         return buffer[:size].view(shape)
+
+    def rows(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
+        """
+        Uninitialised rows of J, valid until slot 0 is taken again.
+
+        :param shape: ``[K, B, *features]``.
+        """
+        length = math.prod(shape[2:])
+        rows = self.take((shape[0] * shape[1], length + _GAP), like)[:, :length]
+        return rows.view(shape)
 
 
 def pieces(length: int, largest: int) -> list[tuple[int, int]]:

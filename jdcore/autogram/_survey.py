@@ -40,6 +40,8 @@ class Survey:
     leaves: dict[Tensor, None] = field(factory=dict)
     """Everything else that a backward pass would reach."""
     parents: Parents = field(factory=dict)
+    children: dict[Node, list[Node]] = field(factory=dict)
+    """The graph itself, without the nodes that gather the gradients of leaves."""
     operations: set[str] = field(factory=set)
     batch_norms: list[Node] = field(factory=list)
 
@@ -60,6 +62,7 @@ def survey(output: Tensor, plan: Plan, key: object) -> Survey:
     while stack:
         node, owner = stack.pop()
         _check(found, node)
+        children = found.children[node] = []
         for position, (child, number) in enumerate(node.next_functions):
             if child is None:
                 continue
@@ -67,6 +70,7 @@ def survey(output: Tensor, plan: Plan, key: object) -> Survey:
             if variable is not None:
                 _leaf(found, plan, variable, owner, (node, position))
                 continue
+            children.append(child)
             if child.name() in REARRANGING:
                 users = found.parents.setdefault(child, [])
                 if (node, position, number) not in users:

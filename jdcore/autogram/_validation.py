@@ -1,7 +1,8 @@
 from __future__ import annotations
 
-from typing import Any
+from torch.autograd.graph import Node
 
+from jdcore._saved import Unreadable, saved
 from jdcore.autogram._plan import Plan
 from jdcore.autogram._survey import Survey, leads_to_parameter
 from jdcore.errors import ParameterError
@@ -27,8 +28,9 @@ def refuse_impossible(found: Survey, plan: Plan, batch_dim: int | None) -> None:
             "modules",
             "used through recorded calls only",
             f"`{name}` used in another way",
-            "Another module uses it, the forward pass ran before the engine was made or under "
-            "torch.compile, or the parameter was replaced. Pass the module that uses it as a layer "
+            "Another module uses it, a hook ran on the output of its layer before the engine could "
+            "see it, the forward pass ran before the engine was made or under torch.compile, or "
+            "the parameter was replaced. Pass the module that uses it as a layer "
             "with a rule of its own, compile submodules before making the engine, or use "
             "batch_dim=None.",
         )
@@ -38,17 +40,22 @@ def refuse_impossible(found: Survey, plan: Plan, batch_dim: int | None) -> None:
 
 def _refuse_batch_statistics(found: Survey, plan: Plan) -> None:
     for node in found.batch_norms:
-        operation: Any = node
-        # Instance normalization is the same operation on a batch of one.
-        if not operation._saved_training or operation._saved_input.shape[0] == 1:
-            continue
-        if leads_to_parameter(node, plan):
+        if _mixes_samples(node) and leads_to_parameter(node, plan):
             raise ParameterError(
                 "batch_dim",
                 "None where a BatchNorm in training mode makes every loss depend on every sample",
                 batch_dim_text(found),
                 "Call .eval() on it, use GroupNorm or InstanceNorm, or use batch_dim=None.",
             )
+
+
+def _mixes_samples(batch_norm: Node) -> bool:
+    try:
+        # Instance normalization is the same operation on a batch of one.
+        images = saved(batch_norm, "input").shape[0]
+        return bool(saved(batch_norm, "training")) and images > 1
+    except Unreadable:
+        return True  # rather a call too many refused than a wrong number
 
 
 def batch_dim_text(found: Survey) -> str:

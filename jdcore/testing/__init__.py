@@ -7,19 +7,31 @@ First-party and third-party methods go through the same line::
 
     test_conformance = conformance_tests("my-methods")
 
+Rules of autogram are tried on layers of their type::
+
+    from jdcore.testing import LayerExample, gramian_rule_tests
+
+    test_my_rule = gramian_rule_tests("my-methods:my_rule", LayerExample(make_layer, make_inputs))
+
 The tests need pytest: ``pip install jdcore[testing]``.
 """
 
 from jdcore.testing._case import ConformanceError, NotApplicable
+from jdcore.testing._rules import RuleCheck, gramian_rule_tests, rule_checks
 from jdcore.testing._suite import ConformanceCheck, checks_of, conformance_tests
+from jdcore.testing._trial import LayerExample
 from jdcore.testing.families import FAMILIES, family
 
 __all__ = [
     "FAMILIES",
     "ConformanceCheck",
     "ConformanceError",
+    "LayerExample",
     "NotApplicable",
+    "RuleCheck",
     "checks_of",
     "conformance_tests",
     "family",
+    "gramian_rule_tests",
+    "rule_checks",
 ]

@@ -2,8 +2,10 @@
 Cost of a step with autogram beside an ordinary step and, where it is installed, TorchJD.
 
 Run ``python -m tests.benchmarks.autogram [case ...] [--json FILE] [--both-allocators]``. One
-thread, methods interleaved, medians after warm-up. Fresh memory is expensive on many virtual
-machines, so the second allocator setting keeps freed memory mapped: quote both.
+thread and its CPU time, so that a busy machine matters less; methods interleaved, medians after
+warm-up. Fresh memory is expensive on many virtual machines, so the second allocator setting keeps
+freed memory mapped: quote both. TorchJD leaves large heaps behind, from which whatever runs next
+profits: compare with an ordinary step under ``--no-peer``.
 """
 
 from __future__ import annotations
@@ -155,8 +157,8 @@ CASES: dict[str, Callable[[], Case]] = {
 
 
 class Methods:
-    """What is compared. Each method returns the seconds it took; of the Gramian alone, without the
-    forward pass."""
+    """What is compared. Each method returns the CPU seconds it took; of the Gramian alone, without
+    the forward pass."""
 
     def __init__(self, case: Case) -> None:
         losses = case.losses().detach()
@@ -164,27 +166,27 @@ class Methods:
         self.weights = torch.full_like(losses, 1.0 / losses.numel())
 
     def plain(self) -> float:
-        start = time.perf_counter()
+        start = time.thread_time()
         self.case.losses().mean().backward()
-        return time.perf_counter() - start
+        return time.thread_time() - start
 
     def gramian(self, engine: Any) -> float:
         losses = self.case.losses()
-        start = time.perf_counter()
+        start = time.thread_time()
         engine.compute_gramian(losses)
-        return time.perf_counter() - start
+        return time.thread_time() - start
 
     def two_passes(self, engine: Any) -> float:
-        start = time.perf_counter()
+        start = time.thread_time()
         losses = self.case.losses()
         engine.compute_gramian(losses)
         losses.backward(self.weights)
-        return time.perf_counter() - start
+        return time.thread_time() - start
 
     def fused(self, engine: Engine) -> float:
-        start = time.perf_counter()
+        start = time.thread_time()
         engine.backward(self.case.losses(), lambda _: self.weights)
-        return time.perf_counter() - start
+        return time.thread_time() - start
 
 
 def clear(case: Case) -> None:

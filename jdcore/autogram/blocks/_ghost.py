@@ -3,6 +3,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from jdcore.autogram._scratch import pieces
+
+# Products of fewer positions than these are slow.
+_POSITIONS = 256
+
 
 def contract(gram: Tensor, grads: Tensor) -> Tensor:
     """
@@ -18,12 +23,24 @@ def contract(gram: Tensor, grads: Tensor) -> Tensor:
         product = (flat @ flat.T).view(K, B, K, B)
         return product.mul_(gram.view(1, B, 1, B)).view(K * B, K * B)
     if K == 1:
-        flat = grads.reshape(B * T, o)
-        product = (flat @ flat.T).mul_(gram)
-        return product.view(B, T, B, T).sum((1, 3), dtype=torch.float64)
+        return _contract_one_task(gram, grads[0])
     if B == 1:
         return _contract_tasks(gram, grads)
     return _contract_samples(gram, grads)
+
+
+def _contract_one_task(gram: Tensor, grads: Tensor) -> Tensor:
+    """By some samples at a time, which need less memory, and their products with earlier ones."""
+    B, T, o = grads.shape
+    flat = grads.reshape(B * T, o)
+    total = flat.new_empty((B, B), dtype=torch.float64)
+    for start, stop in pieces(B, max(_POSITIONS // T, -(-B // 8))):
+        rows, columns = slice(start * T, stop * T), slice(0, stop * T)
+        product = (flat[rows] @ flat[columns].T).mul_(gram[rows, columns])
+        share = product.view(stop - start, T, stop, T).sum((1, 3), dtype=torch.float64)
+        total[start:stop, :stop] = share
+        total[:start, start:stop] = share[:, :start].T
+    return total
 
 
 def _contract_tasks(gram: Tensor, grads: Tensor) -> Tensor:

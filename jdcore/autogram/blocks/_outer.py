@@ -64,10 +64,10 @@ class OuterBlock(Block):
         grads = self._grads.reshape(K, B, T, o)
         for start, stop in pieces(self._inputs.shape[-1], CAPACITY // (K * B * o)):
             inputs = self._inputs[..., start:stop].transpose(1, 2)
-            rows = gramian.scratch.take((K, B, stop - start, o), grads)
+            rows = gramian.scratch.rows((K, B, stop - start, o), grads)
             for k in range(K):
                 torch.bmm(inputs, grads[k], out=rows[k])
-            gramian.add_rows(rows.view(K * B, -1))
+            gramian.add_rows(rows.flatten(2).flatten(0, 1))
 
     def add_weighted(self, weights: Tensor, gradients: Gradients) -> None:
         grads = weighted_sum(weights, self._grads).flatten(0, 1)

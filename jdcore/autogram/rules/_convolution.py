@@ -12,7 +12,7 @@ from torch.nn.modules.conv import _ConvNd
 from jdcore.autogram._call import LayerCall
 from jdcore.autogram._cost import conv_ghost_beats_rows
 from jdcore.autogram.blocks import Block, PatchBlock, RowsBlock
-from jdcore.autogram.blocks._patches import Geometry
+from jdcore.autogram.blocks._geometry import Geometry
 
 
 class ConvolutionRule:

@@ -9,21 +9,27 @@ recomputed, and dropout, masks and packed projections need no attention here.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from attrs import evolve, frozen
+from attrs import evolve, field, frozen
 from torch import Tensor
 from torch.autograd.graph import Node
 from torch.nn import Parameter
 
+from jdcore._saved import Unreadable, saved
+from jdcore.autogram._call import widened
 from jdcore.autogram.blocks import Block, OuterBlock, RowsBlock
+from jdcore.autogram.rules import _fused_lstm as fused
 
-__all__ = ["Operand", "block_of_use", "operands"]
+__all__ = ["Operand", "Place", "Results", "block_of_use", "operands"]
 
 Layout = str
 """Where the samples are: "major" (sample b owns the entries b * r to (b + 1) * r of the first
 dimension), "minor" (every B-th entry of it, from b on) or "second" (the second dimension)."""
+
+Place = tuple[Node, int]
+"""A node of the graph and one of its outputs: where gradients are captured."""
 
 Parents = dict[Node, list[tuple[Node, int, int]]]
 """For operations that only rearrange a parameter: what uses their results, as which operand, and
@@ -58,9 +64,37 @@ class Operand:
             return True
         if self.transposed:
             return False
+        if self.node.name() == fused.FUSED_LSTM:
+            return self.position in fused.OPERANDS and self.part is None
         if self.node.name() == "AddmmBackward0":
             return self.position == 0
         return self.node.name() in _BROADCASTING
+
+    @property
+    def places(self) -> tuple[Place, ...]:
+        """Where gradients are needed."""
+        outputs = fused.OUTPUTS if self.node.name() == fused.FUSED_LSTM else (0,)
+        return tuple((self.node, output) for output in outputs)
+
+
+@frozen(eq=False)
+class Results:
+    """
+    What the backward passes brought.
+
+    :param grads: Gradients at places, shape [K, ...].
+    :param layouts: Where the samples are at each place; None where they mix.
+    :param samples: B.
+    """
+
+    grads: Mapping[Place, Tensor]
+    layouts: Mapping[Place, Layout | None]
+    samples: int
+    gates: dict[Node, fused.Gates | None] = field(factory=dict)
+    """Of fused operations: all of their operands need the same."""
+
+    def layout(self, place: Place) -> Layout | None:
+        return self.layouts.get(place, "major")
 
 
 def operands(use: Operand, parents: Parents) -> Iterator[Operand]:
@@ -74,19 +108,25 @@ def operands(use: Operand, parents: Parents) -> Iterator[Operand]:
         if name == "TBackward0":
             following = evolve(following, transposed=not use.transposed)
         elif name.startswith("Split"):
-            if use.node._saved_dim != 0 or use.transposed or use.part is not None:
+            part = None if use.transposed or use.part is not None else _part(use.node, output)
+            if part is None:
                 yield use
                 continue
-            following = evolve(following, part=_part(use.node, output))
+            following = evolve(following, part=part)
         yield from operands(following, parents)
 
 
-def _part(node: Any, output: int) -> tuple[int, int]:
-    if node.name() == "SplitBackward0":
-        size = node._saved_split_size
-        length = node._saved_self_sym_sizes[0]
-        return output * size, min(length, (output + 1) * size)
-    sizes = node._saved_split_sizes
+def _part(node: Any, output: int) -> tuple[int, int] | None:
+    """The range of the first dimension that a split hands out, None if there is none."""
+    try:
+        if saved(node, "dim") != 0:
+            return None
+        if node.name() == "SplitBackward0":
+            size, length = saved(node, "split_size"), saved(node, "self_sym_sizes")[0]
+            return output * size, min(length, (output + 1) * size)
+        sizes = saved(node, "split_sizes")
+    except Unreadable:
+        return None
     start = sum(sizes[:output])
     return start, start + sizes[output]
 
@@ -95,25 +135,26 @@ Factor = Callable[[Any, int, Tensor], Tensor]
 
 
 def _times(grads: Tensor, factor: Tensor | float) -> Tensor:
-    return grads * factor
+    # A copy would stay in memory beside the original until the update.
+    return grads if isinstance(factor, (int, float)) and factor == 1 else grads * factor
 
 
 def _add(node: Any, operand: int, grads: Tensor) -> Tensor:
-    return grads if operand == 0 else _times(grads, node._saved_alpha)
+    return grads if operand == 0 else _times(grads, saved(node, "alpha"))
 
 
 def _sub(node: Any, operand: int, grads: Tensor) -> Tensor:
-    return grads if operand == 0 else _times(grads, -node._saved_alpha)
+    return grads if operand == 0 else _times(grads, -saved(node, "alpha"))
 
 
 def _mul(node: Any, operand: int, grads: Tensor) -> Tensor:
-    return _times(grads, node._saved_other if operand == 0 else node._saved_self)
+    return _times(grads, saved(node, "other" if operand == 0 else "self"))
 
 
 def _div(node: Any, operand: int, grads: Tensor) -> Tensor:
     if operand == 0:
-        return _times(grads, 1.0 / node._saved_other)
-    return _times(grads, -node._saved_self / node._saved_other.square())
+        return _times(grads, 1.0 / saved(node, "other"))
+    return _times(grads, -saved(node, "self") / saved(node, "other").square())
 
 
 def _expand(node: Any, operand: int, grads: Tensor) -> Tensor:
@@ -130,27 +171,59 @@ _BROADCASTING: dict[str, Factor] = {
 }
 """Node, operand and gradient [K, ...] to the gradient of the operand before broadcasting."""
 
-_PRODUCTS = {"MmBackward0": (1, "_saved_self"), "AddmmBackward0": (2, "_saved_mat1")}
+_PRODUCTS = {"MmBackward0": (1, "self"), "AddmmBackward0": (2, "mat1")}
 """Matrix products: which operand is the weight, and where the other one is saved."""
 
 
-def block_of_use(
-    parameter: Parameter, use: Operand, grads: Tensor, layout: Layout, samples: int
-) -> Block | None:
+def block_of_use(parameter: Parameter, use: Operand, results: Results) -> Block | None:
     """
     The Jacobian through one operation.
 
-    :param grads: Gradients at the result of the operation, shape [K, N, ...].
-    :param layout: Where the samples are in the result.
-    :param samples: B.
-    :returns: None if the operation is used in a way that is not known here.
+    :returns: None if the operation is unknown, or used in a way that is not known here.
     """
+    if not use.known or all(place not in results.grads for place in use.places):
+        return None
+    try:
+        if use.node.name() == fused.FUSED_LSTM:
+            return _fused(parameter, use, results)
+        [place] = use.places
+        layout, grads = results.layout(place), widened(results.grads[place])
+        if layout is None or grads.ndim < 2:
+            return None
+        return _simple(parameter, use, grads, layout, results.samples)
+    except Unreadable:
+        return None
+
+
+def _fused(parameter: Parameter, use: Operand, results: Results) -> Block | None:
+    node, grads = use.node, [results.grads.get(place) for place in use.places]
+    pairs = zip(use.places, grads, strict=True)
+    layouts = [None if g is None else results.layout(place) or "mixed" for place, g in pairs]
+    # Gradients of zero, as of a direction that no loss looks at, show no layout and need none.
+    apart = fused.samples_apart(layouts, results.samples) or fused.samples_apart(
+        [
+            layout if g is not None and g.any() else None
+            for layout, g in zip(layouts, grads, strict=True)
+        ],
+        results.samples,
+    )
+    if not apart:
+        return None
+    if node not in results.gates:
+        results.gates[node] = fused.gates_of(node, grads)
+    gates = results.gates[node]
+    return None if gates is None else gates.block(parameter, use.position, results.samples)
+
+
+def _simple(
+    parameter: Parameter, use: Operand, grads: Tensor, layout: Layout, samples: int
+) -> Block | None:
     product = _PRODUCTS.get(use.node.name())
     if product is not None and use.position == product[0]:
-        inputs = getattr(use.node, product[1]).detach().to(grads.dtype)
+        inputs = saved(use.node, product[1]).detach().to(grads.dtype)
         return _product(parameter, use, inputs, grads, layout, samples)
     if use.node.name() == "AddmmBackward0":
-        if use.node._saved_beta != 1 or parameter.ndim != 1:
+        if saved(use.node, "beta") != 1 or parameter.ndim != 1:
             return None
         return _bias(parameter, use, grads, layout, samples)
     factor = _BROADCASTING[use.node.name()](use.node, use.position, grads).detach()
@@ -162,7 +235,9 @@ def block_of_use(
 def _product(
     parameter: Parameter, use: Operand, inputs: Tensor, grads: Tensor, layout: Layout, samples: int
 ) -> Block | None:
-    if layout == "second" or getattr(use.node, "_saved_alpha", 1) != 1:
+    if layout == "second":
+        return None
+    if use.node.name() == "AddmmBackward0" and saved(use.node, "alpha") != 1:
         return None
     grads = samples_first(grads, layout, samples, leading=1)
     inputs = samples_first(inputs, layout, samples)

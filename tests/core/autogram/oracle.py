@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +48,18 @@ def check_engine(
     losses_of: Callable[[nn.Module], Tensor],
     batch_dim: int | None,
     modules_of: Callable[[nn.Module], Sequence[nn.Module]] = lambda model: [model],
+) -> Engine:
+    """In both precisions; returns the engine of the float64 model."""
+    engine = check_float64(make, losses_of, batch_dim, modules_of)
+    check_float32(make, losses_of, batch_dim, modules_of)
+    return engine
+
+
+def check_float64(
+    make: Callable[[], nn.Module],
+    losses_of: Callable[[nn.Module], Tensor],
+    batch_dim: int | None,
+    modules_of: Callable[[nn.Module], Sequence[nn.Module]] = lambda model: [model],
     tolerance: float = 1e-12,
 ) -> Engine:
     """
@@ -85,11 +99,63 @@ def check_engine(
     return engine
 
 
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    yield
+    torch.set_default_dtype(before)
+
+
+def check_float32(
+    make: Callable[[], nn.Module],
+    losses_of: Callable[[nn.Module], Tensor],
+    batch_dim: int | None,
+    modules_of: Callable[[nn.Module], Sequence[nn.Module]] = lambda model: [model],
+    tolerance: float = 1e-6,
+) -> None:
+    """
+    Gramian and fused gradient in float32 against the float64 truth of the same parameters.
+
+    Random numbers are the same in every forward pass.
+    """
+    with default_dtype(torch.float32):
+        torch.manual_seed(0)
+        model = make()
+        double = copy.deepcopy(model).double()
+        engine = Engine(*modules_of(model), batch_dim=batch_dim)
+        torch.manual_seed(1)
+        gramian = engine.compute_gramian(losses_of(model))
+        assert gramian.dtype == torch.float32
+    with default_dtype(torch.float64):
+        torch.manual_seed(1)
+        losses = losses_of(double)
+        jacobian = explicit_jacobian(losses, parameters_of(modules_of(double)))
+        whole = explicit_jacobian(losses, parameters_of([double]))
+        weights = torch.rand(losses.shape, generator=torch.Generator().manual_seed(2)).float()
+    flat = flattened(gramian, losses.ndim)
+    assert relative_error(flat, jacobian @ jacobian.T) <= tolerance
+    with default_dtype(torch.float32):
+        torch.manual_seed(1)
+        engine.backward(losses_of(model), lambda _: weights)
+    update = weights.double().reshape(-1) @ whole
+    assert relative_error(_gathered(parameters_of([model])), update) <= tolerance
+
+
+def flattened(gramian: Tensor, ndim: int) -> Tensor:
+    """[m1, ..., mk, mk, ..., m1] as a matrix [m, m]."""
+    order = [*range(ndim), *reversed(range(ndim, 2 * ndim))]
+    m = gramian.shape[:ndim].numel()
+    return gramian.permute(order).reshape(m, m)
+
+
 def _gathered(parameters: Sequence[Tensor]) -> Tensor:
     grads = [torch.zeros_like(p) if p.grad is None else p.grad.to_dense() for p in parameters]
     return torch.cat([g.reshape(-1) for g in grads])
 
 
 def randn(*shape: int) -> Tensor:
-    """The same numbers in every call."""
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+    """The same numbers in every call, in the default dtype."""
+    numbers = torch.randn(*shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+    # First of all rounded, so that models of any dtype see the very same.
+    return numbers.float().to(torch.get_default_dtype())

@@ -145,20 +145,20 @@ def test_linear_forms_agree(
     check_engine(_mlp, losses((4, 6)), 0)
 
 
-@pytest.mark.parametrize("form", ["ghost", "rows", "patches"])
+@pytest.mark.parametrize("ghost", [True, False])
 @pytest.mark.parametrize("losses", [_flat, _tasks])
 def test_convolution_forms_agree(
-    monkeypatch: pytest.MonkeyPatch, form: str, losses: Callable[..., object]
+    monkeypatch: pytest.MonkeyPatch, ghost: bool, losses: Callable[..., object]
 ) -> None:
-    monkeypatch.setattr(_patches, "conv_form", lambda *_: form)
+    monkeypatch.setattr(_patches, "conv_ghost_beats_direct", lambda *_: ghost)
     check_engine(_cnn, losses((3, 8, 8)), 0)
 
 
-@pytest.mark.parametrize("form", ["ghost", "rows", "patches"])
+@pytest.mark.parametrize("ghost", [True, False])
 def test_convolution_over_samples_folded_with_time(
-    monkeypatch: pytest.MonkeyPatch, form: str
+    monkeypatch: pytest.MonkeyPatch, ghost: bool
 ) -> None:
-    monkeypatch.setattr(_patches, "conv_form", lambda *_: form)
+    monkeypatch.setattr(_patches, "conv_ghost_beats_direct", lambda *_: ghost)
 
     def losses(model: nn.Module) -> Tensor:
         return model(randn(B * 3, 3, 8, 8)).pow(2).reshape(B, -1).sum(1)

@@ -53,8 +53,7 @@ def test_float32_error(name: str, batch_dim: int | None) -> None:
     elif name == "cnn":
         model, x = _cnn(), torch.randn(B, 3, 16, 16)
     else:
-        layer = nn.TransformerEncoderLayer(32, 4, 64, dropout=0.0, batch_first=True)
-        model, x = nn.Sequential(layer, nn.Linear(32, 3)), torch.randn(B, 10, 32)
+        model, x = _encoder(), torch.randn(B, 10, 5)
 
     def losses_of(model: nn.Module) -> Tensor:
         squares = model(_like(model, x)).pow(2).reshape(B, -1, 3).mean(1)
@@ -104,13 +103,46 @@ def test_float32_error_of_rows_from_backward_passes() -> None:
     assert relative_error(gramian, _truth(model, losses_of)) <= 1e-6
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 2e-2), (torch.float16, 3e-3)])
-def test_half_precision_models(dtype: torch.dtype, tolerance: float) -> None:
-    model, x = _cnn().to(dtype), torch.randn(B, 3, 16, 16)
-    engine = Engine(model, batch_dim=0)
+def _encoder() -> nn.Module:
+    layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
+    return nn.Sequential(nn.Linear(5, 16), layer, nn.Linear(16, 3))
+
+
+class _Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.lstm = nn.Linear(5, 8), nn.LSTM(8, 8, num_layers=2, batch_first=True)
+        self.norm, self.out = nn.LayerNorm(8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.norm(self.lstm(self.table(x))[0]))
+
+
+MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "cnn": (_cnn, (3, 16, 16)),
+    "encoder": (_encoder, (4, 5)),
+    "recurrent": (_Recurrent, (4, 5)),
+}
+HALF = [(torch.bfloat16, 2e-2), (torch.float16, 3e-3)]
+
+
+def _half_losses(out: Tensor, batch_dim: int | None) -> Tensor:
+    squares = out.pow(2).reshape(B, -1, 3).mean(1)
+    return squares.mean(1) if batch_dim == 0 else squares.mean(0)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), HALF)
+@pytest.mark.parametrize("batch_dim", [0, None])
+@pytest.mark.parametrize("name", MODELS)
+def test_half_precision_models(
+    name: str, batch_dim: int | None, dtype: torch.dtype, tolerance: float
+) -> None:
+    make, shape = MODELS[name]
+    model, x = make().to(dtype), torch.randn(B, *shape)
+    engine = Engine(model, batch_dim=batch_dim)
 
     def losses_of(model: nn.Module) -> Tensor:
-        return model(_like(model, x)).pow(2).mean(1)
+        return _half_losses(model(_like(model, x)), batch_dim)
 
     losses = losses_of(model)
     jacobian = explicit_jacobian(losses.float(), list(model.parameters())).double()
@@ -133,16 +165,20 @@ def test_gramians_of_half_precision_models_do_not_overflow() -> None:
     torch.testing.assert_close(engine.compute_gramian(losses), torch.full((2, 2), 200_010_000.0))
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 2e-2), (torch.float16, 3e-3)])
+@pytest.mark.parametrize(("dtype", "tolerance"), HALF)
 @pytest.mark.parametrize("inside", [True, False])
-def test_autocast(dtype: torch.dtype, tolerance: float, inside: bool) -> None:
-    layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
-    model, x = nn.Sequential(nn.Linear(5, 16), layer, nn.Linear(16, 3)), torch.randn(B, 4, 5)
-    engine = Engine(model, batch_dim=0)
+@pytest.mark.parametrize("batch_dim", [0, None])
+@pytest.mark.parametrize("name", MODELS)
+def test_autocast(
+    name: str, batch_dim: int | None, inside: bool, dtype: torch.dtype, tolerance: float
+) -> None:
+    make, shape = MODELS[name]
+    model, x = make(), torch.randn(B, *shape)
+    engine = Engine(model, batch_dim=batch_dim)
 
     def losses() -> Tensor:
         with torch.autocast("cpu", dtype):
-            return model(x).float().pow(2).sum((1, 2))
+            return _half_losses(model(x).float(), batch_dim)
 
     jacobian = explicit_jacobian(losses(), list(model.parameters())).double()
     outputs = losses(), losses()
@@ -162,22 +198,3 @@ def test_losses_that_are_not_finite_give_a_gramian_that_is_not() -> None:
     gramian = engine.compute_gramian(losses)
     assert gramian[0, 0] == 15.0
     assert not torch.isfinite(gramian[1, 1])
-
-
-def test_recurrent_layers_in_float32() -> None:
-    class Last(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.lstm = nn.LSTM(5, 7, batch_first=True, num_layers=2)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.lstm(x)[0][:, -1]
-
-    model, x = Last(), torch.randn(B, 4, 5)
-    engine = Engine(model, batch_dim=0)
-
-    def losses_of(model: nn.Module) -> Tensor:
-        return model(_like(model, x)).pow(2).sum(1)
-
-    gramian = engine.compute_gramian(losses_of(model))
-    assert relative_error(gramian, _truth(model, losses_of)) <= 1e-6

@@ -169,6 +169,44 @@ def test_the_check_of_samples_is_made_for_every_kind_of_graph() -> None:
         engine.compute_gramian(model(randn(B, 2, 6)).pow(2).sum((1, 2)).softmax(0))
 
 
+class _Centred(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x - x.mean(0) if self.training else x - 1.0
+
+
+def test_samples_that_mix_behind_a_layer_that_starts_at_zero() -> None:
+    model = nn.Sequential(nn.Linear(6, 6), _Centred(), nn.Linear(6, 2))
+    nn.init.zeros_(model[2].weight)
+    engine = Engine(model, batch_dim=0)
+    engine.compute_gramian((model(randn(B, 6)) + 1.0).pow(2).sum(1))  # nothing to be seen yet
+    nn.init.ones_(model[2].weight)
+    with pytest.raises(ParameterError, match="samples that mix"):
+        engine.compute_gramian((model(randn(B, 6)) + 1.0).pow(2).sum(1))
+
+
+def test_samples_that_mix_in_training_mode_only() -> None:
+    model = nn.Sequential(nn.Linear(6, 6), _Centred(), nn.Linear(6, 2)).eval()
+    engine = Engine(model, batch_dim=0)
+    engine.compute_gramian(model(randn(B, 6)).pow(2).sum(1))
+    model[1].train()
+    with pytest.raises(ParameterError, match="samples that mix"):
+        engine.compute_gramian(model(randn(B, 6)).pow(2).sum(1))
+
+
+def test_a_table_of_positions_that_samples_share() -> None:
+    class Positions(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.out = nn.Embedding(9, 6), nn.Linear(6, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.out(x + self.table(torch.arange(x.shape[1])))
+
+    model = Positions()
+    for steps in (3, B):
+        _refused(model, lambda n=steps: model(randn(B, n, 6)).sum((1, 2)), "of positions")
+
+
 def test_an_output_without_a_graph() -> None:
     engine = Engine(nn.Linear(6, 3), batch_dim=0)
     for output in (torch.ones(3), torch.ones(3, requires_grad=True)):

@@ -103,11 +103,9 @@ def test_a_layer_of_the_core_is_taken(registry: Registry) -> None:
         registry.register(_spec(layer="torch.nn:Linear"))
 
 
-def test_two_rules_for_one_class_disable_each_other(registry: Registry) -> None:
-    registry.register(_spec(layer="torch.nn.modules.linear:Linear"))
-    assert len(registry.gramian_rules(nn.Linear)) == 2
-    engine = check_engine(lambda: nn.Linear(6, 3), lambda m: m(randn(B, 6)).pow(2).sum(1), 0)
-    assert "disable each other" in engine.explain()
+def test_a_layer_of_the_core_is_taken_under_every_path(registry: Registry) -> None:
+    with pytest.raises(ParameterError, match="taken by jdcore:linear"):
+        registry.register(_spec(layer="torch.nn.modules.linear:Linear"))
 
 
 def test_a_layer_that_was_never_imported_is_no_trouble(registry: Registry) -> None:

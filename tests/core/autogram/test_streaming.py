@@ -1,0 +1,90 @@
+"""From the second step on, the shares of layers are added while the backward pass runs."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from jdcore.autogram import Engine
+from jdcore.autogram.blocks import OuterBlock
+from jdcore.autogram.rules._linear import LinearRule
+from tests.core.autogram.oracle import explicit_jacobian, parameters_of, randn, relative_error
+
+B = 4
+
+
+class _Branches(nn.Module):
+    """Layers beside each other, one of them used twice, and one whose result comes last of all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.left, self.right = (nn.Linear(6, 6) for _ in range(3))
+        self.shared, self.head = nn.Linear(6, 6), nn.Linear(6, 2)
+        self.scale = nn.Parameter(torch.ones(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.tanh(self.first(x))
+        z = self.shared(torch.tanh(self.left(y))) + self.shared(torch.tanh(self.right(x)))
+        return self.head(y + z * self.scale)
+
+
+def _deep() -> nn.Module:
+    layers = [layer for _ in range(12) for layer in (nn.Linear(6, 6), nn.Tanh())]
+    return nn.Sequential(*layers)
+
+
+def _losses(model: nn.Module) -> Tensor:
+    return model(randn(B, 6)).square().sum(1)
+
+
+@pytest.mark.parametrize("make", [_Branches, _deep, lambda: nn.Linear(6, 2)])
+def test_every_step_gives_the_same_gramian(make: Callable[[], nn.Module]) -> None:
+    model = make()
+    engine = Engine(model, batch_dim=0)
+    jacobian = explicit_jacobian(_losses(model), parameters_of([model]))
+    for _ in range(3):
+        losses = _losses(model)
+        for _ in range(2):
+            gramian = engine.compute_gramian(losses)
+            assert relative_error(gramian, jacobian @ jacobian.T) <= 1e-12
+
+
+def test_the_gradients_of_a_layer_go_before_those_of_the_next_come(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = _deep()
+    engine = Engine(model, batch_dim=0)
+    engine.compute_gramian(_losses(model))
+    alive: list[int] = []
+    seen: list[weakref.ref[Tensor]] = []
+    add = OuterBlock.add_gramian
+
+    def counting(block: OuterBlock, gramian: object) -> None:
+        seen.append(weakref.ref(block._grads))
+        alive.append(sum(grads() is not None for grads in seen))
+        add(block, gramian)
+
+    monkeypatch.setattr(OuterBlock, "add_gramian", counting)
+    engine.compute_gramian(_losses(model))
+    assert alive == [1] * 12
+
+
+def test_an_error_of_a_rule_leaves_no_hooks(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = _deep()
+    engine = Engine(model, batch_dim=0)
+    expected = engine.compute_gramian(_losses(model))
+    losses = _losses(model)
+
+    def failing(*_: object) -> None:
+        raise LookupError("the rule failed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LinearRule, "blocks", failing)
+        with pytest.raises(LookupError, match="the rule failed"):
+            engine.compute_gramian(losses)
+        losses.sum().backward(retain_graph=True)
+    assert relative_error(engine.compute_gramian(losses), expected) <= 1e-12
