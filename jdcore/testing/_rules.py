@@ -7,6 +7,7 @@ from attrs import field, frozen
 
 from jdcore._registry import get_gramian_rule, registry
 from jdcore.testing._case import ConformanceError, NotApplicable
+from jdcore.testing._pytest import parametrized_test
 from jdcore.testing._rule_laws import ON_EXAMPLES, ON_REFUSED, WITH_COST, RuleCase
 from jdcore.testing._trial import LayerExample
 
@@ -90,19 +91,4 @@ def gramian_rule_tests(
     :raises ConformanceError: If there is no example.
     :raises UnknownNameError: If there is no such rule.
     """
-    import pytest  # an extra: only this function needs it
-
-    checks = rule_checks(rule, *examples, refused=refused)
-
-    @pytest.mark.parametrize("check", checks, ids=str)
-    def test_gramian_rule(check: RuleCheck) -> None:
-        try:
-            check.run()
-        except NotApplicable as reason:
-            pytest.skip(str(reason))
-        except ConformanceError as error:
-            if error.__cause__ is not None:
-                raise  # something unforeseen: where it happened is what helps
-            pytest.fail(str(error), pytrace=False)
-
-    return test_gramian_rule
+    return parametrized_test(rule_checks(rule, *examples, refused=refused))

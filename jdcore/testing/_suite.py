@@ -11,6 +11,7 @@ from jdcore._registry import registry
 from jdcore.spec import AggregatorSpec, Property
 from jdcore.testing import _arguments, _description, _laws, _lifecycle, _properties
 from jdcore.testing._case import Case, ConformanceError, NotApplicable
+from jdcore.testing._pytest import parametrized_test
 
 Check = Callable[[Case], None]
 
@@ -148,25 +149,10 @@ def conformance_tests(distribution: str) -> Any:
     :returns: A parametrized test function.
     :raises ConformanceError: If the distribution provides no method.
     """
-    import pytest  # an extra: only this function needs it
-
     wanted = normalize_distribution(distribution)
     records = [r for r in registry.records() if r.distribution == wanted]
     names = [f"{wanted}:{spec.name}" for record in records for spec in record.aggregators]
     if not names:
         reasons = "; ".join(r.reason for r in records if r.reason) or "it is not installed"
         raise ConformanceError(f"{distribution} provides no method: {reasons}")
-    checks = [check for name in names for check in checks_of(name)]
-
-    @pytest.mark.parametrize("check", checks, ids=str)
-    def test_conformance(check: ConformanceCheck) -> None:
-        try:
-            check.run()
-        except NotApplicable as reason:
-            pytest.skip(str(reason))
-        except ConformanceError as error:
-            if error.__cause__ is not None:
-                raise  # something unforeseen: where it happened is what helps
-            pytest.fail(str(error), pytrace=False)
-
-    return test_conformance
+    return parametrized_test([check for name in names for check in checks_of(name)])
