@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -15,14 +15,14 @@ from jdcore.autogram._call import LayerCall, check_batch, widened
 from jdcore.autogram._open import Layouts, OpenParameters, grads_of
 from jdcore.autogram._passes import Objectives, capture, gradients
 from jdcore.autogram._plan import Plan
-from jdcore.autogram._probe import Finding, Probe, find_layout, probe_weights
+from jdcore.autogram._probe import Probe
+from jdcore.autogram._samples import findings_of, kind_of, probe_pass
 from jdcore.autogram._scratch import Scratch
 from jdcore.autogram._stream import stream
 from jdcore.autogram._survey import Site, Survey, survey
 from jdcore.autogram._validation import refuse_impossible
 from jdcore.autogram.blocks import Block, Gradients, RowsBlock, combined
 from jdcore.autogram.rules._direct import Place
-from jdcore.errors import ParameterError
 
 
 class Jacobian:
@@ -137,15 +137,15 @@ class Jacobian:
             places.update(((e.node, e.output_nr), site) for e in site.edges.values())
         keys: list[Any] = [*places, *self._pinned]
         inputs = [GradientEdge(*key) if isinstance(key, tuple) else key for key in keys]
-        kind = self._kind(places)
+        kind = kind_of(self._objectives, self._found, places)
         layouts = self._probe.layouts(kind) if self._objectives.samples > 1 else ()
         if layouts is not None and self._objectives.tasks == 1 and not self._pinned:
             captured = self._stream(places, gramian, graph_needed)
             return captured, dict(zip(places, layouts, strict=False))
-        probed = self._probe_pass(inputs) if layouts is None else []
+        probed = probe_pass(self._objectives, inputs) if layouts is None else []
         grads = capture(self._objectives, inputs, self._found.operations, graph_needed)
         if layouts is None:
-            findings = self._findings(places, grads, probed)
+            findings = findings_of(self._objectives, places, grads, probed)
             layouts = tuple(finding.layout for finding in findings)
             if all(finding.sure for finding in findings):
                 self._probe.remember(kind, layouts)
@@ -182,42 +182,6 @@ class Jacobian:
     def _sites(self) -> Iterable[Site]:
         return self._found.sites.values()
 
-    def _kind(self, places: dict[Place, Site | None]) -> Hashable:
-        """What decides where samples are, but for sizes: these change from batch to batch."""
-        B = self._objectives.samples
-        calls = tuple((id(s.record.served), s.record.training) for s in self._sites())
-        shapes = [(node.name(), _shape_at(node, output)) for node, output in places]
-        # A dimension that holds just the samples looks the same in several layouts.
-        forms = tuple((name, len(s), tuple(d == B for d in s[:2])) for name, s in shapes)
-        # Other operations may mix samples where those seen before did not.
-        return calls, forms, frozenset(self._found.operations), self._objectives.output.ndim
-
-    def _probe_pass(self, inputs: list[Any]) -> list[Tensor | None]:
-        weights = probe_weights(self._objectives.samples).to(self._objectives.output)
-        by_task = weights.expand(self._objectives.tasks, -1)
-        return gradients(self._objectives, inputs, by_task, retain_graph=True) if inputs else []
-
-    def _findings(
-        self,
-        places: dict[Place, Site | None],
-        captured: list[Tensor | None],
-        probed: list[Tensor | None],
-    ) -> list[Finding]:
-        weights = probe_weights(self._objectives.samples)
-        findings: list[Finding] = []
-        for site, grads, of_place in zip(places.values(), captured, probed, strict=False):
-            found = Finding("major", sure=True)
-            if grads is not None and of_place is not None:
-                found = find_layout(grads.sum(0), of_place, weights)
-                if site is not None and site.record.served.rule is not None:
-                    # Layers with a rule have samples first, so nothing else needs to be excluded.
-                    if found.layout != "major":
-                        _refuse_mixing(site.record.served.label, grads.shape[1:], len(weights))
-                elif found.ambiguous:
-                    found = Finding(None, sure=False)
-            findings.append(found)
-        return findings
-
     # -- the blocks --------------------------------------------------------------------------------
 
     def _make_blocks(self, captured: dict[Any, Tensor], layouts: Layouts) -> Iterator[Block]:
@@ -232,12 +196,6 @@ class Jacobian:
         rule, grads = site.record.served.rule, grads_of(site, captured)
         if rule is not None and grads and site.reached:
             yield from rule.blocks(_call(site, grads, self._objectives.samples))
-
-
-def _shape_at(node: Any, output: int) -> torch.Size:
-    """Shape of one result of an operation."""
-    shape: torch.Size = node._input_metadata[output].shape
-    return shape
 
 
 def _call(site: Site, grads: dict[int, Tensor], samples: int) -> LayerCall:
@@ -258,15 +216,3 @@ def _call(site: Site, grads: dict[int, Tensor], samples: int) -> LayerCall:
 
 def _widened(argument: Any) -> Any:
     return widened(argument) if isinstance(argument, Tensor) else tree_map(widened, argument)
-
-
-def _refuse_mixing(name: str, shape: torch.Size, samples: int) -> None:
-    check_batch(name, shape[0] if shape else 1, samples)
-    raise ParameterError(
-        "batch_dim",
-        "given only if each loss depends on one sample, and layers have samples first",
-        f"samples that mix at the output of `{name}`, of shape {list(shape)}",
-        "Use batch_first=True, keep the order of samples when dimensions are folded, expand the "
-        "indices of tables of positions to all samples, avoid statistics of the batch, or use "
-        "batch_dim=None.",
-    )
