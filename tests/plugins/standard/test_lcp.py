@@ -264,6 +264,15 @@ def test_a_reference_below_zero_is_projected_onto_zero(m: int) -> None:
     assert np.abs(V @ J).max() <= 1e-13 * np.abs(J).sum()
 
 
+@pytest.mark.parametrize("m", [2, 6, 12, 100])
+def test_a_single_reference_in_the_cone_is_its_own_projection(m: int) -> None:
+    J = np.eye(m) + 0.01
+    u = np.linspace(0.1, 1.0, m)[None]
+    v = NativeDualConeSolver()(J @ J.T, u)
+    assert np.array_equal(v, u)
+    assert v is not u
+
+
 @pytest.mark.parametrize("m", [2, 6, 12])
 def test_the_arguments_are_not_modified(m: int) -> None:
     G = cosines("conflict", m)

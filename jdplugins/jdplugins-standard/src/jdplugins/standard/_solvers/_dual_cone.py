@@ -37,6 +37,8 @@ class NativeDualConeSolver:
         :returns: Vectors v [k, m], each ``>= u`` exactly.
         """
         m = len(gramian)
+        if m > 2 and len(references) == 1 and (product(references, gramian) >= 0.0).all():
+            return np.array(references)  # in the cone already, as the mean of the rows often is
         if m <= _TINY and len(references):
             project = _project_two if m == 2 else _project_tiny
             tiny = project(gramian.tolist(), references.tolist())

@@ -32,16 +32,16 @@ class NativeMinNormSolver:
         :returns: Weights w [m], >= 0, of sum one; equal on the zero rows if there are any.
         """
         m = len(gramian)
-        zero = np.diagonal(gramian) <= 0.0
-        if zero.any():
-            shared: Floats = zero / np.count_nonzero(zero)
-            return shared
         if m == 2:
             return _shortest_of_two(gramian.tolist())
         if m <= _TINY:
             tiny = _shortest_tiny(gramian.tolist())
             if tiny is not None:
                 return np.array(tiny)
+        zero = np.diagonal(gramian) <= 0.0
+        if zero.any():
+            shared: Floats = zero / np.count_nonzero(zero)
+            return shared
         cosines, norms, inverses = equilibrate(gramian)
         ratios = norms.min() * inverses
         z = shortest(cosines, ratios)
@@ -67,7 +67,10 @@ def _shortest_of_two(gramian: list[list[float]]) -> Floats:
 
 
 def _shortest_tiny(G: list[list[float]]) -> list[float] | None:
-    norms = [math.sqrt(row[i]) for i, row in enumerate(G)]
+    squares = [row[i] for i, row in enumerate(G)]
+    if min(squares, default=0.0) <= 0.0:
+        return None
+    norms = list(map(math.sqrt, squares))
     shortest_row = min(norms)
     a = [shortest_row / norm for norm in norms]
     # This path wants a unit diagonal: scale 1 + a² away.
