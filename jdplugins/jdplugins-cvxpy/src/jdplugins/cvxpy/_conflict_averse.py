@@ -12,7 +12,7 @@ from attrs import Attribute, field, frozen
 
 from jdcore.aggregation import find_solver, solver_field
 from jdcore.errors import ParameterTypeError, UnknownNameError, UnsolvedWarning
-from jdcore.linalg import equilibrate
+from jdcore.linalg import eigh, equilibrate
 from jdcore.validators import real
 from jdplugins.cvxpy._programs import BackendError, Floats, program
 
@@ -124,7 +124,7 @@ class CvxpySolver:
 
 def _root(C: Floats) -> Floats:
     """S with ``C = S Sᵀ``, also for singular C."""
-    values, vectors = np.linalg.eigh(C)
+    values, vectors = eigh(C)
     root: Floats = vectors * np.sqrt(np.maximum(values, 0.0))
     return root
 

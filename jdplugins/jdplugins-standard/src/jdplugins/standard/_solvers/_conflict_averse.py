@@ -10,6 +10,7 @@ from jdplugins.standard._solvers._accuracy import (
     EPS,
     Floats,
     Mask,
+    levels,
     warn_if_unsolved,
 )
 from jdplugins.standard._solvers._dispatch import solve_one
@@ -79,6 +80,7 @@ class _Levels:
 
     def __init__(self, C: Floats, a: Floats, b: Floats, radius: float) -> None:
         self.C, self.a, self.b, self.radius = C, a, b, radius
+        self.deltas = levels(C)  # of every level's LCP
 
     def solve(self) -> Floats:
         """The v of ``d = g0 + Jᵀ v`` [m]."""
@@ -98,7 +100,7 @@ class _Levels:
 
     def _at(self, level: float, passive: Mask | None) -> tuple[Floats, float]:
         """The v of a level, and by how much the norm of its ``Jᵀ v`` exceeds the radius."""
-        v, _ = solve_one(self.C, self.b - level * self.a, passive)
+        v, _ = solve_one(self.C, self.b - level * self.a, passive, self.deltas)
         norm = math.sqrt(max(float(v @ product(self.C, v)), 0.0))
         return v, norm / self.radius - 1.0
 

@@ -31,13 +31,16 @@ _LATER_PIVOTS = 6
 _REFINEMENTS = 2
 
 
-def solve_dense(C: Floats, Q: Floats, passive: Mask | None = None) -> tuple[Floats, Floats]:
+def solve_dense(
+    C: Floats, Q: Floats, passive: Mask | None = None, deltas: tuple[float, ...] | None = None
+) -> tuple[Floats, Floats]:
     """
     Solve the LCPs of all rows of Q.
 
     :param C: Unit-diagonal positive semi-definite matrix [m, m].
     :param Q: Vectors q [k, m].
     :param passive: Where z is expected to be positive [k, m], if that is known roughly.
+    :param deltas: :func:`levels` of C, if they are known.
     :returns: Solutions Z [k, m] and their natural residuals relative to ``1 + max z`` [k].
     """
     m = Q.shape[1]
@@ -47,7 +50,7 @@ def solve_dense(C: Floats, Q: Floats, passive: Mask | None = None) -> tuple[Floa
     rows = np.flatnonzero(F.any(axis=1) | (residual > pivot_tolerance(m)))
     if rows.size == 0:
         return Z, residual
-    for level, delta in enumerate(levels(C)):
+    for level, delta in enumerate(levels(C) if deltas is None else deltas):
         centre = Z[rows]
         q = Q[rows]
         f = F[rows]

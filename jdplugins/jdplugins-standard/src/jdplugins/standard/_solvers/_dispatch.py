@@ -16,9 +16,11 @@ from jdplugins.standard._solvers._single import solve_single
 _DENSE, _DEPENDENT = 20, 96
 
 
-def solve_one(C: Floats, q: Floats, passive: Mask | None = None) -> tuple[Floats, float]:
+def solve_one(
+    C: Floats, q: Floats, passive: Mask | None = None, deltas: tuple[float, ...] | None = None
+) -> tuple[Floats, float]:
     """:func:`solve_single`, followed by :func:`rescue` if need be."""
-    z, achieved = solve_single(C, q, passive)
+    z, achieved = solve_single(C, q, passive, deltas)
     if achieved <= ROUGH:
         return z, achieved
     Z, residual = z[None], np.array([achieved])
@@ -38,13 +40,16 @@ def solve_all(C: Floats, Q: Floats) -> tuple[Floats, Floats]:
     if k == 1:
         z, achieved = solve_single(C, Q[0])
         return z[None], np.array([achieved])
-    if m <= _DENSE or (m <= _DEPENDENT and levels(C) is not REGULAR):
+    if m <= _DENSE:
         return solve_dense(C, Q)
+    deltas = levels(C) if m <= _DEPENDENT else None
+    if deltas not in (None, REGULAR):
+        return solve_dense(C, Q, deltas=deltas)
     Z, solved, passive = solve_conjugate(C, Q)
     residual = lcp_residual(C, Q, Z)
     hard = np.flatnonzero(~solved)
     if hard.size:
-        Z[hard], residual[hard] = solve_dense(C, Q[hard], passive[hard])
+        Z[hard], residual[hard] = solve_dense(C, Q[hard], passive[hard], deltas)
     return Z, residual
 
 

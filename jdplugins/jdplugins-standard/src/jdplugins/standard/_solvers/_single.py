@@ -25,13 +25,16 @@ _LATER_PIVOTS = 6
 _REFINEMENTS = 2
 
 
-def solve_single(C: Floats, q: Floats, passive: Mask | None = None) -> tuple[Floats, float]:
+def solve_single(
+    C: Floats, q: Floats, passive: Mask | None = None, deltas: tuple[float, ...] | None = None
+) -> tuple[Floats, float]:
     """
     Solve one LCP.
 
     :param C: Positive semi-definite matrix [m, m] with a diagonal of order one.
     :param q: Vector [m].
     :param passive: Where z is expected to be positive [m], if that is known roughly.
+    :param deltas: :func:`levels` of C, if they are known.
     :returns: z [m] and its natural residual relative to ``1 + max z``.
     """
     m = len(q)
@@ -40,7 +43,7 @@ def solve_single(C: Floats, q: Floats, passive: Mask | None = None) -> tuple[Flo
     if residual <= pivot_tolerance(m) and (passive is None or not passive.any()):
         return z, residual
     F = _guess(C, q) if passive is None else passive
-    for level, delta in enumerate(levels(C)):
+    for level, delta in enumerate(levels(C) if deltas is None else deltas):
         limit = _LATER_PIVOTS if level else _FIRST_PIVOTS
         candidate, F = _pivot(C, q, z, F, delta, limit)
         achieved = float(lcp_residual(C, q, candidate))
