@@ -3,7 +3,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Mapping, Sequence
-from functools import reduce
+from functools import cache, reduce
 from typing import Any, ClassVar
 
 import numpy as np
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from jdcore.aggregation._differentiation import forbid_differentiation
-from jdcore.aggregation._finite import all_finite, finite_required, nonfinite_rows
+from jdcore.aggregation._finite import finite_required, is_finite, nonfinite_rows
 from jdcore.aggregation._scalarization import ScalarizationWeighting
 from jdcore.aggregation._weighting import GramianWeighting
 from jdcore.errors import NonFiniteError, ParameterTypeError
@@ -23,6 +23,7 @@ from jdcore.protocols import Weighting
 from jdcore.validators import check_blocks, check_matrix
 
 RowWeights = Tensor | NDArray[np.float64]
+Gramian = Tensor | NDArray[np.float64]
 _STATEFUL_METHODS = ("reset", "state_dict", "load_state_dict")
 
 
@@ -60,7 +61,11 @@ class GramianAggregator:
         """
         check_matrix(matrix)
         if isinstance(self.weighting, ScalarizationWeighting):
-            return _scalarize(self.weighting, [matrix])[0][0]
+            weights = self.weighting.weigh(matrix.shape[0], matrix.device, matrix.dtype)
+            vector = combine(weights, matrix)
+            if is_finite(vector):
+                return vector
+            return _examine(self.weighting, [matrix], [vector], weights)[0][0]
         source = matrix.detach() if matrix.requires_grad else matrix
         vector = combine(_weigh(self.weighting, [source]), source)
         return forbid_differentiation(self, matrix, vector) if matrix.requires_grad else vector
@@ -76,52 +81,67 @@ class GramianAggregator:
         """
         check_blocks(blocks)
         sources = [block.detach() for block in blocks]
+        dtype = reduce(torch.promote_types, (block.dtype for block in blocks))
         weights: RowWeights
         if isinstance(self.weighting, ScalarizationWeighting):
-            vectors, weights = _scalarize(self.weighting, sources)
+            weights = self.weighting.weigh(blocks[0].shape[0], blocks[0].device, dtype)
+            vectors = [combine(weights, source) for source in sources]
+            if not all(map(is_finite, vectors)):
+                vectors, weights = _examine(self.weighting, sources, vectors, weights)
         else:
             weights = _weigh(self.weighting, sources)
             vectors = [combine(weights, source) for source in sources]
-        dtype = reduce(torch.promote_types, (block.dtype for block in blocks))
-        return vectors, torch.as_tensor(weights, dtype=dtype, device=blocks[0].device)
+        returned = torch.from_numpy(weights) if isinstance(weights, np.ndarray) else weights
+        return vectors, returned.to(blocks[0].device, dtype, copy=True)
 
 
 def _weigh(weighting: Weighting, blocks: list[Tensor]) -> RowWeights:
-    product = sum_gramians(blocks)
+    product = _gramian(weighting, blocks)
     for block in blocks:
         if block.dtype == torch.float64:  # squares of narrower dtypes cannot leave the range
             largest = float(product.diagonal().max()) if len(product) else 1.0
             if not 1e-250 < largest < 1e250:
                 return _weigh_rescaled(weighting, blocks, product)
             break
-    return _ask(weighting, product)
+    return _ask(weighting, product, blocks[0].device)
 
 
-def _weigh_rescaled(weighting: Weighting, blocks: list[Tensor], product: Tensor) -> RowWeights:
+def _weigh_rescaled(weighting: Weighting, blocks: list[Tensor], product: Gramian) -> RowWeights:
+    device = blocks[0].device
     largest = max(float(block.abs().max()) if block.numel() else 0.0 for block in blocks)
     if not 0.0 < largest < math.inf:
-        return _ask(weighting, product)
+        return _ask(weighting, product, device)
     # A power of two, so that dividing by it is exact.
     scale = 2.0 ** math.frexp(largest)[1]
-    weights = _ask(weighting, sum_gramians([block / scale for block in blocks]))
+    rescaled = _gramian(weighting, [block / scale for block in blocks])
+    weights = _ask(weighting, rescaled, device)
     return weights * scale ** getattr(weighting, "scale_degree", 0)
 
 
-def _ask(weighting: Weighting, gramian: Tensor) -> RowWeights:
+def _gramian(weighting: Weighting, blocks: list[Tensor]) -> Gramian:
+    gramian = sum_gramians(blocks)
+    return gramian.cpu().numpy() if _takes_arrays(type(weighting)) else gramian
+
+
+@cache
+def _takes_arrays(cls: type) -> bool:
     # For a handful of rows, going through Tensors would cost as much as the weights themselves.
-    overridden = type(weighting).__call__ is not GramianWeighting.__call__
-    if isinstance(weighting, GramianWeighting) and not overridden:
-        return weighting.weigh(gramian.cpu().numpy(), gramian.device)
-    return weighting(gramian)
+    return issubclass(cls, GramianWeighting) and cls.__call__ is GramianWeighting.__call__
 
 
-def _scalarize(
-    weighting: ScalarizationWeighting, blocks: list[Tensor]
-) -> tuple[list[Tensor], RowWeights]:
-    weights = weighting.weigh(blocks[0].shape[0], blocks[0].device)
-    vectors = [combine(weights, block) for block in blocks]
-    if all_finite(vectors):
-        return vectors, weights
+def _ask(weighting: Any, gramian: Gramian, device: torch.device) -> RowWeights:
+    weights: RowWeights
+    if isinstance(gramian, np.ndarray):
+        weights = weighting.weigh(gramian, device)
+    else:
+        weights = weighting(gramian)
+    return weights
+
+
+def _examine(
+    weighting: ScalarizationWeighting, blocks: list[Tensor], vectors: list[Tensor], weights: Tensor
+) -> tuple[list[Tensor], Tensor]:
+    """What a scalarization answers where its vectors are not finite."""
     rows = nonfinite_rows(blocks)
     if not rows:
         return vectors, weights  # a finite sum that overflowed in its own dtype

@@ -7,7 +7,7 @@ from attrs import define, field
 from torch import Tensor
 
 from jdcore.aggregation._differentiation import forbid_differentiation
-from jdcore.aggregation._finite import all_finite, finite_required, nonfinite_rows
+from jdcore.aggregation._finite import finite_required, is_finite, nonfinite_rows
 from jdcore.aggregation._row_vectors import check_row_vectors
 from jdcore.errors import NonFiniteError
 from jdcore.validators import boolean, check_blocks, check_matrix
@@ -83,7 +83,7 @@ class CoordinatewiseAggregator:
         if m == 0:
             return [block.new_zeros(block.shape[1]) for block in blocks]
         self.check_rows(m)
-        if not all_finite(blocks):
+        if not all(map(is_finite, blocks)):
             if finite_required(self.check_finite):
                 raise NonFiniteError(nonfinite_rows(blocks))
             return [block.new_full(block.shape[1:], float("nan")) for block in blocks]

@@ -29,12 +29,8 @@ def refuse_gramian(gramian: NDArray[np.float64]) -> NonFiniteError:
     return NonFiniteError(rows.tolist())
 
 
-def all_finite(blocks: Sequence[Tensor]) -> bool:
-    """Whether every entry is finite, reading each block once in the common case."""
-    return all(map(_is_finite, blocks))
-
-
-def _is_finite(block: Tensor) -> bool:
+def is_finite(block: Tensor) -> bool:
+    """Whether every entry is finite, reading the block once in the common case."""
     # A sum (of squares) is finite only if all terms are; the converse fails on overflow, settled
     # entry by entry. Squares of half precision would overflow too often.
     squared = block.ndim == 1 and block.dtype in _WIDE

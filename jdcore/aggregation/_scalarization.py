@@ -1,9 +1,7 @@
 from __future__ import annotations
 
-import numpy as np
 import torch
 from attrs import define, field
-from numpy.typing import NDArray
 from torch import Tensor
 
 from jdcore.aggregation._row_vectors import check_row_vectors
@@ -28,10 +26,11 @@ class ScalarizationWeighting:
 
     check_finite: bool | None = field(default=None, kw_only=True, validator=boolean, repr=False)
 
-    def compute(self, m: int) -> NDArray[np.float64]:
+    def compute(self, m: int, dtype: torch.dtype) -> Tensor:
         """
         :param m: Number of rows, at least 1.
-        :returns: float64 weights [m], in memory of their own.
+        :param dtype: float64, or float32 for Jacobians of narrower dtypes.
+        :returns: Weights [m] of this dtype, on any device. They will not be modified.
         """
         raise NotImplementedError
 
@@ -43,15 +42,18 @@ class ScalarizationWeighting:
             of this weighting does not fit its size or device.
         """
         check_gramian(gramian)
-        return torch.from_numpy(self.weigh(len(gramian), gramian.device)).to(gramian)
+        weights = self.weigh(len(gramian), gramian.device, gramian.dtype)
+        return weights.to(gramian.device, gramian.dtype, copy=True)
 
-    def weigh(self, m: int, device: torch.device) -> NDArray[np.float64]:
+    def weigh(self, m: int, device: torch.device, dtype: torch.dtype) -> Tensor:
         """
         A call for those who have no Gramian.
 
         :param m: Number of rows.
         :param device: Device of the Jacobian, for arguments of this weighting to be checked.
-        :returns: float64 weights [m].
+        :param dtype: Dtype of the Jacobian.
+        :returns: What :meth:`compute` returns, or no weights for no rows.
         """
         check_row_vectors(self, m, device)
-        return self.compute(m) if m else np.zeros(0)
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        return self.compute(m, wide) if m else torch.empty(0, dtype=wide)

@@ -90,5 +90,5 @@ def row_weights(vector: Tensor | None, m: int) -> NDArray[np.float64]:
     :param vector: Vector [m] of any real floating dtype, on any device.
     """
     if vector is None:
-        return np.full(m, 1.0 / m)
+        return np.array([1.0 / m] * m)  # np.full takes longer for the usual m
     return np.array(vector.tolist(), dtype=np.float64)

@@ -102,7 +102,7 @@ def _step(
     m = sum(output.numel() for output in outputs)
     if isinstance(weighting, ScalarizationWeighting):
         device = targets[0].device
-        weights = torch.from_numpy(weighting.weigh(m, device)).to(device)
+        weights = weighting.weigh(m, device, torch.float64).to(device, copy=True)
     else:
         problem = _problem(outputs, targets)
         if m * sum(target.numel() for target in targets) <= _SMALL:

@@ -39,7 +39,7 @@ def sum_gramians(blocks: Sequence[Tensor]) -> Tensor:
     columns = max(_NARROWEST, entries // max(1, m))
     if len(blocks) == 1 and blocks[0].shape[1] <= columns:
         wide = blocks[0].double()
-        return wide.mm(wide.T)
+        return wide.matmul(wide.T)
     total = blocks[0].new_zeros((m, m), dtype=torch.float64)
     # One reused buffer: fresh large temporaries cost more in page faults than in arithmetic. Narrow
     # blocks share it, which saves calls.

@@ -100,20 +100,22 @@ def jacobians(kind: str, m: int, n: int, count: int) -> list[Tensor]:
 
 
 def measure(pair: Pair, kind: str, m: int, n: int, peer_module: Any, seconds: float) -> Row:
-    """Alternate calls for some seconds (at least three of each) and take the medians."""
+    """Alternate calls for some seconds (at least four of each) and take the medians."""
     ours: Aggregator = jdcore.get_aggregator(pair.name, **_known(pair, m))
     peer: Aggregator = getattr(peer_module, pair.peer)(*pair.peer_arguments(m))
     matrices = jacobians(kind, m, n, 3 if n <= 10_000 else 1)
     times: dict[Aggregator, list[float]] = {peer: [], ours: []}
     for method in times:
         method(matrices[0])
+    turns = [*times]
     end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(times[ours]) < 3:
+    while time.perf_counter() < end or len(times[ours]) < 4:
         for matrix in matrices:
-            for method, spent in times.items():
+            for method in turns:
                 start = time.thread_time()
                 method(matrix)
-                spent.append(time.thread_time() - start)
+                times[method].append(time.thread_time() - start)
+        turns.reverse()  # who comes first fetches a large matrix into the cache for the other
     medians = {method: 1e6 * statistics.median(spent) for method, spent in times.items()}
     return Row(method=pair.name, kind=kind, m=m, n=n, peer=medians[peer], ours=medians[ours])
 

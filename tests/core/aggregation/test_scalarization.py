@@ -1,10 +1,8 @@
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 from attrs import define, field
-from numpy.typing import NDArray
 from torch import Tensor
 
 from jdcore import ParameterError, Weighting
@@ -20,9 +18,9 @@ class CountdownWeighting(ScalarizationWeighting):
 
     factors: Tensor | None = field(default=None, validator=row_vector)
 
-    def compute(self, m: int) -> NDArray[np.float64]:
-        weights = np.arange(m, 0, -1, dtype=np.float64)
-        return weights if self.factors is None else weights * self.factors.double().numpy()
+    def compute(self, m: int, dtype: torch.dtype) -> Tensor:
+        weights = torch.arange(m, 0, -1, dtype=dtype)
+        return weights if self.factors is None else weights * self.factors
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])

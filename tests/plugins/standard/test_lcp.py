@@ -1,5 +1,6 @@
 """The paths of the LCP solver against each other, an oracle and the conditions of optimality."""
 
+import math
 import warnings
 
 import numpy as np
@@ -42,6 +43,14 @@ def cosines(name: str, m: int, n: int = 200, seed: int = 0) -> np.ndarray:
     return equilibrate(J @ J.T)[0]
 
 
+def tiny(C: np.ndarray, q: np.ndarray, *, dependent: bool = True) -> np.ndarray | None:
+    """All entries of the answer of the tiny path."""
+    entries = solve_tiny(C.tolist(), q.tolist(), dependent)
+    if entries is None:
+        return None
+    return np.array([entries.get(j, 0.0) for j in range(len(q))])
+
+
 def distance(J: np.ndarray, Z: np.ndarray, other: np.ndarray) -> float:
     """Largest distance between the vectors that two sets of solutions stand for."""
     return float(np.linalg.norm((Z - other) @ J, axis=-1).max())
@@ -53,7 +62,7 @@ def distance(J: np.ndarray, Z: np.ndarray, other: np.ndarray) -> float:
 def test_two_rows_with_one_passive_index() -> None:
     # C = [[1, -1/2], [-1/2, 1]], q = C e_0 = [1, -1/2]: raising z_1 to 1/2 zeroes y_1.
     C = [[1.0, -0.5], [-0.5, 1.0]]
-    assert solve_tiny(C, [1.0, -0.5]) == [0.0, 0.5]
+    assert solve_tiny(C, [1.0, -0.5]) == {1: 0.5}
     z, residual = solve_single(np.array(C), np.array([1.0, -0.5]))
     assert z.tolist() == pytest.approx([0.0, 0.5], abs=1e-15)
     assert residual <= 1e-15
@@ -63,7 +72,7 @@ def test_three_rows_with_two_passive_indices() -> None:
     # Cosines -1/2, -1/2 and 1/2 with row 0: z_1 = z_2 = t with t + t/2 = 1/2, so t = 1/3.
     C = np.array([[1.0, -0.5, -0.5], [-0.5, 1.0, 0.5], [-0.5, 0.5, 1.0]])
     expected = [0.0, 1 / 3, 1 / 3]
-    assert solve_tiny(C.tolist(), C[0].tolist()) == pytest.approx(expected, abs=1e-15)
+    assert tiny(C, C[0]) == pytest.approx(expected, abs=1e-15)
     assert solve_goldfarb_idnani(C, C[0]) == pytest.approx(expected, abs=1e-15)
     Z, _ = solve_dense(C, C[:1])
     assert Z[0] == pytest.approx(expected, abs=1e-15)
@@ -72,7 +81,7 @@ def test_three_rows_with_two_passive_indices() -> None:
 def test_nothing_to_do_gives_zero_on_every_path() -> None:
     C = np.eye(4)
     q = np.array([0.0, 1.0, 0.5, 2.0])
-    assert solve_tiny(C.tolist(), q.tolist()) == [0.0] * 4
+    assert solve_tiny(C.tolist(), q.tolist()) == {}
     assert solve_single(C, q)[0].tolist() == [0.0] * 4
     assert not solve_dense(C, q[None])[0].any()
     assert not solve_conjugate(C, q[None])[0].any()
@@ -97,8 +106,9 @@ def test_the_tiny_path_solves_dependent_rows_or_leaves_them_to_the_others() -> N
     # Row 2 is the sum of rows 0 and 1; the passive set {0, 1, 2} appears on the way.
     J = np.array([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [1.0, 1.0, 0.0], [-1.0, -1.2, 0.3]])
     C = equilibrate(J @ J.T)[0]
-    assert solve_tiny(C.tolist(), C[3].tolist(), dependent=False) is None
-    z = np.array(solve_tiny(C.tolist(), C[3].tolist()))
+    assert tiny(C, C[3], dependent=False) is None
+    z = tiny(C, C[3])
+    assert z is not None
     assert lcp_residual(C, C[3], z) <= 1e-15
 
 
@@ -110,8 +120,8 @@ def test_the_tiny_path_solves_dependent_rows_or_leaves_them_to_the_others() -> N
 def test_tiny_and_dense_paths_agree(name: str, m: int) -> None:
     C = cosines(name, m)
     Z, _ = solve_dense(C, C)
-    tiny = np.array([solve_tiny(C.tolist(), row) for row in C.tolist()])
-    np.testing.assert_allclose(tiny, Z, atol=1e-10, rtol=1e-10)
+    found = [tiny(C, row) for row in C]
+    np.testing.assert_allclose(np.array(found), Z, atol=1e-10, rtol=1e-10)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -338,10 +348,32 @@ def test_entries_below_rounding_do_not_count_as_infeasible() -> None:
 def test_the_closed_form_for_two_unknowns_agrees_with_pivoting(
     c: float, p: float, q: float
 ) -> None:
-    pair = solve_pair(c, p, q)
+    pair = solve_pair(1.0, 1.0, c, p, q)
 
-    assert pair == pytest.approx(solve_tiny([[1.0, c], [c, 1.0]], [p, q]), abs=1e-9)
+    assert pair == pytest.approx(tiny(np.array([[1.0, c], [c, 1.0]]), np.array([p, q])), abs=1e-9)
 
 
 def test_the_closed_form_leaves_nearly_parallel_rows_to_the_other_paths() -> None:
-    assert solve_pair(-1.0 + 1e-9, -1.0, -1.0) is None
+    assert solve_pair(1.0, 1.0, -1.0 + 1e-9, -1.0, -1.0) is None
+
+
+@given(*[st.floats(0.1, 10.0)] * 2, *[st.floats(-0.999, 0.999)] * 3)
+def test_the_closed_form_for_two_unknowns_takes_any_diagonal(
+    a: float, b: float, c: float, p: float, q: float
+) -> None:
+    # With z = S z', S = diag(a, b)^-1/2, the problem in z' has a unit diagonal.
+    root_a, root_b = math.sqrt(a), math.sqrt(b)
+    scaled = solve_pair(a, b, c * root_a * root_b, p * root_a, q * root_b)
+    unit = solve_pair(1.0, 1.0, c, p, q)
+
+    assert scaled is not None
+    assert unit is not None
+    assert (scaled[0] * root_a, scaled[1] * root_b) == pytest.approx(unit, abs=1e-9)
+
+
+@pytest.mark.parametrize("scale", [1e-200, 1.0, 1e200])
+def test_the_closed_form_leaves_what_leaves_the_range_to_the_other_paths(scale: float) -> None:
+    G = np.array([[2.0, -1.0, -1.0], [-1.0, 2.0, -1.0], [-1.0, -1.0, 3.0]]) * scale
+    np.testing.assert_allclose(
+        NativeDualConeSolver()(G, np.eye(3)), NativeDualConeSolver()(G / scale, np.eye(3))
+    )

@@ -1,11 +1,10 @@
 from __future__ import annotations
 
-import numpy as np
+import torch
 from attrs import define, field
-from numpy.typing import NDArray
 from torch import Tensor
 
-from jdcore.aggregation import ScalarizationWeighting, row_weights
+from jdcore.aggregation import ScalarizationWeighting
 from jdcore.validators import row_vector
 
 
@@ -28,5 +27,6 @@ class ConstantWeighting(ScalarizationWeighting):
 
     weights: Tensor = field(validator=row_vector)
 
-    def compute(self, m: int) -> NDArray[np.float64]:
-        return row_weights(self.weights, m)
+    def compute(self, m: int, dtype: torch.dtype) -> Tensor:
+        weights = self.weights.detach() if self.weights.requires_grad else self.weights
+        return weights.to(dtype)

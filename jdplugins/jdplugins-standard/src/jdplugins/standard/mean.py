@@ -1,8 +1,8 @@
 from __future__ import annotations
 
-import numpy as np
+import torch
 from attrs import define
-from numpy.typing import NDArray
+from torch import Tensor
 
 from jdcore.aggregation import ScalarizationWeighting
 
@@ -21,5 +21,5 @@ class MeanWeighting(ScalarizationWeighting):
     tensor([1., 1., 1.])
     """
 
-    def compute(self, m: int) -> NDArray[np.float64]:
-        return np.full(m, 1.0 / m)
+    def compute(self, m: int, dtype: torch.dtype) -> Tensor:
+        return torch.full((m,), 1.0 / m, dtype=dtype)

@@ -1,9 +1,8 @@
 from __future__ import annotations
 
-import numpy as np
 import torch
 from attrs import define, field
-from numpy.typing import NDArray
+from torch import Tensor
 
 from jdcore.aggregation import ScalarizationWeighting
 from jdcore.validators import generator
@@ -35,9 +34,7 @@ class RandomWeighting(ScalarizationWeighting):
         default=None, kw_only=True, repr=False, validator=generator
     )
 
-    def compute(self, m: int) -> NDArray[np.float64]:
+    def compute(self, m: int, dtype: torch.dtype) -> Tensor:
         device = "cpu" if self.generator is None else self.generator.device
-        normal = torch.randn(m, generator=self.generator, dtype=torch.float64, device=device)
-        weights: NDArray[np.float64] = np.exp(normal.cpu().numpy())
-        weights /= np.add.reduce(weights)
-        return weights
+        normal = torch.randn(m, generator=self.generator, dtype=dtype, device=device)
+        return normal.softmax(0)

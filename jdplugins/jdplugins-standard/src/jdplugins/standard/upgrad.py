@@ -45,15 +45,18 @@ class UPGradWeighting(GramianWeighting):
         project: DualConeSolver = find_solver("dual_cone", self.solver)
         m = len(gramian)
         if self.pref_vector is None and m <= _SHARED:
-            references = _equal_references(m)
+            units, factors = _equal_preferences(m)
         else:
-            references = np.diag(row_weights(self.pref_vector, m))
-        weights: NDArray[np.float64] = np.add.reduce(project(gramian, references))
+            factors = row_weights(self.pref_vector, m)
+            units = np.diag(np.where(factors < 0.0, -1.0, 1.0))
+            factors = np.abs(factors)
+        # Projecting commutes with positive factors. A product is cheaper to call than a reduction.
+        weights: NDArray[np.float64] = project(gramian, units).T.dot(factors)
         return weights
 
 
 @lru_cache(maxsize=16)
-def _equal_references(m: int) -> NDArray[np.float64]:
-    references = np.diag(row_weights(None, m))
-    references.flags.writeable = False  # it is shared
-    return references
+def _equal_preferences(m: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    units, factors = np.eye(m), row_weights(None, m)
+    units.flags.writeable = factors.flags.writeable = False  # they are shared
+    return units, factors

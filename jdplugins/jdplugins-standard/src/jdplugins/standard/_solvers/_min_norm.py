@@ -83,6 +83,8 @@ def _shortest_tiny(G: list[list[float]]) -> list[float] | None:
     z = solve_tiny(C, [-x * y for x, y in zip(a, e, strict=True)])
     if z is None:
         return None
-    weights = [x * y * t for x, y, t in zip(a, e, z, strict=True)]
+    weights = [0.0] * len(G)
+    for j, t in z.items():
+        weights[j] = a[j] * e[j] * t
     total = sum(weights)
     return [w / total for w in weights]
