@@ -15,7 +15,8 @@ def permutations(count: int, length: int, generator: torch.Generator | None) -> 
     device = "cpu" if generator is None else generator.device
     drawn = np.empty((count, length), dtype=np.int64)
     for permutation in drawn:
-        permutation[:] = torch.randperm(length, generator=generator, device=device).cpu().numpy()
+        order = torch.randperm(length, generator=generator, device=device)
+        permutation[:] = order.numpy() if order.is_cpu else order.cpu().numpy()
     return drawn
 
 

@@ -113,16 +113,17 @@ def _vaccinate(
     coefficients = np.eye(m)
     visited = np.empty_like(cosines)
     measured = np.empty_like(targets)
+    eligible = nonzero[orders]
     target_sines = np.maximum(np.sqrt((1.0 - targets) * (1.0 + targets)), _LEAST_SINE)
     for k in range(m - 1):
         others, target, target_sine = orders[:, k], targets[:, k], target_sines[:, k]
-        np.take(cosines, others, axis=0, out=visited)
+        cosines.take(others, axis=0, out=visited)
         products = np.einsum("ij,ij->i", coefficients, visited)
         found = np.zeros(m)
         np.divide(products, lengths, out=found, where=lengths > 0.0)
-        np.clip(found, -1.0, 1.0, out=found)
+        found = np.minimum(np.maximum(found, -1.0), 1.0)
         sine = np.sqrt((1.0 - found) * (1.0 + found))
-        below = (found < target) & nonzero[others]
+        below = (found < target) & eligible[:, k]
         stretch = np.where(below, lengths / target_sine, 0.0)
         coefficients[rows, others] = stretch * (target * sine - found * target_sine)
         # The part orthogonal to the visited row stays as it is.

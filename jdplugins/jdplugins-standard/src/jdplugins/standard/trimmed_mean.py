@@ -59,7 +59,7 @@ class TrimmedMean(CoordinatewiseAggregator):
             kept = columns
             for _ in range(t):
                 kept = _trim(kept)
-        return kept.sum(dim=0, dtype=torch.float64) / (m - 2 * t)
+        return kept.mean(dim=0, dtype=torch.float64)
 
 
 def _trim(rows: Tensor) -> Tensor:

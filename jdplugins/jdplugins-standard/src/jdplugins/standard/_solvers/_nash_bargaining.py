@@ -9,8 +9,10 @@ from numpy.typing import NDArray
 
 from jdcore.errors import UnsolvedWarning
 from jdcore.linalg import equilibrate, product, solve
+from jdplugins.standard._solvers._nash_of_few import bargain_few
 from jdplugins.standard._spectrum import spectrum
 
+_FEW = 4
 _PROXIMAL = 1e-12
 _STEPS = 60
 _NEARBY = 0.1  # Newton decrement from which convergence is certain and quadratic
@@ -41,6 +43,10 @@ class NativeNashBargainingSolver:
         :param start: Not used: the answer is exact from any start.
         :returns: Weights α [m], zero for zero rows.
         """
+        if 0 < len(gramian) <= _FEW:
+            few = bargain_few(gramian.tolist())
+            if few is not None:
+                return np.array(few)
         cosines, norms, inverses = equilibrate(gramian)
         nonzero = np.flatnonzero(norms)
         if not nonzero.size:

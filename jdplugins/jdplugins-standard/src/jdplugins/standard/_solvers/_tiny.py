@@ -82,8 +82,9 @@ def _solve_level(
 ) -> tuple[list[float], list[int]] | None:
     """The LCP of ``C + delta I`` and b, refined towards that of C and q; and its passive set."""
     indices = range(len(b))
+    diagonal = [1.0 + delta] * len(b)
     for _ in range(_MAX_PIVOTS):
-        values = _solve_ldl(C, b, passive, 1.0 + delta, 0.0)
+        values = solve_ldl(C, b, passive, diagonal, 0.0)
         if values is None:
             return None
         z = _spread(values, passive, len(b))
@@ -104,8 +105,9 @@ def _refine(
     delta: float,
 ) -> list[float]:
     """Steps towards the solution without the proximal term until a sign would change."""
+    diagonal = [1.0 + delta] * len(z)
     for _ in range(_REFINEMENTS):
-        values = _solve_ldl(C, _slacks(C, q, z), passive, 1.0 + delta, 0.0)
+        values = solve_ldl(C, _slacks(C, q, z), passive, diagonal, 0.0)
         if values is None:
             break
         step = _spread(values, passive, len(z))
@@ -161,11 +163,11 @@ def _solve_passive(C: Rows, q: Sequence[float], passive: list[int]) -> Sequence[
         return (c * q[b] - q[a]) / determinant, (c * q[a] - q[b]) / determinant
     if len(passive) == 3:
         return _solve_three(C, q, passive)
-    return _solve_ldl(C, q, passive, 1.0, _SMALLEST_PIVOT)
+    return solve_ldl(C, q, passive, [1.0] * len(q), _SMALLEST_PIVOT)
 
 
 def _solve_three(C: Rows, q: Sequence[float], passive: list[int]) -> Sequence[float] | None:
-    """:func:`_solve_ldl` unrolled, which takes half the time."""
+    """:func:`solve_ldl` unrolled, which takes half the time."""
     i, j, k = passive
     ji, ki = C[j][i], C[k][i]
     second = 1.0 - ji * ji
@@ -181,17 +183,17 @@ def _solve_three(C: Rows, q: Sequence[float], passive: list[int]) -> Sequence[fl
     return -q[i] - ji * y - ki * z, y, z
 
 
-def _solve_ldl(
+def solve_ldl(
     C: Rows,
     q: Sequence[float],
     passive: list[int],
-    diagonal: float,
+    diagonal: Sequence[float],
     smallest: float,
 ) -> list[float] | None:
     """
     Solve ``C_FF z = -q_F`` by an LDLᵀ factorisation, with forward substitution on the way.
 
-    :param diagonal: Stands for the diagonal of C.
+    :param diagonal: Its m entries stand for the diagonal of C.
     :param smallest: Up to this pivot, the result is None.
     """
     lower: list[list[float]] = []
@@ -199,7 +201,7 @@ def _solve_ldl(
     z: list[float] = []
     for i in passive:
         row = [C[i][j] for j in passive[: len(lower)]]
-        pivot = diagonal
+        pivot = diagonal[i]
         rhs = -q[i]
         for b, other in enumerate(lower):
             scaled = row[b]  # = L_ib D_b
