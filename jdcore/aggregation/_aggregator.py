@@ -4,7 +4,7 @@ import inspect
 import math
 from collections.abc import Mapping, Sequence
 from functools import cache, reduce
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import numpy as np
 import torch
@@ -23,7 +23,6 @@ from jdcore.protocols import Weighting
 from jdcore.validators import check_blocks, check_matrix
 
 RowWeights = Tensor | NDArray[np.float64]
-Gramian = Tensor | NDArray[np.float64]
 _STATEFUL_METHODS = ("reset", "state_dict", "load_state_dict")
 
 
@@ -96,46 +95,38 @@ class GramianAggregator:
 
 
 def _weigh(weighting: Weighting, blocks: list[Tensor]) -> RowWeights:
-    product = _gramian(weighting, blocks)
+    product = sum_gramians(blocks)
     for block in blocks:
         if block.dtype == torch.float64:  # squares of narrower dtypes cannot leave the range
             largest = float(product.diagonal().max()) if len(product) else 1.0
             if not 1e-250 < largest < 1e250:
                 return _weigh_rescaled(weighting, blocks, product)
             break
-    return _ask(weighting, product, blocks[0].device)
+    return _ask(weighting, product)
 
 
-def _weigh_rescaled(weighting: Weighting, blocks: list[Tensor], product: Gramian) -> RowWeights:
-    device = blocks[0].device
+def _weigh_rescaled(weighting: Weighting, blocks: list[Tensor], product: Tensor) -> RowWeights:
     largest = max(float(block.abs().max()) if block.numel() else 0.0 for block in blocks)
     if not 0.0 < largest < math.inf:
-        return _ask(weighting, product, device)
+        return _ask(weighting, product)
     # A power of two, so that dividing by it is exact.
     scale = 2.0 ** math.frexp(largest)[1]
-    rescaled = _gramian(weighting, [block / scale for block in blocks])
-    weights = _ask(weighting, rescaled, device)
+    weights = _ask(weighting, sum_gramians([block / scale for block in blocks]))
     return weights * scale ** getattr(weighting, "scale_degree", 0)
 
 
-def _gramian(weighting: Weighting, blocks: list[Tensor]) -> Gramian:
-    gramian = sum_gramians(blocks)
-    return gramian.cpu().numpy() if _takes_arrays(type(weighting)) else gramian
+def _ask(weighting: Any, gramian: Tensor) -> RowWeights:
+    # For a handful of rows, going through Tensors would cost as much as the weights themselves.
+    cls: Any = type(weighting)
+    if not _takes_arrays(cls):
+        return cast(Tensor, weighting(gramian))
+    array = gramian.numpy() if gramian.is_cpu else gramian.cpu().numpy()
+    return cast(RowWeights, weighting.weigh(array, gramian.device))
 
 
 @cache
-def _takes_arrays(cls: type) -> bool:
-    # For a handful of rows, going through Tensors would cost as much as the weights themselves.
+def _takes_arrays(cls: Any) -> bool:
     return issubclass(cls, GramianWeighting) and cls.__call__ is GramianWeighting.__call__
-
-
-def _ask(weighting: Any, gramian: Gramian, device: torch.device) -> RowWeights:
-    weights: RowWeights
-    if isinstance(gramian, np.ndarray):
-        weights = weighting.weigh(gramian, device)
-    else:
-        weights = weighting(gramian)
-    return weights
 
 
 def _examine(
