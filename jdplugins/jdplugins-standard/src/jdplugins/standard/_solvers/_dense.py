@@ -9,6 +9,9 @@ iterative refinement with the same matrix then remove its effect.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import numpy as np
 
 from jdcore.linalg import lcp_residual, product, solve
@@ -88,7 +91,7 @@ def _pivot(C: Floats, B: Floats, F: Mask, delta: float, limit: int) -> Floats:
     rows = np.arange(k)
     for _ in range(limit):
         b, f = B[rows], F[rows]
-        z = _solve_passive(C, b, f, delta)
+        z = _passive_solver(C, f, delta)(b)
         Z[rows] = z
         y = product(z, C)
         y -= b
@@ -113,7 +116,7 @@ def _exchange_blocks(C: Floats, B: Floats, F: Mask, delta: float) -> Floats | No
     """
     tolerance = pivot_tolerance(B.shape[1])
     for _ in range(_EXCHANGES):
-        z = _solve_masked(C, B, F, delta)
+        z = _passive_solver(C, F, delta)(B)
         y = product(z, C)
         y -= B
         y += tolerance * (1.0 + np.abs(z).max(axis=1, keepdims=True))
@@ -137,13 +140,14 @@ def _exchanged(bad: Mask, block: Mask) -> Mask:
 def _refine(C: Floats, Q: Floats, Z: Floats, F: Mask, delta: float) -> Floats:
     """Steps towards the solution without the proximal term, as far as no sign would change."""
     residual: Floats
+    solve_passive = _passive_solver(C, F, delta)
     for _ in range(_REFINEMENTS):
         residual = product(Z, C)
         residual += Q
         residual *= F
         if np.abs(residual).max() <= 1e-16:
             break
-        refined = Z - _solve_passive(C, residual, F, delta)
+        refined = Z - solve_passive(residual)
         negative = refined.min(axis=1) < 0.0
         if negative.any():
             refined[negative] = Z[negative]
@@ -151,10 +155,18 @@ def _refine(C: Floats, Q: Floats, Z: Floats, F: Mask, delta: float) -> Floats:
     return Z
 
 
-def _solve_passive(C: Floats, B: Floats, F: Mask, delta: float) -> Floats:
-    """Rows z with ``(C_FF + delta I) z_F = b_F`` and zero outside the passive set F of the row."""
-    if C.shape[0] <= _MASKED:
-        return _solve_masked(C, B, F, delta)
+def _passive_solver(C: Floats, F: Mask, delta: float) -> Callable[[Floats], Floats]:
+    """What finds rows z with ``(C_FF + delta I) z_F = b_F`` and zero outside the row's set F."""
+    m = C.shape[0]
+    if m > _MASKED:
+        return partial(_solve_in_chunks, C, F, delta)
+    A = C * (F[:, :, None] & F[:, None, :])
+    diagonal = np.arange(m)
+    A[:, diagonal, diagonal] = np.where(F, 1.0 + delta, 1.0)
+    return lambda B: _solve_batch(A, B * F)
+
+
+def _solve_in_chunks(C: Floats, F: Mask, delta: float, B: Floats) -> Floats:
     sizes = F.sum(axis=1)
     Z = np.zeros_like(B)
     order = np.argsort(sizes, kind="stable")
@@ -163,13 +175,6 @@ def _solve_passive(C: Floats, B: Floats, F: Mask, delta: float) -> Floats:
         rows = order[start : start + chunk]
         Z[rows] = _solve_gathered(C, B[rows], F[rows], sizes[rows], delta)
     return Z
-
-
-def _solve_masked(C: Floats, B: Floats, F: Mask, delta: float) -> Floats:
-    A = C * (F[:, :, None] & F[:, None, :])
-    diagonal = np.arange(C.shape[0])
-    A[:, diagonal, diagonal] = np.where(F, 1.0 + delta, 1.0)
-    return _solve_batch(A, B * F)
 
 
 def _solve_batch(A: Floats, B: Floats) -> Floats:
