@@ -61,15 +61,18 @@ class LayerCall:
 
     def wanted(self, name: str) -> Parameter | None:
         """The parameter of this name (dots reach submodules), or None if it plays no part."""
-        owner, _, attribute = name.rpartition(".")
-        parameter = getattr(self.module.get_submodule(owner), attribute, None)
+        parameter = self._attribute(name)
         return parameter if parameter in self.reached else None
 
     def value(self, name: str) -> Tensor | None:
         """The value of a parameter or buffer, detached and in the dtype of the computation."""
-        owner, _, attribute = name.rpartition(".")
-        tensor = getattr(self.module.get_submodule(owner), attribute, None)
+        tensor = self._attribute(name)
         return None if tensor is None else widened(tensor.detach())
+
+    def _attribute(self, name: str) -> Any:
+        path, _, attribute = name.rpartition(".")
+        owner = self.module.get_submodule(path) if path else self.module
+        return getattr(owner, attribute, None)
 
     def positions(self, tensor: Tensor, leading: int = 0) -> Tensor:
         """

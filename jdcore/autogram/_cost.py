@@ -12,6 +12,9 @@ weight maps i inputs to o outputs. The three forms of a block with J = sum_t D_t
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 _FLOPS = 90.0  # multiply-adds count as two
 _BYTES = 8.0
 _ENTRY = 4.0  # bytes
@@ -29,17 +32,25 @@ def _time(flops: float, entries: float) -> float:
     return flops / _FLOPS + entries * _ENTRY / _BYTES
 
 
+def _share(K: int, N: int) -> float:
+    """What is computed of a symmetric [N, N] matrix: with one task, pieces up to the diagonal."""
+    pieces = max(1, min(8, N // 256)) if K == 1 else 1
+    return (pieces + 1) / (2 * pieces)
+
+
 def _contraction(K: int, B: int, T: int, o: int, A: float) -> float:
     """<D_r, A D_s> for all rows r, s, with A an [N, N] matrix."""
-    N, R = B * T, K * B
+    N = B * T
     if K == 1:
-        return _time(1.25 * N * N * o, 2 * A)  # leaves out most of the upper triangle
-    return _time(2 * K * N * N * o + 2 * R * R * T * o, A + 2 * K * N * o)
+        return _share(K, N) * _time(2 * N * N * o, 2 * A)
+    if B == 1:
+        return _time(2 * K * N * N * o + 2 * K * K * T * o, A + 2 * K * N * o)
+    return _time(K * (K + 1) * N * N * o, K * (K + 1) * A)
 
 
 def _outer_ghost(K: int, B: int, T: int, i: int, o: int) -> float:
     N = B * T
-    return _time(2 * N * N * i, N * N) + _contraction(K, B, T, o, N * N)
+    return _share(K, N) * _time(2 * N * N * i, N * N) + _contraction(K, B, T, o, N * N)
 
 
 def _direct(R: int, T: int, P: int) -> float:
@@ -62,32 +73,40 @@ def outer_ghost_beats_rows(K: int, N: int, i: int, o: int) -> bool:
     return N * N <= _GHOST_LIMIT and _outer_ghost(K, 1, N, i, o) < _rows(K, N, i * o)
 
 
-def _conv_ghost(K: int, B: int, r: int, C: int, o: int, kernel: int, pixels: int, T: int) -> float:
-    """Gram of patches as ``kernel`` shifted sums of the Gram of pixels: a fraction of the flops."""
+def _conv_ghost(
+    K: int, B: int, r: int, C: int, o: int, kernel: Sequence[int], pixels: int, T: int
+) -> float:
+    """Gram of patches as shifted sums of the Gram of pixels: a fraction of the flops."""
     M, N = B * r * pixels, B * r * T
     if N * N > _GHOST_LIMIT or M * M > 2 * _GHOST_LIMIT:
         return float("inf")
+    height, width = kernel
+    shifts = 3 * (width * M * N + height * N * N)
     return (
-        _time(2 * M * M * C, M * M + 3 * kernel * N * N)
+        _share(K, N) * _time(2 * M * M * C, M * M + shifts)
         + _contraction(K, B, r * T, o, N * N)
         + _time(0, 2 * K * N * o)  # positions have to come before channels
     )
 
 
 def conv_ghost_beats_direct(
-    K: int, B: int, r: int, C: int, o: int, kernel: int, pixels: int, T: int
+    K: int, B: int, r: int, C: int, o: int, kernel: Sequence[int], pixels: int, T: int
 ) -> bool:
     """
     For a plain 2-D convolution over B samples of r images each.
 
+    :param kernel: Height and width.
     :param pixels: Input positions of an image.
     :param T: Output positions of an image.
     """
-    direct = _direct(K * B, r * T, o * C * kernel) + _time(0, B * r * C * kernel * T)
+    patch = C * math.prod(kernel)
+    direct = _direct(K * B, r * T, o * patch) + _time(0, B * r * patch * T)
     return _conv_ghost(K, B, r, C, o, kernel, pixels, T) < direct
 
 
-def conv_ghost_beats_rows(K: int, r: int, C: int, o: int, kernel: int, pixels: int, T: int) -> bool:
+def conv_ghost_beats_rows(
+    K: int, r: int, C: int, o: int, kernel: Sequence[int], pixels: int, T: int
+) -> bool:
     """For K tasks over a whole batch of r images."""
     ghost = _conv_ghost(K, 1, r, C, o, kernel, pixels, T)
-    return ghost < _rows(K, r * T, o * C * kernel)
+    return ghost < _rows(K, r * T, o * C * math.prod(kernel))

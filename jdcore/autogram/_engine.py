@@ -160,7 +160,8 @@ def _checked_dim(output: Tensor, batch_dim: int | None) -> int | None:
 
 def _shaped(total: Tensor, output: Tensor) -> Tensor:
     dtype = output.dtype if output.dtype == torch.float64 else torch.float32
-    return unflatten_gramian(total.to(dtype), output.shape)
+    total = total.to(dtype)
+    return total if output.ndim == 1 else unflatten_gramian(total, output.shape)
 
 
 def _weigh(weighting: Callable[[Tensor], Tensor], gramian: Tensor, output: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -71,9 +71,12 @@ class Jacobian:
 
     def _shared(self) -> set[Parameter]:
         """Parameters that several calls use, or anything but a call."""
-        calls = Counter(p for site in self._sites() for p in site.reached)
-        several = {p for p, count in calls.items() if count > 1}
-        return several.union(self._found.stray, self._found.uses)
+        once: set[Parameter] = set()
+        several = {*self._found.stray, *self._found.uses}
+        for site in self._sites():
+            several |= once & site.reached
+            once |= site.reached
+        return several
 
     # -- the Gramian -------------------------------------------------------------------------------
 
@@ -89,16 +92,13 @@ class Jacobian:
         gramian = Accumulator(m, output.device, keep, self._scratch)
         if m == 0:
             return gramian.total
-        with torch.autocast(output.device.type, enabled=False):
+        with torch.no_grad(), _without_autocast(output.device.type):
             graph_needed = retain_graph or bool(self._open) or (keep and bool(self._found.leaves))
             captured, layouts = self._capture(gramian, graph_needed)
-            with torch.no_grad():
-                blocks = combined(list(self._make_blocks(captured, layouts)))
-                captured.clear()
-                self._add(blocks, gramian)
-        total = gramian.total + gramian.total.T
-        del gramian
-        return self._objectives.gramian(total.div_(2))
+            blocks = combined(list(self._make_blocks(captured, layouts)))
+            captured.clear()
+            self._add(blocks, gramian)
+        return self._objectives.gramian(gramian.total)
 
     def _add(self, blocks: list[Block], gramian: Accumulator) -> None:
         if gramian.keep:
@@ -121,7 +121,7 @@ class Jacobian:
             for leaf, gradient in zip(leaves, found, strict=True):
                 if gradient is not None:
                     gradients_of.of[leaf] = gradient  # type: ignore[index]  # any leaf
-        with torch.no_grad(), torch.autocast(weights.device.type, enabled=False):
+        with torch.no_grad(), _without_autocast(weights.device.type):
             while self._blocks:
                 block = self._blocks.pop(0)
                 block.add_weighted(by_task.to(block.dtype), gradients_of)
@@ -135,13 +135,13 @@ class Jacobian:
         places: dict[Place, Site | None] = dict.fromkeys(self._open.places())
         for site in self._sites():
             places.update(((e.node, e.output_nr), site) for e in site.edges.values())
-        keys: list[Any] = [*places, *self._pinned]
-        inputs = [GradientEdge(*key) if isinstance(key, tuple) else key for key in keys]
         kind = kind_of(self._objectives, self._found, places)
         layouts = self._probe.layouts(kind) if self._objectives.samples > 1 else ()
         if layouts is not None and self._objectives.tasks == 1 and not self._pinned:
             captured = self._stream(places, gramian, graph_needed)
             return captured, dict(zip(places, layouts, strict=False))
+        keys: list[Any] = [*places, *self._pinned]
+        inputs = [GradientEdge(*key) if isinstance(key, tuple) else key for key in keys]
         probed = probe_pass(self._objectives, inputs) if layouts is None else []
         grads = capture(self._objectives, inputs, self._found.operations, graph_needed)
         if layouts is None:
@@ -170,11 +170,10 @@ class Jacobian:
                 return
             needed = [(edge.node, edge.output_nr) for edge in site.edges.values()]
             if shared.isdisjoint(site.reached) and all(other in captured for other in needed):
-                with torch.no_grad():
-                    blocks = combined(list(self._blocks_of(site, captured)))
-                    for other in needed:
-                        del captured[other]
-                    self._add(blocks, gramian)
+                blocks = combined(list(self._blocks_of(site, captured)))
+                for other in needed:
+                    del captured[other]
+                self._add(blocks, gramian)
 
         stream(self._objectives, places, self._found.children, receive, graph_needed)
         return captured
@@ -188,8 +187,9 @@ class Jacobian:
         for parameter in self._pinned:
             if parameter in captured:
                 yield RowsBlock(parameter, widened(captured[parameter]).unsqueeze(1))
-        yield from self._open.blocks(captured, layouts, self._objectives)
-        for site in self._sites():
+        if self._open:
+            yield from self._open.blocks(captured, layouts, self._objectives)
+        for site in self._sites() if captured else ():
             yield from self._blocks_of(site, captured)
 
     def _blocks_of(self, site: Site, captured: dict[Any, Tensor]) -> Iterator[Block]:
@@ -212,6 +212,12 @@ def _call(site: Site, grads: dict[int, Tensor], samples: int) -> LayerCall:
         output_grads=tuple(widened(grads.get(index)) for index in range(max(grads) + 1)),
         reached=frozenset(site.reached),
     )
+
+
+def _without_autocast(device_type: str) -> AbstractContextManager[Any]:
+    # Entering autocast costs as much as some layers, also where nothing is to be turned off.
+    enabled = torch.is_autocast_enabled(device_type)
+    return torch.autocast(device_type, enabled=False) if enabled else nullcontext()
 
 
 def _widened(argument: Any) -> Any:

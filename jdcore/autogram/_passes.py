@@ -90,9 +90,12 @@ class Objectives:
 
     def gramian(self, total: Tensor) -> Tensor:
         """Bring rows and columns from the order [K, B] into that of the flattened losses."""
-        K, B, m = self.tasks, self.samples, self.output.numel()
-        rows = self.from_tasks(total.view(K, B, m)).reshape(m, m)
-        return self.from_tasks(rows.T.reshape(K, B, m)).reshape(m, m)
+        m = self.output.numel()
+        if self.batch_dim is None or self.tasks == 1:
+            return total
+        last, moved = self.output.ndim - 1, self.output.movedim(self.batch_dim, -1).shape
+        axes = self.batch_dim, last + 1 + self.batch_dim
+        return total.view(*moved, *moved).movedim((last, 2 * last + 1), axes).reshape(m, m)
 
     def seed(self, weights: Tensor) -> Tensor:
         """What to start a backward pass with, for weights [K, B]."""
@@ -122,15 +125,14 @@ def capture(
 def gradients(
     objectives: Objectives,
     inputs: Sequence[Any],
-    weights: Tensor,
+    weights: Tensor | None,
     retain_graph: bool,
 ) -> list[Tensor | None]:
-    """Gradients of the losses weighted by [K, B], one tensor per input."""
-    seed = objectives.seed(weights)
+    """Gradients of the losses weighted by [K, B] (None: of their sum), one tensor per input."""
+    output = objectives.output
+    seed = torch.ones_like(output) if weights is None else objectives.seed(weights)
     return list(
-        torch.autograd.grad(
-            objectives.output, inputs, seed, retain_graph=retain_graph, allow_unused=True
-        )
+        torch.autograd.grad(output, inputs, seed, retain_graph=retain_graph, allow_unused=True)
     )
 
 
@@ -138,11 +140,11 @@ def _sequential(
     objectives: Objectives, inputs: Sequence[Any], retain_graph: bool
 ) -> list[Tensor | None]:
     K, B = objectives.tasks, objectives.samples
+    output = objectives.output
+    basis = torch.eye(K, dtype=output.dtype, device=output.device)[..., None].expand(K, K, B)
     collected: list[Tensor | None] = [None] * len(inputs)
     for k in range(K):
-        weights = objectives.output.new_zeros(K, B)
-        weights[k] = 1.0
-        found = gradients(objectives, inputs, weights, retain_graph or k < K - 1)
+        found = gradients(objectives, inputs, basis[k], retain_graph or k < K - 1)
         for position, gradient in enumerate(found):
             if gradient is not None:
                 collected[position] = _with_row(collected[position], gradient, k, K)

@@ -42,6 +42,11 @@ class Served:
     rule_name: str
     reason: str
     parameters: dict[str, Parameter]
+    covered: frozenset[Parameter] = field(init=False)
+
+    @covered.default
+    def _covered(self) -> frozenset[Parameter]:
+        return frozenset(self.parameters.values())
 
     @property
     def label(self) -> str:

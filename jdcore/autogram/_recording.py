@@ -60,12 +60,15 @@ class Record:
             self.outputs = outputs  # what the tap is applied to lies before the node of the record
             return
         if len(args) == 1 and not kwargs and isinstance(args[0], Tensor):
-            tensors, self.args = list(args), (args[0].detach(),)  # the common case, made cheap
+            # The common case, made cheap.
+            tensors, inputs = args, [args[0].detach()]
+            self.args = tuple(inputs)
         else:
             tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
             self.args, self.kwargs = tree_map(_detached, (args, kwargs))
-        self.sources = frozenset(_source(t) for t in tensors if t.requires_grad)
-        self.versions = [(t.detach(), t._version) for t in tensors if not t.is_inference()]
+            inputs = [t for t in tree_leaves((self.args, self.kwargs)) if isinstance(t, Tensor)]
+        self.sources = frozenset([_source(t) for t in tensors if t.requires_grad])
+        self.versions = [(t, t._version) for t in inputs if not t.is_inference()]
 
     def modified(self) -> bool:
         """Whether an input was modified in place since the call."""

@@ -46,9 +46,8 @@ def stream(
         if node not in deepest
     ]
     try:
-        ones = objectives.output.new_ones(objectives.tasks, objectives.samples)
         edges = [GradientEdge(*end) for end in ends]
-        found = gradients(objectives, edges, ones, retain_graph)
+        found = gradients(objectives, edges, None, retain_graph)
     finally:
         for handle in handles:
             handle.remove()

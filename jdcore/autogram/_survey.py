@@ -12,6 +12,8 @@ from jdcore.autogram._recording import Record
 from jdcore.autogram.rules._direct import REARRANGING, Parents
 from jdcore.errors import ParameterError
 
+_LEAF = "torch::autograd::AccumulateGrad"
+
 Use = tuple[Node, int]
 """An operation of the graph, and as which of its operands it uses something."""
 
@@ -66,12 +68,13 @@ def survey(output: Tensor, plan: Plan, key: object) -> Survey:
         for position, (child, number) in enumerate(node.next_functions):
             if child is None:
                 continue
-            variable = getattr(child, "variable", None)
-            if variable is not None:
-                _leaf(found, plan, variable, owner, (node, position))
+            name = child.name()
+            if name == _LEAF:
+                gatherer: Any = child
+                _leaf(found, plan, gatherer.variable, owner, (node, position))
                 continue
             children.append(child)
-            if child.name() in REARRANGING:
+            if name in REARRANGING:
                 users = found.parents.setdefault(child, [])
                 if (node, position, number) not in users:
                     users.append((node, position, number))
@@ -103,19 +106,15 @@ def _enter(
 
 
 def _leaf(found: Survey, plan: Plan, variable: Any, owner: Site | None, use: Use) -> None:
-    if variable not in plan.names:
-        found.leaves[variable] = None
-        return
-    inside = owner is not None and any(
-        variable is p for p in owner.record.served.parameters.values()
-    )
-    if inside and owner is not None:
+    if owner is not None and variable in owner.record.served.covered:
         owner.reached.add(variable)
         if owner.record.served.rule is not None:
             return
-    if variable in plan.open:
-        uses = found.uses.setdefault(variable, {})
-        uses[use] = owner if inside else uses.get(use)
+        found.uses.setdefault(variable, {})[use] = owner
+    elif variable not in plan.names:
+        found.leaves[variable] = None
+    elif variable in plan.open:
+        found.uses.setdefault(variable, {}).setdefault(use, None)
     else:
         found.stray[variable] = None
 

@@ -7,6 +7,8 @@ from attrs import frozen
 from torch import Tensor
 from torch.nn.functional import pad
 
+from jdcore.autogram.blocks._ghost import Gram, linear_gram
+
 __all__ = ["Geometry", "patch_gram", "patches"]
 
 
@@ -66,29 +68,45 @@ def patches(images: Tensor, geometry: Geometry, kernel: Sequence[int]) -> Tensor
 
 
 def patch_gram(
-    images: Tensor, geometry: Geometry, kh: int, kw: int, height: int, width: int
-) -> Tensor:
+    images: Tensor, geometry: Geometry, kernel: Sequence[int], output: Sequence[int], r: int
+) -> Gram:
     """
     Gram matrix of all patches, from the Gram matrix of all pixels.
 
     The inner product of two patches is the sum of the inner products of their pixels, so the Gram
-    of pixels is computed once and added up under kh * kw shifts.
+    of pixels is computed once and added up under the shifts of the kernel.
 
     :param images: Shape [N, C, H, W].
-    :param height: Rows of the output.
-    :param width: Columns of the output.
-    :returns: Shape [N * height * width, N * height * width].
+    :param kernel: Height and width.
+    :param output: Height and width.
+    :param r: Images per sample.
     """
-    N, C, H, W = images.shape
-    flat = images.permute(0, 2, 3, 1).reshape(N * H * W, C)
-    pixels = (flat @ flat.T).view(N, H, W, N, H, W)
-    total = images.new_zeros(N, height, width, N, height, width)
-    rows, columns = _shifts(geometry, 0, kh, H, height), _shifts(geometry, 1, kw, W, width)
-    for to_row, from_row in rows:
-        for to_col, from_col in columns:
-            source = pixels[:, from_row, from_col, :, from_row, from_col]
-            total[:, to_row, to_col, :, to_row, to_col] += source
-    return total.view(N * height * width, -1)
+    _, _, H, W = images.shape
+    pixel_gram = linear_gram(images.flatten(2).transpose(1, 2).contiguous())
+
+    def gram(start: int, stop: int) -> Tensor:
+        first, last = start * r, stop * r
+        total = pixel_gram(first, last).view(last - first, H, W, last, H, W)
+        for dim in (1, 0):  # the width first, since shifts of the height move whole rows
+            total = _sum_of_shifts(total, geometry, dim, kernel[dim], output[dim])
+        return total.view(total.shape[:3].numel(), -1)
+
+    return gram
+
+
+def _sum_of_shifts(
+    pixels: Tensor, geometry: Geometry, dim: int, kernel: int, output: int
+) -> Tensor:
+    """Add up, in rows and columns of the Gram matrix alike, what lies under the kernel."""
+    places = 1 + dim, 4 + dim
+    shape = list(pixels.shape)
+    for place in places:
+        shape[place] = output
+    total = pixels.new_zeros(shape)
+    ends, sources = total.movedim(places, (0, 1)), pixels.movedim(places, (0, 1))
+    for to, source in _shifts(geometry, dim, kernel, len(sources), output):
+        ends[to, to] += sources[source, source]
+    return total
 
 
 def _shifts(

@@ -1,46 +1,70 @@
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+
 import torch
 from torch import Tensor
 
+from jdcore.autogram._accumulator import halves, lower_product
 from jdcore.autogram._scratch import pieces
 
 # Products of fewer positions than these are slow.
 _POSITIONS = 256
 
+Gram = Callable[[int, int], Tensor]
+"""
+Gives the Gram matrix of the inputs: its rows at the positions of samples start to stop, its columns
+at those of samples 0 to stop. What it gives may be overwritten.
+"""
 
-def contract(gram: Tensor, grads: Tensor) -> Tensor:
+
+def linear_gram(inputs: Tensor, plus: float = 0.0) -> Gram:
+    """
+    Of inputs as they are.
+
+    :param inputs: Shape [B, T, i].
+    :param plus: Added to all entries.
+    """
+    T = inputs.shape[1]
+    flat = inputs.flatten(0, 1)
+
+    def gram(start: int, stop: int) -> Tensor:
+        product = lower_product(flat, start * T, stop * T)
+        return product.add_(plus) if plus else product
+
+    return gram
+
+
+def contract(gram: Gram, grads: Tensor) -> Iterator[tuple[Tensor, int]]:
     """
     ``G[(k,a), (l,b)] = sum_ts gram[(a,t), (b,s)] <grads[k,a,t], grads[l,b,s]>``.
 
-    :param gram: Gram matrix of the inputs over all positions, shape [B*T, B*T]. May be overwritten.
+    :param gram: The Gram matrix of the inputs.
     :param grads: Output gradients, shape [K, B, T, o].
-    :returns: Shape [K*B, K*B].
+    :returns: Some rows of the Gramian [K*B, K*B] at a time, up to their diagonal at least, and the
+        number of the first.
     """
     K, B, T, o = grads.shape
-    if T == 1:
+    if K == 1:
+        yield from _contract_one_task(gram, grads[0])
+    elif T == 1:
         flat = grads.reshape(K * B, o)
         product = (flat @ flat.T).view(K, B, K, B)
-        return product.mul_(gram.view(1, B, 1, B)).view(K * B, K * B)
-    if K == 1:
-        return _contract_one_task(gram, grads[0])
-    if B == 1:
-        return _contract_tasks(gram, grads)
-    return _contract_samples(gram, grads)
+        yield product.mul_(gram(0, B).view(1, B, 1, B)).view(K * B, K * B), 0
+    elif B == 1:
+        yield _contract_tasks(gram(0, 1), grads), 0
+    else:
+        yield _contract_samples(gram(0, B), grads), 0
 
 
-def _contract_one_task(gram: Tensor, grads: Tensor) -> Tensor:
-    """By some samples at a time, which need less memory, and their products with earlier ones."""
+def _contract_one_task(gram: Gram, grads: Tensor) -> Iterator[tuple[Tensor, int]]:
     B, T, o = grads.shape
     flat = grads.reshape(B * T, o)
-    total = flat.new_empty((B, B), dtype=torch.float64)
-    for start, stop in pieces(B, max(_POSITIONS // T, -(-B // 8))):
-        rows, columns = slice(start * T, stop * T), slice(0, stop * T)
-        product = (flat[rows] @ flat[columns].T).mul_(gram[rows, columns])
-        share = product.view(stop - start, T, stop, T).sum((1, 3), dtype=torch.float64)
-        total[start:stop, :stop] = share
-        total[:start, start:stop] = share[:, :start].T
-    return total
+    for start, stop in halves(B) if T == 1 else pieces(B, max(_POSITIONS // T, -(-B // 8))):
+        product = lower_product(flat, start * T, stop * T).mul_(gram(start, stop))
+        if T > 1:
+            product = product.view(stop - start, T, stop, T).sum((1, 3), dtype=torch.float64)
+        yield product, start
 
 
 def _contract_tasks(gram: Tensor, grads: Tensor) -> Tensor:
@@ -61,10 +85,11 @@ def _inner_products(rows: Tensor, vector: Tensor) -> Tensor:
 
 def _contract_samples(gram: Tensor, grads: Tensor) -> Tensor:
     K, B, T, o = grads.shape
-    total = grads.new_empty(K, B, K, B)
-    by_sample = gram.view(B * T, B, T)
-    for b in range(B):
-        of_sample = grads[:, b].transpose(0, 1).reshape(T, K * o)
-        mixed = (by_sample[:, b] @ of_sample).view(B, T, K, o)
-        total[..., b] = torch.einsum("kato,atlo->kal", grads, mixed)
+    by_task = grads.reshape(K, B * T, o)
+    total = grads.new_zeros((K, B, K, B), dtype=torch.float64)
+    for k in range(K):
+        for earlier in range(k + 1):
+            product = (by_task[k] @ by_task[earlier].T).mul_(gram)
+            share = product.view(B, T, B, T).sum((1, 3), dtype=torch.float64)
+            total[k, :, earlier] = share
     return total.view(K * B, K * B)

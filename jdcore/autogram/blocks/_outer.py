@@ -10,7 +10,7 @@ from jdcore.autogram._accumulator import Accumulator
 from jdcore.autogram._cost import outer_ghost_beats_direct
 from jdcore.autogram._scratch import CAPACITY, pieces
 from jdcore.autogram.blocks._block import Block, Gradients, weighted_sum
-from jdcore.autogram.blocks._ghost import contract
+from jdcore.autogram.blocks._ghost import contract, linear_gram
 
 
 class OuterBlock(Block):
@@ -43,21 +43,22 @@ class OuterBlock(Block):
         if self._weight is None:
             self._add_bias(gramian)
         elif T == 1:
-            flat = self._inputs.reshape(B, -1)
-            gram = flat @ flat.T
             # The bias is the weight of one more input, which is 1.
-            gramian.add(contract(gram if self._bias is None else gram.add_(1.0), self._grads))
+            self._add_ghost(gramian, 0.0 if self._bias is None else 1.0)
         else:
             self._add_bias(gramian)
             if outer_ghost_beats_direct(K, B, T, self._inputs.shape[-1], o):
-                flat = self._inputs.reshape(B * T, -1)
-                gramian.add(contract(flat @ flat.T, self._grads))
+                self._add_ghost(gramian)
             else:
                 self._add_direct(gramian)
 
     def _add_bias(self, gramian: Accumulator) -> None:
         if self._bias is not None:
             gramian.add_rows(self._grads.sum(2).flatten(0, 1))
+
+    def _add_ghost(self, gramian: Accumulator, plus: float = 0.0) -> None:
+        for product, first in contract(linear_gram(self._inputs, plus), self._grads):
+            gramian.add(product, first)
 
     def _add_direct(self, gramian: Accumulator) -> None:
         K, B, T, o = self._grads.shape

@@ -65,7 +65,7 @@ class PatchBlock(Block):
         K, B, r = self._sizes
         o, C, *kernel = self._weight.shape
         pixels, T = self._images[0, 0].numel(), self._grads[0, 0, 0].numel()
-        return conv_ghost_beats_direct(K, B, r, C, o, math.prod(kernel), pixels, T)
+        return conv_ghost_beats_direct(K, B, r, C, o, kernel, pixels, T)
 
     def _worth_keeping(self) -> bool:
         size = self._grads.shape[0] * self._batch_size * self._weight.numel()
@@ -76,12 +76,12 @@ class PatchBlock(Block):
         return self._grads.shape[0], self._batch_size, o, *kernel, channels
 
     def _add_ghost(self, gramian: Accumulator) -> None:
-        K, B, _ = self._sizes
-        gram = patch_gram(
-            self._images, self._geometry, *self._weight.shape[2:], *self._grads.shape[3:]
-        )
+        K, B, r = self._sizes
+        kernel, output = self._weight.shape[2:], self._grads.shape[3:]
+        gram = patch_gram(self._images, self._geometry, kernel, output, r)
         positions = self._grads.flatten(3).transpose(2, 3).reshape(K, B, -1, self._grads.shape[2])
-        gramian.add(contract(gram, positions))
+        for product, first in contract(gram, positions):
+            gramian.add(product, first)
 
     def add_weighted(self, weights: Tensor, gradients: Gradients) -> None:
         if self._kept is not None:

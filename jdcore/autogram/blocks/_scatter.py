@@ -37,9 +37,15 @@ class ScatterBlock(Block):
                 _scatter(rows, place, len(used), self._grads[..., start:stop])
                 gramian.add_rows(rows.view(R, -1))
         else:
-            flat = place.reshape(-1)
-            same = (flat[:, None] == flat[None, :]).to(self._grads.dtype)
-            gramian.add(contract(same, self._grads))
+            self._add_ghost(gramian, place)
+
+    def _add_ghost(self, gramian: Accumulator, place: Tensor) -> None:
+        def same(start: int, stop: int) -> Tensor:
+            rows, columns = place[start:stop].reshape(-1), place[:stop].reshape(-1)
+            return (rows[:, None] == columns).to(self.dtype)
+
+        for product, first in contract(same, self._grads):
+            gramian.add(product, first)
 
     def add_weighted(self, weights: Tensor, gradients: Gradients) -> None:
         grads = weighted_sum(weights, self._grads).flatten(0, 1)

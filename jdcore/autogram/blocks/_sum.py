@@ -25,7 +25,7 @@ class SumBlock(Block):
     def add_gramian(self, gramian: Accumulator) -> None:
         parameter, _ = self.columns[0]
         length = parameter.shape[0] if parameter.ndim else 1
-        largest = CAPACITY // max(1, len(gramian.total) * parameter[:1].numel())
+        largest = CAPACITY // max(1, gramian.rows * parameter[:1].numel())
         for start, stop in pieces(length, largest):
             gramian.add_rows(self.rows(start, stop))
 
@@ -47,6 +47,8 @@ def combined(blocks: Sequence[Block]) -> list[Block]:
     A parameter that several calls, layers or rules use gets one block: the sum of its Jacobians,
     including what their products have in common.
     """
+    if len(blocks) == 1:
+        return list(blocks)
     return [block for group in _groups(blocks) for block in _disjoint(group)]
 
 

@@ -47,10 +47,9 @@ class ConvolutionRule:
         plain = module.groups == 1 and not module.transposed and module.padding_mode == "zeros"
         if len(output_shape) != 4 or not plain or not args:
             return False
-        o, C, height, width = module.weight.shape
+        o, C, *kernel = module.weight.shape
         pixels, positions = math.prod(args[0].shape[2:]), math.prod(output_shape[2:])
-        area = height * width
-        return conv_ghost_beats_rows(tasks, output_shape[0], C, o, area, pixels, positions)
+        return conv_ghost_beats_rows(tasks, output_shape[0], C, o, kernel, pixels, positions)
 
 
 def _padded(module: Any, images: Tensor) -> tuple[Tensor, tuple[int, ...]]:

@@ -1,0 +1,91 @@
+"""Batches so large that Gramians are put together from pieces of one half of them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from jdcore.autogram import Engine, _accumulator
+from jdcore.autogram._accumulator import Accumulator
+from jdcore.autogram._scratch import Scratch
+from jdcore.autogram.blocks import _outer, _patches, _scatter
+from tests.core.autogram.oracle import check_engine, randn
+
+
+def _accumulator_of(rows: int) -> Accumulator:
+    return Accumulator(rows, torch.device("cpu"), False, Scratch())
+
+
+@pytest.mark.parametrize("rows", [1, 127, 129, 300])
+def test_rows_of_any_number_give_their_gramian(rows: int) -> None:
+    jacobian = randn(rows, 40).double()
+    gramian = _accumulator_of(rows)
+    gramian.add_rows(jacobian)
+    gramian.add_rows(2 * jacobian)
+    torch.testing.assert_close(gramian.total, 5 * jacobian @ jacobian.T, rtol=1e-12, atol=1e-12)
+    assert torch.equal(gramian.total, gramian.total.T)
+
+
+def test_what_lies_above_the_diagonal_does_not_count() -> None:
+    gramian = _accumulator_of(2)
+    gramian.add(torch.tensor([[1.0, torch.nan], [2.0, 3.0]]))
+    gramian.add(torch.tensor([[1.0]]), 0)
+    gramian.add(torch.tensor([[1.0, 1.0]]), 1)
+    assert gramian.total.tolist() == [[2.0, 3.0], [3.0, 4.0]]
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_large_batch_of_vectors(bias: bool) -> None:
+    def make() -> nn.Module:
+        return nn.Sequential(nn.Linear(6, 5, bias=bias), nn.Tanh(), nn.Linear(5, 3, bias=bias))
+
+    check_engine(make, lambda model: model(randn(140, 6)).pow(2).sum(1), 0)
+
+
+def test_a_large_batch_of_sequences(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_outer, "outer_ghost_beats_direct", lambda *_: True)
+    check_engine(lambda: nn.Linear(3, 4), lambda m: m(randn(7, 130, 3)).pow(2).sum((1, 2)), 0)
+
+
+@pytest.mark.parametrize("images", [1, 2])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"kernel_size": 3, "padding": 1},
+        {"kernel_size": (2, 3), "stride": (1, 2), "padding": (0, 2)},
+        {"kernel_size": (3, 2), "stride": 2, "dilation": (2, 3), "padding": (3, 1)},
+        {"kernel_size": (1, 4), "padding": (2, 0)},
+    ],
+)
+def test_a_large_batch_of_images(
+    monkeypatch: pytest.MonkeyPatch, options: dict[str, object], images: int
+) -> None:
+    monkeypatch.setattr(_patches, "conv_ghost_beats_direct", lambda *_: True)
+
+    def losses(model: nn.Module) -> Tensor:
+        return model(randn(9 * images, 2, 11, 12)).pow(2).reshape(9, -1).sum(1)
+
+    check_engine(lambda: nn.Conv2d(2, 3, **options), losses, 0)
+
+
+def test_a_large_batch_of_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_scatter, "CAPACITY", 1)
+    tokens = torch.randint(0, 4, (6, 70), generator=torch.Generator().manual_seed(3))
+    check_engine(lambda: nn.Embedding(4, 3), lambda model: model(tokens).pow(2).sum((1, 2)), 0)
+
+
+@pytest.mark.parametrize("batch_dim", [0, 1, 2, -2])
+def test_samples_in_any_dimension_of_the_losses(batch_dim: int) -> None:
+    def losses(model: nn.Module) -> Tensor:
+        return model(randn(5, 6)).pow(2).view(5, 2, 3).movedim(0, batch_dim)
+
+    check_engine(lambda: nn.Linear(6, 6), losses, batch_dim)
+
+
+def test_gramians_are_exactly_symmetric() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Tanh(), nn.Flatten(), nn.Linear(16, 2))
+    gramian = Engine(model, batch_dim=0).compute_gramian(model(randn(150, 3, 4, 4)).sum(1))
+    assert len(_accumulator.halves(150)) > 1
+    assert torch.equal(gramian, gramian.T)
