@@ -4,25 +4,23 @@ import inspect
 import math
 from collections.abc import Mapping, Sequence
 from functools import cache, reduce
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from attrs import define, field
-from numpy.typing import NDArray
 from torch import Tensor
 
 from jdcore.aggregation._differentiation import forbid_differentiation
 from jdcore.aggregation._finite import finite_required, is_finite, nonfinite_rows
 from jdcore.aggregation._scalarization import ScalarizationWeighting
-from jdcore.aggregation._weighting import GramianWeighting
+from jdcore.aggregation._weighting import GramianWeighting, RowWeights
 from jdcore.errors import NonFiniteError, ParameterTypeError
 from jdcore.linalg import combine
 from jdcore.linalg._gramian import sum_gramians
 from jdcore.protocols import Weighting
 from jdcore.validators import check_blocks, check_matrix
 
-RowWeights = Tensor | NDArray[np.float64]
 _STATEFUL_METHODS = ("reset", "state_dict", "load_state_dict")
 
 
@@ -81,7 +79,7 @@ class GramianAggregator:
         check_blocks(blocks)
         sources = [block.detach() for block in blocks]
         dtype = reduce(torch.promote_types, (block.dtype for block in blocks))
-        weights: RowWeights
+        weights: RowWeights | Tensor
         if isinstance(self.weighting, ScalarizationWeighting):
             weights = self.weighting.weigh(blocks[0].shape[0], blocks[0].device, dtype)
             vectors = [combine(weights, source) for source in sources]
@@ -90,11 +88,11 @@ class GramianAggregator:
         else:
             weights = _weigh(self.weighting, sources)
             vectors = [combine(weights, source) for source in sources]
-        returned = torch.from_numpy(weights) if isinstance(weights, np.ndarray) else weights
-        return vectors, returned.to(blocks[0].device, dtype, copy=True)
+        returned = torch.as_tensor(weights, dtype=dtype).to(blocks[0].device, copy=True)
+        return vectors, returned
 
 
-def _weigh(weighting: Weighting, blocks: list[Tensor]) -> RowWeights:
+def _weigh(weighting: Weighting, blocks: list[Tensor]) -> RowWeights | Tensor:
     product = sum_gramians(blocks)
     for block in blocks:
         if block.dtype == torch.float64:  # squares of narrower dtypes cannot leave the range
@@ -105,27 +103,29 @@ def _weigh(weighting: Weighting, blocks: list[Tensor]) -> RowWeights:
     return _ask(weighting, product)
 
 
-def _weigh_rescaled(weighting: Weighting, blocks: list[Tensor], product: Tensor) -> RowWeights:
+def _weigh_rescaled(
+    weighting: Weighting, blocks: list[Tensor], product: Tensor
+) -> RowWeights | Tensor:
     largest = max(float(block.abs().max()) if block.numel() else 0.0 for block in blocks)
     if not 0.0 < largest < math.inf:
         return _ask(weighting, product)
     # A power of two, so that dividing by it is exact.
     scale = 2.0 ** math.frexp(largest)[1]
     weights = _ask(weighting, sum_gramians([block / scale for block in blocks]))
+    weights = weights if isinstance(weights, Tensor) else np.asarray(weights, dtype=np.float64)
     return weights * scale ** getattr(weighting, "scale_degree", 0)
 
 
-def _ask(weighting: Any, gramian: Tensor) -> RowWeights:
+def _ask(weighting: Any, gramian: Tensor) -> RowWeights | Tensor:
     # For a handful of rows, going through Tensors would cost as much as the weights themselves.
     cls: Any = type(weighting)
-    if not _takes_arrays(cls):
-        return cast(Tensor, weighting(gramian))
-    array = gramian.numpy() if gramian.is_cpu else gramian.cpu().numpy()
-    return cast(RowWeights, weighting.weigh(array, gramian.device))
+    found: RowWeights | Tensor
+    found = weighting.weigh(gramian) if _saves_conversions(cls) else weighting(gramian)
+    return found
 
 
 @cache
-def _takes_arrays(cls: Any) -> bool:
+def _saves_conversions(cls: Any) -> bool:
     return issubclass(cls, GramianWeighting) and cls.__call__ is GramianWeighting.__call__
 
 

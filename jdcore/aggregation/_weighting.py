@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import math
-from typing import ClassVar
+from typing import Any, ClassVar, TypeAlias
 
 import numpy as np
 import torch
@@ -14,7 +14,10 @@ from jdcore.aggregation._finite import finite_required, refuse_gramian
 from jdcore.aggregation._row_vectors import check_row_vectors
 from jdcore.validators import boolean, check_gramian
 
-_FEW = 4096
+RowWeights: TypeAlias = "NDArray[np.float64] | list[float]"
+
+_FEW = 8
+_SMALL = 4096
 
 
 @define(eq=False)
@@ -37,12 +40,30 @@ class GramianWeighting:
 
     check_finite: bool | None = field(default=None, kw_only=True, validator=boolean, repr=False)
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        # Who overrides the one does not mean to inherit another form of what it was.
+        if "compute" in vars(cls) and "compute_few" not in vars(cls):
+            cls.compute_few = GramianWeighting.compute_few  # type: ignore[method-assign]  # see above
+
     def compute(self, gramian: NDArray[np.float64]) -> NDArray[np.float64]:
         """
         :param gramian: Finite float64 Gramian [m, m] with m >= 1. Must not be modified.
         :returns: float64 weights [m].
         """
         raise NotImplementedError
+
+    def compute_few(self, gramian: list[list[float]]) -> list[float] | None:
+        """
+        :meth:`compute` in plain floats; optional, and asked first for up to eight rows.
+
+        There, a call of numpy takes longer than the arithmetic of many a method.
+
+        :param gramian: Finite Gramian, as 1 to 8 lists.
+        :returns: As many weights; None to have :meth:`compute` asked.
+        """
+        del gramian
+        return None
 
     def __call__(self, gramian: Tensor, /) -> Tensor:
         """
@@ -54,33 +75,38 @@ class GramianWeighting:
         :raises NonDifferentiableError: When differentiating through the weights.
         """
         check_gramian(gramian)
-        array = gramian.detach().to("cpu", torch.float64).numpy()
-        weights = torch.from_numpy(self.weigh(array, gramian.device)).to(gramian)
+        computed = self.weigh(gramian.detach().double())
+        weights = torch.from_numpy(np.asarray(computed, dtype=np.float64)).to(gramian)
         return forbid_differentiation(self, gramian, weights)
 
-    def weigh(self, gramian: NDArray[np.float64], device: torch.device) -> NDArray[np.float64]:
+    def weigh(self, gramian: Tensor) -> RowWeights:
         """
         A call without its conversions, for those who have a float64 Gramian already.
 
-        :param gramian: Gramian [m, m], which may be empty or non-finite.
-        :param device: Device of the Jacobian, for arguments of this weighting to be checked.
-        :returns: float64 weights [m].
+        :param gramian: float64 Gramian [m, m], which may be empty or non-finite.
+        :returns: The m weights, as a float64 array or a list.
         """
-        m = len(gramian)
-        check_row_vectors(self, m, device)
-        if m == 0:
-            return np.zeros(0)
-        if _all_finite(gramian):
-            return self.compute(gramian)
+        m = gramian.shape[0]
+        check_row_vectors(self, m, gramian.device)
+        finite = m == 0
+        if 0 < m <= _FEW:
+            rows = gramian.tolist()
+            finite = math.isfinite(sum(map(sum, rows)))  # only if all terms are
+            few = self.compute_few(rows) if finite else None
+            if few is not None:
+                return few
+        array = gramian.numpy() if gramian.is_cpu else gramian.cpu().numpy()
+        if finite or _all_finite(array):
+            return self.compute(array) if m else np.zeros(0)
         if finite_required(self.check_finite):
-            raise refuse_gramian(gramian)
+            raise refuse_gramian(array)
         return np.full(m, math.nan)
 
 
 def _all_finite(gramian: NDArray[np.float64]) -> bool:
     # A finite sum of squares has finite terms only, and costs less than looking at each of a few.
-    few = gramian.size <= _FEW
-    return (few and math.isfinite(np.vdot(gramian, gramian))) or bool(np.isfinite(gramian).all())
+    small = gramian.size <= _SMALL
+    return (small and math.isfinite(np.vdot(gramian, gramian))) or bool(np.isfinite(gramian).all())
 
 
 def row_weights(vector: Tensor | None, m: int) -> NDArray[np.float64]:

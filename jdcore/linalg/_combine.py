@@ -14,27 +14,28 @@ _LARGE = 1 << 21
 _SAFE = (1e-37, 1e37)
 
 
-def combine(weights: Tensor | NDArray[np.float64], block: Tensor, /) -> Tensor:
+def combine(weights: Tensor | NDArray[np.float64] | list[float], block: Tensor, /) -> Tensor:
     """
     Weighted sum of rows ``weights @ block`` in the dtype of the block.
 
     The factors are never rounded to half precision, and extreme factors (rows of very different
     norms) are multiplied in float64, so that ``inf * 0`` cannot arise from finite inputs.
 
-    :param weights: Vector [m]: a Tensor of any real floating dtype, or a float64 array.
+    :param weights: Vector [m]: a Tensor of any real floating dtype, a float64 array or a list.
     :param block: Matrix [m, n].
     :returns: Vector [n]. Differentiable with respect to the block.
     """
     dtype = block.dtype
-    if isinstance(weights, np.ndarray):
-        exact = dtype == torch.float64 or _extreme(weights.tolist())
-        factors = torch.from_numpy(weights if exact else weights.astype(np.float32))
-    else:
-        exact = dtype == torch.float64
+    exact = dtype == torch.float64
+    if isinstance(weights, Tensor):
         # Asking a device would cost a synchronisation; narrower dtypes cannot hold extreme weights.
         if not exact and weights.is_cpu and weights.dtype == torch.float64:
             exact = _extreme(weights.tolist())
         factors = weights.to(torch.float64 if exact else torch.float32)
+    else:
+        entries = weights if isinstance(weights, list) else weights.tolist()
+        exact = exact or _extreme(entries)
+        factors = torch.from_numpy(np.array(weights, np.float64 if exact else np.float32))
     if not block.is_cpu:
         factors = factors.to(block.device)
     if dtype != factors.dtype:

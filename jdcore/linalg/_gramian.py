@@ -34,12 +34,12 @@ def gramian(jacobian: Tensor | Sequence[Tensor], /) -> Tensor:
 
 def sum_gramians(blocks: Sequence[Tensor]) -> Tensor:
     """:func:`gramian` of blocks that have been checked."""
+    if len(blocks) == 1 and blocks[0].numel() <= _ENTRIES:
+        wide = blocks[0].double()
+        return wide.matmul(wide.T)
     m = blocks[0].shape[0]
     entries = _ENTRIES if blocks[0].is_cpu else _ENTRIES_ELSEWHERE
     columns = max(_NARROWEST, entries // max(1, m))
-    if len(blocks) == 1 and blocks[0].shape[1] <= columns:
-        wide = blocks[0].double()
-        return wide.matmul(wide.T)
     total = blocks[0].new_zeros((m, m), dtype=torch.float64)
     # One reused buffer: fresh large temporaries cost more in page faults than in arithmetic. Narrow
     # blocks share it, which saves calls.

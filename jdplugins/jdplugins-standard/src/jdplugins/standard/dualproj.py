@@ -42,3 +42,12 @@ class DualProjWeighting(GramianWeighting):
             gramian, row_weights(self.pref_vector, len(gramian))[None]
         )[0]
         return weights
+
+    def compute_few(self, gramian: list[list[float]]) -> list[float] | None:
+        few = getattr(find_solver("dual_cone", self.solver), "few", None)
+        if few is None:
+            return None
+        m = len(gramian)
+        given = [1.0 / m] * m if self.pref_vector is None else self.pref_vector.tolist()
+        rows = few(gramian, [given])
+        return None if rows is None else rows[0]

@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-from functools import lru_cache
-
 import numpy as np
 from attrs import define, field
 from numpy.typing import NDArray
@@ -10,8 +8,6 @@ from torch import Tensor
 from jdcore.aggregation import GramianWeighting, find_solver, row_weights, solver_field
 from jdcore.protocols import DualConeSolver
 from jdcore.validators import row_vector
-
-_SHARED = 64  # up to this size, making the references costs more than the memory to keep them
 
 
 @define(eq=False)
@@ -43,20 +39,18 @@ class UPGradWeighting(GramianWeighting):
 
     def compute(self, gramian: NDArray[np.float64]) -> NDArray[np.float64]:
         project: DualConeSolver = find_solver("dual_cone", self.solver)
-        m = len(gramian)
-        if self.pref_vector is None and m <= _SHARED:
-            units, factors = _equal_preferences(m)
-        else:
-            factors = row_weights(self.pref_vector, m)
-            units = np.diag(np.where(factors < 0.0, -1.0, 1.0))
-            factors = np.abs(factors)
-        # Projecting commutes with positive factors. A product is cheaper to call than a reduction.
-        weights: NDArray[np.float64] = project(gramian, units).T.dot(factors)
+        preferences = row_weights(self.pref_vector, len(gramian))
+        weights: NDArray[np.float64] = np.add.reduce(project(gramian, np.diag(preferences)))
         return weights
 
-
-@lru_cache(maxsize=16)
-def _equal_preferences(m: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    units, factors = np.eye(m), row_weights(None, m)
-    units.flags.writeable = factors.flags.writeable = False  # they are shared
-    return units, factors
+    def compute_few(self, gramian: list[list[float]]) -> list[float] | None:
+        few = getattr(find_solver("dual_cone", self.solver), "few", None)
+        if few is None:
+            return None
+        m = len(gramian)
+        references = [[0.0] * m for _ in range(m)]
+        given = [1.0 / m] * m if self.pref_vector is None else self.pref_vector.tolist()
+        for i, preference in enumerate(given):
+            references[i][i] = preference
+        rows = few(gramian, references)
+        return None if rows is None else list(map(sum, zip(*rows)))  # noqa: B905

@@ -24,7 +24,7 @@ def project_few(G: Rows, references: Rows) -> Rows | None:
     """
     Project ``Jᵀ u`` for every reference u.
 
-    :param G: Gramian, as m >= 2 lists.
+    :param G: Gramian, as m lists.
     :param references: The vectors u, as lists of m, which become the result.
     :returns: The vectors v >= u; None for zero or nearly dependent rows.
     """

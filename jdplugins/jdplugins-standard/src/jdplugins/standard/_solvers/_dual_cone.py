@@ -5,11 +5,9 @@ from attrs import frozen
 
 from jdcore.linalg import equilibrate, product
 from jdplugins.standard._solvers._accuracy import ROUGH, Floats, warn_if_unsolved
-from jdplugins.standard._solvers._cone_of_few import project_few
+from jdplugins.standard._solvers._cone_of_few import Rows, project_few
 from jdplugins.standard._solvers._dispatch import rescue, solve_all
 from jdplugins.standard._solvers._semidefinite import nearest_semidefinite
-
-_TINY = 8  # up to this size, Python floats beat numpy
 
 
 @frozen
@@ -32,16 +30,21 @@ class NativeDualConeSolver:
         :param references: Vectors u [k, m].
         :returns: Vectors v [k, m], each ``>= u`` exactly.
         """
-        k, m = references.shape
         # In the cone already, as the mean of the rows often is: said without numpy's reductions,
         # which would take longer than the rest.
-        if k == 1 and m > 2 and min(product(gramian, references[0]).tolist()) >= 0.0:
+        if len(references) == 1 and min(product(gramian, references[0]).tolist()) >= 0.0:
             return np.array(references)
-        if k and 1 < m <= _TINY:
-            few = project_few(gramian.tolist(), references.tolist())
-            if few is not None:
-                return np.array(few)
         return _project(gramian, references)
+
+    def few(self, gramian: Rows, references: Rows, /) -> Rows | None:
+        """
+        A call in plain floats, for a handful of rows.
+
+        :param gramian: Finite Gramian, as m lists.
+        :param references: Vectors u, as lists of m. They become the result.
+        :returns: Vectors v; None where zero or dependent rows are for :meth:`__call__` to solve.
+        """
+        return project_few(gramian, references)
 
 
 def _project(gramian: Floats, references: Floats) -> Floats:

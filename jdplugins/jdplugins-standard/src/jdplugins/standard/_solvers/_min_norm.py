@@ -10,8 +10,6 @@ from jdplugins.standard._solvers._accuracy import Floats, warn_if_unsolved
 from jdplugins.standard._solvers._dispatch import solve_one
 from jdplugins.standard._solvers._tiny import solve_tiny
 
-_TINY = 8
-
 
 @frozen
 class NativeMinNormSolver:
@@ -31,13 +29,6 @@ class NativeMinNormSolver:
         :param gramian: Finite Gramian [m, m].
         :returns: Weights w [m], >= 0, of sum one; equal on the zero rows if there are any.
         """
-        m = len(gramian)
-        if m == 2:
-            return _shortest_of_two(gramian.tolist())
-        if m <= _TINY:
-            tiny = _shortest_tiny(gramian.tolist())
-            if tiny is not None:
-                return np.array(tiny)
         zero = np.diagonal(gramian) <= 0.0
         if zero.any():
             shared: Floats = zero / np.count_nonzero(zero)
@@ -49,6 +40,15 @@ class NativeMinNormSolver:
         weights /= weights.sum()
         return weights
 
+    def few(self, gramian: list[list[float]], /) -> list[float] | None:
+        """
+        A call in plain floats, for a handful of rows.
+
+        :param gramian: Finite Gramian, as m lists.
+        :returns: Weights w; None where zero or dependent rows are for :meth:`__call__` to solve.
+        """
+        return _shortest_of_two(gramian) if len(gramian) == 2 else _shortest_tiny(gramian)
+
 
 def shortest(cosines: Floats, ratios: Floats) -> Floats:
     """The z of the class docstring, for rows that are not zero."""
@@ -57,13 +57,13 @@ def shortest(cosines: Floats, ratios: Floats) -> Floats:
     return z
 
 
-def _shortest_of_two(gramian: list[list[float]]) -> Floats:
+def _shortest_of_two(gramian: list[list[float]]) -> list[float]:
     (g00, g01), (_, g11) = gramian
     w0, w1 = max(g11 - g01, 0.0), max(g00 - g01, 0.0)
     total = w0 + w1
     if total == 0.0:  # the rows are equal
-        return np.array([0.5, 0.5])
-    return np.array([w0 / total, w1 / total])
+        return [0.5, 0.5]
+    return [w0 / total, w1 / total]
 
 
 def _shortest_tiny(G: list[list[float]]) -> list[float] | None:
