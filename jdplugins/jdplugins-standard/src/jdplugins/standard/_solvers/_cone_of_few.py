@@ -33,6 +33,10 @@ def project_few(G: Rows, references: Rows) -> Rows | None:
         return _project_two(G, references)
     if m == 3 and len(references) == 3:
         return _project_three(G, references)
+    if len(references) == 1:  # in the cone already, as the mean of the rows often is
+        [u] = references
+        if min([sum(map(mul, row, u)) for row in G]) >= 0.0:
+            return references
     squares = [row[i] for i, row in enumerate(G)]
     if min(squares) <= 0.0:
         return None

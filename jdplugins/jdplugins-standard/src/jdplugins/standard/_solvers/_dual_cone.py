@@ -30,7 +30,7 @@ class NativeDualConeSolver:
         :param references: Vectors u [k, m].
         :returns: Vectors v [k, m], each ``>= u`` exactly.
         """
-        # In the cone already, as the mean of the rows often is: said without numpy's reductions,
+        # In the cone already, as the mean of the rows often is: told without numpy's reductions,
         # which would take longer than the rest.
         if len(references) == 1 and min(product(gramian, references[0]).tolist()) >= 0.0:
             return np.array(references)
