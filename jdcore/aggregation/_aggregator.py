@@ -120,7 +120,10 @@ def _ask(weighting: Any, gramian: Tensor) -> RowWeights | Tensor:
     # For a handful of rows, going through Tensors would cost as much as the weights themselves.
     cls: Any = type(weighting)
     found: RowWeights | Tensor
-    found = weighting.weigh(gramian) if _saves_conversions(cls) else weighting(gramian)
+    if _saves_conversions(cls):
+        found = weighting.weigh(gramian, gramian.device)
+    else:
+        found = weighting(gramian)
     return found
 
 

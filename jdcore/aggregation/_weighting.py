@@ -75,19 +75,20 @@ class GramianWeighting:
         :raises NonDifferentiableError: When differentiating through the weights.
         """
         check_gramian(gramian)
-        computed = self.weigh(gramian.detach().double())
+        computed = self.weigh(gramian.detach().to("cpu", torch.float64), gramian.device)
         weights = torch.from_numpy(np.asarray(computed, dtype=np.float64)).to(gramian)
         return forbid_differentiation(self, gramian, weights)
 
-    def weigh(self, gramian: Tensor) -> RowWeights:
+    def weigh(self, gramian: Tensor, device: torch.device) -> RowWeights:
         """
         A call without its conversions, for those who have a float64 Gramian already.
 
-        :param gramian: float64 Gramian [m, m], which may be empty or non-finite.
+        :param gramian: float64 Gramian [m, m] on any device, which may be empty or non-finite.
+        :param device: Device of the Jacobian, for arguments of this weighting to be checked.
         :returns: The m weights, as a float64 array or a list.
         """
         m = gramian.shape[0]
-        check_row_vectors(self, m, gramian.device)
+        check_row_vectors(self, m, device)
         finite = m == 0
         if 0 < m <= _FEW:
             rows = gramian.tolist()
