@@ -16,12 +16,13 @@ def equilibrate(
     :param gramian: float64 array [m, m].
     :returns: C [m, m], the norms [m], and their inverses [m] (0 for zero rows).
     """
-    norms = np.sqrt(np.diagonal(gramian))
+    m = len(gramian)
+    norms = np.sqrt(gramian.diagonal())
     nonzero = norms > 0.0
-    inverses = np.zeros_like(norms)
+    inverses = np.zeros(m)
     np.divide(1.0, norms, out=inverses, where=nonzero)
     # Two products rather than one with the outer product, which would overflow for tiny norms.
     cosines = gramian * inverses[:, None]
     cosines *= inverses
-    np.fill_diagonal(cosines, nonzero)
+    cosines.flat[:: m + 1] = nonzero
     return cosines, norms, inverses
