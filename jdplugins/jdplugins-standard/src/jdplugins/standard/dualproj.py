@@ -47,7 +47,5 @@ class DualProjWeighting(GramianWeighting):
         few = getattr(find_solver("dual_cone", self.solver), "few", None)
         if few is None:
             return None
-        m = len(gramian)
-        given = [1.0 / m] * m if self.pref_vector is None else self.pref_vector.tolist()
-        rows = few(gramian, [given])
+        rows = few(gramian, [row_weights(self.pref_vector, len(gramian)).tolist()])
         return None if rows is None else rows[0]

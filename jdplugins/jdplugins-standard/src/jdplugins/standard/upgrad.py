@@ -49,8 +49,7 @@ class UPGradWeighting(GramianWeighting):
             return None
         m = len(gramian)
         references = [[0.0] * m for _ in range(m)]
-        given = [1.0 / m] * m if self.pref_vector is None else self.pref_vector.tolist()
-        for i, preference in enumerate(given):
+        for i, preference in enumerate(row_weights(self.pref_vector, m).tolist()):
             references[i][i] = preference
         rows = few(gramian, references)
         return None if rows is None else list(map(sum, zip(*rows)))  # noqa: B905

@@ -7,10 +7,9 @@ comprehensions, closed forms for two and three rows, and only entries of z that 
 
 from __future__ import annotations
 
-import math
 from operator import mul
 
-from jdplugins.standard._solvers._tiny import solve_pair, solve_tiny
+from jdplugins.standard._solvers._tiny import equilibrate_tiny, solve_pair, solve_tiny
 
 # Up to this size, dependent rows are solved here too.
 _TINIEST = 5
@@ -37,12 +36,10 @@ def project_few(G: Rows, references: Rows) -> Rows | None:
         [u] = references
         if min([sum(map(mul, row, u)) for row in G]) >= 0.0:
             return references
-    squares = [row[i] for i, row in enumerate(G)]
-    if min(squares) <= 0.0:
+    equilibrated = equilibrate_tiny(G)
+    if equilibrated is None:
         return None
-    norms = list(map(math.sqrt, squares))
-    inverses = [1.0 / norm for norm in norms]
-    C = [[x * inverse for x in map(mul, row, inverses)] for row, inverse in zip(G, inverses)]  # noqa: B905
+    C, norms, inverses = equilibrated
     dependent = len(references) == 1 or m <= _TINIEST
     for u in references:
         scale = max(u)

@@ -91,12 +91,8 @@ def _pivot(C: Floats, B: Floats, F: Mask, delta: float, limit: int) -> Floats:
     rows = np.arange(k)
     for _ in range(limit):
         b, f = B[rows], F[rows]
-        z = _passive_solver(C, f, delta)(b)
+        z, bad = _step(C, b, f, delta)
         Z[rows] = z
-        y = product(z, C)
-        y -= b
-        y += pivot_tolerance(m) * (1.0 + np.abs(z).max(axis=1, keepdims=True))
-        bad = np.where(f, z, y) < 0.0
         count = bad.sum(axis=1)
         going = count > 0
         if not going.any():
@@ -114,17 +110,21 @@ def _exchange_blocks(C: Floats, B: Floats, F: Mask, delta: float) -> Floats | No
     :func:`_pivot` of few small problems: solving all until the last is done takes fewer calls than
     telling them apart. None if a block exchange does not finish.
     """
-    tolerance = pivot_tolerance(B.shape[1])
     for _ in range(_EXCHANGES):
-        z = _passive_solver(C, F, delta)(B)
-        y = product(z, C)
-        y -= B
-        y += tolerance * (1.0 + np.abs(z).max(axis=1, keepdims=True))
-        bad = np.where(F, z, y) < 0.0
+        z, bad = _step(C, B, F, delta)
         if not bad.any():
             return np.maximum(z, 0.0, out=z)
         F ^= bad
     return None
+
+
+def _step(C: Floats, B: Floats, F: Mask, delta: float) -> tuple[Floats, Mask]:
+    """The z of the passive sets F, and which of its entries, or of those of y, are negative."""
+    z = _passive_solver(C, F, delta)(B)
+    y = product(z, C)
+    y -= B
+    y += pivot_tolerance(B.shape[1]) * (1.0 + np.abs(z).max(axis=1, keepdims=True))
+    return z, np.where(F, z, y) < 0.0
 
 
 def _exchanged(bad: Mask, block: Mask) -> Mask:

@@ -8,7 +8,7 @@ from attrs import frozen
 from jdcore.linalg import equilibrate
 from jdplugins.standard._solvers._accuracy import Floats, warn_if_unsolved
 from jdplugins.standard._solvers._dispatch import solve_one
-from jdplugins.standard._solvers._tiny import solve_tiny
+from jdplugins.standard._solvers._tiny import equilibrate_tiny, solve_tiny
 
 
 @frozen
@@ -67,19 +67,16 @@ def _shortest_of_two(gramian: list[list[float]]) -> list[float]:
 
 
 def _shortest_tiny(G: list[list[float]]) -> list[float] | None:
-    squares = [row[i] for i, row in enumerate(G)]
-    if min(squares, default=0.0) <= 0.0:
+    equilibrated = equilibrate_tiny(G)
+    if equilibrated is None:
         return None
-    norms = list(map(math.sqrt, squares))
+    cosines, norms, inverses = equilibrated
     shortest_row = min(norms)
-    a = [shortest_row / norm for norm in norms]
+    a = [shortest_row * inverse for inverse in inverses]
     # This path wants a unit diagonal: scale 1 + a² away.
     e = [1.0 / math.sqrt(1.0 + x * x) for x in a]
     indices = range(len(G))
-    C = [
-        [(G[i][j] / (norms[i] * norms[j]) + a[i] * a[j]) * e[i] * e[j] for j in indices]
-        for i in indices
-    ]
+    C = [[(cosines[i][j] + a[i] * a[j]) * e[i] * e[j] for j in indices] for i in indices]
     z = solve_tiny(C, [-x * y for x, y in zip(a, e, strict=True)])
     if z is None:
         return None

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from operator import mul
 
-from jdplugins.standard._solvers._tiny import solve_ldl
+from jdplugins.standard._solvers._tiny import equilibrate_tiny, solve_ldl
 
 _STEPS = 30
 _CONVERGED = 1e-7  # Newton decrement from which the next step leaves rounding only
@@ -25,11 +25,10 @@ def bargain_few(G: list[list[float]]) -> list[float] | None:
     :param G: Gramian, as m lists.
     :returns: None where a row is zero, or no solution was found: the other path tells why.
     """
-    squares = [row[i] for i, row in enumerate(G)]
-    if min(squares) <= 0.0:
+    equilibrated = equilibrate_tiny(G)
+    if equilibrated is None:
         return None
-    inverses = [1.0 / math.sqrt(square) for square in squares]
-    C = [[x * inverse for x in map(mul, row, inverses)] for row, inverse in zip(G, inverses)]  # noqa: B905
+    C, _, inverses = equilibrated
     total = sum(map(sum, C))
     if total <= 0.0:
         return None

@@ -6,6 +6,7 @@ Up to about eight rows, the time of a solve in numpy is that of its calls; this 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from operator import add, mul
 from typing import TypeAlias
@@ -19,6 +20,19 @@ _SMALLEST_PIVOT = 1e-6
 _TOLERANCE = 1e-14
 _MAX_PIVOTS = 8
 _REFINEMENTS = 2
+
+
+def equilibrate_tiny(
+    G: Rows,
+) -> tuple[list[list[float]], list[float], list[float]] | None:
+    """:func:`jdcore.linalg.equilibrate` of m lists; None if a row is zero."""
+    squares = [row[i] for i, row in enumerate(G)]
+    if min(squares, default=0.0) <= 0.0:
+        return None
+    norms = list(map(math.sqrt, squares))
+    inverses = [1.0 / norm for norm in norms]
+    C = [[x * inverse for x in map(mul, row, inverses)] for row, inverse in zip(G, inverses)]  # noqa: B905
+    return C, norms, inverses
 
 
 def solve_tiny(C: Rows, q: Sequence[float], dependent: bool = True) -> dict[int, float] | None:
