@@ -3,7 +3,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Mapping, Sequence
-from functools import cache, reduce
+from functools import reduce
 from typing import Any, ClassVar
 
 import numpy as np
@@ -116,20 +116,12 @@ def _weigh_rescaled(
     return weights * scale ** getattr(weighting, "scale_degree", 0)
 
 
-def _ask(weighting: Any, gramian: Tensor) -> RowWeights | Tensor:
+def _ask(weighting: Weighting, gramian: Tensor) -> RowWeights | Tensor:
     # For a handful of rows, going through Tensors would cost as much as the weights themselves.
-    cls: Any = type(weighting)
-    found: RowWeights | Tensor
-    if _saves_conversions(cls):
-        found = weighting.weigh(gramian, gramian.device)
-    else:
-        found = weighting(gramian)
-    return found
-
-
-@cache
-def _saves_conversions(cls: Any) -> bool:
-    return issubclass(cls, GramianWeighting) and cls.__call__ is GramianWeighting.__call__
+    overridden = type(weighting).__call__ is not GramianWeighting.__call__
+    if isinstance(weighting, GramianWeighting) and not overridden:
+        return weighting.weigh(gramian, gramian.device)
+    return weighting(gramian)
 
 
 def _examine(

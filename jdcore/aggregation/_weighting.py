@@ -89,8 +89,10 @@ class GramianWeighting:
         """
         m = gramian.shape[0]
         check_row_vectors(self, m, device)
-        finite = m == 0
-        if 0 < m <= _FEW:
+        if m == 0:
+            return []
+        finite = False
+        if m <= _FEW:
             rows = gramian.tolist()
             finite = math.isfinite(sum(map(sum, rows)))  # only if all terms are
             few = self.compute_few(rows) if finite else None
@@ -98,7 +100,7 @@ class GramianWeighting:
                 return few
         array = gramian.numpy() if gramian.is_cpu else gramian.cpu().numpy()
         if finite or _all_finite(array):
-            return self.compute(array) if m else np.zeros(0)
+            return self.compute(array)
         if finite_required(self.check_finite):
             raise refuse_gramian(array)
         return np.full(m, math.nan)
