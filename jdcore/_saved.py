@@ -10,7 +10,10 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["Unreadable", "saved", "saved_as_it_is"]
+__all__ = ["MATRIX_PRODUCTS", "Unreadable", "saved", "saved_as_it_is"]
+
+MATRIX_PRODUCTS = {"AddmmBackward0": (2, "mat1"), "MmBackward0": (1, "self")}
+"""Matrix products: which operand is the weight, and under which name the other one is saved."""
 
 
 class Unreadable(Exception):  # noqa: N818 - no error of anybody

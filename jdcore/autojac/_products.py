@@ -15,11 +15,9 @@ from attrs import frozen
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
-from jdcore._saved import Unreadable, saved, saved_as_it_is
+from jdcore._saved import MATRIX_PRODUCTS, Unreadable, saved, saved_as_it_is
 from jdcore.autojac._leaves import Reach, edge_of
 
-# Saved factor x, and the position of W among the inputs.
-_PRODUCTS = {"AddmmBackward0": ("mat1", 2), "MmBackward0": ("self", 1)}
 # Float64 entries of the temporaries of a Gramian: 2 MB stay in cache.
 _ENTRIES = 1 << 18
 
@@ -89,7 +87,7 @@ def find_products(
 
     :param graph: What lies behind the outputs.
     """
-    candidates = [node for node in graph.nodes if node.name() in _PRODUCTS]
+    candidates = [node for node in graph.nodes if node.name() in MATRIX_PRODUCTS]
     if not candidates:
         return {}
     uses = Counter(edge for node in graph.nodes for edge in node.next_functions)
@@ -101,7 +99,7 @@ def find_products(
     }
     found = {}
     for node in candidates:
-        name, position = _PRODUCTS[node.name()]
+        position, name = MATRIX_PRODUCTS[node.name()]
         edge = node.next_functions[position]
         behind = _behind_transposition(edge) if uses[edge] == 1 else None
         end = edge if behind is None else behind

@@ -22,6 +22,7 @@ from jdcore.testing._case import ConformanceError, NotApplicable, demand, demand
 from jdcore.testing._trial import (
     LayerExample,
     Trial,
+    dense_gradients,
     gramian_of,
     make_trial,
     named_arguments,
@@ -293,9 +294,7 @@ def _demand_gramian(engine: Engine, model: nn.Module, losses: Tensor, label: str
     parameters = [p for p in model.parameters() if p.requires_grad]
     rows = []
     for loss in losses.reshape(-1):
-        found = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
-        pairs = zip(found, parameters, strict=True)
-        dense = [torch.zeros_like(p) if g is None else g.to_dense() for g, p in pairs]
+        dense = dense_gradients([loss], parameters, [None])
         rows.append(torch.cat([g.reshape(-1) for g in dense]))
     jacobian = torch.stack(rows)
     expected = jacobian @ jacobian.T

@@ -112,16 +112,21 @@ def _rows(
     for k in range(len(grads[0])):
         for b in range(samples):
             seeds = [_only(of_output[k], b, samples) for of_output in grads]
-            found = torch.autograd.grad(
-                outputs, parameters, seeds, retain_graph=True, allow_unused=True
-            )
-            pairs = zip(found, parameters, strict=True)
-            rows.append([torch.zeros_like(p) if g is None else g.to_dense() for g, p in pairs])
+            rows.append(dense_gradients(outputs, parameters, seeds))
     columns = zip(*rows, strict=True)
     return {
         p: torch.stack([row.reshape(-1) for row in of_parameter])
         for p, of_parameter in zip(parameters, columns, strict=True)
     }
+
+
+def dense_gradients(
+    outputs: Sequence[Tensor], parameters: Sequence[Tensor], seeds: Sequence[Tensor | None]
+) -> list[Tensor]:
+    """Those of an ordinary backward pass, zeros for unused parameters. The graph is retained."""
+    found = torch.autograd.grad(outputs, parameters, seeds, retain_graph=True, allow_unused=True)
+    pairs = zip(found, parameters, strict=True)
+    return [torch.zeros_like(p) if g is None else g.to_dense() for g, p in pairs]
 
 
 def _only(grads: Tensor, sample: int, samples: int) -> Tensor:

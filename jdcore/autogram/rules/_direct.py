@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.graph import Node
 from torch.nn import Parameter
 
-from jdcore._saved import Unreadable, saved
+from jdcore._saved import MATRIX_PRODUCTS, Unreadable, saved
 from jdcore.autogram._call import widened
 from jdcore.autogram.blocks import Block, OuterBlock, RowsBlock
 from jdcore.autogram.rules import _fused_lstm as fused
@@ -59,7 +59,7 @@ class Operand:
     @property
     def known(self) -> bool:
         """Whether the Jacobian of the operation is known here."""
-        product = _PRODUCTS.get(self.node.name())
+        product = MATRIX_PRODUCTS.get(self.node.name())
         if product is not None and self.position == product[0]:
             return True
         if self.transposed:
@@ -171,9 +171,6 @@ _BROADCASTING: dict[str, Factor] = {
 }
 """Node, operand and gradient [K, ...] to the gradient of the operand before broadcasting."""
 
-_PRODUCTS = {"MmBackward0": (1, "self"), "AddmmBackward0": (2, "mat1")}
-"""Matrix products: which operand is the weight, and where the other one is saved."""
-
 
 def block_of_use(parameter: Parameter, use: Operand, results: Results) -> Block | None:
     """
@@ -218,7 +215,7 @@ def _fused(parameter: Parameter, use: Operand, results: Results) -> Block | None
 def _simple(
     parameter: Parameter, use: Operand, grads: Tensor, layout: Layout, samples: int
 ) -> Block | None:
-    product = _PRODUCTS.get(use.node.name())
+    product = MATRIX_PRODUCTS.get(use.node.name())
     if product is not None and use.position == product[0]:
         inputs = saved(use.node, product[1]).detach().to(grads.dtype)
         return _product(parameter, use, inputs, grads, layout, samples)
