@@ -14,6 +14,7 @@ from jdcore.aggregation._flattening import Flattening
 from jdcore.aggregation._module import as_module
 from jdcore.aggregation._scalarization import ScalarizationWeighting
 from jdcore.aggregation._solver import find_solver, solver_field
+from jdcore.aggregation._source import GramianSource, as_weighting, weigh
 from jdcore.aggregation._state import StateFields, state_field
 from jdcore.aggregation._weighting import GramianWeighting, row_weights
 
@@ -21,14 +22,17 @@ __all__ = [
     "CoordinatewiseAggregator",
     "Flattening",
     "GramianAggregator",
+    "GramianSource",
     "GramianWeighting",
     "ScalarizationWeighting",
     "StateFields",
     "as_module",
+    "as_weighting",
     "find_solver",
     "row_weights",
     "solver_field",
     "state_field",
+    "weigh",
 ]
 
 

@@ -6,27 +6,20 @@ from collections.abc import Mapping, Sequence
 from functools import reduce
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from attrs import define, field
 from torch import Tensor
 
 from jdcore.aggregation._differentiation import forbid_differentiation
 from jdcore.aggregation._finite import finite_required, is_finite, nonfinite_rows
-from jdcore.aggregation._scalarization import ScalarizationWeighting
-from jdcore.aggregation._weighting import GramianWeighting, RowWeights
-from jdcore.errors import NonFiniteError, ParameterTypeError
+from jdcore.aggregation._source import GramianSource, as_weighting, weigh
+from jdcore.errors import NonFiniteError
 from jdcore.linalg import combine
 from jdcore.linalg._gramian import sum_gramians
 from jdcore.protocols import Weighting
 from jdcore.validators import check_blocks, check_matrix
 
 _STATEFUL_METHODS = ("reset", "state_dict", "load_state_dict")
-
-
-def _callable(_: Any, attribute: Any, value: Any) -> None:
-    if not callable(value):
-        raise ParameterTypeError(attribute.name, "a Weighting", repr(value))
 
 
 @define(eq=False)
@@ -37,7 +30,9 @@ class GramianAggregator:
     Every Gramian method uses this one implementation, so it works with autojac (block by block,
     without concatenating Jacobians) and with autogram alike.
 
-    :param weighting: Any :class:`~jdcore.Weighting`, also a plain function.
+    :param weighting: Any :class:`~jdcore.Weighting`, also a plain function, or an aggregator made
+        of one.
+    :raises ParameterTypeError: If it is an aggregator that needs the Jacobian itself.
 
     >>> import torch
     >>> from jdcore.aggregation import GramianAggregator, MeanWeighting
@@ -45,7 +40,7 @@ class GramianAggregator:
     tensor([2., 3.])
     """
 
-    weighting: Weighting = field(validator=_callable)
+    weighting: Weighting = field(converter=as_weighting)
 
     def __call__(self, matrix: Tensor, /) -> Tensor:
         """
@@ -57,15 +52,8 @@ class GramianAggregator:
         :raises NonDifferentiableError: When differentiating through a non-differentiable method.
         """
         check_matrix(matrix)
-        if isinstance(self.weighting, ScalarizationWeighting):
-            weights = self.weighting.weigh(matrix.shape[0], matrix.device, matrix.dtype)
-            vector = combine(weights, matrix)
-            if is_finite(vector):
-                return vector
-            return _examine(self.weighting, [matrix], [vector], weights)[0][0]
-        source = matrix.detach() if matrix.requires_grad else matrix
-        vector = combine(_weigh(self.weighting, [source]), source)
-        return forbid_differentiation(self, matrix, vector) if matrix.requires_grad else vector
+        [vector], _, source = _aggregate(self.weighting, [matrix])
+        return forbid_differentiation(self, matrix, vector) if source.asked else vector
 
     def aggregate_blocks(self, blocks: Sequence[Tensor], /) -> tuple[list[Tensor], Tensor]:
         """
@@ -77,61 +65,59 @@ class GramianAggregator:
         :raises ParameterError: If a block is no real floating matrix or the numbers of rows differ.
         """
         check_blocks(blocks)
-        sources = [block.detach() for block in blocks]
+        vectors, weights, _ = _aggregate(self.weighting, [block.detach() for block in blocks])
         dtype = reduce(torch.promote_types, (block.dtype for block in blocks))
-        weights: RowWeights | Tensor
-        if isinstance(self.weighting, ScalarizationWeighting):
-            weights = self.weighting.weigh(blocks[0].shape[0], blocks[0].device, dtype)
-            vectors = [combine(weights, source) for source in sources]
-            if not all(map(is_finite, vectors)):
-                vectors, weights = _examine(self.weighting, sources, vectors, weights)
-        else:
-            weights = _weigh(self.weighting, sources)
-            vectors = [combine(weights, source) for source in sources]
-        returned = torch.as_tensor(weights, dtype=dtype).to(blocks[0].device, copy=True)
-        return vectors, returned
+        return vectors, weights.to(blocks[0].device, dtype, copy=True)
 
 
-def _weigh(weighting: Weighting, blocks: list[Tensor]) -> RowWeights | Tensor:
-    product = sum_gramians(blocks)
-    for block in blocks:
-        if block.dtype == torch.float64:  # squares of narrower dtypes cannot leave the range
-            largest = float(product.diagonal().max()) if len(product) else 1.0
-            if not 1e-250 < largest < 1e250:
-                return _weigh_rescaled(weighting, blocks, product)
-            break
-    return _ask(weighting, product)
+def _aggregate(
+    weighting: Weighting, blocks: Sequence[Tensor]
+) -> tuple[list[Tensor], Tensor, GramianSource]:
+    jacobian = _Jacobian([block.detach() for block in blocks])
+    source = GramianSource(
+        rows=len(blocks[0]),
+        precision=min((block.dtype for block in blocks), key=lambda dtype: -torch.finfo(dtype).eps),
+        device=blocks[0].device,
+        compute=jacobian.gramian,
+    )
+    weights = weigh(weighting, source)
+    if source.asked:
+        weights = weights * jacobian.scale ** getattr(weighting, "scale_degree", 0)
+        return [combine(weights, block) for block in jacobian.blocks], weights, source
+    vectors = [combine(weights, block) for block in blocks]
+    if not all(map(is_finite, vectors)):
+        vectors, weights = _examine(weighting, blocks, vectors, weights)
+    return vectors, weights, source
 
 
-def _weigh_rescaled(
-    weighting: Weighting, blocks: list[Tensor], product: Tensor
-) -> RowWeights | Tensor:
-    largest = max(float(block.abs().max()) if block.numel() else 0.0 for block in blocks)
-    if not 0.0 < largest < math.inf:
-        return _ask(weighting, product)
-    # A power of two, so that dividing by it is exact.
-    scale = 2.0 ** math.frexp(largest)[1]
-    weights = _ask(weighting, sum_gramians([block / scale for block in blocks]))
-    weights = weights if isinstance(weights, Tensor) else np.asarray(weights, dtype=np.float64)
-    return weights * scale ** getattr(weighting, "scale_degree", 0)
+@define(eq=False)
+class _Jacobian:
+    """Column blocks, and a power of two that brings the squares of their entries into range."""
 
+    blocks: list[Tensor]
+    scale: float = 1.0
 
-def _ask(weighting: Weighting, gramian: Tensor) -> RowWeights | Tensor:
-    # For a handful of rows, going through Tensors would cost as much as the weights themselves.
-    overridden = type(weighting).__call__ is not GramianWeighting.__call__
-    if isinstance(weighting, GramianWeighting) and not overridden:
-        return weighting.weigh(gramian, gramian.device)
-    return weighting(gramian)
+    def gramian(self) -> Tensor:
+        product = sum_gramians(self.blocks)
+        if not len(product) or all(block.dtype != torch.float64 for block in self.blocks):
+            return product  # squares of narrower dtypes cannot leave the range
+        if 1e-250 < float(product.diagonal().max()) < 1e250:
+            return product
+        largest = max(float(block.abs().max()) if block.numel() else 0.0 for block in self.blocks)
+        if not 0.0 < largest < math.inf:
+            return product
+        self.scale = 2.0 ** math.frexp(largest)[1]
+        return sum_gramians([block / self.scale for block in self.blocks])
 
 
 def _examine(
-    weighting: ScalarizationWeighting, blocks: list[Tensor], vectors: list[Tensor], weights: Tensor
+    weighting: Weighting, blocks: Sequence[Tensor], vectors: list[Tensor], weights: Tensor
 ) -> tuple[list[Tensor], Tensor]:
-    """What a scalarization answers where its vectors are not finite."""
+    """What weights that do not depend on the rows answer where the vectors are not finite."""
     rows = nonfinite_rows(blocks)
     if not rows:
         return vectors, weights  # a finite sum that overflowed in its own dtype
-    if finite_required(weighting.check_finite):
+    if finite_required(getattr(weighting, "check_finite", None)):
         raise NonFiniteError(rows)
     return [vector * math.nan for vector in vectors], weights * math.nan
 

@@ -1,8 +1,11 @@
 from __future__ import annotations
 
-from attrs import define
+from collections.abc import Sequence
+
+from attrs import define, field
 from torch import Tensor
 
+from jdcore.aggregation._source import GramianSource, as_weighting, weigh
 from jdcore.linalg import flatten_gramian, objectives_shape
 from jdcore.protocols import Weighting
 
@@ -12,7 +15,8 @@ class Flattening:
     """
     A :class:`~jdcore.GeneralizedWeighting` that makes every element of the losses one objective.
 
-    :param weighting: Weighting of the m1 * ... * mk objectives.
+    :param weighting: Weighting of the m1 * ... * mk objectives, or the aggregator of one.
+    :raises ParameterTypeError: If it is an aggregator that needs the Jacobian itself.
 
     >>> import torch
     >>> from jdcore.aggregation import Flattening, SumWeighting
@@ -20,7 +24,7 @@ class Flattening:
     torch.Size([2, 3])
     """
 
-    weighting: Weighting
+    weighting: Weighting = field(converter=as_weighting)
 
     def __call__(self, gramian: Tensor, /) -> Tensor:
         """
@@ -30,3 +34,14 @@ class Flattening:
         """
         shape = objectives_shape(gramian)
         return self.weighting(flatten_gramian(gramian)).reshape(shape)
+
+    def weigh(self, source: GramianSource, shape: Sequence[int] | None = None, /) -> Tensor:
+        """
+        A call for those who know more of the Jacobian than its Gramian tells.
+
+        :param source: The Jacobian of the flattened objectives.
+        :param shape: Shape [m1, ..., mk] of the objectives; None for a vector of them.
+        :returns: Weights of that shape.
+        """
+        weights = weigh(self.weighting, source)
+        return weights if shape is None else weights.reshape(tuple(shape))

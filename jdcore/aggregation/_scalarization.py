@@ -5,6 +5,7 @@ from attrs import define, field
 from torch import Tensor
 
 from jdcore.aggregation._row_vectors import check_row_vectors
+from jdcore.aggregation._source import GramianSource
 from jdcore.validators import boolean, check_gramian
 
 
@@ -42,18 +43,17 @@ class ScalarizationWeighting:
             of this weighting does not fit its size or device.
         """
         check_gramian(gramian)
-        weights = self.weigh(len(gramian), gramian.device, gramian.dtype)
+        weights = self.weigh(GramianSource.of(gramian))
         return weights.to(gramian.device, gramian.dtype, copy=True)
 
-    def weigh(self, m: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    def weigh(self, source: GramianSource, /) -> Tensor:
         """
-        A call for those who have no Gramian.
+        A call for those who have no Gramian; it is not asked for.
 
-        :param m: Number of rows.
-        :param device: Device of the Jacobian, for arguments of this weighting to be checked.
-        :param dtype: Dtype of the Jacobian.
+        :param source: The Jacobian.
         :returns: What :meth:`compute` returns, or no weights for no rows.
         """
-        check_row_vectors(self, m, device)
-        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        m = source.rows
+        check_row_vectors(self, m, source.device)
+        wide = torch.float64 if source.precision == torch.float64 else torch.float32
         return self.compute(m, wide) if m else torch.empty(0, dtype=wide)

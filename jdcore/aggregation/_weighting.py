@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -12,9 +12,8 @@ from torch import Tensor
 from jdcore.aggregation._differentiation import forbid_differentiation
 from jdcore.aggregation._finite import finite_required, refuse_gramian
 from jdcore.aggregation._row_vectors import check_row_vectors
+from jdcore.aggregation._source import GramianSource
 from jdcore.validators import boolean, check_gramian
-
-RowWeights: TypeAlias = "NDArray[np.float64] | list[float]"
 
 _FEW = 8
 _SMALL = 4096
@@ -42,7 +41,7 @@ class GramianWeighting:
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        # Who overrides the one does not mean to inherit another form of what it was.
+        # Another `compute` must not inherit the form in plain floats of the one that it replaces.
         if "compute" in vars(cls) and "compute_few" not in vars(cls):
             cls.compute_few = GramianWeighting.compute_few  # type: ignore[method-assign]  # see above
 
@@ -75,35 +74,35 @@ class GramianWeighting:
         :raises NonDifferentiableError: When differentiating through the weights.
         """
         check_gramian(gramian)
-        computed = self.weigh(gramian.detach().to("cpu", torch.float64), gramian.device)
-        weights = torch.from_numpy(np.asarray(computed, dtype=np.float64)).to(gramian)
+        weights = self.weigh(GramianSource.of(gramian)).to(gramian)
         return forbid_differentiation(self, gramian, weights)
 
-    def weigh(self, gramian: Tensor, device: torch.device) -> RowWeights:
+    def weigh(self, source: GramianSource, /) -> Tensor:
         """
-        A call without its conversions, for those who have a float64 Gramian already.
+        A call for those who know more of the Jacobian than its Gramian tells.
 
-        :param gramian: float64 Gramian [m, m] on any device, which may be empty or non-finite.
-        :param device: Device of the Jacobian, for arguments of this weighting to be checked.
-        :returns: The m weights, as a float64 array or a list.
+        :param source: The Jacobian. Its Gramian may be empty or non-finite, on any device.
+        :returns: The m weights, a float64 Tensor on any device.
         """
-        m = gramian.shape[0]
-        check_row_vectors(self, m, device)
+        m = source.rows
+        check_row_vectors(self, m, source.device)
         if m == 0:
-            return []
+            return torch.empty(0, dtype=torch.float64)
+        gramian = source.gramian()
+        array: NDArray[np.float64]
         finite = False
         if m <= _FEW:
             rows = gramian.tolist()
             finite = math.isfinite(sum(map(sum, rows)))  # only if all terms are
             few = self.compute_few(rows) if finite else None
             if few is not None:
-                return few
+                return torch.tensor(few, dtype=torch.float64)
         array = gramian.numpy() if gramian.is_cpu else gramian.cpu().numpy()
         if finite or _all_finite(array):
-            return self.compute(array)
+            return torch.from_numpy(np.asarray(self.compute(array), dtype=np.float64))
         if finite_required(self.check_finite):
             raise refuse_gramian(array)
-        return np.full(m, math.nan)
+        return torch.full((m,), math.nan, dtype=torch.float64)
 
 
 def _all_finite(gramian: NDArray[np.float64]) -> bool:

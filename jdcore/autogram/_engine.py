@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from jdcore.aggregation import as_weighting
 from jdcore.autogram._gradients import accumulate
 from jdcore.autogram._jacobian import Jacobian
 from jdcore.autogram._passes import Objectives
@@ -124,9 +125,10 @@ class Engine:
         :raises ParameterError: As :meth:`compute_gramian`, or if the weighting does not fit. No
             ``.grad`` field is changed then.
         """
+        chosen = as_weighting(weighting)
         jacobian = self._jacobian(output)
         gramian = _shaped(jacobian.gramian(keep=True, retain_graph=retain_graph), output)
-        weights = _weigh(weighting, gramian, output)
+        weights = _weigh(chosen, gramian, output)
         del gramian
         accumulate(jacobian.weighted(weights.detach(), retain_graph))
         return weights

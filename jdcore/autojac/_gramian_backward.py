@@ -6,7 +6,7 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-from jdcore.aggregation import GramianAggregator, ScalarizationWeighting
+from jdcore.aggregation import GramianAggregator, GramianSource, as_weighting, weigh
 from jdcore.autojac import _checks as checks
 from jdcore.autojac._backward import reached
 from jdcore.autojac._fields import accumulate_grad, check_grad_field
@@ -15,10 +15,8 @@ from jdcore.autojac._rows import Problem
 from jdcore.autojac._stream import cheap_products, grouped_gramian, streamed_gramian
 from jdcore.autojac._vmap import Kind, attempt
 from jdcore.autojac.transform import Diagonalize, Init
-from jdcore.errors import ParameterError, ParameterTypeError
 from jdcore.linalg import combine, gramian
-from jdcore.protocols import BlockwiseAggregator, Weighting
-from jdcore.validators import describe_tensor
+from jdcore.protocols import Weighting
 
 # Entries of a Jacobian that is not worth a second pass: 4 MB in float32.
 _SMALL = 1 << 20
@@ -71,7 +69,7 @@ def gramian_backward(
     """
     outputs = checks.tensor_list(tensors, "tensors")
     checks.check_outputs(outputs, "tensors")
-    chosen = _weighting(weighting)
+    chosen = as_weighting(weighting)
     checks.check_flag(retain_graph, "retain_graph")
     targets = reached(outputs, inputs)
     for target in targets:
@@ -82,58 +80,33 @@ def gramian_backward(
     return weights.to(reduce(torch.promote_types, (target.dtype for target in targets)))
 
 
-def _weighting(given: Weighting | GramianAggregator) -> Weighting:
-    if isinstance(given, GramianAggregator):
-        return given.weighting
-    if not callable(given) or isinstance(given, BlockwiseAggregator):
-        raise ParameterTypeError(
-            "weighting",
-            "a Weighting or the aggregator of one",
-            repr(given),
-            "Methods that need the Jacobian itself: backward, then jac_to_grad.",
-        )
-    return given
-
-
 def _step(
     weighting: Weighting, outputs: list[Tensor], targets: list[Tensor], retain_graph: bool
 ) -> tuple[Tensor, list[Tensor]]:
     """The weights, and one gradient for each target."""
     m = sum(output.numel() for output in outputs)
-    if isinstance(weighting, ScalarizationWeighting):
-        device = targets[0].device
-        weights = weighting.weigh(m, device, torch.float64).to(device, copy=True)
-    else:
-        problem = _problem(outputs, targets)
-        if m * sum(target.numel() for target in targets) <= _SMALL:
-            return _small_step(weighting, problem, retain_graph)
-        weights = _ask(weighting, _gramian(problem), m)
-    return weights, _weighted_gradients(outputs, targets, weights, retain_graph)
+    problem = _problem(outputs, targets)
+    small = m * sum(target.numel() for target in targets) <= _SMALL
+    blocks: list[Tensor] = []
 
+    def compute() -> Tensor:
+        if not small:
+            return _gramian(problem)
+        blocks.extend(as_matrix(row) for row in problem.jacobians(retain_graph))
+        return gramian(blocks)
 
-def _ask(weighting: Weighting, gramian: Tensor, m: int) -> Tensor:
-    weights = weighting(gramian)
-    if not isinstance(weights, Tensor) or weights.shape != (m,):
-        raise ParameterError(
-            "weighting", f"one that returns weights of shape [{m}]", describe_tensor(weights)
-        )
-    return weights.detach()
+    precision = max((target.dtype for target in targets), key=lambda dtype: torch.finfo(dtype).eps)
+    source = GramianSource(m, precision, targets[0].device, compute)
+    weights = weigh(weighting, source).to(targets[0].device, copy=True)
+    if not blocks:
+        return weights, _weighted_gradients(outputs, targets, weights, retain_graph)
+    pairs = zip(blocks, targets, strict=True)
+    return weights, [combine(weights, block).view(target.shape) for block, target in pairs]
 
 
 def _problem(outputs: list[Tensor], targets: list[Tensor]) -> Problem:
     start = (Init(outputs) >> Diagonalize(outputs))()
     return Problem.of(outputs, targets, [start[output] for output in outputs])
-
-
-def _small_step(
-    weighting: Weighting, problem: Problem, retain_graph: bool
-) -> tuple[Tensor, list[Tensor]]:
-    rows = problem.jacobians(retain_graph)
-    blocks = [as_matrix(row) for row in rows]
-    weights = _ask(weighting, gramian(blocks), len(blocks[0]))
-    vectors = [combine(weights, block) for block in blocks]
-    shapes = [target.shape for target in problem.inputs]
-    return weights, [v.view(shape) for v, shape in zip(vectors, shapes, strict=True)]
 
 
 def _gramian(complete: Problem) -> Tensor:

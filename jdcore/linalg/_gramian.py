@@ -35,8 +35,7 @@ def gramian(jacobian: Tensor | Sequence[Tensor], /) -> Tensor:
 def sum_gramians(blocks: Sequence[Tensor]) -> Tensor:
     """:func:`gramian` of blocks that have been checked."""
     if len(blocks) == 1 and blocks[0].numel() <= _ENTRIES:
-        wide = blocks[0].double()
-        return wide.matmul(wide.T)
+        return symmetric(_product(blocks[0].double()))
     m = blocks[0].shape[0]
     entries = _ENTRIES if blocks[0].is_cpu else _ENTRIES_ELSEWHERE
     columns = max(_NARROWEST, entries // max(1, m))
@@ -53,7 +52,21 @@ def sum_gramians(blocks: Sequence[Tensor]) -> Tensor:
         buffer[:, filled:end].copy_(piece)
         filled = end
     _add_product(total, buffer[:, :filled])
-    return total
+    return symmetric(total)
+
+
+def symmetric(product: Tensor) -> Tensor:
+    """
+    A product ``A Aᵀ`` made exactly symmetric.
+
+    Some BLAS libraries block the two triangles of a general product differently (on AMD
+    processors, for one), which then differ in their last bit.
+    """
+    return torch.maximum(product, product.T) if len(product) > 1 else product
+
+
+def _product(wide: Tensor) -> Tensor:
+    return wide.matmul(wide.T)
 
 
 def _pieces(blocks: Sequence[Tensor], columns: int) -> Iterator[Tensor]:

@@ -45,7 +45,9 @@ def test_a_weighting_that_cannot_be_called_is_refused_and_the_old_one_kept() -> 
     aggregator = GramianAggregator(InverseNormWeighting())
     old = aggregator.weighting
 
-    with pytest.raises(ParameterTypeError, match="`weighting` must be a Weighting, got 3"):
+    with pytest.raises(
+        ParameterTypeError, match="`weighting` must be a Weighting or the aggregator of one, got 3"
+    ):
         aggregator.weighting = 3
     assert aggregator.weighting is old
 

@@ -1,0 +1,123 @@
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from attrs import define, field
+from torch import Tensor
+
+from jdcore.errors import ParameterError, ParameterTypeError
+from jdcore.linalg import unflatten_gramian
+from jdcore.validators import describe_tensor
+
+
+@define(eq=False)
+class GramianSource:
+    """
+    What a weighting may ask of the Jacobian that it weighs; the Gramian is computed if it asks.
+
+    Methods that ask for the number of rows alone, such as the mean, cost no Gramian.
+
+    :param rows: Number of objectives m.
+    :param precision: The narrowest dtype that the rows of the Jacobian were rounded to. Near
+        Pareto stationarity it decides which combinations of rows count as zero.
+    :param device: Device of the Jacobian.
+    :param compute: Makes the Gramian, a float64 Tensor [m, m] on any device.
+    """
+
+    rows: int
+    precision: torch.dtype
+    device: torch.device
+    compute: Callable[[], Tensor]
+    _gramian: Tensor | None = field(default=None, init=False)
+
+    @classmethod
+    def of(cls, gramian: Tensor) -> GramianSource:
+        """The source of a Gramian [m, m] that is there already; its dtype is its precision."""
+        wide = gramian.detach().double()
+        return cls(len(gramian), gramian.dtype, gramian.device, lambda: wide)
+
+    def gramian(self) -> Tensor:
+        """The Gramian, float64 Tensor [m, m], computed at the first call. Not to be modified."""
+        if self._gramian is None:
+            self._gramian = self.compute()
+        return self._gramian
+
+    @property
+    def asked(self) -> bool:
+        """Whether the Gramian was asked for, so that the weights may depend on the Jacobian."""
+        return self._gramian is not None
+
+
+def as_weighting(given: Any, parameter: str = "weighting") -> Any:
+    """
+    The weighting that a user means: a weighting, a plain function, or that of an aggregator.
+
+    :param given: A :class:`~jdcore.Weighting`, a :class:`~jdcore.GeneralizedWeighting`, a function
+        of the Gramian, or the aggregator of a weighting.
+    :param parameter: Name of the argument, for errors.
+    :returns: Something that maps a Gramian to weights.
+    :raises ParameterTypeError: If it is an aggregator that needs the Jacobian itself, or cannot be
+        called with a Gramian.
+    """
+    part = given
+    while hasattr(part, "wrapped"):  # as_module: its forward hooks have to run, so it is kept
+        part = part.wrapped
+    aggregates = hasattr(part, "aggregate_blocks")
+    weighting = getattr(part, "weighting", None) if aggregates else part
+    if not callable(weighting) or isinstance(weighting, type):
+        raise ParameterTypeError(
+            parameter,
+            "a Weighting or the aggregator of one",
+            repr(given),
+            "Methods that need the Jacobian itself: backward, then jac_to_grad.",
+        )
+    if part is given:
+        return weighting
+    if aggregates:
+        raise ParameterTypeError(
+            parameter,
+            "a Weighting or the aggregator of one",
+            repr(given),
+            "Wrap the weighting instead of the aggregator: as_module(aggregator.weighting).",
+        )
+    return given
+
+
+def weigh(weighting: Any, source: GramianSource, shape: Sequence[int] | None = None) -> Tensor:
+    """
+    Ask a weighting for the weights of a Jacobian.
+
+    :param weighting: As :func:`as_weighting` returns it.
+    :param shape: Shape [m1, ..., mk] of the objectives, for a
+        :class:`~jdcore.GeneralizedWeighting`; None for a vector of them.
+    :returns: Weights of that shape, [m] if None, detached.
+    :raises ParameterError: If the weighting returns something else.
+    """
+    expected = (source.rows,) if shape is None else tuple(shape)
+    cls: Any = type(weighting)
+    if _takes_source(cls):
+        weights = weighting.weigh(*((source,) if len(expected) == 1 else (source, expected)))
+    else:
+        gramian = source.gramian()
+        weights = weighting(gramian if len(expected) == 1 else unflatten_gramian(gramian, expected))
+    if not isinstance(weights, Tensor) or weights.shape != expected:
+        raise ParameterError(
+            "weighting",
+            f"one that returns weights of shape {list(expected)}",
+            describe_tensor(weights),
+        )
+    return weights.detach()
+
+
+@cache
+def _takes_source(cls: Any) -> bool:
+    # A subclass that overrides `__call__` alone means that call, not the `weigh` it inherits.
+    for base in cls.__mro__:
+        if "weigh" in vars(base):
+            return True
+        if "__call__" in vars(base):
+            return False
+    return False
