@@ -2,10 +2,10 @@ from __future__ import annotations
 
 from torch.autograd.graph import Node
 
-from jdcore._saved import Unreadable, saved
 from jdcore.autogram._plan import Plan
 from jdcore.autogram._survey import Survey, leads_to_parameter
 from jdcore.errors import ParameterError
+from jdcore.graph import Unreadable, saved
 
 
 def refuse_impossible(found: Survey, plan: Plan, batch_dim: int | None) -> None:

@@ -9,10 +9,10 @@ from jdcore.autojac._distributed import refuse_replicated, refuse_sharded
 from jdcore.autojac._fields import check_jac_field
 from jdcore.autojac._graph import rows_of
 from jdcore.autojac._initial import initial_jacobians
-from jdcore.autojac._leaves import reach
 from jdcore.autojac._reentrant import is_reentrant, refuse_default
 from jdcore.autojac.transform import AccumulateJac, Jac
 from jdcore.errors import ParameterError
+from jdcore.graph import reach
 
 
 def backward(

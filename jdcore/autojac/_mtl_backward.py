@@ -7,7 +7,6 @@ from torch import Tensor
 from jdcore.autojac import _checks as checks
 from jdcore.autojac._fields import check_grad_field, check_jac_field
 from jdcore.autojac._initial import initial_gradients
-from jdcore.autojac._leaves import reach
 from jdcore.autojac._mtl_plan import Plan, independent, make_plan
 from jdcore.autojac.transform import (
     AccumulateGrad,
@@ -19,6 +18,7 @@ from jdcore.autojac.transform import (
     PerTask,
     Transform,
 )
+from jdcore.graph import reach
 
 
 def mtl_backward(

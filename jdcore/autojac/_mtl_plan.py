@@ -7,9 +7,9 @@ from torch import Tensor
 
 from jdcore.autojac import _checks as checks
 from jdcore.autojac._distributed import refuse_replicated, refuse_sharded
-from jdcore.autojac._leaves import Reach, edge_of, reach, reach_behind
 from jdcore.autojac._reentrant import is_reentrant, refuse_default
 from jdcore.errors import ParameterError
+from jdcore.graph import Reach, edge_of, reach, reach_behind
 from jdcore.validators import describe_tensor
 
 

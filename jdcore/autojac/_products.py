@@ -15,8 +15,7 @@ from attrs import frozen
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
-from jdcore._saved import MATRIX_PRODUCTS, Unreadable, saved, saved_as_it_is
-from jdcore.autojac._leaves import Reach, edge_of
+from jdcore.graph import MATRIX_PRODUCTS, Reach, Unreadable, edge_of, saved, saved_as_it_is
 
 # Float64 entries of the temporaries of a Gramian: 2 MB stay in cache.
 _ENTRIES = 1 << 18

@@ -13,8 +13,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from jdcore.autojac._leaves import Reach
 from jdcore.errors import ParameterError
+from jdcore.graph import Reach
 
 _NODE = "CheckpointFunctionBackward"
 

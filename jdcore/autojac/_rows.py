@@ -11,13 +11,13 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from jdcore.autojac._gradients import dense, disjoint, same_grad, zeros
-from jdcore.autojac._leaves import Reach, reach
 from jdcore.autojac._matrix import as_matrix
 from jdcore.autojac._policy import choose_chunk_size
 from jdcore.autojac._products import Product, find_products
 from jdcore.autojac._reentrant import accumulated_gradients, is_reentrant
 from jdcore.autojac._taps import RowTaps
 from jdcore.autojac._vmap import Kind, attempt, batched_gradients, insist
+from jdcore.graph import Reach, reach
 from jdcore.linalg._pages import new_tensor
 
 

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import GradientEdge
 
-from jdcore.autojac._leaves import Reach
 from jdcore.errors import VectorizationError, VectorizationWarning
+from jdcore.graph import Reach
 
 Result = TypeVar("Result")
 

@@ -17,10 +17,10 @@ from torch import Tensor
 from torch.autograd.graph import Node
 from torch.nn import Parameter
 
-from jdcore._saved import MATRIX_PRODUCTS, Unreadable, saved
 from jdcore.autogram._call import widened
 from jdcore.autogram.blocks import Block, OuterBlock, RowsBlock
 from jdcore.autogram.rules import _fused_lstm as fused
+from jdcore.graph import MATRIX_PRODUCTS, Unreadable, saved
 
 __all__ = ["Operand", "Place", "Results", "block_of_use", "operands"]
 

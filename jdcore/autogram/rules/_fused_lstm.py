@@ -17,9 +17,9 @@ from attrs import frozen
 from torch import Tensor
 from torch.nn import Parameter
 
-from jdcore._saved import saved
 from jdcore.autogram._call import widened
 from jdcore.autogram.blocks import Block, OuterBlock
+from jdcore.graph import saved
 
 FUSED_LSTM = "MkldnnRnnLayerBackward0"
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from jdcore.autojac import _gramian_backward, _stream, backward, gramian_backward
-from jdcore.autojac._leaves import reach
 from jdcore.autojac._products import find_products
+from jdcore.graph import reach
 from tests.core.autojac.conftest import row_by_row
 
 # Samples, inputs and outputs of a layer; fewer samples than inputs, so that gradients suffice.

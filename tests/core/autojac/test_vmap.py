@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from jdcore.autojac import _vmap, backward, jac
-from jdcore.autojac._leaves import reach
 from jdcore.autojac._policy import choose_chunk_size
 from jdcore.errors import VectorizationError, VectorizationWarning
+from jdcore.graph import reach
 from tests.core.autojac.conftest import Truth
 
 

@@ -1,0 +1,21 @@
+"""
+Reading the autograd graph.
+
+Here is the only place that reads what torch does not promise to show. It knows no method, no module
+and no ``.grad``.
+"""
+
+from jdcore.graph._saved import MATRIX_PRODUCTS, Unreadable, saved, saved_as_it_is
+from jdcore.graph._walk import Edge, Reach, edge_of, reach, reach_behind
+
+__all__ = [
+    "MATRIX_PRODUCTS",
+    "Edge",
+    "Reach",
+    "Unreadable",
+    "edge_of",
+    "reach",
+    "reach_behind",
+    "saved",
+    "saved_as_it_is",
+]
