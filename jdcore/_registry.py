@@ -23,7 +23,6 @@ from jdcore._discovery import (
 from jdcore._layers import CHOOSE, CORE_RULES, RUNTIME, LayerTable
 from jdcore._tables import Entry, NameTable
 from jdcore.errors import (
-    MissingMethodError,
     ParameterError,
     ParameterTypeError,
     PluginError,
@@ -254,66 +253,10 @@ class Registry:
 
     # -- classes -----------------------------------------------------------------------------------
 
-    def aggregator_class(self, name: str) -> type:
-        """The class of an aggregator: the plugin's own, or composed from its weighting."""
-        entry = self.aggregator(name)
-        if entry.spec.aggregator is not None:
-            return load_factory(entry.qualified_name, entry.spec.aggregator)
-        weighting_class = load_factory(entry.qualified_name, entry.spec.weighting)
-        return _composed(entry.spec.class_name, entry.qualified_name, weighting_class)
-
-    def weighting_class(self, name: str) -> type:
-        """
-        The class of a weighting.
-
-        :raises ParameterError: If the method is not a weighting of the Gramian.
-        """
-        entry = self.aggregator(name)
-        if entry.spec.weighting is None:
-            raise ParameterError(
-                "name",
-                "a method whose weights depend on the Gramian only",
-                repr(name),
-                f"{entry.spec.class_name} has to see the matrix: use get_aggregator({name!r}).",
-            )
-        return load_factory(entry.qualified_name, entry.spec.weighting)
-
     @staticmethod
     def solver_class(entry: Entry) -> type:
         """What makes the solver of an entry."""
         return load_factory(entry.qualified_name, entry.spec.factory)
-
-    def exported_class(self, class_name: str) -> type:
-        """
-        The class that ``jdcore.aggregation`` exports under this name.
-
-        :raises AttributeError: If no method has this class name (so that ``hasattr`` works).
-        :raises MissingMethodError: If a known distribution that is not installed provides it.
-        """
-        base = class_name.removesuffix("Weighting")
-        self._discover()
-        try:
-            entry = self.aggregator(base)
-        except UnknownNameError as error:
-            if distribution_of(base) is None:
-                raise AttributeError(str(error), name=class_name) from error
-            raise MissingMethodError(
-                class_name, error.kind, error.close, error.known, error.hint
-            ) from None
-        if entry.spec.class_name != base:
-            raise AttributeError(
-                f"no method has the class name {base!r}; did you mean {entry.spec.class_name!r}?",
-                name=class_name,
-            )
-        if class_name == base:
-            return self.aggregator_class(entry.qualified_name)
-        return self.weighting_class(entry.qualified_name)
-
-    def exported_names(self) -> list[str]:
-        self._discover()
-        specs = [self.aggregator(name).spec for name in self._aggregators.listed_names()]
-        weightings = [f"{s.class_name}Weighting" for s in specs if s.weighting is not None]
-        return [s.class_name for s in specs] + weightings
 
 
 def _installable(problem: str, installed: Collection[str]) -> str | None:
@@ -331,15 +274,6 @@ def load_factory(provider: str, factory: str) -> type:
         return getattr(importlib.import_module(module), attribute)  # type: ignore[no-any-return]
     except Exception as error:
         raise PluginError(provider, f"{factory!r} cannot be loaded: {error}") from error
-
-
-# By class, not by name: the composed class stays the same object until a notebook cell that runs
-# again redefines its weighting.
-@cache
-def _composed(class_name: str, qualified_name: str, weighting_class: type) -> type:
-    from jdcore.aggregation._aggregator import compose  # imports torch, which listing does without
-
-    return compose(class_name, weighting_class, qualified_name)
 
 
 def _stacklevel_of_caller() -> int:

@@ -50,7 +50,9 @@ def get_aggregator(name: str | Mapping[str, Any], /, **arguments: Any) -> Any:
     """
     if isinstance(name, Mapping):
         return _read_config(name, "aggregator", arguments)
-    return construct(registry.aggregator_class(name), name, arguments)
+    from jdcore import _methods  # imports torch, which listing does without
+
+    return construct(_methods.aggregator_class(name), name, arguments)
 
 
 def get_weighting(name: str | Mapping[str, Any], /, **arguments: Any) -> Any:
@@ -63,7 +65,9 @@ def get_weighting(name: str | Mapping[str, Any], /, **arguments: Any) -> Any:
     """
     if isinstance(name, Mapping):
         return _read_config(name, "weighting", arguments)
-    return construct(registry.weighting_class(name), name, arguments)
+    from jdcore import _methods
+
+    return construct(_methods.weighting_class(name), name, arguments)
 
 
 def _read_config(config: Mapping[str, Any], kind: str, arguments: Mapping[str, Any]) -> Any:

@@ -91,9 +91,11 @@ def _versions(plugins: list[dict[str, Any]]) -> Iterator[tuple[str, str]]:
 
 
 def _trials() -> Iterator[Trial]:
+    from jdcore._methods import aggregator_class  # imports torch, as do all methods
+
     for name in registry.aggregators():
         try:
-            problem = solver_problem(registry.aggregator_class(name))
+            problem = solver_problem(aggregator_class(name))
         except JDCoreError as error:
             yield Trial(method=name, solver=None, milliseconds=None, trouble=_one_line(error))
             continue
@@ -120,9 +122,11 @@ def _time(name: str, arguments: dict[str, Any]) -> float:
     """
     import torch
 
+    from jdcore._methods import aggregator_class
+
     m = max(_ROWS, registry.aggregator(name).spec.min_rows)
     matrix = torch.randn(m, _COLUMNS, generator=torch.Generator().manual_seed(0))
-    aggregator = registry.aggregator_class(name)(
+    aggregator = aggregator_class(name)(
         **{**registry.aggregator(name).spec.example(m), **arguments}
     )
     seconds = []

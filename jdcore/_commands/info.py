@@ -40,7 +40,9 @@ def run(arguments: argparse.Namespace) -> int:
 
 def describe_method(name: str) -> dict[str, Any]:
     """The record of a method, with its parameters and the solvers they take. Imports it."""
-    cls = registry.aggregator_class(name)
+    from jdcore._methods import aggregator_class  # imports torch, which other commands do without
+
+    cls = aggregator_class(name)
     entry = registry.aggregator(name)
     plain = registry.aggregators()
     listed = entry.spec.name if entry.spec.name in plain else entry.qualified_name

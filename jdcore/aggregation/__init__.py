@@ -17,15 +17,19 @@ from jdcore.aggregation._solver import find_solver, solver_field
 from jdcore.aggregation._source import GramianSource, as_weighting, weigh
 from jdcore.aggregation._state import StateFields, state_field
 from jdcore.aggregation._weighting import GramianWeighting, row_weights
+from jdcore.protocols import Aggregator, GeneralizedWeighting, Weighting
 
 __all__ = [
+    "Aggregator",
     "CoordinatewiseAggregator",
     "Flattening",
+    "GeneralizedWeighting",
     "GramianAggregator",
     "GramianSource",
     "GramianWeighting",
     "ScalarizationWeighting",
     "StateFields",
+    "Weighting",
     "as_module",
     "as_weighting",
     "find_solver",
@@ -39,12 +43,12 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name.startswith("_"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from jdcore._registry import registry  # on demand: importing the core reads no plugin
+    from jdcore._methods import exported_class  # on demand: it stands above this package
 
-    return registry.exported_class(name)
+    return exported_class(name)
 
 
 def __dir__() -> list[str]:
-    from jdcore._registry import registry
+    from jdcore._methods import exported_names
 
-    return sorted({*__all__, *registry.exported_names()})
+    return sorted({*__all__, *exported_names()})

@@ -1,10 +1,8 @@
 from __future__ import annotations
 
-import inspect
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import reduce
-from typing import Any, ClassVar
 
 import torch
 from attrs import define, field
@@ -18,8 +16,6 @@ from jdcore.linalg import combine
 from jdcore.linalg._gramian import sum_gramians
 from jdcore.protocols import Weighting
 from jdcore.validators import check_blocks, check_matrix
-
-_STATEFUL_METHODS = ("reset", "state_dict", "load_state_dict")
 
 
 @define(eq=False)
@@ -120,77 +116,3 @@ def _examine(
     if finite_required(getattr(weighting, "check_finite", None)):
         raise NonFiniteError(rows)
     return [vector * math.nan for vector in vectors], weights * math.nan
-
-
-class ComposedAggregator(GramianAggregator):
-    """Base of the classes made by :func:`compose`; they take the arguments of their weighting."""
-
-    weighting_class: ClassVar[type]
-    qualified_name: ClassVar[str]
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(self.weighting_class(*args, **kwargs))
-
-    def __repr__(self) -> str:
-        arguments = repr(self.weighting).partition("(")[2]
-        return f"{type(self).__name__}({arguments}"
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        # By qualified name: the short name may belong to nobody where two distributions claim it.
-        return _restore, (self.qualified_name, self.weighting)
-
-
-class _StatefulComposedAggregator(ComposedAggregator):
-    """Composed of a :class:`~jdcore.Stateful` weighting, which keeps the state."""
-
-    weighting: Any
-
-    def reset(self) -> None:
-        """Return to the state of a new object."""
-        self.weighting.reset()
-
-    def state_dict(self) -> dict[str, Any]:
-        """Copy the state, which is that of ``.weighting``."""
-        state: dict[str, Any] = self.weighting.state_dict()
-        return state
-
-    def load_state_dict(self, state: Mapping[str, Any], /) -> None:
-        """
-        Restore a state.
-
-        :param state: What :meth:`state_dict` returned, here or of ``.weighting``.
-        :raises ParameterError: If it does not fit; the state is then left as it was.
-        """
-        self.weighting.load_state_dict(state)
-
-
-def compose(
-    class_name: str, weighting_class: type, qualified_name: str
-) -> type[ComposedAggregator]:
-    """
-    Make the aggregator class of a weighting class.
-
-    :param class_name: Name of the new class, e.g. ``"UPGrad"``.
-    :param weighting_class: Class of the weighting; its docstring and signature are taken over.
-    :param qualified_name: ``"distribution:name"``, under which the registry finds the class again.
-    """
-    namespace = {
-        "__doc__": weighting_class.__doc__,
-        "__module__": "jdcore.aggregation",
-        "__signature__": inspect.signature(weighting_class),
-        "weighting_class": weighting_class,
-        "qualified_name": qualified_name,
-    }
-    # The protocol's own check would need an instance before Python 3.12.
-    stateful = all(hasattr(weighting_class, name) for name in _STATEFUL_METHODS)
-    base = _StatefulComposedAggregator if stateful else ComposedAggregator
-    return type(class_name, (base,), namespace)
-
-
-def _restore(qualified_name: str, weighting: Weighting) -> ComposedAggregator:
-    from jdcore._registry import registry  # the registry composes, so it imports this module
-
-    cls: type[ComposedAggregator] = registry.aggregator_class(qualified_name)
-    aggregator = cls.__new__(cls)
-    GramianAggregator.__init__(aggregator, weighting)
-    return aggregator

@@ -8,8 +8,8 @@ from typing import Any
 import attrs
 from attrs import frozen
 
+from jdcore._methods import ComposedAggregator
 from jdcore.aggregation import Flattening, GramianAggregator
-from jdcore.aggregation._aggregator import ComposedAggregator
 from jdcore.errors import ParameterError
 
 ADAPTERS: dict[str, type] = {"flattening": Flattening, "gramian_aggregator": GramianAggregator}

@@ -4,7 +4,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from jdcore._registry import get_solver, registry
+from jdcore._methods import aggregator_class, weighting_class
+from jdcore._registry import get_solver
 from jdcore.config._arguments import ADAPTERS, Argument, arguments_of
 from jdcore.config._tensors import read_tensor
 from jdcore.errors import ParameterError, ParameterTypeError, UnknownNameError
@@ -68,7 +69,7 @@ def _class(name: str, kind: str) -> Any:
         if normalize_name(adapter) == normalize_name(name):
             _refuse_adapter_as(kind, adapter)
             return cls
-    find = registry.aggregator_class if kind == "aggregator" else registry.weighting_class
+    find = aggregator_class if kind == "aggregator" else weighting_class
     return find(name)
 
 

@@ -5,8 +5,8 @@ from typing import Any
 
 from torch import Tensor
 
+from jdcore._methods import ComposedAggregator, aggregator_class, weighting_class
 from jdcore._registry import registry
-from jdcore.aggregation._aggregator import ComposedAggregator
 from jdcore.config._arguments import ADAPTERS, Argument, arguments_of
 from jdcore.config._tensors import write_tensor
 from jdcore.errors import ParameterError, ParameterTypeError
@@ -112,7 +112,7 @@ def _makes(entry: Any, cls: Any) -> bool:
         return bool(entry.qualified_name == cls.qualified_name)
     if entry.spec.class_name != cls.__name__.removesuffix("Weighting"):
         return False  # so that no other method is imported
-    found = registry.weighting_class if entry.spec.weighting else registry.aggregator_class
+    found = weighting_class if entry.spec.weighting else aggregator_class
     return found(entry.qualified_name) is cls
 
 

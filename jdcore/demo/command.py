@@ -10,7 +10,6 @@ from inspect import Parameter, signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jdcore._registry import registry
 from jdcore.errors import JDCoreError, ParameterError
 from jdcore.registry import describe, get_aggregator
 
@@ -72,7 +71,9 @@ def make_aggregator(name: str) -> Aggregator:
     """
     import torch  # on demand, as `jdcore --help` has no use for it
 
-    cls, example = registry.aggregator_class(name), describe(name).example(TASKS)
+    from jdcore._methods import aggregator_class
+
+    cls, example = aggregator_class(name), describe(name).example(TASKS)
     parameters = signature(cls).parameters.values()
     required = {p.name for p in parameters if p.default is Parameter.empty}
     arguments = {k: v for k, v in example.items() if k in required}

@@ -8,7 +8,7 @@ from typing import Any
 import attrs
 import torch
 
-from jdcore._registry import registry
+from jdcore._methods import aggregator_class, weighting_class
 from jdcore.config import to_config
 from jdcore.config._arguments import Argument, arguments_of
 from jdcore.errors import ParameterError
@@ -18,7 +18,7 @@ from jdcore.validators import row_vector
 
 
 def refuses_unusable_arguments(case: Case) -> None:
-    for argument in arguments_of(registry.aggregator_class(case.name)).values():
+    for argument in arguments_of(aggregator_class(case.name)).values():
         nonsense = {argument.name: object()}
         _demand_error(lambda a=nonsense: case.make(case.rows, a), argument.name)
         _refuses_on_set(case, argument)
@@ -35,7 +35,7 @@ def _refuses_on_set(case: Case, argument: Argument) -> None:
 
 
 def checks_vectors_against_the_rows(case: Case) -> None:
-    fields = attrs.fields(registry.weighting_class(case.name))
+    fields = attrs.fields(weighting_class(case.name))
     for name in [f.name for f in fields if f.validator is row_vector]:
         _checks_vector(case, name)
 
@@ -64,7 +64,7 @@ def _demand_error(action: Any, parameter: str) -> None:
 def survives_a_config_round_trip(case: Case) -> None:
     _makes_the_round_trip(case, {})
     wide = torch.linspace(0.1, 1.0, case.rows, dtype=torch.float64)
-    for argument in arguments_of(registry.aggregator_class(case.name)).values():
+    for argument in arguments_of(aggregator_class(case.name)).values():
         if argument.accepts("Tensor"):
             _makes_the_round_trip(case, {argument.name: wide})
 

@@ -8,6 +8,7 @@ import torch
 from attrs import frozen
 from torch import Tensor
 
+from jdcore._methods import aggregator_class, weighting_class
 from jdcore._registry import registry
 from jdcore.errors import UnsolvedWarning
 from jdcore.spec import AggregatorSpec, Property
@@ -43,13 +44,13 @@ class Case:
 
     def make(self, m: int, arguments: Mapping[str, Any] | None = None, seed: int = 0) -> Any:
         """A new aggregator for m rows, seeded if the method is stochastic."""
-        return self._construct(registry.aggregator_class(self.name), m, arguments or {}, seed)
+        return self._construct(aggregator_class(self.name), m, arguments or {}, seed)
 
     def make_weighting(
         self, m: int, arguments: Mapping[str, Any] | None = None, seed: int = 0
     ) -> Any:
         """A new weighting for m rows, seeded if the method is stochastic."""
-        return self._construct(registry.weighting_class(self.name), m, arguments or {}, seed)
+        return self._construct(weighting_class(self.name), m, arguments or {}, seed)
 
     def _construct(self, cls: type, m: int, arguments: Mapping[str, Any], seed: int) -> Any:
         seeded = {"generator": torch.Generator().manual_seed(seed)} if self.spec.stochastic else {}

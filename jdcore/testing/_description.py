@@ -11,12 +11,13 @@ from typing import Any
 
 import torch
 
+from jdcore._methods import aggregator_class
 from jdcore._registry import registry
 from jdcore.testing._case import Case, demand
 
 
 def describes_itself(case: Case) -> None:
-    cls = registry.aggregator_class(case.name)
+    cls = aggregator_class(case.name)
     demand(cls.__name__ == case.spec.class_name, f"class {cls.__name__}, {case.spec.class_name}")
     demand(bool(cls.__doc__ and cls.__doc__.strip()), "the class has no docstring")
     demand(">>>" in (cls.__doc__ or ""), "the docstring has no runnable example")
@@ -32,7 +33,7 @@ def describes_itself(case: Case) -> None:
 def shows_what_you_would_type(case: Case) -> None:
     aggregator = case.make(case.rows)
     scope: dict[str, Any] = {
-        case.spec.class_name: registry.aggregator_class(case.name),
+        case.spec.class_name: aggregator_class(case.name),
         "tensor": torch.tensor,
         "torch": torch,
     }

@@ -10,8 +10,8 @@ from attrs import define, field
 from torch import Tensor
 
 from jdcore import ParameterError, ParameterTypeError, Stateful
+from jdcore._methods import ComposedAggregator, compose
 from jdcore.aggregation import GramianWeighting, StateFields, state_field
-from jdcore.aggregation._aggregator import ComposedAggregator, compose
 from jdcore.validators import integer
 
 

@@ -8,7 +8,7 @@ from attrs import define
 from numpy.typing import NDArray
 
 import jdcore
-from jdcore import AggregatorSpec, ParameterError, ParameterTypeError, UnknownNameError
+from jdcore import AggregatorSpec, ParameterError, ParameterTypeError, UnknownNameError, _methods
 from jdcore._registry import Registry
 from jdcore.aggregation import GramianWeighting
 from jdcore.errors import AmbiguousNameError
@@ -32,8 +32,9 @@ def spec(name: str = "last_row", **changes: object) -> AggregatorSpec:
 
 
 @pytest.fixture
-def registry() -> Registry:
-    return Registry()
+def registry(monkeypatch: pytest.MonkeyPatch) -> Registry:
+    monkeypatch.setattr(_methods, "registry", Registry())
+    return _methods.registry
 
 
 @pytest.mark.parametrize(
@@ -42,10 +43,10 @@ def registry() -> Registry:
 def test_a_registered_method_is_found_in_any_spelling(registry: Registry, spelling: str) -> None:
     registry.register(spec())
 
-    assert registry.weighting_class(spelling) is LastRowWeighting
-    assert registry.aggregator_class(spelling).__name__ == "LastRow"
-    assert registry.exported_class("LastRowWeighting") is LastRowWeighting
-    assert registry.exported_class("LastRow") is registry.aggregator_class(spelling)
+    assert _methods.weighting_class(spelling) is LastRowWeighting
+    assert _methods.aggregator_class(spelling).__name__ == "LastRow"
+    assert _methods.exported_class("LastRowWeighting") is LastRowWeighting
+    assert _methods.exported_class("LastRow") is _methods.aggregator_class(spelling)
 
 
 def test_the_composed_class_takes_the_arguments_and_the_docstring_of_its_weighting(
@@ -53,7 +54,7 @@ def test_the_composed_class_takes_the_arguments_and_the_docstring_of_its_weighti
 ) -> None:
     registry.register(spec())
 
-    cls = registry.aggregator_class("last_row")
+    cls = _methods.aggregator_class("last_row")
 
     assert cls.__doc__ == LastRowWeighting.__doc__
     assert repr(cls(check_finite=True)) == "LastRow()"
@@ -76,12 +77,12 @@ def test_registrations_survive_a_refresh(registry: Registry) -> None:
 
 def test_classes_stay_the_same_whatever_else_is_registered(registry: Registry) -> None:
     registry.register(spec())
-    cls = registry.aggregator_class("last_row")
+    cls = _methods.aggregator_class("last_row")
 
     registry.register(spec("another_last_row"))
     registry.refresh()
 
-    assert registry.aggregator_class("last_row") is cls
+    assert _methods.aggregator_class("last_row") is cls
 
 
 def test_registering_a_taken_alias_is_refused_and_changes_nothing(registry: Registry) -> None:
@@ -116,9 +117,9 @@ def test_an_exported_name_must_be_the_exact_class_name(registry: Registry) -> No
     registry.register(spec())
 
     with pytest.raises(AttributeError, match="did you mean 'LastRow'"):
-        registry.exported_class("Lastrow")
+        _methods.exported_class("Lastrow")
     with pytest.raises(AttributeError, match="No aggregator is registered"):
-        registry.exported_class("NoSuchMethod")
+        _methods.exported_class("NoSuchMethod")
 
 
 def test_a_name_that_is_no_string_is_refused() -> None:
@@ -138,3 +139,10 @@ def test_an_exported_name_that_two_methods_claim_is_ambiguous(registry: Registry
 
     with pytest.raises(AmbiguousNameError):
         registry.aggregator("last_row")
+
+
+def test_the_contracts_are_exported_beside_the_methods() -> None:
+    from jdcore.aggregation import Aggregator, GeneralizedWeighting, Weighting
+
+    assert Aggregator is jdcore.Aggregator
+    assert (GeneralizedWeighting, Weighting) == (jdcore.GeneralizedWeighting, jdcore.Weighting)

@@ -1,0 +1,171 @@
+"""
+The classes of the registered methods.
+
+The registry knows specs; here they become classes. This module stands above the registry and above
+:mod:`jdcore.aggregation`, because the aggregator of a weighting is composed of both.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from functools import cache
+from typing import Any, ClassVar
+
+from jdcore._catalogue import distribution_of
+from jdcore._registry import load_factory, registry
+from jdcore.aggregation._aggregator import GramianAggregator
+from jdcore.errors import MissingMethodError, ParameterError, UnknownNameError
+from jdcore.protocols import Weighting
+
+__all__ = [
+    "ComposedAggregator",
+    "aggregator_class",
+    "compose",
+    "exported_class",
+    "exported_names",
+    "weighting_class",
+]
+
+_STATEFUL_METHODS = ("reset", "state_dict", "load_state_dict")
+
+
+def aggregator_class(name: str) -> type:
+    """
+    The class of an aggregator: the plugin's own, or one composed from its weighting.
+
+    Errors as :func:`jdcore.get_aggregator`.
+    """
+    entry = registry.aggregator(name)
+    if entry.spec.aggregator is not None:
+        return load_factory(entry.qualified_name, entry.spec.aggregator)
+    weighting = load_factory(entry.qualified_name, entry.spec.weighting)
+    return _composed(entry.spec.class_name, entry.qualified_name, weighting)
+
+
+def weighting_class(name: str) -> type:
+    """
+    The class of a weighting.
+
+    :raises ParameterError: If the method is not a weighting of the Gramian.
+    """
+    entry = registry.aggregator(name)
+    if entry.spec.weighting is None:
+        raise ParameterError(
+            "name",
+            "a method whose weights depend on the Gramian only",
+            repr(name),
+            f"{entry.spec.class_name} has to see the matrix: use get_aggregator({name!r}).",
+        )
+    return load_factory(entry.qualified_name, entry.spec.weighting)
+
+
+def exported_class(class_name: str) -> type:
+    """
+    The class that ``jdcore.aggregation`` exports under this name.
+
+    :raises AttributeError: If no method has this class name (so that ``hasattr`` works).
+    :raises MissingMethodError: If a known distribution that is not installed provides it.
+    """
+    base = class_name.removesuffix("Weighting")
+    try:
+        entry = registry.aggregator(base)
+    except UnknownNameError as error:
+        if distribution_of(base) is None:
+            raise AttributeError(str(error), name=class_name) from error
+        raise MissingMethodError(
+            class_name, error.kind, error.close, error.known, error.hint
+        ) from None
+    if entry.spec.class_name != base:
+        raise AttributeError(
+            f"no method has the class name {base!r}; did you mean {entry.spec.class_name!r}?",
+            name=class_name,
+        )
+    find = aggregator_class if class_name == base else weighting_class
+    return find(entry.qualified_name)
+
+
+def exported_names() -> list[str]:
+    """The names of all classes that ``jdcore.aggregation`` exports for registered methods."""
+    specs = [registry.aggregator(name).spec for name in registry.aggregators()]
+    weightings = [f"{s.class_name}Weighting" for s in specs if s.weighting is not None]
+    return [s.class_name for s in specs] + weightings
+
+
+class ComposedAggregator(GramianAggregator):
+    """Base of the classes made by :func:`compose`; they take the arguments of their weighting."""
+
+    weighting_class: ClassVar[type]
+    qualified_name: ClassVar[str]
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(self.weighting_class(*args, **kwargs))
+
+    def __repr__(self) -> str:
+        arguments = repr(self.weighting).partition("(")[2]
+        return f"{type(self).__name__}({arguments}"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # By qualified name: the short name may belong to nobody where two distributions claim it.
+        return _restore, (self.qualified_name, self.weighting)
+
+
+class _StatefulComposedAggregator(ComposedAggregator):
+    """Composed of a :class:`~jdcore.Stateful` weighting, which keeps the state."""
+
+    weighting: Any
+
+    def reset(self) -> None:
+        """Return to the state of a new object."""
+        self.weighting.reset()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Copy the state, which is that of ``.weighting``."""
+        state: dict[str, Any] = self.weighting.state_dict()
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Any], /) -> None:
+        """
+        Restore a state.
+
+        :param state: What :meth:`state_dict` returned, here or of ``.weighting``.
+        :raises ParameterError: If it does not fit; the state is then left as it was.
+        """
+        self.weighting.load_state_dict(state)
+
+
+def compose(
+    class_name: str, weighting_class: type, qualified_name: str
+) -> type[ComposedAggregator]:
+    """
+    Make the aggregator class of a weighting class.
+
+    :param class_name: Name of the new class, e.g. ``"UPGrad"``.
+    :param weighting_class: Class of the weighting; its docstring and signature are taken over.
+    :param qualified_name: ``"distribution:name"``, under which the registry finds the class again.
+    """
+    namespace = {
+        "__doc__": weighting_class.__doc__,
+        "__module__": "jdcore.aggregation",
+        "__signature__": inspect.signature(weighting_class),
+        "weighting_class": weighting_class,
+        "qualified_name": qualified_name,
+    }
+    # The protocol's own check would need an instance before Python 3.12.
+    stateful = all(hasattr(weighting_class, name) for name in _STATEFUL_METHODS)
+    base = _StatefulComposedAggregator if stateful else ComposedAggregator
+    return type(class_name, (base,), namespace)
+
+
+# By class, not by name: the composed class stays the same object until a notebook cell that runs
+# again redefines its weighting.
+@cache
+def _composed(class_name: str, qualified_name: str, weighting_class: type) -> type:
+    return compose(class_name, weighting_class, qualified_name)
+
+
+def _restore(qualified_name: str, weighting: Weighting) -> ComposedAggregator:
+    cls: type[ComposedAggregator] = aggregator_class(qualified_name)
+    aggregator = cls.__new__(cls)
+    GramianAggregator.__init__(aggregator, weighting)
+    return aggregator
