@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from time import perf_counter
 
 import torch
 from attrs import define, field
@@ -8,8 +9,11 @@ from torch import Tensor
 
 from jdcore.aggregation._differentiation import forbid_differentiation
 from jdcore.aggregation._finite import finite_required, is_finite, nonfinite_rows
+from jdcore.aggregation._observation import Observation, observed, unobserved
 from jdcore.aggregation._row_vectors import check_row_vectors
+from jdcore.aggregation._source import GramianSource
 from jdcore.errors import NonFiniteError
+from jdcore.linalg._gramian import sum_gramians
 from jdcore.validators import boolean, check_blocks, check_matrix
 
 # Entries handled at once: few enough to stay in the cache of a CPU through several passes over
@@ -83,6 +87,29 @@ class CoordinatewiseAggregator:
         if m == 0:
             return [block.new_zeros(block.shape[1]) for block in blocks]
         self.check_rows(m)
+        if observed():
+            return self._observed(blocks)
+        return self._vectors(blocks)
+
+    def _observed(self, blocks: list[Tensor]) -> list[Tensor]:
+        start = perf_counter()
+        vectors = self._vectors(blocks)
+        seconds = perf_counter() - start
+        precision = max((block.dtype for block in blocks), key=lambda d: torch.finfo(d).eps)
+        source = GramianSource(
+            len(blocks[0]), precision, blocks[0].device, lambda: sum_gramians(blocks)
+        )
+
+        def products() -> Tensor:
+            pairs = zip(blocks, vectors, strict=True)
+            return torch.stack([b.double() @ v.double() for b, v in pairs]).sum(0)
+
+        with unobserved() as observers:
+            for observer in observers:
+                observer(Observation(self, source, None, products, seconds))
+        return vectors
+
+    def _vectors(self, blocks: list[Tensor]) -> list[Tensor]:
         if not all(map(is_finite, blocks)):
             if finite_required(self.check_finite):
                 raise NonFiniteError(nonfinite_rows(blocks))

@@ -32,8 +32,8 @@ class Flattening:
         :returns: Weights [m1, ..., mk].
         :raises ParameterError: If the shape does not read the same in both directions.
         """
-        shape = objectives_shape(gramian)
-        return self.weighting(flatten_gramian(gramian)).reshape(shape)
+        source = GramianSource.of(flatten_gramian(gramian))
+        return weigh(self, source, objectives_shape(gramian)).to(gramian)
 
     def weigh(self, source: GramianSource, shape: Sequence[int] | None = None, /) -> Tensor:
         """

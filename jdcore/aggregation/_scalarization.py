@@ -5,7 +5,7 @@ from attrs import define, field
 from torch import Tensor
 
 from jdcore.aggregation._row_vectors import check_row_vectors
-from jdcore.aggregation._source import GramianSource
+from jdcore.aggregation._source import GramianSource, weigh
 from jdcore.validators import boolean, check_gramian
 
 
@@ -43,7 +43,7 @@ class ScalarizationWeighting:
             of this weighting does not fit its size or device.
         """
         check_gramian(gramian)
-        weights = self.weigh(GramianSource.of(gramian))
+        weights = weigh(self, GramianSource.of(gramian))
         return weights.to(gramian.device, gramian.dtype, copy=True)
 
     def weigh(self, source: GramianSource, /) -> Tensor:

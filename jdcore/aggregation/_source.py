@@ -1,13 +1,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, partial
+from time import perf_counter
 from typing import Any
 
 import torch
 from attrs import define, field
 from torch import Tensor
 
+from jdcore.aggregation._observation import Observation, observed, unobserved
 from jdcore.errors import ParameterError, ParameterTypeError
 from jdcore.linalg import unflatten_gramian
 from jdcore.validators import describe_tensor
@@ -31,6 +33,8 @@ class GramianSource:
     precision: torch.dtype
     device: torch.device
     compute: Callable[[], Tensor]
+    asked: bool = field(default=False, init=False)
+    """Whether the method asked for the Gramian, so that its weights may depend on the Jacobian."""
     _gramian: Tensor | None = field(default=None, init=False)
 
     @classmethod
@@ -41,14 +45,14 @@ class GramianSource:
 
     def gramian(self) -> Tensor:
         """The Gramian, float64 Tensor [m, m], computed at the first call. Not to be modified."""
+        self.asked = True
+        return self.peek()
+
+    def peek(self) -> Tensor:
+        """:meth:`gramian` for an observer, which does not count as the method asking for it."""
         if self._gramian is None:
             self._gramian = self.compute()
         return self._gramian
-
-    @property
-    def asked(self) -> bool:
-        """Whether the Gramian was asked for, so that the weights may depend on the Jacobian."""
-        return self._gramian is not None
 
 
 def as_weighting(given: Any, parameter: str = "weighting") -> Any:
@@ -96,6 +100,25 @@ def weigh(weighting: Any, source: GramianSource, shape: Sequence[int] | None = N
     :returns: Weights of that shape, [m] if None, detached.
     :raises ParameterError: If the weighting returns something else.
     """
+    if not observed():
+        return _ask(weighting, source, shape)
+    with unobserved() as observers:
+        start = perf_counter()
+        weights = _ask(weighting, source, shape)
+        seconds = perf_counter() - start
+        vector = weights.flatten()
+        products = partial(_products, source, vector)
+        for observer in observers:
+            observer(Observation(weighting, source, vector, products, seconds))
+    return weights
+
+
+def _products(source: GramianSource, weights: Tensor) -> Tensor:
+    gramian = source.peek()
+    return gramian @ weights.to(gramian)
+
+
+def _ask(weighting: Any, source: GramianSource, shape: Sequence[int] | None) -> Tensor:
     expected = (source.rows,) if shape is None else tuple(shape)
     cls: Any = type(weighting)
     if _takes_source(cls):

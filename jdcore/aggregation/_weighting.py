@@ -12,7 +12,7 @@ from torch import Tensor
 from jdcore.aggregation._differentiation import forbid_differentiation
 from jdcore.aggregation._finite import finite_required, refuse_gramian
 from jdcore.aggregation._row_vectors import check_row_vectors
-from jdcore.aggregation._source import GramianSource
+from jdcore.aggregation._source import GramianSource, weigh
 from jdcore.validators import boolean, check_gramian
 
 _FEW = 8
@@ -74,7 +74,7 @@ class GramianWeighting:
         :raises NonDifferentiableError: When differentiating through the weights.
         """
         check_gramian(gramian)
-        weights = self.weigh(GramianSource.of(gramian)).to(gramian)
+        weights = weigh(self, GramianSource.of(gramian)).to(gramian)
         return forbid_differentiation(self, gramian, weights)
 
     def weigh(self, source: GramianSource, /) -> Tensor:

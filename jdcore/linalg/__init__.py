@@ -3,13 +3,17 @@
 from jdcore.linalg._blas import cholesky, eigh, product, solve
 from jdcore.linalg._combine import combine
 from jdcore.linalg._complementarity import lcp_residual, refine_lcp
+from jdcore.linalg._conflicts import alignment_score, conflicting_share, cosines
 from jdcore.linalg._equilibrate import equilibrate
 from jdcore.linalg._generalized import flatten_gramian, objectives_shape, unflatten_gramian
 from jdcore.linalg._gramian import gramian
 
 __all__ = [
+    "alignment_score",
     "cholesky",
     "combine",
+    "conflicting_share",
+    "cosines",
     "eigh",
     "equilibrate",
     "flatten_gramian",

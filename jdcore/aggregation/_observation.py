@@ -1,0 +1,64 @@
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any
+
+from attrs import frozen
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from jdcore.aggregation._source import GramianSource
+
+
+@frozen(eq=False)
+class Observation:
+    """
+    What one weighing showed, for those who watch a training.
+
+    :param method: The weighting, or the aggregator of a method that has none.
+    :param source: The Jacobian. Its Gramian is computed if an observer asks and the method did not.
+    :param weights: Weights [m]; None for a method whose update is no weighted sum of the rows.
+    :param products: Makes the inner products [m] of the update with the rows, in float64.
+    :param seconds: Wall time of the weighing, that of the Gramian included if the method asked.
+    """
+
+    method: Any
+    source: GramianSource
+    weights: Tensor | None
+    products: Callable[[], Tensor]
+    seconds: float
+
+
+Observer = Callable[[Observation], None]
+
+# Of this context, so that one thread does not watch the training of another. Wrappers ask what they
+# wrap through the same door: while the outermost weighs, nobody watches.
+_OBSERVERS: ContextVar[tuple[Observer, ...]] = ContextVar("observers", default=())
+
+
+@contextmanager
+def observing(observer: Observer) -> Iterator[None]:
+    """Tell an observer of every weighing of this context, the outermost where weightings nest."""
+    token = _OBSERVERS.set((*_OBSERVERS.get(), observer))
+    try:
+        yield
+    finally:
+        _OBSERVERS.reset(token)
+
+
+@contextmanager
+def unobserved() -> Iterator[tuple[Observer, ...]]:
+    """Give the observers of this context, and tell them nothing inside of this block."""
+    observers = _OBSERVERS.get()
+    token = _OBSERVERS.set(())
+    try:
+        yield observers
+    finally:
+        _OBSERVERS.reset(token)
+
+
+def observed() -> bool:
+    """Whether anybody watches."""
+    return bool(_OBSERVERS.get())

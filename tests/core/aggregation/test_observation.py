@@ -1,0 +1,89 @@
+from __future__ import annotations
+
+import numpy as np
+import torch
+from attrs import define
+from numpy.typing import NDArray
+from torch import Tensor
+
+from jdcore.aggregation import (
+    CoordinatewiseAggregator,
+    Flattening,
+    GramianAggregator,
+    GramianWeighting,
+    ScalarizationWeighting,
+)
+from jdcore.aggregation._observation import Observation, observing
+
+MATRIX = torch.tensor([[1.0, 0.0], [1.0, -2.0]])
+
+
+@define(eq=False)
+class Halves(GramianWeighting):
+    def compute(self, gramian: NDArray[np.float64]) -> NDArray[np.float64]:
+        return np.full(len(gramian), 0.5)
+
+
+@define(eq=False)
+class Equal(ScalarizationWeighting):
+    def compute(self, m: int, dtype: torch.dtype) -> Tensor:
+        return torch.full((m,), 1 / m, dtype=dtype)
+
+
+@define(eq=False)
+class Largest(CoordinatewiseAggregator):
+    def compute(self, columns: Tensor) -> Tensor:
+        return columns.amax(0)
+
+
+def test_an_observer_hears_of_weights_gramian_and_products() -> None:
+    heard: list[Observation] = []
+
+    with observing(heard.append):
+        GramianAggregator(Halves())(MATRIX)
+
+    [observation] = heard
+    assert observation.weights is not None
+    assert observation.weights.tolist() == [0.5, 0.5]
+    assert observation.source.peek().tolist() == [[1.0, 1.0], [1.0, 5.0]]
+    assert observation.products().tolist() == [1.0, 3.0]  # the update is [1, -1]
+
+
+def test_what_weighs_inside_of_another_is_not_heard_again() -> None:
+    heard: list[Observation] = []
+
+    with observing(heard.append):
+        Flattening(Halves())(torch.ones(1, 2, 2, 1))
+
+    assert [type(observation.method) for observation in heard] == [Flattening]
+
+
+def test_nothing_is_heard_after_the_block() -> None:
+    heard: list[Observation] = []
+
+    with observing(heard.append):
+        pass
+    GramianAggregator(Halves())(MATRIX)
+
+    assert heard == []
+
+
+def test_a_mean_stays_differentiable_although_the_observer_looks_at_the_gramian() -> None:
+    matrix = MATRIX.clone().requires_grad_()
+
+    with observing(lambda observation: observation.source.peek()):
+        update = GramianAggregator(Equal())(matrix)
+    update.sum().backward()
+
+    assert matrix.grad is not None
+    assert matrix.grad.tolist() == [[0.5, 0.5], [0.5, 0.5]]
+
+
+def test_a_method_without_weights_is_heard_with_its_products() -> None:
+    heard: list[Observation] = []
+
+    with observing(heard.append):
+        assert Largest()(MATRIX).tolist() == [1.0, 0.0]
+
+    assert heard[0].weights is None
+    assert heard[0].products().tolist() == [1.0, 1.0]
