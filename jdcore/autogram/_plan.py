@@ -16,6 +16,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from jdcore._layers import CHOOSE
 from jdcore._registry import get_gramian_rule, registry
+from jdcore.distributed._refusals import refuse_sharded
 from jdcore.errors import ParameterError, ParameterTypeError, PluginWarning
 from jdcore.protocols import GramianRule
 
@@ -178,10 +179,7 @@ def _refuse_unusable(name: str, module: nn.Module) -> None:
         )
     for parameter_name, parameter in module.named_parameters(recurse=False):
         label = _joined(name, parameter_name)
-        if _distributed(parameter):
-            raise ParameterError(
-                "modules", "without distributed tensors", f"a DTensor as `{label}`"
-            )
+        refuse_sharded([parameter], f"modules.{label}")
         if isinstance(parameter, UninitializedParameter):
             raise ParameterError(
                 "modules",
@@ -189,12 +187,6 @@ def _refuse_unusable(name: str, module: nn.Module) -> None:
                 f"a lazy parameter as `{label}`",
                 "Run one forward pass before making the engine.",
             )
-
-
-def _distributed(parameter: Parameter) -> bool:
-    tensors = sys.modules.get("torch.distributed.tensor")
-    dtensor = getattr(tensors, "DTensor", None)
-    return dtensor is not None and isinstance(parameter, dtensor)
 
 
 def _joined(prefix: str, name: str) -> str:

@@ -10,6 +10,7 @@ from torch.nn import Parameter
 from jdcore.autogram._plan import Plan
 from jdcore.autogram._recording import Record
 from jdcore.autogram.rules._direct import REARRANGING, Parents
+from jdcore.distributed._refusals import refuse_replicated, refuse_sharded
 from jdcore.errors import ParameterError
 
 _LEAF = "torch::autograd::AccumulateGrad"
@@ -55,12 +56,13 @@ def survey(output: Tensor, plan: Plan, key: object) -> Survey:
     Every node is visited together with the recorded call inside of which it lies (None outside), so
     that a parameter is known to be used where its rule looks, or elsewhere.
 
-    :raises ParameterError: If a part of the graph cannot be seen.
+    :raises ParameterError: If a part of the graph cannot be seen, or lies on several processes.
     """
     found = Survey()
     root: Any = output.grad_fn
     stack = [_enter(found, root, output.output_nr, None, key)]
     seen = set(stack)
+    leaves: list[Tensor] = []
     while stack:
         node, owner = stack.pop()
         _check(found, node)
@@ -71,6 +73,7 @@ def survey(output: Tensor, plan: Plan, key: object) -> Survey:
             name = child.name()
             if name == _LEAF:
                 gatherer: Any = child
+                leaves.append(gatherer.variable)
                 _leaf(found, plan, gatherer.variable, owner, (node, position))
                 continue
             children.append(child)
@@ -82,6 +85,8 @@ def survey(output: Tensor, plan: Plan, key: object) -> Survey:
             if visit not in seen:
                 seen.add(visit)
                 stack.append(visit)
+    refuse_sharded(leaves, "output")
+    refuse_replicated(leaves, "output")
     return found
 
 

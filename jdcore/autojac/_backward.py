@@ -5,12 +5,12 @@ from collections.abc import Iterable, Sequence
 from torch import Tensor
 
 from jdcore.autojac import _checks as checks
-from jdcore.autojac._distributed import refuse_replicated, refuse_sharded
 from jdcore.autojac._fields import check_jac_field
 from jdcore.autojac._graph import rows_of
 from jdcore.autojac._initial import initial_jacobians
 from jdcore.autojac._reentrant import is_reentrant, refuse_default
 from jdcore.autojac.transform import AccumulateJac, Jac
+from jdcore.distributed._refusals import refuse_replicated, refuse_sharded
 from jdcore.errors import ParameterError
 from jdcore.graph import reach
 

@@ -6,8 +6,8 @@ from attrs import frozen
 from torch import Tensor
 
 from jdcore.autojac import _checks as checks
-from jdcore.autojac._distributed import refuse_replicated, refuse_sharded
 from jdcore.autojac._reentrant import is_reentrant, refuse_default
+from jdcore.distributed._refusals import refuse_replicated, refuse_sharded
 from jdcore.errors import ParameterError
 from jdcore.graph import Reach, edge_of, reach, reach_behind
 from jdcore.validators import describe_tensor

@@ -8,34 +8,41 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.weak import WeakIdKeyDictionary
 
+from jdcore.distributed._sharding import gathered_parameters, is_dtensor, is_flat
 from jdcore.errors import ParameterError
 from jdcore.validators import describe_tensor
 
-# By name, through all bases: importing these classes would load torch.distributed.tensor and fsdp.
-_SHARDED = {
-    "DTensor": "a DTensor (FSDP2 or tensor parallelism)",
-    "FlatParameter": "an FSDP FlatParameter",
-}
 # Parameters that were seen to belong to no DistributedDataParallel module.
 _LOCAL = WeakIdKeyDictionary()
 
 
 def refuse_sharded(tensors: Iterable[Tensor], parameter: str) -> None:
     """
-    Refuse tensors of which this process holds a part only.
+    Refuse tensors of which this process holds a part only, and what FSDP gathered from such.
 
     :raises ParameterError: Naming the kind of tensor.
     """
+    gathered = gathered_parameters()
     for tensor in tensors:
-        for base in type(tensor).__mro__:
-            if base.__name__ in _SHARDED:
-                raise ParameterError(
-                    parameter,
-                    "tensors that this process holds in full",
-                    f"{_SHARDED[base.__name__]}, {describe_tensor(tensor)}",
-                    "Rows of a Jacobian are not gathered across processes: their Gramian would be "
-                    "that of one shard, and the processes would drift apart.",
-                )
+        kind = _kind(tensor, gathered)
+        if kind is not None:
+            raise ParameterError(
+                parameter,
+                "tensors that this process holds in full",
+                f"{kind}, {describe_tensor(tensor)}",
+                "Rows of a Jacobian are not gathered across processes: their Gramian would be "
+                "that of one shard, and the processes would drift apart.",
+            )
+
+
+def _kind(tensor: Tensor, gathered: dict[int, Tensor]) -> str | None:
+    if is_dtensor(tensor):
+        return "a DTensor (FSDP2 or tensor parallelism)"
+    if is_flat(tensor):
+        return "an FSDP FlatParameter"
+    if id(tensor) in gathered:
+        return "a parameter gathered by FSDP2 (fully_shard)"
+    return None
 
 
 def refuse_replicated(tensors: Iterable[Tensor], parameter: str) -> None:

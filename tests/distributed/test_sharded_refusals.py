@@ -1,0 +1,109 @@
+"""What a process holds in part only is refused before anything is written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from jdcore import ParameterError
+from jdcore.autogram import Engine
+from jdcore.autojac import backward, gramian_backward, jac, mtl_backward
+
+fsdp = pytest.importorskip("torch.distributed.fsdp")
+pytestmark = [
+    pytest.mark.usefixtures("alone"),
+    pytest.mark.skipif(not hasattr(fsdp, "fully_shard"), reason="needs FSDP2"),
+    pytest.mark.filterwarnings("ignore"),
+]
+
+
+class Tasks(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk = nn.Linear(3, 4)
+        self.heads = nn.ModuleList(nn.Linear(4, 1) for _ in range(2))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        features = self.trunk(x).tanh()
+        return features, [head(features).square().mean() for head in self.heads]
+
+
+def _sharded() -> Tasks:
+    model = Tasks()
+    for part in (model.trunk, *model.heads):
+        fsdp.fully_shard(part)
+    return fsdp.fully_shard(model)
+
+
+def _weighting(gramian: Tensor) -> Tensor:
+    return gramian.diagonal()
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda features, losses: backward(losses),
+        lambda features, losses: jac(losses),
+        lambda features, losses: mtl_backward(losses, features),
+        lambda features, losses: gramian_backward(losses, _weighting),
+    ],
+    ids=["backward", "jac", "mtl_backward", "gramian_backward"],
+)
+def test_fully_sharded_parameters_are_noticed_in_their_gathered_form(
+    call: Callable[..., object],
+) -> None:
+    model = _sharded()
+    features, losses = model(torch.randn(5, 3))
+    gathered = [node.variable for loss in losses for node in _leaf_nodes(loss)]
+    assert gathered
+    with pytest.raises(ParameterError, match="gathered by FSDP2"):
+        call(features, losses)
+    for parameter in [*model.parameters(), *gathered]:
+        assert parameter.grad is None
+        assert not hasattr(parameter, "jac")
+
+
+def test_an_engine_notices_modules_that_are_sharded_after_it_was_made() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1))
+    engine = Engine(model, batch_dim=0)
+    fsdp.fully_shard(model)
+    losses = model(torch.randn(5, 3)).squeeze(1)
+    with pytest.raises(ParameterError, match="gathered by FSDP2"):
+        engine.backward(losses, _weighting)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_an_engine_of_sharded_modules_is_refused() -> None:
+    with pytest.raises(ParameterError, match="DTensor"):
+        Engine(_sharded(), batch_dim=0)
+
+
+@pytest.mark.parametrize("original", [False, True])
+def test_flat_parameters_are_noticed(original: bool) -> None:
+    model = fsdp.FullyShardedDataParallel(
+        nn.Linear(3, 2), use_orig_params=original, device_id=torch.device("cpu")
+    )
+    losses = model(torch.randn(5, 3)).square().mean(dim=0)
+    with pytest.raises(ParameterError, match="FSDP FlatParameter"):
+        backward(losses)
+
+
+def test_a_plain_model_beside_a_sharded_one_is_served() -> None:
+    sharded = _sharded()
+    sharded(torch.randn(5, 3))
+    plain = nn.Linear(3, 2)
+    backward(plain(torch.randn(5, 3)).square().mean(dim=0))
+    assert plain.weight.jac.shape == (2, 2, 3)
+
+
+def _leaf_nodes(loss: Tensor) -> list[torch.autograd.graph.Node]:
+    stack, seen = [loss.grad_fn], set()
+    while stack:
+        node = stack.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            stack.extend(child for child, _ in node.next_functions)
+    return [node for node in seen if hasattr(node, "variable")]
