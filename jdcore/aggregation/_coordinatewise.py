@@ -100,13 +100,14 @@ class CoordinatewiseAggregator:
             len(blocks[0]), precision, blocks[0].device, lambda: sum_gramians(blocks)
         )
 
-        def products() -> Tensor:
-            pairs = zip(blocks, vectors, strict=True)
-            return torch.stack([b.double() @ v.double() for b, v in pairs]).sum(0)
+        def update() -> tuple[Tensor, Tensor]:
+            pairs = [(b.double(), v.double()) for b, v in zip(blocks, vectors, strict=True)]
+            products = torch.stack([block @ vector for block, vector in pairs]).sum(0)
+            return products, torch.stack([vector @ vector for _, vector in pairs]).sum()
 
         with unobserved() as observers:
             for observer in observers:
-                observer(Observation(self, source, None, products, seconds))
+                observer(Observation(self, source, None, update, seconds))
         return vectors
 
     def _vectors(self, blocks: list[Tensor]) -> list[Tensor]:

@@ -20,14 +20,15 @@ class Observation:
     :param method: The weighting, or the aggregator of a method that has none.
     :param source: The Jacobian. Its Gramian is computed if an observer asks and the method did not.
     :param weights: Weights [m]; None for a method whose update is no weighted sum of the rows.
-    :param products: Makes the inner products [m] of the update with the rows, in float64.
+    :param update: Makes the inner products [m] of the update with the rows, in float64, and the
+        squared length of the update.
     :param seconds: Wall time of the weighing, that of the Gramian included if the method asked.
     """
 
     method: Any
     source: GramianSource
     weights: Tensor | None
-    products: Callable[[], Tensor]
+    update: Callable[[], tuple[Tensor, Tensor]]
     seconds: float
 
 

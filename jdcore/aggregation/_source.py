@@ -107,15 +107,17 @@ def weigh(weighting: Any, source: GramianSource, shape: Sequence[int] | None = N
         weights = _ask(weighting, source, shape)
         seconds = perf_counter() - start
         vector = weights.flatten()
-        products = partial(_products, source, vector)
+        update = partial(_update, source, vector)
         for observer in observers:
-            observer(Observation(weighting, source, vector, products, seconds))
+            observer(Observation(weighting, source, vector, update, seconds))
     return weights
 
 
-def _products(source: GramianSource, weights: Tensor) -> Tensor:
+def _update(source: GramianSource, weights: Tensor) -> tuple[Tensor, Tensor]:
     gramian = source.peek()
-    return gramian @ weights.to(gramian)
+    wide = weights.to(gramian)
+    products = gramian @ wide
+    return products, products @ wide
 
 
 def _ask(weighting: Any, source: GramianSource, shape: Sequence[int] | None) -> Tensor:

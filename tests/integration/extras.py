@@ -7,6 +7,14 @@ from typing import Any
 
 import pytest
 
+# Distributions that modules below a name need beyond those of the core.
+_NEEDS = {
+    "jdcore.bench.": ("matplotlib", "rich", "scikit-learn", "scipy"),
+    "jdcore.demo.": ("matplotlib", "rich", "scikit-learn"),
+    "jdcore.monitor.lightning": ("lightning",),
+    "jdcore.monitor.plots": ("matplotlib",),
+}
+
 
 def _installed(distribution: str) -> bool:
     try:
@@ -16,15 +24,23 @@ def _installed(distribution: str) -> bool:
     return True
 
 
-DEMO = all(map(_installed, ("scikit-learn", "matplotlib", "rich")))
+def missing(module: str) -> list[str]:
+    """The distributions that a module needs and that are not installed."""
+    needs = {d for name, group in _NEEDS.items() if module.startswith(name) for d in group}
+    return sorted(distribution for distribution in needs if not _installed(distribution))
 
 
 def needs_more(module: str) -> bool:
-    """Whether a module needs an extra that is not installed."""
-    return module.startswith("jdcore.demo.") and not DEMO
+    """Whether a module needs distributions that are not installed."""
+    return bool(missing(module))
 
 
 def skipping(modules: list[str]) -> list[Any]:
     """The modules as test parameters; those that cannot be imported skip and say why."""
-    mark = pytest.mark.skip(reason="needs the extra jdcore[demo]")
-    return [pytest.param(m, marks=[mark] if needs_more(m) else []) for m in modules]
+    return [
+        pytest.param(
+            module,
+            marks=[pytest.mark.skip(reason=f"needs {', '.join(lacking)}")] if lacking else [],
+        )
+        for module, lacking in ((module, missing(module)) for module in modules)
+    ]

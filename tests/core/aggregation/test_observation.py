@@ -46,7 +46,9 @@ def test_an_observer_hears_of_weights_gramian_and_products() -> None:
     assert observation.weights is not None
     assert observation.weights.tolist() == [0.5, 0.5]
     assert observation.source.peek().tolist() == [[1.0, 1.0], [1.0, 5.0]]
-    assert observation.products().tolist() == [1.0, 3.0]  # the update is [1, -1]
+    products, square = observation.update()  # of the update [1, -1]
+    assert products.tolist() == [1.0, 3.0]
+    assert square.item() == 2.0
 
 
 def test_what_weighs_inside_of_another_is_not_heard_again() -> None:
@@ -86,4 +88,6 @@ def test_a_method_without_weights_is_heard_with_its_products() -> None:
         assert Largest()(MATRIX).tolist() == [1.0, 0.0]
 
     assert heard[0].weights is None
-    assert heard[0].products().tolist() == [1.0, 1.0]
+    products, square = heard[0].update()
+    assert products.tolist() == [1.0, 1.0]
+    assert square.item() == 1.0

@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from jdcore.errors import ParameterError
+from jdcore.validators import describe_tensor
+
+
+def first_order_change(
+    losses: Callable[[], Tensor],
+    step: Mapping[Tensor, Tensor],
+    /,
+    *,
+    before: Mapping[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """
+    Changes ``J Δθ`` of losses by a step Δθ of their parameters, to first order.
+
+    A positive entry means that the step raises this loss, however well its direction fitted before
+    an optimizer added momentum or scaled its coordinates.
+
+    The losses are evaluated once more and differentiated twice (``J Δθ`` is the derivative of
+    ``(Jᵀ v)·Δθ`` with respect to v), which takes operations that can be differentiated twice. The
+    random numbers of the evaluation are its own, so layers such as dropout draw other ones than
+    those of the training, and running statistics are updated once more.
+
+    :param losses: Evaluates the losses, a Tensor [m] or of any other shape, with gradients.
+    :param step: Step Δθ of each parameter, of its shape. Parameters that are left out do not move.
+    :param before: Values of the parameters at which the losses are differentiated, if other than
+        the present ones, which are put back afterwards.
+    :returns: The changes, of the shape and dtype of the losses.
+    :raises ParameterError: If the losses do not depend on any of the parameters.
+
+    >>> import torch
+    >>> from jdcore.monitor import first_order_change
+    >>> w = torch.tensor([1.0, 2.0], requires_grad=True)
+    >>> first_order_change(lambda: torch.stack([w.sum(), -w[0]]), {w: torch.tensor([0.5, 0.0])})
+    tensor([ 0.5000, -0.5000])
+    """
+    parameters = list(step)
+    present = {p: p.detach().clone() for p in before} if before else {}
+    try:
+        _assign(before or {})
+        with torch.enable_grad(), torch.random.fork_rng(devices=_cuda_devices(parameters)):
+            values = losses()
+            _check(values)
+            directions = torch.zeros_like(values, requires_grad=True)
+            gradients = torch.autograd.grad(
+                values, parameters, directions, create_graph=True, allow_unused=True
+            )
+            pairs = zip(gradients, step.values(), strict=True)
+            terms = [(g * delta).sum().to(values.dtype) for g, delta in pairs if g is not None]
+            if not terms:
+                raise ParameterError(
+                    "losses", "a function of the parameters in `step`", "losses that reach none"
+                )
+            [change] = torch.autograd.grad(torch.stack(terms).sum(), directions)
+    finally:
+        _assign(present)
+    return change.detach()
+
+
+def _check(values: Tensor) -> None:
+    if not isinstance(values, Tensor) or not values.requires_grad:
+        raise ParameterError(
+            "losses", "one that returns differentiable losses", describe_tensor(values)
+        )
+
+
+@torch.no_grad()
+def _assign(values: Mapping[Tensor, Tensor]) -> None:
+    for parameter, value in values.items():
+        parameter.copy_(value)
+
+
+def _cuda_devices(tensors: list[Tensor]) -> list[int]:
+    return sorted({t.device.index for t in tensors if t.is_cuda and t.device.index is not None})

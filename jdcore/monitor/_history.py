@@ -1,0 +1,128 @@
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import attrs
+from attrs import define, field, frozen
+
+from jdcore.errors import JDCoreError
+
+_FEW = 16
+"""Objectives up to which a log has a curve for each."""
+
+
+@frozen(kw_only=True, eq=False)
+class Step:
+    """
+    What one weighing showed; plain numbers, one entry per objective where there are several.
+
+    :param index: Number of the weighing, from 0.
+    :param method: Name of the class of the method.
+    :param seconds: Wall time of the weighing, that of the Gramian included.
+    :param weights: Weights [m] of the rows; None if the update is no weighted sum of them.
+    :param norms: Lengths [m] of the gradients; None, as all that follows, if the method needed no
+        Gramian and none was asked for (``complete=True``).
+    :param products: Inner products [m] of the update with the gradients: by how much each loss
+        falls to first order per unit of learning rate of plain gradient descent.
+    :param conflicts: Share of the objectives with which the update conflicts beyond rounding.
+    :param conflicting_pairs: Share of the pairs of gradients with a negative cosine.
+    :param alignment: Alignment score of the gradients, see
+        :func:`~jdcore.linalg.alignment_score`.
+    :param cosines: Cosines [m, m] between the gradients; None for more objectives than
+        ``cosines_up_to`` of :func:`record`.
+    :param change: First-order changes [m] of the losses by the step of the optimizer, see
+        :func:`first_order_change`; None if not asked for.
+    :param raised: Share of the losses that this step raises to first order; None if not asked for.
+    """
+
+    index: int
+    method: str
+    seconds: float
+    weights: list[float] | None = None
+    norms: list[float] | None = None
+    products: list[float] | None = None
+    conflicts: float | None = None
+    conflicting_pairs: float | None = None
+    alignment: float | None = None
+    cosines: list[list[float]] | None = None
+    change: list[float] | None = None
+    raised: float | None = None
+
+
+@define(eq=False, repr=False)
+class History:
+    """
+    The recorded steps, in order.
+
+    :param callbacks: Each is called with every new :class:`Step`.
+    """
+
+    callbacks: tuple[Callable[[Step], object], ...] = ()
+    steps: list[Step] = field(factory=list, init=False)
+
+    def append(self, step: Step) -> None:
+        """Add a step and tell the callbacks."""
+        self.steps.append(step)
+        for callback in self.callbacks:
+            callback(step)
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def __iter__(self) -> Iterator[Step]:
+        return iter(self.steps)
+
+    def __getitem__(self, index: int) -> Step:
+        return self.steps[index]
+
+    def to_dict(self) -> dict[str, list[Any]]:
+        """One list per quantity, with one entry per step; JSON-able."""
+        names = [quantity.name for quantity in attrs.fields(Step)]
+        return {name: [getattr(step, name) for step in self.steps] for name in names}
+
+    def frame(self) -> Any:
+        """
+        A pandas ``DataFrame`` of one row per step, indexed by the number of the step.
+
+        :raises JDCoreError: If pandas is not installed.
+        """
+        try:
+            import pandas
+        except ImportError as error:
+            raise JDCoreError("Not installed: pandas. Run: pip install pandas") from error
+        return pandas.DataFrame(self.to_dict()).set_index("index")
+
+    def __repr__(self) -> str:
+        if not self.steps:
+            return "History of no steps"
+        last = ", ".join(f"{name} {value:.3g}" for name, value in _summary(self.steps[-1]).items())
+        return f"History of {len(self.steps)} steps, the last: {last}"
+
+
+def scalars(step: Step, prefix: str = "jd/") -> dict[str, float]:
+    """
+    The numbers of a step under the names that a log gets, such as ``jd/conflicting_pairs``.
+
+    :param prefix: What every name begins with.
+    :returns: Single numbers; weights and norms of each of up to 16 objectives, else their extremes.
+    """
+    found = _summary(step)
+    for name, values in (("weight", step.weights), ("norm", step.norms)):
+        if values and len(values) <= _FEW:
+            found.update({f"{name}/{i}": value for i, value in enumerate(values)})
+        elif values:
+            found.update({f"{name}/min": min(values), f"{name}/max": max(values)})
+    return {prefix + name: value for name, value in found.items()}
+
+
+def _summary(step: Step) -> dict[str, float]:
+    quantities = {
+        "conflicts": step.conflicts,
+        "conflicting_pairs": step.conflicting_pairs,
+        "alignment": step.alignment,
+        "raised": step.raised,
+        "milliseconds": 1e3 * step.seconds,
+    }
+    return {k: v for k, v in quantities.items() if v is not None and not math.isnan(v)}

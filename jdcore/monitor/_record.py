@@ -1,0 +1,159 @@
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import attrs
+import torch
+from attrs import define, field
+from torch import Tensor
+
+from jdcore.aggregation._observation import Observation, observing
+from jdcore.errors import ParameterError, ParameterTypeError
+from jdcore.linalg import alignment_score, conflicting_share, cosines
+from jdcore.monitor._change import first_order_change
+from jdcore.monitor._history import History, Step
+
+# An update that is orthogonal to a gradient by construction comes out of float32 arithmetic near
+# -1e-7 of both lengths.
+_ROUNDING = 1e-6
+
+
+@contextmanager
+def record(
+    *callbacks: Callable[[Step], object],
+    every: int = 1,
+    complete: bool = False,
+    cosines_up_to: int = 16,
+    optimizer: torch.optim.Optimizer | None = None,
+    losses: Callable[[], Tensor] | None = None,
+) -> Iterator[History]:
+    """
+    Record what every weighing inside of the block shows, whichever call asks for it.
+
+    It hears ``jac_to_grad``, ``gramian_backward``, ``Engine.backward`` and direct calls of
+    weightings and aggregators, in the thread that opened the block. The Gramian is there already,
+    so a record costs little beside a step. Weightings that are plain functions are heard through
+    those calls, plain aggregators (functions of the Jacobian) are not.
+
+    :param callbacks: Each is called with every new :class:`Step`: a writer such as
+        :class:`TensorBoardWriter`, a :class:`ProgressLine`, or any function.
+    :param every: Record each so manieth weighing only.
+    :param complete: Whether to compute the Gramian for methods that need none, such as the mean.
+        This costs as much as for a method that needs it.
+    :param cosines_up_to: Number of objectives up to which all their cosines are kept.
+    :param optimizer: With ``losses``: record what the actual step of this optimizer does to the
+        losses. Momentum and Adam raise losses although the update conflicts with none.
+    :param losses: Evaluates the losses of the current batch, see :func:`first_order_change`, which
+        costs about three forward passes and two backward passes for each recorded step.
+    :raises ParameterError: If an argument is unusable, or only one of the last two is given.
+
+    >>> import torch
+    >>> from jdcore import monitor
+    >>> from jdcore.aggregation import UPGrad
+    >>> with monitor.record() as history:
+    ...     update = UPGrad()(torch.tensor([[1.0, 0.0], [-1.0, 1.0]]))
+    >>> history[0].conflicting_pairs, history[0].conflicts
+    (1.0, 0.0)
+    """
+    for name, value in (("every", every), ("cosines_up_to", cosines_up_to)):
+        least = 1 if name == "every" else 0
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise ParameterTypeError(name, "an int", repr(value))
+        if value < least:
+            raise ParameterError(name, f">= {least}", value)
+    if (optimizer is None) != (losses is None):
+        raise ParameterError(
+            "losses", "given if and only if `optimizer` is", repr(losses), "Give both or neither."
+        )
+    history = History(callbacks)
+    recorder = _Recorder(history, every, complete, cosines_up_to, losses)
+    handles: list[Any] = []
+    if optimizer is not None:
+        handles = [
+            optimizer.register_step_pre_hook(recorder.before_step),
+            optimizer.register_step_post_hook(recorder.after_step),
+        ]
+    try:
+        with observing(recorder.hear):
+            yield history
+        recorder.flush()
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@define(eq=False)
+class _Recorder:
+    history: History
+    every: int
+    complete: bool
+    cosines_up_to: int
+    losses: Callable[[], Tensor] | None
+    heard: int = 0
+    pending: Step | None = None
+    before: dict[Tensor, Tensor] = field(factory=dict)
+
+    def hear(self, observation: Observation) -> None:
+        index, self.heard = self.heard, self.heard + 1
+        if index % self.every:
+            return
+        self.flush()
+        step = _examine(observation, index, self.complete, self.cosines_up_to)
+        if self.losses is None:
+            self.history.append(step)
+        else:
+            self.pending = step  # complete once the optimizer has made its step
+
+    def flush(self) -> None:
+        if self.pending is not None:
+            step, self.pending = self.pending, None
+            self.history.append(step)
+
+    def before_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        if self.pending is not None:
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            self.before = {p: p.detach().clone() for p in parameters if p.grad is not None}
+
+    def after_step(self, *_: Any) -> None:
+        if self.pending is None or self.losses is None:
+            return
+        step = {p: p.detach() - old for p, old in self.before.items()}
+        change = first_order_change(self.losses, step, before=self.before)
+        self.before = {}
+        raised = float((change > 0).double().mean()) if change.numel() else 0.0
+        self.pending = attrs.evolve(self.pending, change=change.tolist(), raised=raised)
+        self.flush()
+
+
+def _examine(observation: Observation, index: int, complete: bool, cosines_up_to: int) -> Step:
+    source = observation.source
+    step = Step(
+        index=index,
+        method=_name(observation.method),
+        seconds=observation.seconds,
+        weights=None if observation.weights is None else observation.weights.tolist(),
+    )
+    if not (source.asked or complete):
+        return step
+    gramian = source.peek()
+    norms = gramian.diagonal().sqrt()
+    products, square = observation.update()
+    conflicts = products < -_ROUNDING * norms * square.clamp_min(0.0).sqrt()
+    few = source.rows <= cosines_up_to
+    return attrs.evolve(
+        step,
+        norms=norms.tolist(),
+        products=products.tolist(),
+        conflicts=float(conflicts.double().mean()) if source.rows else 0.0,
+        conflicting_pairs=conflicting_share(gramian),
+        alignment=alignment_score(gramian),
+        cosines=cosines(gramian).tolist() if few else None,
+    )
+
+
+def _name(method: Any) -> str:
+    inner = getattr(method, "weighting", method)  # of Flattening and other wrappers
+    name = getattr(inner, "__name__", type(inner).__name__)
+    return str(name).removesuffix("Weighting")

@@ -1,0 +1,267 @@
+from __future__ import annotations
+
+import io
+import json
+import math
+import threading
+
+import numpy as np
+import pytest
+import torch
+from attrs import define
+from numpy.typing import NDArray
+from torch import Tensor
+
+from jdcore import monitor
+from jdcore.aggregation import (
+    CoordinatewiseAggregator,
+    Flattening,
+    GramianAggregator,
+    GramianWeighting,
+    ScalarizationWeighting,
+)
+from jdcore.autogram import Engine
+from jdcore.autojac import backward, gramian_backward, jac_to_grad
+from jdcore.errors import ParameterError, ParameterTypeError
+
+# Gradients [1, 0] and [-3, 4]: lengths 1 and 5, cosine -0.6.
+MATRIX = torch.tensor([[1.0, 0.0], [-3.0, 4.0]])
+
+
+@define(eq=False)
+class HalvesWeighting(GramianWeighting):
+    def compute(self, gramian: NDArray[np.float64]) -> NDArray[np.float64]:
+        return np.full(len(gramian), 0.5)
+
+
+@define(eq=False)
+class EqualWeighting(ScalarizationWeighting):
+    def compute(self, m: int, dtype: torch.dtype) -> Tensor:
+        return torch.full((m,), 1 / m, dtype=dtype)
+
+
+@define(eq=False)
+class Largest(CoordinatewiseAggregator):
+    def compute(self, columns: Tensor) -> Tensor:
+        return columns.amax(0)
+
+
+def recorded(aggregator: object, matrix: Tensor = MATRIX, **options: object) -> monitor.Step:
+    with monitor.record(**options) as history:  # type: ignore[arg-type]
+        aggregator(matrix)  # type: ignore[operator]
+    [step] = history
+    return step
+
+
+def test_a_step_holds_what_two_gradients_show() -> None:
+    step = recorded(GramianAggregator(HalvesWeighting()))
+
+    assert step.method == "Halves"
+    assert step.weights == [0.5, 0.5]
+    assert step.norms == [1.0, 5.0]
+    assert step.products == [-1.0, 11.0]  # of the update [-1, 2]
+    assert step.conflicts == 0.5
+    assert step.conflicting_pairs == 1.0
+    assert step.alignment == pytest.approx(-0.6)
+    assert step.cosines is not None
+    assert step.cosines[0] == pytest.approx([1.0, -0.6])
+    assert step.seconds >= 0.0
+    assert step.change is None
+
+
+def test_the_mean_is_recorded_without_a_gramian_unless_asked() -> None:
+    plain = recorded(GramianAggregator(EqualWeighting()))
+    full = recorded(GramianAggregator(EqualWeighting()), complete=True)
+
+    assert (plain.weights, plain.norms, plain.conflicts) == ([0.5, 0.5], None, None)
+    assert (full.norms, full.products) == ([1.0, 5.0], [-1.0, 11.0])
+
+
+def test_a_method_without_weights_has_products() -> None:
+    step = recorded(Largest(), complete=True)
+
+    assert step.weights is None
+    assert step.products == [1.0, 13.0]  # of the update [1, 4]
+
+
+def test_cosines_of_many_objectives_are_not_kept() -> None:
+    assert recorded(GramianAggregator(HalvesWeighting()), cosines_up_to=1).cosines is None
+
+
+def test_an_update_that_is_orthogonal_up_to_rounding_does_not_conflict() -> None:
+    matrix = torch.tensor([[1.0, 0.0], [-1.0 - 1e-7, 1.0]])
+
+    assert recorded(GramianAggregator(HalvesWeighting()), matrix).conflicts == 0.0
+
+
+@pytest.mark.parametrize("call", ["jac_to_grad", "gramian_backward", "engine"])
+def test_every_call_that_makes_an_update_is_heard_once(call: str) -> None:
+    model = torch.nn.Linear(2, 1, bias=False)
+    losses = model(MATRIX).squeeze(1)
+    with monitor.record() as history:
+        if call == "jac_to_grad":
+            backward(losses)
+            jac_to_grad(model.parameters(), GramianAggregator(HalvesWeighting()))
+        elif call == "gramian_backward":
+            gramian_backward(losses, HalvesWeighting())
+        else:
+            engine = Engine(model, batch_dim=0)
+            engine.backward(model(MATRIX).squeeze(1), HalvesWeighting())
+
+    [step] = history
+    assert step.products == pytest.approx([-1.0, 11.0])
+
+
+def test_a_flattened_weighting_bears_its_own_name() -> None:
+    with monitor.record() as history:
+        Flattening(HalvesWeighting())(torch.ones(1, 2, 2, 1))
+
+    assert [step.method for step in history] == ["Halves"]
+
+
+def test_every_so_manieth_weighing_is_recorded() -> None:
+    with monitor.record(every=3) as history:
+        for _ in range(7):
+            GramianAggregator(HalvesWeighting())(MATRIX)
+
+    assert [step.index for step in history] == [0, 3, 6]
+
+
+def test_another_thread_is_not_recorded() -> None:
+    aggregator = GramianAggregator(HalvesWeighting())
+    with monitor.record() as history:
+        thread = threading.Thread(target=aggregator, args=(MATRIX,))
+        thread.start()
+        thread.join()
+
+    assert len(history) == 0
+
+
+def test_non_finite_gradients_are_recorded_as_they_are() -> None:
+    step = recorded(GramianAggregator(HalvesWeighting()), torch.tensor([[math.nan], [1.0]]))
+
+    assert step.weights is not None
+    assert all(map(math.isnan, step.weights))
+
+
+def test_a_history_of_no_rows_is_recorded() -> None:
+    step = recorded(GramianAggregator(HalvesWeighting()), torch.empty(0, 2))
+
+    assert step.weights == []
+
+
+def test_the_history_is_plain_data_by_quantity() -> None:
+    with monitor.record() as history:
+        for _ in range(2):
+            GramianAggregator(HalvesWeighting())(MATRIX)
+
+    table = history.to_dict()
+    assert table["index"] == [0, 1]
+    assert table["weights"] == [[0.5, 0.5], [0.5, 0.5]]
+    assert json.loads(json.dumps(table)) == table
+    assert repr(history).startswith("History of 2 steps, the last: conflicts 0.5, ")
+    assert repr(monitor.History()) == "History of no steps"
+
+
+def test_the_table_is_a_frame_of_pandas() -> None:
+    pandas = pytest.importorskip("pandas")
+    with monitor.record() as history:
+        GramianAggregator(HalvesWeighting())(MATRIX)
+
+    frame = history.frame()
+    assert isinstance(frame, pandas.DataFrame)
+    assert frame.loc[0, "conflicting_pairs"] == 1.0
+
+
+def test_the_optimizers_own_step_is_recorded() -> None:
+    """Momentum carries the step on along the first gradient, which raises the second loss."""
+    w = torch.tensor([0.0], requires_grad=True)
+    optimizer = torch.optim.SGD([w], lr=1.0, momentum=1.0)
+    signs = [torch.tensor([1.0, 1.0]), torch.tensor([-0.5, -0.5])]
+    with monitor.record(optimizer=optimizer, losses=lambda: sign * w) as history:
+        for sign in signs:
+            optimizer.zero_grad()
+            gramian_backward(sign * w, HalvesWeighting())
+            optimizer.step()
+
+    first, second = history
+    assert first.change == [-1.0, -1.0]
+    assert first.raised == 0.0
+    # The velocity is 1 - 0.5, so the second step is -0.5 again, and the losses are -0.5 w.
+    assert second.change == [0.25, 0.25]
+    assert second.raised == 1.0
+    assert second.conflicts == 0.0
+    assert w.item() == -1.5  # as it would be without the record
+
+
+def test_a_step_that_no_optimizer_made_is_recorded_all_the_same() -> None:
+    w = torch.tensor([0.0], requires_grad=True)
+    optimizer = torch.optim.SGD([w], lr=1.0)
+    with monitor.record(optimizer=optimizer, losses=lambda: w * 1.0) as history:
+        gramian_backward(w * 1.0, HalvesWeighting())
+
+    assert [step.change for step in history] == [None]
+    assert not optimizer._optimizer_step_pre_hooks
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"every": 0}, ParameterError, "`every` must be >= 1, got 0"),
+        ({"every": True}, ParameterTypeError, "`every` must be an int, got True"),
+        ({"cosines_up_to": -1}, ParameterError, "`cosines_up_to` must be >= 0, got -1"),
+        ({"losses": lambda: None}, ParameterError, "Give both or neither"),
+    ],
+)
+def test_unusable_options_are_refused(
+    options: dict[str, object], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message), monitor.record(**options):  # type: ignore[arg-type]
+        pass
+
+
+class FakeWriter:
+    def __init__(self) -> None:
+        self.curves: dict[str, list[tuple[int, float]]] = {}
+
+    def add_scalar(self, name: str, value: float, step: int) -> None:
+        self.curves.setdefault(name, []).append((step, value))
+
+    def log(self, numbers: dict[str, float], step: int) -> None:
+        for name, value in numbers.items():
+            self.add_scalar(name, value, step)
+
+
+@pytest.mark.parametrize("make", [monitor.TensorBoardWriter, monitor.LoggerWriter])
+def test_writers_hand_on_single_numbers(make: type) -> None:
+    target = FakeWriter()
+    with monitor.record(make(target)):
+        GramianAggregator(HalvesWeighting())(MATRIX)
+
+    assert target.curves["jd/conflicting_pairs"] == [(0, 1.0)]
+    assert target.curves["jd/norm/1"] == [(0, 5.0)]
+    assert "jd/weight/0" in target.curves
+
+
+def test_many_objectives_are_logged_by_their_extremes() -> None:
+    step = recorded(GramianAggregator(HalvesWeighting()), torch.diag(torch.arange(1.0, 21.0)))
+
+    numbers = monitor.scalars(step, prefix="")
+    assert (numbers["norm/min"], numbers["norm/max"]) == (1.0, 20.0)
+    assert not any(name.startswith("norm/1") for name in numbers)
+
+
+def test_something_that_cannot_log_is_refused() -> None:
+    with pytest.raises(ParameterTypeError, match="`logger` must be an object with log_metrics"):
+        monitor.LoggerWriter(3)
+
+
+def test_the_progress_line_says_how_the_objectives_get_along() -> None:
+    stream = io.StringIO()
+    with monitor.record(monitor.ProgressLine(stream, every=2)):
+        for _ in range(3):
+            GramianAggregator(HalvesWeighting())(MATRIX)
+
+    first, second = stream.getvalue().splitlines()
+    assert first.startswith("step 0  Halves  pairs in conflict 100%  update 50%  alignment -0.60")
+    assert second.startswith("step 2  ")
