@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from jdcore.validators import check_gramian
+
+ROUNDING = 1e-6
+"""Cosines above the negative of this count as zero: vectors that are orthogonal by construction
+come out of float32 arithmetic near -1e-7."""
 
 
 def cosines(gramian: Tensor, /) -> Tensor:
@@ -25,22 +31,16 @@ def cosines(gramian: Tensor, /) -> Tensor:
     tensor([[ 1.0000, -0.5000],
             [-0.5000,  1.0000]], dtype=torch.float64)
     """
-    check_gramian(gramian)
-    wide = gramian.detach().double()
-    norms = wide.diagonal().sqrt()  # one root at a time: products of squares leave the range
-    norms = torch.where((norms > 0) & norms.isfinite(), norms, math.nan)
-    result = (wide / norms[:, None] / norms).clamp(-1.0, 1.0)
-    result.diagonal().copy_(norms / norms)
-    return result
+    return torch.from_numpy(angles_of(_array(gramian))).to(gramian.device)
 
 
-def conflicting_share(gramian: Tensor, /, *, rounding: float = 1e-6) -> float:
+def conflicting_share(gramian: Tensor, /, *, rounding: float = ROUNDING) -> float:
     """
     Share of the pairs of objectives whose gradients conflict, that is, have a negative cosine.
 
     :param gramian: Gramian of the Jacobian, real floating Tensor [m, m].
-    :param rounding: Cosines above ``-rounding`` count as zero: gradients that are orthogonal come
-        out of float32 arithmetic near -1e-7.
+    :param rounding: Cosines above ``-rounding`` count as zero: gradients that are orthogonal by
+        construction come out of float32 arithmetic near -1e-7.
     :returns: A number in [0, 1] over the pairs of gradients that are finite and not zero; NaN if
         there is no such pair.
     :raises ParameterError: If the Gramian is no real floating square matrix.
@@ -50,11 +50,7 @@ def conflicting_share(gramian: Tensor, /, *, rounding: float = 1e-6) -> float:
     >>> conflicting_share(torch.tensor([[4.0, -3.0], [-3.0, 9.0]]))
     1.0
     """
-    angles = cosines(gramian)
-    m = len(angles)
-    pairs = angles[tuple(torch.triu_indices(m, m, 1, device=angles.device))]
-    known = pairs[~pairs.isnan()]
-    return float((known < -rounding).double().mean()) if len(known) else math.nan
+    return share_of(angles_of(_array(gramian)), rounding)
 
 
 def alignment_score(gramian: Tensor, /) -> float:
@@ -74,9 +70,34 @@ def alignment_score(gramian: Tensor, /) -> float:
     >>> alignment_score(torch.tensor([[4.0, -3.0], [-3.0, 9.0]]))
     -0.5
     """
-    angles = cosines(gramian)
-    known = ~angles.diagonal().isnan()
-    count = int(known.sum())
-    if count == 0:
-        return math.nan
-    return 2.0 * float(angles[known][:, known].sum()) / count**2 - 1.0
+    return score_of(angles_of(_array(gramian)))
+
+
+def _array(gramian: Tensor) -> NDArray[np.float64]:
+    check_gramian(gramian)
+    array: NDArray[np.float64] = gramian.detach().double().cpu().numpy()
+    return array
+
+
+def angles_of(gramian: NDArray[np.float64]) -> NDArray[np.float64]:
+    """:func:`cosines` of a float64 array."""
+    with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
+        norms = np.sqrt(gramian.diagonal())
+        norms = np.where((norms > 0.0) & (norms < math.inf), norms, math.nan)
+        # One root at a time, as products of squares leave the range.
+        angles = np.clip(gramian / norms[:, None] / norms, -1.0, 1.0)
+    np.fill_diagonal(angles, norms / norms)
+    return angles
+
+
+def share_of(angles: NDArray[np.float64], rounding: float = ROUNDING) -> float:
+    """:func:`conflicting_share`, given the cosines."""
+    pairs = angles[np.tri(len(angles), k=-1, dtype=bool)]
+    known = pairs[~np.isnan(pairs)]
+    return float(np.mean(known < -rounding)) if known.size else math.nan
+
+
+def score_of(angles: NDArray[np.float64]) -> float:
+    """:func:`alignment_score`, given the cosines."""
+    count = int((~np.isnan(angles.diagonal())).sum())
+    return 2.0 * float(np.nansum(angles)) / count**2 - 1.0 if count else math.nan

@@ -1,23 +1,21 @@
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import attrs
+import numpy as np
 import torch
 from attrs import define, field
 from torch import Tensor
 
 from jdcore.aggregation._observation import Observation, observing
 from jdcore.errors import ParameterError, ParameterTypeError
-from jdcore.linalg import alignment_score, conflicting_share, cosines
+from jdcore.linalg._conflicts import ROUNDING, angles_of, score_of, share_of
 from jdcore.monitor._change import first_order_change
 from jdcore.monitor._history import History, Step
-
-# An update that is orthogonal to a gradient by construction comes out of float32 arithmetic near
-# -1e-7 of both lengths.
-_ROUNDING = 1e-6
 
 
 @contextmanager
@@ -137,19 +135,20 @@ def _examine(observation: Observation, index: int, complete: bool, cosines_up_to
     )
     if not (source.asked or complete):
         return step
-    gramian = source.peek()
-    norms = gramian.diagonal().sqrt()
+    angles = angles_of(source.peek().cpu().numpy())
+    norms = np.sqrt(source.peek().diagonal().cpu().numpy())
     products, square = observation.update()
-    conflicts = products < -_ROUNDING * norms * square.clamp_min(0.0).sqrt()
-    few = source.rows <= cosines_up_to
+    length = math.sqrt(max(square.item(), 0.0))
+    found = products.tolist()
+    conflicts = [p < -ROUNDING * norm * length for p, norm in zip(found, norms, strict=True)]
     return attrs.evolve(
         step,
         norms=norms.tolist(),
-        products=products.tolist(),
-        conflicts=float(conflicts.double().mean()) if source.rows else 0.0,
-        conflicting_pairs=conflicting_share(gramian),
-        alignment=alignment_score(gramian),
-        cosines=cosines(gramian).tolist() if few else None,
+        products=found,
+        conflicts=sum(conflicts) / len(found) if found else 0.0,
+        conflicting_pairs=share_of(angles),
+        alignment=score_of(angles),
+        cosines=angles.tolist() if source.rows <= cosines_up_to else None,
     )
 
 
