@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from jdcore._fields import disjoint, through_tensor_hooks, write_grads
 from jdcore.aggregation import as_weighting
-from jdcore.autogram._gradients import accumulate
 from jdcore.autogram._jacobian import Jacobian
 from jdcore.autogram._passes import Objectives
 from jdcore.autogram._plan import explanation, make_plan
@@ -130,7 +130,9 @@ class Engine:
         gramian = _shaped(jacobian.gramian(keep=True, retain_graph=retain_graph), output)
         weights = _weigh(chosen, gramian, output)
         del gramian
-        accumulate(jacobian.weighted(weights.detach(), retain_graph))
+        gradients = jacobian.weighted(weights.detach(), retain_graph)
+        own = dict(zip(gradients, disjoint(gradients.values()), strict=True))
+        write_grads(through_tensor_hooks(own))
         return weights
 
     def _jacobian(self, output: Tensor) -> Jacobian:

@@ -4,8 +4,8 @@ from collections.abc import Iterable, Sequence
 
 from torch import Tensor
 
+from jdcore._fields import check_jacs
 from jdcore.autojac import _checks as checks
-from jdcore.autojac._fields import check_jac_field
 from jdcore.autojac._graph import rows_of
 from jdcore.autojac._initial import initial_jacobians
 from jdcore.autojac._reentrant import is_reentrant, refuse_default
@@ -61,8 +61,7 @@ def backward(
     checks.check_chunk_size(parallel_chunk_size)
     targets = reached(outputs, inputs)
     m = len(initial[0]) if initial else sum(output.numel() for output in outputs)
-    for target in targets:
-        check_jac_field(target, m)
+    check_jacs(targets, m)
     jac = Jac(outputs, targets, retain_graph=retain_graph, chunk_size=parallel_chunk_size)
     graph = rows_of(outputs, initial) >> jac >> AccumulateJac(targets)
     graph()

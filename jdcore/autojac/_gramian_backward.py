@@ -6,10 +6,10 @@ from functools import reduce
 import torch
 from torch import Tensor
 
+from jdcore._fields import check_grads, write_grads
 from jdcore.aggregation import GramianAggregator, GramianSource, as_weighting, weigh
 from jdcore.autojac import _checks as checks
 from jdcore.autojac._backward import reached
-from jdcore.autojac._fields import accumulate_grad, check_grad_field
 from jdcore.autojac._matrix import as_matrix
 from jdcore.autojac._rows import Problem
 from jdcore.autojac._stream import cheap_products, grouped_gramian, streamed_gramian
@@ -72,11 +72,9 @@ def gramian_backward(
     chosen = as_weighting(weighting)
     checks.check_flag(retain_graph, "retain_graph")
     targets = reached(outputs, inputs)
-    for target in targets:
-        check_grad_field(target)
+    check_grads(targets)
     weights, gradients = _step(chosen, outputs, targets, retain_graph)
-    for target, gradient in zip(targets, gradients, strict=True):
-        accumulate_grad(target, gradient)
+    write_grads(dict(zip(targets, gradients, strict=True)))
     return weights.to(reduce(torch.promote_types, (target.dtype for target in targets)))
 
 

@@ -5,9 +5,9 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from jdcore._fields import check_grads, check_jac, free_jac, get_jac, write_grads
 from jdcore.autojac import _checks as checks
 from jdcore.autojac._aggregate import aggregate
-from jdcore.autojac._fields import accumulate_grad, check_grad_field, free_jac, get_jac
 from jdcore.autojac._matrix import as_matrix
 from jdcore.errors import ParameterError, ParameterTypeError
 from jdcore.protocols import Aggregator
@@ -48,14 +48,16 @@ def jac_to_grad(
         raise ParameterTypeError("aggregator", "an Aggregator or a function", repr(aggregator))
     checks.check_flag(retain_jac, "retain_jac")
     jacobians = _jacobians(given)
-    for tensor in jacobians:
-        check_grad_field(tensor)
+    check_grads(jacobians)
     blocks = [as_matrix(jacobian) for jacobian in jacobians.values()]
     vectors, weights = aggregate(aggregator, blocks)
-    for tensor, vector in zip(jacobians, vectors, strict=True):
-        accumulate_grad(tensor, vector.view(tensor.shape))
-        if not retain_jac:
+    pairs = zip(jacobians, vectors, strict=True)
+    gradients = {tensor: vector.view(tensor.shape) for tensor, vector in pairs}
+    check_grads(gradients)  # again: the aggregator may have changed them
+    if not retain_jac:
+        for tensor in jacobians:
             free_jac(tensor)
+    write_grads(gradients)
     return weights
 
 
@@ -77,9 +79,7 @@ def _jacobians(tensors: Iterable[Tensor]) -> dict[Tensor, Tensor]:
 
 
 def _check_jacobian(tensor: Tensor, jacobian: Tensor, found: dict[Tensor, Tensor]) -> None:
-    if not isinstance(jacobian, Tensor) or jacobian.shape[1:] != tensor.shape:
-        expected = f"of shape [m, {', '.join(map(str, tensor.shape))}]".replace(", ]", "]")
-        raise ParameterError(".jac", expected, describe_tensor(jacobian))
+    check_jac(tensor, jacobian)
     m = len(next(iter(found.values()), jacobian))
     if len(jacobian) != m:
         raise ParameterError(

@@ -4,8 +4,8 @@ from collections.abc import Iterable, Sequence
 
 from torch import Tensor
 
+from jdcore._fields import check_grads, check_jacs
 from jdcore.autojac import _checks as checks
-from jdcore.autojac._fields import check_grad_field, check_jac_field
 from jdcore.autojac._initial import initial_gradients
 from jdcore.autojac._mtl_plan import Plan, independent, make_plan
 from jdcore.autojac.transform import (
@@ -79,10 +79,8 @@ def mtl_backward(
     checks.check_chunk_size(parallel_chunk_size)
     cut = independent(features)
     plan = make_plan(losses, cut, shared_params, tasks_params)
-    for parameter in plan.shared:
-        check_jac_field(parameter, len(losses))
-    for parameter in plan.private:
-        check_grad_field(parameter)
+    check_jacs(plan.shared, len(losses))
+    check_grads(plan.private)
     gradients = _task_gradients(plan, losses, initial, retain_graph)
     accumulate = AccumulateJac(plan.shared) | AccumulateGrad(plan.private)
     if plan.rows_from_features:

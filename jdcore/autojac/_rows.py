@@ -10,7 +10,8 @@ from attrs import evolve, field, frozen
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from jdcore.autojac._gradients import dense, disjoint, same_grad, zeros
+from jdcore._fields import dense, disjoint
+from jdcore.autojac._gradients import same_grad, zeros
 from jdcore.autojac._matrix import as_matrix
 from jdcore.autojac._policy import choose_chunk_size
 from jdcore.autojac._products import Product, find_products
@@ -130,7 +131,7 @@ class Problem:
         gradients = batched_gradients(self.outputs, self.inputs, self.cotangents, retain_graph)
         m = len(self.cotangents[0])
         pairs = zip(gradients, self.inputs, strict=True)
-        return disjoint([zeros(t, m) if g is None else g for g, t in pairs], self.cotangents)
+        return disjoint([zeros(t, m) if g is None else dense(g) for g, t in pairs], self.cotangents)
 
     def _in_chunks(self, chunk_size: int, retain_graph: bool) -> list[Tensor]:
         usage = self.usage

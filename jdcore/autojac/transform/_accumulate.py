@@ -4,12 +4,7 @@ from collections.abc import Iterable
 
 from torch import Tensor
 
-from jdcore.autojac._fields import (
-    accumulate_grad,
-    accumulate_jac,
-    check_grad_field,
-    check_jac_field,
-)
+from jdcore._fields import write_grads, write_jacs
 from jdcore.autojac.transform._base import Transform, Values, describe_keys
 
 
@@ -27,10 +22,7 @@ class AccumulateJac(Transform):
         super().__init__(needs=keys, gives=())
 
     def apply(self, values: dict[Tensor, Tensor], /) -> Values:
-        for key, value in values.items():
-            check_jac_field(key, len(value))
-        for key, value in values.items():
-            accumulate_jac(key, value)
+        write_jacs(values)
         return {}
 
     def __repr__(self) -> str:
@@ -39,10 +31,10 @@ class AccumulateJac(Transform):
 
 class AccumulateGrad(Transform):
     """
-    Add gradients to the ``.grad`` of their keys; gives nothing.
+    Add gradients to the ``.grad`` of their keys, then run their post-accumulate-grad hooks.
 
     Nothing is written if any of the gradients does not fit the ``.grad`` that is already there. The
-    values become the ``.grad``: they must not be used elsewhere.
+    values become the ``.grad``: they must not be used elsewhere. Gives nothing.
 
     :param keys: Keys needed, usually parameters.
     """
@@ -51,10 +43,7 @@ class AccumulateGrad(Transform):
         super().__init__(needs=keys, gives=())
 
     def apply(self, values: dict[Tensor, Tensor], /) -> Values:
-        for key in values:
-            check_grad_field(key)
-        for key, value in values.items():
-            accumulate_grad(key, value)
+        write_grads(values)
         return {}
 
     def __repr__(self) -> str:

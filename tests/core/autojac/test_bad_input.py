@@ -181,9 +181,9 @@ def test_complex_parameters_behind_the_losses(scene: Scene) -> None:
 
 
 def test_jacobians_of_another_number_of_rows_cannot_be_added(scene: Scene) -> None:
-    with pytest.raises(ParameterError, match=r"`\.jac` must be of shape \[1\].* for 1 rows"):
+    with pytest.raises(ParameterError, match=r"`\.jac` must be None or .* shape \[1\], .* got a"):
         backward(scene.loss)
-    with pytest.raises(ParameterError, match=r"`\.jac` must be of shape \[3, 2\]"):
+    with pytest.raises(ParameterError, match=r"`\.jac` must be None or .* shape \[3, 2\]"):
         mtl_backward([*scene.losses, scene.features.sum()], scene.features)
 
 
@@ -245,7 +245,7 @@ def test_jac_to_grad_refuses_jacobians_that_do_not_fit_together(scene: Scene) ->
     with pytest.raises(ParameterError, match=r"`\.jac` must be of 2 rows"):
         jac_to_grad([scene.a, odd], torch.sum)
     odd.jac = torch.ones(2, 5)
-    with pytest.raises(ParameterError, match=r"`\.jac` must be of shape \[m, 2\]"):
+    with pytest.raises(ParameterError, match=r"`\.jac` must be a dense tensor of shape \[m, 2\]"):
         jac_to_grad([scene.a, odd], torch.sum)
     odd.jac = None
     with pytest.raises(ParameterError, match=r"has a \.jac"):

@@ -1,0 +1,251 @@
+"""
+The one writer of the ``.grad`` and ``.jac`` of tensors.
+
+What is written at once is checked at once: either every field is written or none. A ``.grad`` obeys
+the rules of a backward pass (its dtype and memory layout, the hooks that follow it), except that
+the hooks run after all fields are written, once for each tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from jdcore.errors import ParameterError
+from jdcore.validators import describe_tensor
+
+
+def get_jac(tensor: Tensor) -> Tensor | None:
+    """The ``.jac`` of a tensor, None if it has none."""
+    return getattr(tensor, "jac", None)
+
+
+def free_jac(tensor: Tensor) -> None:
+    """Remove the ``.jac`` of a tensor."""
+    del tensor.jac  # type: ignore[attr-defined]  # a field that autojac adds to tensors
+
+
+def check_grads(tensors: Iterable[Tensor]) -> None:
+    """
+    Check that dense gradients can be added to the ``.grad`` of tensors.
+
+    :raises ParameterError: If a ``.grad`` is not a dense tensor in memory of its own, of the shape
+        and on the device of its tensor and of the dtype that its tensor asks for.
+    """
+    for tensor in tensors:
+        _check_grad(tensor, torch.strided)
+
+
+def _check_grad(tensor: Tensor, layout: torch.layout) -> None:
+    present = tensor.grad
+    # Gradients of a sparse embedding add up where both are sparse, and to a dense tensor.
+    if present is not None and not layout == present.layout == torch.sparse_coo:
+        dtype = _grad_dtype(tensor) or present.dtype
+        _check_field(".grad", present, tuple(tensor.shape), dtype, tensor.device)
+
+
+def check_jacs(tensors: Iterable[Tensor], m: int) -> None:
+    """
+    Check that m rows can be added to the ``.jac`` of tensors.
+
+    :raises ParameterError: If a ``.jac`` is not a dense tensor ``[m, *S]`` in memory of its own, of
+        the dtype and on the device of its tensor of shape S.
+    """
+    for tensor in tensors:
+        present = get_jac(tensor)
+        if present is not None:
+            _check_field(".jac", present, (m, *tensor.shape), tensor.dtype, tensor.device)
+
+
+def check_jac(tensor: Tensor, jacobian: Tensor) -> None:
+    """
+    Check that a tensor found in ``.jac`` is a Jacobian with at least one dimension more.
+
+    :raises ParameterError: If its shape, dtype, device or layout does not fit its tensor.
+    """
+    m = len(jacobian) if isinstance(jacobian, Tensor) and jacobian.ndim else 0
+    shape = (m, *tensor.shape)
+    fault = _mismatch(jacobian, shape, tensor.dtype, tensor.device)
+    if fault is not None:
+        expected = f"a dense tensor of shape [{', '.join(['m', *map(str, tensor.shape)])}]"
+        raise ParameterError(".jac", f"{expected}, {_kind(tensor.dtype, tensor.device)}", fault)
+
+
+def write_jacs(jacobians: Mapping[Tensor, Tensor]) -> None:
+    """
+    Make Jacobians the ``.jac`` of tensors, or add them to those present.
+
+    :param jacobians: Jacobian ``[m, *S]`` by tensor of shape S. They belong to this function: they
+        share memory with nothing else.
+    :raises ParameterError: As :func:`check_jacs`; nothing is written then.
+    """
+    for tensor, jacobian in jacobians.items():
+        check_jacs([tensor], len(jacobian))
+    with torch.no_grad():
+        for tensor, jacobian in jacobians.items():
+            present = get_jac(tensor)
+            if present is None:
+                tensor.jac = jacobian  # type: ignore[attr-defined]  # a field of autojac
+            else:
+                present.add_(jacobian)
+
+
+def write_grads(gradients: Mapping[Tensor, Tensor]) -> None:
+    """
+    Make gradients the ``.grad`` of tensors, or add them to those present, and run what follows.
+
+    After all gradients are written, the hooks of
+    :meth:`torch.Tensor.register_post_accumulate_grad_hook` run, once for each tensor, so that
+    optimizers which step during the backward pass work. An exception of a hook propagates, as in a
+    backward pass: the gradients are written by then.
+
+    :param gradients: Gradient by tensor, of its shape and on its device, dense or sparse. They
+        belong to this function: they share memory with nothing else.
+    :raises ParameterError: As :func:`check_grads`; nothing is written then.
+    """
+    for tensor, gradient in gradients.items():
+        _check_grad(tensor, gradient.layout)
+    with torch.no_grad():
+        for tensor, gradient in gradients.items():
+            present = tensor.grad
+            if present is not None:
+                present.add_(gradient)
+            else:
+                tensor.grad = _as_field(tensor, gradient)
+        for tensor in gradients:
+            _run_hooks(tensor)
+
+
+def dense(gradient: Tensor) -> Tensor:
+    """A gradient that is not sparse."""
+    return gradient if gradient.layout == torch.strided else gradient.to_dense()
+
+
+def disjoint(gradients: Iterable[Tensor], others: Iterable[Tensor] = ()) -> list[Tensor]:
+    """
+    Gradients in contiguous memory of their own, sparse ones as they are.
+
+    Those are copied that share memory: with one another (as for a + b), or with others.
+    """
+    seen = {other.untyped_storage().data_ptr() for other in others}
+    results = []
+    for gradient in gradients:
+        if gradient.layout != torch.strided:
+            results.append(gradient)
+            continue
+        own = gradient
+        storage = own.untyped_storage()
+        whole = own.is_contiguous() and storage.nbytes() == own.numel() * own.itemsize
+        if not whole or storage.data_ptr() in seen:
+            own = own.clone(memory_format=torch.contiguous_format)
+        seen.add(own.untyped_storage().data_ptr())
+        results.append(own)
+    return results
+
+
+def through_tensor_hooks(gradients: Mapping[Tensor, Tensor]) -> dict[Tensor, Tensor]:
+    """
+    What the hooks of :meth:`torch.Tensor.register_hook` make of gradients on their way to leaves.
+
+    For gradients that did not come through a backward pass, which has run these hooks itself.
+
+    :raises ParameterError: If a hook returns something else than a gradient of the same shape.
+    """
+    return {leaf: _through_hooks(leaf, gradient) for leaf, gradient in gradients.items()}
+
+
+def _through_hooks(leaf: Tensor, gradient: Tensor) -> Tensor:
+    # torch keeps the hooks in this field, None if there are none; there is no public way to ask.
+    hooks = leaf._backward_hooks
+    if not hooks:
+        return gradient
+    with torch.no_grad():
+        for hook in list(hooks.values()):  # a hook may remove itself
+            replaced = hook(gradient)
+            if replaced is None:
+                continue
+            if not isinstance(replaced, Tensor) or replaced.shape != leaf.shape:
+                expected = f"a function that returns None or a Tensor of shape {list(leaf.shape)}"
+                raise ParameterError("hook", expected, describe_tensor(replaced))
+            gradient = replaced
+    return gradient
+
+
+def _run_hooks(tensor: Tensor) -> None:
+    # torch keeps the hooks in this field, None if there are none; there is no public way to ask.
+    hooks = tensor._post_accumulate_grad_hooks
+    if hooks:
+        for hook in list(hooks.values()):  # a hook may remove itself
+            hook(tensor)
+
+
+def _as_field(tensor: Tensor, gradient: Tensor) -> Tensor:
+    """The gradient in the dtype and memory layout that a backward pass would give it."""
+    dtype = _grad_dtype(tensor) or gradient.dtype
+    if gradient.layout != torch.strided:
+        return gradient.to(dtype)
+    if gradient.dtype == dtype and gradient.stride() == tensor.stride():
+        return gradient
+    # Optimizers are fast where both have the same layout. For a tensor with gaps or repetitions,
+    # `empty_like` gives a contiguous one.
+    return torch.empty_like(tensor, dtype=dtype).copy_(gradient)
+
+
+def _grad_dtype(tensor: Tensor) -> torch.dtype | None:
+    """The dtype that the ``.grad`` of a tensor must have, None for any."""
+    if not tensor.is_leaf:  # torch refuses to tell, but lets it have no other
+        return tensor.dtype
+    dtype: torch.dtype | None = getattr(tensor, "grad_dtype", tensor.dtype)  # since torch 2.9
+    return dtype
+
+
+def _check_field(
+    field: str, present: object, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> None:
+    fault = _mismatch(present, shape, dtype, device) or _unwritable(present)
+    if fault is not None:
+        raise ParameterError(
+            field,
+            f"None or a dense tensor of shape {list(shape)}, {_kind(dtype, device)}, that can be "
+            "added to",
+            fault,
+            f"Use what earlier calls left in {field} first, or delete it.",
+        )
+
+
+def _kind(dtype: torch.dtype, device: torch.device) -> str:
+    return f"{str(dtype).removeprefix('torch.')} on {device}"
+
+
+def _mismatch(
+    value: object, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> str | None:
+    if not isinstance(value, Tensor):
+        return describe_tensor(value)
+    if value.layout != torch.strided:
+        return f"a {value.layout} tensor"
+    if value.shape != shape or value.dtype != dtype:
+        return describe_tensor(value)
+    return None if value.device == device else f"a tensor on {value.device}"
+
+
+def _unwritable(present: object) -> str | None:
+    assert isinstance(present, Tensor)
+    if present.is_inference():
+        return "a tensor made in inference mode"
+    return "a tensor whose elements share memory (expanded)" if _overlaps(present) else None
+
+
+def _overlaps(tensor: Tensor) -> bool:
+    """Whether two elements may lie in the same place; a tensor that is added to must have none."""
+    if tensor.is_contiguous():
+        return False
+    reach = 0
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1:
+            if stride <= reach:
+                return True
+            reach += stride * (size - 1)
+    return False

@@ -1,0 +1,230 @@
+"""What may be in ``.grad`` and ``.jac`` already, and what follows when they are written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from jdcore import ParameterError
+from jdcore._fields import disjoint, through_tensor_hooks, write_grads, write_jacs
+from jdcore.aggregation import MeanWeighting
+from jdcore.autogram import Engine
+from jdcore.autojac import backward, gramian_backward, jac_to_grad, mtl_backward
+
+
+def _leaf(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.zeros(shape, dtype=dtype, requires_grad=True)
+
+
+def _inference(*shape: int) -> Tensor:
+    with torch.inference_mode():
+        return torch.zeros(shape)
+
+
+UNWRITABLE: dict[str, Callable[[], Tensor]] = {
+    "expanded": lambda: torch.zeros(1).expand(3),
+    "windows that overlap": lambda: torch.zeros(4).as_strided((3, 1), (0, 1)).view(3),
+    "made in inference mode": lambda: _inference(3),
+    "sparse": lambda: torch.zeros(3).to_sparse(),
+}
+
+
+@pytest.mark.parametrize("make", UNWRITABLE.values(), ids=UNWRITABLE)
+def test_no_grad_is_written_if_one_of_them_cannot_be(make: Callable[[], Tensor]) -> None:
+    first, second = _leaf(3), _leaf(3)
+    second.grad = make()
+    with pytest.raises(ParameterError, match=r"`\.grad` must be None or a dense tensor"):
+        write_grads({first: torch.ones(3), second: torch.ones(3)})
+    assert first.grad is None
+
+
+def test_a_grad_of_another_dtype_or_shape_is_refused() -> None:
+    for replaced in (torch.zeros(3, dtype=torch.float64), torch.zeros(4)):
+        first, second = _leaf(3), _leaf(3)
+        second.grad = torch.ones(3)
+        second.data = replaced  # keeps the gradient that no longer fits
+        with pytest.raises(ParameterError, match=r"`\.grad`"):
+            write_grads({first: torch.ones(3), second: torch.ones_like(replaced)})
+        assert first.grad is None
+        assert second.grad.tolist() == [1.0, 1.0, 1.0]
+
+
+@pytest.mark.parametrize("make", UNWRITABLE.values(), ids=UNWRITABLE)
+def test_no_jac_is_written_if_one_of_them_cannot_be(make: Callable[[], Tensor]) -> None:
+    first, second = _leaf(), _leaf()
+    second.jac = make()
+    with pytest.raises(ParameterError, match=r"`\.jac` must be None or a dense tensor"):
+        write_jacs({first: torch.ones(3), second: torch.ones(3)})
+    assert not hasattr(first, "jac")
+
+
+def _steps() -> dict[str, Callable[[Tensor, Tensor], Any]]:
+    def losses(a: Tensor, b: Tensor) -> list[Tensor]:
+        return [(a * b).sum(), (a - b).square().sum()]
+
+    def through_jac(a: Tensor, b: Tensor) -> None:
+        backward(losses(a, b))
+        jac_to_grad([a, b], lambda matrix: matrix.sum(dim=0))
+
+    def through_heads(a: Tensor, b: Tensor) -> None:
+        features = a * 1.0
+        mtl_backward(losses(features, b), features)
+        jac_to_grad(a, lambda matrix: matrix.sum(dim=0))
+
+    def straight(a: Tensor, b: Tensor) -> None:
+        gramian_backward(losses(a, b), lambda gramian: torch.ones(2))
+
+    return {"jac_to_grad": through_jac, "mtl_backward": through_heads, "lean": straight}
+
+
+@pytest.mark.parametrize(
+    ("name", "place"),
+    [("jac_to_grad", 0), ("jac_to_grad", 1), ("mtl_backward", 1), ("lean", 0), ("lean", 1)],
+)
+def test_a_step_that_cannot_be_written_changes_no_grad(name: str, place: int) -> None:
+    leaves = [torch.ones(3, requires_grad=True), torch.ones(3, requires_grad=True)]
+    leaves[place].grad = torch.zeros(1).expand(3)
+    with pytest.raises(ParameterError, match="elements share memory"):
+        _steps()[name](*leaves)
+    assert leaves[1 - place].grad is None
+    assert leaves[place].grad.tolist() == [0.0, 0.0, 0.0]
+
+
+class _Watch:
+    """Counts the calls of post-accumulate-grad hooks and keeps the gradients they found."""
+
+    def __init__(self, *leaves: Tensor) -> None:
+        self.seen: list[list[float]] = []
+        for leaf in leaves:
+            leaf.register_post_accumulate_grad_hook(self)
+
+    def __call__(self, leaf: Tensor) -> None:
+        assert leaf.grad is not None
+        self.seen.append(leaf.grad.tolist())
+
+
+@pytest.mark.parametrize("step", _steps().values(), ids=_steps())
+def test_hooks_after_accumulation_run_once_and_see_the_whole_gradient(
+    step: Callable[[Tensor, Tensor], Any],
+) -> None:
+    a, b = torch.full((2,), 3.0, requires_grad=True), torch.ones(2, requires_grad=True)
+    watch = _Watch(a, b)
+    step(a, b)
+    # d(ab)/da + d(a-b)^2/da = b + 2 (a - b) = 5, and a - 2 (a - b) = -1 for b
+    assert sorted(watch.seen) == [[-1.0, -1.0], [5.0, 5.0]]
+
+
+def test_all_gradients_are_written_before_the_first_hook_runs() -> None:
+    a, b = _leaf(1), _leaf(1)
+    found = []
+    a.register_post_accumulate_grad_hook(lambda leaf: found.append(b.grad))
+    write_grads({a: torch.ones(1), b: torch.ones(1)})
+    assert found[0] is b.grad
+    assert b.grad is not None
+
+
+def test_a_hook_may_remove_itself() -> None:
+    a = _leaf(1)
+    handle = a.register_post_accumulate_grad_hook(lambda leaf: handle.remove())
+    write_grads({a: torch.ones(1)})
+    write_grads({a: torch.ones(1)})
+    assert a.grad.tolist() == [2.0]
+
+
+@pytest.mark.parametrize("way", ["autojac", "autogram"])
+def test_an_optimizer_that_steps_in_its_hook_trains_as_after_a_backward_pass(way: str) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(6, 3, dtype=torch.float64)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+    plain = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+    plain.load_state_dict(model.state_dict())
+    engine = Engine(model, batch_dim=None)
+    optimizers = {p: torch.optim.SGD([p], lr=0.1, momentum=0.9) for p in model.parameters()}
+
+    def advance(parameter: Tensor) -> None:
+        optimizers[parameter].step()
+        optimizers[parameter].zero_grad()
+
+    for parameter in model.parameters():
+        parameter.register_post_accumulate_grad_hook(advance)
+    optimizer = torch.optim.SGD(plain.parameters(), lr=0.1, momentum=0.9)
+    for _ in range(3):
+        losses = model(x).square().mean(dim=0)
+        if way == "autojac":
+            backward(losses)
+            jac_to_grad(model.parameters(), lambda matrix: matrix.mean(dim=0))
+        else:
+            engine.backward(losses, MeanWeighting())
+        plain(x).square().mean(dim=0).mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    for got, expected in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-8)
+
+
+def test_a_grad_takes_the_dtype_that_its_tensor_asks_for() -> None:
+    a = _leaf(2, dtype=torch.bfloat16)
+    if not hasattr(a, "grad_dtype"):
+        pytest.skip("this torch has one dtype for a tensor and its gradient")
+    a.grad_dtype = torch.float32
+    backward([a.float().sum(), a.float().prod()])
+    jac_to_grad(a, lambda matrix: matrix.sum(dim=0))
+    write_grads({a: torch.ones(2, dtype=torch.bfloat16)})
+    assert a.grad.dtype == torch.float32
+    assert a.grad.tolist() == [2.0, 2.0]
+
+
+def test_a_grad_has_the_memory_layout_of_its_tensor() -> None:
+    weight = torch.zeros(2, 3, 4, 4).to(memory_format=torch.channels_last).requires_grad_()
+    gradient = torch.randn(2, 3, 4, 4)
+    write_grads({weight: gradient})
+    assert weight.grad.stride() == weight.stride()
+    torch.testing.assert_close(weight.grad, gradient)
+
+
+def test_sparse_gradients_add_up() -> None:
+    sparse, dense = _leaf(3), _leaf(3)
+    dense.grad = torch.ones(3)
+    for _ in range(2):
+        gradient = torch.tensor([0.0, 2.0, 0.0]).to_sparse()
+        write_grads({sparse: gradient, dense: gradient.clone()})
+    assert sparse.grad.is_sparse
+    assert sparse.grad.to_dense().tolist() == [0.0, 4.0, 0.0]
+    assert dense.grad.tolist() == [1.0, 5.0, 1.0]
+
+
+def test_gradients_that_share_memory_are_taken_apart() -> None:
+    shared = torch.ones(2)
+    separate = disjoint([shared, shared, torch.ones(1).expand(2), shared], [torch.ones(2)])
+    assert len({gradient.untyped_storage().data_ptr() for gradient in separate}) == 4
+    assert all(gradient.tolist() == [1.0, 1.0] for gradient in separate)
+
+
+def test_parameters_that_only_act_in_a_sum_get_gradients_of_their_own_from_the_engine() -> None:
+    class Sum(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(2))
+
+        def forward(self) -> Tensor:
+            return self.a + self.b
+
+    model = Sum()
+    engine = Engine(model, batch_dim=None)
+    for _ in range(2):
+        engine.backward(model(), MeanWeighting())
+    assert model.a.grad.tolist() == model.b.grad.tolist() == [1.0, 1.0]
+
+
+def test_tensor_hooks_change_gradients_that_no_backward_pass_brought() -> None:
+    a, b = _leaf(2), _leaf(2)
+    a.register_hook(lambda gradient: gradient * torch.tensor([1.0, 0.0]))
+    a.register_hook(lambda gradient: None)
+    b.register_hook(lambda gradient: gradient[0])
+    assert through_tensor_hooks({a: torch.ones(2)})[a].tolist() == [1.0, 0.0]
+    with pytest.raises(ParameterError, match=r"`hook` must be a function that returns None"):
+        through_tensor_hooks({b: torch.ones(2)})
