@@ -147,17 +147,19 @@ class NonFiniteError(JDCoreError, ArithmeticError):
     A Jacobian or Gramian holds NaN or infinite values, and finite ones were asked for.
 
     :param rows: Indices of the objectives (rows) concerned.
+    :param what: What of them is not finite: ``"gradients"`` or ``"values"``.
     """
 
-    def __init__(self, rows: Sequence[int]) -> None:
+    def __init__(self, rows: Sequence[int], what: str = "gradients") -> None:
         self.rows = tuple(rows)
+        self.what = what
         super().__init__(
-            f"The gradients of objectives {list(self.rows)} hold NaN or infinite values. "
+            f"The {what} of objectives {list(self.rows)} hold NaN or infinite values. "
             "Look for a diverging loss, or unset check_finite to get NaN weights instead."
         )
 
     def __reduce__(self) -> tuple[type, tuple[object, ...]]:
-        return type(self), (self.rows,)
+        return type(self), (self.rows, self.what)
 
 
 class NonDifferentiableError(JDCoreError, RuntimeError):

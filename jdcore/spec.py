@@ -144,6 +144,12 @@ class AggregatorSpec:
     :param aggregator: ``"module:attribute"`` of the aggregator class.
     :param reference: The publication; None for methods that are common knowledge.
     :param properties: What the method guarantees, checked by the conformance suite.
+    :param losses: Whether the method looks at the values of the losses too, which a caller then has
+        to give (see :class:`~jdcore.aggregation.LossWeighting`).
+    :param cross_gramian: Whether the weighting looks at the cross-Gramian of two independent
+        batches in place of the Gramian (see :class:`~jdcore.aggregation.CrossGramianWeighting`).
+    :param wrapper: Whether it changes what another method does, which is its argument
+        ``weighting`` (or ``aggregator``, if it has to see the matrix).
     :param stateful: Whether results depend on earlier calls (see :class:`~jdcore.Stateful`).
     :param stochastic: Whether results depend on a random generator (argument ``generator``).
     :param min_rows: Smallest number of rows the method is defined for, at its example arguments;
@@ -164,6 +170,9 @@ class AggregatorSpec:
     aggregator: str | None = field(default=None, validator=_valid_factory)
     reference: Reference | None = None
     properties: frozenset[Property] = field(default=frozenset(), converter=_properties)
+    losses: bool = False
+    cross_gramian: bool = False
+    wrapper: bool = False
     stateful: bool = False
     stochastic: bool = False
     min_rows: int = 1
@@ -181,6 +190,10 @@ class AggregatorSpec:
             raise ParameterError(
                 "weighting", "a class whose name ends in 'Weighting'", repr(self.weighting)
             )
+        if self.cross_gramian and self.weighting is None:
+            raise ParameterError(
+                "cross_gramian", "False for a method that sees the matrix", repr(self.cross_gramian)
+            )
 
     @property
     def class_name(self) -> str:
@@ -190,8 +203,10 @@ class AggregatorSpec:
 
     @property
     def input(self) -> str:
-        """What the method looks at: ``"gramian"`` or ``"matrix"``."""
-        return "matrix" if self.weighting is None else "gramian"
+        """What the method looks at: ``"gramian"``, ``"cross_gramian"`` or ``"matrix"``."""
+        if self.weighting is None:
+            return "matrix"
+        return "cross_gramian" if self.cross_gramian else "gramian"
 
 
 @frozen(kw_only=True)

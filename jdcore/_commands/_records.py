@@ -62,6 +62,8 @@ def method_record(name: str) -> dict[str, Any]:
         "class_name": spec.class_name,
         "summary": spec.summary,
         "input": spec.input,
+        "losses": spec.losses,
+        "wrapper": spec.wrapper,
         "properties": sorted(prop.value for prop in spec.properties),
         "stateful": spec.stateful,
         "stochastic": spec.stochastic,

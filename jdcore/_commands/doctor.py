@@ -123,18 +123,19 @@ def _time(name: str, arguments: dict[str, Any]) -> float:
     import torch
 
     from jdcore._methods import aggregator_class
+    from jdcore.aggregation._informed import example_inputs
 
-    m = max(_ROWS, registry.aggregator(name).spec.min_rows)
+    spec = registry.aggregator(name).spec
+    m = max(_ROWS, spec.min_rows)
     matrix = torch.randn(m, _COLUMNS, generator=torch.Generator().manual_seed(0))
-    aggregator = aggregator_class(name)(
-        **{**registry.aggregator(name).spec.example(m), **arguments}
-    )
+    inputs = example_inputs(spec, matrix)
+    aggregator = aggregator_class(name)(**{**spec.example(m), **arguments})
     seconds = []
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # on a matrix this tame, a warning is trouble too
         for _ in range(_REPETITIONS):
             start = time.perf_counter()
-            vector = aggregator(matrix)
+            vector = aggregator(matrix, **inputs)
             seconds.append(time.perf_counter() - start)
     if not bool(torch.isfinite(vector).all()):
         raise ArithmeticError("the update is not finite")

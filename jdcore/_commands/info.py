@@ -10,6 +10,7 @@ from typing import Any
 
 from jdcore._commands._output import print_json
 from jdcore._commands._records import discover, method_record, solver_records
+from jdcore._commands.listing import inputs
 from jdcore._registry import registry
 
 _PARAMETER = re.compile(r"^:param (\w+): (.*?)(?=^:|\Z)", re.DOTALL | re.MULTILINE)
@@ -121,7 +122,8 @@ def _facts(record: dict[str, Any]) -> list[tuple[str, str]]:
     reference = record["reference"]
     facts = [
         ("paper", reference and f"{reference['title']} ({reference['year']}), {reference['url']}"),
-        ("input", record["input"]),
+        ("input", inputs(record)),
+        ("wraps", "another method" if record["wrapper"] else ""),
         ("properties", ", ".join(record["properties"])),
         ("stateful", "yes" if record["stateful"] else ""),
         ("stochastic", "yes" if record["stochastic"] else ""),

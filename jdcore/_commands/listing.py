@@ -37,16 +37,21 @@ def _short_row(record: dict[str, Any]) -> tuple[str, ...]:
     return name, "\n".join(filter(None, (summary, facts, properties))) + "\n"
 
 
+def inputs(record: dict[str, Any]) -> str:
+    """What a method looks at, in a few words."""
+    return f"{record['input']}, losses" if record["losses"] else str(record["input"])
+
+
 def _row(record: dict[str, Any]) -> tuple[str, ...]:
     if "summary" not in record:
         return (record["name"], "", "", "", "", f"not installed: {record['install']}")
     summary = record["summary"]
     if not record["installed"]:
         summary = f"{summary} Needs: {record['install']}"
-    kinds = [kind for kind in ("stateful", "stochastic") if record[kind]]
+    kinds = [kind for kind in ("wrapper", "stateful", "stochastic") if record[kind]]
     return (
         record["name"],
-        record["input"],
+        inputs(record),
         ", ".join(kinds),
         ", ".join(record["properties"]),
         record["distribution"],

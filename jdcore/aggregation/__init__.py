@@ -11,6 +11,7 @@ from typing import Any
 from jdcore.aggregation._aggregator import GramianAggregator
 from jdcore.aggregation._coordinatewise import CoordinatewiseAggregator
 from jdcore.aggregation._flattening import Flattening
+from jdcore.aggregation._informed import CrossGramianWeighting, LossWeighting
 from jdcore.aggregation._module import as_module
 from jdcore.aggregation._scalarization import ScalarizationWeighting
 from jdcore.aggregation._solver import find_solver, solver_field
@@ -22,11 +23,13 @@ from jdcore.protocols import Aggregator, GeneralizedWeighting, Weighting
 __all__ = [
     "Aggregator",
     "CoordinatewiseAggregator",
+    "CrossGramianWeighting",
     "Flattening",
     "GeneralizedWeighting",
     "GramianAggregator",
     "GramianSource",
     "GramianWeighting",
+    "LossWeighting",
     "ScalarizationWeighting",
     "StateFields",
     "Weighting",

@@ -26,13 +26,15 @@ class Flattening:
 
     weighting: Weighting = field(converter=as_weighting)
 
-    def __call__(self, gramian: Tensor, /) -> Tensor:
+    def __call__(self, gramian: Tensor, /, *, losses: Tensor | None = None) -> Tensor:
         """
         :param gramian: Generalized Gramian [m1, ..., mk, mk, ..., m1].
+        :param losses: Values of the objectives, Tensor [m1, ..., mk], for methods that look at
+            them.
         :returns: Weights [m1, ..., mk].
         :raises ParameterError: If the shape does not read the same in both directions.
         """
-        source = GramianSource.of(flatten_gramian(gramian))
+        source = GramianSource.of(flatten_gramian(gramian), losses)
         return weigh(self, source, objectives_shape(gramian)).to(gramian)
 
     def weigh(self, source: GramianSource, shape: Sequence[int] | None = None, /) -> Tensor:

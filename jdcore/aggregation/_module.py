@@ -22,9 +22,13 @@ class AggregationModule(torch.nn.Module):
         super().__init__()
         self.wrapped = wrapped
 
-    def forward(self, tensor: Tensor, /) -> Tensor:
-        """Call the wrapped object: a Jacobian to an update, or a Gramian to weights."""
-        result: Tensor = self.wrapped(tensor)
+    def forward(self, tensor: Tensor, /, **known: Any) -> Tensor:
+        """
+        Call the wrapped object: a Jacobian to an update, or a Gramian to weights.
+
+        :param known: What the wrapped object needs beside it, such as ``losses``.
+        """
+        result: Tensor = self.wrapped(tensor, **known)
         return result
 
     def extra_repr(self) -> str:

@@ -35,15 +35,16 @@ class ScalarizationWeighting:
         """
         raise NotImplementedError
 
-    def __call__(self, gramian: Tensor, /) -> Tensor:
+    def __call__(self, gramian: Tensor, /, *, losses: Tensor | None = None) -> Tensor:
         """
         :param gramian: Real floating Tensor [m, m], whose entries are not read.
+        :param losses: Values of the objectives, Tensor [m], which are not read either.
         :returns: Weights [m], same dtype and device.
         :raises ParameterError: If the Gramian is not a real floating square matrix, or an argument
             of this weighting does not fit its size or device.
         """
         check_gramian(gramian)
-        weights = weigh(self, GramianSource.of(gramian))
+        weights = weigh(self, GramianSource.of(gramian, losses))
         return weights.to(gramian.device, gramian.dtype, copy=True)
 
     def weigh(self, source: GramianSource, /) -> Tensor:

@@ -15,6 +15,10 @@ from jdcore.linalg import unflatten_gramian
 from jdcore.validators import describe_tensor
 
 
+def _one() -> float:
+    return 1.0
+
+
 @define(eq=False)
 class GramianSource:
     """
@@ -26,22 +30,43 @@ class GramianSource:
     :param precision: The narrowest dtype that the rows of the Jacobian were rounded to. Near
         Pareto stationarity it decides which combinations of rows count as zero.
     :param device: Device of the Jacobian.
-    :param compute: Makes the Gramian, a float64 Tensor [m, m] on any device.
+    :param compute: Makes the Gramian, a float64 Tensor [m, m] on any device. None where only the
+        cross-Gramian is known.
+    :param losses: Values of the objectives, Tensor [m], where the caller knows them.
+    :param compute_cross: Makes the cross-Gramian ``J₁ J₂ᵀ`` of this Jacobian and that of a second,
+        independent batch, a float64 Tensor [m, m] on any device. None where there is one batch.
+    :param scale: Tells, once one of the two is there, by which power of two the rows were divided
+        first: 1 unless the squares of their entries leave the range of float64. Weights that are
+        homogeneous in the rows do without it.
     """
 
     rows: int
     precision: torch.dtype
     device: torch.device
-    compute: Callable[[], Tensor]
+    compute: Callable[[], Tensor] | None
+    losses: Tensor | None = field(default=None, kw_only=True)
+    compute_cross: Callable[[], Tensor] | None = field(default=None, kw_only=True)
+    scale: Callable[[], float] = field(default=_one, kw_only=True)
     asked: bool = field(default=False, init=False)
     """Whether the method asked for the Gramian, so that its weights may depend on the Jacobian."""
     _gramian: Tensor | None = field(default=None, init=False)
 
     @classmethod
-    def of(cls, gramian: Tensor) -> GramianSource:
+    def of(cls, gramian: Tensor, losses: Tensor | None = None) -> GramianSource:
         """The source of a Gramian [m, m] that is there already; its dtype is its precision."""
         wide = gramian.detach().double()
-        return cls(len(gramian), gramian.dtype, gramian.device, lambda: wide)
+        known = check_losses(losses, len(gramian))
+        return cls(len(gramian), gramian.dtype, gramian.device, lambda: wide, losses=known)
+
+    @classmethod
+    def of_cross(cls, cross_gramian: Tensor, losses: Tensor | None = None) -> GramianSource:
+        """The source of a cross-Gramian [m, m] that is there already, without a Gramian."""
+        wide = cross_gramian.detach().double()
+        return cls(
+            *(len(wide), cross_gramian.dtype, cross_gramian.device, None),
+            losses=check_losses(losses, len(wide)),
+            compute_cross=lambda: wide,
+        )
 
     def gramian(self) -> Tensor:
         """The Gramian, float64 Tensor [m, m], computed at the first call. Not to be modified."""
@@ -51,8 +76,72 @@ class GramianSource:
     def peek(self) -> Tensor:
         """:meth:`gramian` for an observer, which does not count as the method asking for it."""
         if self._gramian is None:
+            if self.compute is None:
+                raise ParameterError(
+                    "gramian",
+                    "the Gramian of one Jacobian",
+                    "the cross-Gramian of two batches",
+                    "Only methods that list cross_gramian as their input take that.",
+                )
             self._gramian = self.compute()
         return self._gramian
+
+    def cross_gramian(self) -> Tensor:
+        """
+        The cross-Gramian, float64 Tensor [m, m], not symmetric. Not to be modified.
+
+        :raises ParameterError: If there is one batch only.
+        """
+        if self.compute_cross is None:
+            raise ParameterError(
+                "second",
+                "given: the method looks at the cross-Gramian of two independent batches",
+                "nothing",
+                "Call aggregator(jacobian, second=other_jacobian), jac_to_grad(..., "
+                "second=other_jacobians), or weights = weighting(engine.cross_gramian(losses, "
+                "other_losses)) and then losses.backward(weights).",
+            )
+        self.asked = True
+        return self.compute_cross()
+
+    def known_losses(self) -> Tensor:
+        """
+        The values of the objectives, Tensor [m] of any floating dtype on any device.
+
+        :raises ParameterError: If the caller did not give them.
+        """
+        if self.losses is None:
+            raise ParameterError(
+                "losses",
+                "given: the method looks at the values of the objectives",
+                "nothing",
+                "Call weighting(gramian, losses=losses), aggregator(jacobian, losses=losses), or "
+                "jac_to_grad(..., losses=losses); gramian_backward and Engine.backward know them.",
+            )
+        return self.losses
+
+
+def check_losses(losses: Tensor | None, m: int, parameter: str = "losses") -> Tensor | None:
+    """
+    The values of m objectives, detached.
+
+    :param losses: None, a real Tensor with m entries, or m scalar tensors.
+    :raises ParameterTypeError: If it is neither.
+    :raises ParameterError: If there are not as many losses as objectives.
+    """
+    if losses is None:
+        return None
+    if isinstance(losses, (list, tuple)) and all(isinstance(loss, Tensor) for loss in losses):
+        losses = torch.cat([loss.detach().flatten() for loss in losses] or [torch.empty(0)])
+    if not isinstance(losses, Tensor) or not losses.is_floating_point():
+        raise ParameterTypeError(
+            parameter, f"a floating Tensor with {m} entries", describe_tensor(losses)
+        )
+    if losses.numel() != m:
+        raise ParameterError(
+            parameter, f"{m} values, one for each objective", describe_tensor(losses)
+        )
+    return losses.detach().flatten()
 
 
 def as_weighting(given: Any, parameter: str = "weighting") -> Any:
@@ -100,7 +189,7 @@ def weigh(weighting: Any, source: GramianSource, shape: Sequence[int] | None = N
     :returns: Weights of that shape, [m] if None, detached.
     :raises ParameterError: If the weighting returns something else.
     """
-    if not observed():
+    if not observed() or source.compute is None:  # without a Gramian there is nothing to see
         return _ask(weighting, source, shape)
     with unobserved() as observers:
         start = perf_counter()

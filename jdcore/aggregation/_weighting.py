@@ -64,18 +64,32 @@ class GramianWeighting:
         del gramian
         return None
 
-    def __call__(self, gramian: Tensor, /) -> Tensor:
+    def __call__(self, gramian: Tensor, /, *, losses: Tensor | None = None) -> Tensor:
         """
         :param gramian: Gramian of the Jacobian, real floating Tensor [m, m].
+        :param losses: Values of the objectives, Tensor [m], for methods that look at them.
         :returns: Weights [m], same dtype and device.
-        :raises ParameterError: If the Gramian is not a real floating square matrix, or an argument
-            of this weighting does not fit its size or device.
+        :raises ParameterError: If the Gramian is not a real floating square matrix, an argument of
+            this weighting does not fit its size or device, or the losses are missing.
         :raises NonFiniteError: See ``check_finite``.
         :raises NonDifferentiableError: When differentiating through the weights.
         """
         check_gramian(gramian)
-        weights = weigh(self, GramianSource.of(gramian)).to(gramian)
+        weights = weigh(self, self.source_of(gramian, losses)).to(gramian)
         return forbid_differentiation(self, gramian, weights)
+
+    def source_of(self, matrix: Tensor, losses: Tensor | None) -> GramianSource:
+        """What the matrix that a call is given stands for: the Gramian, here."""
+        return GramianSource.of(matrix, losses)
+
+    def matrix_of(self, source: GramianSource) -> Tensor:
+        """What :meth:`compute` looks at, float64 Tensor [m, m] on any device: the Gramian, here."""
+        return source.gramian()
+
+    def answer(self, matrix: NDArray[np.float64], source: GramianSource) -> NDArray[np.float64]:
+        """:meth:`compute`, for methods that look at more than one matrix."""
+        del source
+        return self.compute(matrix)
 
     def weigh(self, source: GramianSource, /) -> Tensor:
         """
@@ -88,7 +102,7 @@ class GramianWeighting:
         check_row_vectors(self, m, source.device)
         if m == 0:
             return torch.empty(0, dtype=torch.float64)
-        gramian = source.gramian()
+        gramian = self.matrix_of(source)
         array: NDArray[np.float64]
         finite = False
         if m <= _FEW:
@@ -99,7 +113,7 @@ class GramianWeighting:
                 return torch.tensor(few, dtype=torch.float64)
         array = gramian.numpy() if gramian.is_cpu else gramian.cpu().numpy()
         if finite or _all_finite(array):
-            return torch.from_numpy(np.asarray(self.compute(array), dtype=np.float64))
+            return torch.from_numpy(np.asarray(self.answer(array, source), dtype=np.float64))
         if finite_required(self.check_finite):
             raise refuse_gramian(array)
         return torch.full((m,), math.nan, dtype=torch.float64)

@@ -6,7 +6,7 @@ from jdcore.linalg._complementarity import lcp_residual, refine_lcp
 from jdcore.linalg._conflicts import alignment_score, conflicting_share, cosines
 from jdcore.linalg._equilibrate import equilibrate
 from jdcore.linalg._generalized import flatten_gramian, objectives_shape, unflatten_gramian
-from jdcore.linalg._gramian import gramian
+from jdcore.linalg._gramian import cross_gramian, gramian
 
 __all__ = [
     "alignment_score",
@@ -14,6 +14,7 @@ __all__ = [
     "combine",
     "conflicting_share",
     "cosines",
+    "cross_gramian",
     "eigh",
     "equilibrate",
     "flatten_gramian",

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from jdcore.errors import ParameterError
 from jdcore.validators import check_blocks
 
 # Float64 entries of the pieces that are multiplied: 1 MB is large enough for the product to run at
@@ -53,6 +54,39 @@ def sum_gramians(blocks: Sequence[Tensor]) -> Tensor:
         filled = end
     _add_product(total, buffer[:, :filled])
     return symmetric(total)
+
+
+def cross_gramian(
+    jacobian: Tensor | Sequence[Tensor], other: Tensor | Sequence[Tensor], /
+) -> Tensor:
+    """
+    Cross-Gramian ``J₁ J₂ᵀ`` of two matrices, or of Jacobians given as column blocks, in float64.
+
+    :param jacobian: Matrix [m, n] of a real floating dtype, or blocks [m, n1], [m, n2], ...
+    :param other: A matrix [l, n], or blocks [l, n1], [l, n2], ... on the same device.
+    :returns: float64 Tensor [m, l] on that device.
+    :raises ParameterError: If a block is no matrix, or the two do not have the same columns.
+    """
+    one = [jacobian] if isinstance(jacobian, Tensor) else list(jacobian)
+    two = [other] if isinstance(other, Tensor) else list(other)
+    check_blocks(one, "jacobian")
+    check_blocks(two, "other")
+    columns, others = ([block.shape[1] for block in blocks] for blocks in (one, two))
+    if columns != others:
+        raise ParameterError("other", f"of {columns} columns, as the first", f"{others} columns")
+    return sum_cross_gramians(one, two)
+
+
+def sum_cross_gramians(blocks: Sequence[Tensor], others: Sequence[Tensor]) -> Tensor:
+    """:func:`cross_gramian` of blocks that have been checked."""
+    shape = (len(blocks[0]), len(others[0]))
+    total = blocks[0].new_zeros(shape, dtype=torch.float64)
+    entries = _ENTRIES if blocks[0].is_cpu else _ENTRIES_ELSEWHERE
+    columns = max(_NARROWEST, entries // max(1, *shape))
+    pairs = zip(_pieces(blocks, columns), _pieces(others, columns), strict=True)
+    for one, two in pairs:
+        total.addmm_(one.double(), two.double().T)
+    return total
 
 
 def symmetric(product: Tensor) -> Tensor:

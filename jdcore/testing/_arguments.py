@@ -13,7 +13,7 @@ from jdcore.config import to_config
 from jdcore.config._arguments import Argument, arguments_of
 from jdcore.errors import ParameterError
 from jdcore.registry import get_aggregator, get_weighting
-from jdcore.testing._case import Case, call, demand
+from jdcore.testing._case import Case, demand
 from jdcore.validators import row_vector
 
 
@@ -78,7 +78,9 @@ def _makes_the_round_trip(case: Case, arguments: dict[str, Any]) -> None:
     demand(again == config, f"{config} became {again}")
     demand(case.spec.stochastic or repr(rebuilt) == repr(original), f"{original}: {rebuilt}")
     matrix = case.gauss()
-    demand(torch.equal(call(original, matrix), call(rebuilt, matrix)), "it behaves otherwise")
+    demand(
+        torch.equal(case.call(original, matrix), case.call(rebuilt, matrix)), "it behaves otherwise"
+    )
     if case.spec.weighting is not None:
         weighting = get_weighting(config, **{name: _generator() for name in omit})
         demand(to_config(weighting, omit=omit) == config, f"{config} became {weighting}")

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from jdcore._methods import aggregator_class, weighting_class
 from jdcore._registry import registry
+from jdcore.aggregation._informed import example_inputs
 from jdcore.errors import UnsolvedWarning
 from jdcore.spec import AggregatorSpec, Property
 from jdcore.testing.families import FAMILIES, family
@@ -56,6 +57,21 @@ class Case:
         seeded = {"generator": torch.Generator().manual_seed(seed)} if self.spec.stochastic else {}
         return cls(**{**self.spec.example(m), **seeded, **arguments})
 
+    def inputs(self, matrix: Any) -> dict[str, Any]:
+        """What a call of the aggregator needs beside the matrix; nothing for what is no matrix."""
+        usable = isinstance(matrix, Tensor) and matrix.ndim == 2 and matrix.is_floating_point()
+        return example_inputs(self.spec, matrix.detach()) if usable else {}
+
+    def call(self, aggregator: Any, matrix: Tensor) -> Tensor:
+        """Call an aggregator, with all that it needs."""
+        return quietly(lambda: aggregator(matrix, **self.inputs(matrix)))
+
+    def weigh(self, weighting: Any, matrix: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """Call a weighting on the Gramian (or cross-Gramian) of a matrix, with all it needs."""
+        inputs = self.inputs(matrix)
+        gramian = matrix @ inputs.pop("second", matrix).T
+        return quietly(lambda: weighting(gramian.to(dtype or matrix.dtype), **inputs))
+
     def declares(self, prop: Property) -> bool:
         return prop in self.spec.properties
 
@@ -72,12 +88,11 @@ class Case:
         return torch.randn(self.rows if m is None else m, n, generator=generator).double()
 
 
-def call(function: Any, matrix: Tensor) -> Tensor:
+def quietly(call: Callable[[], Tensor]) -> Tensor:
     """Call a method; being told that a problem is ill-posed is no failure of the method."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UnsolvedWarning)
-        result: Tensor = function(matrix)
-    return result
+        return call()
 
 
 def demand(condition: bool, message: str) -> None:

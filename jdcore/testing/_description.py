@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+import jdcore.aggregation
 from jdcore._methods import aggregator_class
 from jdcore._registry import registry
 from jdcore.testing._case import Case, demand
@@ -32,13 +33,24 @@ def describes_itself(case: Case) -> None:
 
 def shows_what_you_would_type(case: Case) -> None:
     aggregator = case.make(case.rows)
-    scope: dict[str, Any] = {
-        case.spec.class_name: aggregator_class(case.name),
-        "tensor": torch.tensor,
-        "torch": torch,
-    }
+    scope = _Scope(
+        {
+            case.spec.class_name: aggregator_class(case.name),
+            "tensor": torch.tensor,
+            "torch": torch,
+        }
+    )
     shown = repr(aggregator)
-    demand(repr(eval(shown, scope)) == shown, f"{shown} does not evaluate to itself")
+    demand(repr(eval(shown, {}, scope)) == shown, f"{shown} does not evaluate to itself")
+
+
+class _Scope(dict[str, Any]):
+    """Names that somebody has imported: all of jdcore.aggregation, beside those given."""
+
+    def __missing__(self, name: str) -> Any:
+        if not hasattr(jdcore.aggregation, name):
+            raise KeyError(name)
+        return getattr(jdcore.aggregation, name)
 
 
 def is_listed_without_being_imported(case: Case) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from torch import Tensor
 from jdcore.aggregation import GramianWeighting, as_module
 from jdcore.errors import NonFiniteError, ParameterError
 from jdcore.protocols import BlockwiseAggregator
-from jdcore.testing._case import Case, NotApplicable, call, demand, demand_close
+from jdcore.testing._case import Case, NotApplicable, demand, demand_close, quietly
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -18,7 +19,7 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 def keeps_dtype_and_shape(case: Case) -> None:
     for dtype in DTYPES:
         matrix = case.gauss().to(dtype)
-        vector = call(case.make(case.rows), matrix)
+        vector = case.call(case.make(case.rows), matrix)
         demand(vector.dtype == dtype, f"{dtype} in, {vector.dtype} out")
         demand(vector.shape == matrix.shape[1:], f"shape {vector.shape} for {matrix.shape}")
         demand(bool(torch.isfinite(vector).all()), f"not finite in {dtype}")
@@ -27,8 +28,8 @@ def keeps_dtype_and_shape(case: Case) -> None:
 def agrees_between_dtypes(case: Case) -> None:
     for dtype in DTYPES[:3]:
         matrix = case.gauss().to(dtype)
-        narrow = call(case.make(case.rows), matrix)
-        wide = call(case.make(case.rows), matrix.double())
+        narrow = case.call(case.make(case.rows), matrix)
+        wide = case.call(case.make(case.rows), matrix.double())
         tolerance = 8 * torch.finfo(dtype).eps
         demand_close(
             narrow, wide.to(dtype), tolerance, f"{dtype} against float64 of the same input"
@@ -37,9 +38,9 @@ def agrees_between_dtypes(case: Case) -> None:
 
 def works_on_accelerators(case: Case) -> None:
     matrix = case.gauss().float()
-    expected = call(case.make(case.rows), matrix)
+    expected = case.call(case.make(case.rows), matrix)
     for device in _accelerators():
-        vector = call(as_module(case.make(case.rows)).to(device), matrix.to(device))
+        vector = case.call(as_module(case.make(case.rows)).to(device), matrix.to(device))
         demand(vector.device.type == device, f"{device} in, {vector.device} out")
         if not case.spec.stochastic:
             demand_close(vector.cpu(), expected, 1e-4, f"{device} against the CPU")
@@ -55,17 +56,17 @@ def _accelerators() -> list[str]:
 def leaves_its_input_alone(case: Case) -> None:
     matrix = case.gauss()
     copy = matrix.clone()
-    call(case.make(case.rows), matrix)
+    case.call(case.make(case.rows), matrix)
     demand(torch.equal(matrix, copy), "the matrix was modified")
 
 
 def handles_no_rows(case: Case) -> None:
-    vector = call(case.make(0), torch.zeros(0, 3))
+    vector = case.call(case.make(0), torch.zeros(0, 3))
     demand(torch.equal(vector, torch.zeros(3)), f"{vector} for a matrix without rows")
 
 
 def handles_no_columns(case: Case) -> None:
-    vector = call(case.make(case.rows), torch.zeros(case.rows, 0))
+    vector = case.call(case.make(case.rows), torch.zeros(case.rows, 0))
     demand(vector.shape == (0,), f"{vector} for a matrix without columns")
 
 
@@ -83,24 +84,26 @@ def handles_degenerate_rows(case: Case) -> None:
         "a single column": matrix[:, :1],
     }
     for label, example in degenerate.items():
-        vector = call(case.make(case.rows), example)
+        vector = case.call(case.make(case.rows), example)
         demand(bool(torch.isfinite(vector).all()), f"{vector} for {label}")
-    zero = call(case.make(case.rows), torch.zeros_like(matrix))
+    zero = case.call(case.make(case.rows), torch.zeros_like(matrix))
     demand(not zero.any(), f"{zero} for the zero matrix")
 
 
 def handles_one_row(case: Case) -> None:
-    vector = call(case.make(1), case.gauss(1))
+    vector = case.call(case.make(1), case.gauss(1))
     demand(bool(torch.isfinite(vector).all()), f"{vector} for a single row")
 
 
 def refuses_too_few_rows(case: Case) -> None:
     for m in range(1, case.spec.min_rows):
-        _demand_refusal(case, case.gauss(m), f"{m} rows, fewer than min_rows")
+        matrix = case.gauss(m)
+        _demand_refusal(case, matrix, f"{m} rows, fewer than min_rows", case.inputs(matrix))
 
 
 def refuses_malformed_matrices(case: Case) -> None:
     matrix = case.gauss()
+    inputs = case.inputs(matrix)
     malformed = {
         "a vector": matrix[0],
         "a three-dimensional tensor": matrix[None],
@@ -109,12 +112,50 @@ def refuses_malformed_matrices(case: Case) -> None:
         "a list": matrix.tolist(),
     }
     for label, example in malformed.items():
-        _demand_refusal(case, example, label)
+        _demand_refusal(case, example, label, inputs)
 
 
-def _demand_refusal(case: Case, matrix: object, label: str) -> None:
+def is_refused_without_what_it_needs(case: Case) -> None:
+    """Losses or a second batch, where the spec says that the method looks at them."""
+    matrix = case.gauss()
+    inputs = case.inputs(matrix)
+    for name in inputs:
+        known = {key: value for key, value in inputs.items() if key != name}
+        try:
+            case.make(case.rows)(matrix, **known)
+        except ParameterError as error:
+            demand(error.parameter == name, f"without {name}, {error.parameter!r} is named")
+            demand(bool(error.hint), f"the error does not say how to give {name}")
+            continue
+        demand(False, f"a call without {name} should raise a ParameterError")
+
+
+def checks_the_losses(case: Case) -> None:
+    matrix = case.gauss()
+    inputs = case.inputs(matrix)
+    losses = inputs.pop("losses")
+    for label, wrong in {"too few": losses[1:], "a list": losses.tolist()}.items():
+        try:
+            case.make(case.rows)(matrix, losses=wrong, **inputs)
+        except ParameterError as error:
+            demand(error.parameter == "losses", f"{error.parameter!r} is named for {label}")
+            continue
+        demand(False, f"{label}: such losses should raise a ParameterError")
+    broken = losses.clone()
+    broken[1] = float("nan")
+    vector = quietly(lambda: case.make(case.rows)(matrix, losses=broken, **inputs))
+    demand(bool(vector.isnan().all()), f"{vector} where a loss is NaN")
     try:
-        case.make(case.rows)(matrix)
+        case.make(case.rows, {"check_finite": True})(matrix, losses=broken, **inputs)
+    except NonFiniteError as error:
+        demand(error.rows == (1,), f"loss 1 is NaN, but {error.rows} are named")
+        return
+    demand(False, "check_finite=True should raise a NonFiniteError where a loss is NaN")
+
+
+def _demand_refusal(case: Case, matrix: object, label: str, inputs: dict[str, Any]) -> None:
+    try:
+        case.make(case.rows)(matrix, **inputs)
     except ParameterError:
         return
     demand(False, f"{label} should raise a ParameterError")
@@ -123,13 +164,14 @@ def _demand_refusal(case: Case, matrix: object, label: str) -> None:
 def gives_nan_for_nonfinite_input(case: Case) -> None:
     for value in (float("nan"), float("inf"), -float("inf")):
         matrix = _with_entry(case, value)
-        vector = call(case.make(case.rows), matrix)
+        vector = case.call(case.make(case.rows), matrix)
         demand(bool(vector.isnan().all()), f"{vector} for a matrix with {value}")
 
 
 def raises_for_nonfinite_input_when_asked(case: Case) -> None:
+    matrix = _with_entry(case, float("nan"))
     try:
-        case.make(case.rows, {"check_finite": True})(_with_entry(case, float("nan")))
+        case.make(case.rows, {"check_finite": True})(matrix, **case.inputs(matrix))
     except NonFiniteError as error:
         demand(error.rows == (1,), f"row 1 holds the NaN, but {error.rows} are named")
         return
@@ -144,7 +186,7 @@ def _with_entry(case: Case, value: float) -> Tensor:
 
 def is_deterministic(case: Case) -> None:
     matrix = case.gauss().float()
-    first, second = (call(case.make(case.rows, seed=3), matrix) for _ in range(2))
+    first, second = (case.call(case.make(case.rows, seed=3), matrix) for _ in range(2))
     demand(torch.equal(first, second), "the same input and generator gave different bits")
 
 
@@ -154,17 +196,26 @@ def gives_the_same_by_blocks(case: Case) -> None:
     if case.spec.input == "matrix" and case.spec.stochastic:
         return  # the order in which blocks draw random numbers is not promised
     matrix = case.gauss()
-    vectors, weights = case.make(case.rows).aggregate_blocks([matrix[:, :7], matrix[:, 7:].float()])
-    expected = call(whole, torch.cat([matrix[:, :7], matrix[:, 7:].float().double()], dim=1))
+    rounded = torch.cat([matrix[:, :7], matrix[:, 7:].float().double()], dim=1)
+    inputs = case.inputs(rounded)
+    if "second" in inputs:
+        inputs["second"] = list(inputs["second"].split([7, matrix.shape[1] - 7], dim=1))
+    vectors, weights = case.make(case.rows).aggregate_blocks(
+        [matrix[:, :7], matrix[:, 7:].float()], **inputs
+    )
+    expected = case.call(whole, rounded)
     demand_close(torch.cat(vectors), expected, 1e-6, "blocks against the whole matrix")
     demand(vectors[1].dtype == torch.float32, "a block lost its dtype")
-    demand((weights is None) == (case.spec.input == "matrix"), f"weights are {weights}")
+    if weights is None:
+        demand(case.spec.input == "matrix", "there are no weights")
+    else:
+        demand_close(weights.double() @ rounded, expected, 1e-6, "weights @ J against the update")
 
 
 def weighting_agrees_with_aggregator(case: Case) -> None:
     matrix = case.gauss()
-    weights = call(case.make_weighting(case.rows), matrix @ matrix.T)
-    expected = call(case.make(case.rows), matrix)
+    weights = case.weigh(case.make_weighting(case.rows), matrix)
+    expected = case.call(case.make(case.rows), matrix)
     demand_close(weights @ matrix, expected, 1e-12, "weights @ J against the aggregator")
 
 
@@ -176,7 +227,7 @@ def few_rows_have_the_weights_of_any_number(case: Case) -> None:
         gramian = matrix @ matrix.T
         few = weighting.compute_few(gramian.tolist())
         if few is not None:
-            weights = call(partial(_compute, weighting), gramian)
+            weights = quietly(partial(_compute, weighting, gramian))
             size = matrix.abs().max() * weights.abs().max()
             error = float(((torch.tensor(few).double() - weights) @ matrix).abs().max() / size)
             demand(error <= 1e-6, f"compute_few against compute on {label}: error {error:.1e}")
@@ -188,16 +239,19 @@ def _compute(weighting: GramianWeighting, gramian: Tensor) -> Tensor:
 
 def weighting_keeps_its_laws(case: Case) -> None:
     matrix = case.gauss()
-    gramian = matrix @ matrix.T
     for dtype in DTYPES:
-        weights = call(case.make_weighting(case.rows), gramian.to(dtype))
+        weights = case.weigh(case.make_weighting(case.rows), matrix, dtype)
         demand(weights.dtype == dtype, f"{dtype} in, {weights.dtype} out")
         demand(weights.shape == (case.rows,), f"weights of shape {weights.shape}")
-    demand(torch.equal(gramian, matrix @ matrix.T), "the Gramian was modified")
-    empty = call(case.make_weighting(0), torch.zeros(0, 0))
+    inputs = case.inputs(matrix)
+    gramian = matrix @ inputs.pop("second", matrix).T
+    copy = gramian.clone()
+    quietly(lambda: case.make_weighting(case.rows)(gramian, **inputs))
+    demand(torch.equal(gramian, copy), "the Gramian was modified")
+    empty = case.weigh(case.make_weighting(0), torch.zeros(0, 3))
     demand(empty.shape == (0,), f"{empty} for an empty Gramian")
     try:
-        case.make_weighting(case.rows)(matrix)
+        case.make_weighting(case.rows)(matrix, **inputs)
     except ParameterError:
         return
     demand(False, "a Gramian that is not square should raise a ParameterError")

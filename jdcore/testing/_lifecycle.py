@@ -11,18 +11,18 @@ import torch
 
 from jdcore.errors import ParameterError
 from jdcore.protocols import Stateful
-from jdcore.testing._case import Case, call, demand
+from jdcore.testing._case import Case, demand
 
 
 def survives_pickling_and_copying(case: Case) -> None:
     matrix = case.gauss()
     original = case.make(case.rows)
-    call(original, matrix)
+    case.call(original, matrix)
     copies = pickle.loads(pickle.dumps(original)), copy.deepcopy(original)
-    expected = call(original, matrix)
+    expected = case.call(original, matrix)
     for other in copies:
         demand(repr(other) == repr(original), f"{other} is not {original}")
-        demand(torch.equal(call(other, matrix), expected), "the copy behaves otherwise")
+        demand(torch.equal(case.call(other, matrix), expected), "the copy behaves otherwise")
 
 
 def is_stateful_as_declared(case: Case) -> None:
@@ -33,7 +33,7 @@ def is_stateful_as_declared(case: Case) -> None:
 def continues_from_a_saved_state(case: Case) -> None:
     one = case.make(case.rows)
     for seed in range(3):
-        call(one, case.gauss(seed=seed))
+        case.call(one, case.gauss(seed=seed))
     file = io.BytesIO()
     torch.save(one.state_dict(), file)
     file.seek(0)
@@ -44,7 +44,7 @@ def continues_from_a_saved_state(case: Case) -> None:
             _reseed(aggregator)
     for seed in range(3, 6):
         matrix = case.gauss(seed=seed)
-        demand(torch.equal(call(one, matrix), call(two, matrix)), f"step {seed} differs")
+        demand(torch.equal(case.call(one, matrix), case.call(two, matrix)), f"step {seed} differs")
 
 
 def _reseed(aggregator: Any) -> None:
@@ -53,22 +53,25 @@ def _reseed(aggregator: Any) -> None:
 
 def resets_to_a_new_object(case: Case) -> None:
     used, new = case.make(case.rows), case.make(case.rows)
-    call(used, case.gauss(seed=1))
+    case.call(used, case.gauss(seed=1))
     used.reset()
     if case.spec.stochastic:
         _reseed(used)
         _reseed(new)
     matrix = case.gauss(seed=2)
-    demand(torch.equal(call(used, matrix), call(new, matrix)), "reset() left something behind")
+    demand(
+        torch.equal(case.call(used, matrix), case.call(new, matrix)),
+        "reset() left something behind",
+    )
 
 
 def keeps_its_state_when_a_call_fails(case: Case) -> None:
     aggregator = case.make(case.rows)
-    call(aggregator, case.gauss())
+    case.call(aggregator, case.gauss())
     before = repr(aggregator.state_dict())
     broken = case.gauss(seed=1)
     broken[1, 2] = float("nan")
-    call(aggregator, broken)
+    case.call(aggregator, broken)
     demand(repr(aggregator.state_dict()) == before, "NaN input changed the state")
     try:
         aggregator(case.gauss()[0])
@@ -78,7 +81,7 @@ def keeps_its_state_when_a_call_fails(case: Case) -> None:
 
 def refuses_a_foreign_state(case: Case) -> None:
     aggregator = case.make(case.rows)
-    call(aggregator, case.gauss())
+    case.call(aggregator, case.gauss())
     before = repr(aggregator.state_dict())
     try:
         aggregator.load_state_dict({"no_such_key": 1})

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from jdcore.errors import NonDifferentiableError
 from jdcore.spec import Property
-from jdcore.testing._case import Case, call, demand, demand_close
+from jdcore.testing._case import Case, demand, demand_close
 
 # Rows that agree up to 1e-4 leave half of the digits of float64 in their cosines.
 _TOLERANCE = {"neardup": 1e-6}
@@ -20,7 +20,7 @@ def _tolerance(label: str) -> float:
 
 def never_conflicts(case: Case) -> None:
     for label, matrix in case.matrices():
-        vector = call(case.make(len(matrix)), matrix)
+        vector = case.call(case.make(len(matrix)), matrix)
         norms = matrix.norm(dim=1)
         # Against the size of the terms that are summed, which is what rounding is relative to.
         scale = norms * norms.max() * len(matrix)
@@ -32,10 +32,10 @@ def is_linear_under_scaling(case: Case) -> None:
     for label, matrix in case.matrices():
         generator = torch.Generator().manual_seed(1)
         one, two = torch.rand(2, len(matrix), 1, generator=generator).double() + 0.1
-        parts = [call(case.make(len(matrix)), c * matrix) for c in (one, two)]
-        whole = call(case.make(len(matrix)), (one + two) * matrix)
+        parts = [case.call(case.make(len(matrix)), c * matrix) for c in (one, two)]
+        whole = case.call(case.make(len(matrix)), (one + two) * matrix)
         demand_close(parts[0] + parts[1], whole, _relaxed(label, whole, matrix), f"sum on {label}")
-        scaled = call(case.make(len(matrix)), 3.0 * one * matrix)
+        scaled = case.call(case.make(len(matrix)), 3.0 * one * matrix)
         demand_close(
             scaled, 3.0 * parts[0], _relaxed(label, scaled, matrix), f"multiple on {label}"
         )
@@ -51,31 +51,31 @@ def is_permutation_invariant(case: Case) -> None:
     for label, matrix in case.matrices():
         generator = torch.Generator().manual_seed(2)
         order = torch.randperm(len(matrix), generator=generator)
-        expected = call(case.make(len(matrix)), matrix)
-        permuted = call(case.make(len(matrix)), matrix[order])
+        expected = case.call(case.make(len(matrix)), matrix)
+        permuted = case.call(case.make(len(matrix)), matrix[order])
         demand_close(permuted, expected, _relaxed(label, expected, matrix), f"order on {label}")
 
 
 def is_scale_equivariant(case: Case) -> None:
     matrix = case.gauss().float()
-    expected = call(case.make(case.rows), matrix.double())
+    expected = case.call(case.make(case.rows), matrix.double())
     for scale in (1e-30, 1e-15, 1e15, 1e30):
-        vector = call(case.make(case.rows), matrix * scale).double() / scale
+        vector = case.call(case.make(case.rows), matrix * scale).double() / scale
         demand_close(vector, expected, 1e-6, f"float32 at scale {scale:.0e}")
     for scale in (1e-200, 1e200):
-        vector = call(case.make(case.rows), matrix.double() * scale) / scale
+        vector = case.call(case.make(case.rows), matrix.double() * scale) / scale
         demand_close(vector, expected, 1e-9, f"float64 at scale {scale:.0e}")
 
 
 def stops_only_where_strongly_stationary(case: Case) -> None:
     for label, matrix in case.matrices("gauss", "conflict"):
-        vector = call(case.make(len(matrix)), matrix)
+        vector = case.call(case.make(len(matrix)), matrix)
         _demand_movement(vector, matrix, label)
     m = case.rows
     # Two opposite rows and others orthogonal to them: stationary for the two, not for all.
     matrix = torch.eye(m, m + 1).double()
     matrix[1] = -matrix[0]
-    _demand_movement(call(case.make(m), matrix), matrix, "weakly stationary rows")
+    _demand_movement(case.call(case.make(m), matrix), matrix, "weakly stationary rows")
 
 
 def _demand_movement(vector: Tensor, matrix: Tensor, label: str) -> None:
@@ -85,9 +85,10 @@ def _demand_movement(vector: Tensor, matrix: Tensor, label: str) -> None:
 
 def differentiates_as_declared(case: Case) -> None:
     matrix = case.gauss().requires_grad_()
-    vector = case.make(case.rows)(matrix)
+    inputs = case.inputs(matrix)
+    vector = case.make(case.rows)(matrix, **inputs)
     if case.declares(Property.DIFFERENTIABLE):
-        case_of = lambda jacobian: case.make(case.rows)(jacobian)  # noqa: E731
+        case_of = lambda jacobian: case.make(case.rows)(jacobian, **inputs)  # noqa: E731
         demand(torch.autograd.gradcheck(case_of, (matrix,)), "the derivative is wrong")
         return
     try:

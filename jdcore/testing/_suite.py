@@ -129,6 +129,10 @@ def _applicable(name: str, spec: AggregatorSpec) -> Iterator[Check]:
     yield _laws.handles_one_row if spec.min_rows == 1 else _laws.refuses_too_few_rows
     if spec.weighting is not None:
         yield from _OF_WEIGHTINGS
+    if spec.losses or spec.cross_gramian:
+        yield _laws.is_refused_without_what_it_needs
+    if spec.losses:
+        yield _laws.checks_the_losses
     if spec.stateful:
         yield from _OF_STATE
     if not spec.stochastic:

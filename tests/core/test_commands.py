@@ -104,6 +104,8 @@ def test_listing_as_json_has_the_documented_keys(capsys: pytest.CaptureFixture[s
         "class_name": "Even",
         "summary": "Equal weights.",
         "input": "gramian",
+        "losses": False,
+        "wrapper": False,
         "properties": ["permutation_invariant"],
         "stateful": False,
         "stochastic": False,
