@@ -2,18 +2,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import reduce
+from functools import partial, reduce
 
 import torch
 from attrs import define, field
 from torch import Tensor
 
+from jdcore.aggregation._columns import Columns
 from jdcore.aggregation._differentiation import forbid_differentiation
-from jdcore.aggregation._finite import finite_required, is_finite, nonfinite_rows
+from jdcore.aggregation._finite import finite_required, is_finite
 from jdcore.aggregation._source import GramianSource, as_weighting, check_losses, weigh
 from jdcore.errors import NonFiniteError, ParameterError
-from jdcore.linalg import combine
-from jdcore.linalg._gramian import sum_cross_gramians, sum_gramians
 from jdcore.protocols import Weighting
 from jdcore.validators import check_blocks, check_matrix
 
@@ -53,9 +52,10 @@ class GramianAggregator:
         :raises NonDifferentiableError: When differentiating through a non-differentiable method.
         """
         check_matrix(matrix)
-        others = None if second is None else [second]
-        [vector], _, source = _aggregate(self.weighting, [matrix], losses, others)
-        return forbid_differentiation(self, matrix, vector) if source.asked else vector
+        others = check_second(None if second is None else [second], [matrix])
+        [vector], _, source = _aggregate(self.weighting, Columns([matrix], others), losses)
+        # The vector of a scalarization is differentiable: its weights are constants.
+        return forbid_differentiation(self, matrix, vector.detach()) if source.asked else vector
 
     def aggregate_blocks(
         self,
@@ -76,37 +76,45 @@ class GramianAggregator:
         :raises ParameterError: If a block is no real floating matrix or the numbers of rows differ.
         """
         check_blocks(blocks)
-        vectors, weights, _ = _aggregate(
-            self.weighting, [block.detach() for block in blocks], losses, second
-        )
+        columns = Columns([block.detach() for block in blocks], check_second(second, blocks))
+        vectors, weights = self.aggregate_columns(columns, losses=losses)
         dtype = reduce(torch.promote_types, (block.dtype for block in blocks))
         return vectors, weights.to(blocks[0].device, dtype, copy=True)
 
+    def aggregate_columns(
+        self, columns: Columns, /, *, losses: Tensor | None = None
+    ) -> tuple[list[Tensor], Tensor]:
+        """
+        Aggregate a Jacobian whose columns may lie on several processes.
+
+        :param columns: The Jacobian.
+        :param losses: As for a call.
+        :returns: The vectors that it puts together, and the weights [m].
+        """
+        vectors, weights, _ = _aggregate(self.weighting, columns, losses)
+        return vectors, weights
+
 
 def _aggregate(
-    weighting: Weighting,
-    blocks: Sequence[Tensor],
-    losses: Tensor | None,
-    second: Sequence[Tensor] | None,
+    weighting: Weighting, columns: Columns, losses: Tensor | None
 ) -> tuple[list[Tensor], Tensor, GramianSource]:
-    m = len(blocks[0])
-    jacobian = _Jacobian([block.detach() for block in blocks], check_second(second, blocks))
+    m = columns.rows
     source = GramianSource(
         rows=m,
-        precision=min((block.dtype for block in blocks), key=lambda dtype: -torch.finfo(dtype).eps),
-        device=blocks[0].device,
-        compute=jacobian.gramian,
+        precision=columns.precision,
+        device=columns.device,
+        compute=columns.gramian,
         losses=check_losses(losses, m),
-        compute_cross=None if second is None else jacobian.cross_gramian,
-        scale=lambda: jacobian.scale,
+        compute_cross=None if columns.second is None else columns.cross_gramian,
+        scale=lambda: columns.scale,
     )
-    weights = weigh(weighting, source)
+    weights = columns.weights(partial(weigh, weighting, source))
     if source.asked:
-        weights = weights * jacobian.scale ** getattr(weighting, "scale_degree", 0)
-        return [combine(weights, block) for block in jacobian.blocks], weights, source
-    vectors = [combine(weights, block) for block in blocks]
+        weights = weights * columns.scale ** getattr(weighting, "scale_degree", 0)
+        return columns.combine(weights), weights, source
+    vectors = columns.combine(weights)
     if not all(map(is_finite, vectors)):
-        vectors, weights = _examine(weighting, blocks, vectors, weights)
+        vectors, weights = _examine(weighting, columns, vectors, weights)
     return vectors, weights, source
 
 
@@ -131,52 +139,11 @@ def _shapes(shapes: list[list[int]]) -> str:
     return " and ".join(map(str, shapes))
 
 
-@define(eq=False)
-class _Jacobian:
-    """
-    Column blocks, those of a second batch, and what brings the squares of entries into range.
-
-    :param scale: A power of two by which blocks are divided before they are multiplied.
-    """
-
-    blocks: list[Tensor]
-    second: list[Tensor] | None = None
-    scale: float = 1.0
-
-    def gramian(self) -> Tensor:
-        product = sum_gramians(self.blocks)
-        if not len(product) or _in_range(self.blocks, float(product.diagonal().max())):
-            return product
-        self.scale = _power_of_two(self.blocks)
-        return sum_gramians([block / self.scale for block in self.blocks])
-
-    def cross_gramian(self) -> Tensor:
-        second = self.second or []
-        product = sum_cross_gramians(self.blocks, second)
-        if not len(product) or _in_range(self.blocks + second, float(product.abs().max())):
-            return product
-        self.scale = _power_of_two(self.blocks + second)
-        one, two = ([block / self.scale for block in part] for part in (self.blocks, second))
-        return sum_cross_gramians(one, two)
-
-
-def _in_range(blocks: list[Tensor], largest: float) -> bool:
-    # Squares of narrower dtypes cannot leave the range.
-    narrow = all(block.dtype != torch.float64 for block in blocks)
-    return narrow or 1e-250 < largest < 1e250
-
-
-def _power_of_two(blocks: list[Tensor]) -> float:
-    """The scale of the largest entry; 1 if there is none that is positive and finite."""
-    largest = max(float(block.abs().max()) if block.numel() else 0.0 for block in blocks)
-    return 2.0 ** math.frexp(largest)[1] if 0.0 < largest < math.inf else 1.0
-
-
 def _examine(
-    weighting: Weighting, blocks: Sequence[Tensor], vectors: list[Tensor], weights: Tensor
+    weighting: Weighting, columns: Columns, vectors: list[Tensor], weights: Tensor
 ) -> tuple[list[Tensor], Tensor]:
     """What weights that do not depend on the rows answer where the vectors are not finite."""
-    rows = nonfinite_rows(blocks)
+    rows = columns.nonfinite_rows()
     if not rows:
         return vectors, weights  # a finite sum that overflowed in its own dtype
     if finite_required(getattr(weighting, "check_finite", None)):

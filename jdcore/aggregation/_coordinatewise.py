@@ -1,19 +1,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from time import perf_counter
+from typing import ClassVar
 
 import torch
 from attrs import define, field
 from torch import Tensor
 
+from jdcore.aggregation._columns import Columns
 from jdcore.aggregation._differentiation import forbid_differentiation
-from jdcore.aggregation._finite import finite_required, is_finite, nonfinite_rows
+from jdcore.aggregation._finite import finite_required
 from jdcore.aggregation._observation import Observation, observed, unobserved
 from jdcore.aggregation._row_vectors import check_row_vectors
 from jdcore.aggregation._source import GramianSource
 from jdcore.errors import NonFiniteError
-from jdcore.linalg._gramian import sum_gramians
 from jdcore.validators import boolean, check_blocks, check_matrix
 
 # Entries handled at once: few enough to stay in the cache of a CPU through several passes over
@@ -37,6 +39,9 @@ class CoordinatewiseAggregator:
         :class:`~jdcore.errors.NonFiniteError` instead of giving a vector of NaN. None means: as the
         environment variable ``JDCORE_CHECK_FINITE`` says (``1`` raises), else no.
     """
+
+    draws: ClassVar[bool] = False
+    """Whether :meth:`compute` draws random numbers, in the order of the columns."""
 
     check_finite: bool | None = field(default=None, kw_only=True, validator=boolean, repr=False)
 
@@ -66,7 +71,7 @@ class CoordinatewiseAggregator:
         :raises NonDifferentiableError: When differentiating through the aggregation.
         """
         check_matrix(matrix)
-        [vector] = self._aggregate([matrix.detach()])
+        [vector], _ = self.aggregate_columns(Columns([matrix.detach()]))
         return forbid_differentiation(self, matrix, vector)
 
     def aggregate_blocks(self, blocks: Sequence[Tensor], /) -> tuple[list[Tensor], None]:
@@ -79,43 +84,41 @@ class CoordinatewiseAggregator:
         :raises ParameterError: If a block is no real floating matrix or the numbers of rows differ.
         """
         check_blocks(blocks)
-        return self._aggregate([block.detach() for block in blocks]), None
+        return self.aggregate_columns(Columns([block.detach() for block in blocks]))
 
-    def _aggregate(self, blocks: list[Tensor]) -> list[Tensor]:
-        m = blocks[0].shape[0]
-        check_row_vectors(self, m, blocks[0].device)
+    def aggregate_columns(self, columns: Columns, /) -> tuple[list[Tensor], None]:
+        """
+        Aggregate a Jacobian whose columns may lie on several processes.
+
+        :param columns: The Jacobian.
+        :returns: The vectors that it puts together, and None.
+        """
+        m = columns.rows
+        check_row_vectors(self, m, columns.device)
         if m == 0:
-            return [block.new_zeros(block.shape[1]) for block in blocks]
+            return columns.apply(lambda block: block.new_zeros(block.shape[1])), None
         self.check_rows(m)
         if observed():
-            return self._observed(blocks)
-        return self._vectors(blocks)
+            return self._observed(columns), None
+        return self._vectors(columns), None
 
-    def _observed(self, blocks: list[Tensor]) -> list[Tensor]:
+    def _observed(self, columns: Columns) -> list[Tensor]:
         start = perf_counter()
-        vectors = self._vectors(blocks)
+        vectors = self._vectors(columns)
         seconds = perf_counter() - start
-        precision = max((block.dtype for block in blocks), key=lambda d: torch.finfo(d).eps)
-        source = GramianSource(
-            len(blocks[0]), precision, blocks[0].device, lambda: sum_gramians(blocks)
-        )
-
-        def update() -> tuple[Tensor, Tensor]:
-            pairs = [(b.double(), v.double()) for b, v in zip(blocks, vectors, strict=True)]
-            products = torch.stack([block @ vector for block, vector in pairs]).sum(0)
-            return products, torch.stack([vector @ vector for _, vector in pairs]).sum()
-
+        source = GramianSource(columns.rows, columns.precision, columns.device, columns.gramian)
+        update = partial(columns.inner, vectors)
         with unobserved() as observers:
             for observer in observers:
                 observer(Observation(self, source, None, update, seconds))
         return vectors
 
-    def _vectors(self, blocks: list[Tensor]) -> list[Tensor]:
-        if not all(map(is_finite, blocks)):
-            if finite_required(self.check_finite):
-                raise NonFiniteError(nonfinite_rows(blocks))
-            return [block.new_full(block.shape[1:], float("nan")) for block in blocks]
-        return [self._aggregate_block(block) for block in blocks]
+    def _vectors(self, columns: Columns) -> list[Tensor]:
+        if columns.finite():
+            return columns.apply(self._aggregate_block)
+        if finite_required(self.check_finite):
+            raise NonFiniteError(columns.nonfinite_rows())
+        return columns.apply(lambda block: block.new_full(block.shape[1:], float("nan")))
 
     def _aggregate_block(self, block: Tensor) -> Tensor:
         m, n = block.shape

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from attrs import Attribute, define, field
@@ -55,6 +55,8 @@ class GradDrop(CoordinatewiseAggregator):
     >>> aggregator(torch.tensor([[1.0, -2.0, 3.0], [2.0, 1.0, 4.0]]))
     tensor([ 3., -2.,  7.])
     """
+
+    draws: ClassVar[bool] = True
 
     f: Callable[[Tensor], Tensor] = field(default=identity, validator=_callable, repr=_name)
     leak: Tensor | None = field(default=None, validator=row_vector)

@@ -1,0 +1,136 @@
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from attrs import define, field
+from torch import Tensor
+
+from jdcore.aggregation._finite import is_finite, nonfinite_rows
+from jdcore.linalg import combine
+from jdcore.linalg._gramian import sum_cross_gramians, sum_gramians
+
+
+@define(eq=False)
+class Columns:
+    """
+    The Jacobian of one step, as column blocks, and what an aggregator does with them.
+
+    An aggregator that asks for nothing else works as well where the columns lie on several
+    processes: there, a subclass answers for all of them.
+
+    :param blocks: At least one matrix [m, n1], [m, n2], ...
+    :param second: Those of a second batch, of the same shapes, for methods that look at the
+        cross-Gramian.
+    """
+
+    blocks: list[Tensor]
+    second: list[Tensor] | None = None
+    scale: float = field(default=1.0, init=False)
+    """A power of two by which rows are divided before they are multiplied."""
+
+    @property
+    def rows(self) -> int:
+        """Number of objectives m."""
+        return len(self.blocks[0])
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the Jacobian."""
+        return self.blocks[0].device
+
+    @property
+    def precision(self) -> torch.dtype:
+        """The narrowest dtype that rows were rounded to."""
+        return narrowest(self.blocks)
+
+    def gramian(self) -> Tensor:
+        """
+        The Gramian of J divided by ``scale``, float64 Tensor [m, m].
+
+        The scale keeps the squares of float64 entries in the range of float64.
+        """
+        return self._scaled(self.product)
+
+    def cross_gramian(self) -> Tensor:
+        """The Gramian of the rows with those of the second batch, as :meth:`gramian`."""
+        return self._scaled(self.cross_product)
+
+    def _scaled(self, product: Callable[[float], Tensor]) -> Tensor:
+        result = product(1.0)
+        narrow = all(block.dtype != torch.float64 for block in self.blocks)
+        if not len(result) or narrow:  # squares of narrower dtypes cannot leave the range
+            return result
+        # A Gramian has its largest entry on its diagonal.
+        if 1e-250 < float(result.abs().max()) < 1e250:
+            return result
+        largest = self.largest()
+        if not 0.0 < largest < math.inf:
+            return result
+        self.scale = 2.0 ** math.frexp(largest)[1]
+        return product(self.scale)
+
+    def product(self, scale: float) -> Tensor:
+        """The Gramian of the rows divided by ``scale``."""
+        return sum_gramians(_divided(self.blocks, scale))
+
+    def cross_product(self, scale: float) -> Tensor:
+        """The Gramian of the rows with those of the second batch, both divided by ``scale``."""
+        one, two = (_divided(blocks, scale) for blocks in (self.blocks, self.second or []))
+        return sum_cross_gramians(one, two)
+
+    def largest(self) -> float:
+        """The largest magnitude of an entry."""
+        blocks = [*self.blocks, *(self.second or [])]
+        return max(float(block.abs().max()) if block.numel() else 0.0 for block in blocks)
+
+    def weights(self, ask: Callable[[], Tensor]) -> Tensor:
+        """
+        The weights of the rows.
+
+        :param ask: Asks the weighting, which may ask for the Gramian.
+        """
+        return ask()
+
+    def combine(self, weights: Tensor) -> list[Tensor]:
+        """One weighted sum of the rows of each block, in its dtype."""
+        return [combine(weights, block) for block in self.blocks]
+
+    def apply(self, function: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        """
+        Treat every column by itself.
+
+        :param function: From a matrix [m, k] to a vector [k] of the same dtype.
+        :returns: One vector for each block.
+        """
+        return [function(block) for block in self.blocks]
+
+    def inner(self, vectors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """
+        What :meth:`apply` returned, measured against the rows.
+
+        :param vectors: That result.
+        :returns: The inner products [m] with the rows, and the squared length, in float64.
+        """
+        pairs = [(b.double(), v.double()) for b, v in zip(self.blocks, vectors, strict=True)]
+        products = torch.stack([block @ vector for block, vector in pairs]).sum(0)
+        return products, torch.stack([vector @ vector for _, vector in pairs]).sum()
+
+    def finite(self) -> bool:
+        """Whether every entry is finite."""
+        return all(map(is_finite, self.blocks))
+
+    def nonfinite_rows(self) -> list[int]:
+        """Indices of the rows with a non-finite entry."""
+        return nonfinite_rows(self.blocks)
+
+
+def _divided(blocks: list[Tensor], scale: float) -> list[Tensor]:
+    detached = [block.detach() for block in blocks]
+    return detached if scale == 1.0 else [block / scale for block in detached]
+
+
+def narrowest(tensors: Sequence[Tensor]) -> torch.dtype:
+    """The dtype of the lowest precision among those of some tensors."""
+    return max((tensor.dtype for tensor in tensors), key=lambda dtype: torch.finfo(dtype).eps)
