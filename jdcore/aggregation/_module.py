@@ -7,6 +7,7 @@ import attrs
 import torch
 from torch import Tensor
 
+from jdcore.aggregation._source import taken_by
 from jdcore.errors import ParameterTypeError
 from jdcore.protocols import Aggregator, GeneralizedWeighting, Stateful, Weighting
 
@@ -26,9 +27,10 @@ class AggregationModule(torch.nn.Module):
         """
         Call the wrapped object: a Jacobian to an update, or a Gramian to weights.
 
-        :param known: What the wrapped object needs beside it, such as ``losses``.
+        :param known: What the wrapped object may need beside it, such as ``losses``. It is given
+            what it takes.
         """
-        result: Tensor = self.wrapped(tensor, **known)
+        result: Tensor = self.wrapped(tensor, **taken_by(self.wrapped, **known))
         return result
 
     def extra_repr(self) -> str:

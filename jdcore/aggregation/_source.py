@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from functools import cache, partial
 from time import perf_counter
@@ -121,7 +122,9 @@ class GramianSource:
         return self.losses
 
 
-def check_losses(losses: Tensor | None, m: int, parameter: str = "losses") -> Tensor | None:
+def check_losses(
+    losses: Tensor | Sequence[Tensor] | None, m: int, parameter: str = "losses"
+) -> Tensor | None:
     """
     The values of m objectives, detached.
 
@@ -142,6 +145,21 @@ def check_losses(losses: Tensor | None, m: int, parameter: str = "losses") -> Te
             parameter, f"{m} values, one for each objective", describe_tensor(losses)
         )
     return losses.detach().flatten()
+
+
+def taken_by(call: Callable[..., Any], **known: Any) -> dict[str, Any]:
+    """
+    Which keyword arguments a call takes, of those that are known (not None).
+
+    A training loop gives what it knows to any method; methods that do not look at it need not have
+    the argument.
+    """
+    given = {name: value for name, value in known.items() if value is not None}
+    if not given:
+        return given
+    parameters = inspect.signature(call).parameters
+    takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    return {name: value for name, value in given.items() if takes_all or name in parameters}
 
 
 def as_weighting(given: Any, parameter: str = "weighting") -> Any:

@@ -1,37 +1,50 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import reduce
+from functools import partial, reduce
 
 import torch
 from torch import Tensor
 
+from jdcore.aggregation._source import taken_by
 from jdcore.errors import ParameterError
 from jdcore.protocols import Aggregator, BlockwiseAggregator
 from jdcore.validators import describe_tensor
 
 
 def aggregate(
-    aggregator: Aggregator, blocks: Sequence[Tensor]
+    aggregator: Aggregator,
+    blocks: Sequence[Tensor],
+    losses: Tensor | None = None,
+    second: Sequence[Tensor] | None = None,
 ) -> tuple[list[Tensor], Tensor | None]:
     """
     Aggregate a Jacobian given as column blocks, in one piece only if the aggregator needs it so.
 
+    :param losses: Values of the objectives, for an aggregator that takes them.
+    :param second: Column blocks of a second batch, for an aggregator that takes them.
     :returns: One vector per block in its dtype, sharing memory with no other tensor, and the
         weights of the rows or None.
     :raises ParameterError: If the aggregator returns vectors of another shape.
     """
     if isinstance(aggregator, BlockwiseAggregator):
-        vectors, weights = aggregator.aggregate_blocks(blocks)
+        known = taken_by(aggregator.aggregate_blocks, losses=losses, second=second)
+        vectors, weights = aggregator.aggregate_blocks(blocks, **known)
         _check_vectors(vectors, blocks)
         pairs = zip(vectors, blocks, strict=True)
         return [_own(vector.detach(), block) for vector, block in pairs], weights
-    return _aggregate_matrix(aggregator, blocks), None
+    other = None if second is None else _matrix(second)
+    known = taken_by(aggregator, losses=losses, second=other)
+    return _aggregate_matrix(partial(aggregator, **known), blocks), None
+
+
+def _matrix(blocks: Sequence[Tensor]) -> Tensor:
+    dtype = reduce(torch.promote_types, (block.dtype for block in blocks))
+    return torch.cat([block.to(dtype) for block in blocks], dim=1)
 
 
 def _aggregate_matrix(aggregator: Aggregator, blocks: Sequence[Tensor]) -> list[Tensor]:
-    dtype = reduce(torch.promote_types, (block.dtype for block in blocks))
-    vector = aggregator(torch.cat([block.to(dtype) for block in blocks], dim=1))
+    vector = aggregator(_matrix(blocks))
     n = sum(block.shape[1] for block in blocks)
     if not isinstance(vector, Tensor) or vector.shape != (n,):
         raise ParameterError(

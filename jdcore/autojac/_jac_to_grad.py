@@ -1,11 +1,12 @@
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 from jdcore._fields import check_grads, check_jac, free_jac, get_jac, write_grads
+from jdcore.aggregation._source import check_losses
 from jdcore.autojac import _checks as checks
 from jdcore.autojac._aggregate import aggregate
 from jdcore.autojac._matrix import as_matrix
@@ -16,7 +17,13 @@ from jdcore.validators import describe_tensor
 
 @torch.no_grad()
 def jac_to_grad(
-    tensors: Tensor | Iterable[Tensor], /, aggregator: Aggregator, *, retain_jac: bool = False
+    tensors: Tensor | Iterable[Tensor],
+    /,
+    aggregator: Aggregator,
+    *,
+    retain_jac: bool = False,
+    losses: Tensor | Sequence[Tensor] | None = None,
+    second: Tensor | Sequence[Tensor] | None = None,
 ) -> Tensor | None:
     """
     Aggregate the ``.jac`` of tensors into their ``.grad``.
@@ -31,6 +38,11 @@ def jac_to_grad(
     :param aggregator: Maps the matrix [m, n] to the update [n]; a plain function will do. Where
         the tensors differ in dtype, a function gets the matrix in the promoted dtype.
     :param retain_jac: Whether to keep the ``.jac`` fields, which are removed otherwise.
+    :param losses: What was differentiated, in the same order, for aggregators that look at the
+        values of the objectives. Others do without.
+    :param second: The Jacobians of the same objectives on a second, independent batch, one for each
+        tensor, as ``jac(other_losses, tensors)`` returns them: for aggregators that look at the
+        cross-Gramian. Others do without.
     :returns: The weights [m] of the rows, or None if the aggregator does not tell.
     :raises ParameterError: If no tensor has a ``.jac``, or their shapes do not fit together, or the
         aggregator returns something else than one entry per column.
@@ -50,7 +62,9 @@ def jac_to_grad(
     jacobians = _jacobians(given)
     check_grads(jacobians)
     blocks = [as_matrix(jacobian) for jacobian in jacobians.values()]
-    vectors, weights = aggregate(aggregator, blocks)
+    values = check_losses(losses, len(blocks[0]))
+    others = None if second is None else _second(second, given, jacobians)
+    vectors, weights = aggregate(aggregator, blocks, values, others)
     pairs = zip(jacobians, vectors, strict=True)
     gradients = {tensor: vector.view(tensor.shape) for tensor, vector in pairs}
     check_grads(gradients)  # again: the aggregator may have changed them
@@ -76,6 +90,26 @@ def _jacobians(tensors: Iterable[Tensor]) -> dict[Tensor, Tensor]:
             "Call backward or mtl_backward first; jac_to_grad removes .jac unless retain_jac=True.",
         )
     return found
+
+
+def _second(
+    second: Tensor | Sequence[Tensor], tensors: Iterable[Tensor], jacobians: dict[Tensor, Tensor]
+) -> list[Tensor]:
+    """Column blocks of the second batch, of those tensors that have a ``.jac``."""
+    given, wanted = checks.tensor_list(second, "second"), list(tensors)
+    if len(given) != len(wanted):
+        expected = f"{len(wanted)} Jacobians, one for each tensor"
+        raise ParameterError("second", expected, len(given))
+    blocks = []
+    for tensor, other in zip(wanted, given, strict=True):
+        jacobian = jacobians.get(tensor)
+        if jacobian is None:
+            continue
+        if other.shape != jacobian.shape:
+            expected = f"of shape {list(jacobian.shape)}, as .jac"
+            raise ParameterError("second", expected, describe_tensor(other))
+        blocks.append(as_matrix(other.detach()))
+    return blocks
 
 
 def _check_jacobian(tensor: Tensor, jacobian: Tensor, found: dict[Tensor, Tensor]) -> None:

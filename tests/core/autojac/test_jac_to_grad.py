@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from jdcore import ParameterError
+from jdcore._fields import get_jac
 from jdcore.aggregation import GramianAggregator
-from jdcore.autojac import backward, jac_to_grad
+from jdcore.autojac import backward, jac, jac_to_grad
 
 
 def _by_norm(gramian: Tensor) -> Tensor:
@@ -158,3 +159,59 @@ def test_an_aggregator_that_returns_other_shapes_changes_nothing() -> None:
         jac_to_grad([a, b], Wrong())
     assert a.grad is None
     assert a.jac.shape == (5, 2)
+
+
+def _two_losses(weight: Tensor, data: Tensor) -> Tensor:
+    products = data @ weight
+    return torch.stack([products.sum(), (products**2).sum()])
+
+
+def test_losses_and_a_second_batch_reach_an_aggregator_that_takes_them() -> None:
+    seen: dict[str, Any] = {}
+
+    def aggregator(jacobian: Tensor, losses: Tensor, second: Tensor) -> Tensor:
+        seen.update(losses=losses, second=second)
+        return jacobian.sum(dim=0)
+
+    weight = torch.tensor([1.0, 2.0], requires_grad=True)
+    bias = torch.tensor([3.0], requires_grad=True)
+    one, two = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]])
+    losses, others = _two_losses(weight, one) + bias, _two_losses(weight, two) + bias
+    backward(losses)
+
+    jac_to_grad([weight, bias], aggregator, losses=losses, second=jac(others, [weight, bias]))
+
+    assert torch.equal(seen["losses"], torch.tensor([4.0, 4.0]))
+    assert not seen["losses"].requires_grad
+    assert torch.equal(seen["second"], torch.tensor([[0.0, 1.0, 1.0], [0.0, 4.0, 1.0]]))
+
+
+def test_an_aggregator_that_takes_neither_does_without() -> None:
+    weight = torch.tensor([1.0, 2.0], requires_grad=True)
+    data = torch.tensor([[1.0, 0.0]])
+    losses = _two_losses(weight, data)
+    backward(losses, retain_graph=True)
+
+    jac_to_grad(weight, lambda jacobian: jacobian[0], losses=losses, second=jac(losses, weight))
+
+    assert torch.equal(weight.grad, torch.tensor([1.0, 0.0]))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"losses": torch.ones(3)}, "`losses` must be 2 values, one for each objective"),
+        ({"second": torch.ones(3, 2)}, r"`second` must be of shape \[2, 2\], as .jac"),
+        ({"second": [torch.ones(2, 2)] * 2}, "`second` must be 1 Jacobians, one for each tensor"),
+    ],
+)
+def test_losses_and_second_batches_that_do_not_fit_are_refused_and_nothing_changes(
+    given: dict[str, Any], message: str
+) -> None:
+    weight = torch.tensor([1.0, 2.0], requires_grad=True)
+    backward(_two_losses(weight, torch.tensor([[1.0, 0.0]])))
+
+    with pytest.raises(ParameterError, match=message):
+        jac_to_grad(weight, lambda jacobian: jacobian[0], **given)
+    assert weight.grad is None
+    assert get_jac(weight) is not None
