@@ -157,10 +157,6 @@ class DualConeSolver(Protocol):
     Laws: ``v >= u`` exactly; a zero row of J keeps ``v_i = u_i``; the result does not depend on the
     scale of G; an answer less accurate than promised comes with an
     :class:`~jdcore.errors.UnsolvedWarning`.
-
-    A solver may have a method ``few(gramian, references)`` too, which is asked first for up to
-    eight rows: a call whose arguments and result are lists of lists of floats, and which may
-    overwrite the references. None leaves the problem to the call.
     """
 
     def __call__(
@@ -183,7 +179,7 @@ class MinNormSolver(Protocol):
     Laws: ``w >= 0`` exactly, and the sum is one up to rounding; the result does not depend on the
     scale of G; an answer less accurate than promised comes with an
     :class:`~jdcore.errors.UnsolvedWarning`, unless the solver stands for a procedure of a paper
-    that stops early by design. As a :class:`DualConeSolver`, it may have a method ``few(gramian)``.
+    that stops early by design.
     """
 
     def __call__(self, gramian: NDArray[np.float64], /) -> NDArray[np.float64]:

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -15,7 +15,6 @@ from jdcore.aggregation._row_vectors import check_row_vectors
 from jdcore.aggregation._source import GramianSource, weigh
 from jdcore.validators import boolean, check_gramian
 
-_FEW = 8
 _SMALL = 4096
 
 
@@ -39,30 +38,12 @@ class GramianWeighting:
 
     check_finite: bool | None = field(default=None, kw_only=True, validator=boolean, repr=False)
 
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        # Another `compute` must not inherit the form in plain floats of the one that it replaces.
-        if "compute" in vars(cls) and "compute_few" not in vars(cls):
-            cls.compute_few = GramianWeighting.compute_few  # type: ignore[method-assign]  # see above
-
     def compute(self, gramian: NDArray[np.float64]) -> NDArray[np.float64]:
         """
         :param gramian: Finite float64 Gramian [m, m] with m >= 1. Must not be modified.
         :returns: float64 weights [m].
         """
         raise NotImplementedError
-
-    def compute_few(self, gramian: list[list[float]]) -> list[float] | None:
-        """
-        :meth:`compute` in plain floats; optional, and asked first for up to eight rows.
-
-        There, a call of numpy takes longer than the arithmetic of many a method.
-
-        :param gramian: Finite Gramian, as 1 to 8 lists.
-        :returns: As many weights; None to have :meth:`compute` asked.
-        """
-        del gramian
-        return None
 
     def __call__(self, gramian: Tensor, /, *, losses: Tensor | None = None) -> Tensor:
         """
@@ -103,16 +84,8 @@ class GramianWeighting:
         if m == 0:
             return torch.empty(0, dtype=torch.float64)
         gramian = self.matrix_of(source)
-        array: NDArray[np.float64]
-        finite = False
-        if m <= _FEW:
-            rows = gramian.tolist()
-            finite = math.isfinite(sum(map(sum, rows)))  # only if all terms are
-            few = self.compute_few(rows) if finite else None
-            if few is not None:
-                return torch.tensor(few, dtype=torch.float64)
-        array = gramian.numpy() if gramian.is_cpu else gramian.cpu().numpy()
-        if finite or _all_finite(array):
+        array: NDArray[np.float64] = gramian.numpy() if gramian.is_cpu else gramian.cpu().numpy()
+        if _all_finite(array):
             return torch.from_numpy(np.asarray(self.answer(array, source), dtype=np.float64))
         if finite_required(self.check_finite):
             raise refuse_gramian(array)

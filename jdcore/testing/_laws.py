@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from jdcore.aggregation import GramianWeighting, as_module
+from jdcore.aggregation import as_module
 from jdcore.errors import NonFiniteError, ParameterError
 from jdcore.protocols import BlockwiseAggregator
 from jdcore.testing._case import Case, NotApplicable, demand, demand_close, quietly
@@ -217,24 +216,6 @@ def weighting_agrees_with_aggregator(case: Case) -> None:
     weights = case.weigh(case.make_weighting(case.rows), matrix)
     expected = case.call(case.make(case.rows), matrix)
     demand_close(weights @ matrix, expected, 1e-12, "weights @ J against the aggregator")
-
-
-def few_rows_have_the_weights_of_any_number(case: Case) -> None:
-    for label, matrix in case.matrices():
-        weighting = case.make_weighting(len(matrix))
-        if not isinstance(weighting, GramianWeighting):
-            return
-        gramian = matrix @ matrix.T
-        few = weighting.compute_few(gramian.tolist())
-        if few is not None:
-            weights = quietly(partial(_compute, weighting, gramian))
-            size = matrix.abs().max() * weights.abs().max()
-            error = float(((torch.tensor(few).double() - weights) @ matrix).abs().max() / size)
-            demand(error <= 1e-6, f"compute_few against compute on {label}: error {error:.1e}")
-
-
-def _compute(weighting: GramianWeighting, gramian: Tensor) -> Tensor:
-    return torch.from_numpy(weighting.compute(gramian.numpy()))
 
 
 def weighting_keeps_its_laws(case: Case) -> None:

@@ -38,7 +38,6 @@ _ALWAYS: tuple[Check, ...] = (
 _OF_WEIGHTINGS: tuple[Check, ...] = (
     _laws.weighting_agrees_with_aggregator,
     _laws.weighting_keeps_its_laws,
-    _laws.few_rows_have_the_weights_of_any_number,
     _arguments.checks_vectors_against_the_rows,
 )
 

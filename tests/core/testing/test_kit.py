@@ -57,14 +57,6 @@ class RandomBitsWeighting(HonestWeighting):
 
 
 @define(eq=False)
-class TwofacedWeighting(HonestWeighting):
-    """Other weights for few rows than for many."""
-
-    def compute_few(self, gramian: list[list[float]]) -> list[float]:
-        return [1.0] * len(gramian)
-
-
-@define(eq=False)
 class OverwritingWeighting(HonestWeighting):
     """Writes into the Gramian it is given."""
 
@@ -171,7 +163,6 @@ def test_an_honest_method_passes_every_check() -> None:
         ("first_only", "FirstRowWeighting", "is_permutation_invariant", {"properties": ALL}),
         ("claims_stop", "FirstRowWeighting", "is_permutation_invariant", {"properties": ALL}),
         ("random_bits", "RandomBitsWeighting", "is_deterministic", {}),
-        ("twofaced", "TwofacedWeighting", "few_rows_have_the_weights_of_any_number", {}),
         ("overwriting", "OverwritingWeighting", "weighting_keeps_its_laws", {}),
         ("silent", "SilentWeighting", "raises_for_nonfinite_input_when_asked", {}),
         ("silent", "SilentWeighting", "weighting_keeps_its_laws", {}),

@@ -14,6 +14,7 @@ from jdcore.linalg import equilibrate, lcp_residual
 from jdcore.testing import FAMILIES, family
 from jdplugins.standard._solvers import NativeDualConeSolver
 from jdplugins.standard._solvers._accuracy import infeasible
+from jdplugins.standard._solvers._cone_of_few import project_few
 from jdplugins.standard._solvers._conjugate import solve_conjugate
 from jdplugins.standard._solvers._dense import solve_dense
 from jdplugins.standard._solvers._dispatch import rescue, solve_all, solve_one
@@ -52,10 +53,7 @@ def tiny(C: np.ndarray, q: np.ndarray, *, dependent: bool = True) -> np.ndarray 
 
 
 def project(G: np.ndarray, U: np.ndarray) -> np.ndarray:
-    """As methods do: in plain floats first, for up to eight rows."""
-    solver = NativeDualConeSolver()
-    few = solver.few(G.tolist(), U.tolist()) if len(G) <= 8 else None
-    return solver(G, U) if few is None else np.array(few).reshape(U.shape)
+    return NativeDualConeSolver()(G, U)
 
 
 def distance(J: np.ndarray, Z: np.ndarray, other: np.ndarray) -> float:
@@ -386,14 +384,13 @@ def test_the_closed_form_leaves_what_leaves_the_range_to_the_other_paths(scale: 
 @pytest.mark.parametrize("m", [1, 2, 3, 4, 5, 6, 8])
 def test_few_rows_are_projected_as_any_number_of_rows(name: str, m: int) -> None:
     J = jacobian(name, m)
-    solver = NativeDualConeSolver()
     mixed = np.where(np.arange(m) % 2, -0.5, 1.0)[None]
     for U in (np.eye(m), np.full((1, m), 1.0 / m), mixed, -np.eye(m), np.zeros((1, m))):
-        few = solver.few((J @ J.T).tolist(), U.tolist())
+        few = project_few((J @ J.T).tolist(), U.tolist())
         if few is None:  # the closed form for three is one for positive multiples of rows
             assert name not in REGULAR or (m == 3 and len(U) == 3 and U.min() < 0.0)
             continue
         assert (np.array(few) >= U).all()
         largest = np.linalg.norm(U @ J, axis=1).max()
-        difference = distance(J, np.array(few), solver(J @ J.T, U))
+        difference = distance(J, np.array(few), _project(J @ J.T, U))
         assert difference <= (1e-6 if name == "neardup" else 1e-10) * largest

@@ -42,10 +42,3 @@ class DualProjWeighting(GramianWeighting):
             gramian, row_weights(self.pref_vector, len(gramian))[None]
         )[0]
         return weights
-
-    def compute_few(self, gramian: list[list[float]]) -> list[float] | None:
-        few = getattr(find_solver("dual_cone", self.solver), "few", None)
-        if few is None:
-            return None
-        rows = few(gramian, [row_weights(self.pref_vector, len(gramian)).tolist()])
-        return None if rows is None else rows[0]

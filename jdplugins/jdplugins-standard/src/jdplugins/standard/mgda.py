@@ -38,7 +38,3 @@ class MGDAWeighting(GramianWeighting):
     def compute(self, gramian: NDArray[np.float64]) -> NDArray[np.float64]:
         solve: MinNormSolver = find_solver("min_norm", self.solver)
         return solve(gramian)
-
-    def compute_few(self, gramian: list[list[float]]) -> list[float] | None:
-        few = getattr(find_solver("min_norm", self.solver), "few", None)
-        return None if few is None else few(gramian)

@@ -42,14 +42,3 @@ class UPGradWeighting(GramianWeighting):
         preferences = row_weights(self.pref_vector, len(gramian))
         weights: NDArray[np.float64] = np.add.reduce(project(gramian, np.diag(preferences)))
         return weights
-
-    def compute_few(self, gramian: list[list[float]]) -> list[float] | None:
-        few = getattr(find_solver("dual_cone", self.solver), "few", None)
-        if few is None:
-            return None
-        m = len(gramian)
-        references = [[0.0] * m for _ in range(m)]
-        for i, preference in enumerate(row_weights(self.pref_vector, m).tolist()):
-            references[i][i] = preference
-        rows = few(gramian, references)
-        return None if rows is None else list(map(sum, zip(*rows)))  # noqa: B905

@@ -5,9 +5,11 @@ from attrs import frozen
 
 from jdcore.linalg import equilibrate, product
 from jdplugins.standard._solvers._accuracy import ROUGH, Floats, warn_if_unsolved
-from jdplugins.standard._solvers._cone_of_few import Rows, project_few
+from jdplugins.standard._solvers._cone_of_few import project_few
 from jdplugins.standard._solvers._dispatch import rescue, solve_all
 from jdplugins.standard._solvers._semidefinite import nearest_semidefinite
+
+_FEW = 8  # rows, up to which a call of numpy takes longer than the arithmetic
 
 
 @frozen
@@ -30,21 +32,15 @@ class NativeDualConeSolver:
         :param references: Vectors u [k, m].
         :returns: Vectors v [k, m], each ``>= u`` exactly.
         """
+        if len(gramian) <= _FEW:
+            few = project_few(gramian.tolist(), references.tolist())
+            if few is not None:
+                return np.array(few, dtype=np.float64).reshape(references.shape)
         # In the cone already, as the mean of the rows often is: told without numpy's reductions,
         # which would take longer than the rest.
         if len(references) == 1 and min(product(gramian, references[0]).tolist()) >= 0.0:
             return np.array(references)
         return _project(gramian, references)
-
-    def few(self, gramian: Rows, references: Rows, /) -> Rows | None:
-        """
-        A call in plain floats, for a handful of rows.
-
-        :param gramian: Finite Gramian, as m lists.
-        :param references: Vectors u, as lists of m. They become the result.
-        :returns: Vectors v; None where zero or dependent rows are for :meth:`__call__` to solve.
-        """
-        return project_few(gramian, references)
 
 
 def _project(gramian: Floats, references: Floats) -> Floats:

@@ -10,6 +10,8 @@ from jdplugins.standard._solvers._accuracy import Floats, warn_if_unsolved
 from jdplugins.standard._solvers._dispatch import solve_one
 from jdplugins.standard._solvers._tiny import equilibrate_tiny, solve_tiny
 
+_FEW = 8  # rows, up to which a call of numpy takes longer than the arithmetic
+
 
 @frozen
 class NativeMinNormSolver:
@@ -29,6 +31,11 @@ class NativeMinNormSolver:
         :param gramian: Finite Gramian [m, m].
         :returns: Weights w [m], >= 0, of sum one; equal on the zero rows if there are any.
         """
+        if len(gramian) <= _FEW:
+            rows = gramian.tolist()
+            few = _shortest_of_two(rows) if len(rows) == 2 else _shortest_tiny(rows)
+            if few is not None:
+                return np.array(few)
         zero = np.diagonal(gramian) <= 0.0
         if zero.any():
             shared: Floats = zero / np.count_nonzero(zero)
@@ -39,15 +46,6 @@ class NativeMinNormSolver:
         weights: Floats = z * ratios
         weights /= weights.sum()
         return weights
-
-    def few(self, gramian: list[list[float]], /) -> list[float] | None:
-        """
-        A call in plain floats, for a handful of rows.
-
-        :param gramian: Finite Gramian, as m lists.
-        :returns: Weights w; None where zero or dependent rows are for :meth:`__call__` to solve.
-        """
-        return _shortest_of_two(gramian) if len(gramian) == 2 else _shortest_tiny(gramian)
 
 
 def shortest(cosines: Floats, ratios: Floats) -> Floats:
