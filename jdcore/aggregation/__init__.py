@@ -12,6 +12,7 @@ from jdcore.aggregation._aggregator import GramianAggregator
 from jdcore.aggregation._coordinatewise import CoordinatewiseAggregator
 from jdcore.aggregation._flattening import Flattening
 from jdcore.aggregation._informed import CrossGramianWeighting, LossWeighting
+from jdcore.aggregation._mixing import RowMixing, finite_gramian, row_lengths
 from jdcore.aggregation._module import as_module
 from jdcore.aggregation._scalarization import ScalarizationWeighting
 from jdcore.aggregation._solver import find_solver, solver_field
@@ -30,12 +31,15 @@ __all__ = [
     "GramianSource",
     "GramianWeighting",
     "LossWeighting",
+    "RowMixing",
     "ScalarizationWeighting",
     "StateFields",
     "Weighting",
     "as_module",
     "as_weighting",
     "find_solver",
+    "finite_gramian",
+    "row_lengths",
     "row_weights",
     "solver_field",
     "state_field",

@@ -11,7 +11,7 @@ from torch import Tensor
 from jdcore.aggregation._columns import Columns
 from jdcore.aggregation._differentiation import forbid_differentiation
 from jdcore.aggregation._finite import finite_required, is_finite
-from jdcore.aggregation._source import GramianSource, as_weighting, check_losses, weigh
+from jdcore.aggregation._source import GramianSource, as_weighting, weigh
 from jdcore.errors import NonFiniteError, ParameterError
 from jdcore.protocols import Weighting
 from jdcore.validators import check_blocks, check_matrix
@@ -98,16 +98,7 @@ class GramianAggregator:
 def _aggregate(
     weighting: Weighting, columns: Columns, losses: Tensor | None
 ) -> tuple[list[Tensor], Tensor, GramianSource]:
-    m = columns.rows
-    source = GramianSource(
-        rows=m,
-        precision=columns.precision,
-        device=columns.device,
-        compute=columns.gramian,
-        losses=check_losses(losses, m),
-        compute_cross=None if columns.second is None else columns.cross_gramian,
-        scale=lambda: columns.scale,
-    )
+    source = GramianSource.of_columns(columns, losses)
     weights = columns.weights(partial(weigh, weighting, source))
     if source.asked:
         weights = weights * columns.scale ** getattr(weighting, "scale_degree", 0)

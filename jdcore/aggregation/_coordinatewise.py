@@ -1,8 +1,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
-from time import perf_counter
 from typing import ClassVar
 
 import torch
@@ -12,9 +10,8 @@ from torch import Tensor
 from jdcore.aggregation._columns import Columns
 from jdcore.aggregation._differentiation import forbid_differentiation
 from jdcore.aggregation._finite import finite_required
-from jdcore.aggregation._observation import Observation, observed, unobserved
 from jdcore.aggregation._row_vectors import check_row_vectors
-from jdcore.aggregation._source import GramianSource
+from jdcore.aggregation._watching import watched
 from jdcore.errors import NonFiniteError
 from jdcore.validators import boolean, check_blocks, check_matrix
 
@@ -98,20 +95,8 @@ class CoordinatewiseAggregator:
         if m == 0:
             return columns.apply(lambda block: block.new_zeros(block.shape[1])), None
         self.check_rows(m)
-        if observed():
-            return self._observed(columns), None
-        return self._vectors(columns), None
-
-    def _observed(self, columns: Columns) -> list[Tensor]:
-        start = perf_counter()
-        vectors = self._vectors(columns)
-        seconds = perf_counter() - start
-        source = GramianSource(columns.rows, columns.precision, columns.device, columns.gramian)
-        update = partial(columns.inner, vectors)
-        with unobserved() as observers:
-            for observer in observers:
-                observer(Observation(self, source, None, update, seconds))
-        return vectors
+        vectors, _ = watched(self, columns, lambda: (self._vectors(columns), None))
+        return vectors, None
 
     def _vectors(self, columns: Columns) -> list[Tensor]:
         if columns.finite():

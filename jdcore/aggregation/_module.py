@@ -100,11 +100,11 @@ def _stateful_part(wrapped: Any) -> Stateful:
 
 
 def _chain(part: Any) -> list[Any]:
-    """The object and what it delegates to: adapters such as Flattening keep a ``weighting``."""
+    """The object and what it delegates to, under the names ``weighting`` and ``aggregator``."""
     parts: list[Any] = []
     while part is not None and not any(part is seen for seen in parts):
         parts.append(part)
-        part = getattr(part, "weighting", None)
+        part = getattr(part, "weighting", None) or getattr(part, "aggregator", None)
     return parts
 
 

@@ -10,6 +10,7 @@ import torch
 from attrs import define, field
 from torch import Tensor
 
+from jdcore.aggregation._columns import Columns
 from jdcore.aggregation._observation import Observation, observed, unobserved
 from jdcore.errors import ParameterError, ParameterTypeError
 from jdcore.linalg import unflatten_gramian
@@ -67,6 +68,16 @@ class GramianSource:
             *(len(wide), cross_gramian.dtype, cross_gramian.device, None),
             losses=check_losses(losses, len(wide)),
             compute_cross=lambda: wide,
+        )
+
+    @classmethod
+    def of_columns(cls, columns: Columns, losses: Tensor | None = None) -> GramianSource:
+        """The source of a Jacobian that is there itself."""
+        return cls(
+            *(columns.rows, columns.precision, columns.device, columns.gramian),
+            losses=check_losses(losses, columns.rows),
+            compute_cross=None if columns.second is None else columns.cross_gramian,
+            scale=lambda: columns.scale,
         )
 
     def gramian(self) -> Tensor:

@@ -4,6 +4,7 @@ from jdcore.linalg._blas import cholesky, eigh, product, solve
 from jdcore.linalg._combine import combine
 from jdcore.linalg._complementarity import lcp_residual, refine_lcp
 from jdcore.linalg._conflicts import alignment_score, conflicting_share, cosines
+from jdcore.linalg._distances import squared_distances
 from jdcore.linalg._equilibrate import equilibrate
 from jdcore.linalg._generalized import flatten_gramian, objectives_shape, unflatten_gramian
 from jdcore.linalg._gramian import cross_gramian, gramian
@@ -24,5 +25,6 @@ __all__ = [
     "product",
     "refine_lcp",
     "solve",
+    "squared_distances",
     "unflatten_gramian",
 ]

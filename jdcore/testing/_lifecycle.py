@@ -48,7 +48,8 @@ def continues_from_a_saved_state(case: Case) -> None:
 
 
 def _reseed(aggregator: Any) -> None:
-    getattr(aggregator, "weighting", aggregator).generator.manual_seed(7)
+    owner = aggregator if hasattr(aggregator, "generator") else aggregator.weighting
+    owner.generator.manual_seed(7)
 
 
 def resets_to_a_new_object(case: Case) -> None:

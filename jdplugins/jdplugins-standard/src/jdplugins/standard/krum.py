@@ -6,6 +6,7 @@ from numpy.typing import NDArray
 
 from jdcore.aggregation import GramianWeighting
 from jdcore.errors import ParameterError
+from jdcore.linalg import squared_distances
 from jdcore.validators import boolean, integer
 
 
@@ -43,7 +44,7 @@ class KrumWeighting(GramianWeighting):
         m = len(gramian)
         self._check_rows(m)
         neighbours = m - self.n_byzantine - 2
-        distances = _squared_distances(gramian)
+        distances = squared_distances(gramian)
         if not self.squared:
             np.sqrt(distances, out=distances)
         # Each row is its own nearest neighbour, at distance 0.
@@ -58,12 +59,3 @@ class KrumWeighting(GramianWeighting):
         for why, least in needed.items():
             if m < least:
                 raise ParameterError("gramian", f"of at least {least} rows ({why})", f"{m} rows")
-
-
-def _squared_distances(gramian: NDArray[np.float64]) -> NDArray[np.float64]:
-    squared_norms = np.diagonal(gramian)
-    distances = squared_norms[:, None] + squared_norms
-    distances -= 2.0 * gramian
-    np.maximum(distances, 0.0, out=distances)  # rounding can leave small negative numbers
-    np.fill_diagonal(distances, 0.0)
-    return distances

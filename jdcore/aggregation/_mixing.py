@@ -1,0 +1,360 @@
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from functools import reduce
+from typing import Any
+
+import numpy as np
+import torch
+from attrs import Attribute, define, field
+from numpy.typing import NDArray
+from torch import Tensor
+
+from jdcore.aggregation._aggregator import GramianAggregator
+from jdcore.aggregation._columns import Columns
+from jdcore.aggregation._differentiation import forbid_differentiation
+from jdcore.aggregation._finite import finite_required, refuse_gramian
+from jdcore.aggregation._row_vectors import check_row_vectors
+from jdcore.aggregation._source import GramianSource, taken_by, weigh
+from jdcore.aggregation._watching import Result, watched
+from jdcore.errors import NonFiniteError, ParameterError, ParameterTypeError
+from jdcore.linalg._gramian import symmetric
+from jdcore.protocols import Aggregator, BlockwiseAggregator, Stateful, Weighting
+from jdcore.validators import boolean, check_blocks, check_gramian, check_matrix
+
+
+def _aggregator(_: Any, attribute: Attribute[Any], value: Any) -> None:
+    if not callable(value) or isinstance(value, type):
+        raise ParameterTypeError(attribute.name, "an aggregator", repr(value))
+    if hasattr(value, "weigh"):
+        hint = f"Give the aggregator of this weighting: GramianAggregator({value!r})."
+        raise ParameterTypeError(attribute.name, "an aggregator", repr(value), hint)
+
+
+@define(eq=False)
+class RowMixing:
+    """
+    Base class of wrappers that hand combinations of the rows to another aggregator.
+
+    A subclass is an attrs class (``@define(eq=False)``) that implements :meth:`mix`, a matrix M
+    [k, m]: the update is that of the wrapped aggregator for ``M J``. If the wrapped method looks at
+    the Gramian only, so does the whole, which then has a ``weighting`` and works with autogram;
+    ``M J`` is formed for other methods only, block by block. A field whose validator is
+    :func:`jdcore.validators.row_vector` is checked against the rows and the device at each call.
+
+    It is :class:`~jdcore.Stateful`, with the state of the wrapped aggregator, if that has one.
+
+    :param aggregator: What aggregates the combined rows: any :class:`~jdcore.Aggregator`.
+    :param check_finite: Whether NaN or infinite input raises
+        :class:`~jdcore.errors.NonFiniteError` instead of giving a vector of NaN. None means: as the
+        environment variable ``JDCORE_CHECK_FINITE`` says (``1`` raises), else no.
+    """
+
+    aggregator: Aggregator = field(validator=_aggregator)
+    check_finite: bool | None = field(default=None, kw_only=True, validator=boolean, repr=False)
+
+    def mix(self, source: GramianSource) -> NDArray[np.float64]:
+        """
+        :param source: A Jacobian of m >= 1 rows. :func:`finite_gramian` gives its Gramian, and
+            :func:`row_lengths` the norms of its rows.
+        :returns: float64 array [k, m] with k >= 1.
+        :raises ParameterError: If the method is not defined for this number of rows.
+        """
+        raise NotImplementedError
+
+    @property
+    def weighting(self) -> Weighting | None:
+        """Weighting of the whole; None if the wrapped aggregator needs the Jacobian itself."""
+        inner = self.aggregator
+        wrapped = getattr(inner, "weighting", None) if hasattr(inner, "aggregate_blocks") else None
+        return None if wrapped is None else MixedWeighting(self, wrapped)
+
+    @property
+    def draws(self) -> bool:
+        """Whether the wrapped aggregator draws random numbers in the order of the columns."""
+        return bool(getattr(self.aggregator, "draws", False))
+
+    def __call__(self, matrix: Tensor, /, *, losses: Tensor | None = None) -> Tensor:
+        """
+        :param matrix: Jacobian, real floating Tensor [m, n].
+        :param losses: Values of the objectives, Tensor [m], if the wrapped method looks at them. It
+            is given ``M losses``, of which ``M J`` is the Jacobian.
+        :returns: Update [n], same dtype and device.
+        :raises ParameterError: If the matrix is not a real floating matrix, or an argument does not
+            fit it.
+        :raises NonFiniteError: See ``check_finite``.
+        :raises NonDifferentiableError: When differentiating through the aggregation.
+        """
+        check_matrix(matrix)
+        [vector], _ = self.aggregate_columns(Columns([matrix.detach()]), losses=losses)
+        return forbid_differentiation(self, matrix, vector)
+
+    def aggregate_blocks(
+        self, blocks: Sequence[Tensor], /, *, losses: Tensor | None = None
+    ) -> tuple[list[Tensor], Tensor | None]:
+        """
+        Aggregate the Jacobian given as column blocks, without putting them together.
+
+        :param blocks: At least one matrix [m, n1], [m, n2], ...; their dtypes may differ.
+        :param losses: As for a call.
+        :returns: Vectors [n1], [n2], ... in the dtypes of the blocks; and the weights [m] in the
+            promoted dtype, or None if the update is not a weighted sum of the rows.
+        :raises ParameterError: If a block is no real floating matrix or the numbers of rows differ.
+        """
+        check_blocks(blocks)
+        columns = Columns([block.detach() for block in blocks])
+        vectors, weights = self.aggregate_columns(columns, losses=losses)
+        dtype = reduce(torch.promote_types, (block.dtype for block in blocks))
+        return vectors, None if weights is None else weights.to(blocks[0].device, dtype, copy=True)
+
+    def aggregate_columns(
+        self, columns: Columns, /, *, losses: Tensor | None = None
+    ) -> tuple[list[Tensor], Tensor | None]:
+        """
+        Aggregate a Jacobian whose columns may lie on several processes.
+
+        :param columns: The Jacobian.
+        :param losses: As for a call.
+        :returns: The vectors that it puts together, and the weights [m] or None.
+        :raises ParameterError: If the columns lie on several processes, and the wrapped aggregator
+            cannot do with them.
+        """
+        if self.weighting is not None:
+            return GramianAggregator(self.weighting).aggregate_columns(columns, losses=losses)
+        if not columns.rows:
+            return columns.apply(lambda block: block.new_zeros(block.shape[1])), None
+        source = GramianSource.of_columns(columns, losses)
+        return watched(self, columns, lambda: self._aggregate(columns, source))
+
+    def _aggregate(self, columns: Columns, source: GramianSource) -> Result:
+        check_row_vectors(self, columns.rows, columns.device)
+        try:
+            # As weights: drawn at random, it must be the same on all processes.
+            mixing = columns.weights(lambda: torch.from_numpy(self.mix(source))).numpy()
+            if not source.asked and not columns.finite():
+                raise NonFiniteError(columns.nonfinite_rows())
+        except NonFiniteError:
+            if finite_required(self.check_finite):
+                raise
+            return columns.apply(lambda block: block.new_full(block.shape[1:], math.nan)), None
+        mixed = MixedColumns(columns, mixing, source)
+        return self._aggregate_mixed(mixed, _mixed_losses(mixing, source))
+
+    def _aggregate_mixed(self, columns: MixedColumns, losses: Tensor | None) -> Result:
+        inner: Any = self.aggregator
+        if hasattr(inner, "aggregate_columns"):
+            known = taken_by(inner.aggregate_columns, losses=losses)
+            vectors, weights = inner.aggregate_columns(columns, **known)
+        else:
+            wide, weights = _vectors_of(inner, columns.local_blocks(), losses)
+            pairs = zip(wide, columns.blocks, strict=True)
+            vectors = [vector.to(block.dtype) for vector, block in pairs]
+        return vectors, None if weights is None else columns.mixed_weights(weights)
+
+    def reset(self) -> None:
+        """Return the wrapped aggregator to the state of a new object."""
+        if isinstance(self.aggregator, Stateful):
+            self.aggregator.reset()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Copy the state of the wrapped aggregator; it is empty if that has none."""
+        return self.aggregator.state_dict() if isinstance(self.aggregator, Stateful) else {}
+
+    def load_state_dict(self, state: Mapping[str, Any], /) -> None:
+        """
+        Restore a state.
+
+        :param state: What :meth:`state_dict` returned, of an object with the same arguments.
+        :raises ParameterError: If it does not fit; the state is then left as it was.
+        """
+        if isinstance(self.aggregator, Stateful):
+            self.aggregator.load_state_dict(state)
+        elif state:
+            expected = f"empty, as {self.aggregator!r} has no state"
+            raise ParameterError("state", expected, f"the keys {sorted(map(str, state))}")
+
+
+@define(eq=False)
+class MixedWeighting:
+    """
+    Weighting of a :class:`RowMixing` around a method that looks at the Gramian only.
+
+    :param mixing: What combines the rows.
+    :param weighting: What weighs the combined rows.
+    """
+
+    mixing: RowMixing
+    weighting: Weighting
+
+    @property
+    def scale_degree(self) -> int:
+        degree: int = getattr(self.weighting, "scale_degree", 0)
+        return degree
+
+    def __call__(self, gramian: Tensor, /, *, losses: Tensor | None = None) -> Tensor:
+        """
+        :param gramian: Gramian of the Jacobian, real floating Tensor [m, m].
+        :param losses: As for the wrapper.
+        :returns: Weights [m], same dtype and device.
+        :raises ParameterError: If the Gramian is not a real floating square matrix, or an argument
+            does not fit its size or device.
+        :raises NonFiniteError: See ``check_finite`` of the wrapper.
+        :raises NonDifferentiableError: When differentiating through the weights.
+        """
+        check_gramian(gramian)
+        weights = weigh(self, GramianSource.of(gramian, losses)).to(gramian)
+        return forbid_differentiation(self, gramian, weights)
+
+    def weigh(self, source: GramianSource, /) -> Tensor:
+        """
+        A call for those who know more of the Jacobian than its Gramian tells.
+
+        :param source: The Jacobian. Its Gramian may be empty or non-finite, on any device.
+        :returns: The m weights, a float64 Tensor on the CPU.
+        """
+        m = source.rows
+        check_row_vectors(self.mixing, m, source.device)
+        if m == 0:
+            return torch.empty(0, dtype=torch.float64)
+        try:
+            mixing = self.mixing.mix(source)
+            # Rows that are mixed to another scale would leave the range of float64 when squared.
+            scale = _power_of_two(mixing)
+            weights = weigh(self.weighting, _mixed_source(mixing / scale, scale, source))
+        except NonFiniteError:
+            if finite_required(self.mixing.check_finite):
+                raise
+            return torch.full((m,), math.nan, dtype=torch.float64)
+        return weights.double().cpu() @ torch.from_numpy(mixing * scale**self.scale_degree)
+
+
+class MixedColumns(Columns):
+    """
+    Combinations of the rows of a Jacobian, whose columns may lie on several processes.
+
+    :param columns: The Jacobian.
+    :param mixing: float64 array M [k, m].
+    :param source: The source of the Jacobian, whose Gramian may be there already.
+    """
+
+    def __init__(
+        self, columns: Columns, mixing: NDArray[np.float64], source: GramianSource
+    ) -> None:
+        super().__init__(columns.blocks)
+        self._columns = columns
+        self._mixing = torch.from_numpy(mixing)
+        self._power = _power_of_two(mixing)
+        self._source = _mixed_source(mixing / self._power, self._power, source)
+
+    @property
+    def rows(self) -> int:
+        return len(self._mixing)
+
+    def gramian(self) -> Tensor:
+        gramian = self._source.gramian()
+        self.scale = self._source.scale()
+        return gramian
+
+    def weights(self, ask: Callable[[], Tensor]) -> Tensor:
+        return self._columns.weights(ask)
+
+    def combine(self, weights: Tensor) -> list[Tensor]:
+        return self._columns.combine(self.mixed_weights(weights))
+
+    def mixed_weights(self, weights: Tensor) -> Tensor:
+        """Weights [m] of the rows that make up a combination of the combined rows."""
+        return weights.double().cpu() @ self._mixing
+
+    def apply(self, function: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        return self._columns.apply(lambda block: function(self._mixed(block)).to(block.dtype))
+
+    def inner(self, vectors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        products, squared = self._columns.inner(vectors)
+        return self._mixing.to(products.device) @ products, squared
+
+    def finite(self) -> bool:
+        return True  # non-finite rows are refused before they are mixed
+
+    def local_blocks(self) -> list[Tensor]:
+        """
+        The combined rows, if all columns lie on this process.
+
+        :raises ParameterError: If they do not.
+        """
+        columns = self._columns
+        if isinstance(columns, MixedColumns):
+            return [self._mixed(block) for block in columns.local_blocks()]
+        if type(columns) is not Columns:
+            raise ParameterError(
+                "aggregator",
+                "one that can aggregate columns on several processes (it has aggregate_columns)",
+                "one that needs all columns at once",
+            )
+        return [self._mixed(block) for block in columns.blocks]
+
+    def _mixed(self, block: Tensor) -> Tensor:
+        # Not in half precision, which would round the rows before they are aggregated.
+        wide = torch.promote_types(block.dtype, torch.float32)
+        return self._mixing.to(block.device, wide) @ block.to(wide)
+
+
+def finite_gramian(source: GramianSource) -> NDArray[np.float64]:
+    """
+    The Gramian of a source as an array.
+
+    :returns: float64 array [m, m]. Must not be modified.
+    :raises NonFiniteError: If it holds NaN or infinite values.
+    """
+    gramian: NDArray[np.float64] = source.gramian().cpu().numpy()
+    if not np.isfinite(gramian).all():
+        raise refuse_gramian(gramian)
+    return gramian
+
+
+def row_lengths(source: GramianSource) -> NDArray[np.float64]:
+    """
+    Norms of the rows of a source.
+
+    :returns: float64 array [m].
+    :raises NonFiniteError: If the Gramian holds NaN or infinite values.
+    """
+    lengths: NDArray[np.float64] = np.sqrt(np.diagonal(finite_gramian(source)))
+    return lengths * source.scale()
+
+
+def _mixed_source(
+    mixing: NDArray[np.float64], scale: float, source: GramianSource
+) -> GramianSource:
+    """The source of ``scale * mixing @ J``."""
+
+    def compute() -> Tensor:
+        product = mixing @ finite_gramian(source) @ mixing.T
+        return symmetric(torch.from_numpy(product))
+
+    return GramianSource(
+        *(len(mixing), source.precision, source.device, compute),
+        losses=_mixed_losses(scale * mixing, source),
+        scale=lambda: scale * source.scale(),
+    )
+
+
+def _mixed_losses(mixing: NDArray[np.float64], source: GramianSource) -> Tensor | None:
+    if source.losses is None:
+        return None
+    return torch.from_numpy(mixing).to(source.losses.device) @ source.losses.double()
+
+
+def _power_of_two(array: NDArray[np.float64]) -> float:
+    largest = float(np.abs(array).max())
+    return float(2.0 ** math.frexp(largest)[1]) if largest else 1.0
+
+
+def _vectors_of(inner: Any, blocks: list[Tensor], losses: Tensor | None) -> Result:
+    if isinstance(inner, BlockwiseAggregator):
+        known = taken_by(inner.aggregate_blocks, losses=losses)
+        return inner.aggregate_blocks(blocks, **known)
+    dtype = reduce(torch.promote_types, (block.dtype for block in blocks))
+    matrix = torch.cat([block.to(dtype) for block in blocks], dim=1)
+    vector = inner(matrix, **taken_by(inner, losses=losses))
+    return list(vector.split([block.shape[1] for block in blocks])), None

@@ -1,0 +1,27 @@
+from __future__ import annotations
+
+import numpy as np
+
+from jdcore.linalg import squared_distances
+
+
+def test_distances_are_those_of_the_rows() -> None:
+    rows = np.random.default_rng(0).standard_normal((5, 3))
+    expected = ((rows[:, None] - rows) ** 2).sum(axis=2)
+
+    np.testing.assert_allclose(squared_distances(rows @ rows.T), expected, atol=1e-14)
+
+
+def test_equal_rows_have_no_distance_and_rounding_makes_none_negative() -> None:
+    rows = np.random.default_rng(1).standard_normal((1, 1000)).repeat(4, axis=0)
+    distances = squared_distances(rows @ rows.T)
+
+    assert (distances >= 0.0).all()
+    assert distances.max() <= 1e-12
+    assert not np.diagonal(distances).any()
+
+
+def test_one_huge_row_costs_the_others_no_digit() -> None:
+    rows = np.array([[1.0, 0.0], [0.0, 1.0], [1e100, 0.0]])
+
+    assert squared_distances(rows @ rows.T)[0, 1] == 2.0
