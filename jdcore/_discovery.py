@@ -2,16 +2,18 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 import traceback
-from collections.abc import Iterable, Sequence
-from importlib.metadata import EntryPoint, entry_points
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from importlib.metadata import Distribution, DistributionFinder, EntryPoint
 from typing import Any, TypeVar
 
 import pluggy
 from attrs import evolve, frozen
 
 from jdcore import hooks
-from jdcore.errors import ParameterTypeError
+from jdcore.errors import ParameterTypeError, message_of
 from jdcore.hooks import ENTRY_POINT_GROUP
 from jdcore.spec import AggregatorSpec, GramianRuleSpec, SolverSpec, normalize_name
 
@@ -24,12 +26,14 @@ class PluginRecord:
     What became of one entry point.
 
     :param distribution: Name of the distribution, e.g. ``"jdplugins-standard"``.
-    :param version: Its version.
+    :param version: Its version; empty if its metadata does not tell.
     :param entry_point: Name of the entry point.
     :param aggregators: The methods it provides; empty unless everything about it was valid.
     :param solvers: The solver backends it provides, likewise.
     :param gramian_rules: The layers it knows closed forms for, likewise.
     :param disabled: The environment variable that switched it off, or None.
+    :param pending: Whether its module was being imported when somebody asked; a later look-up
+        loads it.
     :param error: What went wrong, or None.
     :param traceback: The formatted traceback of ``error``, or None.
     """
@@ -41,6 +45,7 @@ class PluginRecord:
     solvers: tuple[SolverSpec, ...] = ()
     gramian_rules: tuple[GramianRuleSpec, ...] = ()
     disabled: str | None = None
+    pending: bool = False
     error: BaseException | None = None
     traceback: str | None = None
 
@@ -54,7 +59,24 @@ class PluginRecord:
         """Why this plugin provides nothing, one sentence; empty if it is fine."""
         if self.disabled is not None:
             return f"it is switched off by {self.disabled}."
-        return "" if self.error is None else f"{type(self.error).__name__}: {self.error}"
+        if self.pending:
+            return "it is being imported at this moment."
+        return (
+            "" if self.error is None else f"{type(self.error).__name__}: {message_of(self.error)}"
+        )
+
+
+@frozen(kw_only=True, eq=False)
+class Plugin:
+    """
+    An installed entry point, before anything of it is imported.
+
+    :param record: Its names; what becomes of it is filled in by :func:`load`.
+    :param point: The entry point, or None if it cannot be read.
+    """
+
+    record: PluginRecord
+    point: EntryPoint | None
 
 
 def normalize_distribution(name: str) -> str:
@@ -62,32 +84,89 @@ def normalize_distribution(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
-def discover() -> list[PluginRecord]:
-    """Load every plugin that is installed and not switched off, in an order that never changes."""
-    points = entry_points(group=ENTRY_POINT_GROUP)
-    return [_load(point) for point in sorted(points, key=lambda p: (_distribution(p), p.name))]
+# -- what is installed -----------------------------------------------------------------------------
 
 
-def _distribution(point: EntryPoint) -> str:
-    return normalize_distribution(point.dist.name) if point.dist is not None else "unknown"
+def installed_plugins() -> list[Plugin]:
+    """
+    Every entry point of the group, in an order that never changes.
+
+    Not by ``importlib.metadata.entry_points``: it raises as a whole when the metadata of any one
+    distribution cannot be read, whether or not that one has to do with jdcore.
+    """
+    found: dict[str, list[Plugin]] = {}
+    for distribution in _distributions():
+        plugins = _plugins_of(distribution)
+        if plugins:  # a distribution found twice counts where Python would import it from
+            found.setdefault(plugins[0].record.distribution, plugins)
+    plugins = [plugin for plugins in found.values() for plugin in plugins]
+    return sorted(plugins, key=lambda p: (p.record.distribution, p.record.entry_point))
 
 
-def _load(point: EntryPoint) -> PluginRecord:
-    record = PluginRecord(
-        distribution=_distribution(point),
-        version=point.dist.version if point.dist is not None else "",
-        entry_point=point.name,
-    )
-    switch = _switched_off_by(_names(record))
-    if switch is not None:
-        return evolve(record, disabled=switch)
+def _distributions() -> Iterator[Distribution]:
+    # One finder at a time: that of some editable installation may raise, which must not hide what
+    # the other finders see.
+    for finder in sys.meta_path:
+        find = getattr(finder, "find_distributions", None)
+        if find is None:
+            continue
+        try:
+            yield from find(DistributionFinder.Context())
+        except Exception:
+            continue  # nothing of jdcore is known there, so there is nothing to report
+
+
+def _plugins_of(distribution: Distribution) -> list[Plugin]:
     try:
-        provided = _specs_of(point.load())
-    # A plugin may do anything on import, also leave through sys.exit(): none of it may reach the
-    # program that merely looks up another method.
-    except (Exception, SystemExit) as error:
-        return evolve(record, error=error, traceback=traceback.format_exc())
-    return evolve(record, **provided)
+        points = [p for p in distribution.entry_points if p.group == ENTRY_POINT_GROUP]
+    except Exception as error:
+        if not _mentions_plugins(distribution, error):
+            return []
+        name = _name_of(distribution) or "unknown"
+        record = _record(name, _version_of(distribution), "entry_points.txt")
+        return [Plugin(record=_failed(record, error), point=None)]
+    if not points:
+        return []
+    # The top-level package is the best guess for a distribution without a name.
+    name = _name_of(distribution) or points[0].value.partition(":")[0].partition(".")[0]
+    version = _version_of(distribution)
+    return [Plugin(record=_record(name, version, p.name), point=p) for p in points]
+
+
+def _mentions_plugins(distribution: Distribution, error: Exception) -> bool:
+    """Whether entry points that cannot be read are those of a plugin."""
+    if isinstance(error, UnicodeDecodeError):
+        return ENTRY_POINT_GROUP.encode() in error.object
+    try:
+        return ENTRY_POINT_GROUP in (distribution.read_text("entry_points.txt") or "")
+    except Exception:
+        return False
+
+
+def _name_of(distribution: Distribution) -> str | None:
+    return _metadata(distribution, "Name")
+
+
+def _version_of(distribution: Distribution) -> str:
+    return _metadata(distribution, "Version") or ""
+
+
+def _metadata(distribution: Distribution, key: str) -> str | None:
+    # Absent metadata is None, a KeyError or an AttributeError, depending on the version of Python.
+    try:
+        metadata = distribution.metadata
+        return str(metadata[key]) if key in metadata else None
+    except Exception:
+        return None
+
+
+def _record(distribution: str, version: str, entry_point: str) -> PluginRecord:
+    return PluginRecord(
+        distribution=normalize_distribution(distribution), version=version, entry_point=entry_point
+    )
+
+
+# -- switches --------------------------------------------------------------------------------------
 
 
 def switched_without_effect(records: Sequence[PluginRecord]) -> list[str]:
@@ -112,6 +191,35 @@ def _switched_off_by(names: set[str]) -> str | None:
 
 def _listed(value: str) -> set[str]:
     return {normalize_distribution(name.strip()) for name in value.split(",") if name.strip()}
+
+
+# -- loading one -----------------------------------------------------------------------------------
+
+
+def load(plugin: Plugin) -> PluginRecord:
+    """Import a plugin and call its hooks, unless it is switched off; whatever it does is told."""
+    record = plugin.record
+    switch = _switched_off_by(_names(record))
+    if switch is not None:
+        return evolve(record, disabled=switch, error=None, traceback=None)
+    if plugin.point is None:
+        return record
+    try:
+        return evolve(record, **_specs_of(plugin.point.load()))
+    except KeyboardInterrupt:  # the user's, who wants the program to stop
+        raise
+    # A plugin may raise anything on import, also leave through sys.exit(), pytest.skip() or a
+    # cancelled task: none of it may reach the program that merely looks up another method.
+    except BaseException as error:
+        return _failed(record, error)
+
+
+def _failed(record: PluginRecord, error: BaseException) -> PluginRecord:
+    try:
+        text = "".join(traceback.format_exception(error))
+    except Exception:  # an exception may break even its own display
+        text = f"{type(error).__name__}: {message_of(error)}\n"
+    return evolve(record, error=error, traceback=text)
 
 
 def _specs_of(plugin: object) -> dict[str, Any]:
@@ -151,6 +259,6 @@ def names_of(spec: AggregatorSpec) -> tuple[str, ...]:
 
 
 def _refuse_duplicates(names: list[str]) -> None:
-    for name in names:
-        if names.count(name) > 1:
+    for name, count in Counter(names).items():
+        if count > 1:
             raise ParameterTypeError("specs", "of different names", f"the name {name!r} twice")

@@ -73,22 +73,19 @@ class LayerTable:
 
     def claims(self, layer: str) -> list[Any]:
         """All entries for this layer, also by other paths if it was imported."""
-        cls = _imported(layer)
-        return [
-            entry
-            for entry in self._entries
-            if entry.spec.layer == layer or (cls is not None and _imported(entry.spec.layer) is cls)
-        ]
+        wanted = _identity(layer)
+        return [entry for entry in self._entries if _identity(entry.spec.layer) == wanted]
 
     def clashes(self) -> dict[str, list[str]]:
-        clashes: dict[str, list[str]] = {}
-        for layer in sorted({entry.spec.layer for entry in self._entries}):
-            entries = self.claims(layer)
-            names = [entry.qualified_name for entry in entries]
-            chosen = any(entry.distribution == RUNTIME for entry in entries)
-            if len(names) > 1 and not chosen and names not in clashes.values():
-                clashes[layer] = names
-        return clashes
+        """Names of the rules that disable each other, by layer."""
+        claims: dict[Any, list[Any]] = {}
+        for entry in self._entries:
+            claims.setdefault(_identity(entry.spec.layer), []).append(entry)
+        return {
+            min(entry.spec.layer for entry in entries): [e.qualified_name for e in entries]
+            for entries in claims.values()
+            if len(entries) > 1 and all(entry.distribution != RUNTIME for entry in entries)
+        }
 
     def find(self, cls: type) -> list[Any]:
         """
@@ -110,3 +107,9 @@ def _imported(path: str) -> Any:
     # An instance can only exist once its module was imported, so nothing is imported here.
     module, _, attribute = path.partition(":")
     return getattr(sys.modules.get(module), attribute, None)
+
+
+def _identity(layer: str) -> Any:
+    """The class of a layer if it was imported, which may go by several paths, else its path."""
+    cls = _imported(layer)
+    return layer if cls is None else id(cls)

@@ -8,19 +8,22 @@ import inspect
 import os
 import threading
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from functools import cache
 from typing import Any, NoReturn
+
+from attrs import frozen
 
 from jdcore._catalogue import distribution_of, solver_names
 from jdcore._discovery import (
     PluginRecord,
-    discover,
+    installed_plugins,
     names_of,
     normalize_distribution,
     switched_without_effect,
 )
 from jdcore._layers import CHOOSE, CORE_RULES, RUNTIME, LayerTable
+from jdcore._loading import Loading
 from jdcore._tables import Entry, NameTable
 from jdcore.errors import (
     ParameterError,
@@ -28,14 +31,49 @@ from jdcore.errors import (
     PluginError,
     PluginWarning,
     UnknownNameError,
+    message_of,
 )
-from jdcore.spec import AggregatorSpec, GramianRuleSpec, normalize_name
+from jdcore.spec import AggregatorSpec, GramianRuleSpec, SolverSpec, normalize_name
 
 _CORE = "jdcore"
 
 
+@frozen(kw_only=True, eq=False)
+class _Known:
+    """What look-ups see: made as a whole, published at once, never changed."""
+
+    records: tuple[PluginRecord, ...]
+    aggregators: NameTable
+    solvers: dict[str, NameTable]
+    rules: LayerTable
+
+    def solver_table(self, problem: str) -> NameTable:
+        return self.solvers.get(problem) or NameTable(f"{problem} solver", problem)
+
+    def complete(self) -> bool:
+        return not any(record.pending for record in self.records)
+
+    def failed(self) -> list[PluginRecord]:
+        return [record for record in self.records if record.error is not None]
+
+    def clashes(self) -> list[tuple[str, str]]:
+        return [
+            (" and ".join(claims), f"they claim the same {table.kind} name {name!r}.")
+            for table in (self.aggregators, *self.solvers.values())
+            for name, claims in table.clashes().items()
+        ] + [
+            (" and ".join(claims), f"they claim the same layer {layer}. {CHOOSE}")
+            for layer, claims in self.rules.clashes().items()
+        ]
+
+
 class Registry:
-    """All that is known of the installed plugins. Thread-safe; one per process is enough."""
+    """
+    All that is known of the installed plugins. Thread-safe; one per process is enough.
+
+    Plugins are loaded without the lock (see :mod:`jdcore._loading`); it only guards that what was
+    found, and what was registered, is published as a whole.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
@@ -44,18 +82,18 @@ class Registry:
         self._forget()
 
     def _forget(self) -> None:
-        self._records: list[PluginRecord] | None = None
-        self._aggregators = NameTable("aggregator")
-        self._solvers: dict[str, NameTable] = {}
-        self._rules = LayerTable()
+        self._loading: Loading | None = None
+        self._known: _Known | None = None
+        self._reported: set[str] = set()
+        self._loaded_at_report: int | None = None
         shared_solver.cache_clear()
 
     # -- discovery ---------------------------------------------------------------------------------
 
     def refresh(self) -> None:
         """Forget what was discovered; the next look-up discovers again. Registered specs stay."""
+        importlib.invalidate_caches()
         with self._lock:
-            importlib.invalidate_caches()
             self._forget()
 
     def register(self, spec: AggregatorSpec | GramianRuleSpec) -> None:
@@ -64,111 +102,117 @@ class Registry:
             return
         if not isinstance(spec, AggregatorSpec):
             raise ParameterTypeError("spec", "an AggregatorSpec or a GramianRuleSpec", repr(spec))
+        known = self._discover()
+        for name in names_of(spec):
+            entry = known.aggregators.find(name)
+            if entry is not None and entry.qualified_name != f"{RUNTIME}:{spec.name}":
+                raise ParameterError("name", "free", f"{name!r}, taken by {entry.qualified_name}")
         with self._lock:
-            self._discover()
-            for name in names_of(spec):
-                entry = self._aggregators.find(name)
-                if entry is not None and entry.qualified_name != f"{RUNTIME}:{spec.name}":
-                    raise ParameterError(
-                        "name", "free", f"{name!r}, taken by {entry.qualified_name}"
-                    )
             self._runtime[spec.name] = spec
-            self._fill(self._records or [])
+            self._known = None  # made anew by the next look-up; no plugin is loaded again
 
     def _register_rule(self, spec: GramianRuleSpec) -> None:
+        claims = [e for e in self._discover().rules.claims(spec.layer) if e.distribution != RUNTIME]
+        # Several installed ones have disabled each other: then this is the choice.
+        if len(claims) == 1:
+            raise ParameterError(
+                "layer", "free", f"{spec.layer!r}, taken by {claims[0].qualified_name}"
+            )
         with self._lock:
-            self._discover()
-            claims = [e for e in self._rules.claims(spec.layer) if e.distribution != RUNTIME]
-            # Several installed ones have disabled each other: then this is the choice.
-            if len(claims) == 1:
-                taken = f"{spec.layer!r}, taken by {claims[0].qualified_name}"
-                raise ParameterError("layer", "free", taken)
             self._runtime_rules[spec.layer] = spec
-            self._fill(self._records or [])
+            self._known = None
 
-    def _discover(self) -> None:
+    def _discover(self) -> _Known:
+        """
+        What is known once every plugin is loaded that can be loaded now.
+
+        :raises PluginError: If plugins have to be fine (``JDCORE_STRICT_PLUGINS``) and one is not.
+        """
+        known = self._known
+        if known is not None and known.complete():
+            return known
+        loading = self._installed()
+        loading.advance()
+        _demand_if_strict(self._tables(loading))
         with self._lock:
-            if self._records is not None:
-                return
-            records = discover()
-            strict = os.environ.get("JDCORE_STRICT_PLUGINS", "0") not in ("", "0")
-            failed = [r for r in records if r.error is not None]
-            if strict and failed:
-                raise PluginError(failed[0].label, failed[0].reason) from failed[0].error
-            self._fill(records)
-            clashes = self._clashes()
-            if strict and clashes:
-                self._forget()
-                raise PluginError(*clashes[0])
-            self._records = records
-        troubles = [f"{r.label} failed: {r.reason}" for r in failed]
-        troubles += [f"{claims}: {reason}" for claims, reason in clashes]
+            known = self._tables(loading)
+            if self._loading is loading:  # and nobody has called for a new discovery meanwhile
+                self._known = known
+        self._report(known)
+        return known
+
+    def _installed(self) -> Loading:
+        loading = self._loading
+        if loading is None:
+            found = Loading(installed_plugins())
+            with self._lock:  # the first thread that has looked settles it
+                loading = self._loading = self._loading or found
+        return loading
+
+    def _tables(self, loading: Loading) -> _Known:
+        """The tables of all that is loaded and registered at this moment."""
+        with self._lock:
+            runtime, runtime_rules = [*self._runtime.values()], [*self._runtime_rules.values()]
+            records = loading.records()
+        return _Known(
+            records=records,
+            aggregators=_aggregator_table(
+                [(r.distribution, spec) for r in records for spec in r.aggregators]
+                + [(RUNTIME, spec) for spec in runtime]
+            ),
+            solvers=_solver_tables([(r.distribution, s) for r in records for s in r.solvers]),
+            rules=_rule_table(
+                [(_CORE, rule) for rule in CORE_RULES]
+                + [(r.distribution, rule) for r in records for rule in r.gramian_rules]
+                + [(RUNTIME, rule) for rule in runtime_rules]
+            ),
+        )
+
+    def _report(self, known: _Known) -> None:
+        """Warn of what is left out, once for every plugin."""
+        loaded = sum(not record.pending for record in known.records)
+        if loaded == self._loaded_at_report:
+            return  # what is registered later is the user's own doing
+        self._loaded_at_report = loaded
+        troubles = [f"{r.label} failed: {r.reason}" for r in known.failed()]
+        troubles += [f"{claims}: {reason}" for claims, reason in known.clashes()]
         troubles += [
             f"{n!r} is switched on or off, but not installed"
-            for n in switched_without_effect(records)
+            for n in switched_without_effect(known.records)
         ]
-        if troubles:
-            lines = "".join(f"\n- {trouble}" for trouble in troubles)
+        with self._lock:
+            new = [trouble for trouble in troubles if trouble not in self._reported]
+            self._reported.update(new)
+        if new:
+            lines = "".join(f"\n- {trouble}" for trouble in new)
             warnings.warn(
                 f"Some jdcore plugins are left out (see jdcore.list_plugins()):{lines}",
                 PluginWarning,
                 stacklevel=_stacklevel_of_caller(),
             )
 
-    def _fill(self, records: list[PluginRecord]) -> None:
-        aggregators = NameTable("aggregator")
-        solvers: dict[str, NameTable] = {}
-        for record in records:
-            for spec in record.aggregators:
-                aggregators.add(Entry(record.distribution, spec), names_of(spec))
-            for solver in record.solvers:
-                table = solvers.setdefault(
-                    solver.problem, NameTable(f"{solver.problem} solver", solver.problem)
-                )
-                table.add(Entry(record.distribution, solver), (solver.name,))
-        for spec in self._runtime.values():
-            aggregators.add(Entry(RUNTIME, spec), names_of(spec))
-        self._aggregators, self._solvers = aggregators, solvers
-        self._rules = self._rule_table(records)
-
-    def _rule_table(self, records: list[PluginRecord]) -> LayerTable:
-        table = LayerTable()
-        for rule in CORE_RULES:
-            table.add(Entry(_CORE, rule))
-        for record in records:
-            for rule in record.gramian_rules:
-                table.add(Entry(record.distribution, rule))
-        for rule in self._runtime_rules.values():
-            table.add(Entry(RUNTIME, rule))
-        return table
-
-    def _clashes(self) -> list[tuple[str, str]]:
-        return [
-            (" and ".join(claims), f"they claim the same {table.kind} name {name!r}.")
-            for table in (self._aggregators, *self._solvers.values())
-            for name, claims in table.clashes().items()
-        ] + [
-            (" and ".join(claims), f"they claim the same layer {layer}. {CHOOSE}")
-            for layer, claims in self._rules.clashes().items()
-        ]
-
     def records(self) -> tuple[PluginRecord, ...]:
-        self._discover()
-        return tuple(self._records or ())
+        return self._discover().records
+
+    def before_fork(self) -> None:
+        if self._loading is not None:
+            self._loading.settle()
+
+    def after_fork_in_child(self) -> None:
+        self._lock = threading.RLock()  # a thread that is gone may have held the old one
+        if self._loading is not None:
+            self._loading.inherit()
 
     # -- look-up -----------------------------------------------------------------------------------
 
     def aggregators(self) -> list[str]:
-        self._discover()
-        return self._aggregators.listed_names()
+        return self._discover().aggregators.listed_names()
 
     def solvers(self, problem: str) -> list[str]:
-        self._discover()
-        return self._solvers.get(problem, NameTable(problem)).listed_names()
+        return self._discover().solver_table(problem).listed_names()
 
     def problems(self) -> list[str]:
-        self._discover()
-        return sorted(self._solvers)
+        return sorted(self._discover().solvers)
 
     def aggregator(self, name: str) -> Entry:
         """
@@ -181,10 +225,10 @@ class Registry:
         """
         if not isinstance(name, str):
             raise ParameterTypeError("name", "a string", repr(name))
-        self._discover()
-        entry = self._aggregators.find(name)
+        known = self._discover()
+        entry = known.aggregators.find(name)
         if entry is None:
-            self._raise_unknown(name, self._aggregators)
+            _raise_unknown(name, known.aggregators, known)
         return entry
 
     def solver(self, problem: str, name: str) -> tuple[Entry, str | None]:
@@ -194,8 +238,8 @@ class Registry:
         """
         if not isinstance(name, str):
             raise ParameterTypeError("solver", "a string", repr(name))
-        self._discover()
-        table = self._solvers.get(problem, NameTable(f"{problem} solver", problem))
+        known = self._discover()
+        table = known.solver_table(problem)
         # "a:b" is first of all the solver b of the distribution a: qualified names always work.
         entry = table.find(name)
         if entry is not None:
@@ -203,13 +247,12 @@ class Registry:
         base, _, variant = name.rpartition(":")
         entry = table.find(base)
         if entry is None or not entry.spec.variants or not variant:
-            self._raise_unknown(name, table)
+            _raise_unknown(name, table, known)
         return entry, variant
 
     def gramian_rules(self, layer: type) -> list[Entry]:
         """The rules for a class of layers: none, one, or several that clash."""
-        self._discover()
-        return self._rules.find(layer)
+        return self._discover().rules.find(layer)
 
     def gramian_rule(self, name: str) -> Entry:
         """
@@ -217,8 +260,7 @@ class Registry:
 
         :raises UnknownNameError: If there is no such rule, or if several have the plain name.
         """
-        self._discover()
-        entries = list(self._rules)
+        entries = list(self._discover().rules)
         found: list[Entry] = [e for e in entries if name in (e.spec.name, e.qualified_name)]
         if len(found) != 1:
             known = [e.qualified_name for e in entries]
@@ -227,36 +269,66 @@ class Registry:
         [entry] = found
         return entry
 
-    def _raise_unknown(self, name: str, table: NameTable) -> NoReturn:
-        distribution, _, plain = name.rpartition(":")
-        known_provider = distribution_of(name, table.problem)
-        providers = [normalize_distribution(distribution) or known_provider]
-        if table.problem is not None:  # what precedes the colon may be the solver of a variant
-            providers.append(known_provider)
-        records = self._records or []
-        for record in records:
-            if record.reason and record.distribution in providers:
-                raise PluginError(record.label, record.reason) from record.error
-        failed = [r for r in records if r.error is not None]
-        hint = None
-        if known_provider is not None and all(r.distribution != known_provider for r in records):
-            hint = f"It is provided by {known_provider}: pip install {known_provider}."
-        elif failed:
-            hint = f"Plugins that failed: {'; '.join(f'{r.label}: {r.reason}' for r in failed)}"
-        elif table.problem is not None:
-            hint = _installable(table.problem, {r.distribution for r in records})
-        known = table.listed_names()
-        plain_names = {normalize_name(n.rpartition(":")[2]): n for n in known}
-        close = difflib.get_close_matches(normalize_name(plain), plain_names, cutoff=0.6)
-        error = UnknownNameError(name, table.kind, [plain_names[c] for c in close], known, hint)
-        raise error from (failed[0].error if len(failed) == 1 else None)
-
-    # -- classes -----------------------------------------------------------------------------------
-
     @staticmethod
     def solver_class(entry: Entry) -> type:
         """What makes the solver of an entry."""
         return load_factory(entry.qualified_name, entry.spec.factory)
+
+
+def _aggregator_table(methods: Iterable[tuple[str, AggregatorSpec]]) -> NameTable:
+    table = NameTable("aggregator")
+    for distribution, spec in methods:
+        table.add(Entry(distribution, spec), names_of(spec))
+    return table
+
+
+def _solver_tables(solvers: Iterable[tuple[str, SolverSpec]]) -> dict[str, NameTable]:
+    tables: dict[str, NameTable] = {}
+    for distribution, spec in solvers:
+        table = tables.setdefault(spec.problem, NameTable(f"{spec.problem} solver", spec.problem))
+        table.add(Entry(distribution, spec), (spec.name,))
+    return tables
+
+
+def _rule_table(rules: Iterable[tuple[str, GramianRuleSpec]]) -> LayerTable:
+    table = LayerTable()
+    for distribution, spec in rules:
+        table.add(Entry(distribution, spec))
+    return table
+
+
+def _demand_if_strict(known: _Known) -> None:
+    if os.environ.get("JDCORE_STRICT_PLUGINS", "0") in ("", "0"):
+        return
+    for record in known.failed():
+        raise PluginError(record.label, record.reason) from record.error
+    for claims, reason in known.clashes():
+        raise PluginError(claims, reason)
+
+
+def _raise_unknown(name: str, table: NameTable, known: _Known) -> NoReturn:
+    distribution, _, plain = name.rpartition(":")
+    known_provider = distribution_of(name, table.problem)
+    providers = [normalize_distribution(distribution) or known_provider]
+    if table.problem is not None:  # what precedes the colon may be the solver of a variant
+        providers.append(known_provider)
+    records = known.records
+    for record in records:
+        if record.reason and record.distribution in providers:
+            raise PluginError(record.label, record.reason) from record.error
+    failed = known.failed()
+    hint = None
+    if known_provider is not None and all(r.distribution != known_provider for r in records):
+        hint = f"It is provided by {known_provider}: pip install {known_provider}."
+    elif failed:
+        hint = f"Plugins that failed: {'; '.join(f'{r.label}: {r.reason}' for r in failed)}"
+    elif table.problem is not None:
+        hint = _installable(table.problem, {r.distribution for r in records})
+    listed = table.listed_names()
+    plain_names = {normalize_name(n.rpartition(":")[2]): n for n in listed}
+    close = difflib.get_close_matches(normalize_name(plain), plain_names, cutoff=0.6)
+    error = UnknownNameError(name, table.kind, [plain_names[c] for c in close], listed, hint)
+    raise error from (failed[0].error if len(failed) == 1 else None)
 
 
 def _installable(problem: str, installed: Collection[str]) -> str | None:
@@ -272,8 +344,11 @@ def load_factory(provider: str, factory: str) -> type:
     module, _, attribute = factory.partition(":")
     try:
         return getattr(importlib.import_module(module), attribute)  # type: ignore[no-any-return]
-    except Exception as error:
-        raise PluginError(provider, f"{factory!r} cannot be loaded: {error}") from error
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # as for the plugins themselves: sys.exit(), pytest.skip(), ...
+        reason = f"{factory!r} cannot be loaded: {message_of(error)}"
+        raise PluginError(provider, reason) from error
 
 
 def _stacklevel_of_caller() -> int:
@@ -334,3 +409,6 @@ def get_gramian_rule(entry: Entry) -> Any:
 
 registry = Registry()
 """The registry of this process."""
+
+if hasattr(os, "register_at_fork"):  # not on Windows, which has no fork
+    os.register_at_fork(before=registry.before_fork, after_in_child=registry.after_fork_in_child)

@@ -30,6 +30,14 @@ __all__ = [
 ]
 
 
+def message_of(error: BaseException) -> str:
+    """The message of an exception of anybody's; there are some that break when they are shown."""
+    try:
+        return str(error)
+    except BaseException:
+        return "(its message cannot be shown)"
+
+
 class JDCoreError(Exception):
     """Base class of every exception that jdcore raises on purpose."""
 

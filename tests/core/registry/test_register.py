@@ -135,7 +135,7 @@ def test_an_unknown_solver_names_its_problem(registry: Registry) -> None:
 def test_an_exported_name_that_two_methods_claim_is_ambiguous(registry: Registry) -> None:
     registry.register(spec())
     entry = registry.aggregator("last_row")
-    registry._aggregators.add(entry, ("last_row",))
+    registry._discover().aggregators.add(entry, ("last_row",))
 
     with pytest.raises(AmbiguousNameError):
         registry.aggregator("last_row")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,8 @@ from attrs import define, field, frozen
 import jdcore
 from jdcore import ParameterError, ParameterTypeError, SolverSpec, UnknownNameError
 from jdcore import _registry as registry_module
-from jdcore._discovery import PluginRecord
+from jdcore._discovery import Plugin, PluginRecord
+from jdcore._loading import Loading
 from jdcore._registry import Registry
 from jdcore.aggregation import find_solver, solver_field
 from jdcore.errors import AmbiguousNameError, PluginError
@@ -66,8 +68,10 @@ def fill(monkeypatch: pytest.MonkeyPatch) -> Fill:
                 )
             )
         registry = Registry()
-        registry._fill(records)
-        registry._records = records
+        registry._loading = Loading([Plugin(record=record, point=None) for record in records])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # other tests are about these
+            registry.records()
         monkeypatch.setattr(registry_module, "registry", registry)
         monkeypatch.setattr(jdcore.registry, "registry", registry)
         registry_module.shared_solver.cache_clear()

@@ -1,0 +1,233 @@
+"""One damaged distribution, a plugin or not, never breaks a look-up of another one's method."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.core.registry.unpacked import PLUGIN, run, unpack
+
+LATIN = "Author: Hervé\n".encode("latin-1")
+HEAD = b"Metadata-Version: 2.1\nName: damaged\nVersion: 1.0\n"
+
+LIST = """
+import warnings
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    names = jdcore.list_aggregators()
+messages = [str(w.message) for w in caught]
+others = [r for r in jdcore.list_plugins() if not r.disabled and r.distribution != "healthy"]
+record = others[0] if others else None
+"""
+
+
+def healthy(folder: Path) -> None:
+    unpack(folder, "healthy", {"healthy.py": PLUGIN.format(method="healthy_method")})
+
+
+@pytest.mark.parametrize(
+    ("metadata", "version"),
+    [
+        (None, ""),
+        (b"", ""),
+        (b"Metadata-Version: 2.1\nName: damaged\n", ""),
+        (b"Metadata-Version: 2.1\nVersion: 1.0\n", "1.0"),
+        (HEAD + LATIN, ""),
+        (b"\xff\xfe\x00", ""),
+    ],
+    ids=["no METADATA", "empty METADATA", "no Version", "no Name", "not UTF-8", "bytes"],
+)
+def test_a_plugin_with_damaged_metadata_works_without_them(
+    tmp_path: Path, metadata: bytes | None, version: str
+) -> None:
+    healthy(tmp_path)
+    source = {"damaged.py": PLUGIN.format(method="damaged_method")}
+    unpack(tmp_path, "damaged", source, metadata=metadata)
+
+    code = f"{LIST}result = names, messages, [record.label, record.version]"
+    names, messages, told = run(tmp_path, code, JDCORE_PLUGINS="healthy,damaged")
+
+    assert names == ["damaged_method", "healthy_method"]
+    assert messages == []
+    assert told == ["damaged (damaged)", version]
+
+
+@pytest.mark.parametrize(
+    "entry_points",
+    [
+        b"[jdcore.plugins]\nherv\xe9 = damaged\n",
+        b"[jdcore.plugins]\ndamaged = damaged\n\xff\xfe",
+    ],
+)
+def test_entry_points_that_cannot_be_read_are_reported_if_they_are_those_of_a_plugin(
+    tmp_path: Path, entry_points: bytes
+) -> None:
+    healthy(tmp_path)
+    unpack(tmp_path, "damaged", {}, entry_points=entry_points)
+
+    code = f"{LIST}result = names, messages, [record.label, record.reason]"
+    names, [message], told = run(tmp_path, code, JDCORE_PLUGINS="healthy,damaged")
+
+    assert names == ["healthy_method"]
+    assert told[0] == "damaged (entry_points.txt)"
+    assert "codec can't decode byte" in told[1]
+    assert f"{told[0]} failed: {told[1]}" in message
+
+
+@pytest.mark.parametrize(
+    "entry_points",
+    [b"[console_scripts]\nherv\xe9 = damaged:main\n", b"\xff\xfe\x00", b"[", b"damaged"],
+)
+def test_entry_points_of_others_that_cannot_be_read_are_none_of_our_business(
+    tmp_path: Path, entry_points: bytes
+) -> None:
+    healthy(tmp_path)
+    unpack(tmp_path, "damaged", {}, entry_points=entry_points)
+
+    names, messages = run(tmp_path, f"{LIST}result = names, messages", JDCORE_PLUGINS="healthy")
+
+    assert names == ["healthy_method"]
+    assert messages == []
+
+
+@pytest.mark.parametrize("value", ["", "not a module!", "damaged:", "damaged.nowhere", "a:b:c"])
+def test_an_entry_point_that_names_no_object_fails_alone(tmp_path: Path, value: str) -> None:
+    healthy(tmp_path)
+    entry_points = f"[jdcore.plugins]\ndamaged = {value}\n".encode()
+    unpack(tmp_path, "damaged", {"damaged.py": "nothing = 1\n"}, entry_points=entry_points)
+
+    code = f"{LIST}result = names, len(messages), bool(record.reason)"
+    names, warned, told = run(tmp_path, code, JDCORE_PLUGINS="healthy,damaged")
+
+    assert (names, warned, told) == (["healthy_method"], 1, True)
+
+
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [
+        ("import asyncio; raise asyncio.CancelledError('stop')", "CancelledError: stop"),
+        ("raise GeneratorExit('stop')", "GeneratorExit: stop"),
+        ("raise BaseException('stop')", "BaseException: stop"),
+        (
+            "class Mute(Exception):\n    def __str__(self): raise ValueError('no words')\n"
+            "raise Mute",
+            "Mute: (its message cannot be shown)",
+        ),
+        (
+            "class Odd(Exception):\n    def __str__(self): return 3\nraise Odd",
+            "Odd: (its message cannot be shown)",
+        ),
+        (
+            "class Exits(Exception):\n    def __str__(self): raise SystemExit\nraise Exits",
+            "Exits: (its message cannot be shown)",
+        ),
+    ],
+)
+def test_whatever_a_plugin_raises_it_fails_alone(tmp_path: Path, source: str, reason: str) -> None:
+    healthy(tmp_path)
+    unpack(tmp_path, "damaged", {"damaged.py": source})
+
+    code = f"{LIST}result = names, messages, record.reason, record.traceback"
+    names, [message], told, traceback = run(tmp_path, code, JDCORE_PLUGINS="healthy,damaged")
+
+    assert names == ["healthy_method"]
+    assert told == reason
+    assert reason in message
+    assert "damaged.py" in traceback
+
+
+def test_a_factory_may_raise_anything_too(tmp_path: Path) -> None:
+    source = """
+from jdcore import SolverSpec, hookimpl
+
+@hookimpl
+def jdcore_solvers():
+    yield SolverSpec(name="s", problem="p", summary="S.", factory="exits:S", api_version=1)
+"""
+    unpack(
+        tmp_path, "leaving", {"leaving.py": source, "exits.py": "raise SystemExit('no license')"}
+    )
+
+    error = run(
+        tmp_path,
+        """
+try:
+    jdcore.get_solver("p", "s")
+except jdcore.PluginError as error:
+    result = str(error)
+""",
+        JDCORE_PLUGINS="leaving",
+    )
+
+    assert error.endswith("'exits:S' cannot be loaded: no license")
+
+
+def test_a_finder_that_raises_hides_only_what_it_would_have_found(tmp_path: Path) -> None:
+    healthy(tmp_path)
+
+    code = """
+import sys
+
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        return None
+    def find_distributions(self, context):
+        raise RuntimeError("a broken editable installation")
+
+sys.meta_path.insert(0, Finder())
+result = jdcore.list_aggregators()
+"""
+    assert run(tmp_path, code, JDCORE_PLUGINS="healthy") == ["healthy_method"]
+
+
+def test_a_distribution_found_twice_counts_once_where_it_is_imported_from(tmp_path: Path) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    unpack(first, "twice", {"twice.py": PLUGIN.format(method="first_method")})
+    unpack(second, "twice", {"twice.py": PLUGIN.format(method="second_method")})
+
+    code = f"import sys; sys.path.append({str(second)!r}); result = jdcore.list_aggregators()"
+    assert run(first, code, JDCORE_PLUGINS="twice") == ["first_method"]
+
+
+def test_twenty_thousand_specs_cost_a_few_calls_each(tmp_path: Path) -> None:
+    # Counted, not timed: quadratic work in the number of specs would be 400 million calls.
+    source = """
+from jdcore import AggregatorSpec, GramianRuleSpec, SolverSpec, hookimpl
+
+@hookimpl
+def jdcore_aggregators():
+    for i in range(10_000):
+        name = f"w:M{i}Weighting"
+        yield AggregatorSpec(name=f"m{i}", summary="S.", weighting=name, api_version=1)
+
+@hookimpl
+def jdcore_solvers():
+    for i in range(5_000):
+        yield SolverSpec(name=f"s{i}", problem="p", summary="S.", factory="s:S", api_version=1)
+
+@hookimpl
+def jdcore_gramian_rules():
+    for i in range(5_000):
+        yield GramianRuleSpec(
+            name=f"r{i}", layer=f"l:L{i}", rule="r:R", summary="S.", api_version=1
+        )
+"""
+    unpack(tmp_path, "many", {"many.py": source})
+    code = """
+import sys
+calls = 0
+def count(frame, event, argument):
+    global calls
+    calls += event in ("call", "c_call")
+jdcore.list_plugins()  # imports
+jdcore.refresh()
+sys.setprofile(count)
+names = jdcore.list_aggregators()
+sys.setprofile(None)
+result = len(names), calls
+"""
+    number, calls = run(tmp_path, code, JDCORE_PLUGINS="many")
+
+    assert number == 10_000
+    assert calls < 20_000 * 150
