@@ -9,8 +9,10 @@ import UPGrad, UPGradWeighting``; these are the classes that :func:`jdcore.get_a
 from typing import Any
 
 from jdcore.aggregation._aggregator import GramianAggregator
+from jdcore.aggregation._columns import Columns
 from jdcore.aggregation._coordinatewise import CoordinatewiseAggregator
 from jdcore.aggregation._flattening import Flattening
+from jdcore.aggregation._history import HistoryAggregator
 from jdcore.aggregation._informed import CrossGramianWeighting, LossWeighting
 from jdcore.aggregation._mixing import RowMixing, finite_gramian, row_lengths
 from jdcore.aggregation._module import as_module
@@ -19,10 +21,12 @@ from jdcore.aggregation._solver import find_solver, solver_field
 from jdcore.aggregation._source import GramianSource, as_weighting, weigh
 from jdcore.aggregation._state import StateFields, state_field
 from jdcore.aggregation._weighting import GramianWeighting, row_weights
+from jdcore.aggregation._wrapping import WeightingWrapper
 from jdcore.protocols import Aggregator, GeneralizedWeighting, Weighting
 
 __all__ = [
     "Aggregator",
+    "Columns",
     "CoordinatewiseAggregator",
     "CrossGramianWeighting",
     "Flattening",
@@ -30,11 +34,13 @@ __all__ = [
     "GramianAggregator",
     "GramianSource",
     "GramianWeighting",
+    "HistoryAggregator",
     "LossWeighting",
     "RowMixing",
     "ScalarizationWeighting",
     "StateFields",
     "Weighting",
+    "WeightingWrapper",
     "as_module",
     "as_weighting",
     "find_solver",

@@ -284,6 +284,112 @@ def jdcore_aggregators() -> Iterator[AggregatorSpec]:
         stochastic=True,
         api_version=1,
     )
+    yield AggregatorSpec(
+        name="modo",
+        summary="One step per call towards the shortest combination, of two independent batches.",
+        weighting=f"{_PACKAGE}.modo:MoDoWeighting",
+        reference=Reference(
+            title=(
+                "Three-Way Trade-Off in Multi-Objective Learning: Optimization, Generalization "
+                "and Conflict-Avoidance"
+            ),
+            year=2024,
+            url="https://www.jmlr.org/papers/volume25/23-1287/23-1287.pdf",
+        ),
+        properties=(Property.PERMUTATION_INVARIANT,),
+        cross_gramian=True,
+        stateful=True,
+        api_version=1,
+    )
+    yield AggregatorSpec(
+        name="sdmgrad",
+        summary="Few steps per call towards a short update near a preferred one, of two batches.",
+        weighting=f"{_PACKAGE}.sdmgrad:SDMGradWeighting",
+        reference=Reference(
+            title=(
+                "Direction-oriented Multi-objective Learning: Simple and Provable Stochastic "
+                "Algorithms"
+            ),
+            year=2023,
+            url="https://arxiv.org/pdf/2305.18409",
+        ),
+        properties=(Property.PERMUTATION_INVARIANT, Property.SCALE_EQUIVARIANT),
+        cross_gramian=True,
+        stateful=True,
+        api_version=1,
+    )
+    yield AggregatorSpec(
+        name="moco",
+        summary="Rows tracked over time, and one step per call towards their shortest mixture.",
+        aggregator=f"{_PACKAGE}.moco:MoCo",
+        reference=Reference(
+            title=(
+                "Mitigating Gradient Bias in Multi-objective Learning: A Provably Convergent "
+                "Approach"
+            ),
+            year=2023,
+            url="https://openreview.net/pdf?id=dLAYGdKTi2",
+        ),
+        properties=(Property.PERMUTATION_INVARIANT,),
+        stateful=True,
+        api_version=1,
+    )
+    yield AggregatorSpec(
+        name="db_mtl",
+        summary="Gradients of the logarithms of the losses, averaged over time, of equal length.",
+        aggregator=f"{_PACKAGE}.db_mtl:DBMTL",
+        reference=Reference(
+            title="Dual-Balancing for Multi-Task Learning",
+            year=2023,
+            url="https://arxiv.org/pdf/2308.12029",
+        ),
+        properties=(
+            Property.STRONGLY_STATIONARY,
+            Property.PERMUTATION_INVARIANT,
+            Property.SCALE_EQUIVARIANT,
+        ),
+        losses=True,
+        stateful=True,
+        api_version=1,
+    )
+    yield AggregatorSpec(
+        name="excess_mtl",
+        summary="Weights that grow with the excess risk: robust to objectives with noisy labels.",
+        aggregator=f"{_PACKAGE}.excess_mtl:ExcessMTL",
+        reference=Reference(
+            title="Robust Multi-Task Learning with Excess Risks",
+            year=2024,
+            url="https://proceedings.mlr.press/v235/he24n.html",
+        ),
+        properties=(
+            Property.STRONGLY_STATIONARY,
+            Property.PERMUTATION_INVARIANT,
+            Property.SCALE_EQUIVARIANT,
+        ),
+        stateful=True,
+        api_version=1,
+    )
+    yield AggregatorSpec(
+        name="gradnorm",
+        summary="Weights under which objectives that train slowly have the longer gradients.",
+        weighting=f"{_PACKAGE}.gradnorm:GradNormWeighting",
+        reference=Reference(
+            title=(
+                "GradNorm: Gradient Normalization for Adaptive Loss Balancing in Deep Multitask "
+                "Networks"
+            ),
+            year=2018,
+            url="https://arxiv.org/pdf/1711.02257",
+        ),
+        properties=(
+            Property.STRONGLY_STATIONARY,
+            Property.PERMUTATION_INVARIANT,
+            Property.SCALE_EQUIVARIANT,
+        ),
+        losses=True,
+        stateful=True,
+        api_version=1,
+    )
 
 
 def _constant_weights(m: int) -> dict[str, Any]:

@@ -1,0 +1,184 @@
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import reduce
+from typing import Any, ClassVar
+
+import torch
+from attrs import Attribute, define, field
+from torch import Tensor
+
+from jdcore.aggregation._columns import Columns
+from jdcore.aggregation._differentiation import forbid_differentiation
+from jdcore.aggregation._finite import finite_required
+from jdcore.aggregation._source import GramianSource, check_losses
+from jdcore.aggregation._state import StateFields, state_field
+from jdcore.errors import NonFiniteError, ParameterError
+from jdcore.validators import boolean, check_blocks, check_matrix, describe_tensor
+
+
+def _nothing() -> Tensor:
+    return torch.zeros(0, 0, dtype=torch.float64)
+
+
+def _matrix(_: object, attribute: Attribute[Tensor], value: Tensor) -> None:
+    if value.ndim != 2:
+        raise ParameterError(attribute.name, "a matrix", describe_tensor(value))
+
+
+@define(eq=False)
+class HistoryAggregator(StateFields):
+    """
+    Base class of aggregators that keep something of the size of the Jacobian from call to call.
+
+    A subclass is an attrs class (``@define(eq=False)``) that implements :meth:`advance` and
+    :meth:`weigh_rows`, and need not think of half precision, of empty or non-finite input, nor of
+    when state may change: the new history and what :meth:`weigh_rows` returns are kept as the last
+    step of a call that succeeded. Jacobians of single parameters are never concatenated; the
+    history is one Tensor [m, n], in the wider of float32 and the dtype of the Jacobian.
+
+    All calls between two :meth:`reset` must have Jacobians of the same shape.
+
+    :param check_finite: Whether NaN or infinite input raises
+        :class:`~jdcore.errors.NonFiniteError` instead of giving a vector of NaN. None means: as the
+        environment variable ``JDCORE_CHECK_FINITE`` says (``1`` raises), else no.
+    """
+
+    combines_history: ClassVar[bool] = True
+    """Whether the update is a combination of the rows of the history, or of the Jacobian."""
+
+    looks_at_losses: ClassVar[bool] = False
+    """Whether a call without losses is refused."""
+
+    check_finite: bool | None = field(default=None, kw_only=True, validator=boolean, repr=False)
+    history: Tensor = state_field(_nothing, validator=_matrix)  # noqa: RUF009 - a field
+
+    @property
+    def keeps_history(self) -> bool:
+        """Whether the next call needs the history; False for arguments that do without."""
+        return True
+
+    def advance(self, rows: Tensor, history: Tensor | None, losses: Tensor | None) -> Tensor:
+        """
+        The new history of some columns.
+
+        :param rows: Finite Tensor [m, k] of float32 or float64 with m, k >= 1. Must not be
+            modified.
+        :param history: The old history of these columns [m, k] in the same dtype; None at the
+            first call. Must not be modified.
+        :param losses: Finite float64 values of the objectives [m] on the device of the rows, if the
+            class looks at them.
+        :returns: Tensor [m, k] of that dtype.
+        """
+        raise NotImplementedError
+
+    def weigh_rows(
+        self, rows: Columns, history: Columns, losses: Tensor | None
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """
+        The weights, and the new values of all other state.
+
+        :param rows: The Jacobian, see :meth:`advance`.
+        :param history: The new history, in the same blocks of columns.
+        :param losses: See :meth:`advance`.
+        :returns: float64 weights [m] on any device, and values by the names of state fields.
+        """
+        raise NotImplementedError
+
+    def __call__(
+        self, matrix: Tensor, /, *, losses: Tensor | None = None, second: Tensor | None = None
+    ) -> Tensor:
+        """
+        :param matrix: Jacobian, real floating Tensor [m, n].
+        :param losses: Values of the objectives, Tensor [m], for methods that look at them.
+        :param second: Not looked at.
+        :returns: Update [n], same dtype and device.
+        :raises ParameterError: If the matrix is not a real floating matrix, differs in shape from
+            those before, or losses are missing.
+        :raises NonFiniteError: See ``check_finite``.
+        :raises NonDifferentiableError: When differentiating through the aggregation.
+        """
+        del second
+        check_matrix(matrix)
+        [vector], _ = self._aggregate([matrix.detach()], losses)
+        return forbid_differentiation(self, matrix, vector)
+
+    def aggregate_blocks(
+        self, blocks: Sequence[Tensor], /, *, losses: Tensor | None = None
+    ) -> tuple[list[Tensor], Tensor | None]:
+        """
+        Aggregate the Jacobian given as column blocks, without putting them together.
+
+        :param blocks: At least one matrix [m, n1], [m, n2], ...; their dtypes may differ.
+        :param losses: As for a call.
+        :returns: Vectors [n1], [n2], ... in the dtypes of the blocks, and the weights [m] in the
+            promoted dtype; None if the update is no combination of the rows of the Jacobian.
+        :raises ParameterError: If a block is no real floating matrix or the numbers of rows differ.
+        """
+        check_blocks(blocks)
+        return self._aggregate([block.detach() for block in blocks], losses)
+
+    def _aggregate(
+        self, blocks: list[Tensor], losses: Tensor | None
+    ) -> tuple[list[Tensor], Tensor | None]:
+        m = len(blocks[0])
+        known = self._known(losses, m)
+        if not m:
+            return [block.new_zeros(block.shape[1]) for block in blocks], blocks[0].new_zeros(0)
+        if not self._finite(Columns(blocks), known):
+            return [block.new_full(block.shape[1:], math.nan) for block in blocks], None
+        dtype = reduce(torch.promote_types, (block.dtype for block in blocks))
+        rows = [block.to(torch.promote_types(dtype, torch.float32)) for block in blocks]
+        values = None if known is None else known.to(rows[0].device, torch.float64)
+        history = self._advanced(rows, values)
+        parts = list(torch.split(history, [block.shape[1] for block in blocks], dim=1))
+        weights, state = self.weigh_rows(Columns(rows), Columns(parts), values)
+        vectors = Columns(parts if self.combines_history else rows).combine(weights)
+        for name, value in state.items():
+            setattr(self, name, value)
+        self.history = history if self.keeps_history else _nothing()
+        told = None if self.combines_history else weights.to(blocks[0].device, dtype)
+        return [vector.to(b) for vector, b in zip(vectors, blocks, strict=True)], told
+
+    def _advanced(self, rows: list[Tensor], losses: Tensor | None) -> Tensor:
+        widths = [block.shape[1] for block in rows]
+        old = self._old(len(rows[0]), sum(widths), rows[0])
+        new = rows[0].new_empty(len(rows[0]), sum(widths))
+        olds = [None] * len(rows) if old is None else list(torch.split(old, widths, dim=1))
+        for part, piece, before in zip(torch.split(new, widths, dim=1), rows, olds, strict=True):
+            if part.numel():
+                part.copy_(self.advance(piece, before, losses))
+        return new
+
+    def _known(self, losses: Tensor | None, m: int) -> Tensor | None:
+        """The losses, if the class looks at them."""
+        if not self.looks_at_losses:
+            return None
+        source = GramianSource(
+            m, torch.float64, torch.device("cpu"), None, losses=check_losses(losses, m)
+        )
+        return source.known_losses()
+
+    def _finite(self, columns: Columns, losses: Tensor | None) -> bool:
+        """Whether rows and losses are finite."""
+        broken = [] if losses is None else (~torch.isfinite(losses)).nonzero().flatten().tolist()
+        if not broken and columns.finite():
+            return True
+        if finite_required(self.check_finite):
+            rows = broken or columns.nonfinite_rows()
+            raise NonFiniteError(rows, "values" if broken else "gradients")
+        return False
+
+    def _old(self, m: int, n: int, like: Tensor) -> Tensor | None:
+        """The history in dtype and on the device of the rows; None before the first call."""
+        if not len(self.history):
+            return None
+        if self.history.shape != (m, n):
+            raise ParameterError(
+                "matrix",
+                f"of shape {list(self.history.shape)}, as in the calls before",
+                f"one of shape {[m, n]}",
+                "Call reset() before the number of objectives or parameters changes.",
+            )
+        return self.history.to(like)

@@ -1,0 +1,75 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from jdcore import ParameterError, get_weighting
+
+NORMS = torch.tensor([4.0, 1.0], dtype=torch.float64)
+GRAMIAN = torch.diag(NORMS**2)
+
+
+def test_the_minimum_by_hand() -> None:
+    # Losses fall to 1/2 and 1/4 of the first: rates 4/3 and 2/3, raised to α = 2.
+    weighting = get_weighting("gradnorm", alpha=2.0, lr=None)
+    weighting(GRAMIAN, losses=torch.tensor([2.0, 4.0]))
+
+    weights = weighting(GRAMIAN, losses=torch.tensor([1.0, 1.0]))
+
+    lengths = weights * NORMS
+    assert weights.sum() == pytest.approx(2.0)
+    assert lengths[0] / lengths[1] == pytest.approx(4.0)
+
+
+def test_a_step_by_hand() -> None:
+    # The mean length is 5/2: steps of lr * 8/5 down and lr * 2/5 up, then scaled to the sum 2.
+    weights = get_weighting("gradnorm", lr=0.1)(GRAMIAN, losses=torch.ones(2))
+
+    expected = torch.tensor([0.84, 1.04], dtype=torch.float64) * 2 / 1.88
+    torch.testing.assert_close(weights, expected)
+
+
+def test_steps_end_at_the_minimum_and_never_below_zero() -> None:
+    losses = torch.tensor([1.0, 3.0])
+    for lr in (0.01, 0.3, 50.0):
+        weighting = get_weighting("gradnorm", lr=lr)
+        for _ in range(300):
+            weights = weighting(GRAMIAN, losses=losses)
+            assert bool((weights > 0).all())
+        torch.testing.assert_close(weights, torch.tensor([0.4, 1.6]).double(), rtol=0.02, atol=0)
+
+
+def test_slower_objectives_get_longer_gradients() -> None:
+    weighting = get_weighting("gradnorm", lr=None)
+    gramian = torch.eye(2, dtype=torch.float64)
+    weighting(gramian, losses=torch.tensor([10.0, 10.0]))
+
+    weights = weighting(gramian, losses=torch.tensor([9.0, 1.0]))
+
+    assert weights[0] > 1.9
+
+
+def test_a_zero_row_keeps_its_weight_until_the_sum_is_restored() -> None:
+    gramian = torch.diag(torch.tensor([0.0, 4.0, 4.0], dtype=torch.float64))
+
+    weights = get_weighting("gradnorm", lr=None)(gramian, losses=torch.ones(3))
+
+    # The mean length 4/3 wants 2/3 of each of the two others.
+    expected = torch.tensor([1.0, 2 / 3, 2 / 3], dtype=torch.float64) * 3 / (1 + 4 / 3)
+    torch.testing.assert_close(weights, expected)
+
+
+@pytest.mark.parametrize("value", [0.0, -2.0])
+def test_losses_without_a_rate_are_refused_and_change_nothing(value: float) -> None:
+    weighting = get_weighting("gradnorm")
+    weighting(GRAMIAN, losses=torch.ones(2))
+    before = repr(weighting.state_dict())
+
+    with pytest.raises(ParameterError, match="`losses` must be positive: their ratios are rates"):
+        weighting(GRAMIAN, losses=torch.tensor([1.0, value]))
+    assert repr(weighting.state_dict()) == before
+
+
+def test_a_rate_may_be_absent_but_not_negative() -> None:
+    with pytest.raises(ParameterError, match="`lr` must be >= 0"):
+        get_weighting("gradnorm", lr=-1.0)
