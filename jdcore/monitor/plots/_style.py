@@ -1,0 +1,42 @@
+from __future__ import annotations
+
+from itertools import product
+from os import PathLike
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+COLOURS = (
+    "#0072B2",
+    "#D55E00",
+    "#009E73",
+    "#CC79A7",
+    "#E69F00",
+    "#56B4E9",
+    "#000000",
+)
+"""The colours of `Okabe and Ito <https://jfly.uni-koeln.de/color/>`_ without their yellow, which
+people tell apart whatever colours they can see."""
+
+STYLES = tuple((dashes, colour) for dashes, colour in product(("-", "--", ":"), COLOURS))
+"""Line styles and colours, in the order in which curves take them."""
+
+
+def new_axes(figsize: tuple[float, float], **options: Any) -> Axes:
+    """Axes in a figure unknown to pyplot: it needs no display and leaves no global state."""
+    figure = Figure(figsize=figsize, layout="constrained", dpi=150)
+    axes: Axes = figure.add_subplot(**options)
+    return axes
+
+
+def save(axes: Axes, path: str | PathLike[str], **options: Any) -> None:
+    """
+    Write the figure of some axes to a file.
+
+    :param path: File to write; its ending tells the format. An old one is replaced.
+    :param options: As for ``matplotlib.figure.Figure.savefig``.
+    """
+    figure = axes.figure
+    assert isinstance(figure, Figure)
+    figure.savefig(path, **{"bbox_inches": "tight", **options})
