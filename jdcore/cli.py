@@ -10,12 +10,13 @@ from importlib.metadata import version
 from typing import NoReturn
 
 from jdcore._commands import check, doctor, info, listing, new, plugins
+from jdcore.bench import command as bench
 from jdcore.demo import command as demo
 from jdcore.errors import JDCoreError
 
 __all__ = ["main"]
 
-_COMMANDS = (demo, listing, info, plugins, doctor, check, new)
+_COMMANDS = (demo, bench, listing, info, plugins, doctor, check, new)
 
 
 class _Parser(argparse.ArgumentParser):

@@ -31,12 +31,12 @@ def add_parser(commands: Any) -> None:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--aggregator", metavar="NAME", default="upgrad", help="method to compare")
-    parser.add_argument("--epochs", metavar="N", type=_whole(1), default=6, help="passes over data")
+    parser.add_argument("--epochs", metavar="N", type=whole(1), default=6, help="passes over data")
     parser.add_argument(
         "--out", metavar="DIR", type=Path, default=Path("jdcore-demo"), help="folder of the figure"
     )
     parser.add_argument(
-        "--seed", metavar="N", type=_whole(0, 2**32 - 1), default=0, help="seed of everything"
+        "--seed", metavar="N", type=whole(0, 2**32 - 1), default=0, help="seed of everything"
     )
     parser.set_defaults(run=run)
 
@@ -51,12 +51,12 @@ def run(arguments: argparse.Namespace) -> None:
     spec = describe(name)
     if spec.min_rows > TASKS:
         raise _refused(name, f"it needs at least {spec.min_rows}")
-    _require_extra()
+    require_extra()
     methods = [
         (describe("mean").class_name, get_aggregator("mean")),
         (spec.class_name, make_aggregator(name)),
     ]
-    folder = _writable_folder(arguments.out)
+    folder = writable_folder(arguments.out)
 
     from jdcore.demo.experiment import compare
 
@@ -91,13 +91,15 @@ def _refused(name: str, reason: str) -> ParameterError:
     return ParameterError("--aggregator", f"a method for {TASKS} objectives", f"{name!r}: {reason}")
 
 
-def _require_extra() -> None:
+def require_extra() -> None:
+    """Check that what the demo and the experiments import is installed."""
     missing = [package for module, package in _EXTRA.items() if find_spec(module) is None]
     if missing:
         raise JDCoreError(f"Not installed: {', '.join(missing)}. Run: pip install 'jdcore[demo]'")
 
 
-def _writable_folder(path: Path) -> Path:
+def writable_folder(path: Path) -> Path:
+    """The folder, made if it was not there; refused if nothing can be written to it."""
     try:
         path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path):
@@ -109,7 +111,8 @@ def _writable_folder(path: Path) -> Path:
         ) from error
 
 
-def _whole(minimum: int, maximum: int | None = None) -> Callable[[str], int]:
+def whole(minimum: int, maximum: int | None = None) -> Callable[[str], int]:
+    """A type of arguments: whole numbers in a range."""
     expected = f">= {minimum}" if maximum is None else f"in [{minimum}, {maximum}]"
 
     def convert(text: str) -> int:

@@ -28,9 +28,14 @@ def progress_bar(console: Console) -> Iterator[Progress]:
         yield progress
 
 
+def new_table() -> Table:
+    """An empty table in the style of all results."""
+    return Table(box=box.SIMPLE_HEAD)
+
+
 def results_table(runs: Sequence[Run]) -> Table:
     """One row per run: test accuracies, final losses, share of steps with a conflict."""
-    table = Table(box=box.SIMPLE_HEAD)
+    table = new_table()
     table.add_column("method")
     for quantity in ("accuracy", "loss"):
         for task in TASKS:

@@ -84,7 +84,7 @@ def train(
     :param aggregator: Makes one update of the gradients of both tasks.
     :param advance: Called after every step.
     """
-    with torch.random.fork_rng(devices=[]), _one_thread():
+    with torch.random.fork_rng(devices=[]), one_thread():
         torch.manual_seed(seed)
         model = TwoDigitReader()
         shuffling = torch.Generator().manual_seed(seed)  # not shared with stochastic methods
@@ -96,9 +96,13 @@ def train(
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
-    # Batches this small lose more to waking threads than they gain, up to tenfold on a busy
-    # machine; and results do not depend on the number of cores.
+def one_thread() -> Iterator[None]:
+    """
+    Compute with one thread.
+
+    Batches this small lose more to waking threads than they gain, up to tenfold on a busy machine;
+    and results do not depend on the number of cores.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -87,7 +87,7 @@ def test_conflicts_are_drawn_for_every_pair() -> None:
     [image] = axes.images
     assert image.get_array().shape == (6, 200)
     assert image.get_clim() == (-1, 1)
-    assert [text.get_text() for text in axes.get_yticklabels()][0] == "1, 2"
+    assert axes.get_yticklabels()[0].get_text() == "1, 2"
 
 
 @pytest.mark.parametrize("draw", [plots.weights_over_time, plots.conflicts_over_time])
