@@ -21,6 +21,7 @@ __all__ = [
     "NonFiniteError",
     "ParameterError",
     "ParameterTypeError",
+    "PeerError",
     "PluginError",
     "PluginWarning",
     "UnknownNameError",
@@ -194,6 +195,28 @@ class GraphError(JDCoreError, ValueError):
 
     :param message: Which transforms, and which keys are missing or doubled.
     """
+
+
+class PeerError(JDCoreError, RuntimeError):
+    """
+    Another process could not take part in a step, so no process made it.
+
+    :param rank: Rank of that process among all, None if the processes did different things.
+    :param reason: What it raised, or what differs.
+    """
+
+    def __init__(self, rank: int | None, reason: str) -> None:
+        self.rank = rank
+        self.reason = reason
+        who = (
+            "The processes cannot make this step together"
+            if rank is None
+            else (f"Process {rank} could not make this step")
+        )
+        super().__init__(f"{who}, so nothing is written on any: {reason}")
+
+    def __reduce__(self) -> tuple[type, tuple[object, ...]]:
+        return type(self), (self.rank, self.reason)
 
 
 class JDCoreWarning(UserWarning):

@@ -10,7 +10,8 @@ from jdcore.autojac._graph import rows_of
 from jdcore.autojac._initial import initial_jacobians
 from jdcore.autojac._reentrant import is_reentrant, refuse_default
 from jdcore.autojac.transform import AccumulateJac, Jac
-from jdcore.distributed._refusals import refuse_replicated, refuse_sharded
+from jdcore.distributed._refusals import refuse_sharded
+from jdcore.distributed._replicas import check_replicas
 from jdcore.errors import ParameterError
 from jdcore.graph import reach
 
@@ -89,5 +90,5 @@ def reached(outputs: list[Tensor], inputs: Tensor | Iterable[Tensor] | None) -> 
         raise ParameterError(
             "inputs", "tensors that require grad and that `tensors` depend on", "none"
         )
-    refuse_replicated(targets, "inputs")
+    check_replicas(targets, [found], "inputs")
     return targets

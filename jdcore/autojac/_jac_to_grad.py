@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,6 +12,9 @@ from jdcore.aggregation._source import check_losses
 from jdcore.autojac import _checks as checks
 from jdcore.autojac._aggregate import aggregate
 from jdcore.autojac._matrix import as_matrix
+from jdcore.distributed._heads import write_means
+from jdcore.distributed._step import LocalRows, Update, no_jacobians
+from jdcore.distributed._teams import find_team
 from jdcore.errors import ParameterError, ParameterTypeError
 from jdcore.protocols import Aggregator
 from jdcore.validators import describe_tensor
@@ -24,6 +29,7 @@ def jac_to_grad(
     retain_jac: bool = False,
     losses: Tensor | Sequence[Tensor] | None = None,
     second: Tensor | Sequence[Tensor] | None = None,
+    group: Any = None,
 ) -> Tensor | None:
     """
     Aggregate the ``.jac`` of tensors into their ``.grad``.
@@ -34,6 +40,10 @@ def jac_to_grad(
     ``.jac`` fields and the gradients. Tensors without ``.jac`` are skipped, as optimizers skip
     parameters without ``.grad``. Nothing changes if the call fails.
 
+    On several processes, what is aggregated is the mean of their Jacobians, and all get the same
+    update: for parameters of a ``DistributedDataParallel`` module, and where ``group`` is given.
+    The gradients that ``mtl_backward`` left on the parameters of tasks are averaged with it.
+
     :param tensors: Usually the parameters of a model; repetitions count once.
     :param aggregator: Maps the matrix [m, n] to the update [n]; a plain function will do. Where
         the tensors differ in dtype, a function gets the matrix in the promoted dtype.
@@ -43,9 +53,13 @@ def jac_to_grad(
     :param second: The Jacobians of the same objectives on a second, independent batch, one for each
         tensor, as ``jac(other_losses, tensors)`` returns them: for aggregators that look at the
         cross-Gramian. Others do without.
+    :param group: The ``torch.distributed`` process group whose processes all hold these tensors,
+        equal and in this order. None finds that of ``DistributedDataParallel``; other tensors are
+        then aggregated by this process alone.
     :returns: The weights [m] of the rows, or None if the aggregator does not tell.
     :raises ParameterError: If no tensor has a ``.jac``, or their shapes do not fit together, or the
         aggregator returns something else than one entry per column.
+    :raises PeerError: If another process could not make this step. None of them writes anything.
 
     >>> import torch
     >>> from jdcore.autojac import backward, jac_to_grad
@@ -55,24 +69,49 @@ def jac_to_grad(
     >>> w.grad
     tensor([1.5000, 2.5000])
     """
-    given = dict.fromkeys(checks.tensor_list(tensors, "tensors"))
+    given = list(dict.fromkeys(checks.tensor_list(tensors, "tensors")))
+    team = find_team(given, group)
+    local = partial(_local, given, aggregator, retain_jac, second)
+    if team is None:
+        update = _alone(local(), aggregator, losses)
+    else:
+        update = team.aggregate(local, aggregator, losses, aggregate)
+    check_grads(update.gradients)  # again: the aggregator may have changed them
+    if not retain_jac:
+        for tensor in given:
+            if get_jac(tensor) is not None:
+                free_jac(tensor)
+    write_means(update.means)
+    write_grads(update.gradients)
+    return update.weights
+
+
+def _local(
+    given: Sequence[Tensor],
+    aggregator: Aggregator,
+    retain_jac: bool,
+    second: Tensor | Sequence[Tensor] | None,
+) -> LocalRows:
+    """What this process has, checked."""
     if not callable(aggregator):
         raise ParameterTypeError("aggregator", "an Aggregator or a function", repr(aggregator))
     checks.check_flag(retain_jac, "retain_jac")
     jacobians = _jacobians(given)
     check_grads(jacobians)
-    blocks = [as_matrix(jacobian) for jacobian in jacobians.values()]
-    values = check_losses(losses, len(blocks[0]))
-    others = None if second is None else _second(second, given, jacobians)
-    vectors, weights = aggregate(aggregator, blocks, values, others)
-    pairs = zip(jacobians, vectors, strict=True)
-    gradients = {tensor: vector.view(tensor.shape) for tensor, vector in pairs}
-    check_grads(gradients)  # again: the aggregator may have changed them
-    if not retain_jac:
-        for tensor in jacobians:
-            free_jac(tensor)
-    write_grads(gradients)
-    return weights
+    matrices = {tensor: as_matrix(jacobian) for tensor, jacobian in jacobians.items()}
+    return LocalRows(matrices, None if second is None else _second(second, given, jacobians))
+
+
+def _alone(
+    local: LocalRows, aggregator: Aggregator, losses: Tensor | Sequence[Tensor] | None
+) -> Update:
+    if not local.matrices:
+        raise no_jacobians("tensors that have none")
+    blocks = list(local.matrices.values())
+    others = None if local.second is None else list(local.second.values())
+    vectors, weights = aggregate(aggregator, blocks, check_losses(losses, len(blocks[0])), others)
+    pairs = zip(local.matrices, vectors, strict=True)
+    return Update({tensor: vector.view(tensor.shape) for tensor, vector in pairs}, weights=weights)
 
 
 def _jacobians(tensors: Iterable[Tensor]) -> dict[Tensor, Tensor]:
@@ -82,25 +121,18 @@ def _jacobians(tensors: Iterable[Tensor]) -> dict[Tensor, Tensor]:
         if jacobian is not None:
             _check_jacobian(tensor, jacobian, found)
             found[tensor] = jacobian
-    if not found:
-        raise ParameterError(
-            "tensors",
-            "tensors of which at least one has a .jac",
-            "tensors that have none",
-            "Call backward or mtl_backward first; jac_to_grad removes .jac unless retain_jac=True.",
-        )
     return found
 
 
 def _second(
     second: Tensor | Sequence[Tensor], tensors: Iterable[Tensor], jacobians: dict[Tensor, Tensor]
-) -> list[Tensor]:
-    """Column blocks of the second batch, of those tensors that have a ``.jac``."""
+) -> dict[Tensor, Tensor]:
+    """Matrices of the second batch, of those tensors that have a ``.jac``."""
     given, wanted = checks.tensor_list(second, "second"), list(tensors)
     if len(given) != len(wanted):
         expected = f"{len(wanted)} Jacobians, one for each tensor"
         raise ParameterError("second", expected, len(given))
-    blocks = []
+    matrices = {}
     for tensor, other in zip(wanted, given, strict=True):
         jacobian = jacobians.get(tensor)
         if jacobian is None:
@@ -108,8 +140,8 @@ def _second(
         if other.shape != jacobian.shape:
             expected = f"of shape {list(jacobian.shape)}, as .jac"
             raise ParameterError("second", expected, describe_tensor(other))
-        blocks.append(as_matrix(other.detach()))
-    return blocks
+        matrices[tensor] = as_matrix(other.detach())
+    return matrices
 
 
 def _check_jacobian(tensor: Tensor, jacobian: Tensor, found: dict[Tensor, Tensor]) -> None:

@@ -18,6 +18,7 @@ from jdcore.autojac.transform import (
     PerTask,
     Transform,
 )
+from jdcore.distributed._heads import note_local_gradients
 from jdcore.graph import reach
 
 
@@ -89,6 +90,7 @@ def mtl_backward(
     else:
         graph = gradients >> accumulate
     graph()
+    note_local_gradients(plan.private)
 
 
 def _task_gradients(

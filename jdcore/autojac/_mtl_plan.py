@@ -7,7 +7,8 @@ from torch import Tensor
 
 from jdcore.autojac import _checks as checks
 from jdcore.autojac._reentrant import is_reentrant, refuse_default
-from jdcore.distributed._refusals import refuse_replicated, refuse_sharded
+from jdcore.distributed._refusals import refuse_sharded
+from jdcore.distributed._replicas import check_replicas, check_trunk
 from jdcore.errors import ParameterError
 from jdcore.graph import Reach, edge_of, reach, reach_behind
 from jdcore.validators import describe_tensor
@@ -88,7 +89,9 @@ def make_plan(
     _check_overlap(shared, tasks)
     if shared_params is not None and not reentrant:
         shared = [p for p in shared if any(graph.reaches(p) for graph in (trunk, *heads))]
-    refuse_replicated([*shared, *(p for task in tasks for p in task)], "shared_params")
+    check_trunk(trunk, heads, "features")
+    private = [p for task in tasks for p in task]
+    check_replicas([*shared, *private], (trunk, *heads), "shared_params")
     edges = {edge_of(parameter) for parameter in shared}
     past_features = any(head.reaches_any(edges) for head in heads)
     # The hooks of a feature would see its gradient twice: at the end of the heads, and again at the

@@ -10,7 +10,7 @@ from torch.utils.hooks import RemovableHandle
 
 from jdcore.autojac._products import Product
 
-Replace = Callable[[Tensor], Tensor]
+Replace = Callable[[Tensor], "Tensor | None"]
 
 
 @contextmanager
@@ -94,13 +94,16 @@ class RowTaps:
         with hooked(list(self._leaves.values()), hooks), listening(self._products, multiply):
             yield
 
-    def _take(self, i: int, gradient: Tensor) -> Tensor:
-        if gradient.layout != torch.strided:
+    def _take(self, i: int, gradient: Tensor | None) -> Tensor | None:
+        # A custom function may pass None on.
+        if gradient is None or gradient.layout != torch.strided:
             return gradient
         self._results[i][self._row].copy_(gradient)
         self.taken.add(i)
         return placeholder(gradient)
 
-    def _multiply(self, i: int, gradient: Tensor) -> None:
+    def _multiply(self, i: int, gradient: Tensor | None) -> None:
+        if gradient is None:
+            return
         self._products[i].write_row(self._results[i][self._row], gradient)
         self.taken.add(i)

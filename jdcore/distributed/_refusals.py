@@ -1,19 +1,13 @@
 from __future__ import annotations
 
-import gc
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
-import torch.distributed
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
-from torch.utils.weak import WeakIdKeyDictionary
 
+from jdcore.distributed._replicas import replicas_of
 from jdcore.distributed._sharding import gathered_parameters, is_dtensor, is_flat
 from jdcore.errors import ParameterError
 from jdcore.validators import describe_tensor
-
-# Parameters that were seen to belong to no DistributedDataParallel module.
-_LOCAL = WeakIdKeyDictionary()
 
 
 def refuse_sharded(tensors: Iterable[Tensor], parameter: str) -> None:
@@ -51,38 +45,11 @@ def refuse_replicated(tensors: Iterable[Tensor], parameter: str) -> None:
 
     :raises ParameterError: If one of the tensors is such a parameter.
     """
-    if not _several_processes():
-        return
-    unknown = [tensor for tensor in tensors if tensor not in _LOCAL]
-    if not unknown:
-        return
-    replicated = {id(parameter) for module in _replicas() for parameter in module.parameters()}
-    for tensor in unknown:
-        if id(tensor) in replicated:
-            raise ParameterError(
-                parameter,
-                "parameters outside of DistributedDataParallel",
-                f"{describe_tensor(tensor)} of a DistributedDataParallel module",
-                "Its gradient reduction does not take part in computing Jacobians, so each process "
-                "would make a step of its own and the replicas would drift apart. Use the module "
-                "without the wrapper and average the .grad fields (or the .jac fields, before "
-                "jac_to_grad) with torch.distributed.all_reduce.",
-            )
-    for tensor in unknown:
-        _LOCAL[tensor] = None
-
-
-def _several_processes() -> bool:
-    distributed = torch.distributed
-    return (
-        distributed.is_available()
-        and distributed.is_initialized()
-        and distributed.get_world_size() > 1
-    )
-
-
-def _replicas() -> Iterator[DistributedDataParallel]:
-    # A parameter does not know the reducer that watches it, nor is there a list of the wrappers.
-    for thing in gc.get_objects():
-        if issubclass(type(thing), DistributedDataParallel):
-            yield thing
+    if replicas_of(tensors):
+        raise ParameterError(
+            parameter,
+            "parameters outside of DistributedDataParallel",
+            "some of a DistributedDataParallel module",
+            "Its gradient reduction takes no part, so each process would make a step of its own "
+            "and the replicas would drift apart. Use backward and jac_to_grad.",
+        )

@@ -6,11 +6,7 @@ import pytest
 
 from tests.core.registry.conftest import Run
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.artefacts,
-    pytest.mark.xdist_group("installed plugins"),
-]
+pytestmark = pytest.mark.slow
 
 FAILURES = """
 from jdcore.testing import ConformanceError, NotApplicable, checks_of

@@ -1,0 +1,75 @@
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from jdcore.distributed._meeting import Meeting, Stage
+from jdcore.distributed._replicated_step import check_group
+from jdcore.errors import ParameterError
+from jdcore.validators import describe_tensor
+
+
+def global_means(
+    sums: Tensor | Sequence[Tensor], counts: Tensor | Sequence[float], *, group: Any = None
+) -> list[Tensor]:
+    """
+    Losses of this process whose mean over processes is the mean over the samples of all of them.
+
+    What a step on several processes averages are the losses of the processes. Means over a batch
+    are right for that only if all batches are equally large and hold all tasks. Sums over a batch,
+    times the number of processes and divided by the number of samples of all, always are. A task
+    that has no sample here is a loss of 0 that still has a graph, which is what sharded parameters
+    need; a task that has no sample anywhere is a row of zeros.
+
+    :param sums: One loss per task: its sum over the samples of this process, a scalar that requires
+        grad also where there is no sample (``0 * output.sum()``).
+    :param counts: Number of samples (or their total weight) of each task on this process.
+    :param group: The process group. By default all processes.
+    :returns: One loss per task, to be given to ``backward`` or ``mtl_backward``.
+    :raises ParameterError: If the numbers of sums and counts differ, or a count is negative.
+    :raises PeerError: If another process could not take part.
+
+    >>> import torch
+    >>> from jdcore.distributed import global_means
+    >>> global_means([torch.tensor(6.0), torch.tensor(4.0)], [3, 0])  # without other processes
+    [tensor(2.), tensor(0.)]
+    """
+    if group is None:
+        if not (dist.is_available() and dist.is_initialized()):
+            return _scaled(list(sums), _checked(sums, counts), 1)
+        group = dist.group.WORLD
+    chosen = check_group(group)
+    losses = list(sums)
+    device = losses[0].device if losses else torch.device("cpu")
+    with Meeting([chosen], device) as meeting:
+        own = _checked(sums, counts).to(device)
+        most, least = meeting.agree(Stage.START, len(own), -len(own))
+        if most is None or least is None or most != -least:
+            raise ParameterError(
+                "counts", "of the same number of tasks on all processes", f"{len(own)} here"
+            )
+        total = meeting.total(own)
+    return _scaled(losses, total, meeting.size)
+
+
+def _checked(sums: Tensor | Sequence[Tensor], counts: Tensor | Sequence[float]) -> Tensor:
+    given = counts if isinstance(counts, Tensor) else torch.tensor(counts, dtype=torch.float64)
+    if given.shape != (len(sums),):
+        raise ParameterError(
+            "counts", f"{len(sums)} numbers, one for each sum", describe_tensor(given)
+        )
+    wide = given.detach().to(torch.float64)  # in float32, the factors would cost 1e-8
+    if not bool((wide >= 0).all()):
+        raise ParameterError("counts", ">= 0", wide.tolist())
+    return wide
+
+
+def _scaled(losses: list[Tensor], total: Tensor, size: int) -> list[Tensor]:
+    factors = (size / total.clamp_min(torch.finfo(total.dtype).tiny)).tolist()
+    present = (total > 0).tolist()
+    pairs = zip(losses, factors, present, strict=True)
+    return [loss * (factor if there else 0.0) for loss, factor, there in pairs]

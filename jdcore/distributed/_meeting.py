@@ -1,0 +1,146 @@
+from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import IntEnum
+from types import TracebackType
+from typing import TypeAlias
+
+import torch
+import torch.distributed as dist
+from attrs import define, field
+from torch import Tensor
+
+from jdcore.errors import PeerError
+
+Group: TypeAlias = "dist.ProcessGroup"
+
+# What processes say to one another has this many numbers, whatever they have to say: processes that
+# have come to different places of a step then notice it instead of hanging.
+_NUMBERS = 12
+_TEXT = 400
+_UNKNOWN = -(1 << 40)
+
+
+class Stage(IntEnum):
+    """Places of a step at which processes meet."""
+
+    FAILED = 0
+    START = 1
+    PRESENCE = 2
+    GRAMIAN = 3
+    WEIGHTS = 4
+    FINITE = 5
+    ROWS = 6
+    UPDATE = 7
+    INNER = 8
+    PASSES = 9
+    SAMPLES = 10
+    LOSSES = 11
+    END = 12
+
+
+@define(eq=False)
+class Meeting:
+    """
+    A step that several processes make together, as a context.
+
+    Before the processes exchange numbers, they agree (:meth:`agree`) that all have come as far. An
+    error on one of them is told there, or at the end of the block, and raised on all: on the
+    process itself as it is, on the others as :class:`~jdcore.errors.PeerError`. What is written
+    after the block is therefore written on all processes or none.
+
+    :param groups: The process groups in which this process is, one for each dimension of the grid
+        of processes: what is reduced over each of them in turn is reduced over all processes.
+    :param device: Where to put the numbers that are exchanged.
+    """
+
+    groups: Sequence[Group]
+    device: torch.device
+    _told: bool = field(default=False, init=False)
+
+    def __enter__(self) -> Meeting:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if error is None:
+            self.agree(Stage.END)
+        elif isinstance(error, Exception) and not self._told:
+            self._agree(Stage.FAILED, (), error)
+
+    @property
+    def size(self) -> int:
+        """Number of processes."""
+        size = 1
+        for group in self.groups:
+            size *= dist.get_world_size(group)
+        return size
+
+    @property
+    def first(self) -> bool:
+        """Whether this process is the first of all."""
+        return all(dist.get_rank(group) == 0 for group in self.groups)
+
+    def agree(self, stage: Stage, *values: int | None) -> list[int | None]:
+        """
+        Meet the other processes.
+
+        :param stage: Where this process is.
+        :param values: Numbers to be compared; None where this process has nothing to say.
+        :returns: The largest of each; None where no process has anything to say.
+        :raises PeerError: If another process failed, or is somewhere else.
+        """
+        return self._agree(stage, values, None)
+
+    def _agree(
+        self, stage: Stage, values: Sequence[int | None], error: Exception | None
+    ) -> list[int | None]:
+        failed = 0 if error is None else dist.get_rank() + 1
+        said = [_UNKNOWN if value is None else value for value in values]
+        numbers = [failed, int(stage), -int(stage), *said]
+        heard = self.maximum(_padded(numbers, self.device)).tolist()
+        if heard[0] or (error is None and heard[1] != -heard[2]):
+            self._told = True
+            self._raise(heard[0] - 1, error)
+        return [None if v == _UNKNOWN else int(v) for v in heard[3 : 3 + len(values)]]
+
+    def _raise(self, culprit: int, error: Exception | None) -> None:
+        if culprit < 0:
+            raise PeerError(
+                None, "the processes do not call the same functions with the same kind of method"
+            )
+        own = culprit == dist.get_rank()
+        reason = f"{type(error).__name__}: {error}".encode()[:_TEXT] if own else b""
+        letters = torch.zeros(_TEXT, dtype=torch.int64)
+        letters[: len(reason)] = torch.tensor(list(reason), dtype=torch.int64)
+        heard = self.maximum(letters.to(self.device)).tolist()
+        if error is None:
+            text = bytes(letter for letter in heard if letter).decode(errors="replace")
+            raise PeerError(culprit, text)
+
+    def maximum(self, values: Tensor) -> Tensor:
+        """The largest of each value over all processes; the argument is overwritten."""
+        for group in self.groups:
+            dist.all_reduce(values, op=dist.ReduceOp.MAX, group=group)
+        return values
+
+    def total(self, values: Tensor) -> Tensor:
+        """The sum of each value over all processes; the argument is overwritten."""
+        for group in self.groups:
+            dist.all_reduce(values, group=group)
+        return values
+
+    def from_first(self, values: Tensor) -> Tensor:
+        """The values of the first process; the argument is overwritten."""
+        for group in self.groups:
+            dist.broadcast(values, src=dist.get_global_rank(group, 0), group=group)
+        return values
+
+
+def _padded(numbers: list[int], device: torch.device) -> Tensor:
+    padded = numbers + [_UNKNOWN] * (_NUMBERS - len(numbers))
+    return torch.tensor(padded, dtype=torch.int64, device=device)

@@ -1,0 +1,144 @@
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch.distributed as dist
+from attrs import define, field
+from torch import Tensor, nn
+from torch.autograd.graph import Node
+from torch.nn.modules.module import register_module_module_registration_hook
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.weak import WeakIdKeyDictionary
+
+from jdcore.errors import ParameterError
+from jdcore.graph import Reach
+
+
+def several_processes() -> bool:
+    """Whether this process has been told of others."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def replicas_of(tensors: Iterable[Tensor]) -> list[DistributedDataParallel]:
+    """The DistributedDataParallel modules that keep tensors equal on several processes."""
+    if not several_processes():
+        return []
+    return list(dict.fromkeys(r for t in tensors if (r := _WRAPPERS.replica_of(t)) is not None))
+
+
+def parameters_of(replica: DistributedDataParallel) -> list[Tensor]:
+    """The parameters that a wrapper keeps equal, in the same order on all processes."""
+    ignored = replica.parameters_to_ignore
+    return [p for name, p in replica.module.named_parameters() if name not in ignored]
+
+
+@define(eq=False)
+class _Wrappers:
+    """
+    The DistributedDataParallel modules of this process.
+
+    A parameter does not know the reducer that watches it, nor does torch list the wrappers. One
+    search through all objects finds those that are there; a hook of torch tells of later ones.
+    """
+
+    modules: weakref.WeakSet[DistributedDataParallel] = field(factory=weakref.WeakSet)
+    searched: bool = False
+    owners: Any = field(factory=WeakIdKeyDictionary)
+    """By parameter, a weak reference to its wrapper, or None if it has none."""
+
+    def replica_of(self, tensor: Tensor) -> DistributedDataParallel | None:
+        """The wrapper of a parameter."""
+        if not self.searched:
+            register_module_module_registration_hook(self._notice)
+            self.modules.update(_search())
+            self.searched = True
+        if tensor not in self.owners:
+            self._assign(tensor)
+        reference = self.owners[tensor]
+        return None if reference is None else reference()
+
+    def _assign(self, tensor: Tensor) -> None:
+        for module in list(self.modules):
+            if hasattr(module, "reducer"):  # not one whose construction failed
+                for parameter in parameters_of(module):
+                    self.owners[parameter] = weakref.ref(module)
+        if tensor not in self.owners:
+            self.owners[tensor] = None
+
+    def _notice(self, module: nn.Module, name: str, submodule: nn.Module) -> None:
+        del name, submodule
+        if isinstance(module, DistributedDataParallel):
+            self.modules.add(module)
+            self.owners.clear()
+
+
+def _search() -> Iterator[DistributedDataParallel]:
+    for thing in gc.get_objects():
+        # type() and not isinstance(), which runs code of lazy objects.
+        if issubclass(type(thing), DistributedDataParallel):
+            yield thing
+
+
+_WRAPPERS = _Wrappers()
+
+
+def check_replicas(tensors: Iterable[Tensor], graphs: Iterable[Reach], parameter: str) -> None:
+    """
+    Check that the Jacobian of a DistributedDataParallel module can be computed.
+
+    Its reducer takes no part: rows are averaged over the processes when they are aggregated.
+
+    :param graphs: What is differentiated.
+    :raises ParameterError: If its reducer would be left in a state that spoils later steps.
+    """
+    for replica in replicas_of(tensors):
+        if replica.static_graph and any(map(_sinks, graphs)):
+            raise ParameterError(
+                parameter,
+                "of a DistributedDataParallel module without static_graph=True",
+                "one with it",
+                "After a Jacobian, its ordinary backward passes would silently not be averaged. "
+                "Drop the option, or call model.module instead of model.",
+            )
+        if replica._join_config.enable:
+            raise ParameterError(
+                parameter,
+                "used outside of DistributedDataParallel.join",
+                "parameters of a module inside of it",
+                "Processes that have run out of data cannot take part in aggregating a Jacobian: "
+                "let them go on with global_means and counts of zero.",
+            )
+        if replica.mixed_precision is not None:
+            raise ParameterError(
+                parameter,
+                "of a DistributedDataParallel module without mixed_precision",
+                "one with it",
+                "Use torch.autocast instead.",
+            )
+
+
+def check_trunk(trunk: Reach, heads: Iterable[Reach], parameter: str) -> None:
+    """
+    Check that heads do not run through the same DistributedDataParallel call as the trunk.
+
+    :param trunk: What lies behind the features.
+    :param heads: What lies between each loss and the features.
+    :raises ParameterError: If they do and it ties everything together.
+    """
+    # With find_unused_parameters, all outputs of the wrapper pass one node: behind each of the
+    # losses, but not on the way to the features, then lie the parameters of all tasks.
+    if several_processes() and any(_sinks(trunk) & _sinks(head) for head in heads):
+        raise ParameterError(
+            parameter,
+            "outputs of a trunk whose DistributedDataParallel wrapper does not hold the heads",
+            "outputs of a wrapper with find_unused_parameters=True that gave the heads' outputs",
+            "It ties all outputs together, so all parameters would count as shared. Drop the "
+            "option, or wrap the trunk and each head by itself.",
+        )
+
+
+def _sinks(graph: Reach) -> set[Node]:
+    return {node for node in graph.nodes if node.name() == "_DDPSinkBackward"}

@@ -1,0 +1,142 @@
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from jdcore.aggregation._columns import Columns, narrowest
+from jdcore.distributed._meeting import Meeting, Stage
+from jdcore.distributed._transfers import Bucket, mean_rows, mean_shards
+from jdcore.linalg import combine
+from jdcore.linalg._gramian import symmetric
+
+
+class ReplicatedColumns(Columns):
+    """
+    The mean over processes of their Jacobians with respect to the same parameters.
+
+    The Gramian of a mean has products of the rows of all pairs of processes. So it is the columns
+    that are divided: each process gets the mean rows of some of them, which costs half of what it
+    costs to give all to all, and the products of its columns add up to those of all. A method that
+    does not ask for the Gramian costs one mean of one vector.
+
+    :param meeting: The processes.
+    :param buckets: The parameters, the same on all processes.
+    :param matrices: The rows [m, n] of this process for each parameter; None stands for zeros.
+    :param second: The same of a second batch, if there is one.
+    :param rows: Number of rows m.
+    """
+
+    def __init__(
+        self,
+        meeting: Meeting,
+        buckets: Sequence[Bucket],
+        matrices: Sequence[Tensor | None],
+        second: Sequence[Tensor | None] | None,
+        rows: int,
+    ) -> None:
+        super().__init__([], None if second is None else [])
+        self._meeting = meeting
+        self._buckets = buckets
+        self._matrices = matrices
+        self._second = second
+        self._m = rows
+        self._vectors: list[Tensor] = []
+
+    @property
+    def rows(self) -> int:
+        return self._m
+
+    @property
+    def device(self) -> torch.device:
+        return self._buckets[0].tensors[0].device
+
+    @property
+    def precision(self) -> torch.dtype:
+        return narrowest([tensor for bucket in self._buckets for tensor in bucket.tensors])
+
+    def gramian(self) -> Tensor:
+        self._divide(Stage.GRAMIAN)
+        return super().gramian()
+
+    def cross_gramian(self) -> Tensor:
+        self._divide(Stage.GRAMIAN)
+        return super().cross_gramian()
+
+    def cross_product(self, scale: float) -> Tensor:
+        return self._meeting.total(super().cross_product(scale))
+
+    def product(self, scale: float) -> Tensor:
+        # Sums of three processes need not be taken in the same order in both triangles.
+        return symmetric(self._meeting.total(super().product(scale)))
+
+    def largest(self) -> float:
+        own = torch.tensor(super().largest(), dtype=torch.float64, device=self.device)
+        return float(self._meeting.maximum(own))
+
+    def weights(self, ask: Callable[[], Tensor]) -> Tensor:
+        return weights_of_first(self._meeting, ask(), self.device)
+
+    def combine(self, weights: Tensor) -> list[Tensor]:
+        if self.blocks:
+            return self._gathered([combine(weights, block) for block in self.blocks])
+        tensors = [tensor for bucket in self._buckets for tensor in bucket.tensors]
+        pairs = zip(tensors, self._matrices, strict=True)
+        own = [t.new_zeros(t.numel()) if m is None else combine(weights, m) for t, m in pairs]
+        self._meeting.agree(Stage.UPDATE)
+        return [v[0] for v in mean_rows(self._buckets, [vector[None] for vector in own], 1)]
+
+    def apply(self, function: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        self._divide(Stage.ROWS)
+        self._vectors = [function(block) for block in self.blocks]
+        return self._gathered(self._vectors)
+
+    def inner(self, vectors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        products, square = super().inner(self._vectors)
+        self._meeting.agree(Stage.INNER)
+        both = self._meeting.total(torch.cat([products, square[None]]))
+        return both[:-1], both[-1]
+
+    def finite(self) -> bool:
+        self._divide(Stage.ROWS)
+        [bad] = self._meeting.agree(Stage.FINITE, int(not super().finite()))
+        return not bad
+
+    def nonfinite_rows(self) -> list[int]:
+        self._divide(Stage.ROWS)
+        flags = torch.zeros(self._m, dtype=torch.int64, device=self.device)
+        flags[super().nonfinite_rows()] = 1
+        return self._meeting.maximum(flags).nonzero().flatten().tolist()
+
+    def whole(self) -> tuple[list[Tensor], list[Tensor] | None]:
+        """The mean rows of all columns, one matrix for each parameter; and of the second batch."""
+        self._meeting.agree(Stage.ROWS)
+        rows = mean_rows(self._buckets, self._matrices, self._m)
+        if self._second is None:
+            return rows, None
+        return rows, mean_rows(self._buckets, self._second, self._m)
+
+    def _divide(self, stage: Stage) -> None:
+        if not self.blocks:
+            self._meeting.agree(stage)
+            self.blocks = mean_shards(self._buckets, self._matrices, self._m)
+            if self._second is not None:
+                self.second = mean_shards(self._buckets, self._second, self._m)
+
+    def _gathered(self, vectors: Sequence[Tensor]) -> list[Tensor]:
+        self._meeting.agree(Stage.UPDATE)
+        pairs = zip(self._buckets, vectors, strict=True)
+        return [vector for bucket, own in pairs for vector in bucket.gather(own)]
+
+
+def weights_of_first(meeting: Meeting, weights: Tensor, device: torch.device) -> Tensor:
+    """
+    The weights that the first process found.
+
+    Those of the others are the same, unless the method draws random numbers or the processors round
+    differently.
+    """
+    meeting.agree(Stage.WEIGHTS)
+    wide = weights.to(device, torch.float64, copy=True)
+    return meeting.from_first(wide).to(weights)

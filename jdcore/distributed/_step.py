@@ -1,0 +1,129 @@
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeAlias
+
+import torch
+from attrs import field, frozen
+from torch import Tensor
+
+from jdcore.distributed._meeting import Meeting, Stage
+from jdcore.errors import ParameterError
+from jdcore.protocols import Stateful
+
+Whole: TypeAlias = Callable[..., "tuple[list[Tensor], Tensor | None]"]
+"""
+Aggregates column blocks that are all in this process.
+
+Takes the aggregator, the blocks, the losses and the blocks of a second batch, or None for these.
+Returns one vector for each block, and the weights or None.
+"""
+
+Losses: TypeAlias = "Tensor | Sequence[Tensor] | None"
+
+
+@frozen(eq=False)
+class LocalRows:
+    """
+    The Jacobian that this process has.
+
+    :param matrices: Matrix [m, n] by tensor, of those that have a ``.jac``.
+    :param second: The same of a second batch, if there is one.
+    """
+
+    matrices: Mapping[Tensor, Tensor]
+    second: Mapping[Tensor, Tensor] | None = None
+
+    @property
+    def rows(self) -> int | None:
+        """Number of rows, None if there is no ``.jac`` here."""
+        return next((len(matrix) for matrix in self.matrices.values()), None)
+
+
+@frozen(eq=False)
+class Update:
+    """
+    What a step is to write, the same on all processes.
+
+    :param gradients: To be added to the ``.grad`` of the tensors.
+    :param means: What the ``.grad`` of the tensors becomes: gradients of heads, averaged.
+    :param weights: Weights [m] of the rows, None if the aggregator does not tell.
+    """
+
+    gradients: Mapping[Tensor, Tensor]
+    means: Mapping[Tensor, Tensor] = field(factory=dict)
+    weights: Tensor | None = None
+
+
+def divides(aggregator: Any) -> bool:
+    """
+    Whether an aggregator can be given columns that lie on several processes.
+
+    Random numbers that are drawn column by column are those of one process only if it has all.
+    """
+    return hasattr(aggregator, "aggregate_columns") and not getattr(aggregator, "draws", False)
+
+
+@contextmanager
+def state_kept(aggregator: Any) -> Iterator[None]:
+    """Restore the state of an aggregator if the step fails, be it on another process."""
+    state = aggregator.state_dict() if isinstance(aggregator, Stateful) else None
+    try:
+        yield
+    except Exception:
+        if state is not None:
+            aggregator.load_state_dict(state)
+        raise
+
+
+def no_jacobians(got: str) -> ParameterError:
+    """The error where there is nothing to aggregate."""
+    return ParameterError(
+        "tensors",
+        "tensors of which at least one has a .jac",
+        got,
+        "Call backward or mtl_backward first; jac_to_grad removes .jac unless retain_jac=True.",
+    )
+
+
+def same_rows(rows: int | None, least: int | None, most: int | None) -> int:
+    """
+    The number of rows that all processes have.
+
+    :param rows: That of this process, None if it has no ``.jac``.
+    :param least: The smallest of all.
+    :param most: The largest of all.
+    :raises ParameterError: If they differ, or no process has any.
+    """
+    if most is None:
+        raise no_jacobians("tensors that have none on any process")
+    if least != most:
+        here = "no rows" if rows is None else f"{rows} rows"
+        raise ParameterError(
+            ".jac",
+            "of the same number of rows on all processes",
+            f"{here} here and between {least} and {most} rows on all",
+            "An objective that is absent from the batch of a process is a loss of zero there: see "
+            "jdcore.distributed.global_means.",
+        )
+    return most
+
+
+def mean_losses(meeting: Meeting, losses: Tensor | None) -> Tensor | None:
+    """The mean over processes of the values of the objectives."""
+    if losses is None:
+        return None
+    meeting.agree(Stage.LOSSES)
+    wide = losses.to(meeting.device, torch.float64, copy=True)
+    return (meeting.total(wide) / meeting.size).to(losses)
+
+
+def promoted(weights: Tensor | None, tensors: Sequence[Tensor]) -> Tensor | None:
+    """Weights in the promoted dtype and on the device of some tensors."""
+    if weights is None:
+        return None
+    dtype = tensors[0].dtype
+    for tensor in tensors:
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    return weights.to(tensors[0].device, dtype, copy=True)

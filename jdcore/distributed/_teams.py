@@ -1,0 +1,53 @@
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+
+from jdcore.distributed._refusals import refuse_sharded
+from jdcore.distributed._replicas import parameters_of, replicas_of
+from jdcore.distributed._replicated_step import Replicas, check_group
+from jdcore.errors import ParameterError
+from jdcore.validators import describe_tensor
+
+
+def find_team(tensors: Sequence[Tensor], group: Any = None) -> Replicas | None:
+    """
+    How tensors are spread over processes.
+
+    :param tensors: Tensors that are to be aggregated.
+    :param group: The process group that keeps them equal, if the user says so.
+    :returns: None if this process has them for itself.
+    :raises ParameterError: If they belong to different groups.
+    """
+    if group is not None:
+        check_group(group)
+    refuse_sharded(tensors, "tensors")
+    replicas = replicas_of(tensors)
+    groups = list(dict.fromkeys(replica.process_group for replica in replicas))
+    if len(groups) > 1 or (groups and group is not None and groups[0] is not group):
+        raise ParameterError(
+            "group" if group is not None else "tensors",
+            "the process group of the DistributedDataParallel modules of the tensors",
+            f"{len({*groups, *([] if group is None else [group])})} different groups",
+            "Aggregate the parameters of different groups in separate calls.",
+        )
+    chosen = groups[0] if groups else group
+    if chosen is None or dist.get_world_size(chosen) == 1:
+        return None
+    if group is None:
+        _check_all_known(tensors, {id(p) for r in replicas for p in parameters_of(r)})
+    return Replicas.of(tensors, chosen)
+
+
+def _check_all_known(tensors: Sequence[Tensor], known: set[int]) -> None:
+    for tensor in tensors:
+        if id(tensor) not in known and tensor.requires_grad:
+            raise ParameterError(
+                "tensors",
+                "all parameters of DistributedDataParallel modules, or come with `group`",
+                f"{describe_tensor(tensor)} outside of them among some inside",
+                "Wrap what it belongs to as well, or pass group= if all processes have it.",
+            )

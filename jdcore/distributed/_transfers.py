@@ -1,0 +1,161 @@
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from jdcore.distributed._meeting import Group
+
+# As much as DistributedDataParallel sends at once.
+_BYTES = 25 << 20
+# Buckets on their way at a time: one is sent while the next one is filled.
+_UNDERWAY = 2
+
+
+class Bucket:
+    """
+    Tensors of one dtype and device, whose columns are divided among processes together.
+
+    :param tensors: The tensors.
+    :param group: The R processes; all must make the same buckets.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor], group: Group) -> None:
+        self.tensors = tensors
+        self.group = group
+        self.world = dist.get_world_size(group)
+        self.sizes = [tensor.numel() for tensor in tensors]
+        self.width = max(1, -(-sum(self.sizes) // self.world))
+        """Number of columns of each process; the last ones are filled up with zeros."""
+
+    def rows(self, matrices: Sequence[Tensor | None], m: int) -> Tensor:
+        """
+        The columns of all processes: [m, R * width].
+
+        :param matrices: One matrix [m, n] for each tensor; None stands for zeros.
+        """
+        rows = self.tensors[0].new_zeros(m, self.world * self.width)
+        for columns, matrix in zip(self._pieces(rows), matrices, strict=True):
+            if matrix is not None:
+                columns.copy_(matrix)
+        return rows
+
+    def packed(self, matrices: Sequence[Tensor | None], m: int) -> Tensor:
+        """:meth:`rows` as what each process is to get: [R, m, width]."""
+        rows = self.rows(matrices, m)
+        return rows.view(m, self.world, self.width).transpose(0, 1).contiguous()
+
+    def gather(self, own: Tensor) -> list[Tensor]:
+        """
+        One vector for each tensor, from the parts of all processes.
+
+        :param own: The part of this process, [width].
+        """
+        part = own.to(self.tensors[0].dtype)
+        whole = part.new_empty(self.world * self.width)
+        dist.all_gather_into_tensor(whole, part.contiguous(), group=self.group)
+        return self.split(whole)
+
+    def split(self, whole: Tensor) -> list[Tensor]:
+        """The columns of each tensor among those of all, in memory of their own."""
+        return [piece.clone() for piece in self._pieces(whole)]
+
+    def _pieces(self, whole: Tensor) -> Sequence[Tensor]:
+        return torch.split(whole[..., : sum(self.sizes)], self.sizes, dim=-1)
+
+
+def buckets_of(tensors: Iterable[Tensor], rows: int, group: Group) -> list[Bucket]:
+    """
+    Divide tensors into buckets, in their order.
+
+    :param rows: How many rows of each are sent.
+    """
+    parts: list[list[Tensor]] = []
+    filled = 0
+    for tensor in tensors:
+        size = rows * tensor.numel() * tensor.itemsize
+        if not parts or filled + size > _BYTES or not _alike(parts[-1][-1], tensor):
+            parts.append([])
+            filled = 0
+        parts[-1].append(tensor)
+        filled += size
+    return [Bucket(part, group) for part in parts]
+
+
+def _alike(one: Tensor, other: Tensor) -> bool:
+    return one.dtype == other.dtype and one.device == other.device
+
+
+Item = TypeVar("Item")
+
+
+def by_bucket(
+    buckets: Sequence[Bucket], items: Sequence[Item]
+) -> Iterator[tuple[Bucket, Sequence[Item]]]:
+    """Each bucket with those of the items, one for each tensor, that belong to it."""
+    start = 0
+    for bucket in buckets:
+        end = start + len(bucket.tensors)
+        yield bucket, items[start:end]
+        start = end
+
+
+def mean_shards(
+    buckets: Sequence[Bucket], matrices: Sequence[Tensor | None], m: int
+) -> list[Tensor]:
+    """
+    The mean over processes of rows, of which each process gets its columns.
+
+    :param matrices: One matrix [m, n] for each tensor of the buckets; None stands for zeros.
+    :returns: For each bucket a matrix [m, width], in float32 or float64.
+    """
+    results: list[Tensor] = []
+    underway: list[_Scatter] = []
+    for bucket, rows in by_bucket(buckets, matrices):
+        underway.append(_Scatter(bucket.packed(rows, m), bucket.group))
+        if len(underway) > _UNDERWAY:
+            results.append(underway.pop(0).result())
+    return results + [scatter.result() for scatter in underway]
+
+
+def mean_rows(buckets: Sequence[Bucket], matrices: Sequence[Tensor | None], m: int) -> list[Tensor]:
+    """
+    The mean over processes of rows, whole on each of them.
+
+    :param matrices: As for :func:`mean_shards`.
+    :returns: One matrix [m, n] for each tensor, in its dtype.
+    """
+    results: list[Tensor] = []
+    for bucket, rows in by_bucket(buckets, matrices):
+        whole = bucket.rows(rows, m)
+        wide = whole.to(torch.promote_types(whole.dtype, torch.float32)).div_(bucket.world)
+        dist.all_reduce(wide, group=bucket.group)
+        results += bucket.split(wide.to(whole.dtype))
+    return results
+
+
+class _Scatter:
+    """A reduction that runs until its result is asked for."""
+
+    def __init__(self, sent: Tensor, group: Group) -> None:
+        self.world, m, width = sent.shape
+        self.sent = sent
+        # gloo sends as much for a reduce-scatter as for an all-reduce, which is twice too much.
+        self.exchanged = dist.get_backend(group) == "gloo"
+        if self.exchanged:
+            self.received = torch.empty_like(sent)
+            self.work = dist.all_to_all_single(self.received, sent, group=group, async_op=True)
+        else:
+            self.received = sent.new_empty(m, width)
+            self.work = dist.reduce_scatter_tensor(
+                self.received, sent.view(self.world * m, width), group=group, async_op=True
+            )
+
+    def result(self) -> Tensor:
+        self.work.wait()
+        wide = torch.promote_types(self.received.dtype, torch.float32)
+        total = self.received.sum(0, dtype=wide) if self.exchanged else self.received.to(wide)
+        return total.div_(self.world)

@@ -1,0 +1,81 @@
+"""What the checks share: a small model, the batches of all processes, and comparisons."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+TASKS, WIDTH = 3, 5
+
+
+class Tasks(nn.Module):
+    """A trunk and a head for each task."""
+
+    def __init__(self, dtype: torch.dtype = torch.float64, tasks: int = TASKS) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.trunk = nn.Sequential(nn.Linear(WIDTH, 7), nn.Tanh(), nn.Linear(7, 4))
+        self.heads = nn.ModuleList(nn.Linear(4, 1) for _ in range(tasks))
+        self.to(dtype)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        features = self.trunk(x)
+        return features, [head(features) for head in self.heads]
+
+
+def losses_of(outputs: list[Tensor]) -> list[Tensor]:
+    return [(o**2).mean() * (i + 1) + o.mean() for i, o in enumerate(outputs)]
+
+
+def batch(rank: int, step: int = 0, dtype: torch.dtype = torch.float64, size: int = 6) -> Tensor:
+    generator = torch.Generator().manual_seed(100 * step + rank)
+    return torch.randn(size, WIDTH, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def own_batch(step: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    return batch(dist.get_rank(), step, dtype)
+
+
+def whole_batch(step: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.cat([batch(rank, step, dtype) for rank in range(dist.get_world_size())])
+
+
+def full(tensor: Tensor) -> Tensor:
+    whole: Any = tensor
+    return (whole.full_tensor() if hasattr(whole, "full_tensor") else whole).detach()
+
+
+def assert_close(
+    ours: Iterable[Tensor], theirs: Iterable[Tensor], tolerance: float = 1e-12
+) -> None:
+    """Equal up to a tolerance, relative to the largest entry."""
+    one, other = (
+        torch.cat([full(tensor).reshape(-1).double() for tensor in given])
+        for given in (ours, theirs)
+    )
+    error = float((one - other).abs().max() / other.abs().max().clamp_min(1e-300))
+    assert error <= tolerance, f"relative error {error:.1e}"
+
+
+def gradients(module: nn.Module) -> list[Tensor]:
+    return [p.grad for p in module.parameters() if p.grad is not None]
+
+
+def assert_identical(tensors: Iterable[Tensor]) -> None:
+    """The same bits on all processes."""
+    flat = torch.cat([full(tensor).reshape(-1) for tensor in tensors])
+    others = [torch.empty_like(flat) for _ in range(dist.get_world_size())]
+    dist.all_gather(others, flat)
+    assert all(torch.equal(flat, other) for other in others)
+
+
+def refused(
+    error: type[Exception], match: str, call: Callable[..., Any], *arguments: Any, **keywords: Any
+) -> None:
+    with pytest.raises(error, match=match):
+        call(*arguments, **keywords)
