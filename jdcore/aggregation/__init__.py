@@ -11,11 +11,20 @@ from typing import Any
 from jdcore.aggregation._aggregator import GramianAggregator
 from jdcore.aggregation._columns import Columns
 from jdcore.aggregation._coordinatewise import CoordinatewiseAggregator
+from jdcore.aggregation._differentiation import forbid_differentiation
+from jdcore.aggregation._finite import finite_required
 from jdcore.aggregation._flattening import Flattening
 from jdcore.aggregation._history import HistoryAggregator
 from jdcore.aggregation._informed import CrossGramianWeighting, LossWeighting
-from jdcore.aggregation._mixing import RowMixing, finite_gramian, row_lengths
+from jdcore.aggregation._mixing import (
+    RowMixing,
+    aggregator_validator,
+    finite_gramian,
+    row_lengths,
+    vectors_of,
+)
 from jdcore.aggregation._module import as_module
+from jdcore.aggregation._nested_state import NestedState, stateful_part
 from jdcore.aggregation._scalarization import ScalarizationWeighting
 from jdcore.aggregation._solver import find_solver, solver_field
 from jdcore.aggregation._source import GramianSource, as_weighting, weigh
@@ -36,19 +45,25 @@ __all__ = [
     "GramianWeighting",
     "HistoryAggregator",
     "LossWeighting",
+    "NestedState",
     "RowMixing",
     "ScalarizationWeighting",
     "StateFields",
     "Weighting",
     "WeightingWrapper",
+    "aggregator_validator",
     "as_module",
     "as_weighting",
     "find_solver",
     "finite_gramian",
+    "finite_required",
+    "forbid_differentiation",
     "row_lengths",
     "row_weights",
     "solver_field",
     "state_field",
+    "stateful_part",
+    "vectors_of",
     "weigh",
 ]
 

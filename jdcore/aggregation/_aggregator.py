@@ -105,7 +105,7 @@ def _aggregate(
         return columns.combine(weights), weights, source
     vectors = columns.combine(weights)
     if not all(map(is_finite, vectors)):
-        vectors, weights = _examine(weighting, columns, vectors, weights)
+        vectors, weights = _examine(weighting, columns, source, vectors, weights)
     return vectors, weights, source
 
 
@@ -131,12 +131,18 @@ def _shapes(shapes: list[list[int]]) -> str:
 
 
 def _examine(
-    weighting: Weighting, columns: Columns, vectors: list[Tensor], weights: Tensor
+    weighting: Weighting,
+    columns: Columns,
+    source: GramianSource,
+    vectors: list[Tensor],
+    weights: Tensor,
 ) -> tuple[list[Tensor], Tensor]:
     """What weights that do not depend on the rows answer where the vectors are not finite."""
     rows = columns.nonfinite_rows()
     if not rows:
         return vectors, weights  # a finite sum that overflowed in its own dtype
+    for undo in reversed(source.undo):
+        undo()
     if finite_required(getattr(weighting, "check_finite", None)):
         raise NonFiniteError(rows)
     return [vector * math.nan for vector in vectors], weights * math.nan

@@ -14,6 +14,7 @@ from jdcore.aggregation._differentiation import forbid_differentiation
 from jdcore.aggregation._finite import finite_required
 from jdcore.aggregation._source import GramianSource, check_losses
 from jdcore.aggregation._state import StateFields, state_field
+from jdcore.aggregation._watching import Result, watched
 from jdcore.errors import NonFiniteError, ParameterError
 from jdcore.validators import boolean, check_blocks, check_matrix, describe_tensor
 
@@ -67,8 +68,8 @@ class HistoryAggregator(StateFields):
             modified.
         :param history: The old history of these columns [m, k] in the same dtype; None at the
             first call. Must not be modified.
-        :param losses: Finite float64 values of the objectives [m] on the device of the rows, if the
-            class looks at them.
+        :param losses: Finite float64 values of the objectives [m] on the device of the rows, if
+            the caller gave them. They are there if the class looks at them.
         :returns: Tensor [m, k] of that dtype.
         """
         raise NotImplementedError
@@ -126,15 +127,22 @@ class HistoryAggregator(StateFields):
         known = self._known(losses, m)
         if not m:
             return [block.new_zeros(block.shape[1]) for block in blocks], blocks[0].new_zeros(0)
-        if not self._finite(Columns(blocks), known):
+        columns = Columns(blocks)
+        return watched(self, columns, lambda: self._vectors(columns, known))
+
+    def _vectors(self, columns: Columns, losses: Tensor | None) -> Result:
+        blocks = columns.blocks
+        if not self._finite(columns, losses):
             return [block.new_full(block.shape[1:], math.nan) for block in blocks], None
         dtype = reduce(torch.promote_types, (block.dtype for block in blocks))
         rows = [block.to(torch.promote_types(dtype, torch.float32)) for block in blocks]
-        values = None if known is None else known.to(rows[0].device, torch.float64)
+        values = None if losses is None else losses.to(rows[0].device, torch.float64)
         history = self._advanced(rows, values)
         parts = list(torch.split(history, [block.shape[1] for block in blocks], dim=1))
         weights, state = self.weigh_rows(Columns(rows), Columns(parts), values)
         vectors = Columns(parts if self.combines_history else rows).combine(weights)
+        if not bool(torch.isfinite(weights).all()):  # what is wrapped looked at more than the rows
+            return [block.new_full(block.shape[1:], math.nan) for block in blocks], None
         for name, value in state.items():
             setattr(self, name, value)
         self.history = history if self.keeps_history else _nothing()
@@ -152,13 +160,16 @@ class HistoryAggregator(StateFields):
         return new
 
     def _known(self, losses: Tensor | None, m: int) -> Tensor | None:
-        """The losses, if the class looks at them."""
-        if not self.looks_at_losses:
-            return None
-        source = GramianSource(
-            m, torch.float64, torch.device("cpu"), None, losses=check_losses(losses, m)
-        )
-        return source.known_losses()
+        """
+        The losses, if they are given.
+
+        :raises ParameterError: If they are not, but the class looks at them.
+        """
+        values = check_losses(losses, m)
+        if self.looks_at_losses:
+            cpu = torch.device("cpu")
+            GramianSource(m, torch.float64, cpu, None, losses=values).known_losses()
+        return values
 
     def _finite(self, columns: Columns, losses: Tensor | None) -> bool:
         """Whether rows and losses are finite."""

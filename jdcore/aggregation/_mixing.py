@@ -24,7 +24,8 @@ from jdcore.protocols import Aggregator, BlockwiseAggregator, Stateful, Weightin
 from jdcore.validators import boolean, check_blocks, check_gramian, check_matrix
 
 
-def _aggregator(_: Any, attribute: Attribute[Any], value: Any) -> None:
+def aggregator_validator(_: Any, attribute: Attribute[Any], value: Any) -> None:
+    """Attrs validator: an aggregator, which may be a plain function; no weighting."""
     if not callable(value) or isinstance(value, type):
         raise ParameterTypeError(attribute.name, "an aggregator", repr(value))
     if hasattr(value, "weigh"):
@@ -51,7 +52,7 @@ class RowMixing:
         environment variable ``JDCORE_CHECK_FINITE`` says (``1`` raises), else no.
     """
 
-    aggregator: Aggregator = field(validator=_aggregator)
+    aggregator: Aggregator = field(validator=aggregator_validator)
     check_finite: bool | None = field(default=None, kw_only=True, validator=boolean, repr=False)
 
     def mix(self, source: GramianSource) -> NDArray[np.float64]:
@@ -147,7 +148,7 @@ class RowMixing:
             known = taken_by(inner.aggregate_columns, losses=losses)
             vectors, weights = inner.aggregate_columns(columns, **known)
         else:
-            wide, weights = _vectors_of(inner, columns.local_blocks(), losses)
+            wide, weights = vectors_of(inner, columns.local_blocks(), losses)
             pairs = zip(wide, columns.blocks, strict=True)
             vectors = [vector.to(block.dtype) for vector, block in pairs]
         return vectors, None if weights is None else columns.mixed_weights(weights)
@@ -350,7 +351,14 @@ def _power_of_two(array: NDArray[np.float64]) -> float:
     return float(2.0 ** math.frexp(largest)[1]) if largest else 1.0
 
 
-def _vectors_of(inner: Any, blocks: list[Tensor], losses: Tensor | None) -> Result:
+def vectors_of(inner: Any, blocks: list[Tensor], losses: Tensor | None) -> Result:
+    """
+    The update of any aggregator for a Jacobian given as column blocks.
+
+    :param inner: An :class:`~jdcore.Aggregator`; one that does without concatenation is asked so.
+    :param losses: Values of the objectives, for an aggregator that takes them.
+    :returns: Vectors of the blocks, and the weights [m] or None.
+    """
     if isinstance(inner, BlockwiseAggregator):
         known = taken_by(inner.aggregate_blocks, losses=losses)
         return inner.aggregate_blocks(blocks, **known)

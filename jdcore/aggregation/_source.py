@@ -51,6 +51,9 @@ class GramianSource:
     scale: Callable[[], float] = field(default=_one, kw_only=True)
     asked: bool = field(default=False, init=False)
     """Whether the method asked for the Gramian, so that its weights may depend on the Jacobian."""
+    undo: list[Callable[[], None]] = field(factory=list, init=False)
+    """What takes back the changes of state of methods that did not look at the Jacobian, for the
+    caller to run if it turns out to hold NaN or infinite values."""
     _gramian: Tensor | None = field(default=None, init=False)
 
     @classmethod

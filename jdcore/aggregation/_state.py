@@ -55,12 +55,12 @@ class StateFields:
 
     def reset(self) -> None:
         """Return to the state of a new object."""
-        for state in _state_fields(type(self)):
+        for state in state_fields(type(self)):
             setattr(self, state.name, state.metadata[_INITIAL]())
 
     def state_dict(self) -> dict[str, Any]:
         """Copy the state: tensors and plain numbers by field name."""
-        values = {state.name: getattr(self, state.name) for state in _state_fields(type(self))}
+        values = {state.name: getattr(self, state.name) for state in state_fields(type(self))}
         return {n: v.clone() if isinstance(v, Tensor) else v for n, v in values.items()}
 
     def load_state_dict(self, state: Mapping[str, Any], /) -> None:
@@ -71,14 +71,15 @@ class StateFields:
         :raises ParameterError: If keys are missing or unknown, or a value does not fit its field;
             the state is then left as it was.
         """
-        fields = _state_fields(type(self))
+        fields = state_fields(type(self))
         _check_keys(state, [f.name for f in fields])
         restored = {f.name: _restore(self, f, state[f.name]) for f in fields}
         for name, value in restored.items():
             setattr(self, name, value)
 
 
-def _state_fields(cls: Any) -> tuple[Attribute[Any], ...]:
+def state_fields(cls: Any) -> tuple[Attribute[Any], ...]:
+    """The :func:`state_field` fields of an attrs class."""
     return tuple(f for f in attrs.fields(cls) if _INITIAL in f.metadata)
 
 

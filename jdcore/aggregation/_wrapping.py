@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,18 +10,16 @@ from torch import Tensor
 
 from jdcore.aggregation._differentiation import forbid_differentiation
 from jdcore.aggregation._finite import finite_required, refuse_gramian
+from jdcore.aggregation._nested_state import NestedState
 from jdcore.aggregation._row_vectors import check_row_vectors
 from jdcore.aggregation._source import GramianSource, as_weighting, weigh
-from jdcore.aggregation._state import StateFields
-from jdcore.errors import ParameterError
-from jdcore.protocols import Stateful, Weighting
+from jdcore.aggregation._state import state_fields
+from jdcore.protocols import Weighting
 from jdcore.validators import boolean, check_gramian
-
-_INNER = "weighting"
 
 
 @define(eq=False)
-class WeightingWrapper(StateFields):
+class WeightingWrapper(NestedState):
     """
     Base class of weightings that change what another one does.
 
@@ -37,6 +36,10 @@ class WeightingWrapper(StateFields):
 
     weighting: Weighting = field(converter=as_weighting)
     check_finite: bool | None = field(default=None, kw_only=True, validator=boolean, repr=False)
+
+    def inner_parts(self) -> dict[str, Any]:
+        """What is wrapped."""
+        return {"weighting": self.weighting}
 
     def rewrite(self, source: GramianSource) -> Tensor:
         """
@@ -76,62 +79,17 @@ class WeightingWrapper(StateFields):
         check_row_vectors(self, source.rows, source.device)
         if not source.rows:
             return torch.empty(0, dtype=torch.float64)
+        before = {state.name: getattr(self, state.name) for state in state_fields(type(self))}
         weights = self.rewrite(source)
+        if not source.asked:  # then nobody knows yet whether the rows are finite
+            source.undo.append(partial(_restore, self, before))
         if bool(torch.isfinite(weights).all()):
             return weights
         if finite_required(self.check_finite):
             raise refuse_gramian(source.peek().cpu().numpy())
         return torch.full_like(weights, torch.nan)
 
-    def reset(self) -> None:
-        """Return to the state of a new object, what is wrapped included."""
-        inner = stateful_part(self.weighting)
-        if inner is not None:
-            inner.reset()
-        super().reset()
 
-    def state_dict(self) -> dict[str, Any]:
-        """Copy the state: that of what is wrapped is under ``"weighting"``."""
-        inner = stateful_part(self.weighting)
-        return super().state_dict() | ({} if inner is None else {_INNER: inner.state_dict()})
-
-    def load_state_dict(self, state: Mapping[str, Any], /) -> None:
-        """
-        Restore a state.
-
-        :param state: What :meth:`state_dict` returned, of an object with the same arguments.
-        :raises ParameterError: If keys are missing or unknown, or a value does not fit its field;
-            the state is then left as it was.
-        """
-        own, inner = split_state(state, stateful_part(self.weighting), _INNER)
-        before = super().state_dict()
-        super().load_state_dict(own)
-        try:
-            inner()
-        except Exception:
-            super().load_state_dict(before)
-            raise
-
-
-def stateful_part(method: Any) -> Stateful | None:
-    """The outermost part of a method that has state: adapters delegate to what they hold."""
-    while method is not None:
-        method = getattr(method, "wrapped", method)
-        if isinstance(method, Stateful):
-            return method
-        method = getattr(method, "weighting", None)
-    return None
-
-
-def split_state(state: Mapping[str, Any], inner: Stateful | None, key: str) -> Any:
-    """
-    A state without that of an inner part, and a function that restores the latter.
-
-    :raises ParameterError: If the state of the inner part is missing.
-    """
-    if inner is None or not isinstance(state, Mapping):
-        return state, lambda: None
-    if key not in state:
-        raise ParameterError("state", f"a mapping with the key {key!r}", f"keys {sorted(state)}")
-    own = {name: value for name, value in state.items() if name != key}
-    return own, lambda: inner.load_state_dict(state[key])
+def _restore(owner: object, state: Mapping[str, Any]) -> None:
+    for name, value in state.items():
+        setattr(owner, name, value)

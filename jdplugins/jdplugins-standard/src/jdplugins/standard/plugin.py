@@ -390,12 +390,123 @@ def jdcore_aggregators() -> Iterator[AggregatorSpec]:
         stateful=True,
         api_version=1,
     )
+    yield AggregatorSpec(
+        name="cr_mogm",
+        summary="Another method, with momentum on its weights.",
+        weighting=f"{_PACKAGE}.cr_mogm:CRMOGMWeighting",
+        reference=Reference(
+            title=(
+                "On the Convergence of Stochastic Multi-Objective Gradient Manipulation and Beyond"
+            ),
+            year=2022,
+            url=(
+                "https://proceedings.neurips.cc/paper_files/paper/2022/file/"
+                "f91bd64a3620aad8e70a27ad9cb3ca57-Paper-Conference.pdf"
+            ),
+        ),
+        properties=(Property.PERMUTATION_INVARIANT, Property.SCALE_EQUIVARIANT),
+        wrapper=True,
+        stateful=True,
+        example=_upgrad_weighting,
+        api_version=1,
+    )
+    yield AggregatorSpec(
+        name="periodic",
+        summary="Another method, with new weights at every k-th call only.",
+        weighting=f"{_PACKAGE}.periodic:PeriodicWeighting",
+        reference=Reference(
+            title="Multi-Task Learning as a Bargaining Game",
+            year=2022,
+            url="https://arxiv.org/pdf/2202.01017",
+        ),
+        properties=(Property.PERMUTATION_INVARIANT, Property.SCALE_EQUIVARIANT),
+        wrapper=True,
+        stateful=True,
+        example=lambda m: {**_upgrad_weighting(m), "every": 2},
+        api_version=1,
+    )
+    yield AggregatorSpec(
+        name="row_momentum",
+        summary="Another method, on moving averages of the rows.",
+        aggregator=f"{_PACKAGE}.row_momentum:RowMomentum",
+        reference=Reference(
+            title=(
+                "Mitigating Gradient Bias in Multi-objective Learning: A Provably Convergent "
+                "Approach"
+            ),
+            year=2023,
+            url="https://openreview.net/pdf?id=dLAYGdKTi2",
+        ),
+        properties=(Property.PERMUTATION_INVARIANT, Property.SCALE_EQUIVARIANT),
+        wrapper=True,
+        stateful=True,
+        example=_upgrad_weighting,
+        api_version=1,
+    )
+    yield AggregatorSpec(
+        name="row_normalized",
+        summary="Another method, on rows divided by their norms, their losses, or both.",
+        aggregator=f"{_PACKAGE}.row_normalized:RowNormalized",
+        reference=Reference(
+            title="Multi-Task Learning as Multi-Objective Optimization",
+            year=2018,
+            url="https://arxiv.org/pdf/1810.04650",
+        ),
+        properties=(Property.NON_CONFLICTING, Property.PERMUTATION_INVARIANT),
+        wrapper=True,
+        stateful=True,
+        example=_upgrad,
+        api_version=1,
+    )
+    yield AggregatorSpec(
+        name="present_tasks",
+        summary="Another method, on those objectives only that are present in the batch.",
+        aggregator=f"{_PACKAGE}.present_tasks:PresentTasks",
+        properties=(
+            Property.NON_CONFLICTING,
+            Property.PERMUTATION_INVARIANT,
+            Property.SCALE_EQUIVARIANT,
+        ),
+        wrapper=True,
+        stateful=True,
+        example=_upgrad,
+        api_version=1,
+    )
+    yield AggregatorSpec(
+        name="per_group",
+        summary="Another method, on each group of parameters by itself.",
+        aggregator=f"{_PACKAGE}.per_group:PerGroup",
+        properties=(
+            Property.NON_CONFLICTING,
+            Property.PERMUTATION_INVARIANT,
+            Property.SCALE_EQUIVARIANT,
+        ),
+        wrapper=True,
+        stateful=True,
+        example=lambda m: {**_upgrad(m), "columns": (3, 1)},
+        expected_failures={
+            "handles_no_columns": "groups are given by their numbers of columns",
+            "handles_degenerate_rows": "groups of its example have more than a single column",
+        },
+        api_version=1,
+    )
 
 
 def _constant_weights(m: int) -> dict[str, Any]:
     import torch  # only here, so that listing does without
 
     return {"weights": torch.arange(1.0, m + 1.0)}
+
+
+def _upgrad(m: int) -> dict[str, Any]:
+    import jdcore  # only here: making a method discovers the plugins
+
+    del m
+    return {"aggregator": jdcore.get_aggregator("upgrad")}
+
+
+def _upgrad_weighting(m: int) -> dict[str, Any]:
+    return {"weighting": _upgrad(m)["aggregator"].weighting}
 
 
 @hookimpl

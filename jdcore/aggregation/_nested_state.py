@@ -1,0 +1,74 @@
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from jdcore.aggregation._state import StateFields
+from jdcore.errors import ParameterError, ParameterTypeError
+from jdcore.protocols import Stateful
+
+
+class NestedState(StateFields):
+    """
+    State of an object that holds other methods: its own :func:`state_field` fields, and theirs.
+
+    A subclass says by :meth:`inner_parts` what it holds; the state of each part is under its key.
+    """
+
+    __slots__ = ()
+
+    def inner_parts(self) -> dict[str, Any]:
+        """The methods that it holds, with or without state, under keys that are no field names."""
+        raise NotImplementedError
+
+    def reset(self) -> None:
+        """Return to the state of a new object, what it holds included."""
+        for part in self._stateful_parts().values():
+            part.reset()
+        super().reset()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Copy the state; the state of what it holds is a dictionary of its own."""
+        parts = self._stateful_parts()
+        return super().state_dict() | {key: part.state_dict() for key, part in parts.items()}
+
+    def load_state_dict(self, state: Mapping[str, Any], /) -> None:
+        """
+        Restore a state.
+
+        :param state: What :meth:`state_dict` returned, of an object with the same arguments.
+        :raises ParameterError: If keys are missing or unknown, or a value does not fit its field;
+            the state is then left as it was.
+        """
+        if not isinstance(state, Mapping):
+            raise ParameterTypeError("state", "a mapping, as state_dict() returns", repr(state))
+        parts = self._stateful_parts()
+        for key in parts:
+            if not isinstance(state.get(key), Mapping):
+                expected = f"a mapping with a state under the key {key!r}"
+                raise ParameterError("state", expected, f"the keys {sorted(map(str, state))}")
+        before = self.state_dict()
+        try:
+            self._load(state, parts)
+        except Exception:
+            self._load(before, parts)
+            raise
+
+    def _load(self, state: Mapping[str, Any], parts: Mapping[str, Stateful]) -> None:
+        super().load_state_dict({name: v for name, v in state.items() if name not in parts})
+        for key, part in parts.items():
+            part.load_state_dict(state[key])
+
+    def _stateful_parts(self) -> dict[str, Stateful]:
+        found = {key: stateful_part(part) for key, part in self.inner_parts().items()}
+        return {key: part for key, part in found.items() if part is not None}
+
+
+def stateful_part(method: Any) -> Stateful | None:
+    """The outermost part of a method that has state: adapters delegate to what they hold."""
+    while method is not None:
+        method = getattr(method, "wrapped", method)
+        if isinstance(method, Stateful):
+            return method
+        method = getattr(method, "weighting", None)
+    return None

@@ -1,0 +1,176 @@
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import accumulate, pairwise
+from typing import Any
+
+import torch
+from attrs import Attribute, define, field
+from torch import Tensor
+
+from jdcore.aggregation import (
+    Columns,
+    aggregator_validator,
+    finite_required,
+    forbid_differentiation,
+    stateful_part,
+    vectors_of,
+)
+from jdcore.errors import NonFiniteError, ParameterError, ParameterTypeError
+from jdcore.protocols import Aggregator
+from jdcore.validators import boolean, check_blocks, check_matrix, integer
+
+State = dict[str, Any]
+
+
+def _widths(value: Any) -> Any:
+    return tuple(value) if isinstance(value, Iterable) and not isinstance(value, str) else value
+
+
+def _positive(instance: Any, attribute: Attribute[Any], value: Any) -> None:
+    if not isinstance(value, tuple):
+        raise ParameterTypeError(attribute.name, "numbers of columns", repr(value))
+    for width in value:
+        integer(1)(instance, attribute, width)
+
+
+@define(eq=False)
+class PerGroup:
+    """
+    Another method on each group of parameters by itself, such as the layers of a network.
+
+    The columns are cut into groups, and each group is aggregated as if it were alone: objectives
+    that conflict in one layer need not conflict in another. What a method guarantees for the update
+    of a group (not to conflict, for one) holds for the whole, as inner products add up; optimality
+    does not.
+
+    The same can be had by one :func:`jac_to_grad <jdcore.autojac.jac_to_grad>` for each group, with
+    an aggregator of its own for each if it has state; here, one aggregator has the state of all.
+
+    Stateful, with one state of the wrapped method for each group.
+
+    :param aggregator: The wrapped :class:`~jdcore.Aggregator`.
+    :param columns: Numbers of columns of the first, second, ... group, such as
+        ``[sum(p.numel() for p in layer.parameters()) for layer in model]``. Columns that are left
+        over make up one more group.
+
+    >>> import torch
+    >>> from jdcore.aggregation import MGDA, PerGroup
+    >>> matrix = torch.tensor([[1.0, 0.0, 2.0], [0.0, 1.0, 1.0]])
+    >>> PerGroup(MGDA(), columns=[2])(matrix)
+    tensor([0.5000, 0.5000, 1.0000])
+    """
+
+    aggregator: Aggregator = field(validator=aggregator_validator)
+    columns: Sequence[int] = field(converter=_widths, validator=_positive)
+    check_finite: bool | None = field(default=None, kw_only=True, validator=boolean, repr=False)
+    _states: list[State] = field(factory=list, init=False, repr=False)
+
+    def __call__(
+        self, matrix: Tensor, /, *, losses: Tensor | None = None, second: Tensor | None = None
+    ) -> Tensor:
+        """
+        :param matrix: Jacobian, real floating Tensor [m, n].
+        :param losses: Values of the objectives, Tensor [m], if the wrapped method looks at them.
+        :returns: Update [n], same dtype and device.
+        :raises ParameterError: If the matrix is not a real floating matrix, has fewer columns than
+            the groups, or does not fit the wrapped method.
+        :raises NonFiniteError: See ``check_finite``.
+        :raises NonDifferentiableError: When differentiating through the aggregation.
+        """
+        del second
+        check_matrix(matrix)
+        [vector], _ = self._aggregate([matrix.detach()], losses)
+        return forbid_differentiation(self, matrix, vector)
+
+    def aggregate_blocks(
+        self, blocks: Sequence[Tensor], /, *, losses: Tensor | None = None
+    ) -> tuple[list[Tensor], None]:
+        """
+        Aggregate the Jacobian given as column blocks, which groups may cut or join.
+
+        :param blocks: At least one matrix [m, n1], [m, n2], ...; their dtypes may differ.
+        :param losses: As for a call.
+        :returns: Vectors [n1], [n2], ... in the dtypes of the blocks; and None, because the weights
+            differ between groups.
+        :raises ParameterError: As for a call, or if the numbers of rows differ.
+        """
+        check_blocks(blocks)
+        return self._aggregate([block.detach() for block in blocks], losses)
+
+    def _aggregate(self, blocks: list[Tensor], losses: Tensor | None) -> tuple[list[Tensor], None]:
+        if not len(blocks[0]):
+            return [block.new_zeros(block.shape[1]) for block in blocks], None
+        columns = Columns(blocks)
+        if not columns.finite():
+            if finite_required(self.check_finite):
+                raise NonFiniteError(columns.nonfinite_rows())
+            return [block.new_full(block.shape[1:], math.nan) for block in blocks], None
+        pieces: list[list[Tensor]] = [[] for _ in blocks]
+        inner = stateful_part(self.aggregator)
+        states = []
+        groups = self._groups([block.shape[1] for block in blocks])
+        for number, group in enumerate(groups):
+            if inner is not None:
+                self._enter(inner, number)
+            parts = [blocks[index][:, cut] for index, cut in group]
+            vectors, _ = vectors_of(self.aggregator, parts, losses)
+            for (index, _), vector in zip(group, vectors, strict=True):
+                pieces[index].append(vector.to(blocks[index].dtype))
+            states += [] if inner is None else [inner.state_dict()]
+        self._states = states
+        pairs = zip(blocks, pieces, strict=True)
+        return [torch.cat(piece) if piece else b.new_zeros(0) for b, piece in pairs], None
+
+    def _enter(self, inner: Any, number: int) -> None:
+        """Bring the wrapped method into the state of a group."""
+        if number < len(self._states):
+            inner.load_state_dict(self._states[number])
+        else:
+            inner.reset()
+
+    def _groups(self, widths: list[int]) -> list[list[tuple[int, slice]]]:
+        """For each group, the blocks that it has columns of, and which."""
+        n, wanted = sum(widths), sum(self.columns)
+        if wanted > n:
+            raise ParameterError(
+                "columns", f"of a sum up to {n}, the number of columns of the Jacobian", wanted
+            )
+        sizes = [*self.columns, n - wanted] if n > wanted else list(self.columns)
+        edges = list(pairwise([0, *accumulate(widths)]))
+        return [
+            [
+                (index, slice(max(start, low) - low, min(end, high) - low))
+                for index, (low, high) in enumerate(edges)
+                if max(start, low) < min(end, high)
+            ]
+            for start, end in pairwise([0, *accumulate(sizes)])
+        ]
+
+    def reset(self) -> None:
+        """Return to the state of a new object."""
+        self._states = []
+
+    def state_dict(self) -> State:
+        """Copy the state: that of the wrapped method for each group, by its number."""
+        return {str(number): dict(state) for number, state in enumerate(self._states)}
+
+    def load_state_dict(self, state: Mapping[str, Any], /) -> None:
+        """
+        Restore a state.
+
+        :param state: What :meth:`state_dict` returned, of an object with the same arguments.
+        :raises ParameterError: If it does not fit; the state is then left as it was.
+        """
+        names = [str(number) for number in range(len(state))]
+        if not isinstance(state, Mapping) or sorted(state) != sorted(names):
+            expected = "a mapping of the groups' numbers to their states"
+            raise ParameterError("state", expected, f"the keys {sorted(map(str, state))}")
+        inner = stateful_part(self.aggregator)
+        if state and inner is None:
+            expected = f"empty, as {self.aggregator!r} has no state"
+            raise ParameterError("state", expected, f"the keys {names}")
+        for name in names if inner is not None else []:
+            inner.load_state_dict(state[name])  # type: ignore[union-attr]  # checked just above
+        self._states = [dict(state[name]) for name in names]

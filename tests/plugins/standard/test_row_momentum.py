@@ -1,0 +1,75 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from jdcore import ParameterError, get_aggregator, get_weighting
+
+
+def test_the_method_sees_averages_by_hand() -> None:
+    aggregator = get_aggregator("row_momentum", weighting=get_weighting("mgda"), beta=0.75)
+    aggregator(torch.tensor([[4.0, 0.0], [0.0, 4.0]]))
+
+    # Y = ((3 + 2, 0), (0, 3 + 2)), whose shortest combination is half of each.
+    vector = aggregator(torch.tensor([[8.0, 0.0], [0.0, 8.0]]))
+
+    torch.testing.assert_close(vector, torch.tensor([2.5, 2.5]))
+
+
+def test_without_momentum_it_is_the_method_itself() -> None:
+    generator = torch.Generator().manual_seed(0)
+    aggregator = get_aggregator("row_momentum", weighting=get_weighting("upgrad"), beta=0.0)
+
+    for _ in range(3):
+        matrix = torch.randn(3, 10, generator=generator)
+        assert torch.equal(aggregator(matrix), get_aggregator("upgrad")(matrix))
+
+
+def test_noise_that_makes_rows_conflict_is_averaged_out() -> None:
+    generator = torch.Generator().manual_seed(0)
+    truth = torch.tensor([[1.0, 0.2], [1.0, -0.2]], dtype=torch.float64)
+    aggregator = get_aggregator("row_momentum", weighting=get_weighting("mgda"), beta=0.99)
+
+    for _ in range(2000):
+        vector = aggregator(truth + 3 * torch.randn(2, 2, generator=generator).double())
+
+    torch.testing.assert_close(
+        vector, torch.tensor([1.0, 0.0], dtype=torch.float64), rtol=0, atol=0.5
+    )
+
+
+def test_the_state_is_that_of_both_and_can_be_restored() -> None:
+    def make() -> object:
+        return get_aggregator(
+            "row_momentum", weighting=get_weighting("periodic", weighting=get_weighting("mgda"))
+        )
+
+    one, two = make(), make()
+    matrix = torch.tensor([[2.0, 0.0], [1.0, 1.0]])
+    one(matrix)  # type: ignore[operator]
+    two.load_state_dict(one.state_dict())  # type: ignore[attr-defined]
+
+    assert set(one.state_dict()) == {"history", "weighting"}  # type: ignore[attr-defined]
+    assert torch.equal(one(-matrix), two(-matrix))  # type: ignore[operator]
+    one.reset()  # type: ignore[attr-defined]
+    assert one.state_dict()["weighting"]["calls"] == 0  # type: ignore[attr-defined]
+
+
+def test_losses_reach_the_wrapped_method() -> None:
+    aggregator = get_aggregator("row_momentum", weighting=get_weighting("gradnorm"))
+
+    assert aggregator(torch.eye(2), losses=torch.ones(2)).tolist() == [1.0, 1.0]
+    aggregator.reset()
+    with pytest.raises(ParameterError, match="`losses` must be given"):
+        aggregator(torch.eye(2))
+    assert not len(aggregator.history)
+
+
+@pytest.mark.parametrize("scale", [1e-200, 1e200])
+def test_weights_that_depend_on_the_scale_are_right_out_of_range(scale: float) -> None:
+    matrix = torch.tensor([[3.0, 1.0], [1.0, 2.0]], dtype=torch.float64)
+    nash = get_weighting("nash_mtl", max_norm=0.0)
+
+    vector = get_aggregator("row_momentum", weighting=nash)(matrix * scale)
+
+    torch.testing.assert_close(vector, get_aggregator("nash_mtl", max_norm=0.0)(matrix))
