@@ -13,6 +13,7 @@ from jdcore.aggregation._differentiation import forbid_differentiation
 from jdcore.aggregation._finite import finite_required, is_finite
 from jdcore.aggregation._source import GramianSource, as_weighting, weigh
 from jdcore.errors import NonFiniteError, ParameterError
+from jdcore.linalg import rounding_shows
 from jdcore.protocols import Weighting
 from jdcore.validators import check_blocks, check_matrix
 
@@ -101,8 +102,9 @@ def _aggregate(
     source = GramianSource.of_columns(columns, losses)
     weights = columns.weights(partial(weigh, weighting, source))
     if source.asked:
+        wide = source.compute_cross is None and rounding_shows(weights, source.peek())
         weights = weights * columns.scale ** getattr(weighting, "scale_degree", 0)
-        return columns.combine(weights), weights, source
+        return columns.combine(weights, wide=wide), weights, source
     vectors = columns.combine(weights)
     if not all(map(is_finite, vectors)):
         vectors, weights = _examine(weighting, columns, source, vectors, weights)

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from attrs import define, field
@@ -42,8 +42,12 @@ class Columns:
 
     @property
     def precision(self) -> torch.dtype:
-        """The narrowest dtype that rows were rounded to."""
-        return narrowest(self.blocks)
+        """The narrowest dtype of the rows."""
+        return narrowest(block.dtype for block in self.blocks)
+
+    def rounded_to(self) -> torch.dtype:
+        """The narrowest dtype that the rows were rounded to, see :func:`rounded_to`."""
+        return narrowest([self.precision, *map(rounded_to, self.blocks)])
 
     def gramian(self) -> Tensor:
         """
@@ -93,9 +97,13 @@ class Columns:
         """
         return ask()
 
-    def combine(self, weights: Tensor) -> list[Tensor]:
-        """One weighted sum of the rows of each block, in its dtype."""
-        return [combine(weights, block) for block in self.blocks]
+    def combine(self, weights: Tensor, *, wide: bool = False) -> list[Tensor]:
+        """
+        One weighted sum of the rows of each block, in its dtype.
+
+        :param wide: Whether to multiply in float64, whatever the dtypes of the blocks.
+        """
+        return [combine(weights, block, wide=wide) for block in self.blocks]
 
     def apply(self, function: Callable[[Tensor], Tensor]) -> list[Tensor]:
         """
@@ -131,6 +139,25 @@ def _divided(blocks: list[Tensor], scale: float) -> list[Tensor]:
     return detached if scale == 1.0 else [block / scale for block in detached]
 
 
-def narrowest(tensors: Sequence[Tensor]) -> torch.dtype:
-    """The dtype of the lowest precision among those of some tensors."""
-    return max((tensor.dtype for tensor in tensors), key=lambda dtype: torch.finfo(dtype).eps)
+def narrowest(dtypes: Iterable[torch.dtype]) -> torch.dtype:
+    """The dtype of the lowest precision among some."""
+    return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
+
+
+def rounded_to(block: Tensor) -> torch.dtype:
+    """
+    The dtype that the entries of a matrix were rounded to: its own, usually.
+
+    Float64 numbers that fill the 24 bits of float32 and no more were converted from there, and the
+    rows are known no better than that. Numbers of a few digits are taken to be exact.
+    """
+    # The first entries tell, but for zeros and the like.
+    if block.dtype != torch.float64 or not (_are_narrow(block[:1, :16]) and _are_narrow(block)):
+        return block.dtype
+    narrow = block.float()
+    filled = torch.count_nonzero(narrow.view(torch.int32) & 0xFF)
+    return torch.float32 if 2 * filled > torch.count_nonzero(narrow) else torch.float64
+
+
+def _are_narrow(block: Tensor) -> bool:
+    return torch.equal(block.float().double(), block)

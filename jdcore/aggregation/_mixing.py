@@ -260,8 +260,8 @@ class MixedColumns(Columns):
     def weights(self, ask: Callable[[], Tensor]) -> Tensor:
         return self._columns.weights(ask)
 
-    def combine(self, weights: Tensor) -> list[Tensor]:
-        return self._columns.combine(self.mixed_weights(weights))
+    def combine(self, weights: Tensor, *, wide: bool = False) -> list[Tensor]:
+        return self._columns.combine(self.mixed_weights(weights), wide=wide)
 
     def mixed_weights(self, weights: Tensor) -> Tensor:
         """Weights [m] of the rows that make up a combination of the combined rows."""
@@ -335,6 +335,7 @@ def _mixed_source(
 
     return GramianSource(
         *(len(mixing), source.precision, source.device, compute),
+        rounded_to=source.rounded_to,
         losses=_mixed_losses(scale * mixing, source),
         scale=lambda: scale * source.scale(),
     )

@@ -13,7 +13,7 @@ from torch import Tensor
 from jdcore.aggregation._columns import Columns
 from jdcore.aggregation._observation import Observation, observed, unobserved
 from jdcore.errors import ParameterError, ParameterTypeError
-from jdcore.linalg import unflatten_gramian
+from jdcore.linalg import proximal_level, unflatten_gramian
 from jdcore.validators import describe_tensor
 
 
@@ -40,6 +40,8 @@ class GramianSource:
     :param scale: Tells, once one of the two is there, by which power of two the rows were divided
         first: 1 unless the squares of their entries leave the range of float64. Weights that are
         homogeneous in the rows do without it.
+    :param rounded_to: Tells, if asked, which dtype the rows were rounded to before they were
+        converted to that of ``precision``.
     """
 
     rows: int
@@ -49,6 +51,7 @@ class GramianSource:
     losses: Tensor | None = field(default=None, kw_only=True)
     compute_cross: Callable[[], Tensor] | None = field(default=None, kw_only=True)
     scale: Callable[[], float] = field(default=_one, kw_only=True)
+    rounded_to: Callable[[], torch.dtype] | None = field(default=None, kw_only=True)
     asked: bool = field(default=False, init=False)
     """Whether the method asked for the Gramian, so that its weights may depend on the Jacobian."""
     undo: list[Callable[[], None]] = field(factory=list, init=False)
@@ -81,7 +84,14 @@ class GramianSource:
             losses=check_losses(losses, columns.rows),
             compute_cross=None if columns.second is None else columns.cross_gramian,
             scale=lambda: columns.scale,
+            rounded_to=columns.rounded_to,
         )
+
+    @property
+    def proximal_level(self) -> float:
+        """What counts as rounding of the rows, see :func:`jdcore.linalg.proximal_level`."""
+        known = self.precision if self.rounded_to is None else self.rounded_to()
+        return proximal_level(self.rows, known)
 
     def gramian(self) -> Tensor:
         """The Gramian, float64 Tensor [m, m], computed at the first call. Not to be modified."""

@@ -13,6 +13,7 @@ from jdcore.aggregation._differentiation import forbid_differentiation
 from jdcore.aggregation._finite import finite_required, refuse_gramian
 from jdcore.aggregation._row_vectors import check_row_vectors
 from jdcore.aggregation._source import GramianSource, weigh
+from jdcore.linalg import add_proximal
 from jdcore.validators import boolean, check_gramian
 
 _SMALL = 4096
@@ -35,6 +36,14 @@ class GramianWeighting:
 
     scale_degree: ClassVar[int] = 0
     """d such that the weights of ``s * J`` are ``s**d`` times those of J."""
+
+    proximal: ClassVar[bool] = False
+    """
+    Whether :meth:`compute` gets the Gramian with :func:`jdcore.linalg.add_proximal`.
+
+    True for methods whose weights solve an optimisation problem: their problem is then well-posed
+    however the rows depend on each other, to the precision at which they are known.
+    """
 
     check_finite: bool | None = field(default=None, kw_only=True, validator=boolean, repr=False)
 
@@ -68,8 +77,9 @@ class GramianWeighting:
         return source.gramian()
 
     def answer(self, matrix: NDArray[np.float64], source: GramianSource) -> NDArray[np.float64]:
-        """:meth:`compute`, for methods that look at more than one matrix."""
-        del source
+        """:meth:`compute`, for methods that look at more than one matrix, or at the precision."""
+        if self.proximal:
+            matrix = add_proximal(matrix, source.proximal_level)
         return self.compute(matrix)
 
     def weigh(self, source: GramianSource, /) -> Tensor:

@@ -54,7 +54,7 @@ class ReplicatedColumns(Columns):
 
     @property
     def precision(self) -> torch.dtype:
-        return narrowest([tensor for bucket in self._buckets for tensor in bucket.tensors])
+        return narrowest(t.dtype for bucket in self._buckets for t in bucket.tensors)
 
     def gramian(self) -> Tensor:
         self._divide(Stage.GRAMIAN)
@@ -78,9 +78,9 @@ class ReplicatedColumns(Columns):
     def weights(self, ask: Callable[[], Tensor]) -> Tensor:
         return weights_of_first(self._meeting, ask(), self.device)
 
-    def combine(self, weights: Tensor) -> list[Tensor]:
+    def combine(self, weights: Tensor, *, wide: bool = False) -> list[Tensor]:
         if self.blocks:
-            return self._gathered([combine(weights, block) for block in self.blocks])
+            return self._gathered(super().combine(weights, wide=wide))
         tensors = [tensor for bucket in self._buckets for tensor in bucket.tensors]
         pairs = zip(tensors, self._matrices, strict=True)
         own = [t.new_zeros(t.numel()) if m is None else combine(weights, m) for t, m in pairs]

@@ -8,8 +8,10 @@ from jdcore.linalg._distances import squared_distances
 from jdcore.linalg._equilibrate import equilibrate
 from jdcore.linalg._generalized import flatten_gramian, objectives_shape, unflatten_gramian
 from jdcore.linalg._gramian import cross_gramian, gramian
+from jdcore.linalg._precision import add_proximal, proximal_level, rounding_shows
 
 __all__ = [
+    "add_proximal",
     "alignment_score",
     "cholesky",
     "combine",
@@ -23,7 +25,9 @@ __all__ = [
     "lcp_residual",
     "objectives_shape",
     "product",
+    "proximal_level",
     "refine_lcp",
+    "rounding_shows",
     "solve",
     "squared_distances",
     "unflatten_gramian",

@@ -14,7 +14,9 @@ _LARGE = 1 << 21
 _SAFE = (1e-37, 1e37)
 
 
-def combine(weights: Tensor | NDArray[np.float64] | list[float], block: Tensor, /) -> Tensor:
+def combine(
+    weights: Tensor | NDArray[np.float64] | list[float], block: Tensor, /, *, wide: bool = False
+) -> Tensor:
     """
     Weighted sum of rows ``weights @ block`` in the dtype of the block.
 
@@ -23,10 +25,11 @@ def combine(weights: Tensor | NDArray[np.float64] | list[float], block: Tensor, 
 
     :param weights: Vector [m]: a Tensor of any real floating dtype, a float64 array or a list.
     :param block: Matrix [m, n].
+    :param wide: Multiply in float64 anyway, as :func:`rounding_shows` advises.
     :returns: Vector [n]. Differentiable with respect to the block.
     """
     dtype = block.dtype
-    exact = dtype == torch.float64
+    exact = wide or dtype == torch.float64
     if isinstance(weights, Tensor):
         # Asking a device would cost a synchronisation; narrower dtypes cannot hold extreme weights.
         if not exact and weights.is_cpu and weights.dtype == torch.float64:

@@ -6,9 +6,10 @@ from numpy.typing import NDArray
 
 from jdcore.linalg import cholesky, eigh, solve
 
-# Eigenvalues below 64 m eps of the largest count as zero. That is singular values of J below about
-# 1e-7 √m of the largest: what rounding rank-deficient rows to float32 leaves behind is smaller.
+# Eigenvalues below 64 m eps of the largest are rounding of the Gramian, and those below four times
+# the proximal level of the rows that make up their eigenvector are rounding of these rows.
 _RANK_TOLERANCE = 64.0 * np.finfo(np.float64).eps
+_ROUNDED = 4.0
 
 # Rows whose part orthogonal to the rows before is at least this long are solved for directly.
 _REGULAR_PIVOT = 1e-2
@@ -35,28 +36,34 @@ class Spectrum:
         return self.vectors @ coordinates
 
 
-def pseudo_solve(matrix: NDArray[np.float64], right: NDArray[np.float64]) -> NDArray[np.float64]:
+def pseudo_solve(
+    matrix: NDArray[np.float64], right: NDArray[np.float64], level: float
+) -> NDArray[np.float64]:
     """
     Least-squares solution z of least norm of ``matrix @ z = right``.
 
     :param matrix: Positive semi-definite matrix of cosines [m, m].
     :param right: Vector [m].
+    :param level: See :func:`spectrum`.
     """
     try:
         pivots = np.diagonal(cholesky(matrix))
-        if pivots.min() > _REGULAR_PIVOT:
+        if pivots.min() ** 2 > max(_REGULAR_PIVOT**2, 1e3 * level):
             return solve(matrix, right)
     except np.linalg.LinAlgError:
         pass  # singular: to be solved in the range of the matrix
-    return spectrum(matrix).pseudo_solve(right)
+    return spectrum(matrix, level).pseudo_solve(right)
 
 
-def spectrum(matrix: NDArray[np.float64], /) -> Spectrum:
+def spectrum(matrix: NDArray[np.float64], /, level: float = 0.0) -> Spectrum:
     """
     Eigenvalues that are not rounding, their eigenvectors, and a basis of the null space.
 
     :param matrix: Positive semi-definite float64 array [m, m].
+    :param level: What counts as rounding of the rows, see :func:`jdcore.linalg.proximal_level`.
     """
     values, vectors = eigh(matrix)
-    zeros = int(np.count_nonzero(values <= _RANK_TOLERANCE * len(matrix) * values[-1]))
-    return Spectrum(values[zeros:], vectors[:, zeros:], vectors[:, :zeros])
+    noise = _ROUNDED * level * (np.diagonal(matrix) @ (vectors * vectors))
+    rounding = np.maximum(noise, _RANK_TOLERANCE * len(matrix) * values[-1])
+    kept = values > rounding
+    return Spectrum(values[kept], vectors[:, kept], vectors[:, ~kept])

@@ -7,7 +7,7 @@ from attrs import define, field
 from numpy.typing import NDArray
 from torch import Tensor
 
-from jdcore.aggregation import GramianWeighting, row_weights
+from jdcore.aggregation import GramianSource, GramianWeighting, row_weights
 from jdcore.validators import one_of, row_vector
 from jdplugins.standard._spectrum import spectrum
 
@@ -43,9 +43,12 @@ class AlignedMTLWeighting(GramianWeighting):
         default="min", validator=one_of("min", "median", "rmse")
     )
 
-    def compute(self, gramian: NDArray[np.float64]) -> NDArray[np.float64]:
+    def answer(self, matrix: NDArray[np.float64], source: GramianSource) -> NDArray[np.float64]:
+        return self.compute(matrix, source.proximal_level)
+
+    def compute(self, gramian: NDArray[np.float64], level: float = 0.0) -> NDArray[np.float64]:
         preferences = row_weights(self.pref_vector, len(gramian))
-        components = spectrum(gramian)
+        components = spectrum(gramian, level)
         values, vectors = components.values, components.vectors
         if not len(values):
             return np.zeros_like(preferences)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import ClassVar
+
 import numpy as np
 from attrs import define, field
 from numpy.typing import NDArray
@@ -31,6 +33,8 @@ class CAGradWeighting(GramianWeighting):
     >>> CAGrad(c=0.5)(torch.tensor([[-4.0, 1.0, 1.0], [6.0, 1.0, 1.0]]))
     tensor([0.1835, 1.2041, 1.2041])
     """
+
+    proximal: ClassVar[bool] = True
 
     c: float = field(validator=real(0.0))
     solver: ConflictAverseSolver | str = solver_field("conflict_averse")

@@ -5,7 +5,7 @@ from attrs import define, field
 from numpy.typing import NDArray
 from torch import Tensor
 
-from jdcore.aggregation import GramianWeighting, row_weights
+from jdcore.aggregation import GramianSource, GramianWeighting, row_weights
 from jdcore.linalg import equilibrate
 from jdcore.validators import row_vector
 from jdplugins.standard._spectrum import pseudo_solve
@@ -38,11 +38,14 @@ class ConFIGWeighting(GramianWeighting):
 
     pref_vector: Tensor | None = field(default=None, validator=row_vector)
 
-    def compute(self, gramian: NDArray[np.float64]) -> NDArray[np.float64]:
+    def answer(self, matrix: NDArray[np.float64], source: GramianSource) -> NDArray[np.float64]:
+        return self.compute(matrix, source.proximal_level)
+
+    def compute(self, gramian: NDArray[np.float64], level: float = 0.0) -> NDArray[np.float64]:
         m = len(gramian)
         cosines, norms, inverses = equilibrate(gramian)
         preferences = np.ones(m) if self.pref_vector is None else row_weights(self.pref_vector, m)
-        direction = pseudo_solve(cosines, preferences)
+        direction = pseudo_solve(cosines, preferences, level)
         projections = cosines @ direction
         squared = float(direction @ projections)
         if not squared > 0.0:

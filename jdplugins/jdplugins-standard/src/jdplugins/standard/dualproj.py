@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import ClassVar
+
 import numpy as np
 from attrs import define, field
 from numpy.typing import NDArray
@@ -32,6 +34,8 @@ class DualProjWeighting(GramianWeighting):
     >>> DualProj()(torch.tensor([[-4.0, 1.0, 1.0], [6.0, 1.0, 1.0]]))
     tensor([0.5556, 1.1111, 1.1111])
     """
+
+    proximal: ClassVar[bool] = True
 
     pref_vector: Tensor | None = field(default=None, validator=row_vector)
     solver: DualConeSolver | str = solver_field("dual_cone")

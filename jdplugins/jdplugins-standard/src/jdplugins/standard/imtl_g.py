@@ -6,7 +6,7 @@ import numpy as np
 from attrs import define
 from numpy.typing import NDArray
 
-from jdcore.aggregation import GramianWeighting
+from jdcore.aggregation import GramianSource, GramianWeighting
 from jdcore.errors import JDCoreWarning
 from jdcore.linalg import equilibrate
 from jdplugins.standard._spectrum import pseudo_solve
@@ -37,9 +37,12 @@ class IMTLGWeighting(GramianWeighting):
     tensor([0.7500, 0.7500])
     """
 
-    def compute(self, gramian: NDArray[np.float64]) -> NDArray[np.float64]:
+    def answer(self, matrix: NDArray[np.float64], source: GramianSource) -> NDArray[np.float64]:
+        return self.compute(matrix, source.proximal_level)
+
+    def compute(self, gramian: NDArray[np.float64], level: float = 0.0) -> NDArray[np.float64]:
         cosines, norms, inverses = equilibrate(gramian)
-        shares = pseudo_solve(cosines, (norms > 0.0).astype(np.float64))
+        shares = pseudo_solve(cosines, (norms > 0.0).astype(np.float64), level)
         if np.abs(shares).max() <= _ZERO:
             return np.zeros_like(shares)  # 0 is the only vector with equal projections
         weights = shares * inverses

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import ClassVar
+
 import numpy as np
 from attrs import define
 from numpy.typing import NDArray
@@ -32,6 +34,8 @@ class MGDAWeighting(GramianWeighting):
     >>> MGDA()(torch.tensor([[3.0, 0.0], [0.0, 4.0]]))
     tensor([1.9200, 1.4400])
     """
+
+    proximal: ClassVar[bool] = True
 
     solver: MinNormSolver | str = solver_field("min_norm")
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import ClassVar
+
 import numpy as np
 from attrs import define, field
 from numpy.typing import NDArray
@@ -33,6 +35,8 @@ class UPGradWeighting(GramianWeighting):
     >>> UPGrad()(torch.tensor([[-4.0, 1.0, 1.0], [6.0, 1.0, 1.0]]))
     tensor([0.2924, 1.9006, 1.9006])
     """
+
+    proximal: ClassVar[bool] = True
 
     pref_vector: Tensor | None = field(default=None, validator=row_vector)
     solver: DualConeSolver | str = solver_field("dual_cone")
