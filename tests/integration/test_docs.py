@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from html.parser import HTMLParser
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 import pytest
 
@@ -82,3 +84,49 @@ def test_the_documentation_builds_without_a_warning(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     methods = (tmp_path / "html" / "_generated" / "methods.html").read_text()
     assert "jdcore.aggregation.UPGrad" in methods
+    check_pages(tmp_path / "html")
+
+
+class Addresses(HTMLParser):
+    """What a page loads, and the links to follow from it; and the names of its places."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.loaded: list[str] = []
+        self.linked: list[str] = []
+        self.places: set[str] = set()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        given = {name: value for name, value in attrs if value is not None}
+        if "id" in given:
+            self.places.add(given["id"])
+        loads = tag in ("script", "img", "source", "iframe") or (
+            tag == "link" and given.get("rel") in ("stylesheet", "icon", "shortcut icon")
+        )
+        if loads and ("src" in given or "href" in given):
+            self.loaded.append(given.get("src") or given["href"])
+        if tag == "a" and "href" in given:
+            self.linked.append(given["href"])
+
+
+def check_pages(folder: Path) -> None:
+    """Pages load nothing from a network, and every link between them leads somewhere."""
+    pages = {}
+    for path in folder.rglob("*.html"):
+        if "_modules" in path.parts:
+            continue  # sources, whose way back Sphinx gets wrong for names that are exported again
+        pages[path.resolve()] = parser = Addresses()
+        parser.feed(path.read_text(encoding="utf-8"))
+    for path, parser in pages.items():
+        for address in parser.loaded:
+            assert not urlsplit(address).netloc, f"{path.name} loads {address}"
+            assert (path.parent / urlsplit(address).path).exists(), f"{path.name}: {address}"
+        for address in parser.linked:
+            parts = urlsplit(address)
+            if parts.scheme or parts.netloc:
+                continue
+            target = (path.parent / unquote(parts.path)).resolve() if parts.path else path
+            assert target.exists(), f"{path.name}: {address}"
+            if parts.fragment and target in pages:
+                places = pages[target].places
+                assert unquote(parts.fragment) in places, f"{path.name}: {address}"
