@@ -59,6 +59,10 @@ def remarks(runs: Sequence[Run]) -> Iterator[str]:
         "Accuracy: test pairs read correctly. Loss: training, mean of the last tenth of the steps. "
         "Conflict: the update has a negative inner product with the gradient of a task."
     )
+    yield (
+        "This is one setting, a narrow trunk and plain SGD, where the tasks compete. In others a "
+        "tuned mean does as well: `jdcore bench overlaid single` shows that, with its spread."
+    )
     for run in runs:
         if run.diverged:
             yield f"{run.method} was stopped at step {len(run.steps)}: its update is not finite."
