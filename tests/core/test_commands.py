@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 import jdcore
 from jdcore import AggregatorSpec, Property, Reference
-from jdcore._commands import _output, _records
+from jdcore._commands import _records
 from jdcore.aggregation import GramianWeighting
 from jdcore.cli import main
 from jdcore.validators import real
@@ -147,32 +147,6 @@ def test_in_a_pipe_a_table_is_plain_text_with_one_line_per_row(
     assert lines[0].split()[:2] == ["name", "input"]
     [line] = [line for line in lines if line.startswith("even ")]
     assert line.endswith("Equal weights. Needs: pip install no-such-distribution")
-
-
-def test_on_a_terminal_a_table_is_drawn_by_rich(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pytest.importorskip("rich")
-    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-
-    _output.print_table(("name", "text"), [("even", "[m, m]")])
-    printed = capsys.readouterr().out
-
-    assert "[m, m]" in printed  # no markup of rich
-    assert "─" in printed
-
-
-def test_on_a_terminal_the_listing_needs_two_columns_only(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pytest.importorskip("rich")
-    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    monkeypatch.setenv("COLUMNS", "70")
-
-    lines = [line.strip() for line in run(capsys, "list")[1].splitlines()]
-
-    assert "gramian, from runtime" in lines
-    assert "permutation_invariant" in lines
 
 
 @pytest.mark.parametrize(

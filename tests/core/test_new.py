@@ -82,6 +82,7 @@ def test_every_file_of_the_template_is_used() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.artefacts
 def test_the_tests_of_a_new_distribution_pass_once_it_is_installed(tmp_path: Path) -> None:
     assert main(["new", "my-methods", "--out", str(tmp_path)]) == 0
     folder = tmp_path / "my-methods"

@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 STANDARD = ROOT / "jdplugins" / "jdplugins-standard"
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.artefacts]
 
 
 @pytest.fixture(scope="module")

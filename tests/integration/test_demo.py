@@ -275,6 +275,7 @@ def test_the_progress_bar_shows_on_terminals_only(terminal: bool) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.artefacts
 def test_the_command_works_in_a_pipe(tmp_path: Path) -> None:
     command = [Path(sys.executable).with_name("jdcore"), "demo", "--epochs", "1"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)

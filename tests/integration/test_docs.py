@@ -74,8 +74,9 @@ def test_what_the_migration_page_imports_is_there() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.artefacts
 def test_the_documentation_builds_without_a_warning(tmp_path: Path) -> None:
-    pytest.importorskip("sphinx", reason="needs Sphinx (tox -e docs)")
+    pytest.importorskip("sphinx", reason="needs Sphinx (tox -e full)")
     pytest.importorskip("furo")
     pytest.importorskip("myst_parser")
     command = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-d", tmp_path / "trees"]

@@ -12,7 +12,7 @@ from tests.environments import clean_environment, make_environment
 
 EXAMPLE = Path(__file__).parents[2] / "docs" / "example-plugin"
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.artefacts]
 
 
 @pytest.fixture(scope="module")

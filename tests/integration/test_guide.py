@@ -16,7 +16,7 @@ from tests.environments import clean_environment, install, make_environment
 
 GUIDE = Path(__file__).parents[2] / "docs" / "write-a-plugin.md"
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.artefacts]
 
 # A block may follow a line that is nothing but the name of a file.
 _BLOCK = re.compile(r"(?:^`([^`\s]+)`\n\n)?^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
+import shutil
+import subprocess
 from pathlib import Path
 from types import ModuleType
 
@@ -45,8 +48,34 @@ def test_the_readme_has_two_commands_of_one_line_each() -> None:
     assert commands[1].endswith(" && .venv-tests/bin/tox run\n")
 
 
-def test_ci_runs_the_test_command_of_the_readme() -> None:
-    assert blocks("README.md", "bash")[1] in text_of(".ci/run").splitlines(keepends=True)
+@pytest.mark.parametrize("status", [0, 3])
+def test_ci_runs_the_test_command_of_the_readme_and_ends_as_it_does(
+    tmp_path: Path, status: int
+) -> None:
+    [command] = [c for c in blocks("README.md", "bash") if c.endswith("tox run\n")]
+    (tmp_path / ".ci").mkdir()
+    shutil.copy(ROOT / ".ci" / "run", tmp_path / ".ci")
+    shutil.copy(ROOT / "README.md", tmp_path)
+    # Stands for the environments, which that command would make.
+    python = tmp_path / "python3"
+    python.write_text(
+        "#!/bin/sh\nmkdir -p .venv-tests/bin\nfor name in python tox; do\n"
+        f"  printf '#!/bin/sh\\necho \"$0 $*\"; echo 3 passed, 1 skipped in 4.56s; exit {status}'"
+        " > .venv-tests/bin/$name\n  chmod +x .venv-tests/bin/$name\ndone\n"
+    )
+    python.chmod(0o755)
+    done = subprocess.run(
+        ["bash", ".ci/run"],
+        cwd=tmp_path,
+        env=os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
+    )
+
+    assert done.returncode == status
+    assert done.stdout.splitlines()[-1] == "3 passed, 1 skipped in 4.56s"
+    first = done.stdout.splitlines()[0].split()
+    assert " ".join(first) in command
 
 
 @pytest.mark.parametrize("readme", READMES)
@@ -80,6 +109,14 @@ def test_the_changelog_mentions_every_method(name: str) -> None:
 
 def test_the_tools_that_tox_installs_are_pinned() -> None:
     pinned = set(re.findall(r"^([\w-]+)==", text_of(".ci/constraints.txt"), re.MULTILINE))
-    named = set(re.findall(r"^test_tools = (.*)$", text_of("tox.ini"), re.MULTILINE)[0].split())
+    named = re.findall(r"^(?:tools|libraries) = (.*)$", text_of("tox.ini"), re.MULTILINE)
 
-    assert named | {"ruff", "mypy", "tox", "torch", "numpy"} <= pinned
+    assert {*" ".join(named).split(), "ruff", "mypy", "tox", "torch", "numpy"} <= pinned
+
+
+def test_the_types_of_every_distribution_are_checked() -> None:
+    listed = re.findall(
+        r'"\$MYPY_CONFIG_FILE_DIR/(jdplugins/[^"*]+)/src"', text_of("pyproject.toml")
+    )
+
+    assert sorted(listed) == sorted(f"jdplugins/{p.name}" for p in ROOT.glob("jdplugins/*-*"))

@@ -14,7 +14,7 @@ import pytest
 
 from tests.environments import clean_environment, install
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.artefacts]
 
 ROOT = Path(__file__).parents[2]
 SOLVERS = {

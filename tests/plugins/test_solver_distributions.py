@@ -29,6 +29,7 @@ def folder(name: str) -> Path:
 
 
 @pytest.mark.slow
+@pytest.mark.artefacts
 @pytest.mark.parametrize("name", NAMES)
 def test_the_wheel_from_the_sdist_holds_the_package_and_nothing_else(
     name: str, tmp_path: Path

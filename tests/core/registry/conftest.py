@@ -15,7 +15,11 @@ FIXTURES = Path(__file__).parents[2] / "fixtures"
 
 @pytest.fixture(scope="session")
 def plugin_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Interpreter of a fresh virtual environment with every fixture distribution installed."""
+    """
+    Interpreter of a fresh virtual environment with every fixture distribution installed.
+
+    The modules that use it are one group for xdist, so that it is made once.
+    """
     distributions = sorted(p for p in FIXTURES.iterdir() if (p / "pyproject.toml").exists())
     return make_environment(tmp_path_factory.mktemp("plugins") / "venv", *distributions)
 

@@ -6,7 +6,11 @@ import pytest
 
 from tests.core.registry.conftest import Run
 
-pytestmark = pytest.mark.slow
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.artefacts,
+    pytest.mark.xdist_group("installed plugins"),
+]
 
 COMMAND = """
 import contextlib, io

@@ -1,4 +1,4 @@
-"""jdplugins-standard needs torch and numpy only: run by ``tox -e standard``."""
+"""jdplugins-standard needs torch and numpy only: run by ``tox -e core``, after the core alone."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ def installed(distribution: str) -> bool:
 @pytest.fixture(autouse=True)
 def _alone() -> None:
     # In the environment made for these tests, something installed by mistake must not skip them.
-    if os.environ.get("TOX_ENV_NAME") == "standard":
+    if os.environ.get("TOX_ENV_NAME") == "core":
         return
     others = [d for d in (*SOLVERS, "jdplugins-cvxpy", "jdplugins-quadprog") if installed(d)]
     if others:
-        pytest.skip(f"needs an environment (tox -e standard) without {', '.join(others)}")
+        pytest.skip(f"needs an environment (tox -e core) without {', '.join(others)}")
 
 
 @pytest.mark.parametrize("module", SOLVERS)
