@@ -9,9 +9,11 @@ from jdcore.autojac import _checks as checks
 from jdcore.autojac._graph import rows_of
 from jdcore.autojac._initial import initial_jacobians
 from jdcore.autojac._reentrant import is_reentrant, refuse_default
-from jdcore.autojac.transform import AccumulateJac, Jac
-from jdcore.distributed._refusals import refuse_sharded
+from jdcore.autojac.transform import AccumulateJac, Jac, ShardedJac, Transform
+from jdcore.distributed._passes import is_spread
+from jdcore.distributed._refusals import refuse_flat
 from jdcore.distributed._replicas import check_replicas
+from jdcore.distributed._sharding import Gathered
 from jdcore.errors import ParameterError
 from jdcore.graph import reach
 
@@ -63,7 +65,12 @@ def backward(
     targets = reached(outputs, inputs)
     m = len(initial[0]) if initial else sum(output.numel() for output in outputs)
     check_jacs(targets, m)
-    jac = Jac(outputs, targets, retain_graph=retain_graph, chunk_size=parallel_chunk_size)
+    jac: Transform
+    if is_spread(targets):
+        checks.check_one_by_one(parallel_chunk_size)
+        jac = ShardedJac(outputs, targets, retain_graph=retain_graph)
+    else:
+        jac = Jac(outputs, targets, retain_graph=retain_graph, chunk_size=parallel_chunk_size)
     graph = rows_of(outputs, initial) >> jac >> AccumulateJac(targets)
     graph()
 
@@ -72,10 +79,13 @@ def reached(outputs: list[Tensor], inputs: Tensor | Iterable[Tensor] | None) -> 
     """
     The tensors that accumulate: the inputs given that the outputs depend on, or all leaves.
 
+    Parameters under FSDP2 are in the form that optimizers know.
+
     :raises ParameterError: If there are none, or one of those given cannot.
     """
     found = reach(outputs)
-    refuse_sharded(found.leaves, "inputs")
+    refuse_flat(found.leaves, "inputs")
+    gathered = Gathered()
     reentrant = is_reentrant(found)
     if inputs is None:
         if reentrant:
@@ -85,10 +95,11 @@ def reached(outputs: list[Tensor], inputs: Tensor | Iterable[Tensor] | None) -> 
     else:
         given = checks.trainable(checks.tensor_list(inputs, "inputs"), "inputs")
         checks.check_accumulates(given, "inputs")
-        targets = [tensor for tensor in given if reentrant or found.reaches(tensor)]
+        leaves = map(gathered.leaf, given)
+        targets = [tensor for tensor in leaves if reentrant or found.reaches(tensor)]
     if not targets:
         raise ParameterError(
             "inputs", "tensors that require grad and that `tensors` depend on", "none"
         )
     check_replicas(targets, [found], "inputs")
-    return targets
+    return gathered.shards(targets)

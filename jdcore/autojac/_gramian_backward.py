@@ -15,7 +15,7 @@ from jdcore.autojac._rows import Problem
 from jdcore.autojac._stream import cheap_products, grouped_gramian, streamed_gramian
 from jdcore.autojac._vmap import Kind, attempt
 from jdcore.autojac.transform import Diagonalize, Init
-from jdcore.distributed._refusals import refuse_replicated
+from jdcore.distributed._refusals import refuse_replicated, refuse_sharded
 from jdcore.linalg import combine, gramian
 from jdcore.protocols import Weighting
 
@@ -73,6 +73,7 @@ def gramian_backward(
     chosen = as_weighting(weighting)
     checks.check_flag(retain_graph, "retain_graph")
     targets = reached(outputs, inputs)
+    refuse_sharded(targets, "inputs")
     refuse_replicated(targets, "inputs")
     check_grads(targets)
     weights, gradients = _step(chosen, outputs, targets, retain_graph)

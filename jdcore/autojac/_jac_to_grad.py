@@ -13,6 +13,7 @@ from jdcore.autojac import _checks as checks
 from jdcore.autojac._aggregate import aggregate
 from jdcore.autojac._matrix import as_matrix
 from jdcore.distributed._heads import write_means
+from jdcore.distributed._sharding import Gathered, local_part
 from jdcore.distributed._step import LocalRows, Update, no_jacobians
 from jdcore.distributed._teams import find_team
 from jdcore.errors import ParameterError, ParameterTypeError
@@ -42,6 +43,7 @@ def jac_to_grad(
 
     On several processes, what is aggregated is the mean of their Jacobians, and all get the same
     update: for parameters of a ``DistributedDataParallel`` module, and where ``group`` is given.
+    Of sharded parameters (``fully_shard``, tensor parallelism) each process updates its part.
     The gradients that ``mtl_backward`` left on the parameters of tasks are averaged with it.
 
     :param tensors: Usually the parameters of a model; repetitions count once.
@@ -69,7 +71,7 @@ def jac_to_grad(
     >>> w.grad
     tensor([1.5000, 2.5000])
     """
-    given = list(dict.fromkeys(checks.tensor_list(tensors, "tensors")))
+    given = list(dict.fromkeys(Gathered().shards(checks.tensor_list(tensors, "tensors"))))
     team = find_team(given, group)
     local = partial(_local, given, aggregator, retain_jac, second)
     if team is None:
@@ -98,7 +100,7 @@ def _local(
     checks.check_flag(retain_jac, "retain_jac")
     jacobians = _jacobians(given)
     check_grads(jacobians)
-    matrices = {tensor: as_matrix(jacobian) for tensor, jacobian in jacobians.items()}
+    matrices = {tensor: as_matrix(local_part(jac)) for tensor, jac in jacobians.items()}
     return LocalRows(matrices, None if second is None else _second(second, given, jacobians))
 
 
@@ -140,7 +142,7 @@ def _second(
         if other.shape != jacobian.shape:
             expected = f"of shape {list(jacobian.shape)}, as .jac"
             raise ParameterError("second", expected, describe_tensor(other))
-        matrices[tensor] = as_matrix(other.detach())
+        matrices[tensor] = as_matrix(local_part(other.detach()))
     return matrices
 
 

@@ -16,9 +16,11 @@ from jdcore.autojac.transform import (
     Jac,
     Keep,
     PerTask,
+    ShardedTasks,
     Transform,
 )
 from jdcore.distributed._heads import note_local_gradients
+from jdcore.distributed._passes import is_spread
 from jdcore.graph import reach
 
 
@@ -79,11 +81,16 @@ def mtl_backward(
     checks.check_flag(retain_graph, "retain_graph")
     checks.check_chunk_size(parallel_chunk_size)
     cut = independent(features)
-    plan = make_plan(losses, cut, shared_params, tasks_params)
+    plan = make_plan(losses, cut, shared_params, tasks_params).in_shards()
     check_jacs(plan.shared, len(losses))
     check_grads(plan.private)
-    gradients = _task_gradients(plan, losses, initial, retain_graph)
     accumulate = AccumulateJac(plan.shared) | AccumulateGrad(plan.private)
+    if is_spread([*plan.shared, *plan.private]):
+        checks.check_one_by_one(parallel_chunk_size)
+        tasks = ShardedTasks(losses, plan.shared, plan.tasks, retain_graph=retain_graph)
+        (Init(losses, initial) >> tasks >> accumulate)()
+        return
+    gradients = _task_gradients(plan, losses, initial, retain_graph)
     if plan.rows_from_features:
         jac = Jac(cut, plan.shared, retain_graph=retain_graph, chunk_size=parallel_chunk_size)
         graph = gradients >> (jac | Keep(plan.private)) >> accumulate

@@ -2,13 +2,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from attrs import frozen
+from attrs import evolve, frozen
 from torch import Tensor
 
 from jdcore.autojac import _checks as checks
 from jdcore.autojac._reentrant import is_reentrant, refuse_default
-from jdcore.distributed._refusals import refuse_sharded
+from jdcore.distributed._refusals import refuse_flat
 from jdcore.distributed._replicas import check_replicas, check_trunk
+from jdcore.distributed._sharding import Gathered
 from jdcore.errors import ParameterError
 from jdcore.graph import Reach, edge_of, reach, reach_behind
 from jdcore.validators import describe_tensor
@@ -34,6 +35,11 @@ class Plan:
     heads: list[Reach]
     rows_from_features: bool
     deep: bool
+
+    def in_shards(self) -> Plan:
+        """The same, with parameters under FSDP2 in the form that optimizers know."""
+        shards = Gathered().shards
+        return evolve(self, shared=shards(self.shared), tasks=list(map(shards, self.tasks)))
 
     @property
     def private(self) -> list[Tensor]:
@@ -83,7 +89,7 @@ def make_plan(
         raise refuse_default("shared_params")
     heads = [reach([loss], stop=cut) for loss in losses]
     for graph in (trunk, *heads):
-        refuse_sharded(graph.leaves, "shared_params")
+        refuse_flat(graph.leaves, "shared_params")
     shared = _shared(trunk, shared_params)
     tasks = _tasks(losses, trunk, heads, tasks_params)
     _check_overlap(shared, tasks)
@@ -139,7 +145,8 @@ def _tasks(
 
 def _possibly_none(params: Iterable[Tensor], name: str) -> list[Tensor]:
     given = params if isinstance(params, Tensor) else list(params)
-    return checks.tensor_list(given, name) if len(given) else []
+    gathered = Gathered()
+    return [gathered.leaf(p) for p in checks.tensor_list(given, name)] if len(given) else []
 
 
 def _check_overlap(shared: list[Tensor], tasks: list[list[Tensor]]) -> None:

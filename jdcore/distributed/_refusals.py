@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from torch import Tensor
 
 from jdcore.distributed._replicas import replicas_of
-from jdcore.distributed._sharding import gathered_parameters, is_dtensor, is_flat
+from jdcore.distributed._sharding import Gathered, is_dtensor, is_flat
 from jdcore.errors import ParameterError
 from jdcore.validators import describe_tensor
 
@@ -16,7 +16,7 @@ def refuse_sharded(tensors: Iterable[Tensor], parameter: str) -> None:
 
     :raises ParameterError: Naming the kind of tensor.
     """
-    gathered = gathered_parameters()
+    gathered = Gathered()
     for tensor in tensors:
         kind = _kind(tensor, gathered)
         if kind is not None:
@@ -29,12 +29,28 @@ def refuse_sharded(tensors: Iterable[Tensor], parameter: str) -> None:
             )
 
 
-def _kind(tensor: Tensor, gathered: dict[int, Tensor]) -> str | None:
+def refuse_flat(tensors: Iterable[Tensor], parameter: str) -> None:
+    """
+    Refuse parameters of FSDP1.
+
+    :raises ParameterError: If one of the tensors is such a parameter.
+    """
+    for tensor in tensors:
+        if is_flat(tensor):
+            raise ParameterError(
+                parameter,
+                "parameters of plain, DistributedDataParallel or fully_shard modules",
+                "an FSDP FlatParameter (FullyShardedDataParallel)",
+                "Its gradients cannot be told apart by parameter: use fully_shard instead.",
+            )
+
+
+def _kind(tensor: Tensor, gathered: Gathered) -> str | None:
     if is_dtensor(tensor):
         return "a DTensor (FSDP2 or tensor parallelism)"
     if is_flat(tensor):
         return "an FSDP FlatParameter"
-    if id(tensor) in gathered:
+    if tensor in gathered:
         return "a parameter gathered by FSDP2 (fully_shard)"
     return None
 

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import math
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -18,28 +20,157 @@ def is_flat(tensor: Tensor) -> bool:
     return getattr(tensor, "_is_flat_param", False)
 
 
-def gathered_parameters() -> dict[int, Tensor]:
+class Gathered:
     """
-    The sharded parameter, by the ``id`` of its gathered form, for all modules under FSDP2.
+    The sharded parameters of modules under FSDP2, and the gathered ones that stand for them.
 
     In the forward pass, FSDP2 (``fully_shard``) replaces its sharded parameters by gathered ones,
     which are plain Parameters. They are the leaves of the graph, but no optimizer knows them, and
-    they have no reference to their shards.
+    they have no reference to their shards. Made anew in each call, as modules may come and go.
     """
-    found: dict[int, Tensor] = {}
-    for parameter in _fsdp_parameters():
+
+    def __init__(self) -> None:
+        self._shards: dict[int, Tensor] = {}
+        self._gathered: dict[int, Tensor] = {}
+        self.modules: list[Any] = []
+        """What torch knows of the modules, in a fixed order."""
+        for state in _module_states():
+            for group in _groups_of(state):
+                self.modules.append(group)
+                for parameter in group.fsdp_params:
+                    self._add(parameter)
+
+    def _add(self, parameter: Any) -> None:
         # There is no public way from the one to the other. The attribute appears with the first
         # gathering and stays.
         gathered = getattr(parameter, "_unsharded_param", None)
         if gathered is not None:
-            found[id(gathered)] = parameter.sharded_param
-    return found
+            self._shards[id(gathered)] = parameter.sharded_param
+            self._gathered[id(parameter.sharded_param)] = gathered
+
+    def __contains__(self, tensor: Tensor) -> bool:
+        return id(tensor) in self._shards
+
+    def shard(self, tensor: Tensor) -> Tensor:
+        """The sharded parameter for a gathered one; any other tensor is its own."""
+        return self._shards.get(id(tensor), tensor)
+
+    def shards(self, tensors: Iterable[Tensor]) -> list[Tensor]:
+        """:meth:`shard` of each."""
+        return [self.shard(tensor) for tensor in tensors]
+
+    def leaf(self, tensor: Tensor) -> Tensor:
+        """What stands for a tensor in the graph: the gathered form of a sharded parameter."""
+        return self._gathered.get(id(tensor), tensor)
+
+    def units(self, tensors: Iterable[Tensor]) -> list[Any]:
+        """What torch knows of the modules whose parameters are among some sharded ones."""
+        wanted = {id(tensor) for tensor in tensors}
+        return [
+            unit
+            for unit in self.modules
+            if any(id(parameter.sharded_param) in wanted for parameter in unit.fsdp_params)
+        ]
 
 
-def _fsdp_parameters() -> Iterator[Any]:
-    for state in _module_states():
-        for group in _groups_of(state):
-            yield from group.fsdp_params
+def local_part(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor."""
+    anything: Any = tensor
+    part: Tensor = anything.to_local() if is_dtensor(tensor) else tensor
+    return part
+
+
+def like(tensor: Tensor, part: Tensor) -> Tensor:
+    """
+    A tensor spread over processes as another one is.
+
+    :param part: What this process holds of it, of the shape of what it holds of the other one.
+    """
+    if not is_dtensor(tensor):
+        return part
+    from torch.distributed.tensor import DTensor  # loaded by whoever made the tensor
+
+    spread: Any = tensor
+    result: Tensor = DTensor.from_local(
+        part,
+        spread.device_mesh,
+        spread.placements,
+        run_check=False,
+        shape=tensor.shape,
+        stride=_contiguous(tensor.shape),
+    )
+    return result
+
+
+def rows_like(tensor: Tensor, part: Tensor) -> Tensor:
+    """
+    A Jacobian ``[m, *S]`` spread over processes as its tensor of shape S is.
+
+    :param part: What this process holds of it.
+    """
+    if not is_dtensor(tensor):
+        return part
+    from torch.distributed.tensor import DTensor  # loaded by whoever made the tensor
+
+    spread: Any = tensor
+    shape = torch.Size([len(part), *tensor.shape])
+    result: Tensor = DTensor.from_local(
+        part,
+        spread.device_mesh,
+        [_shifted(placement) for placement in spread.placements],
+        run_check=False,
+        shape=shape,
+        stride=_contiguous(shape),
+    )
+    return result
+
+
+def copied(tensor: Tensor, matrix: Tensor) -> Tensor:
+    """
+    The rows [m, n] of a whole tensor.
+
+    :param matrix: Those of what this process holds of it, [m, k].
+    """
+    part = matrix.view(len(matrix), *local_part(tensor).shape)
+    rows: Any = rows_like(tensor, part)
+    whole: Tensor = rows.full_tensor() if is_dtensor(tensor) else rows
+    return whole.reshape(len(matrix), math.prod(tensor.shape))
+
+
+def divided(tensor: Tensor, vector: Tensor) -> Tensor:
+    """
+    What this process is to hold of a vector [n] that is the same on all processes.
+
+    :param tensor: Spread as the vector is to be.
+    """
+    if not is_dtensor(tensor):
+        return vector
+    from torch.distributed.tensor import DTensor, Replicate  # loaded with the tensor
+
+    spread: Any = tensor
+    everywhere = [Replicate()] * spread.device_mesh.ndim
+    whole: Any = DTensor.from_local(
+        vector.view(tensor.shape), spread.device_mesh, everywhere, run_check=False
+    )
+    part: Tensor = whole.redistribute(placements=spread.placements).to_local()
+    return part.reshape(-1)
+
+
+def _shifted(placement: Any) -> Any:
+    """The placement with one more dimension in front."""
+    if not hasattr(placement, "dim"):
+        return placement
+    if hasattr(placement, "split_factor"):  # what FSDP2 makes of tensor-parallel parameters
+        return type(placement)(placement.dim + 1, split_factor=placement.split_factor)
+    return type(placement)(placement.dim + 1)
+
+
+def _contiguous(shape: Sequence[int]) -> tuple[int, ...]:
+    strides, step = [], 1
+    for size in reversed(shape):
+        strides.append(step)
+        step *= max(1, size)
+    return tuple(reversed(strides))
 
 
 def _module_states() -> Iterator[Any]:

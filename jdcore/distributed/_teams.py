@@ -6,14 +6,15 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
-from jdcore.distributed._refusals import refuse_sharded
 from jdcore.distributed._replicas import parameters_of, replicas_of
 from jdcore.distributed._replicated_step import Replicas, check_group
+from jdcore.distributed._sharded_step import Shards
+from jdcore.distributed._sharding import is_dtensor
 from jdcore.errors import ParameterError
 from jdcore.validators import describe_tensor
 
 
-def find_team(tensors: Sequence[Tensor], group: Any = None) -> Replicas | None:
+def find_team(tensors: Sequence[Tensor], group: Any = None) -> Replicas | Shards | None:
     """
     How tensors are spread over processes.
 
@@ -24,8 +25,16 @@ def find_team(tensors: Sequence[Tensor], group: Any = None) -> Replicas | None:
     """
     if group is not None:
         check_group(group)
-    refuse_sharded(tensors, "tensors")
     replicas = replicas_of(tensors)
+    if any(map(is_dtensor, tensors)):
+        if group is not None or replicas:
+            raise ParameterError(
+                "group" if group is not None else "tensors",
+                "left out for DTensors, which know their mesh",
+                "a process group" if group is not None else "some in DistributedDataParallel",
+                "Shard or replicate them all by fully_shard with a mesh of two dimensions.",
+            )
+        return Shards.of(tensors)
     groups = list(dict.fromkeys(replica.process_group for replica in replicas))
     if len(groups) > 1 or (groups and group is not None and groups[0] is not group):
         raise ParameterError(

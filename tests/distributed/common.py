@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+import jdcore
+
 TASKS, WIDTH = 3, 5
 
 
@@ -19,7 +21,7 @@ class Tasks(nn.Module):
     def __init__(self, dtype: torch.dtype = torch.float64, tasks: int = TASKS) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.trunk = nn.Sequential(nn.Linear(WIDTH, 7), nn.Tanh(), nn.Linear(7, 4))
+        self.trunk = nn.Sequential(nn.Linear(WIDTH, 8), nn.Tanh(), nn.Linear(8, 4))
         self.heads = nn.ModuleList(nn.Linear(4, 1) for _ in range(tasks))
         self.to(dtype)
 
@@ -29,7 +31,7 @@ class Tasks(nn.Module):
 
 
 def losses_of(outputs: list[Tensor]) -> list[Tensor]:
-    return [(o**2).mean() * (i + 1) + o.mean() for i, o in enumerate(outputs)]
+    return [(o**2).mean() * (i + 1) + (o + 1).square().mean() for i, o in enumerate(outputs)]
 
 
 def batch(rank: int, step: int = 0, dtype: torch.dtype = torch.float64, size: int = 6) -> Tensor:
@@ -79,3 +81,12 @@ def refused(
 ) -> None:
     with pytest.raises(error, match=match):
         call(*arguments, **keywords)
+
+
+def method_of(name: str, tasks: int) -> Any:
+    """The method with its example arguments, and random numbers that start at the same place."""
+    spec = jdcore.describe(name)
+    arguments = dict(spec.example(tasks))
+    if spec.stochastic:
+        arguments["generator"] = torch.Generator().manual_seed(3)
+    return jdcore.get_aggregator(name, **arguments)

@@ -26,6 +26,7 @@ from tests.distributed.common import (
     batch,
     gradients,
     losses_of,
+    method_of,
     own_batch,
     refused,
     whole_batch,
@@ -35,15 +36,6 @@ from tests.distributed.conftest import Run
 
 def _mean(gramian: Tensor) -> Tensor:
     return gramian.diagonal().rsqrt()
-
-
-def _method(name: str, tasks: int) -> Any:
-    """The method with its example arguments, and random numbers that start at the same place."""
-    spec = jdcore.describe(name)
-    arguments = dict(spec.example(tasks))
-    if spec.stochastic:
-        arguments["generator"] = torch.Generator().manual_seed(3)
-    return jdcore.get_aggregator(name, **arguments)
 
 
 def _known(name: str, module: nn.Module, losses: list[Tensor], other: Tensor) -> dict[str, Any]:
@@ -58,7 +50,7 @@ def _every_method(dtype: torch.dtype, tolerance: float) -> None:
     for name in jdcore.list_aggregators():
         tasks = max(TASKS, jdcore.describe(name).min_rows)
         ours, alone = DistributedDataParallel(Tasks(dtype, tasks)), Tasks(dtype, tasks)
-        methods = _method(name, tasks), _method(name, tasks)
+        methods = method_of(name, tasks), method_of(name, tasks)
         for step in range(2):  # the second with what the first left in a state
             data = (own_batch, whole_batch)
             for module, method, of in zip((ours, alone), methods, data, strict=True):

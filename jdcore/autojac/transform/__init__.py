@@ -20,6 +20,7 @@ tensor([[2., 0.],
 from jdcore.autojac.transform._accumulate import AccumulateGrad, AccumulateJac
 from jdcore.autojac.transform._base import Chain, Transform, Union
 from jdcore.autojac.transform._differentiate import Grad, Jac
+from jdcore.autojac.transform._sharded import ShardedJac, ShardedTasks
 from jdcore.autojac.transform._sources import Diagonalize, Init, Keep
 from jdcore.autojac.transform._tasks import PerTask
 
@@ -33,6 +34,8 @@ __all__ = [
     "Jac",
     "Keep",
     "PerTask",
+    "ShardedJac",
+    "ShardedTasks",
     "Transform",
     "Union",
 ]

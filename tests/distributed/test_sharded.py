@@ -1,0 +1,318 @@
+"""FSDP2 and tensor parallelism: the update of one process on the whole batch, in shards."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    apply_activation_checkpointing,
+)
+from torch.distributed.device_mesh import init_device_mesh
+
+import jdcore
+from jdcore import ParameterError, PeerError
+from jdcore.aggregation import GramianAggregator
+from jdcore.autojac import backward, jac_to_grad, mtl_backward
+from jdcore.distributed import global_means
+from tests.distributed.common import (
+    TASKS,
+    Tasks,
+    assert_close,
+    batch,
+    gradients,
+    losses_of,
+    method_of,
+    own_batch,
+    refused,
+    whole_batch,
+)
+from tests.distributed.conftest import Run
+
+fsdp = pytest.importorskip("torch.distributed.fsdp")
+parallel = pytest.importorskip("torch.distributed.tensor.parallel")
+pytestmark = pytest.mark.skipif(not hasattr(fsdp, "fully_shard"), reason="needs FSDP2")
+
+
+def _mean(gramian: Tensor) -> Tensor:
+    return gramian.diagonal().rsqrt()
+
+
+def _shard(model: nn.Module, **options: Any) -> nn.Module:
+    for part in (model.trunk[0], *model.heads):
+        fsdp.fully_shard(part, **options)
+    return fsdp.fully_shard(model, **options)
+
+
+def _updates(
+    ours: nn.Module, alone: nn.Module, method: Any, other: Any, step: int = 0, data: Any = own_batch
+) -> None:
+    """One step of each, with all that a method may look at."""
+    losses, expected = losses_of(ours(data(step))[1]), losses_of(alone(_whole(data)(step))[1])
+    backward(losses)
+    backward(expected)
+    known = {"losses": losses} if data is own_batch else {"losses": expected}
+    weights = jac_to_grad(ours.parameters(), method, **known)
+    reference = jac_to_grad(alone.parameters(), other, losses=expected)
+    if reference is not None:
+        assert weights is not None
+        assert_close([weights], [reference], 1e-11)
+
+
+def _whole(data: Any) -> Any:
+    return whole_batch if data is own_batch else data
+
+
+def _compared(ours: nn.Module, alone: nn.Module, tolerance: float = 1e-12) -> None:
+    for module in ours.modules():
+        if isinstance(module, fsdp.FSDPModule):
+            module.reshard()  # some show gathered parameters after a forward pass
+    pairs = list(zip(ours.parameters(), alone.parameters(), strict=True))
+    assert all((p.grad is None) == (q.grad is None) for p, q in pairs)
+    assert_close(gradients(ours), gradients(alone), tolerance)
+    assert not any(hasattr(p, "jac") for p, _ in pairs)
+
+
+def _fully_sharded() -> None:
+    for options in ({}, {"reshard_after_forward": False}):
+        ours, alone = _shard(Tasks(), **options), Tasks()
+        for step in range(2):
+            backward(losses_of(ours(own_batch(step))[1]))
+            backward(losses_of(alone(whole_batch(step))[1]))
+            parameters = list(ours.parameters())  # some of them gathered
+            for parameter, other in zip(parameters, alone.parameters(), strict=True):
+                if hasattr(parameter, "jac"):
+                    assert_close([parameter.jac], [other.jac])
+            weights = jac_to_grad(parameters, GramianAggregator(_mean))
+            expected = jac_to_grad(alone.parameters(), GramianAggregator(_mean))
+            assert_close([weights], [expected])
+        _compared(ours, alone)
+
+
+def test_fully_sharded_parameters(two: Run) -> None:
+    two(_fully_sharded)
+
+
+def _every_method() -> None:
+    for name in jdcore.list_aggregators():
+        spec = jdcore.describe(name)
+        if spec.input == "cross_gramian":
+            continue  # jac does not serve what is divided among processes
+        tasks = max(TASKS, spec.min_rows)
+        ours, alone = _shard(Tasks(tasks=tasks)), Tasks(tasks=tasks)
+        one, other = method_of(name, tasks), method_of(name, tasks)
+        for step in range(2):
+            _updates(ours, alone, one, other, step)
+        try:
+            _compared(ours, alone)
+        except AssertionError as error:
+            raise AssertionError(name) from error
+
+
+def test_every_method(two: Run) -> None:
+    two(_every_method)
+
+
+def _heads() -> None:
+    ours, alone = _shard(Tasks()), Tasks()
+    for step in range(2):
+        for module, data in ((ours, own_batch(step)), (alone, whole_batch(step))):
+            features, outputs = module(data)
+            mtl_backward(losses_of(outputs), features)
+            jac_to_grad(module.trunk.parameters(), GramianAggregator(_mean))
+    _compared(ours, alone)
+    features, outputs = ours(own_batch())
+    groups = [list(head.parameters()) for head in ours.heads]
+    trunk = list(ours.trunk.parameters())
+    ours.zero_grad()
+    mtl_backward(losses_of(outputs), features, tasks_params=[*groups[:2], []], shared_params=trunk)
+    assert all(p.grad is None for p in groups[2])
+    assert all(p.grad is not None for p in groups[0] + groups[1])
+
+
+def test_multi_task_learning(two: Run) -> None:
+    two(_heads)
+
+
+def _training() -> None:
+    """Adam, gradient accumulation and checkpointing together; hooks follow the update once."""
+    ours, alone = Tasks(), Tasks()
+    apply_activation_checkpointing(ours, check_fn=lambda m: m is ours.trunk[0])
+    for part in (ours.trunk, *ours.heads):
+        fsdp.fully_shard(part)
+    fsdp.fully_shard(ours)
+    optimizers = [torch.optim.Adam(module.parameters(), 1e-2) for module in (ours, alone)]
+    aggregators = [jdcore.get_aggregator("upgrad") for _ in range(2)]
+    calls = []
+    ours.heads[0].weight.register_post_accumulate_grad_hook(lambda p: calls.append(p))
+    for step in range(20):
+        for module, of, optimizer, aggregator in zip(
+            (ours, alone), (own_batch, whole_batch), optimizers, aggregators, strict=True
+        ):
+            for part in range(2):
+                losses = losses_of(module(of(2 * step + part))[1])
+                backward([loss / 2 for loss in losses])
+            jac_to_grad(module.parameters(), aggregator)
+            optimizer.step()
+            optimizer.zero_grad()
+    assert len(calls) == 20
+    ours.reshard()
+    assert_close(ours.parameters(), alone.parameters(), 1e-9)
+
+
+def test_twenty_steps_of_adam(two: Run) -> None:
+    two(_training)
+
+
+def _mixed_precision() -> None:
+    policy = fsdp.MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    ours, alone = _shard(Tasks(torch.float32), mp_policy=policy), Tasks(torch.float32)
+    for module, data in ((ours, own_batch()), (alone, whole_batch())):
+        backward([loss.float() for loss in losses_of(module(data.float())[1])])
+        jac_to_grad(module.parameters(), GramianAggregator(_mean))
+    assert all(gradient.dtype == torch.float32 for gradient in gradients(ours))
+    _compared(ours, alone, 3e-2)
+
+
+def test_mixed_precision(two: Run) -> None:
+    two(_mixed_precision)
+
+
+def _uneven() -> None:
+    rank = dist.get_rank()
+    ours, alone = _shard(Tasks()), Tasks()
+    parts = [batch(r, size=3 + 2 * r) for r in range(2)]
+    counts = [[3.0, 0.0, 3.0], [5.0, 5.0, 5.0]]
+    sums = [
+        output.square().sum() * (count > 0)
+        for output, count in zip(ours(parts[rank])[1], counts[rank], strict=True)
+    ]
+    backward(global_means(sums, counts[rank]))
+    whole = [alone(part)[1] for part in parts]
+    backward(
+        [
+            sum(whole[r][i].square().sum() * (counts[r][i] > 0) for r in range(2))
+            / sum(counts[r][i] for r in range(2))
+            for i in range(TASKS)
+        ]
+    )
+    for module in (ours, alone):
+        jac_to_grad(module.parameters(), jdcore.get_aggregator("mgda"))
+    _compared(ours, alone)
+
+
+def test_uneven_batches_and_absent_tasks(two: Run) -> None:
+    two(_uneven)
+
+
+def _not_served() -> None:
+    rank = dist.get_rank()
+    ours = _shard(Tasks())
+    losses = losses_of(ours(own_batch())[1])
+    absent = [torch.zeros((), dtype=torch.float64), *losses[1:]] if rank else losses
+    refused(ParameterError if rank else PeerError, r"0 \* output.sum", backward, absent)
+    losses = losses_of(ours(own_batch())[1])
+    refused(ParameterError, "by the same parameters", backward, losses[: 2 + rank])
+    losses = losses_of(ours(own_batch())[1])
+    refused(ParameterError, "parallel_chunk_size", backward, losses, parallel_chunk_size=2)
+    ours.set_requires_gradient_sync(False)
+    refused(ParameterError, "set_requires_gradient_sync", backward, losses)
+    ours.set_requires_gradient_sync(True)
+    assert not gradients(ours)
+    assert not any(hasattr(p, "jac") for p in ours.parameters())
+    losses = losses_of(ours(own_batch())[1])
+    backward(losses)
+
+    def weighting(gramian: Tensor) -> Tensor:
+        if rank:
+            raise ValueError("no weights here")
+        return gramian.diagonal()
+
+    parameters = list(ours.parameters())
+    error = ValueError if rank else PeerError
+    refused(error, "no weights here", jac_to_grad, parameters, GramianAggregator(weighting))
+    group = dist.group.WORLD
+    refused(ParameterError, "mesh", jac_to_grad, parameters, weighting, group=group)
+    assert not gradients(ours)
+    jac_to_grad(parameters, GramianAggregator(_mean))
+    assert gradients(ours)
+
+    class Half(nn.Module):
+        """A parameter that FSDP2 is told to ignore, so that nothing reduces its gradient."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.scale = nn.Linear(5, 2).double(), nn.Parameter(torch.ones(2).double())
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner(x) * self.scale
+
+    half = Half()
+    fsdp.fully_shard(half, ignored_params={half.scale})
+    backward(half(own_batch()).square().mean(0))
+    refused(ParameterError, "not reduced", jac_to_grad, half.parameters(), GramianAggregator(_mean))
+    jac_to_grad(half.inner.parameters(), GramianAggregator(_mean))
+
+
+def test_what_is_not_served_is_refused(two: Run) -> None:
+    two(_not_served)
+
+
+def _tensor_parallel(model: nn.Module, mesh: Any) -> nn.Module:
+    plan = {"0": parallel.ColwiseParallel(), "2": parallel.RowwiseParallel()}
+    parallel.parallelize_module(model.trunk, mesh, plan)
+    return model
+
+
+def _same_batch(step: int = 0) -> Tensor:
+    return batch(0, step)
+
+
+def _tensor_parallelism() -> None:
+    """Heads and, in the trunk, the bias of the row-wise layer are the same on all processes."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for name in ("upgrad", "trimmed_mean", "graddrop", "mean"):
+        ours, alone = _tensor_parallel(Tasks(), mesh), Tasks()
+        one, other = method_of(name, TASKS), method_of(name, TASKS)
+        for step in range(2):
+            _updates(ours, alone, one, other, step, _same_batch)
+        _compared(ours, alone)
+    ours, alone = _tensor_parallel(Tasks(), mesh), Tasks()
+    for module in (ours, alone):
+        features, outputs = module(_same_batch())
+        mtl_backward(losses_of(outputs), features)
+        jac_to_grad(module.trunk.parameters(), GramianAggregator(_mean))
+    _compared(ours, alone)
+
+
+def test_tensor_parallelism(two: Run) -> None:
+    two(_tensor_parallelism)
+
+
+def _two_dimensions() -> None:
+    """Replicas of shards, and shards of tensor-parallel parameters."""
+    rank = dist.get_rank()
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+    for name in ("upgrad", "trimmed_mean", "graddrop"):
+        ours, alone = _shard(Tasks(), mesh=mesh), Tasks()
+        one, other = method_of(name, TASKS), method_of(name, TASKS)
+        for step in range(2):
+            _updates(ours, alone, one, other, step)
+        _compared(ours, alone)
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
+    for name in ("upgrad", "mgda", "trimmed_mean"):
+        ours, alone = _tensor_parallel(Tasks(), mesh["tensor"]), Tasks()
+        _shard(ours, mesh=mesh["data"])
+        for step in range(2):
+            backward(losses_of(ours(batch(rank // 2, step))[1]))
+            backward(losses_of(alone(torch.cat([batch(r, step) for r in range(2)]))[1]))
+            jac_to_grad(ours.parameters(), method_of(name, TASKS))
+            jac_to_grad(alone.parameters(), method_of(name, TASKS))
+        _compared(ours, alone)
+
+
+def test_meshes_of_two_dimensions(four: Run) -> None:
+    four(_two_dimensions)
