@@ -13,25 +13,27 @@ from pathlib import Path
 from jdcore import AggregatorSpec, describe, list_plugins
 
 ROOT = Path(__file__).resolve().parent.parent
-READMES = (ROOT / "README.md", ROOT / "jdplugins" / "jdplugins-standard" / "README.md")
+STANDARD, ROBUST = "jdplugins-standard", "jdplugins-robust"
+READMES = {  # and the distribution whose methods each of them lists
+    "README.md": STANDARD,
+    f"jdplugins/{STANDARD}/README.md": STANDARD,
+    f"jdplugins/{ROBUST}/README.md": ROBUST,
+}
 
 _BEGIN = "<!-- table of methods, made by docs/_generate_readme_table.py -->"
 _END = "<!-- end of table -->"
-_DISTRIBUTION = "jdplugins-standard"
 
 
-def table() -> str:
-    """The table in Markdown, without the markers."""
+def table(distribution: str) -> str:
+    """The table of the methods of a distribution in Markdown, without the markers."""
     names = [
         spec.name
         for plugin in list_plugins()
-        if plugin.distribution == _DISTRIBUTION
+        if plugin.distribution == distribution
         for spec in plugin.aggregators
     ]
     head = ["| name | class | update | from |", "|---|---|---|---|"]
-    return "\n".join(
-        [*head, *(_row(describe(f"{_DISTRIBUTION}:{name}")) for name in sorted(names))]
-    )
+    return "\n".join([*head, *(_row(describe(f"{distribution}:{name}")) for name in sorted(names))])
 
 
 def _row(spec: AggregatorSpec) -> str:
@@ -40,10 +42,10 @@ def _row(spec: AggregatorSpec) -> str:
     return f"| `{spec.name}` | `{spec.class_name}` | {spec.summary} | {source} |"
 
 
-def with_table(text: str) -> str:
+def with_table(text: str, distribution: str) -> str:
     """A text with the table between the markers brought up to date."""
     pattern = re.compile(f"{re.escape(_BEGIN)}.*?{re.escape(_END)}", re.DOTALL)
-    updated, count = pattern.subn(lambda _: f"{_BEGIN}\n{table()}\n{_END}", text)
+    updated, count = pattern.subn(lambda _: f"{_BEGIN}\n{table(distribution)}\n{_END}", text)
     if count != 1:
         raise ValueError(f"expected the markers once, found them {count} times")
     return updated
@@ -51,8 +53,9 @@ def with_table(text: str) -> str:
 
 def main() -> None:
     """Bring all READMEs up to date."""
-    for readme in READMES:
-        readme.write_text(with_table(readme.read_text(encoding="utf-8")), encoding="utf-8")
+    for readme, distribution in READMES.items():
+        text = (ROOT / readme).read_text(encoding="utf-8")
+        (ROOT / readme).write_text(with_table(text, distribution), encoding="utf-8")
 
 
 if __name__ == "__main__":

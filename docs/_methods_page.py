@@ -1,15 +1,18 @@
-"""The page of methods, made from the specs of ``jdplugins-standard``."""
+"""The page of methods, made from the specs of the distributions of this repository."""
 
 from __future__ import annotations
 
 from jdcore import AggregatorSpec, Property, list_plugins
 
-_DISTRIBUTION = "jdplugins-standard"
+_DISTRIBUTIONS = {
+    "jdplugins-standard": "The methods of the literature on several objectives",
+    "jdplugins-robust": "Methods that withstand adversarial rows",
+}
 
 _INTRODUCTION = """\
 # Methods
 
-All of these come with `jdplugins-standard`. Any is found by its name in any spelling,
+Any method is found by its name in any spelling,
 `jdcore.get_aggregator("nash_mtl")`, and imported by its class, `from jdcore.aggregation import
 NashMTL`; those that look at the Gramian also have a weighting, `NashMTLWeighting`, for autogram.
 
@@ -28,16 +31,23 @@ _COLUMNS = {
 
 def methods_page() -> str:
     """The page in Markdown."""
+    parts = [_part(distribution, title) for distribution, title in _DISTRIBUTIONS.items()]
+    return "\n".join([_INTRODUCTION, *parts])
+
+
+def _part(distribution: str, title: str) -> str:
+    """The methods of one distribution, first in a table."""
     specs = sorted(
         (
             spec
             for plugin in list_plugins()
-            if plugin.distribution == _DISTRIBUTION
+            if plugin.distribution == distribution
             for spec in plugin.aggregators
         ),
         key=lambda spec: spec.name,
     )
-    return "\n".join([_INTRODUCTION, *_table(specs), "", *map(_section, specs)])
+    head = [f"## {title}", "", f"`pip install {distribution}`", ""]
+    return "\n".join([*head, *_table(specs), "", *map(_section, specs)])
 
 
 def _table(specs: list[AggregatorSpec]) -> list[str]:
@@ -61,7 +71,7 @@ def _section(spec: AggregatorSpec) -> str:
     facts += [f"Needs at least {spec.min_rows} rows."] if spec.min_rows > 1 else []
     return f"""\
 ({spec.name.replace("_", "-")})=
-## `{spec.name}`
+### `{spec.name}`
 
 {spec.summary} {" ".join(facts)}
 

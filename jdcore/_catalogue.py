@@ -10,6 +10,21 @@ from __future__ import annotations
 from jdcore.spec import normalize_name
 
 METHODS = {
+    "jdplugins-robust": (
+        "arc",
+        "bucketing",
+        "caf",
+        "centered_clipping",
+        "clipping",
+        "coordinate_wise_median",
+        "geometric_median",
+        "mda",
+        "meamed",
+        "monna",
+        "multi_krum",
+        "nnm",
+        "smea",
+    ),
     "jdplugins-standard": (
         "aligned_mtl",
         "cagrad",

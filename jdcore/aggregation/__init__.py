@@ -16,6 +16,7 @@ from jdcore.aggregation._finite import finite_required
 from jdcore.aggregation._flattening import Flattening
 from jdcore.aggregation._history import HistoryAggregator
 from jdcore.aggregation._informed import CrossGramianWeighting, LossWeighting
+from jdcore.aggregation._matrix_aggregator import MatrixAggregator
 from jdcore.aggregation._mixing import (
     RowMixing,
     aggregator_validator,
@@ -45,6 +46,7 @@ __all__ = [
     "GramianWeighting",
     "HistoryAggregator",
     "LossWeighting",
+    "MatrixAggregator",
     "NestedState",
     "RowMixing",
     "ScalarizationWeighting",

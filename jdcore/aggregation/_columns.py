@@ -41,6 +41,11 @@ class Columns:
         return self.blocks[0].device
 
     @property
+    def local(self) -> bool:
+        """Whether all columns lie on this process, in ``blocks``."""
+        return type(self) is Columns
+
+    @property
     def precision(self) -> torch.dtype:
         """The narrowest dtype of the rows."""
         return narrowest(block.dtype for block in self.blocks)

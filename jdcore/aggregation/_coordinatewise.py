@@ -1,19 +1,11 @@
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import ClassVar
-
 import torch
-from attrs import define, field
+from attrs import define
 from torch import Tensor
 
 from jdcore.aggregation._columns import Columns
-from jdcore.aggregation._differentiation import forbid_differentiation
-from jdcore.aggregation._finite import finite_required
-from jdcore.aggregation._row_vectors import check_row_vectors
-from jdcore.aggregation._watching import watched
-from jdcore.errors import NonFiniteError
-from jdcore.validators import boolean, check_blocks, check_matrix
+from jdcore.aggregation._matrix_aggregator import MatrixAggregator
 
 # Entries handled at once: few enough to stay in the cache of a CPU through several passes over
 # them, enough to occupy an accelerator.
@@ -22,7 +14,7 @@ _ENTRIES_ELSEWHERE = 1 << 24
 
 
 @define(eq=False)
-class CoordinatewiseAggregator:
+class CoordinatewiseAggregator(MatrixAggregator):
     """
     Base class of aggregators that treat every column of the Jacobian by itself.
 
@@ -31,24 +23,7 @@ class CoordinatewiseAggregator:
     differentiation. Columns come in portions, so memory stays bounded and Jacobians of single
     parameters are never concatenated. A field whose validator is
     :func:`jdcore.validators.row_vector` is checked against the rows and the device at each call.
-
-    :param check_finite: Whether NaN or infinite input raises
-        :class:`~jdcore.errors.NonFiniteError` instead of giving a vector of NaN. None means: as the
-        environment variable ``JDCORE_CHECK_FINITE`` says (``1`` raises), else no.
     """
-
-    draws: ClassVar[bool] = False
-    """Whether :meth:`compute` draws random numbers, in the order of the columns."""
-
-    check_finite: bool | None = field(default=None, kw_only=True, validator=boolean, repr=False)
-
-    def check_rows(self, m: int) -> None:
-        """
-        Refuse a number of rows for which the method is not defined.
-
-        :param m: Number of rows, at least 1.
-        :raises ParameterError: Never here; subclasses that need it implement this method.
-        """
 
     def compute(self, columns: Tensor) -> Tensor:
         """
@@ -58,52 +33,8 @@ class CoordinatewiseAggregator:
         """
         raise NotImplementedError
 
-    def __call__(self, matrix: Tensor, /) -> Tensor:
-        """
-        :param matrix: Jacobian, real floating Tensor [m, n].
-        :returns: Update [n], same dtype and device.
-        :raises ParameterError: If the matrix is not a real floating matrix, or an argument of this
-            aggregator does not fit it.
-        :raises NonFiniteError: See ``check_finite``.
-        :raises NonDifferentiableError: When differentiating through the aggregation.
-        """
-        check_matrix(matrix)
-        [vector], _ = self.aggregate_columns(Columns([matrix.detach()]))
-        return forbid_differentiation(self, matrix, vector)
-
-    def aggregate_blocks(self, blocks: Sequence[Tensor], /) -> tuple[list[Tensor], None]:
-        """
-        Aggregate the Jacobian given as column blocks, without putting them together.
-
-        :param blocks: At least one matrix [m, n1], [m, n2], ...; their dtypes may differ.
-        :returns: Vectors [n1], [n2], ... in the dtypes of the blocks; and None, because the update
-            is not a weighted sum of the rows.
-        :raises ParameterError: If a block is no real floating matrix or the numbers of rows differ.
-        """
-        check_blocks(blocks)
-        return self.aggregate_columns(Columns([block.detach() for block in blocks]))
-
-    def aggregate_columns(self, columns: Columns, /) -> tuple[list[Tensor], None]:
-        """
-        Aggregate a Jacobian whose columns may lie on several processes.
-
-        :param columns: The Jacobian.
-        :returns: The vectors that it puts together, and None.
-        """
-        m = columns.rows
-        check_row_vectors(self, m, columns.device)
-        if m == 0:
-            return columns.apply(lambda block: block.new_zeros(block.shape[1])), None
-        self.check_rows(m)
-        vectors, _ = watched(self, columns, lambda: (self._vectors(columns), None))
-        return vectors, None
-
-    def _vectors(self, columns: Columns) -> list[Tensor]:
-        if columns.finite():
-            return columns.apply(self._aggregate_block)
-        if finite_required(self.check_finite):
-            raise NonFiniteError(columns.nonfinite_rows())
-        return columns.apply(lambda block: block.new_full(block.shape[1:], float("nan")))
+    def aggregate_finite(self, columns: Columns) -> list[Tensor]:
+        return columns.apply(self._aggregate_block)
 
     def _aggregate_block(self, block: Tensor) -> Tensor:
         m, n = block.shape

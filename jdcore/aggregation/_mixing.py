@@ -252,6 +252,10 @@ class MixedColumns(Columns):
     def rows(self) -> int:
         return len(self._mixing)
 
+    @property
+    def local(self) -> bool:
+        return self._columns.local
+
     def gramian(self) -> Tensor:
         gramian = self._source.gramian()
         self.scale = self._source.scale()
@@ -283,15 +287,15 @@ class MixedColumns(Columns):
 
         :raises ParameterError: If they do not.
         """
-        columns = self._columns
-        if isinstance(columns, MixedColumns):
-            return [self._mixed(block) for block in columns.local_blocks()]
-        if type(columns) is not Columns:
+        if not self.local:
             raise ParameterError(
                 "aggregator",
                 "one that can aggregate columns on several processes (it has aggregate_columns)",
                 "one that needs all columns at once",
             )
+        columns = self._columns
+        if isinstance(columns, MixedColumns):
+            return [self._mixed(block) for block in columns.local_blocks()]
         return [self._mixed(block) for block in columns.blocks]
 
     def _mixed(self, block: Tensor) -> Tensor:

@@ -9,10 +9,11 @@ import pkgutil
 import pytest
 
 import jdcore
+import jdplugins.robust
 import jdplugins.standard
 from tests.integration.extras import needs_more, skipping
 
-PACKAGES = (jdcore, jdplugins.standard)
+PACKAGES = (jdcore, jdplugins.standard, jdplugins.robust)
 
 MODULES = sorted(
     module.name

@@ -1,0 +1,109 @@
+from __future__ import annotations
+
+import numpy as np
+import torch
+from attrs import Attribute, define, field
+from numpy.typing import NDArray
+from torch import Tensor
+
+from jdcore.aggregation import Columns, MatrixAggregator, StateFields, state_field
+from jdcore.errors import ParameterError
+from jdcore.validators import describe_tensor, integer, real
+from jdplugins.robust._rows import clipping_factors
+
+
+def _vector(_: object, attribute: Attribute[Tensor], value: Tensor) -> None:
+    if value.ndim != 1:
+        raise ParameterError(attribute.name, "a vector", describe_tensor(value))
+
+
+def _nowhere() -> Tensor:
+    return torch.zeros(0, dtype=torch.float64)
+
+
+@define(eq=False)
+class CenteredClipping(StateFields, MatrixAggregator):
+    """
+    Mean of the rows, each clipped to a ball around the previous update.
+
+    From the previous update v, ``n_iter`` times: ``v ← v + (1 / m) Σ_i (g_i - v) min(1, τ / ‖g_i -
+    v‖)``. From `Learning from History for Byzantine Robust Optimization
+    <https://arxiv.org/pdf/2012.10333>`_.
+
+    Choose it against attacks that hide in the noise of every single step: no row moves the update
+    by more than ``tau / m`` in an iteration, while honest rows agree over time. Give it momenta of
+    the workers rather than raw gradients, as the paper does. The update does not scale with the
+    matrix.
+
+    Stateful: ``center`` [n] is the previous update, zero at first. All calls between two
+    :meth:`reset` must have the same number of columns.
+
+    :param tau: Radius of the ball, in units of the gradients.
+    :param n_iter: Number of iterations in a call.
+
+    >>> import torch
+    >>> from jdcore.aggregation import CenteredClipping
+    >>> aggregator = CenteredClipping(tau=1.0)
+    >>> aggregator(torch.tensor([[0.5], [0.7], [-100.0]]))  # the last is clipped to -1
+    tensor([0.0667])
+    >>> aggregator(torch.tensor([[0.5], [0.7], [-100.0]]))  # now to 0.0667 - 1
+    tensor([0.0889])
+    """
+
+    tau: float = field(default=100.0, validator=real(0.0))
+    n_iter: int = field(default=1, validator=integer(1))
+    center: Tensor = state_field(_nowhere, validator=_vector)
+
+    def aggregate_finite(self, columns: Columns) -> list[Tensor]:
+        center = self._previous(columns)
+        gramian = columns.gramian().cpu().numpy()  # of the rows in units of the scale
+        scale = columns.scale
+        shrunk = [piece.double() / scale for piece in center]
+        products, squared = (found.cpu().numpy() for found in columns.inner(shrunk))
+        products = products / scale
+        bordered = np.block([[gramian, products[:, None]], [products, squared]])
+        coefficients = self._clipped(bordered, self.tau / scale)
+        moved = columns.combine(torch.from_numpy(coefficients[:-1]))
+        kept = float(coefficients[-1])
+        vectors = [new.add(old, alpha=kept) for new, old in zip(moved, center, strict=True)]
+        self.center = torch.cat(vectors) if len(vectors) > 1 else vectors[0].clone()
+        return vectors
+
+    def _previous(self, columns: Columns) -> list[Tensor]:
+        """The center, in blocks as the columns."""
+        if not columns.local:
+            raise ParameterError(
+                "aggregator",
+                "one that needs no state of the size of a row, as columns lie on several processes",
+                repr(self),
+            )
+        widths = [block.shape[1] for block in columns.blocks]
+        if not len(self.center):
+            return [block.new_zeros(block.shape[1]) for block in columns.blocks]
+        if len(self.center) != sum(widths):
+            raise ParameterError(
+                "matrix",
+                f"of {len(self.center)} columns, as in the calls before",
+                f"one of {sum(widths)}",
+                "Call reset() before the number of parameters changes.",
+            )
+        pieces = zip(torch.split(self.center, widths), columns.blocks, strict=True)
+        return [piece.to(block) for piece, block in pieces]
+
+    def _clipped(self, bordered: NDArray[np.float64], tau: float) -> NDArray[np.float64]:
+        """
+        The new center as a combination of the rows and of the old one.
+
+        :param bordered: Gramian [m + 1, m + 1] of the rows and the old center.
+        :returns: float64 coefficients [m + 1].
+        """
+        m = len(bordered) - 1
+        coefficients: NDArray[np.float64] = np.eye(m + 1)[m]
+        for _ in range(self.n_iter):
+            offsets = bordered @ coefficients
+            squared = np.diagonal(bordered) - 2.0 * offsets + coefficients @ offsets
+            lengths = np.sqrt(np.maximum(squared[:m], 0.0))
+            shares = clipping_factors(lengths, tau) / m
+            coefficients *= 1.0 - shares.sum()
+            coefficients[:m] += shares
+        return coefficients
