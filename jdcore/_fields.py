@@ -8,7 +8,8 @@ the hooks run after all fields are written, once for each tensor.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -143,6 +144,46 @@ def disjoint(gradients: Iterable[Tensor], others: Iterable[Tensor] = ()) -> list
         seen.add(own.untyped_storage().data_ptr())
         results.append(own)
     return results
+
+
+@contextmanager
+def set_aside(leaves: Iterable[Tensor]) -> Iterator[None]:
+    """
+    Take the ``.grad`` of leaves away, and the hooks that follow it, for the time of a block.
+
+    What functions in a backward pass accumulate by themselves can then be told, and leaves no
+    trace.
+    """
+    before = [(leaf, leaf.grad) for leaf in leaves if _can_be_put_back(leaf, leaf.grad)]
+    # torch calls what it finds in these dictionaries.
+    hooks = [leaf._post_accumulate_grad_hooks for leaf, _ in before]
+    calls = [(found, dict(found)) for found in hooks if found]
+    for found, _ in calls:
+        found.clear()
+    for leaf, _ in before:
+        leaf.grad = None
+    try:
+        yield
+    finally:
+        for leaf, gradient in before:
+            leaf.grad = gradient
+        for found, entries in calls:
+            found.update(entries)
+
+
+def grad_versions(leaves: Iterable[Tensor]) -> list[tuple[Tensor | None, int]]:
+    """The ``.grad`` of leaves, and how often each was modified, to compare with later."""
+    gradients = [leaf.grad for leaf in leaves]
+    return [(g, 0 if g is None or g.is_inference() else g._version) for g in gradients]
+
+
+def _can_be_put_back(leaf: Tensor, gradient: Tensor | None) -> bool:
+    # torch refuses to set a gradient that no longer fits since `leaf.data` was replaced.
+    if gradient is None:
+        return True
+    dtype = _grad_dtype(leaf) or gradient.dtype
+    kind = gradient.shape, gradient.dtype, gradient.device
+    return kind == (leaf.shape, dtype, leaf.device)
 
 
 def through_tensor_hooks(gradients: Mapping[Tensor, Tensor]) -> dict[Tensor, Tensor]:

@@ -24,6 +24,7 @@ __all__ = [
     "PeerError",
     "PluginError",
     "PluginWarning",
+    "SinglePassError",
     "UnknownNameError",
     "UnsolvedWarning",
     "VectorizationError",
@@ -217,6 +218,26 @@ class PeerError(JDCoreError, RuntimeError):
 
     def __reduce__(self) -> tuple[type, tuple[object, ...]]:
         return type(self), (self.rank, self.reason)
+
+
+class SinglePassError(JDCoreError, RuntimeError):
+    """
+    A graph can be differentiated only once, although several objectives need a pass each.
+
+    :param reason: What in the graph does not last.
+    :param remedy: What to do instead, a full sentence.
+    """
+
+    def __init__(self, reason: str, remedy: str) -> None:
+        self.reason = reason
+        self.remedy = remedy
+        super().__init__(
+            "Several objectives need a backward pass each, but the graph allows one only: "
+            f"{reason}. {remedy}"
+        )
+
+    def __reduce__(self) -> tuple[type, tuple[object, ...]]:
+        return type(self), (self.reason, self.remedy)
 
 
 class JDCoreWarning(UserWarning):

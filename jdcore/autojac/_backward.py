@@ -5,17 +5,17 @@ from collections.abc import Iterable, Sequence
 from torch import Tensor
 
 from jdcore._fields import check_jacs
+from jdcore._modes import plain_modes
 from jdcore.autojac import _checks as checks
-from jdcore.autojac._graph import rows_of
-from jdcore.autojac._initial import initial_jacobians
-from jdcore.autojac._reentrant import is_reentrant, refuse_default
+from jdcore.autojac._hidden import is_reentrant, may_reach, refuse_default
+from jdcore.autojac._initial import initial_jacobians, rows_of
 from jdcore.autojac.transform import AccumulateJac, Jac, ShardedJac, Transform
 from jdcore.distributed._passes import is_spread
 from jdcore.distributed._refusals import refuse_flat
 from jdcore.distributed._replicas import check_replicas
 from jdcore.distributed._sharding import Gathered
 from jdcore.errors import ParameterError
-from jdcore.graph import reach
+from jdcore.graph import Reach, reach
 
 
 def backward(
@@ -62,7 +62,9 @@ def backward(
     initial = initial_jacobians(jac_tensors, outputs, "jac_tensors")
     checks.check_flag(retain_graph, "retain_graph")
     checks.check_chunk_size(parallel_chunk_size)
-    targets = reached(outputs, inputs)
+    found = reach(outputs)
+    given = None if inputs is None else checks.tensor_list(inputs, "inputs")
+    targets = reached(found, given)
     m = len(initial[0]) if initial else sum(output.numel() for output in outputs)
     check_jacs(targets, m)
     jac: Transform
@@ -70,33 +72,39 @@ def backward(
         checks.check_one_by_one(parallel_chunk_size)
         jac = ShardedJac(outputs, targets, retain_graph=retain_graph)
     else:
-        jac = Jac(outputs, targets, retain_graph=retain_graph, chunk_size=parallel_chunk_size)
+        jac = Jac(
+            outputs,
+            targets,
+            retain_graph=retain_graph,
+            chunk_size=parallel_chunk_size,
+            graph=found,
+            watched=given or (),
+        )
     graph = rows_of(outputs, initial) >> jac >> AccumulateJac(targets)
-    graph()
+    with plain_modes([*outputs, *targets]):
+        graph()
 
 
-def reached(outputs: list[Tensor], inputs: Tensor | Iterable[Tensor] | None) -> list[Tensor]:
+def reached(found: Reach, inputs: Tensor | Iterable[Tensor] | None) -> list[Tensor]:
     """
-    The tensors that accumulate: the inputs given that the outputs depend on, or all leaves.
+    The tensors that accumulate: the inputs given that some outputs depend on, or all leaves.
 
     Parameters under FSDP2 are in the form that optimizers know.
 
+    :param found: What lies behind the outputs.
     :raises ParameterError: If there are none, or one of those given cannot.
     """
-    found = reach(outputs)
     refuse_flat(found.leaves, "inputs")
     gathered = Gathered()
-    reentrant = is_reentrant(found)
     if inputs is None:
-        if reentrant:
+        if is_reentrant(found):
             raise refuse_default("inputs")
         targets = list(found.leaves)
-        checks.check_real(targets, "inputs")
+        checks.check_differentiable(targets, "inputs")
     else:
         given = checks.trainable(checks.tensor_list(inputs, "inputs"), "inputs")
         checks.check_accumulates(given, "inputs")
-        leaves = map(gathered.leaf, given)
-        targets = [tensor for tensor in leaves if reentrant or found.reaches(tensor)]
+        targets = may_reach(found, [gathered.leaf(tensor) for tensor in given])
     if not targets:
         raise ParameterError(
             "inputs", "tensors that require grad and that `tensors` depend on", "none"

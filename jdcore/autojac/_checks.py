@@ -41,7 +41,7 @@ def check_outputs(tensors: Sequence[Tensor], parameter: str) -> None:
     :raises ParameterTypeError: If one is not of a real floating dtype.
     :raises ParameterError: If they repeat, hold no element, or none of them requires grad.
     """
-    check_real(tensors, parameter)
+    check_differentiable(tensors, parameter)
     check_distinct(tensors, parameter)
     if all(tensor.numel() == 0 for tensor in tensors):
         raise ParameterError(parameter, "tensors with at least one element", "empty tensors")
@@ -56,14 +56,43 @@ def check_outputs(tensors: Sequence[Tensor], parameter: str) -> None:
 
 def check_real(tensors: Sequence[Tensor], parameter: str) -> None:
     """
-    Check dtypes.
+    Check that tensors are dense and real.
 
-    :raises ParameterTypeError: If a tensor is not of a real floating dtype.
+    :raises ParameterTypeError: If a tensor is not of a real floating dtype, or nested or sparse.
     """
     for i, tensor in enumerate(tensors):
+        name = f"{parameter}[{i}]"
         if not tensor.is_floating_point():
             raise ParameterTypeError(
-                f"{parameter}[{i}]", "of a real floating dtype", describe_tensor(tensor)
+                name,
+                "of a real floating dtype",
+                describe_tensor(tensor),
+                "Give real and imaginary parts apart: torch.view_as_real(tensor)."
+                if tensor.is_complex()
+                else None,
+            )
+        if tensor.is_nested or tensor.layout != torch.strided:
+            kind = "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")
+            raise ParameterTypeError(
+                name,
+                "a dense Tensor",
+                f"a {kind} Tensor",
+                "Differentiate the values of a nested or sparse Tensor: tensor.values().",
+            )
+
+
+def check_differentiable(tensors: Sequence[Tensor], parameter: str) -> None:
+    """
+    Check that tensors are of a kind that can be differentiated, or with respect to which.
+
+    :raises ParameterTypeError: As :func:`check_real`.
+    :raises ParameterError: If a tensor is on the meta device.
+    """
+    check_real(tensors, parameter)
+    for i, tensor in enumerate(tensors):
+        if tensor.is_meta:
+            raise ParameterError(
+                f"{parameter}[{i}]", "a Tensor that holds values", "a Tensor on the meta device"
             )
 
 
@@ -93,7 +122,7 @@ def trainable(tensors: Iterable[Tensor], parameter: str) -> list[Tensor]:
     :raises ParameterError: If a tensor that is not an ``nn.Parameter`` does not require grad.
     """
     given = list(tensors)
-    check_real(given, parameter)
+    check_differentiable(given, parameter)
     for i, tensor in enumerate(given):
         if not tensor.requires_grad and not isinstance(tensor, torch.nn.Parameter):
             raise ParameterError(

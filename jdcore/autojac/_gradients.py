@@ -1,11 +1,18 @@
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from torch import Tensor
 
 from jdcore.linalg._pages import new_tensor
+
+
+def as_matrix(jacobian: Tensor) -> Tensor:
+    """View a Jacobian of shape ``[m, *S]`` as a matrix [m, n]; S may be empty or hold zeros."""
+    shape = jacobian.shape
+    return jacobian.reshape(shape[0], math.prod(shape[1:]))
 
 
 def zeros(tensor: Tensor, m: int) -> Tensor:

@@ -10,12 +10,13 @@ from jdcore._fields import check_grads, write_grads
 from jdcore.aggregation import GramianAggregator, GramianSource, as_weighting, weigh
 from jdcore.autojac import _checks as checks
 from jdcore.autojac._backward import reached
-from jdcore.autojac._matrix import as_matrix
-from jdcore.autojac._rows import Problem
+from jdcore.autojac._gradients import as_matrix
+from jdcore.autojac._problem import Problem
 from jdcore.autojac._stream import cheap_products, grouped_gramian, streamed_gramian
 from jdcore.autojac._vmap import Kind, attempt
 from jdcore.autojac.transform import Diagonalize, Init
 from jdcore.distributed._refusals import refuse_replicated, refuse_sharded
+from jdcore.graph import reach
 from jdcore.linalg import combine, gramian
 from jdcore.protocols import Weighting
 
@@ -72,7 +73,7 @@ def gramian_backward(
     checks.check_outputs(outputs, "tensors")
     chosen = as_weighting(weighting)
     checks.check_flag(retain_graph, "retain_graph")
-    targets = reached(outputs, inputs)
+    targets = reached(reach(outputs), inputs)
     refuse_sharded(targets, "inputs")
     refuse_replicated(targets, "inputs")
     check_grads(targets)

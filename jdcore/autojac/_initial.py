@@ -5,8 +5,16 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from jdcore.autojac._checks import check_real, tensor_list
+from jdcore.autojac.transform import Diagonalize, Init, Transform
 from jdcore.errors import ParameterError
 from jdcore.validators import describe_tensor
+
+
+def rows_of(outputs: Sequence[Tensor], initial: Sequence[Tensor] | None) -> Transform:
+    """Start a Jacobian: from initial Jacobians, or with one row per element of the outputs."""
+    if initial is None:
+        return Init(outputs) >> Diagonalize(outputs)
+    return Init(outputs, initial)
 
 
 def initial_jacobians(

@@ -4,14 +4,14 @@ from collections.abc import Iterable, Sequence
 
 from torch import Tensor
 
+from jdcore._modes import plain_modes
 from jdcore.autojac import _checks as checks
-from jdcore.autojac._graph import rows_of
-from jdcore.autojac._initial import initial_jacobians
-from jdcore.autojac._reentrant import is_reentrant, refuse_default
+from jdcore.autojac._hidden import is_reentrant, refuse_default
+from jdcore.autojac._initial import initial_jacobians, rows_of
 from jdcore.autojac.transform import Jac
 from jdcore.distributed._refusals import refuse_sharded
 from jdcore.errors import ParameterError
-from jdcore.graph import reach
+from jdcore.graph import Reach, reach
 from jdcore.validators import describe_tensor
 
 
@@ -55,20 +55,27 @@ def jac(
     initial = initial_jacobians(jac_outputs, differentiated, "jac_outputs")
     checks.check_flag(retain_graph, "retain_graph")
     checks.check_chunk_size(parallel_chunk_size)
-    targets = _targets(differentiated, inputs)
-    step = Jac(differentiated, targets, retain_graph=retain_graph, chunk_size=parallel_chunk_size)
+    found = reach(differentiated)
+    targets = _targets(found, inputs)
+    step = Jac(
+        differentiated,
+        targets,
+        retain_graph=retain_graph,
+        chunk_size=parallel_chunk_size,
+        graph=found,
+    )
     graph = rows_of(differentiated, initial) >> step
-    results = graph()
+    with plain_modes([*differentiated, *targets]):
+        results = graph()
     return tuple(results[target] for target in targets)
 
 
-def _targets(outputs: Sequence[Tensor], inputs: Tensor | Iterable[Tensor] | None) -> list[Tensor]:
-    found = reach(outputs)
+def _targets(found: Reach, inputs: Tensor | Iterable[Tensor] | None) -> list[Tensor]:
     refuse_sharded(found.leaves, "inputs")
     if inputs is None and is_reentrant(found):
         raise refuse_default("inputs")
     targets = list(found.leaves) if inputs is None else checks.tensor_list(inputs, "inputs")
-    checks.check_real(targets, "inputs")
+    checks.check_differentiable(targets, "inputs")
     for i, target in enumerate(targets):
         if not target.requires_grad:
             raise ParameterError(

@@ -1,23 +1,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from functools import partial
+from functools import partial, reduce
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from jdcore._fields import check_grads, check_jac, free_jac, get_jac, write_grads
-from jdcore.aggregation._source import check_losses
+from jdcore._modes import plain_modes
+from jdcore.aggregation._source import check_losses, taken_by
 from jdcore.autojac import _checks as checks
-from jdcore.autojac._aggregate import aggregate
-from jdcore.autojac._matrix import as_matrix
+from jdcore.autojac._gradients import as_matrix
 from jdcore.distributed._heads import write_means
 from jdcore.distributed._sharding import Gathered, local_part
 from jdcore.distributed._step import LocalRows, Update, no_jacobians
 from jdcore.distributed._teams import find_team
 from jdcore.errors import ParameterError, ParameterTypeError
-from jdcore.protocols import Aggregator
+from jdcore.protocols import Aggregator, BlockwiseAggregator
 from jdcore.validators import describe_tensor
 
 
@@ -74,10 +74,11 @@ def jac_to_grad(
     given = list(dict.fromkeys(Gathered().shards(checks.tensor_list(tensors, "tensors"))))
     team = find_team(given, group)
     local = partial(_local, given, aggregator, retain_jac, second)
-    if team is None:
-        update = _alone(local(), aggregator, losses)
-    else:
-        update = team.aggregate(local, aggregator, losses, aggregate)
+    with plain_modes(given):
+        if team is None:
+            update = _alone(local(), aggregator, losses)
+        else:
+            update = team.aggregate(local, aggregator, losses, _aggregate)
     check_grads(update.gradients)  # again: the aggregator may have changed them
     if not retain_jac:
         for tensor in given:
@@ -111,7 +112,7 @@ def _alone(
         raise no_jacobians("tensors that have none")
     blocks = list(local.matrices.values())
     others = None if local.second is None else list(local.second.values())
-    vectors, weights = aggregate(aggregator, blocks, check_losses(losses, len(blocks[0])), others)
+    vectors, weights = _aggregate(aggregator, blocks, check_losses(losses, len(blocks[0])), others)
     pairs = zip(local.matrices, vectors, strict=True)
     return Update({tensor: vector.view(tensor.shape) for tensor, vector in pairs}, weights=weights)
 
@@ -156,3 +157,64 @@ def _check_jacobian(tensor: Tensor, jacobian: Tensor, found: dict[Tensor, Tensor
             describe_tensor(jacobian),
             "Aggregate tensors of different objectives in separate calls.",
         )
+
+
+def _aggregate(
+    aggregator: Aggregator,
+    blocks: Sequence[Tensor],
+    losses: Tensor | None = None,
+    second: Sequence[Tensor] | None = None,
+) -> tuple[list[Tensor], Tensor | None]:
+    """
+    Aggregate a Jacobian given as column blocks, in one piece only if the aggregator needs it so.
+
+    :param losses: Values of the objectives, for an aggregator that takes them.
+    :param second: Column blocks of a second batch, for an aggregator that takes them.
+    :returns: One vector per block in its dtype, sharing memory with no other tensor, and the
+        weights of the rows or None.
+    :raises ParameterError: If the aggregator returns vectors of another shape.
+    """
+    if isinstance(aggregator, BlockwiseAggregator):
+        known = taken_by(aggregator.aggregate_blocks, losses=losses, second=second)
+        vectors, weights = aggregator.aggregate_blocks(blocks, **known)
+        _check_vectors(vectors, blocks)
+        pairs = zip(vectors, blocks, strict=True)
+        return [_own(vector.detach(), block) for vector, block in pairs], weights
+    other = None if second is None else _matrix(second)
+    known = taken_by(aggregator, losses=losses, second=other)
+    return _aggregate_matrix(partial(aggregator, **known), blocks), None
+
+
+def _matrix(blocks: Sequence[Tensor]) -> Tensor:
+    dtype = reduce(torch.promote_types, (block.dtype for block in blocks))
+    return torch.cat([block.to(dtype) for block in blocks], dim=1)
+
+
+def _aggregate_matrix(aggregator: Aggregator, blocks: Sequence[Tensor]) -> list[Tensor]:
+    vector = aggregator(_matrix(blocks))
+    n = sum(block.shape[1] for block in blocks)
+    if not isinstance(vector, Tensor) or vector.shape != (n,):
+        raise ParameterError(
+            "aggregator", f"a function that returns a Tensor of shape [{n}]", _word(vector)
+        )
+    pieces = torch.split(vector.detach(), [block.shape[1] for block in blocks])
+    return [p.to(b, copy=True) for p, b in zip(pieces, blocks, strict=True)]
+
+
+def _check_vectors(vectors: Sequence[Tensor], blocks: Sequence[Tensor]) -> None:
+    expected = [(block.shape[1],) for block in blocks]
+    got = [tuple(v.shape) if isinstance(v, Tensor) else describe_tensor(v) for v in vectors]
+    if got != expected:
+        raise ParameterError(
+            "aggregator", f"one that returns vectors of shapes {expected}", f"shapes {got}"
+        )
+
+
+def _own(vector: Tensor, block: Tensor) -> Tensor:
+    """The vector in dtype and on the device of its block, but not in its memory."""
+    shared = vector.untyped_storage().data_ptr() == block.untyped_storage().data_ptr()
+    return vector.to(block, copy=shared)
+
+
+def _word(value: object) -> str:
+    return f"one that returns {describe_tensor(value)}"

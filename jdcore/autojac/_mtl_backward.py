@@ -5,9 +5,10 @@ from collections.abc import Iterable, Sequence
 from torch import Tensor
 
 from jdcore._fields import check_grads, check_jacs
+from jdcore._modes import plain_modes
 from jdcore.autojac import _checks as checks
 from jdcore.autojac._initial import initial_gradients
-from jdcore.autojac._mtl_plan import Plan, independent, make_plan
+from jdcore.autojac._mtl_plan import Plan, find_trunk, make_plan
 from jdcore.autojac.transform import (
     AccumulateGrad,
     AccumulateJac,
@@ -21,7 +22,6 @@ from jdcore.autojac.transform import (
 )
 from jdcore.distributed._heads import note_local_gradients
 from jdcore.distributed._passes import is_spread
-from jdcore.graph import reach
 
 
 def mtl_backward(
@@ -80,23 +80,32 @@ def mtl_backward(
     initial = initial_gradients(grad_tensors, losses, "grad_tensors")
     checks.check_flag(retain_graph, "retain_graph")
     checks.check_chunk_size(parallel_chunk_size)
-    cut = independent(features)
-    plan = make_plan(losses, cut, shared_params, tasks_params).in_shards()
+    cut, trunk = find_trunk(features)
+    plan = make_plan(losses, cut, trunk, shared_params, tasks_params).in_shards()
     check_jacs(plan.shared, len(losses))
     check_grads(plan.private)
     accumulate = AccumulateJac(plan.shared) | AccumulateGrad(plan.private)
     if is_spread([*plan.shared, *plan.private]):
         checks.check_one_by_one(parallel_chunk_size)
         tasks = ShardedTasks(losses, plan.shared, plan.tasks, retain_graph=retain_graph)
-        (Init(losses, initial) >> tasks >> accumulate)()
+        with plain_modes([*losses, *plan.shared, *plan.private]):
+            (Init(losses, initial) >> tasks >> accumulate)()
         return
     gradients = _task_gradients(plan, losses, initial, retain_graph)
     if plan.rows_from_features:
-        jac = Jac(cut, plan.shared, retain_graph=retain_graph, chunk_size=parallel_chunk_size)
+        jac = Jac(
+            cut,
+            plan.shared,
+            retain_graph=retain_graph,
+            chunk_size=parallel_chunk_size,
+            graph=trunk,
+            watched=plan.given,
+        )
         graph = gradients >> (jac | Keep(plan.private)) >> accumulate
     else:
         graph = gradients >> accumulate
-    graph()
+    with plain_modes([*losses, *plan.shared, *plan.private]):
+        graph()
     note_local_gradients(plan.private)
 
 
@@ -109,17 +118,20 @@ def _task_gradients(
         targets = [*plan.tasks[i], *plan.rows]
         start = Init([loss], None if initial is None else [initial[i]])
         if loss.requires_grad and targets:
-            tasks.append(start >> Grad([loss], targets, retain_graph=retain[i]))
+            grad = Grad(
+                [loss], targets, retain_graph=retain[i], graph=plan.heads[i], watched=plan.given
+            )
+            tasks.append(start >> grad)
         else:
             tasks.append(Keep([]))
     return PerTask(tasks, plan.rows)
 
 
 def _retained(plan: Plan, retain_graph: bool) -> list[bool]:
-    """Whether the graph of each task must outlive its gradient: someone comes by again."""
+    """Whether the graph of each task must outlive its gradient: another pass comes by later."""
     retained = []
-    later = reach(plan.cut).nodes if plan.deep else set()
+    later = set(plan.trunk.nodes) if plan.deep else set()
     for head in reversed(plan.heads):
         retained.append(retain_graph or not later.isdisjoint(head.nodes))
-        later = later | head.nodes
+        later.update(head.nodes)
     return retained[::-1]

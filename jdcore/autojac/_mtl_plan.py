@@ -6,35 +6,39 @@ from attrs import evolve, frozen
 from torch import Tensor
 
 from jdcore.autojac import _checks as checks
-from jdcore.autojac._reentrant import is_reentrant, refuse_default
+from jdcore.autojac._hidden import hides, is_reentrant, may_reach, refuse_default
 from jdcore.distributed._refusals import refuse_flat
 from jdcore.distributed._replicas import check_replicas, check_trunk
 from jdcore.distributed._sharding import Gathered
 from jdcore.errors import ParameterError
-from jdcore.graph import Reach, edge_of, reach, reach_behind
+from jdcore.graph import Reach, edge_of, reach
 from jdcore.validators import describe_tensor
 
 
 @frozen(eq=False)
 class Plan:
     """
-    Who gets what.
+    Which parameters get a ``.jac``, which get a ``.grad``, and from where.
 
     :param cut: Features that require grad, where the heads end.
+    :param trunk: What lies behind the features, these included.
     :param shared: Parameters that get a ``.jac``.
     :param tasks: Per task, the parameters that get a ``.grad``.
     :param heads: Per task, what its gradient passes through.
     :param rows_from_features: Whether the rows start from the features. Otherwise each task is
         differentiated down to the shared parameters.
     :param deep: Whether the parameters of some task lie behind the features.
+    :param given: All parameters that were named, also those that get nothing.
     """
 
     cut: list[Tensor]
+    trunk: Reach
     shared: list[Tensor]
     tasks: list[list[Tensor]]
     heads: list[Reach]
     rows_from_features: bool
     deep: bool
+    given: list[Tensor]
 
     def in_shards(self) -> Plan:
         """The same, with parameters under FSDP2 in the form that optimizers know."""
@@ -50,103 +54,120 @@ class Plan:
         return self.cut if self.rows_from_features else self.shared
 
 
-def independent(features: Tensor | Sequence[Tensor]) -> list[Tensor]:
+def find_trunk(features: Tensor | Sequence[Tensor]) -> tuple[list[Tensor], Reach]:
     """
-    The features that require grad.
+    The features that require grad, and what lies behind them.
 
     :raises ParameterError: If none does, or one is computed from another.
     """
     given = checks.tensor_list(features, "features")
     checks.check_outputs(given, "features")
     cut = [feature for feature in given if feature.requires_grad]
-    behind = reach_behind(cut)
+    trunk = reach(cut)
     for i, feature in enumerate(given):
-        if feature.requires_grad and behind.reaches(feature):
+        # Each counts as a use of its own.
+        if feature.requires_grad and trunk.edges[edge_of(feature)] > 1:
             raise ParameterError(
                 "features",
                 "computed independently of one another",
                 f"features[{i}], from which another one is computed",
                 "Give only those that the heads read last, or use backward.",
             )
-    return cut
+    return cut, trunk
 
 
 def make_plan(
     losses: list[Tensor],
     cut: list[Tensor],
+    trunk: Reach,
     shared_params: Iterable[Tensor] | None,
     tasks_params: Sequence[Iterable[Tensor]] | None,
 ) -> Plan:
     """
-    Decide who gets what from the arguments of ``mtl_backward``.
+    Decide from the arguments of ``mtl_backward`` which parameters get what.
 
     :param cut: The features that require grad.
+    :param trunk: What lies behind them.
     :raises ParameterError: If the parameters do not fit together.
     """
-    trunk = reach(cut)
-    reentrant = is_reentrant(trunk)
-    if reentrant and shared_params is None:
-        raise refuse_default("shared_params")
+    named_shared = None if shared_params is None else _named(shared_params, "shared_params")
+    named_tasks = None if tasks_params is None else _named_tasks(tasks_params, len(losses))
+    given = [*(named_shared or ()), *(p for task in named_tasks or () for p in task)]
     heads = [reach([loss], stop=cut) for loss in losses]
+    if is_reentrant(trunk) and shared_params is None:
+        raise refuse_default("shared_params")
+    if any(map(is_reentrant, heads)) and tasks_params is None:
+        raise refuse_default("tasks_params")
     for graph in (trunk, *heads):
         refuse_flat(graph.leaves, "shared_params")
-    shared = _shared(trunk, shared_params)
-    tasks = _tasks(losses, trunk, heads, tasks_params)
+    shared = _shared(trunk, heads, named_shared)
+    tasks = _tasks(losses, trunk, heads, named_tasks)
     _check_overlap(shared, tasks)
-    if shared_params is not None and not reentrant:
-        shared = [p for p in shared if any(graph.reaches(p) for graph in (trunk, *heads))]
+    private = [parameter for task in tasks for parameter in task]
     check_trunk(trunk, heads, "features")
-    private = [p for task in tasks for p in task]
     check_replicas([*shared, *private], (trunk, *heads), "shared_params")
     edges = {edge_of(parameter) for parameter in shared}
-    past_features = any(head.reaches_any(edges) for head in heads)
-    # The hooks of a feature would see its gradient twice: at the end of the heads, and again at the
-    # start of the trunk.
-    hooked = any(feature._backward_hooks for feature in cut)
-    deep = any(trunk.reaches(p) for task in tasks for p in task)
-    whole = past_features or hooked
+    # Where gradients cannot be had from the features, or at them: a shared parameter acts past the
+    # features; a hook of a feature would see its gradient twice, at the end of the heads and again
+    # at the start of the trunk; a function hides parameters, so that only whole passes serve.
+    whole = (
+        any(head.reaches_any(edges) for head in heads)
+        or any(feature._backward_hooks for feature in cut)
+        or any(hides(head, [*shared, *private]) for head in heads)
+        or any(not _shows((trunk, *heads), parameter) for parameter in private)
+    )
+    deep = any(trunk.reaches(parameter) for parameter in private)
     if whole or deep:
         heads = [reach([loss]) for loss in losses]
-    return Plan(cut, shared, tasks, heads, bool(shared) and not whole, deep)
+    return Plan(cut, trunk, shared, tasks, heads, bool(shared) and not whole, deep, given)
 
 
-def _shared(trunk: Reach, shared_params: Iterable[Tensor] | None) -> list[Tensor]:
-    if shared_params is None:
-        checks.check_real(trunk.leaves, "shared_params")
+def _shows(graphs: Iterable[Reach], tensor: Tensor) -> bool:
+    return any(graph.reaches(tensor) for graph in graphs)
+
+
+def _shared(trunk: Reach, heads: list[Reach], named: list[Tensor] | None) -> list[Tensor]:
+    if named is None:
+        checks.check_differentiable(trunk.leaves, "shared_params")
         return list(trunk.leaves)
-    shared = checks.trainable(_possibly_none(shared_params, "shared_params"), "shared_params")
-    checks.check_accumulates(shared, "shared_params")
-    return shared
+    return [p for p in named if any(may_reach(graph, [p]) for graph in (trunk, *heads))]
 
 
 def _tasks(
     losses: list[Tensor],
     trunk: Reach,
     heads: list[Reach],
-    tasks_params: Sequence[Iterable[Tensor]] | None,
+    named: list[list[Tensor]] | None,
 ) -> list[list[Tensor]]:
-    if tasks_params is None:
+    if named is None:
         behind = set(trunk.leaves)
         return [[leaf for leaf in head.leaves if leaf not in behind] for head in heads]
-    given = list(tasks_params)
-    if len(given) != len(losses):
-        raise ParameterError(
-            "tasks_params", f"{len(losses)} groups of parameters, one per task", len(given)
-        )
     tasks = []
-    for i, (loss, group) in enumerate(zip(losses, given, strict=True)):
-        name = f"tasks_params[{i}]"
-        params = checks.trainable(_possibly_none(group, name), name)
-        checks.check_accumulates(params, name)
-        whole = reach([loss])
-        tasks.append([parameter for parameter in params if whole.reaches(parameter)])
+    for loss, head, params in zip(losses, heads, named, strict=True):
+        found = set(may_reach(head, params))
+        if may_reach(trunk, params):
+            # Only then is it worth while to walk through the trunk again.
+            found.update(may_reach(reach([loss]), params))
+        tasks.append([parameter for parameter in params if parameter in found])
     return tasks
 
 
-def _possibly_none(params: Iterable[Tensor], name: str) -> list[Tensor]:
+def _named_tasks(tasks_params: Sequence[Iterable[Tensor]], m: int) -> list[list[Tensor]]:
+    given = list(tasks_params)
+    if len(given) != m:
+        raise ParameterError("tasks_params", f"{m} groups of parameters, one per task", len(given))
+    return [_named(group, f"tasks_params[{i}]") for i, group in enumerate(given)]
+
+
+def _named(params: Iterable[Tensor], parameter: str) -> list[Tensor]:
+    """The trainable ones among parameters, possibly none."""
     given = params if isinstance(params, Tensor) else list(params)
     gathered = Gathered()
-    return [gathered.leaf(p) for p in checks.tensor_list(given, name)] if len(given) else []
+    tensors = checks.tensor_list(given, parameter) if len(given) else []
+    tensors = [gathered.leaf(tensor) for tensor in tensors]
+    trainable = checks.trainable(tensors, parameter)
+    checks.check_accumulates(trainable, parameter)
+    return trainable
 
 
 def _check_overlap(shared: list[Tensor], tasks: list[list[Tensor]]) -> None:

@@ -7,8 +7,8 @@ x, the row is written straight to its place, and the share of W in the Gramian n
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from attrs import frozen
@@ -76,34 +76,33 @@ class Product:
 
 
 def find_products(
-    graph: Reach, outputs: Sequence[Tensor], inputs: Sequence[Tensor]
+    graph: Reach, inputs: Sequence[Tensor], *, certain: bool = True
 ) -> dict[int, Product]:
     """
     Those inputs that enter the graph once, as a factor of a matrix product, by their positions.
 
-    Left alone are weights with hooks, and products that run Python code to get at the other factor,
-    as checkpoints do. Hooks on a transposed weight are not seen.
+    Left alone are weights with hooks, those whose transpose may have hooks, and products that run
+    Python code to get at the other factor, as checkpoints do.
 
     :param graph: What lies behind the outputs.
+    :param certain: Whether to leave weights alone of which torch does not show the transpose.
     """
-    candidates = [node for node in graph.nodes if node.name() in MATRIX_PRODUCTS]
+    candidates = [(node, name) for node, name in graph.nodes.items() if name in MATRIX_PRODUCTS]
     if not candidates:
         return {}
-    uses = Counter(edge for node in graph.nodes for edge in node.next_functions)
-    uses.update(edge_of(output) for output in outputs)
     positions = {
         edge_of(tensor): i
         for i, tensor in enumerate(inputs)
         if tensor.is_leaf and not tensor._backward_hooks and tensor.layout == torch.strided
     }
     found = {}
-    for node in candidates:
-        position, name = MATRIX_PRODUCTS[node.name()]
-        edge = node.next_functions[position]
-        behind = _behind_transposition(edge) if uses[edge] == 1 else None
+    for node, operation in candidates:
+        position, name = MATRIX_PRODUCTS[operation]
+        edge: Any = node.next_functions[position]
+        behind = _behind_transposition(edge) if graph.edges.get(edge) == 1 else None
         end = edge if behind is None else behind
-        if end in positions and uses[end] == 1:
-            product = _product(node, name, transposed=behind is not None)
+        if end in positions and graph.edges[end] == 1:
+            product = _product(node, name, transposed=behind is not None, certain=certain)
             if product is not None:
                 found[positions[end]] = product
     return found
@@ -117,9 +116,24 @@ def _behind_transposition(edge: tuple[Node | None, int]) -> tuple[Node | None, i
     return behind
 
 
-def _product(node: Node, name: str, *, transposed: bool) -> Product | None:
+def _may_have_hooks(transpose: Any, *, otherwise: bool) -> bool:
+    """
+    Whether a transposed weight has hooks, which a row that does not pass through it would miss.
+
+    torch saves it, the tensor itself, where the other factor requires grad.
+
+    :param otherwise: The answer where it does not.
+    """
+    if not isinstance(transpose, Tensor):
+        return otherwise
+    return bool(transpose._backward_hooks) or transpose.retains_grad
+
+
+def _product(node: Node, name: str, *, transposed: bool, certain: bool) -> Product | None:
     try:
         if node.name() == "AddmmBackward0" and saved(node, "alpha") != 1:
+            return None
+        if transposed and _may_have_hooks(saved_as_it_is(node, "mat2"), otherwise=certain):
             return None
         factor = saved_as_it_is(node, name)
     except Unreadable:

@@ -9,8 +9,9 @@ import torch
 from attrs import evolve
 from torch import Tensor
 
-from jdcore.autojac._matrix import as_matrix
-from jdcore.autojac._rows import Problem
+from jdcore.autojac._gradients import as_matrix
+from jdcore.autojac._problem import Problem
+from jdcore.autojac._products import find_products
 from jdcore.autojac._taps import hooked, listening, placeholder
 from jdcore.autojac._vmap import batched_gradients
 from jdcore.linalg import gramian
@@ -85,13 +86,15 @@ def grouped_gramian(problem: Problem) -> Tensor:
 def cheap_products(problem: Problem) -> Problem:
     """The same problem, with those products of which the gradients suffice for a Gramian."""
     m = len(problem.cotangents[0])
-    found = problem.with_products()
+    if problem.accumulates:
+        return problem
+    found = find_products(problem.graph, problem.inputs, certain=False)
     products = {
         i: evolve(product, multiply=False)
-        for i, product in found.products.items()
-        if product.has_cheap_gramian(found.inputs[i], m)
+        for i, product in found.items()
+        if product.has_cheap_gramian(problem.inputs[i], m)
     }
-    return evolve(found, products=products)
+    return evolve(problem, products=products)
 
 
 def _groups(problem: Problem) -> list[list[int]]:

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 
 import torch
@@ -9,8 +9,13 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from jdcore.autojac._products import Product
+from jdcore.graph import OuterPass
 
 Replace = Callable[[Tensor], "Tensor | None"]
+
+# Entries from which on a row is taken while the pass goes on, on CPUs: 256 KB in float32. Smaller
+# ones cost little memory, and to copy them all together afterwards costs less than a hook for each.
+_WORTH_A_HOOK = 1 << 16
 
 
 @contextmanager
@@ -57,53 +62,65 @@ def placeholder(gradient: Tensor) -> Tensor:
     return gradient.new_zeros(()).expand(gradient.shape)
 
 
+def is_worth_a_hook(tensor: Tensor) -> bool:
+    """Whether the row of a tensor should not wait for the end of the pass that makes it."""
+    return tensor.is_cpu and tensor.numel() >= _WORTH_A_HOOK
+
+
 class RowTaps:
     """
-    Takes the row of each leaf while the backward pass goes on.
+    Takes the rows of large leaves while the backward pass goes on.
 
     What arrives is written to its place at once and freed, so a row never exists as a whole beside
     the Jacobian.
 
     :param inputs: Tensors that rows belong to. Those that are no leaves are left alone: replacing
         their gradient would change what lies behind them.
-    :param results: The Jacobians ``[m, *S]`` to be filled.
     :param products: Inputs, by position, whose rows are made from the gradient of a product.
     """
 
-    def __init__(
-        self, inputs: Sequence[Tensor], results: Sequence[Tensor], products: Mapping[int, Product]
-    ) -> None:
+    def __init__(self, inputs: Sequence[Tensor], products: Mapping[int, Product]) -> None:
         self._leaves = {
-            i: tensor for i, tensor in enumerate(inputs) if tensor.is_leaf and i not in products
+            i: tensor
+            for i, tensor in enumerate(inputs)
+            if tensor.is_leaf and i not in products and is_worth_a_hook(tensor)
         }
-        self._results = results
         self._products = products
-        self._row = 0
+        self._pass = OuterPass()
+        self._row: Sequence[Tensor] = ()
         self.taken: set[int] = set()
 
-    def start(self, row: int) -> None:
-        """Say which row comes next."""
+    def start(self, row: Sequence[Tensor]) -> None:
+        """
+        Say that the next pass makes a row.
+
+        :param row: Where it is to be written, one tensor per input.
+        """
         self._row = row
-        self.taken.clear()
+        self._pass.expect()
+        self.taken = set()
 
     @contextmanager
-    def open(self) -> Iterator[None]:
-        """Listen for the time of a ``with`` block."""
+    def open(self, outputs: Sequence[Tensor]) -> Iterator[None]:
+        """Listen to passes that start at some outputs, for the time of a ``with`` block."""
         hooks = [partial(self._take, i) for i in self._leaves]
         multiply = {i: partial(self._multiply, i) for i in self._products}
-        with hooked(list(self._leaves.values()), hooks), listening(self._products, multiply):
+        with ExitStack() as stack:
+            if hooks or multiply:
+                stack.enter_context(self._pass.starting_at(outputs))
+                stack.enter_context(hooked(list(self._leaves.values()), hooks))
+                stack.enter_context(listening(self._products, multiply))
             yield
 
     def _take(self, i: int, gradient: Tensor | None) -> Tensor | None:
-        # A custom function may pass None on.
-        if gradient is None or gradient.layout != torch.strided:
-            return gradient
-        self._results[i][self._row].copy_(gradient)
+        # A custom function may pass None on, and a pass inside ours needs its gradient itself.
+        if gradient is None or gradient.layout != torch.strided or not self._pass.is_running():
+            return None
+        self._row[i].copy_(gradient)
         self.taken.add(i)
         return placeholder(gradient)
 
-    def _multiply(self, i: int, gradient: Tensor | None) -> None:
-        if gradient is None:
-            return
-        self._products[i].write_row(self._results[i][self._row], gradient)
-        self.taken.add(i)
+    def _multiply(self, i: int, gradient: Tensor) -> None:
+        if self._pass.is_running():
+            self._products[i].write_row(self._row[i], gradient)
+            self.taken.add(i)

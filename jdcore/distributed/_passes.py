@@ -16,6 +16,7 @@ import torch
 from attrs import frozen
 from torch import Tensor
 
+from jdcore._fields import set_aside
 from jdcore.distributed._grid import Grid
 from jdcore.distributed._meeting import Meeting, Stage
 from jdcore.distributed._sharding import Gathered, is_dtensor, local_part
@@ -70,7 +71,7 @@ def run_passes(
         _check_units(units)
         _meet(meeting, passes, gathered, everything)
     last_number = max((n for n, each in enumerate(passes) if each.outputs), default=-1)
-    with _apart(everything), _kept_gathered(units) as free:
+    with set_aside(everything), _kept_gathered(units) as free:
         for number, each in enumerate(passes):
             if not each.outputs:
                 continue
@@ -138,22 +139,6 @@ def _reduced(target: Tensor) -> Tensor:
     if is_dtensor(target) and gradient.placements != spread.placements:
         gradient = gradient.redistribute(spread.device_mesh, spread.placements)
     return local_part(gradient)
-
-
-@contextmanager
-def _apart(tensors: Sequence[Tensor]) -> Iterator[None]:
-    """Put ``.grad`` and the hooks that follow it aside, and back afterwards."""
-    before = [(t, t.grad, t._post_accumulate_grad_hooks) for t in tensors]
-    for tensor in tensors:
-        tensor.grad = None
-        # Passes of our own are not steps of the user: the hooks follow the aggregated gradient.
-        tensor._post_accumulate_grad_hooks = None  # type: ignore[assignment]  # as torch has it
-    try:
-        yield
-    finally:
-        for tensor, gradient, hooks in before:
-            tensor.grad = gradient
-            tensor._post_accumulate_grad_hooks = hooks
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
-from functools import cached_property
 from typing import TypeAlias
 
 from attrs import frozen
@@ -10,17 +10,24 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 Edge: TypeAlias = "tuple[Node, int]"
 
+# A custom function may keep anything under the name `variable`, so leaves are told by this name.
+_LEAF = "torch::autograd::AccumulateGrad"
 
-@frozen(eq=False, slots=False)  # slots leave no room for cached properties
+
+@frozen(eq=False)
 class Reach:
     """
     What a differentiation of some outputs passes through.
 
-    :param edges: Every edge of the graph, in a fixed order: node and index of its output.
+    :param edges: Every edge of the graph, in a fixed order: node and index of its output. The value
+        says how often the edge is used: by a node of the graph or as an output.
+    :param nodes: The nodes that are executed and may hold saved tensors, with their names: all but
+        those of leaves.
     :param leaves: Leaf tensors that require grad, in the order in which they were found.
     """
 
-    edges: dict[Edge, None]
+    edges: dict[Edge, int]
+    nodes: dict[Node, str]
     leaves: tuple[Tensor, ...]
 
     def reaches(self, tensor: Tensor) -> bool:
@@ -31,10 +38,15 @@ class Reach:
         """Whether one of the edges is in the graph."""
         return not edges.isdisjoint(self.edges)
 
-    @cached_property
-    def nodes(self) -> set[Node]:
-        """The nodes that are executed and may hold saved tensors: all but those of leaves."""
-        return {node for node, _ in self.edges if not hasattr(node, "variable")}
+
+def largest_gradient(graph: Reach) -> int:
+    """Bytes of the largest gradient that arrives at a node, 0 where torch does not tell."""
+    largest = 0
+    for node in graph.nodes:
+        # No public interface (since torch 2.5); a missing one only means that nothing is known.
+        for data in getattr(node, "_input_metadata", ()):
+            largest = max(largest, math.prod(data.shape) * data.dtype.itemsize)
+    return largest
 
 
 def edge_of(tensor: Tensor) -> Edge:
@@ -56,12 +68,6 @@ def reach(outputs: Iterable[Tensor], stop: Iterable[Tensor] = ()) -> Reach:
     return _walk([edge_of(tensor) for tensor in outputs if tensor.requires_grad], barrier)
 
 
-def reach_behind(outputs: Iterable[Tensor]) -> Reach:
-    """What lies strictly behind some tensors: what their nodes were computed from."""
-    nodes = [edge_of(tensor)[0] for tensor in outputs if tensor.requires_grad]
-    return _walk([edge for node in nodes for edge in _next_edges(node)], set())
-
-
 def _walk(starts: list[Edge], barrier: set[Edge]) -> Reach:
     """
     Depth first, entering each edge once, expanding each node once.
@@ -69,25 +75,26 @@ def _walk(starts: list[Edge], barrier: set[Edge]) -> Reach:
     The order depends on the graph alone, so the columns of Jacobians are in the same order in every
     run.
     """
-    edges: dict[Edge, None] = {}
-    expanded: set[Node] = set()
-    leaves: list[Tensor] = []
+    edges: dict[Edge, int] = {}
+    names: dict[Node, str] = {}
+    leaves: dict[Node, Tensor] = {}
     stack = starts[::-1]
     while stack:
         edge = stack.pop()
-        if edge in edges or edge in barrier:
+        if edge in edges:
+            edges[edge] += 1
+            continue
+        if edge in barrier:
             continue
         # Holding the node keeps its Python wrapper, hence its identity, for the whole walk.
-        edges[edge] = None
+        edges[edge] = 1
         node = edge[0]
-        if node in expanded:
+        if node in names or node in leaves:
             continue
-        expanded.add(node)
-        if hasattr(node, "variable"):
-            leaves.append(node.variable)
-        stack.extend(reversed(_next_edges(node)))
-    return Reach(edges, tuple(leaves))
-
-
-def _next_edges(node: Node) -> list[Edge]:
-    return [(n, i) for n, i in node.next_functions if n is not None]
+        name = node.name()
+        if name == _LEAF:
+            leaves[node] = node.variable  # type: ignore[attr-defined]  # nodes of leaves have it
+            continue
+        names[node] = name
+        stack.extend(reversed([(n, i) for n, i in node.next_functions if n is not None]))
+    return Reach(edges, names, tuple(leaves.values()))

@@ -2,11 +2,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-import torch
 from torch import Tensor
 
-from jdcore.autojac._rows import jacobians
+from jdcore.autojac._problem import Problem
 from jdcore.autojac.transform._base import Transform, Values
+from jdcore.graph import Reach
 
 
 class Grad(Transform):
@@ -16,24 +16,29 @@ class Grad(Transform):
     :param outputs: Keys needed; they must require grad.
     :param inputs: Keys given. The gradient of an input that no output depends on is zero.
     :param retain_graph: Whether the graph can be differentiated again afterwards.
+    :param graph: What lies behind the outputs, if it is known.
+    :param watched: Tensors among which are leaves whose ``.grad`` must not change meanwhile,
+        besides those of the graph.
     """
 
     def __init__(
-        self, outputs: Iterable[Tensor], inputs: Iterable[Tensor], *, retain_graph: bool = False
+        self,
+        outputs: Iterable[Tensor],
+        inputs: Iterable[Tensor],
+        *,
+        retain_graph: bool = False,
+        graph: Reach | None = None,
+        watched: Iterable[Tensor] = (),
     ) -> None:
         super().__init__(needs=outputs, gives=inputs)
         self.retain_graph = retain_graph
+        self.graph = graph
+        self.watched = tuple(watched)
 
     def apply(self, values: dict[Tensor, Tensor], /) -> Values:
-        gradients = torch.autograd.grad(
-            self.needs,
-            self.gives,
-            list(values.values()),
-            retain_graph=self.retain_graph,
-            allow_unused=True,
-            materialize_grads=True,
-        )
-        return dict(zip(self.gives, gradients, strict=True))
+        rows = [value.unsqueeze(0) for value in values.values()]
+        problem = Problem.of(self.needs, self.gives, rows, self.graph, self.watched)
+        return dict(zip(self.gives, problem.gradients(self.retain_graph), strict=True))
 
 
 class Jac(Transform):
@@ -47,6 +52,9 @@ class Jac(Transform):
     :param retain_graph: Whether the graph can be differentiated again afterwards.
     :param chunk_size: How many rows are differentiated at once, by vmap; None leaves it to the
         library.
+    :param graph: What lies behind the outputs, if it is known.
+    :param watched: Tensors among which are leaves whose ``.grad`` must not change meanwhile,
+        besides those of the graph.
     """
 
     def __init__(
@@ -56,17 +64,17 @@ class Jac(Transform):
         *,
         retain_graph: bool = False,
         chunk_size: int | None = None,
+        graph: Reach | None = None,
+        watched: Iterable[Tensor] = (),
     ) -> None:
         super().__init__(needs=outputs, gives=inputs)
         self.retain_graph = retain_graph
         self.chunk_size = chunk_size
+        self.graph = graph
+        self.watched = tuple(watched)
 
     def apply(self, values: dict[Tensor, Tensor], /) -> Values:
-        results = jacobians(
-            list(self.needs),
-            list(self.gives),
-            list(values.values()),
-            retain_graph=self.retain_graph,
-            chunk_size=self.chunk_size,
-        )
-        return dict(zip(self.gives, results, strict=True))
+        start = list(values.values())
+        problem = Problem.of(self.needs, self.gives, start, self.graph, self.watched)
+        jacobians = problem.jacobians(self.retain_graph, self.chunk_size)
+        return dict(zip(self.gives, jacobians, strict=True))

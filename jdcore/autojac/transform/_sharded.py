@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 
 from torch import Tensor
 
-from jdcore.autojac._matrix import as_matrix
+from jdcore.autojac._gradients import as_matrix
 from jdcore.autojac.transform._base import Transform, Values
 from jdcore.distributed._passes import Pass, run_passes
 from jdcore.distributed._sharding import like, local_part, rows_like

@@ -30,13 +30,18 @@ class PerTask(Transform):
         rows = {key: _zeros((m, *key.shape), key) for key in self.rows}
         sums: dict[Tensor, Tensor] = {}
         for i, task in enumerate(self.tasks):
-            for key, value in task(values).items():
-                if key in rows:
-                    rows[key][i].copy_(value)
-                elif key in sums:
+            gradients = dict(task(values))
+            places = [rows[key][i] for key in self.rows if key in gradients]
+            if places:
+                own = [gradients.pop(key) for key in self.rows if key in gradients]
+                # One call, and on accelerators few kernels, for all of them.
+                torch._foreach_copy_(places, own)
+            for key, value in gradients.items():
+                if key in sums:
                     sums[key].add_(value)
                 else:
-                    # A gradient can share its memory with another one (as those of a + b do).
+                    # A gradient can share its memory with another one (as those of a + b do), or
+                    # with what it was computed from.
                     sums[key] = value.clone()
         return rows | sums
 

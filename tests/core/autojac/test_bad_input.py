@@ -285,3 +285,56 @@ def test_a_failure_in_the_middle_of_the_rows_leaves_everything_as_it_was(
     with pytest.raises(ZeroDivisionError):
         backward(losses) if function == "backward" else mtl_backward(losses, features)
     assert _Fails.calls == 2
+
+
+def _complex() -> Tensor:
+    return torch.ones(2, dtype=torch.complex64, requires_grad=True)
+
+
+def _nested() -> Tensor:
+    parts = [torch.ones(2), torch.ones(3)]
+    return torch.nested.nested_tensor(parts, layout=torch.jagged, requires_grad=True)
+
+
+def _sparse() -> Tensor:
+    return torch.eye(2).to_sparse().requires_grad_()
+
+
+def _meta() -> Tensor:
+    return torch.ones(2, device="meta", requires_grad=True)
+
+
+@pytest.mark.filterwarnings("ignore:.*prototype stage")
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (_complex, r"of a real floating dtype, got a complex64 .*view_as_real"),
+        (_nested, "a dense Tensor, got a nested Tensor"),
+        (_sparse, "a dense Tensor, got a sparse_coo Tensor"),
+        (_meta, "holds values, got a Tensor on the meta device"),
+    ],
+)
+def test_tensors_of_other_kinds_are_refused_by_name(
+    make: Callable[[], Tensor], reason: str
+) -> None:
+    odd = make()
+    a = torch.ones(2, requires_grad=True)
+    loss = a.sum() + torch.zeros(()).to(a)
+    calls: dict[str, Callable[[], Any]] = {
+        r"tensors\[0\]": lambda: backward(odd),
+        r"inputs\[1\]": lambda: backward(loss, inputs=[a, odd]),
+        r"outputs\[0\]": lambda: jac(odd),
+        r"features\[0\]": lambda: mtl_backward([loss], odd),
+        r"shared_params\[0\]": lambda: mtl_backward([loss], a, shared_params=[odd]),
+        r"tasks_params\[0\]\[0\]": lambda: mtl_backward([loss], a, tasks_params=[[odd]]),
+    }
+    for parameter, call in calls.items():
+        with pytest.raises(ParameterError, match=f"`{parameter}` must be .*{reason}"):
+            call()
+    assert not hasattr(a, "jac")
+
+
+def test_a_default_input_of_another_kind_is_refused() -> None:
+    odd = _complex()
+    with pytest.raises(ParameterError, match=r"`inputs\[0\]` must be of a real floating dtype"):
+        backward(torch.view_as_real(odd).sum())

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from jdcore.autojac import _vmap, backward, jac
-from jdcore.autojac._policy import choose_chunk_size
 from jdcore.errors import VectorizationError, VectorizationWarning
 from jdcore.graph import reach
 from tests.core.autojac.conftest import Truth
@@ -32,7 +31,9 @@ def _leaf(*shape: int) -> Tensor:
 
 
 def _chosen(outputs: list[Tensor], inputs: list[Tensor], usage: list[list[bool]]) -> int:
-    return choose_chunk_size(_vmap.Kind.of(reach(outputs)), inputs, usage)
+    graph = reach(outputs)
+    kind = _vmap.Kind.of(graph)
+    return _vmap.choose_chunk_size(kind, inputs, len(usage), lambda: usage, graph)
 
 
 def _dense(m: int) -> list[list[bool]]:
@@ -57,7 +58,7 @@ def test_separate_losses_are_differentiated_row_by_row_on_cpu() -> None:
     assert _chosen(losses, [a], [[True, False], [False, True]]) == 1
 
 
-def test_convolutions_are_differentiated_row_by_row() -> None:
+def test_convolutions_are_differentiated_row_by_row_on_cpu() -> None:
     layer = nn.Conv2d(1, 2, 3)
     out = layer(torch.randn(1, 1, 5, 5))
     assert _chosen([out], list(layer.parameters()), _dense(8)) == 1
@@ -105,7 +106,7 @@ def _broken_on_first_sight(a: Tensor, monkeypatch: pytest.MonkeyPatch) -> Tensor
     def fail(*arguments: Any) -> None:
         raise RuntimeError("Batching rule not implemented for aten::fancy. Sorry.")
 
-    monkeypatch.setattr("jdcore.autojac._rows.batched_gradients", fail)
+    monkeypatch.setattr("jdcore.autojac._problem.batched_gradients", fail)
     return a.sin()
 
 

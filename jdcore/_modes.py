@@ -1,0 +1,31 @@
+"""The modes of torch that our own arithmetic must not inherit from the code around it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import Tensor
+
+
+@contextmanager
+def plain_modes(tensors: Iterable[Tensor]) -> Iterator[None]:
+    """
+    Leave autocast and inference mode, for the time of a ``with`` block.
+
+    Under autocast, products of float32 gradients would be rounded to half precision, and torch
+    wants backward passes outside of it, too: they run in the dtypes of the forward pass. Results of
+    inference mode could not be added to later.
+
+    :param tensors: Those on whose devices something is computed.
+    """
+    devices = {tensor.device.type for tensor in tensors}
+    with ExitStack() as stack:
+        # Asked first: to enter a mode costs more than the question, and drops autocast's cache.
+        if torch.is_inference_mode_enabled():
+            stack.enter_context(torch.inference_mode(False))
+        for device in devices:
+            if torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
+        yield

@@ -1,0 +1,194 @@
+"""
+Parameters that functions of the graph hide in a backward pass of their own.
+
+A reentrant checkpoint (``torch.utils.checkpoint`` with ``use_reentrant=True``) and the blocks of
+reversible networks do not take their parameters as arguments. Their backward accumulates into the
+``.grad`` of these, so each row is taken from there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
+from types import FunctionType, MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import BackwardCFunction
+
+from jdcore._fields import grad_versions, set_aside
+from jdcore.errors import ParameterError
+from jdcore.graph import OuterPass, Reach, edge_of
+
+_CHECKPOINT = "CheckpointFunctionBackward"
+# How deep attributes, containers and closures are searched for modules.
+_DEPTH = 5
+
+
+def is_reentrant(graph: Reach) -> bool:
+    """Whether a graph passes through a reentrant checkpoint."""
+    return _CHECKPOINT in graph.nodes.values()
+
+
+def refuse_default(parameter: str) -> ParameterError:
+    """The error for parameters that cannot be found because a checkpoint hides them."""
+    return ParameterError(
+        parameter,
+        "given where the graph passes through a reentrant checkpoint, which hides its parameters",
+        "None",
+        "Pass all parameters, or call torch.utils.checkpoint with use_reentrant=False.",
+    )
+
+
+def kept_parameters(graph: Reach) -> list[Tensor]:
+    """
+    Leaves that custom functions keep in attributes of their context, there or inside of modules.
+
+    They may accumulate into the ``.grad`` of these.
+    """
+    found: dict[Tensor, None] = {}
+    seen: set[int] = set()
+    for node in graph.nodes:
+        if isinstance(node, BackwardCFunction):
+            _collect(vars(node), found, seen, _DEPTH)
+    return list(found)
+
+
+def may_reach(graph: Reach, tensors: Iterable[Tensor]) -> list[Tensor]:
+    """Those of some tensors that a graph reaches or may hide."""
+    if is_reentrant(graph):
+        return list(tensors)
+    hidden = set(kept_parameters(graph))
+    return [tensor for tensor in tensors if graph.reaches(tensor) or tensor in hidden]
+
+
+def hides(graph: Reach, tensors: Iterable[Tensor]) -> bool:
+    """Whether some tensors may get gradients in a way that a graph does not show."""
+    return is_reentrant(graph) or not set(kept_parameters(graph)).isdisjoint(tensors)
+
+
+def _collect(value: Any, found: dict[Tensor, None], seen: set[int], depth: int) -> None:
+    if id(value) in seen or depth < 0:
+        return
+    if isinstance(value, Tensor):
+        if value.requires_grad and value.is_leaf:
+            found[value] = None
+        return
+    seen.add(id(value))
+    for part in _parts(value):
+        _collect(part, found, seen, depth - 1)
+
+
+def _parts(value: Any) -> Iterable[Any]:
+    if isinstance(value, nn.Module):
+        return value.parameters()
+    if isinstance(value, dict):
+        return value.values()
+    if isinstance(value, (list, tuple, set)):
+        return value
+    if isinstance(value, MethodType):
+        return (value.__self__, value.__func__)
+    if isinstance(value, partial):
+        return (value.func, value.args, value.keywords)
+    if isinstance(value, FunctionType):
+        return [cell.cell_contents for cell in value.__closure__ or () if _is_filled(cell)]
+    return ()
+
+
+def _is_filled(cell: Any) -> bool:
+    try:
+        cell.cell_contents  # noqa: B018 - raises for a variable that is not assigned yet
+    except ValueError:
+        return False
+    return True
+
+
+@contextmanager
+def guarded(leaves: Iterable[Tensor], *, custom: bool) -> Iterator[None]:
+    """
+    Refuse passes in which functions change the ``.grad`` of leaves, as the rows would lack it.
+
+    :param leaves: The leaves that are watched.
+    :param custom: Whether the graph holds custom functions. Then the ``.grad`` fields are taken
+        away meanwhile, so that they are as before also where the passes are refused.
+    :raises ParameterError: At the end of the block, if the ``.grad`` of a leaf changed.
+    """
+    watched = list(leaves)
+    with set_aside(watched) if custom else nullcontext():
+        before = grad_versions(watched)
+        yield
+        changed = _changed(watched, before)
+    if changed:
+        raise ParameterError(
+            "inputs",
+            "all parameters where a function of the graph accumulates into their .grad by itself "
+            "(as reversible blocks do)",
+            "an incomplete list, or parameters that the function does not keep in its context",
+            "Pass all parameters, and let the function take its parameters as arguments or keep "
+            "its modules as attributes of ctx.",
+        )
+
+
+def _changed(leaves: list[Tensor], before: list[tuple[Tensor | None, int]]) -> bool:
+    changed = False
+    triples = zip(leaves, before, grad_versions(leaves), strict=True)
+    for leaf, (old, old_version), (new, version) in triples:
+        if new is not old or version != old_version:
+            changed = True
+            if old is None:
+                leaf.grad = None
+    return changed
+
+
+class AccumulatedRows:
+    """
+    Rows by accumulating backward passes, one at a time.
+
+    :param inputs: Must hold every parameter that is hidden. Those that are no leaves are listened
+        to.
+    """
+
+    def __init__(self, inputs: Sequence[Tensor]) -> None:
+        self._leaves = [(i, tensor) for i, tensor in enumerate(inputs) if tensor.is_leaf]
+        self._others = [(i, tensor) for i, tensor in enumerate(inputs) if not tensor.is_leaf]
+        self._heard: dict[int, Tensor] = {}
+        self._pass = OuterPass()
+        self._count = len(inputs)
+
+    @contextmanager
+    def open(self, outputs: Sequence[Tensor], leaves: Iterable[Tensor]) -> Iterator[None]:
+        """
+        Leave every ``.grad`` as it is, for the time of a ``with`` block.
+
+        :param outputs: Where all passes start.
+        :param leaves: All leaves that may accumulate.
+        """
+        aside = dict.fromkeys([*leaves, *(leaf for _, leaf in self._leaves)])
+        with ExitStack() as stack:
+            stack.enter_context(set_aside(aside))
+            stack.enter_context(self._pass.starting_at(outputs))
+            for i, tensor in self._others:
+                # After the hook that notes the pass, for inputs that are outputs as well.
+                node, position = edge_of(tensor)
+                stack.callback(node.register_prehook(partial(self._hear, i, position)).remove)
+            yield
+
+    def row(
+        self, outputs: Sequence[Tensor], cotangents: Sequence[Tensor], retain_graph: bool
+    ) -> list[Tensor | None]:
+        """The gradients of the inputs, None where nothing arrived."""
+        self._pass.expect()
+        torch.autograd.backward(outputs, cotangents, retain_graph=retain_graph)
+        gradients: list[Tensor | None] = [None] * self._count
+        for i, leaf in self._leaves:
+            gradients[i], leaf.grad = leaf.grad, None
+        for i, _ in self._others:
+            gradients[i] = self._heard.pop(i, None)
+        return gradients
+
+    def _hear(self, i: int, position: int, gradients: tuple[Tensor | None, ...]) -> None:
+        gradient = gradients[position]
+        if gradient is not None and self._pass.is_running():
+            self._heard[i] = gradient

@@ -1,0 +1,323 @@
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cached_property, partial
+from typing import cast
+
+import torch
+from attrs import evolve, field, frozen
+from torch import Tensor
+from torch.autograd.graph import GradientEdge
+
+from jdcore._fields import dense, disjoint
+from jdcore.autojac._gradients import as_matrix, same_grad, zeros
+from jdcore.autojac._hidden import AccumulatedRows, guarded, hides, kept_parameters
+from jdcore.autojac._products import Product, find_products
+from jdcore.autojac._taps import RowTaps, is_worth_a_hook
+from jdcore.autojac._vmap import (
+    Kind,
+    attempt,
+    batched_gradients,
+    choose_chunk_size,
+    insist,
+)
+from jdcore.errors import SinglePassError, VectorizationError
+from jdcore.graph import Reach, reach
+from jdcore.linalg._pages import new_tensor
+
+Gradients = list["Tensor | None"]
+
+
+@frozen(eq=False, slots=False)  # slots leave no room for cached properties
+class Problem:
+    """
+    Rows to be differentiated.
+
+    :param outputs: Tensors to differentiate, all of which require grad.
+    :param inputs: Tensors that require grad.
+    :param cotangents: Initial Jacobians ``[m, *S_output]``, one per output.
+    :param graph: What lies behind the outputs.
+    :param watched: Leaves that functions of the graph may accumulate into by themselves.
+    :param products: Inputs, by position, whose rows are computed as products. Only taken into
+        account where rows are differentiated one by one.
+    """
+
+    outputs: list[Tensor]
+    inputs: list[Tensor]
+    cotangents: list[Tensor]
+    graph: Reach
+    watched: list[Tensor]
+    products: Mapping[int, Product] = field(factory=dict)
+
+    @staticmethod
+    def of(
+        outputs: Sequence[Tensor],
+        inputs: Sequence[Tensor],
+        cotangents: Sequence[Tensor],
+        graph: Reach | None = None,
+        watched: Iterable[Tensor] = (),
+    ) -> Problem:
+        """
+        The rows of those outputs that require grad.
+
+        :param graph: What lies behind the outputs, if it is known.
+        :param watched: Tensors among which are leaves whose ``.grad`` must not change, besides
+            those that the graph shows.
+        """
+        live = [k for k, output in enumerate(outputs) if output.requires_grad]
+        differentiated = [outputs[k] for k in live]
+        rows = [cotangents[k] for k in live]
+        found = reach(differentiated) if graph is None else graph
+        aside = kept_parameters(found)
+        aside += [tensor for tensor in watched if tensor.requires_grad and tensor.is_leaf]
+        return Problem(differentiated, list(inputs), rows, found, aside)
+
+    @property
+    def m(self) -> int:
+        """Number of rows."""
+        return len(self.cotangents[0])
+
+    @cached_property
+    def kind(self) -> Kind:
+        """What vmap can know of the graph."""
+        return Kind.of(self.graph)
+
+    @cached_property
+    def accumulates(self) -> bool:
+        """Whether inputs get gradients in a way that the graph does not show."""
+        return hides(self.graph, self.inputs)
+
+    def restricted(self, positions: Sequence[int]) -> Problem:
+        """The same rows for some of the inputs."""
+        products = {p: self.products[i] for p, i in enumerate(positions) if i in self.products}
+        return evolve(self, inputs=[self.inputs[i] for i in positions], products=products)
+
+    def with_products(self) -> Problem:
+        """The same problem, knowing which large inputs are factors of matrix products."""
+        if self.accumulates:
+            return self
+        found = find_products(self.graph, self.inputs)
+        large = {i: product for i, product in found.items() if is_worth_a_hook(self.inputs[i])}
+        return evolve(self, products=large)
+
+    @property
+    def usage(self) -> list[list[bool]]:
+        """
+        For each row, which outputs it differentiates.
+
+        An output whose part of the row is zero is left out: passing zeros through its graph costs
+        time, and gives NaN wherever that graph has an infinite derivative.
+        """
+        if all(c.ndim == 1 for c in self.cotangents):
+            masks = [c != 0 for c in self.cotangents]
+        else:
+            masks = [(as_matrix(c) != 0).any(dim=1) for c in self.cotangents]
+        usage: list[list[bool]] = torch.stack(masks, dim=1).tolist()
+        return usage
+
+    def jacobians(self, retain_graph: bool, chunk_size: int | None = None) -> list[Tensor]:
+        """
+        Multiply the initial Jacobians by the Jacobian of the outputs with respect to the inputs.
+
+        :param retain_graph: Whether the graph can be differentiated again afterwards.
+        :param chunk_size: Rows differentiated at once, by vmap if more than 1. None lets the
+            library choose; it then falls back to single rows where vmap fails.
+        :returns: One new contiguous tensor ``[m, *S_input]`` per input, sharing memory with no
+            other.
+        :raises VectorizationError: If vmap fails with the chunk size asked for.
+        """
+        if chunk_size == 1 or self.m == 1:
+            return self.row_by_row(retain_graph)
+        if chunk_size is not None:
+            return insist(self.kind, partial(self.solve, chunk_size), retain_graph)
+        one_by_one = partial(self.row_by_row, retain_graph)
+        chosen = 1 if self.accumulates else self._chunk_size()
+        if chosen == 1:
+            return one_by_one()
+        return attempt(self.kind, partial(self.solve, chosen), retain_graph, one_by_one)
+
+    def _chunk_size(self) -> int:
+        return choose_chunk_size(self.kind, self.inputs, self.m, lambda: self.usage, self.graph)
+
+    def row_by_row(self, retain_graph: bool) -> list[Tensor]:
+        """Differentiate without vmap, freeing the graph with the last row."""
+        # Accelerators copy whole rows at once: there, each hook costs more than it saves.
+        on_cpu = all(tensor.is_cpu for tensor in self.inputs)
+        return (self.with_products() if on_cpu else self).solve(1, retain_graph)
+
+    def solve(self, chunk_size: int, retain_graph: bool) -> list[Tensor]:
+        """Differentiate ``chunk_size`` rows at a time, freeing the graph with the last of them."""
+        with same_grad([*self.outputs, *self.inputs]), self._checked():
+            if chunk_size == 1 or self.m == 1:
+                return self._one_by_one(retain_graph)
+            if self.accumulates:
+                raise VectorizationError(
+                    "functions of the graph accumulate into the .grad of its inputs by themselves."
+                )
+            if chunk_size >= self.m:
+                return self._at_once(retain_graph)
+            return self._in_chunks(chunk_size, retain_graph)
+
+    def gradients(self, retain_graph: bool) -> list[Tensor]:
+        """The only row, without its first dimension; gradients may share memory."""
+        with self._checked(), self._passes(RowTaps([], {})) as gradients_of:
+            found = gradients_of(0, [*range(len(self.outputs))], retain_graph)
+        pairs = zip(found, self.inputs, strict=True)
+        return [zeros(t, 1)[0] if g is None else dense(g) for g, t in pairs]
+
+    @contextmanager
+    def _checked(self) -> Iterator[None]:
+        """Refuse what would make rows incomplete, and explain what torch refuses."""
+        with _explained():
+            if self.accumulates:  # the rows are taken from there
+                yield
+            else:
+                with guarded(self._leaves(), custom=self.kind.custom):
+                    yield
+
+    def _leaves(self) -> dict[Tensor, None]:
+        given = [tensor for tensor in self.inputs if tensor.is_leaf]
+        return dict.fromkeys([*self.graph.leaves, *self.watched, *given])
+
+    def _at_once(self, retain_graph: bool) -> list[Tensor]:
+        gradients = batched_gradients(self.outputs, self.inputs, self.cotangents, retain_graph)
+        pairs = zip(gradients, self.inputs, strict=True)
+        rows = [zeros(tensor, self.m) if g is None else dense(g) for g, tensor in pairs]
+        return disjoint(rows, self.cotangents)
+
+    def _in_chunks(self, chunk_size: int, retain_graph: bool) -> list[Tensor]:
+        usage = self.usage
+        results = self._new_results()
+        written: list[list[bool]] = []
+        starts = range(0, self.m, chunk_size)
+        last = max((s for s in starts if any(map(any, usage[s : s + chunk_size]))), default=-1)
+        for start in starts:
+            rows = slice(start, min(start + chunk_size, self.m))
+            used = [k for k, uses in enumerate(zip(*usage[rows], strict=True)) if any(uses)]
+            gradients = self._batch(rows, used, retain_graph or start != last)
+            for result, gradient in zip(results, gradients, strict=True):
+                if gradient is not None:
+                    result[rows] = dense(gradient)
+            written += [[g is not None for g in gradients]] * (rows.stop - rows.start)
+        _clear(results, written)
+        return results
+
+    def _batch(self, rows: slice, used: list[int], retain_graph: bool) -> list[Tensor | None]:
+        if not used:
+            return [None] * len(self.inputs)
+        outputs = [self.outputs[k] for k in used]
+        cotangents = [self.cotangents[k][rows] for k in used]
+        return batched_gradients(outputs, self.inputs, cotangents, retain_graph)
+
+    def _one_by_one(self, retain_graph: bool) -> list[Tensor]:
+        usage = self.usage
+        results = self._new_results()
+        # All views at once: to index each row would take as many calls as there are rows.
+        rows = list(zip(*(result.unbind() for result in results), strict=True))
+        last = max((k for k, uses in enumerate(usage) if any(uses)), default=-1)
+        taps = RowTaps(self.inputs, self.products)
+        written: list[list[bool]] = []
+        with self._passes(taps) as gradients_of:
+            for k, uses in enumerate(usage):
+                used = [i for i, is_used in enumerate(uses) if is_used]
+                taps.start(rows[k])
+                gradients: list[Tensor | None] = [None] * len(self.inputs)
+                if used:
+                    gradients = gradients_of(k, used, retain_graph or k != last)
+                written.append(self._store(rows[k], gradients, taps.taken))
+        _clear(results, written)
+        return results
+
+    def _store(
+        self, row: Sequence[Tensor], gradients: list[Tensor | None], taken: set[int]
+    ) -> list[bool]:
+        """
+        Write those gradients to their places that have not been taken on their way.
+
+        :returns: For each input, whether its place is written.
+        """
+        written = [i in taken or gradient is not None for i, gradient in enumerate(gradients)]
+        places, values = [], []
+        for i, gradient in enumerate(gradients):
+            if i in taken or gradient is None:
+                continue
+            if i in self.products:
+                self.products[i].write_row(row[i], gradient)
+            else:
+                places.append(row[i])
+                values.append(dense(gradient))
+        if places:
+            # One call, and on accelerators few kernels, for all of them.
+            torch._foreach_copy_(places, values)
+        return written
+
+    @contextmanager
+    def _passes(self, taps: RowTaps) -> Iterator[Callable[[int, list[int], bool], Gradients]]:
+        """How the gradients of a row are had, given its index and the outputs that it uses."""
+        accumulated = AccumulatedRows(self.inputs)
+        ends = self.ends
+
+        def gradients_of(k: int, used: list[int], retain_graph: bool) -> Gradients:
+            outputs = [self.outputs[i] for i in used]
+            cotangents = [self.cotangents[i][k] for i in used]
+            if self.accumulates:
+                return accumulated.row(outputs, cotangents, retain_graph)
+            found = torch.autograd.grad(
+                outputs, ends, cotangents, retain_graph=retain_graph, allow_unused=True
+            )
+            return list(found)
+
+        if self.accumulates:
+            with accumulated.open(self.outputs, self._leaves()):
+                yield gradients_of
+        else:
+            with taps.open(self.outputs):
+                yield gradients_of
+
+    def _new_results(self) -> list[Tensor]:
+        pairs = zip(self.inputs, self.row_shapes, strict=True)
+        return [new_tensor(tensor, self.m, *shape) for tensor, shape in pairs]
+
+    @property
+    def row_shapes(self) -> list[tuple[int, ...]]:
+        """Shapes of the rows of the inputs."""
+        products = self.products
+        return [
+            products[i].row_shape(tensor) if i in products else tuple(tensor.shape)
+            for i, tensor in enumerate(self.inputs)
+        ]
+
+    @property
+    def ends(self) -> list[Tensor] | list[GradientEdge]:
+        """Where differentiation ends: the inputs, or the products that they are factors of."""
+        products = self.products
+        ends = [products[i].edge if i in products else t for i, t in enumerate(self.inputs)]
+        return cast("list[Tensor]", ends)  # torch takes mixed lists, its annotations do not
+
+
+def _clear(results: list[Tensor], written: list[list[bool]]) -> None:
+    """Set to zero the rows that nothing was written to."""
+    for result, rows in zip(results, zip(*written, strict=True), strict=True):
+        missing = [k for k, is_written in enumerate(rows) if not is_written]
+        if missing:
+            result[missing] = 0.0
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    """
+    Say what to do where a compiled graph allows a single pass.
+
+    :raises SinglePassError: Instead of torch's error.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if "donated buffers" in str(error):
+            raise SinglePassError(
+                "a compiled region reuses the memory of what it saved (donated buffers)",
+                "Set torch._functorch.config.donated_buffer = False before the first backward "
+                "pass of the compiled model.",
+            ) from error
+        raise

@@ -1,0 +1,55 @@
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from jdcore.graph._walk import edge_of
+
+
+class OuterPass:
+    """
+    Tells a backward pass of ours from those that functions of the graph start inside it.
+
+    Functions that differentiate in their own backward (implicit layers, adjoint methods) reach the
+    same leaves as the pass around them. Hooks hear every pass, so those that serve ours ask here.
+    """
+
+    def __init__(self) -> None:
+        self._number: int | None = None
+
+    @contextmanager
+    def starting_at(self, outputs: Sequence[Tensor]) -> Iterator[None]:
+        """
+        Notice passes that start at some outputs, for the time of a ``with`` block.
+
+        Of all nodes, one of theirs is executed first, so what it notes is the number of our pass.
+        """
+        nodes = dict.fromkeys(edge_of(output)[0] for output in outputs)
+        handles = [node.register_prehook(self._note) for node in nodes]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def expect(self) -> None:
+        """Say that the next pass is ours."""
+        self._number = None
+
+    def is_running(self) -> bool:
+        """Whether the pass that calls, from a hook, is ours."""
+        return _current_pass() == self._number
+
+    def _note(self, gradients: tuple[Tensor | None, ...]) -> None:
+        del gradients
+        if self._number is None:
+            self._number = _current_pass()
+
+
+def _current_pass() -> int:
+    # No public interface; torch's own `register_multi_grad_hook` and checkpoints rely on it.
+    number: int = torch._C._current_graph_task_id()
+    return number

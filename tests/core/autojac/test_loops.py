@@ -1,0 +1,549 @@
+"""Training loops as they are written: some steps, beside rows by one plain backward pass each."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from jdcore import ParameterError
+from jdcore.aggregation import GramianAggregator
+from jdcore.autojac import backward, jac, jac_to_grad, mtl_backward
+from jdcore.errors import SinglePassError, VectorizationError
+
+STEPS = 3
+Losses = Callable[[nn.Module], "list[Tensor] | Tensor"]
+
+
+def _by_norm(gramian: Tensor) -> Tensor:
+    return gramian.diagonal().rsqrt()
+
+
+def _list(losses: list[Tensor] | Tensor) -> list[Tensor]:
+    return list(losses) if isinstance(losses, list) else list(losses.unbind())
+
+
+def _plain_step(model: nn.Module, losses: Losses, parameters: list[nn.Parameter]) -> None:
+    """Rows from one forward and one backward pass for each loss."""
+    rows = []
+    for k in range(len(_list(losses(model)))):
+        model.zero_grad()
+        _list(losses(model))[k].backward()
+        grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
+        rows.append(torch.cat([gradient.flatten() for gradient in grads]))
+    matrix = torch.stack(rows)
+    update = _by_norm(matrix @ matrix.T) @ matrix
+    pieces = update.split([p.numel() for p in parameters])
+    for parameter, piece in zip(parameters, pieces, strict=True):
+        parameter.grad = piece.view_as(parameter).clone()
+
+
+def _our_step(model: nn.Module, losses: Losses, parameters: list[nn.Parameter]) -> None:
+    model.zero_grad()
+    backward(losses(model), inputs=parameters)
+    jac_to_grad(parameters, GramianAggregator(_by_norm))
+
+
+def trains_as_plain_rows(
+    model: nn.Module,
+    losses: Losses,
+    step: Callable[[nn.Module, Losses, list[nn.Parameter]], None] = _our_step,
+) -> None:
+    results = []
+    for one_step in (_plain_step, step):
+        trained = copy.deepcopy(model)
+        parameters = list(trained.parameters())
+        optimizer = torch.optim.SGD(parameters, lr=0.05)
+        for _ in range(STEPS):
+            one_step(trained, losses, parameters)
+            optimizer.step()
+        results.append([parameter.detach() for parameter in parameters])
+    for got, expected, before in zip(*results[::-1], model.parameters(), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-11)
+        assert not torch.equal(got, before)
+
+
+X = torch.linspace(-1.0, 1.0, 12, dtype=torch.float64).view(4, 3)
+
+
+# -- functions that differentiate in their own backward --------------------------------------------
+
+
+class _Redone(torch.autograd.Function):
+    """x * w, whose backward differentiates it anew."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor) -> Tensor:
+        ctx.save_for_backward(x, w)
+        return x * w
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor]:
+        x, w = ctx.saved_tensors
+        with torch.enable_grad():
+            [result] = torch.autograd.grad(x * w, w, gradient)
+        return None, result
+
+
+class _Redoing(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(3, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _Redone.apply(x, self.w).sin()
+
+
+class _Adjoint(torch.autograd.Function):
+    """Euler steps of z' = f(z), whose backward goes through them again from the end."""
+
+    @staticmethod
+    def forward(ctx: Any, f: nn.Module, z: Tensor, *parameters: Tensor) -> Tensor:
+        states = [z]
+        with torch.no_grad():
+            for _ in range(4):
+                states.append(states[-1] + 0.1 * f(states[-1]))
+        ctx.f = f
+        ctx.save_for_backward(*states, *parameters)
+        return states[-1]
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        states, parameters = ctx.saved_tensors[:5], ctx.saved_tensors[5:]
+        sums = [torch.zeros_like(p) for p in parameters]
+        for state in reversed(states[:-1]):
+            with torch.enable_grad():
+                start = state.detach().requires_grad_()
+                end = start + 0.1 * ctx.f(start)
+            gradient, *found = torch.autograd.grad(end, (start, *parameters), gradient)
+            sums = [total + part for total, part in zip(sums, found, strict=True)]
+        return None, gradient, *sums
+
+
+class _Flow(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.before = nn.Linear(3, 3).double()
+        self.f = nn.Sequential(nn.Linear(3, 3), nn.Tanh()).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _Adjoint.apply(self.f, self.before(x), *self.f.parameters())
+
+
+class _Equilibrium(nn.Module):
+    """A fixed point z = tanh(A z + x), differentiated by a hook that solves for its gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(3, 3).double()
+        self.outer = nn.Linear(3, 3).double()
+        with torch.no_grad():
+            self.inner.weight.mul_(0.3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.outer(x)
+        with torch.no_grad():
+            z = torch.zeros_like(x)
+            for _ in range(60):
+                z = (self.inner(z) + x).tanh()
+        z = (self.inner(z) + x).tanh()
+        start = z.detach().requires_grad_()
+        f = (self.inner(start) + x.detach()).tanh()
+
+        def solve(gradient: Tensor) -> Tensor:
+            y = gradient
+            for _ in range(60):
+                y = torch.autograd.grad(f, start, y, retain_graph=True)[0] + gradient
+            return y
+
+        z.register_hook(solve)
+        return z
+
+
+@pytest.mark.parametrize("make", [_Redoing, _Flow, _Equilibrium])
+def test_functions_that_differentiate_in_their_own_backward(make: type[nn.Module]) -> None:
+    trains_as_plain_rows(make(), lambda model: [(model(X) - k).square().mean() for k in range(3)])
+    trains_as_plain_rows(make(), lambda model: (model(X) - 2.0).square().mean(dim=0))
+
+
+@pytest.mark.parametrize("size", [3, 300])
+def test_a_large_leaf_does_not_hear_passes_inside_its_own(size: int) -> None:
+    w = torch.randn(size, 300, dtype=torch.float64, requires_grad=True)
+    x = torch.full_like(w, 3.0)
+    losses = [_Redone.apply(x, w).sum(), (_Redone.apply(x, w) * w).sum()]
+    [rows] = jac(losses, w)
+    torch.testing.assert_close(rows, torch.stack([x, 2 * x * w.detach()]))
+
+
+# -- functions that hide their parameters ----------------------------------------------------------
+
+
+class _ReversibleFunction(torch.autograd.Function):
+    """Coupled blocks; backward makes the inputs anew and accumulates into the parameters."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor, f: nn.Module, g: nn.Module) -> Any:
+        with torch.no_grad():
+            c = a + f(b)
+            d = b + g(c)
+        ctx.f, ctx.g = f, g
+        ctx.save_for_backward(c, d)
+        return c, d
+
+    @staticmethod
+    def backward(ctx: Any, to_c: Tensor, to_d: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        c, d = ctx.saved_tensors
+        with torch.enable_grad():
+            middle = c.detach().requires_grad_()
+            shift = ctx.g(middle)
+        shift.backward(to_d)
+        to_c = to_c + middle.grad
+        with torch.enable_grad():
+            start = (d.detach() - shift.detach()).requires_grad_()
+            shift = ctx.f(start)
+        shift.backward(to_c)
+        return to_c, to_d + start.grad, None, None
+
+
+class _Reversible(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.before = nn.Linear(3, 4).double()
+        self.f = nn.Sequential(nn.Linear(2, 2), nn.Tanh()).double()
+        self.g = nn.Sequential(nn.Linear(2, 2), nn.Tanh()).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = self.before(x).chunk(2, dim=1)
+        return torch.cat(_ReversibleFunction.apply(a, b, self.f, self.g), dim=1)
+
+
+def _two_losses(model: nn.Module) -> list[Tensor]:
+    y = model(X)
+    return [y.square().mean(), (y - 1.0).abs().mean()]
+
+
+def test_reversible_blocks_train_if_their_parameters_are_given() -> None:
+    trains_as_plain_rows(_Reversible(), _two_losses)
+    trains_as_plain_rows(_Reversible(), lambda model: model(X).square().mean(dim=0))
+
+
+def test_reversible_blocks_are_refused_where_their_parameters_are_missing() -> None:
+    model = _Reversible()
+    kept = torch.ones_like(model.f[0].weight)
+    model.f[0].weight.grad = kept
+    calls = []
+    model.g[0].weight.register_post_accumulate_grad_hook(calls.append)
+    for refused in (
+        lambda: backward(_two_losses(model)),
+        lambda: backward(_two_losses(model), inputs=model.before.parameters()),
+        lambda: jac(_two_losses(model), model.before.weight),
+        lambda: backward(_two_losses(model), parallel_chunk_size=2),
+    ):
+        with pytest.raises((ParameterError, VectorizationError)):
+            refused()
+    assert model.f[0].weight.grad is kept
+    assert kept.eq(1.0).all()
+    assert not calls
+    assert all(parameter.grad is None for parameter in model.g.parameters())
+    assert not any(hasattr(parameter, "jac") for parameter in model.parameters())
+
+
+def test_a_function_that_keeps_its_parameters_out_of_sight_is_refused_before_a_jac_is_written() -> (
+    None
+):
+    w = torch.ones(2, requires_grad=True)
+
+    class Secret(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return x * w.detach()
+
+        @staticmethod
+        def backward(ctx: Any, gradient: Tensor) -> Tensor:
+            with torch.enable_grad():
+                (w * 1.0).backward(gradient)
+            return gradient
+
+    x = torch.ones(2, requires_grad=True)
+    with pytest.raises(ParameterError, match=r"accumulates into their .grad by"):
+        backward(Secret.apply(x).sum(), inputs=[x, w])
+    # The pass itself cannot be undone for what is not watched, but here w was given.
+    assert w.grad is None
+    assert not hasattr(x, "jac")
+
+
+def test_a_hook_that_accumulates_is_refused() -> None:
+    x, w = torch.ones(2, requires_grad=True), torch.ones(2, requires_grad=True)
+    hidden = x * 1.0
+
+    def accumulate(gradient: Tensor) -> None:
+        with torch.enable_grad():
+            w.sum().backward()
+
+    hidden.register_hook(accumulate)
+    with pytest.raises(ParameterError, match="by itself"):
+        backward((hidden * w).sum())
+    assert w.grad is None
+    assert not hasattr(w, "jac")
+
+
+def test_a_head_behind_a_reversible_trunk() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.trunk = _Reversible()
+            self.heads = nn.ModuleList(nn.Linear(4, 1).double() for _ in range(2))
+
+    def losses(net: nn.Module) -> list[Tensor]:
+        features = net.trunk(X)
+        return [head(features).square().mean() for head in net.heads]
+
+    model = Net()
+    expected = copy.deepcopy(model)
+    for k in range(2):
+        losses(expected)[k].backward()
+    features = model.trunk(X)
+    mtl_backward(
+        [head(features).square().mean() for head in model.heads],
+        features,
+        shared_params=model.trunk.parameters(),
+    )
+    jac_to_grad(model.trunk.parameters(), lambda matrix: matrix.sum(dim=0))
+    for got, wanted in zip(model.parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(got.grad, wanted.grad)
+
+
+class _Checkpointed(nn.Module):
+    """A trunk, and heads inside of reentrant checkpoints."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk = nn.Sequential(nn.Linear(3, 5), nn.Tanh()).double()
+        self.heads = nn.ModuleList(
+            nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 1)).double() for _ in range(2)
+        )
+
+    def losses(self) -> tuple[list[Tensor], Tensor]:
+        features = self.trunk(X)
+        outputs = [checkpoint(head, features, use_reentrant=True) for head in self.heads]
+        return [(y - 1.0).square().mean() for y in outputs], features
+
+
+def test_reentrant_checkpoints_in_heads() -> None:
+    def step(model: nn.Module, losses: Losses, parameters: list[nn.Parameter]) -> None:
+        model.zero_grad()
+        tasks_params = [list(head.parameters()) for head in model.heads]
+        mtl_backward(*model.losses(), tasks_params=tasks_params)
+        jac_to_grad(model.trunk.parameters(), GramianAggregator(_by_norm))
+
+    torch.manual_seed(3)
+    model = _Checkpointed()
+    plain = copy.deepcopy(model)
+    for _ in range(STEPS):
+        step(model, None, [])
+        rows = []
+        for parameter in plain.parameters():
+            parameter.grad = None
+        for k in range(2):
+            for parameter in plain.trunk.parameters():
+                parameter.grad = None
+            plain.losses()[0][k].backward()
+            rows.append(torch.cat([p.grad.flatten() for p in plain.trunk.parameters()]))
+        matrix = torch.stack(rows)
+        pieces = (_by_norm(matrix @ matrix.T) @ matrix).split(
+            [p.numel() for p in plain.trunk.parameters()]
+        )
+        for parameter, piece in zip(plain.trunk.parameters(), pieces, strict=True):
+            parameter.grad = piece.view_as(parameter)
+        for got, expected in zip(model.parameters(), plain.parameters(), strict=True):
+            torch.testing.assert_close(got.grad, expected.grad)
+            with torch.no_grad():
+                got.sub_(got.grad, alpha=0.1)
+                expected.sub_(expected.grad, alpha=0.1)
+
+
+def test_reentrant_checkpoints_in_heads_need_the_parameters_of_the_tasks() -> None:
+    with pytest.raises(ParameterError, match="`tasks_params` must be given"):
+        mtl_backward(*_Checkpointed().losses())
+
+
+def test_a_reentrant_checkpoint_runs_hooks_after_accumulation_once_per_step() -> None:
+    layer = nn.Linear(3, 3).double()
+    calls: list[Tensor] = []
+    for parameter in layer.parameters():
+        parameter.register_post_accumulate_grad_hook(calls.append)
+    y = checkpoint(layer, X.clone().requires_grad_(), use_reentrant=True)
+    backward([y.sum(), y.square().sum(), y.exp().sum()], inputs=layer.parameters())
+    assert not calls
+    jac_to_grad(layer.parameters(), lambda matrix: matrix.sum(dim=0))
+    assert calls == list(layer.parameters())
+
+
+def test_an_intermediate_input_before_a_reentrant_checkpoint_gets_its_rows() -> None:
+    layer = nn.Linear(3, 3).double()
+    hidden = X.clone().requires_grad_() * 2.0
+    y = checkpoint(layer, hidden, use_reentrant=True)
+    losses = [y.sum(), y.square().sum()]
+    got = jac(losses, [hidden, layer.weight])
+    plain = layer(hidden)
+    for k, loss in enumerate([plain.sum(), plain.square().sum()]):
+        expected = torch.autograd.grad(loss, [hidden, layer.weight], retain_graph=True)
+        for jacobian, row in zip(got, expected, strict=True):
+            torch.testing.assert_close(jacobian[k], row)
+
+
+# -- modes -----------------------------------------------------------------------------------------
+
+
+def test_a_step_inside_of_autocast_loses_no_digits() -> None:
+    w = torch.tensor([1.0, 2.0], requires_grad=True)
+    with torch.autocast("cpu", torch.float16):
+        backward([1e-8 * w.sum(), 1e-8 * (w**2).sum()])
+        jac_to_grad(w, lambda matrix: matrix.new_full((2,), 0.5) @ matrix)
+    torch.testing.assert_close(w.grad, torch.tensor([1.5e-8, 2.5e-8]), rtol=1e-6, atol=0.0)
+
+
+@pytest.mark.parametrize("way", ["jac", "mtl"])
+def test_autocast_around_the_whole_step_gives_the_rows_of_passes_outside(way: str) -> None:
+    torch.manual_seed(0)
+    trunk, heads = nn.Linear(8, 6), [nn.Linear(6, 1) for _ in range(2)]
+    x = torch.randn(5, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        features = trunk(x)
+        losses = [head(features).float().square().mean() * 1e3 for head in heads]
+        parameters = list(trunk.parameters())
+        if way == "jac":
+            backward(losses, inputs=parameters, retain_graph=True)
+        else:
+            mtl_backward(losses, features, retain_graph=True)
+        got = [parameter.jac for parameter in parameters]
+        jac_to_grad(parameters, GramianAggregator(_by_norm))
+    for k, loss in enumerate(losses):
+        expected = torch.autograd.grad(loss, parameters, retain_graph=True)
+        for jacobian, row in zip(got, expected, strict=True):
+            torch.testing.assert_close(jacobian[k], row, rtol=0.0, atol=0.0)
+    matrix = torch.cat([jacobian.flatten(1) for jacobian in got], dim=1).double()
+    update = torch.cat([parameter.grad.flatten() for parameter in parameters]).double()
+    expected_update = _by_norm(matrix @ matrix.T) @ matrix
+    torch.testing.assert_close(update, expected_update, rtol=1e-5, atol=1e-6)
+
+
+def test_gradients_made_in_inference_mode_can_be_added_to_later() -> None:
+    w = torch.tensor([1.0, 2.0], requires_grad=True)
+    losses = w.square()
+    with torch.inference_mode():
+        backward(losses)
+        jac_to_grad(w, lambda matrix: matrix.sum(dim=0))
+    backward(w.square())
+    jac_to_grad(w, lambda matrix: matrix.sum(dim=0))
+    assert w.grad.tolist() == [4.0, 8.0]
+
+
+# -- hooks -----------------------------------------------------------------------------------------
+
+
+def _net() -> nn.Module:
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3)).double()
+
+
+@pytest.fixture
+def _quiet() -> Iterator[None]:
+    from jdcore.autojac import _vmap
+
+    _vmap._WORKED.clear()
+    _vmap._FAILED.clear()
+    yield
+    _vmap._WORKED.clear()
+    _vmap._FAILED.clear()
+
+
+@pytest.mark.filterwarnings("ignore::jdcore.errors.VectorizationWarning")
+@pytest.mark.usefixtures("_quiet")
+def test_hooks_that_read_values_and_tensors_that_retain_their_gradient() -> None:
+    norms: list[float] = []
+
+    def losses(model: nn.Module) -> Tensor:
+        hidden = model[0](X)
+        hidden.register_hook(lambda gradient: norms.append(gradient.norm().item()))
+        hidden.retain_grad()
+        return model[2](model[1](hidden)).square().mean(dim=0)
+
+    trains_as_plain_rows(_net(), losses)
+    assert len(norms) >= 2 * 3 * STEPS
+
+
+@pytest.mark.usefixtures("_quiet")
+def test_a_hook_that_reads_values_later_is_told_loudly_once_and_works_from_then_on() -> None:
+    model, norms = _net(), []
+
+    def step(hook: bool) -> None:
+        hidden = model[0](X)
+        if hook:
+            hidden.register_hook(lambda gradient: norms.append(gradient.norm().item()))
+        backward(model[2](model[1](hidden)).square().mean(dim=0))
+
+    step(hook=False)
+    with pytest.raises(VectorizationError, match="a hook may read or keep values"):
+        step(hook=True)
+    step(hook=True)
+    assert len(norms) == 3
+
+
+@pytest.mark.parametrize("size", [2, 70_000])
+def test_none_that_a_custom_function_passes_on_is_no_row(size: int) -> None:
+    class Stop(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, gradient: Tensor) -> None:
+            return None
+
+    w, v = torch.ones(size, requires_grad=True), torch.ones(size, requires_grad=True)
+    backward([(Stop.apply(w) * v).sum(), (w * v).sum()])
+    assert w.jac[0].eq(0.0).all()
+    assert w.jac[1].eq(1.0).all()
+    assert v.jac.eq(1.0).all()
+
+
+# -- compiled models -------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_compiled_graph_that_donates_its_buffers_says_what_to_do() -> None:
+    model = _net()
+    compiled = torch.compile(model, backend="aot_eager")
+    compiled(X).sum().backward()
+    with pytest.raises(SinglePassError, match=r"donated_buffer = False"):
+        backward(compiled(X).square().mean(dim=0))
+    assert not any(hasattr(parameter, "jac") for parameter in model.parameters())
+    backward(compiled(X).square().mean())  # one pass suffices
+    torch._dynamo.reset()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_compiled_model_trains() -> None:
+    torch._dynamo.reset()
+    compiled: dict[nn.Module, Any] = {}
+
+    def losses(model: nn.Module) -> Tensor:
+        if model not in compiled:
+            compiled[model] = torch.compile(model, backend="aot_eager")
+        return compiled[model](X).square().mean(dim=0)
+
+    import torch._functorch.config as config
+
+    before = config.donated_buffer
+    config.donated_buffer = False
+    try:
+        trains_as_plain_rows(_net(), losses)
+    finally:
+        config.donated_buffer = before
+        torch._dynamo.reset()
