@@ -490,6 +490,62 @@ def jdcore_aggregators() -> Iterator[AggregatorSpec]:
         },
         api_version=1,
     )
+    yield AggregatorSpec(
+        name="dcgd",
+        summary="The sum of two groups of rows, brought into the dual cone of their sums.",
+        weighting=f"{_PACKAGE}.dcgd:DCGDWeighting",
+        reference=Reference(
+            title="Dual Cone Gradient Descent for Training Physics-Informed Neural Networks",
+            year=2024,
+            url="https://arxiv.org/pdf/2409.18426",
+        ),
+        properties=(Property.SCALE_EQUIVARIANT,),
+        api_version=1,
+    )
+    yield AggregatorSpec(
+        name="conic_grad",
+        summary="Best worst case in a cone around the mean of the rows, as long as the mean.",
+        weighting=f"{_PACKAGE}.conic_grad:ConicGradWeighting",
+        reference=Reference(
+            title="Fantastic Multi-Task Gradient Updates and How to Find Them In a Cone",
+            year=2025,
+            url="https://arxiv.org/pdf/2502.00217",
+        ),
+        properties=(Property.PERMUTATION_INVARIANT, Property.SCALE_EQUIVARIANT),
+        api_version=1,
+    )
+    yield AggregatorSpec(
+        name="pcd",
+        summary="The first row, changed so that all other objectives make some progress.",
+        weighting=f"{_PACKAGE}.pcd:PCDWeighting",
+        reference=Reference(
+            title=(
+                "Not All Objectives Are Born Equal: Priority-Constrained Descent for Hierarchical "
+                "Multi-Objective Optimization"
+            ),
+            year=2026,
+            url="https://arxiv.org/pdf/2606.29521",
+        ),
+        properties=(Property.SCALE_EQUIVARIANT,),
+        stateful=True,
+        api_version=1,
+    )
+    yield AggregatorSpec(
+        name="epo",
+        summary="Descent towards the Pareto optimum where losses are as a preference wants them.",
+        weighting=f"{_PACKAGE}.epo:EPOWeighting",
+        reference=Reference(
+            title=(
+                "Multi-Task Learning with User Preferences: Gradient Descent with Controlled "
+                "Ascent in Pareto Optimization"
+            ),
+            year=2020,
+            url="https://proceedings.mlr.press/v119/mahapatra20a/mahapatra20a.pdf",
+        ),
+        properties=(Property.SCALE_EQUIVARIANT,),
+        losses=True,
+        api_version=1,
+    )
 
 
 def _constant_weights(m: int) -> dict[str, Any]:

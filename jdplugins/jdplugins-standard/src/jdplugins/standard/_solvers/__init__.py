@@ -7,16 +7,19 @@ separate paths for tiny, small and large problems and for a single right-hand si
 is solved by Newton's method.
 """
 
-from jdplugins.standard._solvers._conflict_averse import NativeConflictAverseSolver
+from jdplugins.standard._solvers._conflict_averse import Bracket, NativeConflictAverseSolver
+from jdplugins.standard._solvers._dispatch import solve_one
 from jdplugins.standard._solvers._dual_cone import NativeDualConeSolver
 from jdplugins.standard._solvers._frank_wolfe import FrankWolfeSolver
 from jdplugins.standard._solvers._min_norm import NativeMinNormSolver
 from jdplugins.standard._solvers._nash_bargaining import NativeNashBargainingSolver
 
 __all__ = [
+    "Bracket",
     "FrankWolfeSolver",
     "NativeConflictAverseSolver",
     "NativeDualConeSolver",
     "NativeMinNormSolver",
     "NativeNashBargainingSolver",
+    "solve_one",
 ]

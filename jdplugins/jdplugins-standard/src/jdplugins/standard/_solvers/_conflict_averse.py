@@ -89,14 +89,14 @@ class _Levels:
             return v
         if excess > 0.0:
             lowest = min(float((self.b / self.a).min()), 0.0)  # v is zero there
-            return self._search(_Bracket(lowest, 0.0, -1.0, excess), v > 0.0)
+            return self._search(Bracket(lowest, 0.0, -1.0, excess), v > 0.0)
         if self._stationary():
             return v
         uppermost = (self.b + self.radius) / self.a
         passive = v > 0.0
         if not passive.any():
             passive[int(uppermost.argmin())] = True
-        return self._search(_Bracket(0.0, float(uppermost.min()), excess, math.inf), passive)
+        return self._search(Bracket(0.0, float(uppermost.min()), excess, math.inf), passive)
 
     def _at(self, level: float, passive: Mask | None) -> tuple[Floats, float]:
         """The v of a level, and by how much the norm of its ``Jᵀ v`` exceeds the radius."""
@@ -110,7 +110,7 @@ class _Levels:
         squared = float(z @ product(self.C, z)) / float(self.a @ z) ** 2
         return squared <= _STATIONARY * len(z)
 
-    def _search(self, bracket: _Bracket, passive: Mask) -> Floats:
+    def _search(self, bracket: Bracket, passive: Mask) -> Floats:
         """Find the level where the norm is the radius."""
         level = bracket.clip(self._level_of(passive))
         best, best_excess, best_level = np.zeros_like(self.b), math.inf, level
@@ -147,7 +147,7 @@ class _Levels:
 
 
 @define
-class _Bracket:
+class Bracket:
     """An interval that holds a root of a growing function, with its values at both ends."""
 
     low: float

@@ -1,0 +1,119 @@
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from attrs import Attribute, define, field
+from numpy.typing import NDArray
+from torch import Tensor
+
+from jdcore.aggregation import GramianSource, GramianWeighting, StateFields, state_field
+from jdcore.errors import ParameterError
+from jdcore.linalg import equilibrate
+from jdcore.validators import describe_tensor, real
+from jdplugins.standard._simplex import kept_weights, no_weights
+from jdplugins.standard._solvers import solve_one
+
+_BELOW_ONE = 1.0 - 2.0**-53
+_INFEASIBLE = 1e7  # multipliers of unit rows that stand for none
+_UNSOLVED = 1e-9
+_ZERO = 1e-14  # squared length, relative to that of what is summed, that rounding leaves
+
+
+def _fraction(instance: Any, attribute: Attribute[Any], value: Any) -> None:
+    if not isinstance(value, Tensor):
+        real(0.0, 1.0)(instance, attribute, value)
+        return
+    expected = "in [0, 1], or a vector of such numbers, one per secondary objective"
+    if value.ndim != 1 or not value.is_floating_point():
+        raise ParameterError(attribute.name, expected, describe_tensor(value))
+    if not bool(((value >= 0.0) & (value <= 1.0)).all()):
+        raise ParameterError(attribute.name, expected, value.tolist())
+
+
+@define(eq=False)
+class PCDWeighting(StateFields, GramianWeighting):
+    """
+    Priority-constrained descent: the first row, and some progress for all others.
+
+    With the rows scaled by their typical lengths, ``u_i = g_i / r_i``, the direction d is the
+    vector closest to u_1 with ``u_j · d >= τ_j ‖u_j‖²`` for all others: each secondary objective
+    gets at least the fraction τ_j of what a step along its own gradient would give. The update is
+    ``‖g_1‖ d / ‖d‖``. From `Not All Objectives Are Born Equal: Priority-Constrained Descent for
+    Hierarchical Multi-Objective Optimization <https://arxiv.org/pdf/2606.29521>`_.
+
+    Choose it where one objective is what training is for, and others are constraints or auxiliary
+    tasks. Put the primary objective first.
+
+    The typical length of a row is the root of the moving average of its squared norm,
+    ``r² ← β r² + (1 - β) ‖g‖²``. The paper corrects its bias and adds 1e-8 to it; the correction
+    leaves d as it is, and nothing is added here: rows may have any scale.
+
+    If g_1 is zero, or d is, the update is zero. If no d satisfies the conditions (as for two
+    opposite secondary rows), they are dropped and the update is g_1.
+
+    Stateful: the typical lengths.
+
+    :param tau: Fraction τ in [0, 1] for all secondary objectives, or a Tensor [m - 1].
+    :param beta: Weight β of the past in the typical lengths, in [0, 1).
+
+    >>> import torch
+    >>> from jdcore.aggregation import PCD
+    >>> PCD(tau=0.0)(torch.tensor([[1.0, 1.0], [-2.0, 0.0]]))
+    tensor([0.0000, 1.4142])
+    """
+
+    tau: float | Tensor = field(default=0.02, validator=_fraction)
+    beta: float = field(default=0.999, validator=real(0.0, _BELOW_ONE))
+    lengths: Tensor = state_field(no_weights)
+
+    def answer(self, matrix: NDArray[np.float64], source: GramianSource) -> NDArray[np.float64]:
+        m = len(matrix)
+        taus = self._taus(m)
+        cosines, norms, inverses = equilibrate(matrix)
+        old = kept_weights(self.lengths, m)
+        fresh = math.sqrt(1.0 - self.beta) * norms * source.scale()
+        # Roots of sums of squares, formed so that no square leaves the range of float64.
+        typical = fresh if old is None else np.hypot(math.sqrt(self.beta) * old, fresh)
+        weights = np.zeros(m)
+        if norms[0] > 0.0:
+            relative = np.divide(
+                norms * source.scale(), typical, out=np.zeros(m), where=typical > 0.0
+            )
+            shares = _shares(cosines, taus * relative[1:] / relative[0])
+            squared, size = float(shares @ cosines @ shares), float(shares.sum())
+            if squared > _ZERO * m * size * size:
+                weights = shares * inverses * (norms[0] / math.sqrt(squared))
+        self.lengths = torch.from_numpy(typical)
+        return weights
+
+    def _taus(self, m: int) -> NDArray[np.float64]:
+        if not isinstance(self.tau, Tensor):
+            return np.full(m - 1, float(self.tau))
+        if len(self.tau) != m - 1:
+            expected = f"of length {m - 1}, the number of secondary objectives"
+            raise ParameterError("tau", expected, f"length {len(self.tau)}")
+        taus: NDArray[np.float64] = self.tau.detach().double().cpu().numpy()
+        return taus
+
+
+def _shares(cosines: NDArray[np.float64], demands: NDArray[np.float64]) -> NDArray[np.float64]:
+    """
+    What of each unit row makes up d, in units of the length of u_1; [1, 0, ...] if there is none.
+
+    :param cosines: Cosines of all rows [m, m]; the first row is not zero.
+    :param demands: Least inner products of d with the other unit rows [m - 1].
+    """
+    shares = np.zeros(len(cosines))
+    shares[0] = 1.0
+    rows = np.flatnonzero(np.diagonal(cosines))[1:]  # zero rows demand nothing
+    q = cosines[rows, 0] - demands[rows - 1]
+    scale = max(1.0, float(np.abs(q).max(initial=0.0)))
+    if q.min(initial=0.0) >= 0.0:
+        return shares
+    z, residual = solve_one(cosines[np.ix_(rows, rows)], q / scale)
+    if residual <= _UNSOLVED and z.max() < _INFEASIBLE:
+        shares[rows] = z * scale
+    return shares
