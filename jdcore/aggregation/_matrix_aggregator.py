@@ -29,8 +29,11 @@ class MatrixAggregator:
         environment variable ``JDCORE_CHECK_FINITE`` says (``1`` raises), else no.
     """
 
-    draws: ClassVar[bool] = False
-    """Whether the method draws random numbers in the order of the columns."""
+    needs_all_columns: ClassVar[bool] = False
+    """
+    Whether a process must have all columns, where they could lie on several of them: to draw random
+    numbers in their order, or for a state of the size of a row.
+    """
 
     check_finite: bool | None = field(default=None, kw_only=True, validator=boolean, repr=False)
 

@@ -72,9 +72,11 @@ class RowMixing:
         return None if wrapped is None else MixedWeighting(self, wrapped)
 
     @property
-    def draws(self) -> bool:
-        """Whether the wrapped aggregator draws random numbers in the order of the columns."""
-        return bool(getattr(self.aggregator, "draws", False))
+    def needs_all_columns(self) -> bool:
+        """Whether a process must have all columns, as the wrapped aggregator needs them."""
+        inner = self.aggregator
+        needs = getattr(inner, "needs_all_columns", False)
+        return bool(needs) or not hasattr(inner, "aggregate_columns")
 
     def __call__(self, matrix: Tensor, /, *, losses: Tensor | None = None) -> Tensor:
         """

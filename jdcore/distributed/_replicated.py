@@ -56,6 +56,9 @@ class ReplicatedColumns(Columns):
     def precision(self) -> torch.dtype:
         return narrowest(t.dtype for bucket in self._buckets for t in bucket.tensors)
 
+    def rounded_to(self) -> torch.dtype:
+        return self.precision  # a mean is rounded anew
+
     def gramian(self) -> Tensor:
         self._divide(Stage.GRAMIAN)
         return super().gramian()

@@ -11,7 +11,6 @@ from jdcore.distributed._grid import Grid
 from jdcore.distributed._meeting import Group, Meeting, Stage
 from jdcore.distributed._replicated import weights_of_first
 from jdcore.errors import ParameterError
-from jdcore.linalg import combine
 from jdcore.linalg._gramian import sum_cross_gramians, sum_gramians, symmetric
 
 # What the Gramians of plain parameters may differ by on processes that compute the same.
@@ -97,9 +96,12 @@ class ShardedColumns(Columns):
     def weights(self, ask: Callable[[], Tensor]) -> Tensor:
         return weights_of_first(self._meeting, ask(), self.device)
 
-    def combine(self, weights: Tensor) -> list[Tensor]:
+    def rounded_to(self) -> torch.dtype:
+        return self.precision  # what the parts tell need not be the same on all processes
+
+    def combine(self, weights: Tensor, *, wide: bool = False) -> list[Tensor]:
         self._meeting.agree(Stage.UPDATE)
-        return [combine(weights, block.detach()) for block in self.blocks]
+        return super().combine(weights, wide=wide)
 
     def apply(self, function: Callable[[Tensor], Tensor]) -> list[Tensor]:
         vectors = [function(block) for block in self.blocks]

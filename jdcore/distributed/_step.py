@@ -60,9 +60,10 @@ def divides(aggregator: Any) -> bool:
     """
     Whether an aggregator can be given columns that lie on several processes.
 
-    Random numbers that are drawn column by column are those of one process only if it has all.
+    Others get all columns on every process, and the result of the first process counts.
     """
-    return hasattr(aggregator, "aggregate_columns") and not getattr(aggregator, "draws", False)
+    needs_all = getattr(aggregator, "needs_all_columns", False)
+    return hasattr(aggregator, "aggregate_columns") and not needs_all
 
 
 @contextmanager

@@ -85,7 +85,7 @@ def test_flat_parameters_are_noticed(original: bool) -> None:
         nn.Linear(3, 2), use_orig_params=original, device_id=torch.device("cpu")
     )
     losses = model(torch.randn(5, 3)).square().mean(dim=0)
-    with pytest.raises(ParameterError, match="FlatParameter.*fully_shard"):
+    with pytest.raises(ParameterError, match=r"FlatParameter.*fully_shard"):
         backward(losses)
 
 

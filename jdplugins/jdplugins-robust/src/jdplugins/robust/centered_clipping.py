@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import ClassVar
+
 import numpy as np
 import torch
 from attrs import Attribute, define, field
@@ -49,6 +51,8 @@ class CenteredClipping(StateFields, MatrixAggregator):
     >>> aggregator(torch.tensor([[0.5], [0.7], [-100.0]]))  # now to 0.0667 - 1
     tensor([0.0889])
     """
+
+    needs_all_columns: ClassVar[bool] = True
 
     tau: float = field(default=100.0, validator=real(0.0))
     n_iter: int = field(default=1, validator=integer(1))

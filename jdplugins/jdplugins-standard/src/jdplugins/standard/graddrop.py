@@ -56,7 +56,7 @@ class GradDrop(CoordinatewiseAggregator):
     tensor([ 3., -2.,  7.])
     """
 
-    draws: ClassVar[bool] = True
+    needs_all_columns: ClassVar[bool] = True
 
     f: Callable[[Tensor], Tensor] = field(default=identity, validator=_callable, repr=_name)
     leak: Tensor | None = field(default=None, validator=row_vector)
