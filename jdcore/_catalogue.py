@@ -37,6 +37,7 @@ METHODS = {
         "dualproj",
         "epo",
         "excess_mtl",
+        "fairgrad",
         "graddrop",
         "gradnorm",
         "gradvac",
@@ -69,6 +70,7 @@ SOLVERS: dict[str, dict[str, tuple[str, ...]]] = {
     "jdplugins-standard": {
         "conflict_averse": ("native",),
         "dual_cone": ("native",),
+        "fair_allocation": ("native",),
         "min_norm": ("frank_wolfe", "native"),
         "nash_bargaining": ("native",),
     },

@@ -29,6 +29,7 @@ __all__ = [
     "BlockwiseAggregator",
     "ConflictAverseSolver",
     "DualConeSolver",
+    "FairAllocationSolver",
     "GeneralizedWeighting",
     "GramianRule",
     "MinNormSolver",
@@ -206,6 +207,25 @@ class ConflictAverseSolver(Protocol):
         """
         :param gramian: Finite Gramian, float64, shape [m, m].
         :param c: Radius of the ball relative to the norm of g0, >= 0.
+        :returns: Weights w, float64, shape [m].
+        """
+
+
+@runtime_checkable
+class FairAllocationSolver(Protocol):
+    """
+    Solves ``problem="fair_allocation"``: ``G w = w^(-1/alpha)`` entry by entry, for ``w > 0``.
+
+    Laws: a zero row of J gets ``w_i = 0``; the result for ``s² G`` is
+    ``s^(-2 alpha / (1 + alpha)) w``; an answer less accurate than promised comes with an
+    :class:`~jdcore.errors.UnsolvedWarning`. At a Pareto-stationary point, as
+    :class:`NashBargainingSolver`.
+    """
+
+    def __call__(self, gramian: NDArray[np.float64], alpha: float, /) -> NDArray[np.float64]:
+        """
+        :param gramian: Finite Gramian, float64, shape [m, m].
+        :param alpha: Degree of fairness, > 0.
         :returns: Weights w, float64, shape [m].
         """
 

@@ -546,6 +546,23 @@ def jdcore_aggregators() -> Iterator[AggregatorSpec]:
         losses=True,
         api_version=1,
     )
+    yield AggregatorSpec(
+        name="fairgrad",
+        summary="Alpha-fair gains: from the largest sum over Nash bargaining to the worst case.",
+        weighting=f"{_PACKAGE}.fairgrad:FairGradWeighting",
+        reference=Reference(
+            title="Fair Resource Allocation in Multi-Task Learning",
+            year=2024,
+            url="https://arxiv.org/pdf/2402.15638",
+        ),
+        properties=(
+            Property.NON_CONFLICTING,
+            Property.STRONGLY_STATIONARY,
+            Property.PERMUTATION_INVARIANT,
+        ),
+        example=lambda m: {"alpha": 2.0},
+        api_version=1,
+    )
 
 
 def _constant_weights(m: int) -> dict[str, Any]:
@@ -593,6 +610,13 @@ def jdcore_solvers() -> Iterator[SolverSpec]:
         problem="conflict_averse",
         summary="Exact and scale-free, by LCPs for the level of improvement, in numpy.",
         factory=f"{_PACKAGE}._solvers:NativeConflictAverseSolver",
+        api_version=1,
+    )
+    yield SolverSpec(
+        name="native",
+        problem="fair_allocation",
+        summary="Exact and scale-free, by damped Newton steps in numpy.",
+        factory=f"{_PACKAGE}._solvers:NativeFairAllocationSolver",
         api_version=1,
     )
     yield SolverSpec(

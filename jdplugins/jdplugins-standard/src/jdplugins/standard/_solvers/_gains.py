@@ -1,0 +1,240 @@
+"""
+Weights under which gains and weights are in balance: Nash bargaining, and fairness of any degree.
+
+Find ``a > 0`` with ``(G a)_i = h_i a_i^(-e)``: the gain ``(G a)_i`` of row i falls with its weight.
+With D the row norms, ``C = D⁻¹ G D⁻¹`` and ``b = D a``, it is the minimum of the convex
+``½ bᵀ C b - Σ k_i b_i^(1 - e) / (1 - e)`` with ``k = h d^(e - 1)`` (``Σ k_i log b_i`` for e = 1).
+Damped Newton steps relative to b solve it: with B the diagonal matrix of b and ``s = k b^(1 - e)``
+their matrix is ``B C B + e S``, which is positive definite even where C is singular, and no step
+leaves ``b > 0``. A proximal term makes a first stage solvable for every C; a second does without.
+
+Where that fails, 0 lies in the convex hull of some rows, to about 1e-6 of their norms. These rows
+are found in the null space of C and leave the game, see
+:class:`~jdcore.protocols.NashBargainingSolver`.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+
+import numpy as np
+from attrs import frozen
+from numpy.typing import NDArray
+
+from jdcore.errors import UnsolvedWarning
+from jdcore.linalg import equilibrate, product, solve
+from jdplugins.standard._spectrum import spectrum
+
+Floats = NDArray[np.float64]
+
+_PROXIMAL = 1e-12
+_STEPS = 100
+_NEARBY = 0.1  # Newton decrement from which convergence is certain and quadratic
+_UNSOLVED = 1e-10
+# How well combinations of stationary rows vanish; what rounding rows to float32 leaves is less.
+_STATIONARY = 1e-6
+
+
+@frozen
+class Gains:
+    """
+    What of its gain a row is to have for its weight: ``h_i a_i^(-e)``.
+
+    :param exponent: e > 0; 1 for Nash bargaining.
+    :param problem: Name of the problem, for warnings.
+    """
+
+    exponent: float
+    problem: str
+
+    def solve(self, gramian: Floats, factors: Floats) -> Floats:
+        """
+        The weights a [m], zero for zero rows.
+
+        :param gramian: Finite Gramian [m, m].
+        :param factors: h > 0, array [m].
+        """
+        cosines, norms, inverses = equilibrate(gramian)
+        rows = np.flatnonzero(norms)
+        weights = np.zeros_like(norms)
+        if not rows.size:
+            return weights
+        if rows.size < norms.size:
+            cosines = cosines[np.ix_(rows, rows)]
+        scaled = factors[rows] * norms[rows] ** (self.exponent - 1.0)
+        largest = float(scaled.max())
+        shares = self._shares(cosines, scaled / largest)
+        weights[rows] = shares * largest ** (1.0 / (1.0 + self.exponent)) * inverses[rows]
+        return weights
+
+    def _shares(self, cosines: Floats, factors: Floats) -> Floats:
+        """The b above for a matrix of cosines."""
+        game = _Game(cosines, factors, self.exponent)
+        nash = game if game.is_nash else _Game(cosines, np.ones_like(factors), 1.0)
+        near, _ = nash.newton(nash.start(), _PROXIMAL)
+        shares, decrement = nash.newton(near, 0.0, give_up=_NEARBY)
+        if decrement > _NEARBY:
+            # Which rows are stationary does not depend on what the others bargain for.
+            stationary = _stationary_rows(cosines, near)
+            if stationary.any():
+                return self._beside(game, near, stationary)
+            shares, decrement = nash.newton(near, 0.0)
+        if game is not nash:
+            shares, decrement = game.newton(game.start(), _PROXIMAL)
+            shares, decrement = game.newton(shares, 0.0)
+        self._warn_if_inexact(game, shares, solved=decrement < _NEARBY)
+        return shares
+
+    def _beside(self, game: _Game, near: Floats, stationary: NDArray[np.bool_]) -> Floats:
+        """Shares of the other rows orthogonally to the stationary ones, and what cancels them."""
+        cosines = game.cosines
+        while True:
+            inside, outside = np.flatnonzero(stationary), np.flatnonzero(~stationary)
+            span = spectrum(cosines[np.ix_(inside, inside)])
+            shadows = span.pseudo_solve(cosines[np.ix_(inside, outside)])
+            remaining = cosines[np.ix_(outside, outside)] - product(
+                cosines[np.ix_(outside, inside)], shadows
+            )
+            # Rows in the span of a positive combination that is zero take part in another such one.
+            rounding = 1e-15 * len(inside) * (1e3 + (shadows * shadows).sum(axis=0))
+            gone = np.diagonal(remaining) < rounding
+            if not gone.any():
+                break
+            stationary[outside[gone]] = True
+        combination = span.null_space @ (span.null_space.T @ near[inside])
+        if not combination.max() > 0.0:
+            self._warn_if_inexact(game, near, solved=False)
+            return near
+        combination /= combination.max()
+        shares = np.zeros(len(cosines))
+        shares[outside] = self.solve(remaining, game.factors[outside])
+        cancelling = -shadows @ shares[outside]
+        # Multiples of the combination are free: the least that leaves no share negative, and one
+        # more.
+        deficit = -cancelling / np.maximum(combination, 1e-9)
+        cancelling += (1.0 + max(float(deficit.max()), 0.0)) * combination
+        shares[inside] = np.maximum(cancelling, 0.0)
+        self._warn_if_inexact(game, shares, stationary)
+        return shares
+
+    def _warn_if_inexact(
+        self,
+        game: _Game,
+        shares: Floats,
+        stationary: NDArray[np.bool_] | None = None,
+        *,
+        solved: bool = True,
+    ) -> None:
+        wanted = game.spent(shares)
+        scale = wanted + shares * product(np.abs(game.cosines), shares) if solved else 1.0
+        if stationary is not None:
+            scale = np.where(stationary, 1.0 + scale, scale)
+            wanted = np.where(stationary, 0.0, wanted)
+        residual = float((np.abs(shares * product(game.cosines, shares) - wanted) / scale).max())
+        if not residual <= (_UNSOLVED if stationary is None else _STATIONARY):
+            warnings.warn(UnsolvedWarning(self.problem, residual), stacklevel=2)
+
+
+@frozen
+class _Game:
+    """The minimum of the module docstring, for a matrix of cosines C and factors k."""
+
+    cosines: Floats
+    factors: Floats
+    exponent: float
+
+    @property
+    def is_nash(self) -> bool:
+        return self.exponent == 1.0 and bool((self.factors == 1.0).all())
+
+    def spent(self, shares: Floats) -> Floats:
+        """The s of the module docstring: gain times share, as wanted."""
+        if self.exponent == 1.0:
+            return self.factors
+        spent: Floats = self.factors * shares ** (1.0 - self.exponent)
+        return spent
+
+    def start(self) -> Floats:
+        """The best multiple of what is exact for orthogonal rows."""
+        power = 1.0 / (1.0 + self.exponent)
+        shares = self.factors**power
+        total = float(shares @ product(self.cosines, shares))
+        scale = (float(self.spent(shares).sum()) / max(total, 1e-30)) ** power
+        started: Floats = shares * min(scale, 1e6)
+        return started
+
+    def newton(
+        self, shares: Floats, shift: float, give_up: float = math.inf
+    ) -> tuple[Floats, float]:
+        """Minimise with C + shift I; stop at the first decrement above ``give_up``."""
+        diagonal = np.arange(len(shares))
+        previous = decrement = math.inf
+        for _ in range(_STEPS):
+            hessian = self.cosines * shares[:, None]
+            hessian *= shares
+            if shift:
+                hessian[diagonal, diagonal] += shift * shares * shares
+            spent = self.spent(shares)
+            gradient = hessian.sum(axis=1) - spent
+            hessian[diagonal, diagonal] += self.exponent * spent
+            step = _solved(hessian, gradient)
+            # Relative to how fast the Hessian may change: the decrement itself for Nash bargaining.
+            change = (self.exponent + 1.0) / (2.0 * math.sqrt(self.exponent * float(spent.min())))
+            decrement = change * math.sqrt(max(float(gradient @ step), 0.0))
+            if not decrement <= give_up:
+                break
+            full = decrement <= 0.25
+            size = 1.0 if full else self._step_size(gradient, step, spent, decrement)
+            shares = shares * (1.0 - size * step)
+            if decrement < 1e-7 or 0.5 * previous < decrement < 1e-4:
+                break
+            previous = decrement
+        return shares, decrement
+
+    def _step_size(self, gradient: Floats, step: Floats, spent: Floats, decrement: float) -> float:
+        """
+        A step length within a factor of 2 of the best one.
+
+        The damped step of the theory, 1/(1 + decrement), is safe for Nash bargaining, but lets a
+        share grow by a factor of ``1 + 1/√m`` at most; near stationary points they have to grow to
+        a million.
+        """
+        # The slope along the step is ``t curvature - tilt + Σ s step (1 - t step)^(-e)``.
+        weighted = spent * step
+        curvature = float(gradient @ step - self.exponent * (step @ weighted))
+        tilt = float(gradient @ step + weighted.sum())
+        limit = 1.0 / max(float(step.max()), 1e-300)  # where the first share becomes 0
+
+        def slope(t: float) -> float:
+            return (
+                t * curvature - tilt + float((weighted * (1.0 - t * step) ** -self.exponent).sum())
+            )
+
+        size = min(1.0 / (1.0 + decrement), 0.9 * limit)
+        while slope(size) > 0.0 and size > 1e-12:
+            size *= 0.5
+        while 2.0 * size < limit and slope(2.0 * size) < 0.0:
+            size *= 2.0
+        return size
+
+
+def _solved(hessian: Floats, gradient: Floats) -> Floats:
+    # Rows differ by what is spent on them, which the elimination must not take for importance.
+    inverse_roots = 1.0 / np.sqrt(hessian.diagonal())
+    scaled = hessian * inverse_roots[:, None] * inverse_roots
+    step: Floats = solve(scaled, gradient * inverse_roots) * inverse_roots
+    return step
+
+
+def _stationary_rows(cosines: Floats, shares: Floats) -> NDArray[np.bool_]:
+    """
+    Rows with a part in a combination ``v >= 0`` with ``C v = 0``.
+
+    Their shares in the proximal problem are of the order of 1e6, so v is the part of all shares in
+    the null space of C. Other shares can be large as well, but have no such part.
+    """
+    null_space = spectrum(cosines).null_space
+    combination = null_space @ (null_space.T @ shares)
+    rows: NDArray[np.bool_] = combination > max(1e4, 1e-3 * combination.max())
+    return rows
