@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from jdcore import AggregatorSpec, Property, list_plugins
+from jdcore import AggregatorSpec, Property, ScalarizerSpec, list_plugins
 
 _DISTRIBUTIONS = {
     "jdplugins-standard": "The methods of the literature on several objectives",
@@ -19,6 +19,14 @@ NashMTL`; those that look at the Gramian also have a weighting, `NashMTLWeightin
 A tick is a promise that the conformance tests check.
 """
 
+_SCALARIZERS = """\
+## Scalarizers
+
+What makes one loss of several, without any Jacobian, for a step at the price of gradient descent:
+`jdcore.get_scalarizer("stch")(losses).backward()`, or `from jdcore.scalarization import STCH`.
+Parameters of trainable ones go to the optimizer. `pip install jdplugins-standard`
+"""
+
 _COLUMNS = {
     Property.NON_CONFLICTING: "conflicts with no row",
     Property.LINEAR_UNDER_SCALING: "linear under scaling of rows",
@@ -32,7 +40,7 @@ _COLUMNS = {
 def methods_page() -> str:
     """The page in Markdown."""
     parts = [_part(distribution, title) for distribution, title in _DISTRIBUTIONS.items()]
-    return "\n".join([_INTRODUCTION, *parts])
+    return "\n".join([_INTRODUCTION, *parts, _SCALARIZERS, *_scalarizers()])
 
 
 def _part(distribution: str, title: str) -> str:
@@ -62,6 +70,35 @@ def _table(specs: list[AggregatorSpec]) -> list[str]:
 def _cells(spec: AggregatorSpec) -> list[str]:
     ticks = ["✓" if prop in spec.properties else "" for prop in _COLUMNS]
     return [f"[`{spec.name}`](#{spec.name.replace('_', '-')})", *ticks]
+
+
+def _scalarizers() -> list[str]:
+    specs = [spec for plugin in list_plugins() for spec in plugin.scalarizers]
+    ordered = sorted(specs, key=lambda spec: spec.name)
+    table = [
+        "| name | class | scalar | needs |",
+        "|---|---|---|---|",
+        *(f"| {' | '.join(_scalarizer_cells(spec))} |" for spec in ordered),
+        "",
+    ]
+    return table + [_scalarizer_section(spec) for spec in ordered]
+
+
+def _scalarizer_cells(spec: ScalarizerSpec) -> list[str]:
+    needs = ["an optimizer for its parameters"] if spec.trainable else []
+    needs += [f"calls of `{spec.advanced_by}`"] if spec.advanced_by else []
+    needs += ["positive losses"] if spec.positive else []
+    return [f"`{spec.name}`", f"`{spec.class_name}`", spec.summary, ", ".join(needs)]
+
+
+def _scalarizer_section(spec: ScalarizerSpec) -> str:
+    return f"""\
+### `{spec.class_name}`
+
+```{{eval-rst}}
+.. autoclass:: jdcore.scalarization.{spec.class_name}
+```
+"""
 
 
 def _section(spec: AggregatorSpec) -> str:

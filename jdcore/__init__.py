@@ -28,21 +28,32 @@ from jdcore.protocols import (
     Aggregator,
     BlockwiseAggregator,
     GeneralizedWeighting,
+    Scalarizer,
     Stateful,
     Weighting,
 )
 from jdcore.registry import (
     describe,
+    describe_scalarizer,
     get_aggregator,
+    get_scalarizer,
     get_solver,
     get_weighting,
     list_aggregators,
     list_plugins,
+    list_scalarizers,
     list_solvers,
     refresh,
     register,
 )
-from jdcore.spec import AggregatorSpec, GramianRuleSpec, Property, Reference, SolverSpec
+from jdcore.spec import (
+    AggregatorSpec,
+    GramianRuleSpec,
+    Property,
+    Reference,
+    ScalarizerSpec,
+    SolverSpec,
+)
 
 __all__ = [
     "Aggregator",
@@ -63,6 +74,8 @@ __all__ = [
     "PluginWarning",
     "Property",
     "Reference",
+    "Scalarizer",
+    "ScalarizerSpec",
     "SolverSpec",
     "Stateful",
     "UnknownNameError",
@@ -71,12 +84,15 @@ __all__ = [
     "VectorizationWarning",
     "Weighting",
     "describe",
+    "describe_scalarizer",
     "get_aggregator",
+    "get_scalarizer",
     "get_solver",
     "get_weighting",
     "hookimpl",
     "list_aggregators",
     "list_plugins",
+    "list_scalarizers",
     "list_solvers",
     "refresh",
     "register",

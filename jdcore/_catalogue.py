@@ -64,6 +64,25 @@ METHODS = {
 }
 
 
+SCALARIZERS: dict[str, tuple[str, ...]] = {
+    "jdplugins-standard": (
+        "chebyshev",
+        "constant",
+        "cosmos",
+        "dwa",
+        "famo",
+        "geometric_mean",
+        "imtl_l",
+        "mean",
+        "pbi",
+        "random",
+        "stch",
+        "sum",
+        "uw",
+    ),
+}
+
+
 SOLVERS: dict[str, dict[str, tuple[str, ...]]] = {
     "jdplugins-cvxpy": {"conflict_averse": ("cvxpy",), "nash_bargaining": ("ecos",)},
     "jdplugins-quadprog": {"dual_cone": ("qpsolvers", "quadprog")},
@@ -82,14 +101,17 @@ def solver_names(problem: str) -> dict[str, tuple[str, ...]]:
     return {d: problems[problem] for d, problems in SOLVERS.items() if problem in problems}
 
 
-def distribution_of(name: str, problem: str | None = None) -> str | None:
+def distribution_of(name: str, problem: str | None = None, kind: str = "aggregator") -> str | None:
     """
     Name of the distribution known to provide a method, in any spelling.
 
     :param name: Plain name, ``"distribution:name"``, or ``"name:variant"`` of a solver.
     :param problem: The problem if it is a solver that is looked for.
+    :param kind: ``"aggregator"`` or ``"scalarizer"``, if it is none.
     """
-    table = METHODS if problem is None else solver_names(problem)
+    table = SCALARIZERS if kind == "scalarizer" else METHODS
+    if problem is not None:
+        table = solver_names(problem)
     parts = name.split(":")
     keys = {normalize_name(part) for part in (parts[-1:] if problem is None else parts)}
     for distribution, names in table.items():

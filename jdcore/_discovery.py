@@ -15,7 +15,13 @@ from attrs import evolve, frozen
 from jdcore import hooks
 from jdcore.errors import ParameterTypeError, message_of
 from jdcore.hooks import ENTRY_POINT_GROUP
-from jdcore.spec import AggregatorSpec, GramianRuleSpec, SolverSpec, normalize_name
+from jdcore.spec import (
+    AggregatorSpec,
+    GramianRuleSpec,
+    ScalarizerSpec,
+    SolverSpec,
+    normalize_name,
+)
 
 T = TypeVar("T")
 
@@ -30,6 +36,7 @@ class PluginRecord:
     :param entry_point: Name of the entry point.
     :param aggregators: The methods it provides; empty unless everything about it was valid.
     :param solvers: The solver backends it provides, likewise.
+    :param scalarizers: The scalarizers it provides, likewise.
     :param gramian_rules: The layers it knows closed forms for, likewise.
     :param disabled: The environment variable that switched it off, or None.
     :param pending: Whether its module was being imported when somebody asked; a later look-up
@@ -43,6 +50,7 @@ class PluginRecord:
     entry_point: str
     aggregators: tuple[AggregatorSpec, ...] = ()
     solvers: tuple[SolverSpec, ...] = ()
+    scalarizers: tuple[ScalarizerSpec, ...] = ()
     gramian_rules: tuple[GramianRuleSpec, ...] = ()
     disabled: str | None = None
     pending: bool = False
@@ -238,11 +246,18 @@ def _specs_of(plugin: object) -> dict[str, Any]:
         )
     aggregators = _collect(manager.hook.jdcore_aggregators(), AggregatorSpec)
     solvers = _collect(manager.hook.jdcore_solvers(), SolverSpec)
+    scalarizers = _collect(manager.hook.jdcore_scalarizers(), ScalarizerSpec)
     rules = _collect(manager.hook.jdcore_gramian_rules(), GramianRuleSpec)
     _refuse_duplicates([normalize_name(n) for spec in aggregators for n in names_of(spec)])
+    _refuse_duplicates([normalize_name(n) for spec in scalarizers for n in names_of(spec)])
     _refuse_duplicates([f"{spec.problem}/{normalize_name(spec.name)}" for spec in solvers])
     _refuse_duplicates([spec.layer for spec in rules])
-    return {"aggregators": aggregators, "solvers": solvers, "gramian_rules": rules}
+    return {
+        "aggregators": aggregators,
+        "solvers": solvers,
+        "scalarizers": scalarizers,
+        "gramian_rules": rules,
+    }
 
 
 def _collect(results: Sequence[Iterable[Any]], kind: type[T]) -> tuple[T, ...]:
@@ -253,8 +268,8 @@ def _collect(results: Sequence[Iterable[Any]], kind: type[T]) -> tuple[T, ...]:
     return tuple(specs)
 
 
-def names_of(spec: AggregatorSpec) -> tuple[str, ...]:
-    """All names a method is found under."""
+def names_of(spec: AggregatorSpec | ScalarizerSpec) -> tuple[str, ...]:
+    """All names a method or scalarizer is found under."""
     return (spec.name, *spec.aliases)
 
 

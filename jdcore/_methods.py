@@ -24,6 +24,9 @@ __all__ = [
     "compose",
     "exported_class",
     "exported_names",
+    "exported_scalarizer",
+    "exported_scalarizers",
+    "scalarizer_class",
     "weighting_class",
 ]
 
@@ -58,6 +61,41 @@ def weighting_class(name: str) -> type:
             f"{entry.spec.class_name} has to see the matrix: use get_aggregator({name!r}).",
         )
     return load_factory(entry.qualified_name, entry.spec.weighting)
+
+
+def scalarizer_class(name: str) -> type:
+    """The class of a scalarizer. Errors as :func:`jdcore.get_scalarizer`."""
+    entry = registry.scalarizer(name)
+    return load_factory(entry.qualified_name, entry.spec.scalarizer)
+
+
+def exported_scalarizer(class_name: str) -> type:
+    """
+    The class that ``jdcore.scalarization`` exports under this name.
+
+    :raises AttributeError: If no scalarizer has this class name.
+    :raises MissingMethodError: If a known distribution that is not installed provides it.
+    """
+    for name in registry.scalarizers():
+        if registry.scalarizer(name).spec.class_name == class_name:
+            return scalarizer_class(name)
+    try:
+        spec = registry.scalarizer(class_name).spec
+    except UnknownNameError as error:
+        if distribution_of(class_name, kind="scalarizer") is None:
+            raise AttributeError(str(error), name=class_name) from error
+        raise MissingMethodError(
+            class_name, error.kind, error.close, error.known, error.hint
+        ) from None
+    raise AttributeError(
+        f"no scalarizer has the class name {class_name!r}; did you mean {spec.class_name!r}?",
+        name=class_name,
+    )
+
+
+def exported_scalarizers() -> list[str]:
+    """The names of all classes that ``jdcore.scalarization`` exports for registered scalarizers."""
+    return [registry.scalarizer(name).spec.class_name for name in registry.scalarizers()]
 
 
 def exported_class(class_name: str) -> type:

@@ -10,7 +10,7 @@ import threading
 import warnings
 from collections.abc import Collection, Iterable, Mapping
 from functools import cache
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from attrs import frozen
 
@@ -33,9 +33,17 @@ from jdcore.errors import (
     UnknownNameError,
     message_of,
 )
-from jdcore.spec import AggregatorSpec, GramianRuleSpec, SolverSpec, normalize_name
+from jdcore.spec import (
+    AggregatorSpec,
+    GramianRuleSpec,
+    ScalarizerSpec,
+    SolverSpec,
+    normalize_name,
+)
 
 _CORE = "jdcore"
+
+T = TypeVar("T", AggregatorSpec, ScalarizerSpec)
 
 
 @frozen(kw_only=True, eq=False)
@@ -45,6 +53,7 @@ class _Known:
     records: tuple[PluginRecord, ...]
     aggregators: NameTable
     solvers: dict[str, NameTable]
+    scalarizers: NameTable
     rules: LayerTable
 
     def solver_table(self, problem: str) -> NameTable:
@@ -59,7 +68,7 @@ class _Known:
     def clashes(self) -> list[tuple[str, str]]:
         return [
             (" and ".join(claims), f"they claim the same {table.kind} name {name!r}.")
-            for table in (self.aggregators, *self.solvers.values())
+            for table in (self.aggregators, self.scalarizers, *self.solvers.values())
             for name, claims in table.clashes().items()
         ] + [
             (" and ".join(claims), f"they claim the same layer {layer}. {CHOOSE}")
@@ -78,6 +87,7 @@ class Registry:
     def __init__(self) -> None:
         self._lock = threading.RLock()
         self._runtime: dict[str, AggregatorSpec] = {}
+        self._runtime_scalarizers: dict[str, ScalarizerSpec] = {}
         self._runtime_rules: dict[str, GramianRuleSpec] = {}
         self._forget()
 
@@ -96,19 +106,24 @@ class Registry:
         with self._lock:
             self._forget()
 
-    def register(self, spec: AggregatorSpec | GramianRuleSpec) -> None:
+    def register(self, spec: AggregatorSpec | ScalarizerSpec | GramianRuleSpec) -> None:
         if isinstance(spec, GramianRuleSpec):
             self._register_rule(spec)
-            return
-        if not isinstance(spec, AggregatorSpec):
-            raise ParameterTypeError("spec", "an AggregatorSpec or a GramianRuleSpec", repr(spec))
-        known = self._discover()
+        elif isinstance(spec, AggregatorSpec):
+            self._register_method(spec, self._discover().aggregators, self._runtime)
+        elif isinstance(spec, ScalarizerSpec):
+            self._register_method(spec, self._discover().scalarizers, self._runtime_scalarizers)
+        else:
+            expected = "an AggregatorSpec, a ScalarizerSpec or a GramianRuleSpec"
+            raise ParameterTypeError("spec", expected, repr(spec))
+
+    def _register_method(self, spec: T, table: NameTable, runtime: dict[str, T]) -> None:
         for name in names_of(spec):
-            entry = known.aggregators.find(name)
+            entry = table.find(name)
             if entry is not None and entry.qualified_name != f"{RUNTIME}:{spec.name}":
                 raise ParameterError("name", "free", f"{name!r}, taken by {entry.qualified_name}")
         with self._lock:
-            self._runtime[spec.name] = spec
+            runtime[spec.name] = spec
             self._known = None  # made anew by the next look-up; no plugin is loaded again
 
     def _register_rule(self, spec: GramianRuleSpec) -> None:
@@ -153,12 +168,19 @@ class Registry:
         """The tables of all that is loaded and registered at this moment."""
         with self._lock:
             runtime, runtime_rules = [*self._runtime.values()], [*self._runtime_rules.values()]
+            runtime_scalarizers = [*self._runtime_scalarizers.values()]
             records = loading.records()
         return _Known(
             records=records,
-            aggregators=_aggregator_table(
+            aggregators=_name_table(
+                "aggregator",
                 [(r.distribution, spec) for r in records for spec in r.aggregators]
-                + [(RUNTIME, spec) for spec in runtime]
+                + [(RUNTIME, spec) for spec in runtime],
+            ),
+            scalarizers=_name_table(
+                "scalarizer",
+                [(r.distribution, spec) for r in records for spec in r.scalarizers]
+                + [(RUNTIME, spec) for spec in runtime_scalarizers],
             ),
             solvers=_solver_tables([(r.distribution, s) for r in records for s in r.solvers]),
             rules=_rule_table(
@@ -208,6 +230,9 @@ class Registry:
     def aggregators(self) -> list[str]:
         return self._discover().aggregators.listed_names()
 
+    def scalarizers(self) -> list[str]:
+        return self._discover().scalarizers.listed_names()
+
     def solvers(self, problem: str) -> list[str]:
         return self._discover().solver_table(problem).listed_names()
 
@@ -229,6 +254,16 @@ class Registry:
         entry = known.aggregators.find(name)
         if entry is None:
             _raise_unknown(name, known.aggregators, known)
+        return entry
+
+    def scalarizer(self, name: str) -> Entry:
+        """The entry of a scalarizer. Raises as :meth:`aggregator`."""
+        if not isinstance(name, str):
+            raise ParameterTypeError("name", "a string", repr(name))
+        known = self._discover()
+        entry = known.scalarizers.find(name)
+        if entry is None:
+            _raise_unknown(name, known.scalarizers, known)
         return entry
 
     def solver(self, problem: str, name: str) -> tuple[Entry, str | None]:
@@ -275,8 +310,10 @@ class Registry:
         return load_factory(entry.qualified_name, entry.spec.factory)
 
 
-def _aggregator_table(methods: Iterable[tuple[str, AggregatorSpec]]) -> NameTable:
-    table = NameTable("aggregator")
+def _name_table(
+    kind: str, methods: Iterable[tuple[str, AggregatorSpec | ScalarizerSpec]]
+) -> NameTable:
+    table = NameTable(kind)
     for distribution, spec in methods:
         table.add(Entry(distribution, spec), names_of(spec))
     return table
@@ -308,7 +345,7 @@ def _demand_if_strict(known: _Known) -> None:
 
 def _raise_unknown(name: str, table: NameTable, known: _Known) -> NoReturn:
     distribution, _, plain = name.rpartition(":")
-    known_provider = distribution_of(name, table.problem)
+    known_provider = distribution_of(name, table.problem, table.kind)
     providers = [normalize_distribution(distribution) or known_provider]
     if table.problem is not None:  # what precedes the colon may be the solver of a variant
         providers.append(known_provider)

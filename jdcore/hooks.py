@@ -16,13 +16,14 @@ from collections.abc import Iterable
 
 import pluggy
 
-from jdcore.spec import AggregatorSpec, GramianRuleSpec, SolverSpec
+from jdcore.spec import AggregatorSpec, GramianRuleSpec, ScalarizerSpec, SolverSpec
 
 __all__ = [
     "ENTRY_POINT_GROUP",
     "hookimpl",
     "jdcore_aggregators",
     "jdcore_gramian_rules",
+    "jdcore_scalarizers",
     "jdcore_solvers",
 ]
 
@@ -48,6 +49,26 @@ def jdcore_aggregators() -> Iterable[AggregatorSpec]:  # type: ignore[empty-body
                 name="norm_mean",
                 summary="Mean of the rows after scaling each to unit norm.",
                 weighting="my_methods.norm_mean:NormMeanWeighting",
+                api_version=1,
+            )
+    """
+
+
+@hookspec
+def jdcore_scalarizers() -> Iterable[ScalarizerSpec]:  # type: ignore[empty-body]
+    """
+    Yield one spec per scalarizer: what makes one loss of several, without a Jacobian.
+
+    Example::
+
+        from jdcore import ScalarizerSpec, hookimpl
+
+        @hookimpl
+        def jdcore_scalarizers():
+            yield ScalarizerSpec(
+                name="largest",
+                summary="The largest loss.",
+                scalarizer="my_methods.largest:Largest",
                 api_version=1,
             )
     """

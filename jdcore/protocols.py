@@ -33,6 +33,7 @@ __all__ = [
     "GeneralizedWeighting",
     "GramianRule",
     "MinNormSolver",
+    "Scalarizer",
     "Stateful",
     "Weighting",
 ]
@@ -118,6 +119,29 @@ class BlockwiseAggregator(Aggregator, Protocol):
         :returns: The vectors of shapes [n1], [n2], ..., each in the dtype of its block, and the
             weights [m] in the promoted dtype of all blocks, or None if the update is not a weighted
             sum of the rows.
+        """
+
+
+@runtime_checkable
+class Scalarizer(Protocol):
+    """
+    Makes one loss of several, to be differentiated by an ordinary backward pass.
+
+    Laws that every scalarizer obeys:
+
+    * the input is a Tensor [m] of a real floating dtype; the output is a Tensor of no dimensions of
+      the same dtype on the same device, and the input is never modified;
+    * the output depends on the losses through autograd, and on the parameters of a trainable
+      scalarizer, which is a :class:`torch.nn.Module`;
+    * m = 0 gives zero;
+    * NaN or infinite losses give a result that is not finite and leave any state as it was;
+    * a call that raises leaves any state as it was.
+    """
+
+    def __call__(self, losses: Tensor, /) -> Tensor:
+        """
+        :param losses: Values of the objectives, shape [m].
+        :returns: One loss, shape [].
         """
 
 

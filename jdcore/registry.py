@@ -14,15 +14,18 @@ from typing import Any
 
 from jdcore._discovery import PluginRecord
 from jdcore._registry import construct, get_solver, registry
-from jdcore.spec import AggregatorSpec, GramianRuleSpec
+from jdcore.spec import AggregatorSpec, GramianRuleSpec, ScalarizerSpec
 
 __all__ = [
     "describe",
+    "describe_scalarizer",
     "get_aggregator",
+    "get_scalarizer",
     "get_solver",
     "get_weighting",
     "list_aggregators",
     "list_plugins",
+    "list_scalarizers",
     "list_solvers",
     "refresh",
     "register",
@@ -70,6 +73,25 @@ def get_weighting(name: str | Mapping[str, Any], /, **arguments: Any) -> Any:
     return construct(_methods.weighting_class(name), name, arguments)
 
 
+def get_scalarizer(name: str | Mapping[str, Any], /, **arguments: Any) -> Any:
+    """
+    Make a scalarizer, which makes one loss of several without any Jacobian.
+
+    Parameters and errors as :func:`get_aggregator`.
+
+    :returns: A :class:`~jdcore.Scalarizer`. Parameters of trainable ones go to the optimizer.
+
+    >>> import torch, jdcore
+    >>> jdcore.get_scalarizer("geometric_mean")(torch.tensor([1.0, 4.0]))
+    tensor(2.)
+    """
+    if isinstance(name, Mapping):
+        return _read_config(name, "scalarizer", arguments)
+    from jdcore import _methods  # imports torch, which listing does without
+
+    return construct(_methods.scalarizer_class(name), name, arguments)
+
+
 def _read_config(config: Mapping[str, Any], kind: str, arguments: Mapping[str, Any]) -> Any:
     from jdcore.config._read import read  # imports torch and, for look-ups, this module
 
@@ -87,14 +109,25 @@ def describe(name: str, /) -> AggregatorSpec:
     return spec
 
 
+def list_scalarizers() -> tuple[str, ...]:
+    """Names of all usable scalarizers, as :func:`list_aggregators`."""
+    return tuple(registry.scalarizers())
+
+
+def describe_scalarizer(name: str, /) -> ScalarizerSpec:
+    """The spec of a scalarizer, without importing it. Errors as :func:`get_aggregator`."""
+    spec: ScalarizerSpec = registry.scalarizer(name).spec
+    return spec
+
+
 def list_plugins() -> tuple[PluginRecord, ...]:
     """What became of every installed plugin: what it provides, or why it is left out."""
     return registry.records()
 
 
-def register(spec: AggregatorSpec | GramianRuleSpec, /) -> None:
+def register(spec: AggregatorSpec | ScalarizerSpec | GramianRuleSpec, /) -> None:
     """
-    Add a method or a Gramian rule without a distribution, for notebooks and tests.
+    Add a method, a scalarizer or a Gramian rule without a distribution, for notebooks and tests.
 
     A later registration of the same name replaces an earlier one. In a notebook the factory is
     ``"__main__:MyWeighting"``.
@@ -102,7 +135,7 @@ def register(spec: AggregatorSpec | GramianRuleSpec, /) -> None:
     Where several installed distributions claim one layer, and so disable each other, registering a
     rule for it is the choice between them; their specs are in :func:`list_plugins`.
 
-    :raises ParameterTypeError: If ``spec`` is neither.
+    :raises ParameterTypeError: If ``spec`` is none of these.
     :raises ParameterError: If an installed plugin already provides one of its names or its layer.
     """
     registry.register(spec)

@@ -23,6 +23,7 @@ __all__ = [
     "GramianRuleSpec",
     "Property",
     "Reference",
+    "ScalarizerSpec",
     "SolverSpec",
     "normalize_name",
 ]
@@ -207,6 +208,57 @@ class AggregatorSpec:
         if self.weighting is None:
             return "matrix"
         return "cross_gramian" if self.cross_gramian else "gramian"
+
+
+@frozen(kw_only=True)
+class ScalarizerSpec:
+    """
+    Everything jdcore knows of a scalarizer before importing it.
+
+    :param name: Registry name, lower snake case. Scalarizers and aggregators may share names.
+    :param summary: One line that says what scalar it makes of the losses.
+    :param scalarizer: ``"module:attribute"`` of the class, which satisfies
+        :class:`~jdcore.Scalarizer`.
+    :param reference: The publication; None for what is common knowledge.
+    :param positive: Whether losses have to be positive, or above a bound that is an argument; other
+        ones raise a ParameterError.
+    :param trainable: Whether it is a :class:`torch.nn.Module` with parameters, which belong to the
+        optimizer.
+    :param stateful: Whether results depend on earlier calls (see :class:`~jdcore.Stateful`).
+    :param stochastic: Whether results depend on a random generator (argument ``generator``).
+    :param surrogate: Whether the gradient with respect to the losses is, by design, not the
+        derivative of the scalar.
+    :param advanced_by: Name of the method that a training loop has to call beside, once per step or
+        epoch, with the losses after the step if it takes an argument; None if there is none.
+    :param requires: Names of the distributions needed beyond torch and numpy.
+    :param aliases: Other names it is found under.
+    :param example: Keyword arguments that make a valid instance for m losses, given m.
+    :param expected_failures: ``{check: reason}`` for conformance checks known to fail. Strict: a
+        check listed here that passes is an error.
+    :param api_version: The plugin interface this spec was written for, :data:`API_VERSION`.
+    :raises ParameterError: If a field does not have the form described above.
+    """
+
+    name: str = field(validator=_valid_name)
+    summary: str = field(validator=_text)
+    scalarizer: str = field(validator=_valid_factory)
+    api_version: int = field(validator=_api_version)
+    reference: Reference | None = None
+    positive: bool = False
+    trainable: bool = False
+    stateful: bool = False
+    stochastic: bool = False
+    surrogate: bool = False
+    advanced_by: str | None = None
+    requires: tuple[str, ...] = field(default=(), converter=_strings)
+    aliases: tuple[str, ...] = field(default=(), converter=_strings, validator=_names)
+    example: Callable[[int], Mapping[str, Any]] = _no_arguments
+    expected_failures: Mapping[str, str] = field(factory=dict, converter=_read_only)
+
+    @property
+    def class_name(self) -> str:
+        """Name of the class, e.g. ``"FAMO"``."""
+        return self.scalarizer.partition(":")[2]
 
 
 @frozen(kw_only=True)

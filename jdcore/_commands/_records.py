@@ -8,11 +8,11 @@ from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from jdcore._catalogue import METHODS
+from jdcore._catalogue import METHODS, SCALARIZERS
 from jdcore._discovery import PluginRecord
 from jdcore._registry import registry
 from jdcore.errors import PluginWarning
-from jdcore.spec import AggregatorSpec, SolverSpec, normalize_name
+from jdcore.spec import AggregatorSpec, ScalarizerSpec, SolverSpec, normalize_name
 
 
 def discover() -> tuple[PluginRecord, ...]:
@@ -37,19 +37,32 @@ def method_records() -> list[dict[str, Any]]:
     """All methods that are registered, then those that known distributions would add."""
     plugins = discover()
     registered = [method_record(name) for name in registry.aggregators()]
+    return registered + list(_absent(registered, plugins, METHODS))
+
+
+def scalarizer_records() -> list[dict[str, Any]]:
+    """All scalarizers that are registered, then those that known distributions would add."""
+    plugins = discover()
+    registered = [scalarizer_record(name) for name in registry.scalarizers()]
+    return registered + list(_absent(registered, plugins, SCALARIZERS))
+
+
+def _absent(
+    registered: list[dict[str, Any]],
+    plugins: tuple[PluginRecord, ...],
+    catalogue: dict[str, tuple[str, ...]],
+) -> Iterator[dict[str, Any]]:
     present = {plugin.distribution for plugin in plugins}
     taken = {normalize_name(record["name"]) for record in registered}
-    return registered + [
-        {
-            "name": name,
-            "installed": False,
-            "distribution": distribution,
-            "install": _pip(distribution),
-        }
-        for distribution, names in METHODS.items()
-        for name in names
-        if distribution not in present and normalize_name(name) not in taken
-    ]
+    for distribution, names in catalogue.items():
+        for name in names:
+            if distribution not in present and normalize_name(name) not in taken:
+                yield {
+                    "name": name,
+                    "installed": False,
+                    "distribution": distribution,
+                    "install": _pip(distribution),
+                }
 
 
 def method_record(name: str) -> dict[str, Any]:
@@ -68,6 +81,30 @@ def method_record(name: str) -> dict[str, Any]:
         "stateful": spec.stateful,
         "stochastic": spec.stochastic,
         "min_rows": spec.min_rows,
+        "aliases": list(spec.aliases),
+        "reference": _reference(spec),
+        "requires": list(spec.requires),
+        "distribution": entry.distribution,
+        "version": installed_version(entry.distribution),
+        "installed": not missing,
+        "install": _pip(*missing) if missing else None,
+    }
+
+
+def scalarizer_record(name: str) -> dict[str, Any]:
+    """One registered scalarizer. Errors as :func:`jdcore.describe_scalarizer`."""
+    entry = registry.scalarizer(name)
+    spec: ScalarizerSpec = entry.spec
+    missing = [required for required in spec.requires if installed_version(required) is None]
+    return {
+        "name": name,
+        "class_name": spec.class_name,
+        "summary": spec.summary,
+        "positive": spec.positive,
+        "trainable": spec.trainable,
+        "stateful": spec.stateful,
+        "stochastic": spec.stochastic,
+        "advanced_by": spec.advanced_by,
         "aliases": list(spec.aliases),
         "reference": _reference(spec),
         "requires": list(spec.requires),
@@ -109,6 +146,7 @@ def plugin_records() -> Iterator[dict[str, Any]]:
             "status": _status(record),
             "reason": record.reason or None,
             "aggregators": [spec.name for spec in record.aggregators],
+            "scalarizers": [spec.name for spec in record.scalarizers],
             "solvers": [f"{spec.problem}/{spec.name}" for spec in record.solvers],
             "traceback": record.traceback,
         }
@@ -120,7 +158,7 @@ def _status(record: PluginRecord) -> str:
     return "ok" if record.error is None else "failed"
 
 
-def _reference(spec: AggregatorSpec) -> dict[str, Any] | None:
+def _reference(spec: AggregatorSpec | ScalarizerSpec) -> dict[str, Any] | None:
     reference = spec.reference
     if reference is None:
         return None

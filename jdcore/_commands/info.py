@@ -1,4 +1,4 @@
-"""``jdcore info NAME``: all about one method."""
+"""``jdcore info NAME``: all about one method or scalarizer."""
 
 from __future__ import annotations
 
@@ -9,8 +9,13 @@ import textwrap
 from typing import Any
 
 from jdcore._commands._output import print_json
-from jdcore._commands._records import discover, method_record, solver_records
-from jdcore._commands.listing import inputs
+from jdcore._commands._records import (
+    discover,
+    method_record,
+    scalarizer_record,
+    solver_records,
+)
+from jdcore._commands.listing import inputs, scalarizer_kinds
 from jdcore._registry import registry
 
 _PARAMETER = re.compile(r"^:param (\w+): (.*?)(?=^:|\Z)", re.DOTALL | re.MULTILINE)
@@ -19,6 +24,9 @@ _PARAMETER = re.compile(r"^:param (\w+): (.*?)(?=^:|\Z)", re.DOTALL | re.MULTILI
 def add_parser(commands: Any) -> None:
     """Add ``info`` to the commands of the program."""
     parser = commands.add_parser("info", help="show one method: parameters, paper, solvers")
+    parser.add_argument(
+        "--scalarizer", action="store_true", help="the scalarizer of this name, not the aggregator"
+    )
     parser.add_argument("name", metavar="NAME", help="name of the method, in any spelling")
     parser.add_argument("--json", action="store_true", help="as JSON, for programs")
     parser.set_defaults(run=run)
@@ -31,7 +39,8 @@ def run(arguments: argparse.Namespace) -> int:
     :raises JDCoreError: If there is no such method, or it cannot be imported.
     """
     discover()
-    record = describe_method(arguments.name)
+    describe = describe_scalarizer if arguments.scalarizer else describe_method
+    record = describe(arguments.name)
     if arguments.json:
         print_json(record)
     else:
@@ -54,6 +63,21 @@ def describe_method(name: str) -> dict[str, Any]:
         "problem": problem,
         "solvers": [] if problem is None else solver_records(problem),
         # Not inspect.getdoc(), which falls back on the docstring of a base class.
+        "doc": inspect.cleandoc(cls.__doc__ or ""),
+    }
+
+
+def describe_scalarizer(name: str) -> dict[str, Any]:
+    """The record of a scalarizer, with its parameters. Imports it."""
+    from jdcore._methods import scalarizer_class  # as above
+
+    cls = scalarizer_class(name)
+    entry = registry.scalarizer(name)
+    plain = registry.scalarizers()
+    listed = entry.spec.name if entry.spec.name in plain else entry.qualified_name
+    return scalarizer_record(listed) | {
+        "parameters": _parameters(cls),
+        "solvers": [],
         "doc": inspect.cleandoc(cls.__doc__ or ""),
     }
 
@@ -120,19 +144,31 @@ def _print_entry(head: str, text: str) -> None:
 
 def _facts(record: dict[str, Any]) -> list[tuple[str, str]]:
     reference = record["reference"]
+    paper = reference and f"{reference['title']} ({reference['year']}), {reference['url']}"
+    if "trainable" in record:
+        advanced_by = record["advanced_by"]
+        own = [("kind", scalarizer_kinds(record)), ("call too", advanced_by and f"{advanced_by}()")]
+    else:
+        own = _facts_of_method(record)
     facts = [
-        ("paper", reference and f"{reference['title']} ({reference['year']}), {reference['url']}"),
+        ("paper", paper),
+        *own,
+        ("aliases", ", ".join(record["aliases"])),
+        ("provided by", f"{record['distribution']} {record['version'] or ''}".rstrip()),
+        ("needs", record["install"]),
+    ]
+    return [(label, text) for label, text in facts if text]
+
+
+def _facts_of_method(record: dict[str, Any]) -> list[tuple[str, str]]:
+    return [
         ("input", inputs(record)),
         ("wraps", "another method" if record["wrapper"] else ""),
         ("properties", ", ".join(record["properties"])),
         ("stateful", "yes" if record["stateful"] else ""),
         ("stochastic", "yes" if record["stochastic"] else ""),
         ("rows", f"at least {record['min_rows']}" if record["min_rows"] > 1 else ""),
-        ("aliases", ", ".join(record["aliases"])),
-        ("provided by", f"{record['distribution']} {record['version'] or ''}".rstrip()),
-        ("needs", record["install"]),
     ]
-    return [(label, text) for label, text in facts if text]
 
 
 def _summary(solver: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""``jdcore list``: every method, installed or not. Imports no method, and no torch."""
+"""``jdcore list``: every method or scalarizer, installed or not. Imports none, and no torch."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import argparse
 from typing import Any
 
 from jdcore._commands._output import draws_tables, print_json, print_table
-from jdcore._commands._records import method_records
+from jdcore._commands._records import method_records, scalarizer_records
 
+_SCALARIZER_COLUMNS = ("name", "kind", "provided by", "summary")
 _COLUMNS = ("name", "input", "kind", "properties", "provided by", "summary")
 
 
@@ -15,19 +16,36 @@ def add_parser(commands: Any) -> None:
     """Add ``list`` to the commands of the program."""
     parser = commands.add_parser("list", help="show every aggregation method")
     parser.add_argument("--json", action="store_true", help="as JSON, for programs")
+    parser.add_argument(
+        "--scalarizers", action="store_true", help="what makes one loss of several, instead"
+    )
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print the methods."""
-    records = method_records()
+    """Print the methods, or the scalarizers."""
+    records = scalarizer_records() if arguments.scalarizers else method_records()
     if arguments.json:
         print_json(records)
+    elif arguments.scalarizers:
+        print_table(_SCALARIZER_COLUMNS, [_scalarizer_row(record) for record in records])
     elif records and draws_tables():
         print_table(("name", "method"), [_short_row(record) for record in records])
     elif records:
         print_table(_COLUMNS, [_row(record) for record in records])
     return 0
+
+
+def scalarizer_kinds(record: dict[str, Any]) -> str:
+    """What a user of a scalarizer has to know, in a few words."""
+    kinds = [kind for kind in ("trainable", "stateful", "stochastic") if record[kind]]
+    return ", ".join([*kinds, *(["positive losses"] if record["positive"] else [])])
+
+
+def _scalarizer_row(record: dict[str, Any]) -> tuple[str, ...]:
+    if "summary" not in record:
+        return record["name"], "", "", f"not installed: {record['install']}"
+    return record["name"], scalarizer_kinds(record), record["distribution"], record["summary"]
 
 
 def _short_row(record: dict[str, Any]) -> tuple[str, ...]:

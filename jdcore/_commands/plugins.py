@@ -8,6 +8,7 @@ from typing import Any
 from jdcore._commands._output import print_json, print_table
 from jdcore._commands._records import plugin_records
 
+_KINDS = ("aggregators", "scalarizers", "solvers")
 _COLUMNS = ("distribution", "version", "entry point", "status", "provides")
 
 
@@ -33,7 +34,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _row(record: dict[str, Any]) -> tuple[str, ...]:
-    counts = (_count(len(record[kind]), kind[:-1]) for kind in ("aggregators", "solvers"))
+    counts = (_count(len(record[kind]), kind[:-1]) for kind in _KINDS)
     provides = record["reason"] or ", ".join(filter(None, counts)) or "nothing"
     return (
         record["distribution"],

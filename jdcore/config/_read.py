@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from jdcore._methods import aggregator_class, weighting_class
+from jdcore._methods import aggregator_class, scalarizer_class, weighting_class
 from jdcore._registry import get_solver
 from jdcore.config._arguments import ADAPTERS, Argument, arguments_of
 from jdcore.config._tensors import read_tensor
@@ -19,7 +19,8 @@ def read(
     Build what a configuration describes.
 
     :param config: The configuration.
-    :param kind: ``"aggregator"`` or ``"weighting"``: a Gramian method is both under one name.
+    :param kind: ``"aggregator"`` or ``"weighting"``, both of which a Gramian method is under one
+        name, or ``"scalarizer"``.
     :param path: Where the configuration stands, for messages.
     :param extra: Arguments, as objects, that take precedence over those of the configuration.
     :raises ParameterError: If a key is unknown or missing, or a value cannot be used.
@@ -65,6 +66,8 @@ def _a(kind: str) -> str:
 
 
 def _class(name: str, kind: str) -> Any:
+    if kind == "scalarizer":
+        return scalarizer_class(name)
     for adapter, cls in ADAPTERS.items():
         if normalize_name(adapter) == normalize_name(name):
             _refuse_adapter_as(kind, adapter)

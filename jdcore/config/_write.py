@@ -5,7 +5,12 @@ from typing import Any
 
 from torch import Tensor
 
-from jdcore._methods import ComposedAggregator, aggregator_class, weighting_class
+from jdcore._methods import (
+    ComposedAggregator,
+    aggregator_class,
+    scalarizer_class,
+    weighting_class,
+)
 from jdcore._registry import registry
 from jdcore.config._arguments import ADAPTERS, Argument, arguments_of
 from jdcore.config._tensors import write_tensor
@@ -20,7 +25,7 @@ def write(method: Any, path: str, omit: Collection[str] = ()) -> dict[str, Any]:
     name = _name_of(method)
     if name is None:
         raise ParameterTypeError(
-            path, "an instance of a registered aggregator or weighting", repr(method)
+            path, "an instance of a registered aggregator, weighting or scalarizer", repr(method)
         )
     owner = method.weighting if isinstance(method, ComposedAggregator) else method
     arguments = arguments_of(type(owner))
@@ -100,7 +105,17 @@ def _name_of(method: Any) -> str | None:
     for adapter, adapter_class in ADAPTERS.items():
         if cls is adapter_class:
             return adapter
-    return next((_listed(entry) for entry in _entries() if _makes(entry, cls)), None)
+    found = (_listed(entry) for entry in _entries() if _makes(entry, cls))
+    return next(found, None) or _scalarizer_of(cls)
+
+
+def _scalarizer_of(cls: type) -> str | None:
+    for name in registry.scalarizers():
+        # Comparing names first, so that no other scalarizer is imported.
+        same_name = registry.scalarizer(name).spec.class_name == cls.__name__
+        if same_name and scalarizer_class(name) is cls:
+            return name
+    return None
 
 
 def _entries() -> list[Any]:

@@ -7,6 +7,12 @@ First-party and third-party methods go through the same line::
 
     test_conformance = conformance_tests("my-methods")
 
+Scalarizers of theirs go through another::
+
+    from jdcore.testing import scalarizer_tests
+
+    test_scalarizers = scalarizer_tests("my-methods")
+
 Rules of autogram are tried on layers of their type::
 
     from jdcore.testing import LayerExample, gramian_rule_tests
@@ -18,6 +24,7 @@ The tests need pytest: ``pip install jdcore[testing]``.
 
 from jdcore.testing._case import ConformanceError, NotApplicable
 from jdcore.testing._rules import RuleCheck, gramian_rule_tests, rule_checks
+from jdcore.testing._scalarizers import ScalarizerCheck, scalarizer_checks, scalarizer_tests
 from jdcore.testing._suite import ConformanceCheck, checks_of, conformance_tests
 from jdcore.testing._trial import LayerExample
 from jdcore.testing.families import FAMILIES, family
@@ -29,9 +36,12 @@ __all__ = [
     "LayerExample",
     "NotApplicable",
     "RuleCheck",
+    "ScalarizerCheck",
     "checks_of",
     "conformance_tests",
     "family",
     "gramian_rule_tests",
     "rule_checks",
+    "scalarizer_checks",
+    "scalarizer_tests",
 ]

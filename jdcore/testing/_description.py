@@ -31,37 +31,40 @@ def describes_itself(case: Case) -> None:
             demand(f":param {parameter}:" in documented, f"{parameter!r} is not documented")
 
 
-def shows_what_you_would_type(case: Case) -> None:
-    aggregator = case.make(case.rows)
-    scope = _Scope(
-        {
-            case.spec.class_name: aggregator_class(case.name),
-            "tensor": torch.tensor,
-            "torch": torch,
-        }
-    )
-    shown = repr(aggregator)
-    demand(repr(eval(shown, {}, scope)) == shown, f"{shown} does not evaluate to itself")
+class Names(dict[str, Any]):
+    """
+    Names that a user has imported: torch, those given, and all of a package beside.
 
+    :param package: A package that exports registered methods, such as ``jdcore.aggregation``.
+    :param given: Names that come first.
+    """
 
-class _Scope(dict[str, Any]):
-    """Names that somebody has imported: all of jdcore.aggregation, beside those given."""
+    def __init__(self, package: Any, given: dict[str, Any]) -> None:
+        super().__init__(given, tensor=torch.tensor, torch=torch)
+        self.package = package
 
     def __missing__(self, name: str) -> Any:
-        if not hasattr(jdcore.aggregation, name):
+        if not hasattr(self.package, name):
             raise KeyError(name)
-        return getattr(jdcore.aggregation, name)
+        return getattr(self.package, name)
+
+
+def shows_what_you_would_type(case: Case) -> None:
+    names = Names(jdcore.aggregation, {case.spec.class_name: aggregator_class(case.name)})
+    shown = repr(case.make(case.rows))
+    demand(repr(eval(shown, {}, names)) == shown, f"{shown} does not evaluate to itself")
 
 
 def is_listed_without_being_imported(case: Case) -> None:
-    modules = _modules_after_listing(registry.aggregator(case.name).distribution)
+    modules = modules_after_listing(registry.aggregator(case.name).distribution)
     factory = case.spec.weighting or case.spec.aggregator or ""
     for module in ("torch", factory.partition(":")[0]):
         demand(module not in modules, f"listing the plugin imports {module}")
 
 
 @cache
-def _modules_after_listing(distribution: str) -> frozenset[str]:
+def modules_after_listing(distribution: str) -> frozenset[str]:
+    """Names of all modules that listing the plugins of a distribution imports."""
     code = "import jdcore, sys; jdcore.list_plugins(); print(*sys.modules)"
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", code],

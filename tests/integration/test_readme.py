@@ -112,6 +112,13 @@ def test_the_changelog_mentions_every_method(name: str) -> None:
     assert f"`{describe(name).class_name}`" in text_of("CHANGELOG.md")
 
 
+def test_the_changelog_mentions_every_scalarizer() -> None:
+    specs = [spec for plugin in list_plugins() for spec in plugin.scalarizers]
+    text = text_of("CHANGELOG.md")
+
+    assert [spec.name for spec in specs if f"`{spec.class_name}`" not in text] == []
+
+
 def test_the_tools_that_tox_installs_are_pinned() -> None:
     pinned = set(re.findall(r"^([\w-]+)==", text_of(".ci/constraints.txt"), re.MULTILINE))
     named = re.findall(r"^(?:tools|libraries) = ((?:.*\\\n)*.*)$", text_of("tox.ini"), re.MULTILINE)

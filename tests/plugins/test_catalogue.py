@@ -7,7 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 import pytest
 
 import jdcore
-from jdcore._catalogue import METHODS, SOLVERS, distribution_of, solver_names
+from jdcore._catalogue import METHODS, SCALARIZERS, SOLVERS, distribution_of, solver_names
 
 
 @pytest.mark.parametrize("distribution", sorted({*METHODS, *SOLVERS}))
@@ -22,6 +22,7 @@ def test_the_catalogue_holds_what_a_distribution_provides(distribution: str) -> 
         solvers.setdefault(spec.problem, []).append(spec.name)
 
     assert METHODS.get(distribution, ()) == tuple(sorted(s.name for s in record.aggregators))
+    assert SCALARIZERS.get(distribution, ()) == tuple(sorted(s.name for s in record.scalarizers))
     assert SOLVERS.get(distribution, {}) == {p: tuple(sorted(n)) for p, n in solvers.items()}
 
 
@@ -47,3 +48,9 @@ def test_a_name_is_found_in_any_form(
 
 def test_a_problem_nobody_solves_has_no_names() -> None:
     assert solver_names("no_such_problem") == {}
+
+
+def test_scalarizers_are_found_apart_from_aggregators() -> None:
+    assert distribution_of("FAMO", kind="scalarizer") == "jdplugins-standard"
+    assert distribution_of("famo") is None
+    assert distribution_of("upgrad", kind="scalarizer") is None

@@ -322,7 +322,10 @@ def test_a_configuration_cannot_import_anything(
 @pytest.mark.parametrize(
     ("method", "message"),
     [
-        (len, "Parameter `config` must be an instance of a registered aggregator or weighting"),
+        (
+            len,
+            "Parameter `config` must be an instance of a registered aggregator, weighting or scalarizer",
+        ),
         (
             GramianAggregator(len),
             "Parameter `config.weighting` must be data: a number, string, boolean, None, list, ",

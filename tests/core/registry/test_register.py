@@ -98,7 +98,9 @@ def test_registering_a_taken_alias_is_refused_and_changes_nothing(registry: Regi
 
 
 def test_registering_something_else_is_refused(registry: Registry) -> None:
-    with pytest.raises(ParameterTypeError, match="`spec` must be an AggregatorSpec or a"):
+    with pytest.raises(
+        ParameterTypeError, match="`spec` must be an AggregatorSpec, a ScalarizerSpec or a"
+    ):
         registry.register("last_row")  # type: ignore[arg-type]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from jdcore import AggregatorSpec, Property, Reference, SolverSpec, hookimpl
+from jdcore import AggregatorSpec, Property, Reference, ScalarizerSpec, SolverSpec, hookimpl
 
 _PACKAGE = "jdplugins.standard"
 
@@ -580,6 +580,165 @@ def _upgrad(m: int) -> dict[str, Any]:
 
 def _upgrad_weighting(m: int) -> dict[str, Any]:
     return {"weighting": _upgrad(m)["aggregator"].weighting}
+
+
+@hookimpl
+def jdcore_scalarizers() -> Iterator[ScalarizerSpec]:
+    yield ScalarizerSpec(
+        name="mean",
+        summary="Mean of the losses.",
+        scalarizer=f"{_PACKAGE}.scalarization.mean:Mean",
+        api_version=1,
+    )
+    yield ScalarizerSpec(
+        name="sum",
+        summary="Sum of the losses.",
+        scalarizer=f"{_PACKAGE}.scalarization.sum:Sum",
+        api_version=1,
+    )
+    yield ScalarizerSpec(
+        name="constant",
+        summary="Weighted sum of the losses, with weights chosen by the user.",
+        scalarizer=f"{_PACKAGE}.scalarization.constant:Constant",
+        example=_constant_weights,
+        api_version=1,
+    )
+    yield ScalarizerSpec(
+        name="random",
+        summary="Weighted sum of the losses, with random weights drawn anew at each call.",
+        scalarizer=f"{_PACKAGE}.scalarization.random:Random",
+        reference=Reference(
+            title=(
+                "Reasonable Effectiveness of Random Weighting: A Litmus Test for Multi-Task "
+                "Learning"
+            ),
+            year=2021,
+            url="https://arxiv.org/pdf/2111.10603",
+        ),
+        stochastic=True,
+        api_version=1,
+    )
+    yield ScalarizerSpec(
+        name="geometric_mean",
+        summary="Geometric mean of the losses.",
+        scalarizer=f"{_PACKAGE}.scalarization.geometric_mean:GeometricMean",
+        reference=Reference(
+            title=(
+                "MultiNet++: Multi-Stream Feature Aggregation and Geometric Loss Strategy for "
+                "Multi-Task Learning"
+            ),
+            year=2019,
+            url="https://arxiv.org/pdf/1904.08492",
+        ),
+        positive=True,
+        aliases=("gls",),
+        api_version=1,
+    )
+    yield ScalarizerSpec(
+        name="uw",
+        summary="Losses divided by learned variances.",
+        scalarizer=f"{_PACKAGE}.scalarization.uw:UW",
+        reference=Reference(
+            title=(
+                "Multi-Task Learning Using Uncertainty to Weigh Losses for Scene Geometry and "
+                "Semantics"
+            ),
+            year=2018,
+            url="https://arxiv.org/pdf/1705.07115",
+        ),
+        trainable=True,
+        example=_as_many,
+        api_version=1,
+    )
+    yield ScalarizerSpec(
+        name="imtl_l",
+        summary="Losses with learned scales that make all of them equally large.",
+        scalarizer=f"{_PACKAGE}.scalarization.imtl_l:IMTLL",
+        reference=Reference(
+            title="Towards Impartial Multi-task Learning",
+            year=2021,
+            url="https://discovery.ucl.ac.uk/id/eprint/10120667/",
+        ),
+        trainable=True,
+        example=_as_many,
+        api_version=1,
+    )
+    yield ScalarizerSpec(
+        name="dwa",
+        summary="Losses that fall slowly weigh more, from epoch to epoch.",
+        scalarizer=f"{_PACKAGE}.scalarization.dwa:DWA",
+        reference=Reference(
+            title="End-to-End Multi-Task Learning with Attention",
+            year=2019,
+            url="https://arxiv.org/pdf/1803.10704",
+        ),
+        stateful=True,
+        advanced_by="step",
+        api_version=1,
+    )
+    yield ScalarizerSpec(
+        name="famo",
+        summary="Weights under which the logarithms of all losses fall equally fast.",
+        scalarizer=f"{_PACKAGE}.scalarization.famo:FAMO",
+        reference=Reference(
+            title="FAMO: Fast Adaptive Multitask Optimization",
+            year=2023,
+            url="https://arxiv.org/pdf/2306.03792",
+        ),
+        positive=True,
+        stateful=True,
+        surrogate=True,
+        advanced_by="update",
+        api_version=1,
+    )
+    yield ScalarizerSpec(
+        name="chebyshev",
+        summary="Largest weighted distance from a reference point.",
+        scalarizer=f"{_PACKAGE}.scalarization.chebyshev:Chebyshev",
+        reference=Reference(
+            title="Nonlinear Multiobjective Optimization",
+            year=1999,
+            url="https://link.springer.com/book/10.1007/978-1-4615-5563-6",
+        ),
+        api_version=1,
+    )
+    yield ScalarizerSpec(
+        name="stch",
+        summary="Smooth form of the largest weighted distance from a reference point.",
+        scalarizer=f"{_PACKAGE}.scalarization.stch:STCH",
+        reference=Reference(
+            title="Smooth Tchebycheff Scalarization for Multi-Objective Optimization",
+            year=2024,
+            url="https://arxiv.org/pdf/2402.19078",
+        ),
+        api_version=1,
+    )
+    yield ScalarizerSpec(
+        name="pbi",
+        summary="Progress along a ray of preferences, and a penalty on leaving it.",
+        scalarizer=f"{_PACKAGE}.scalarization.pbi:PBI",
+        reference=Reference(
+            title=("MOEA/D: A Multiobjective Evolutionary Algorithm Based on Decomposition"),
+            year=2007,
+            url="https://ieeexplore.ieee.org/document/4358754",
+        ),
+        api_version=1,
+    )
+    yield ScalarizerSpec(
+        name="cosmos",
+        summary="Weighted sum with a reward for losses in the direction of preferences.",
+        scalarizer=f"{_PACKAGE}.scalarization.cosmos:COSMOS",
+        reference=Reference(
+            title="Scalable Pareto Front Approximation for Deep Multi-Objective Learning",
+            year=2021,
+            url="https://arxiv.org/pdf/2103.13392",
+        ),
+        api_version=1,
+    )
+
+
+def _as_many(m: int) -> dict[str, Any]:
+    return {"n_losses": m}
 
 
 @hookimpl

@@ -1,0 +1,1 @@
+"""Scalarizers of the literature: one loss of several, without a Jacobian."""
