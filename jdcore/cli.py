@@ -6,8 +6,9 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib.metadata import version
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from jdcore._commands import check, doctor, info, listing, new, plugins
 from jdcore.bench import command as bench
@@ -23,6 +24,11 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         # Without the usage, which would bury the one line that matters.
         self.exit(2, f"{self.prog}: {message}\n")
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        # As in argparse, but for the errors of writing, which it keeps to itself.
+        if message:
+            (file or sys.stderr).write(message)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -40,21 +46,51 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     :param argv: Arguments without the program's name; those of the process if None.
     :returns: The exit code: 0, 1 if `doctor` or `check` found something broken, 2 for bad input
-        (one line on standard error), 130 if interrupted.
+        or if the output cannot be written (one line on standard error), 130 if interrupted.
     """
+    _open_streams()
+    command = "jdcore"
     try:
-        arguments = _parser().parse_args(argv)
-    except SystemExit as stop:  # how argparse ends, after --help too
-        return stop.code if isinstance(stop.code, int) else 0
-    try:
-        code: int | None = arguments.run(arguments)
+        try:
+            arguments = _parser().parse_args(argv)
+        except SystemExit as stop:  # how argparse ends, after --help too
+            code = stop.code if isinstance(stop.code, int) else 0
+        else:
+            command = f"jdcore {arguments.command}"
+            code = arguments.run(arguments) or 0
         sys.stdout.flush()
+        return code
     except JDCoreError as error:
-        print(f"jdcore {arguments.command}: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        return _fail(command, str(error))
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # the reader has seen enough, as in `jdcore list | head -3`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _leave_stdout()
         return 0
-    return code or 0
+    except OSError as error:  # a full disk, be it under a file or under the output itself
+        _leave_stdout()
+        where = f": {error.filename}" if error.filename else ""
+        return _fail(command, f"{error.strerror or error}{where}")
+
+
+def _open_streams() -> None:
+    """Let output go somewhere in any case: a closed stream is None, a narrow one raises."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - for the rest of the process
+        elif getattr(stream, "errors", None) == "strict" and hasattr(stream, "reconfigure"):
+            # Formulas and names of authors in a terminal of ASCII or cp1252.
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _leave_stdout() -> None:
+    """Drop what could not be written, which Python would try again when it ends."""
+    with suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _fail(command: str, message: str) -> int:
+    with suppress(OSError):  # standard error may be full as well
+        print(f"{command}: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    return 2

@@ -9,6 +9,7 @@ group checks the tensors a method is called with.
 from __future__ import annotations
 
 import numbers
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -61,11 +62,18 @@ def real(minimum: float, maximum: float = float("inf")) -> Validator:
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise ParameterTypeError(attribute.name, "a real number", repr(value))
         bounded = maximum != float("inf")
-        if not minimum <= value <= maximum or abs(value) == float("inf"):
+        # Integers of Python may lie beyond all floats, and cannot even be made one then.
+        if not minimum <= value <= maximum or abs(value) > sys.float_info.max:
             expected = f"in [{minimum}, {maximum}]" if bounded else f">= {minimum} and finite"
-            raise ParameterError(attribute.name, expected, value)
+            raise ParameterError(attribute.name, expected, _shown(value))
 
     return validate
+
+
+def _shown(number: float) -> object:
+    if isinstance(number, int) and number.bit_length() > 100:
+        return f"an integer of {number.bit_length()} bits"
+    return number
 
 
 def one_of(*options: str) -> Validator:

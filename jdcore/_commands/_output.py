@@ -3,17 +3,41 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout, suppress
 from importlib.util import find_spec
 from typing import Any
 
 _GAP = "  "
 
 
+@contextmanager
+def plugins_on_stderr() -> Iterator[None]:
+    """
+    Send what is printed meanwhile to standard error.
+
+    Standard output belongs to the command: plugins that print when they are imported, in Python or
+    by a library in C, would spoil its JSON and its tables.
+    """
+    with redirect_stdout(sys.stderr):
+        if sys.__stdout__ is not None:
+            sys.__stdout__.flush()  # what the command has printed before
+        kept = os.dup(1)
+        try:
+            with suppress(OSError):  # without standard error there is nowhere to send it
+                os.dup2(2, 1)
+            yield
+        finally:
+            os.dup2(kept, 1)
+            os.close(kept)
+
+
 def print_json(data: Any) -> None:
-    """Print data as JSON."""
-    print(json.dumps(data, indent=2, ensure_ascii=False))
+    """Print data as JSON, in ASCII where the output cannot show everything."""
+    encoding = (getattr(sys.stdout, "encoding", None) or "ascii").lower().replace("-", "")
+    print(json.dumps(data, indent=2, ensure_ascii=not encoding.startswith("utf")))
 
 
 def draws_tables() -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 
 from attrs import asdict, frozen
 
-from jdcore._commands._output import print_json, print_table
+from jdcore._commands._output import plugins_on_stderr, print_json, print_table
 from jdcore._commands._records import (
     installed_version,
     method_record,
@@ -61,9 +61,10 @@ def run(arguments: argparse.Namespace) -> int:
 
     :returns: 1 if a plugin or a method is broken, else 0.
     """
-    plugins = list(plugin_records())
-    versions = dict(_versions(plugins))
-    trials = list(_trials())
+    with plugins_on_stderr():
+        plugins = list(plugin_records())
+        versions = dict(_versions(plugins))
+        trials = list(_trials())
     troubles = [f"{p['distribution']}: {p['reason']}" for p in plugins if p["status"] == "failed"]
     troubles += [f"{_label(trial)}: {trial.trouble}" for trial in trials if trial.trouble]
     if arguments.json:

@@ -8,7 +8,7 @@ import re
 import textwrap
 from typing import Any
 
-from jdcore._commands._output import print_json
+from jdcore._commands._output import plugins_on_stderr, print_json
 from jdcore._commands._records import (
     discover,
     method_record,
@@ -38,9 +38,10 @@ def run(arguments: argparse.Namespace) -> int:
 
     :raises JDCoreError: If there is no such method, or it cannot be imported.
     """
-    discover()
     describe = describe_scalarizer if arguments.scalarizer else describe_method
-    record = describe(arguments.name)
+    with plugins_on_stderr():
+        discover()
+        record = describe(arguments.name)
     if arguments.json:
         print_json(record)
     else:

@@ -5,7 +5,12 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from jdcore._commands._output import draws_tables, print_json, print_table
+from jdcore._commands._output import (
+    draws_tables,
+    plugins_on_stderr,
+    print_json,
+    print_table,
+)
 from jdcore._commands._records import method_records, scalarizer_records
 
 _SCALARIZER_COLUMNS = ("name", "kind", "provided by", "summary")
@@ -24,7 +29,8 @@ def add_parser(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the methods, or the scalarizers."""
-    records = scalarizer_records() if arguments.scalarizers else method_records()
+    with plugins_on_stderr():
+        records = scalarizer_records() if arguments.scalarizers else method_records()
     if arguments.json:
         print_json(records)
     elif arguments.scalarizers:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from jdcore._commands._output import print_json, print_table
+from jdcore._commands._output import plugins_on_stderr, print_json, print_table
 from jdcore._commands._records import plugin_records
 
 _KINDS = ("aggregators", "scalarizers", "solvers")
@@ -21,7 +21,8 @@ def add_parser(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the plugins."""
-    records = list(plugin_records())
+    with plugins_on_stderr():
+        records = list(plugin_records())
     if arguments.json:
         print_json(records)
     elif records:

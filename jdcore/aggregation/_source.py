@@ -259,10 +259,10 @@ def _ask(weighting: Any, source: GramianSource, shape: Sequence[int] | None) -> 
     else:
         gramian = source.gramian()
         weights = weighting(gramian if len(expected) == 1 else unflatten_gramian(gramian, expected))
-    if not isinstance(weights, Tensor) or weights.shape != expected:
+    if not isinstance(weights, Tensor) or weights.shape != expected or weights.is_complex():
         raise ParameterError(
             "weighting",
-            f"one that returns weights of shape {list(expected)}",
+            f"one that returns real weights of shape {list(expected)}",
             describe_tensor(weights),
         )
     return weights.detach()

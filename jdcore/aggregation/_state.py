@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import attrs
+import torch
 from attrs import Attribute, field
 from torch import Tensor
 
@@ -68,8 +69,8 @@ class StateFields:
         Restore a state.
 
         :param state: What :meth:`state_dict` returned, of an object with the same arguments.
-        :raises ParameterError: If keys are missing or unknown, or a value does not fit its field;
-            the state is then left as it was.
+        :raises ParameterError: If keys are missing or unknown, or a value does not fit its field
+            or holds NaN; the state is then left as it was.
         """
         fields = state_fields(type(self))
         _check_keys(state, [f.name for f in fields])
@@ -106,8 +107,26 @@ def _restore(owner: object, state: Attribute[Any], value: Any) -> Any:
 def _restore_tensor(name: str, current: Tensor, value: Any) -> Tensor:
     if not isinstance(value, Tensor):
         raise ParameterTypeError(name, "a Tensor", describe_tensor(value))
+    dense = value.layout == torch.strided and value.device.type != "meta"
+    if not dense or not torch.can_cast(value.dtype, current.dtype):
+        kind = str(current.dtype).removeprefix("torch.")
+        raise ParameterError(name, f"a dense Tensor that {kind} can hold", describe_tensor(value))
     # A checkpoint read with another map_location, or rounded by .half(), fits all the same.
-    return value.detach().to(device=current.device, dtype=current.dtype, copy=True)
+    restored = value.detach().to(device=current.device, dtype=current.dtype, copy=True)
+    _check_range(name, current, restored)
+    return restored
+
+
+def _check_range(name: str, current: Tensor, value: Tensor) -> None:
+    """
+    Refuse NaN, which no call leaves in a state, and infinity where a new object has none.
+
+    :raises ParameterError: If there are such entries.
+    """
+    if bool(value.isnan().any()):
+        raise ParameterError(name, "free of NaN", "NaN")
+    if bool(value.isinf().any()) and not bool(current.isinf().any()):
+        raise ParameterError(name, "finite", "infinite entries")
 
 
 def _restore_number(name: str, current: Any, value: Any) -> Any:
@@ -115,4 +134,11 @@ def _restore_number(name: str, current: Any, value: Any) -> Any:
     accepted = numbers.Real if kind is float else kind
     if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
         raise ParameterTypeError(name, f"a plain {kind.__name__}", repr(value))
-    return kind(value)
+    try:
+        restored = kind(value)
+    except OverflowError as error:
+        raise ParameterError(name, f"in the range of {kind.__name__}", str(error)) from error
+    if kind is float:
+        initial, value = torch.tensor([current, restored], dtype=torch.float64, device="cpu")
+        _check_range(name, initial, value)
+    return restored

@@ -32,7 +32,8 @@ def read(
     known = arguments_of(cls)
     given = {key: value for key, value in config.items() if key != "name"}
     extra = extra or {}
-    _refuse_unknown([f"{path}.{key}" for key in given] + list(extra), known, name)
+    keys = {f"{path}.{key}": key for key in given} | {key: key for key in extra}
+    _refuse_unknown(keys, known, name)
     values = {k: _value(known[k], v, f"{path}.{k}") for k, v in given.items() if k not in extra}
     values |= extra
     for argument in known.values():
@@ -42,9 +43,14 @@ def read(
         return cls(**values)
 
 
-def _refuse_unknown(paths: list[str], known: Mapping[str, Argument], name: str) -> None:
-    for path in paths:
-        if path.rpartition(".")[2] not in known:
+def _refuse_unknown(keys: Mapping[str, Any], known: Mapping[str, Argument], name: str) -> None:
+    """
+    Refuse keys that are no arguments.
+
+    :param keys: The keys by the paths that errors name.
+    """
+    for path, key in keys.items():
+        if key not in known:
             expected = f"an argument of {name!r} ({', '.join(known) or 'it takes none'})"
             raise ParameterTypeError(path, expected, "an unknown one")
 
@@ -84,7 +90,7 @@ def _refuse_adapter_as(kind: str, adapter: str) -> None:
 
 
 def _value(argument: Argument, value: Any, path: str) -> Any:
-    value = _plain(value)
+    value = _plain(value, path)
     if isinstance(value, (list, dict)) and argument.accepts("Tensor"):
         return read_tensor(value, path)
     if isinstance(value, dict) and argument.problem is not None:
@@ -103,12 +109,21 @@ def _solver(config: dict[str, Any], problem: str, path: str) -> Any:
         return get_solver(problem, name, **arguments)
 
 
-def _plain(value: Any) -> Any:
-    """Lists and dictionaries in place of the containers of OmegaConf, tomlkit and their like."""
-    if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return [_plain(item) for item in value]
+def _plain(value: Any, path: str) -> Any:
+    """
+    Lists and dictionaries in place of the containers of OmegaConf, tomlkit and their like.
+
+    :raises ParameterTypeError: If there are bytes, which are a sequence of numbers to Python.
+    """
+    if isinstance(value, (bytes, bytearray, memoryview)):
+        raise ParameterTypeError(path, "numbers, strings, lists or mappings", repr(value))
+    try:
+        if isinstance(value, Mapping):
+            return {key: _plain(item, f"{path}.{key}") for key, item in value.items()}
+        if isinstance(value, Sequence) and not isinstance(value, str):
+            return [_plain(item, f"{path}[{index}]") for index, item in enumerate(value)]
+    except RecursionError:
+        raise ParameterError(path, "data that comes to an end", "data within itself") from None
     return value
 
 

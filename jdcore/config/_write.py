@@ -48,9 +48,12 @@ def _is_default(argument: Argument, owner: Any) -> bool:
     value = getattr(owner, argument.attribute)
     if value is argument.default:
         return True
-    # Types too, since 1 == True == 1.0; tensors compare by entry.
-    comparable = type(value) is type(argument.default) and not isinstance(value, Tensor)
-    return comparable and bool(value == argument.default)
+    if type(value) is not type(argument.default):  # since 1 == True == 1.0
+        return False
+    try:
+        return bool(value == argument.default)
+    except Exception:  # tensors and arrays compare by entry, also within lists
+        return False
 
 
 def _value(argument: Argument, owner: Any, path: str) -> Any:
@@ -83,7 +86,10 @@ def _plain(value: Any, path: str) -> Any:
     if isinstance(value, (list, tuple)):
         return [_plain(item, f"{path}[{index}]") for index, item in enumerate(value)]
     if isinstance(value, Mapping):
-        return {str(key): _plain(item, f"{path}.{key}") for key, item in value.items()}
+        for key in value:
+            if not isinstance(key, str):  # JSON would make a string of it, maybe one that is there
+                raise ParameterTypeError(path, "a mapping whose keys are strings", repr(key))
+        return {key: _plain(item, f"{path}.{key}") for key, item in value.items()}
     if _name_of(value) is not None:
         return write(value, path)
     raise ParameterTypeError(path, _DATA, repr(value), _hint(path))

@@ -32,9 +32,9 @@ def compare(
         for name, aggregator in methods:
             advance = partial(bar.advance, bar.add_task(name, total=total))
             runs.append(train(name, aggregator, digits, epochs=epochs, seed=seed, advance=advance))
-    path = folder / "demo.png"
-    draw(path, runs, digits)
     console.print(results_table(runs))
     for remark in remarks(runs):
         console.print(remark, markup=False)
+    path = folder / "demo.png"
+    draw(path, runs, digits)  # last: on a full disk, the results are not lost with it
     console.print(f"Figure: {path}", markup=False, soft_wrap=True)

@@ -144,3 +144,10 @@ def test_infinities_of_both_signs_in_the_gramian_are_found_without_a_warning(m: 
     gramian[0, 1], gramian[1, 0] = float("inf"), -float("inf")
 
     assert InverseNormWeighting()(gramian).isnan().all()
+
+
+def test_complex_weights_are_refused_rather_than_made_real() -> None:
+    aggregator = GramianAggregator(lambda gramian: torch.ones(len(gramian), dtype=torch.complex64))
+
+    with pytest.raises(ParameterError, match="real weights of shape"):
+        aggregator(torch.eye(2))

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import math
 from typing import Any
 
 import numpy as np
@@ -115,7 +116,18 @@ def test_tensors_are_restored_in_the_dtype_of_the_field() -> None:
         ({"calls": True}, "`calls` must be a plain int"),
         ({"calls": -1}, "`calls` must be >= 0"),
         ({"share": "half"}, "`share` must be a plain float"),
+        ({"share": math.nan}, "`share` must be free of NaN"),
+        ({"share": -math.inf}, "`share` must be finite"),
+        ({"share": 10**400}, "`share` must be in the range of float"),
         ({"total": [1.0, 2.0]}, "`total` must be a Tensor"),
+        ({"total": torch.tensor([1.0, math.nan])}, "`total` must be free of NaN"),
+        ({"total": torch.tensor([1.0, math.inf])}, "`total` must be finite"),
+        ({"total": torch.tensor([1j, 2])}, "`total` must be a dense Tensor that float64 can hold"),
+        (
+            {"total": torch.ones(2, device="meta")},
+            "`total` must be a dense Tensor that float64 can",
+        ),
+        ({"total": torch.ones(2).to_sparse()}, "`total` must be a dense Tensor that float64 can"),
     ],
 )
 def test_a_state_that_does_not_fit_is_refused_and_nothing_is_changed(

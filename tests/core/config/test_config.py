@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Iterator, Mapping
 from typing import Any, Optional, Union
@@ -19,6 +20,7 @@ import jdcore
 from jdcore import AggregatorSpec, ParameterError, ParameterTypeError, UnknownNameError
 from jdcore.aggregation import Flattening, GramianAggregator, GramianWeighting, solver_field
 from jdcore.config._arguments import Argument
+from jdcore.config._write import _is_default
 from jdcore.validators import generator, integer, real, row_vector
 
 Array = NDArray[np.float64]
@@ -64,6 +66,10 @@ class MisnamedWeighting(ConfigurableWeighting):
     """One of its arguments has the name of the key that is taken."""
 
     name: str = "nobody"
+
+
+ENDLESS: list[Any] = []
+ENDLESS.append(ENDLESS)
 
 
 @pytest.fixture(autouse=True)
@@ -211,11 +217,59 @@ NESTED = {"name": "configurable"}
         ),
         (
             {"name": "configurable", "pref_vector": ["a"]},
-            "Parameter `config.pref_vector` must be numbers in lists of equal length, got",
+            "Parameter `config.pref_vector[0]` must be a real number, got 'a'.",
         ),
         (
             {"name": "configurable", "pref_vector": {"data": [1.0], "dtype": "load"}},
             "Parameter `config.pref_vector.dtype` must be one of float16, ",
+        ),
+        (
+            {"name": "configurable", "pref_vector": b"ab"},
+            "Parameter `config.pref_vector` must be numbers, strings, lists or mappings, got b'ab",
+        ),
+        (
+            {"name": "configurable", "schedule": [1, bytearray(b"ab")]},
+            "Parameter `config.schedule[1]` must be numbers, strings, lists or mappings, got byte",
+        ),
+        (
+            {"name": "configurable", "pref_vector": [1 + 2j, 1]},
+            "Parameter `config.pref_vector[0]` must be a real number, got (1+2j).",
+        ),
+        (
+            {"name": "configurable", "pref_vector": [True, 1]},
+            "Parameter `config.pref_vector[0]` must be a real number, got True.",
+        ),
+        (
+            {"name": "configurable", "pref_vector": [1, 1e300]},
+            "Parameter `config.pref_vector[1]` must be in the range of float32, got 1e+300.",
+        ),
+        (
+            {"name": "configurable", "pref_vector": [10**400]},
+            "Parameter `config.pref_vector[0]` must be in the range of float32, got 1000",
+        ),
+        (
+            {"name": "configurable", "pref_vector": [10**5000]},
+            "Parameter `config.pref_vector[0]` must be in the range of float32, got an integer too",
+        ),
+        (
+            {"name": "configurable", "pref_vector": {"data": [1.5], "dtype": "int64"}},
+            "Parameter `config.pref_vector[0]` must be a whole number, got 1.5.",
+        ),
+        (
+            {"name": "configurable", "c": 10**400},
+            "Parameter `config.c` must be >= 0.0 and finite, got an integer of 1329 bits.",
+        ),
+        (
+            {"name": "configurable", "a.pref_vector": [1.0]},
+            "Parameter `config.a.pref_vector` must be an argument of 'configurable' (",
+        ),
+        (
+            {"name": "configurable", 3: 1.0},
+            "Parameter `config.3` must be an argument of 'configurable' (",
+        ),
+        (
+            {"name": "configurable", "schedule": ENDLESS},
+            "Parameter `config.schedule",
         ),
         (
             {"name": "configurable", "pref_vector": {"values": [1.0]}},
@@ -370,3 +424,21 @@ def test_annotations_tell_which_arguments_are_tensors(hint: Any, accepted: bool)
 def test_an_unknown_argument_beside_a_configuration_is_refused() -> None:
     with pytest.raises(ParameterTypeError, match="Parameter `C` must be an argument of 'configur"):
         jdcore.get_weighting({"name": "configurable"}, C=1.0)
+
+
+def test_a_mapping_with_keys_that_are_no_strings_is_no_data() -> None:
+    # JSON would write both keys as "1", and read one of the values back.
+    weighting = ConfigurableWeighting()
+    object.__setattr__(weighting, "c", {1: 2, "1": 3})
+
+    with pytest.raises(ParameterTypeError, match=r"a mapping whose keys are strings, got 1\."):
+        jdcore.to_config(weighting)
+
+
+@pytest.mark.parametrize("default", [np.zeros(2), [torch.zeros(2)]])
+def test_a_default_that_compares_by_entry_is_written_out(default: Any) -> None:
+    argument = Argument("c", "c", default, "object")
+    owner = ConfigurableWeighting()
+    object.__setattr__(owner, "c", copy.deepcopy(default))
+
+    assert not _is_default(argument, owner)
