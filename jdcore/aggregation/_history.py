@@ -20,7 +20,7 @@ from jdcore.validators import boolean, check_blocks, check_matrix, describe_tens
 
 
 def _nothing() -> Tensor:
-    return torch.zeros(0, 0, dtype=torch.float64)
+    return torch.zeros(0, 0, dtype=torch.float64, device="cpu")
 
 
 def _matrix(_: object, attribute: Attribute[Tensor], value: Tensor) -> None:

@@ -65,7 +65,7 @@ class LossWeighting(GramianWeighting):
             return super().weigh(source)
         if finite_required(self.check_finite):
             raise NonFiniteError(broken, "values")
-        return torch.full((source.rows,), math.nan, dtype=torch.float64)
+        return torch.full((source.rows,), math.nan, dtype=torch.float64, device="cpu")
 
     def answer(self, matrix: NDArray[np.float64], source: GramianSource) -> NDArray[np.float64]:
         return self.compute_with(matrix, source.known_losses().double().cpu().numpy())

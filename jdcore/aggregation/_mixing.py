@@ -219,7 +219,7 @@ class MixedWeighting:
         m = source.rows
         check_row_vectors(self.mixing, m, source.device)
         if m == 0:
-            return torch.empty(0, dtype=torch.float64)
+            return torch.empty(0, dtype=torch.float64, device="cpu")
         try:
             mixing = self.mixing.mix(source)
             # Rows that are mixed to another scale would leave the range of float64 when squared.
@@ -228,7 +228,7 @@ class MixedWeighting:
         except NonFiniteError:
             if finite_required(self.mixing.check_finite):
                 raise
-            return torch.full((m,), math.nan, dtype=torch.float64)
+            return torch.full((m,), math.nan, dtype=torch.float64, device="cpu")
         return weights.double().cpu() @ torch.from_numpy(mixing * scale**self.scale_degree)
 
 

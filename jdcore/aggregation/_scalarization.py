@@ -57,4 +57,4 @@ class ScalarizationWeighting:
         m = source.rows
         check_row_vectors(self, m, source.device)
         wide = torch.float64 if source.precision == torch.float64 else torch.float32
-        return self.compute(m, wide) if m else torch.empty(0, dtype=wide)
+        return self.compute(m, wide) if m else torch.empty(0, dtype=wide, device="cpu")

@@ -159,7 +159,9 @@ def check_losses(
     if losses is None:
         return None
     if isinstance(losses, (list, tuple)) and all(isinstance(loss, Tensor) for loss in losses):
-        losses = torch.cat([loss.detach().flatten() for loss in losses] or [torch.empty(0)])
+        losses = torch.cat(
+            [loss.detach().flatten() for loss in losses] or [torch.empty(0, device="cpu")]
+        )
     if not isinstance(losses, Tensor) or not losses.is_floating_point():
         raise ParameterTypeError(
             parameter, f"a floating Tensor with {m} entries", describe_tensor(losses)

@@ -92,14 +92,14 @@ class GramianWeighting:
         m = source.rows
         check_row_vectors(self, m, source.device)
         if m == 0:
-            return torch.empty(0, dtype=torch.float64)
+            return torch.empty(0, dtype=torch.float64, device="cpu")
         gramian = self.matrix_of(source)
         array: NDArray[np.float64] = gramian.numpy() if gramian.is_cpu else gramian.cpu().numpy()
         if _all_finite(array):
             return torch.from_numpy(np.asarray(self.answer(array, source), dtype=np.float64))
         if finite_required(self.check_finite):
             raise refuse_gramian(array)
-        return torch.full((m,), math.nan, dtype=torch.float64)
+        return torch.full((m,), math.nan, dtype=torch.float64, device="cpu")
 
 
 def _all_finite(gramian: NDArray[np.float64]) -> bool:

@@ -78,7 +78,7 @@ class WeightingWrapper(NestedState):
         """See :meth:`GramianWeighting.weigh`."""
         check_row_vectors(self, source.rows, source.device)
         if not source.rows:
-            return torch.empty(0, dtype=torch.float64)
+            return torch.empty(0, dtype=torch.float64, device="cpu")
         before = {state.name: getattr(self, state.name) for state in state_fields(type(self))}
         weights = self.rewrite(source)
         if not source.asked:  # then nobody knows yet whether the rows are finite

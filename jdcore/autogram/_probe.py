@@ -20,7 +20,9 @@ _TOLERANCE = 1e-4
 
 def probe_weights(samples: int) -> Tensor:
     """Weights 1 and 2 for the samples [B], in an order that no layout repeats."""
-    bits = torch.randint(2, (samples,), generator=torch.Generator().manual_seed(20240623))
+    bits = torch.randint(
+        2, (samples,), generator=torch.Generator().manual_seed(20240623), device="cpu"
+    )
     bits[0], bits[-1] = 0, 1
     return 1.0 + bits
 

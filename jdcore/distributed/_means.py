@@ -57,7 +57,11 @@ def global_means(
 
 
 def _checked(sums: Tensor | Sequence[Tensor], counts: Tensor | Sequence[float]) -> Tensor:
-    given = counts if isinstance(counts, Tensor) else torch.tensor(counts, dtype=torch.float64)
+    given = (
+        counts
+        if isinstance(counts, Tensor)
+        else torch.tensor(counts, dtype=torch.float64, device="cpu")
+    )
     if given.shape != (len(sums),):
         raise ParameterError(
             "counts", f"{len(sums)} numbers, one for each sum", describe_tensor(given)

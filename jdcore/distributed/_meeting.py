@@ -115,8 +115,8 @@ class Meeting:
             )
         own = culprit == dist.get_rank()
         reason = f"{type(error).__name__}: {error}".encode()[:_TEXT] if own else b""
-        letters = torch.zeros(_TEXT, dtype=torch.int64)
-        letters[: len(reason)] = torch.tensor(list(reason), dtype=torch.int64)
+        letters = torch.zeros(_TEXT, dtype=torch.int64, device="cpu")
+        letters[: len(reason)] = torch.tensor(list(reason), dtype=torch.int64, device="cpu")
         heard = self.maximum(letters.to(self.device)).tolist()
         if error is None:
             text = bytes(letter for letter in heard if letter).decode(errors="replace")

@@ -75,7 +75,7 @@ class TrainableScalarizer(torch.nn.Module):
         if n_losses < 0:
             raise ParameterError("n_losses", ">= 0", n_losses)
         self.n_losses = n_losses
-        self.logits = torch.nn.Parameter(torch.zeros(n_losses))
+        self.logits = torch.nn.Parameter(torch.zeros(n_losses, device=torch.get_default_device()))
 
     def scalarize(self, losses: Tensor, logits: Tensor) -> Tensor:
         """

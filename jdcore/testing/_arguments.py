@@ -41,7 +41,7 @@ def checks_vectors_against_the_rows(case: Case) -> None:
 
 
 def _checks_vector(case: Case, name: str) -> None:
-    right, matrix = torch.ones(case.rows), case.gauss()
+    right, matrix = torch.ones(case.rows, device="cpu"), case.gauss()
     too_short = case.make(case.rows, {name: right[1:]})
     elsewhere = case.make(case.rows, {name: right.to("meta")})
     weighting = case.make_weighting(case.rows, {name: right})
@@ -71,7 +71,7 @@ def survives_a_config_round_trip(case: Case) -> None:
 
 def _usable_vector(case: Case, name: str) -> torch.Tensor:
     """A vector in float64, with one entry per objective; or per objective but the first."""
-    wide = torch.linspace(0.1, 1.0, case.rows, dtype=torch.float64)
+    wide = torch.linspace(0.1, 1.0, case.rows, dtype=torch.float64, device="cpu")
     try:
         case.call(case.make(case.rows, {name: wide}), case.gauss())
     except ParameterError:

@@ -85,7 +85,9 @@ class Case:
 
     def gauss(self, m: int | None = None, n: int = _COLUMNS, seed: int = 0) -> Tensor:
         generator = torch.Generator().manual_seed(seed)
-        return torch.randn(self.rows if m is None else m, n, generator=generator).double()
+        return torch.randn(
+            self.rows if m is None else m, n, generator=generator, device="cpu"
+        ).double()
 
 
 def quietly(call: Callable[[], Tensor]) -> Tensor:

@@ -60,12 +60,12 @@ def leaves_its_input_alone(case: Case) -> None:
 
 
 def handles_no_rows(case: Case) -> None:
-    vector = case.call(case.make(0), torch.zeros(0, 3))
-    demand(torch.equal(vector, torch.zeros(3)), f"{vector} for a matrix without rows")
+    vector = case.call(case.make(0), torch.zeros(0, 3, device="cpu"))
+    demand(torch.equal(vector, torch.zeros(3, device="cpu")), f"{vector} for a matrix without rows")
 
 
 def handles_no_columns(case: Case) -> None:
-    vector = case.call(case.make(case.rows), torch.zeros(case.rows, 0))
+    vector = case.call(case.make(case.rows), torch.zeros(case.rows, 0, device="cpu"))
     demand(vector.shape == (0,), f"{vector} for a matrix without columns")
 
 
@@ -229,7 +229,7 @@ def weighting_keeps_its_laws(case: Case) -> None:
     copy = gramian.clone()
     quietly(lambda: case.make_weighting(case.rows)(gramian, **inputs))
     demand(torch.equal(gramian, copy), "the Gramian was modified")
-    empty = case.weigh(case.make_weighting(0), torch.zeros(0, 3))
+    empty = case.weigh(case.make_weighting(0), torch.zeros(0, 3, device="cpu"))
     demand(empty.shape == (0,), f"{empty} for an empty Gramian")
     try:
         case.make_weighting(case.rows)(matrix, **inputs)

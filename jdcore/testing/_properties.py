@@ -31,7 +31,7 @@ def never_conflicts(case: Case) -> None:
 def is_linear_under_scaling(case: Case) -> None:
     for label, matrix in case.matrices():
         generator = torch.Generator().manual_seed(1)
-        one, two = torch.rand(2, len(matrix), 1, generator=generator).double() + 0.1
+        one, two = torch.rand(2, len(matrix), 1, generator=generator, device="cpu").double() + 0.1
         parts = [case.call(case.make(len(matrix)), c * matrix) for c in (one, two)]
         whole = case.call(case.make(len(matrix)), (one + two) * matrix)
         demand_close(parts[0] + parts[1], whole, _relaxed(label, whole, matrix), f"sum on {label}")
@@ -50,7 +50,7 @@ def _relaxed(label: str, vector: Tensor, matrix: Tensor) -> float:
 def is_permutation_invariant(case: Case) -> None:
     for label, matrix in case.matrices():
         generator = torch.Generator().manual_seed(2)
-        order = torch.randperm(len(matrix), generator=generator)
+        order = torch.randperm(len(matrix), generator=generator, device="cpu")
         expected = case.call(case.make(len(matrix)), matrix)
         permuted = case.call(case.make(len(matrix)), matrix[order])
         demand_close(permuted, expected, _relaxed(label, expected, matrix), f"order on {label}")
@@ -73,7 +73,7 @@ def stops_only_where_strongly_stationary(case: Case) -> None:
         _demand_movement(vector, matrix, label)
     m = case.rows
     # Two opposite rows and others orthogonal to them: stationary for the two, not for all.
-    matrix = torch.eye(m, m + 1).double()
+    matrix = torch.eye(m, m + 1, device="cpu").double()
     matrix[1] = -matrix[0]
     _demand_movement(case.call(case.make(m), matrix), matrix, "weakly stationary rows")
 

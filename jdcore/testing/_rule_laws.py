@@ -107,7 +107,7 @@ def _demand_sum(
 ) -> None:
     rows = torch.cat(list(jacobian.values()), dim=1)
     with torch.no_grad():
-        weights = torch.linspace(-1.0, 2.0, len(rows), dtype=torch.float64)
+        weights = torch.linspace(-1.0, 2.0, len(rows), dtype=torch.float64, device="cpu")
         by_task = weights.reshape(-1, samples)
         gradients = weighted_by(blocks, by_task)
         gramian = gramian_of(blocks, len(rows))
@@ -200,7 +200,7 @@ def changes_nothing(case: RuleCase) -> None:
     with _uncallable(layer):
         blocks = case.blocks(trial)
         gramian_of(blocks, 6)
-        weighted_by(blocks, torch.ones(2, 3, dtype=torch.float64))
+        weighted_by(blocks, torch.ones(2, 3, dtype=torch.float64, device="cpu"))
     same = all(torch.equal(t, c) for t, c in zip(given, copies, strict=True))
     demand(same, "the rule modified the layer, its inputs or the gradients")
     demand(torch.equal(torch.get_rng_state(), generator), "the rule drew random numbers")
@@ -262,7 +262,9 @@ class _Model(nn.Module):
 
 def _scores(features: Tensor) -> Tensor:
     """Two smooth functions of the features of each sample, shape [B, 2]."""
-    mixing = torch.randn(features.shape[1], 2, generator=torch.Generator().manual_seed(4))
+    mixing = torch.randn(
+        features.shape[1], 2, generator=torch.Generator().manual_seed(4), device="cpu"
+    )
     scaled = mixing.to(features) / max(1, features.shape[1]) ** 0.5
     return torch.tanh(features @ scaled) + features.square().mean(1, keepdim=True)
 
@@ -302,7 +304,9 @@ def _demand_gramian(engine: Engine, model: nn.Module, losses: Tensor, label: str
     if losses.ndim == 2:
         gramian = gramian.permute(0, 1, 3, 2).reshape(expected.shape)
     demand_close(gramian, expected, _EXACT, f"the Gramian of a model, {label}")
-    weights = torch.linspace(-1.0, 2.0, losses.numel(), dtype=losses.dtype).view_as(losses)
+    weights = torch.linspace(-1.0, 2.0, losses.numel(), dtype=losses.dtype, device="cpu").view_as(
+        losses
+    )
     engine.backward(losses, lambda _: weights)
     grads = [torch.zeros_like(p) if p.grad is None else p.grad.to_dense() for p in parameters]
     update = torch.cat([g.reshape(-1) for g in grads])

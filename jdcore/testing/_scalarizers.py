@@ -53,7 +53,7 @@ class ScalarizerCase:
     def losses(self, m: int = 4, seed: int = 0) -> Tensor:
         """Positive losses, float64 Tensor [m]."""
         generator = torch.Generator().manual_seed(seed)
-        return 0.5 + torch.rand(m, generator=generator, dtype=torch.float64)
+        return 0.5 + torch.rand(m, generator=generator, dtype=torch.float64, device="cpu")
 
     def advance(self, scalarizer: Any, seed: int) -> None:
         """One step of training."""
@@ -104,7 +104,7 @@ def leaves_the_losses_alone(case: ScalarizerCase) -> None:
 
 
 def handles_few_losses(case: ScalarizerCase) -> None:
-    demand(case.make(0)(torch.zeros(0)).item() == 0.0, "no losses should give zero")
+    demand(case.make(0)(torch.zeros(0, device="cpu")).item() == 0.0, "no losses should give zero")
     demand(bool(torch.isfinite(case.make(1)(case.losses(1)))), "one loss gives no finite result")
 
 

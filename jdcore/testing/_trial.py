@@ -177,7 +177,7 @@ def _tensors(outputs: Any) -> list[Tensor]:
 
 
 def _drawn(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(2)).to(dtype)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(2), device="cpu").to(dtype)
 
 
 def _detached(value: Any) -> Any:

@@ -19,20 +19,22 @@ __all__ = ["FAMILIES", "family"]
 
 def _gauss(m: int, n: int, generator: Generator) -> Tensor:
     """Independent normal entries: nearly orthogonal rows."""
-    return torch.randn(m, n, generator=generator, dtype=torch.float64)
+    return torch.randn(m, n, generator=generator, dtype=torch.float64, device="cpu")
 
 
 def _conflict(m: int, n: int, generator: Generator) -> Tensor:
     """Rows that almost sum to zero, then scaled by up to 5: everything conflicts."""
     rows = _gauss(m, n, generator)
     rows = rows - 0.99 * rows.mean(dim=0)
-    return rows * (0.2 + 5 * torch.rand(m, 1, generator=generator, dtype=torch.float64))
+    return rows * (
+        0.2 + 5 * torch.rand(m, 1, generator=generator, dtype=torch.float64, device="cpu")
+    )
 
 
 def _neardup(m: int, n: int, generator: Generator) -> Tensor:
     """Pairs of rows that are equal or opposite up to 1e-4."""
     base = _gauss((m + 1) // 2, n, generator)
-    signs = torch.randint(0, 2, (len(base), 1), generator=generator).double() * 2 - 1
+    signs = torch.randint(0, 2, (len(base), 1), generator=generator, device="cpu").double() * 2 - 1
     twins = signs * base + 1e-4 * _gauss(len(base), n, generator)
     return torch.stack([base, twins], dim=1).reshape(-1, n)[:m]
 
@@ -53,7 +55,7 @@ def _lowdim(m: int, n: int, generator: Generator) -> Tensor:
 
 def _badscale(m: int, n: int, generator: Generator) -> Tensor:
     """Row norms between 1e-8 and 1e8."""
-    exponents = 16 * torch.rand(m, 1, generator=generator, dtype=torch.float64) - 8
+    exponents = 16 * torch.rand(m, 1, generator=generator, dtype=torch.float64, device="cpu") - 8
     return _gauss(m, n, generator) * 10**exponents
 
 

@@ -52,7 +52,9 @@ class ScatterBlock(Block):
         index = self._index.reshape(-1)
         if self._sparse:
             shape = self._weight.shape
-            gradient = torch.sparse_coo_tensor(index[None], grads, shape, check_invariants=False)
+            gradient = torch.sparse_coo_tensor(
+                index[None], grads, shape, check_invariants=False, device=grads.device
+            )
         else:
             gradient = grads.new_zeros(self._weight.shape).index_add_(0, index, grads)
         gradients.add(self.columns[0], gradient)

@@ -20,7 +20,7 @@ def _vector(_: object, attribute: Attribute[Tensor], value: Tensor) -> None:
 
 
 def _nowhere() -> Tensor:
-    return torch.zeros(0, dtype=torch.float64)
+    return torch.zeros(0, dtype=torch.float64, device="cpu")
 
 
 @define(eq=False)

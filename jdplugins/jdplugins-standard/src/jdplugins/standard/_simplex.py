@@ -57,7 +57,7 @@ def softmax(vector: NDArray[np.float64]) -> NDArray[np.float64]:
 
 def no_weights() -> Tensor:
     """The state of a method that keeps weights before its first call."""
-    return torch.zeros(0, dtype=torch.float64)
+    return torch.zeros(0, dtype=torch.float64, device="cpu")
 
 
 def kept_weights(state: Tensor, m: int, parameter: str = "gramian") -> NDArray[np.float64] | None:

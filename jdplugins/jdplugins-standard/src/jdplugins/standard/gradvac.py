@@ -22,7 +22,7 @@ def _square(_: object, attribute: Attribute[Tensor], value: Tensor) -> None:
 
 
 def _no_targets() -> Tensor:
-    return torch.zeros(0, 0, dtype=torch.float64)
+    return torch.zeros(0, 0, dtype=torch.float64, device="cpu")
 
 
 @define(eq=False)

@@ -22,4 +22,4 @@ class MeanWeighting(ScalarizationWeighting):
     """
 
     def compute(self, m: int, dtype: torch.dtype) -> Tensor:
-        return torch.full((m,), 1.0 / m, dtype=dtype)
+        return torch.full((m,), 1.0 / m, dtype=dtype, device="cpu")

@@ -27,7 +27,7 @@ def _integer_or_none(instance: object, attribute: Attribute[int | None], value: 
 
 
 def _no_weights() -> Tensor:
-    return torch.zeros(0, dtype=torch.float64)
+    return torch.zeros(0, dtype=torch.float64, device="cpu")
 
 
 @define(eq=False)

@@ -568,7 +568,7 @@ def jdcore_aggregators() -> Iterator[AggregatorSpec]:
 def _constant_weights(m: int) -> dict[str, Any]:
     import torch  # only here, so that listing does without
 
-    return {"weights": torch.arange(1.0, m + 1.0)}
+    return {"weights": torch.arange(1.0, m + 1.0, device="cpu")}
 
 
 def _upgrad(m: int) -> dict[str, Any]:

@@ -22,4 +22,4 @@ class SumWeighting(ScalarizationWeighting):
     """
 
     def compute(self, m: int, dtype: torch.dtype) -> Tensor:
-        return torch.ones(m, dtype=dtype)
+        return torch.ones(m, dtype=dtype, device="cpu")

@@ -27,7 +27,7 @@ def vector_state() -> Any:
 
 def nothing() -> Tensor:
     """The state before the first call."""
-    return torch.zeros(0, dtype=torch.float64)
+    return torch.zeros(0, dtype=torch.float64, device="cpu")
 
 
 def require_as_many(known: Tensor, m: int) -> None:

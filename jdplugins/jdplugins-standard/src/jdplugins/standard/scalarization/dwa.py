@@ -69,7 +69,7 @@ class DWA(StateFields, LossScalarizer):
 
     def _weights(self, m: int) -> Tensor:
         if not len(self.before_last):
-            return torch.ones(m, dtype=torch.float64)
+            return torch.ones(m, dtype=torch.float64, device="cpu")
         # A loss that was zero, and still is, has not changed.
         ratios = torch.where(self.last == self.before_last, 1.0, self.last / self.before_last)
         return m * (ratios / self.temperature).softmax(0)

@@ -93,4 +93,4 @@ class FAMO(StateFields, LossScalarizer):
 
     def _xi(self, m: int) -> Tensor:
         require_as_many(self.xi, m)
-        return self.xi if len(self.xi) else torch.zeros(m, dtype=torch.float64)
+        return self.xi if len(self.xi) else torch.zeros(m, dtype=torch.float64, device="cpu")
