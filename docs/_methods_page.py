@@ -101,8 +101,14 @@ def _scalarizer_section(spec: ScalarizerSpec) -> str:
 """
 
 
+def _losses(spec: AggregatorSpec) -> str:
+    return " and at the losses" if spec.losses else ""
+
+
 def _section(spec: AggregatorSpec) -> str:
-    facts = [f"Looks at the {'Gramian' if spec.input == 'gramian' else 'matrix'}."]
+    seen = {"gramian": "Gramian", "cross_gramian": "cross-Gramian of two batches"}
+    facts = ["Wraps another method."] if spec.wrapper else []
+    facts += [f"Looks at the {seen.get(spec.input, 'matrix')}{_losses(spec)}."]
     facts += ["Stateful."] if spec.stateful else []
     facts += ["Stochastic."] if spec.stochastic else []
     facts += [f"Needs at least {spec.min_rows} rows."] if spec.min_rows > 1 else []

@@ -98,7 +98,8 @@ def _step(
         return gramian(blocks)
 
     precision = max((target.dtype for target in targets), key=lambda dtype: torch.finfo(dtype).eps)
-    source = GramianSource(m, precision, targets[0].device, compute)
+    losses = torch.cat([output.detach().reshape(-1).to(targets[0].device) for output in outputs])
+    source = GramianSource(m, precision, targets[0].device, compute, losses=losses)
     weights = weigh(weighting, source).to(targets[0].device, copy=True)
     if not blocks:
         return weights, _weighted_gradients(outputs, targets, weights, retain_graph)
