@@ -33,12 +33,8 @@ def require_above(losses: Tensor, bound: Tensor | float, parameter: str = "losse
     :param bound: What each must be above: a number, or a Tensor [m].
     :raises ParameterError: If a loss is not.
     """
-    low = (
-        (losses.detach() <= torch.as_tensor(bound, device="cpu").to(losses))
-        .nonzero()
-        .flatten()
-        .tolist()
-    )
+    least = torch.as_tensor(bound, dtype=losses.dtype, device=losses.device)
+    low = (losses.detach() <= least).nonzero().flatten().tolist()
     if low:
         limit = bound if isinstance(bound, (int, float)) else bound[low[0]].item()
         raise ParameterError(

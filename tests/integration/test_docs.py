@@ -11,6 +11,7 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 
+import jdcore
 from jdcore import aggregation, autogram, autojac, get_aggregator
 from jdcore.cli import _COMMANDS, main
 
@@ -71,6 +72,14 @@ def test_what_the_migration_page_imports_is_there() -> None:
     assert {module for module, _ in imports} == set(modules)
     for module, names in imports:
         assert all(hasattr(modules[module], name) for name in names.split(", "))
+
+
+def test_every_environment_variable_is_in_the_one_table() -> None:
+    package = Path(jdcore.__file__).parent
+    sources = "".join(path.read_text(encoding="utf-8") for path in package.rglob("*.py"))
+    documented = re.findall(r"^\| `(JDCORE_\w+)", text_of("environment"), re.MULTILINE)
+
+    assert sorted(documented) == sorted(set(re.findall(r"JDCORE_[A-Z_]+[A-Z]", sources)))
 
 
 @pytest.mark.slow
