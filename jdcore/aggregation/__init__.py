@@ -28,7 +28,7 @@ from jdcore.aggregation._module import as_module
 from jdcore.aggregation._nested_state import NestedState, stateful_part
 from jdcore.aggregation._scalarization import ScalarizationWeighting
 from jdcore.aggregation._solver import find_solver, solver_field
-from jdcore.aggregation._source import GramianSource, as_weighting, weigh
+from jdcore.aggregation._source import GramianSource, as_weighting, taken_by, weigh
 from jdcore.aggregation._state import StateFields, state_field
 from jdcore.aggregation._weighting import GramianWeighting, row_weights
 from jdcore.aggregation._wrapping import WeightingWrapper
@@ -65,6 +65,7 @@ __all__ = [
     "solver_field",
     "state_field",
     "stateful_part",
+    "taken_by",
     "vectors_of",
     "weigh",
 ]

@@ -183,7 +183,10 @@ def taken_by(call: Callable[..., Any], **known: Any) -> dict[str, Any]:
     given = {name: value for name, value in known.items() if value is not None}
     if not given:
         return given
-    parameters = inspect.signature(call).parameters
+    # Not of the object itself: composed classes carry the signature of their constructor.
+    routine = inspect.isroutine(call) or isinstance(call, partial)
+    called = call if routine else getattr(call, "forward", call.__call__)
+    parameters = inspect.signature(called).parameters
     takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     return {name: value for name, value in given.items() if takes_all or name in parameters}
 

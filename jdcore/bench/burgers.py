@@ -139,8 +139,9 @@ def train(name: str, seed: int, steps: int) -> Training:
     with record(complete=True) as history:
         for step in range(1, steps + 1):
             optimizer.zero_grad()
-            backward(points.losses(network))
-            jac_to_grad(parameters, aggregator)
+            losses = points.losses(network)
+            backward(losses)
+            jac_to_grad(parameters, aggregator, losses=losses)
             optimizer.step()
             if step % every == 0:
                 errors.append(_error(network))

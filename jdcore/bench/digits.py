@@ -63,7 +63,7 @@ def train_overlaid(name: str, seed: int, rate: float, epochs: int) -> Result:
         labels = data.train_labels[batch]
         losses = [cross_entropy(h(features), labels[:, i]) for i, h in enumerate(model.heads)]
         mtl_backward(losses, features)
-        jac_to_grad(shared, aggregator)
+        jac_to_grad(shared, aggregator, losses=losses)
         optimizer.step()
     with torch.no_grad():
         scores, labels = model(data.train_images), data.train_labels

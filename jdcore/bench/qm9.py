@@ -123,8 +123,9 @@ def train(name: str, seed: int, epochs: int, count: int) -> Result:
         optimizer.zero_grad()
         features = trunk(inputs[batch])
         errors = torch.cat([head(features) for head in heads], 1) - targets[batch]
-        mtl_backward(list(errors.square().mean(0)), features)
-        jac_to_grad(trunk.parameters(), aggregator)
+        losses = list(errors.square().mean(0))
+        mtl_backward(losses, features)
+        jac_to_grad(trunk.parameters(), aggregator, losses=losses)
         optimizer.step()
     with torch.no_grad():
         features = trunk(inputs[test_set])

@@ -24,6 +24,7 @@ from matplotlib.axes import Axes
 from numpy.typing import NDArray
 from scipy.optimize import minimize_scalar  # type: ignore[import-untyped, unused-ignore]
 
+from jdcore.aggregation import taken_by
 from jdcore.bench.outcome import Experiment, Outcome, Settings, Table
 from jdcore.demo.command import make_aggregator
 from jdcore.monitor.plots import pareto_front
@@ -112,7 +113,8 @@ def descend(
                 reached = step
         if step == steps:
             break
-        gradient = aggregator(torch.tensor(rows, dtype=torch.float64)).tolist()
+        known = taken_by(aggregator, losses=torch.tensor(losses, dtype=torch.float64))
+        gradient = aggregator(torch.tensor(rows, dtype=torch.float64), **known).tolist()
         decay1, decay2 = decay1 * 0.9, decay2 * 0.999
         for i, g in enumerate(gradient):
             first[i] += 0.1 * (g - first[i])

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from jdcore.protocols import Aggregator
 
 TASKS = 2
+_COLUMNS = 8
 
 _EXTRA = {"sklearn": "scikit-learn", "matplotlib": "matplotlib", "rich": "rich"}
 
@@ -72,6 +73,7 @@ def make_aggregator(name: str) -> Aggregator:
     import torch  # on demand, as `jdcore --help` has no use for it
 
     from jdcore._methods import aggregator_class
+    from jdcore.aggregation import taken_by
 
     cls, example = aggregator_class(name), describe(name).example(TASKS)
     parameters = signature(cls).parameters.values()
@@ -80,7 +82,8 @@ def make_aggregator(name: str) -> Aggregator:
     try:
         # Some methods can tell only at a call that they need more rows.
         with torch.random.fork_rng(devices=[]):
-            get_aggregator(name, **arguments)(torch.eye(TASKS, TASKS + 1))
+            trial = get_aggregator(name, **arguments)
+            trial(torch.eye(TASKS, _COLUMNS), **taken_by(trial, losses=torch.ones(TASKS)))
     except Exception as error:
         raise _refused(name, str(error).rstrip(".")) from error
     aggregator: Aggregator = get_aggregator(name, **arguments)

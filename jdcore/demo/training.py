@@ -147,12 +147,13 @@ def _differentiate(
     """Leave the update of the shared parameters and the gradients of the heads in ``.grad``."""
     shared = list(model.trunk.parameters())
     features = model.trunk(images)
-    left, right = (
+    losses = [
         cross_entropy(head(features), labels[:, task]) for task, head in enumerate(model.heads)
-    )
-    mtl_backward([left, right], features)
+    ]
+    left, right = losses
+    mtl_backward(losses, features)
     rows = [p.jac.flatten(1) for p in shared]  # type: ignore[attr-defined]  # set by autojac
-    jac_to_grad(shared, aggregator)
+    jac_to_grad(shared, aggregator, losses=losses)
     update = torch.cat([p.grad.flatten() for p in shared if p.grad is not None])
     return Step(
         (left.item(), right.item()),

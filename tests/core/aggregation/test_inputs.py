@@ -11,7 +11,13 @@ import torch
 from attrs import define
 from numpy.typing import NDArray
 
-from jdcore import AggregatorSpec, NonFiniteError, ParameterError, ParameterTypeError
+from jdcore import (
+    AggregatorSpec,
+    NonFiniteError,
+    ParameterError,
+    ParameterTypeError,
+    get_aggregator,
+)
 from jdcore.aggregation import (
     CrossGramianWeighting,
     Flattening,
@@ -20,6 +26,7 @@ from jdcore.aggregation import (
     GramianWeighting,
     LossWeighting,
     as_module,
+    taken_by,
     weigh,
 )
 from jdcore.aggregation._observation import observing
@@ -199,3 +206,22 @@ def test_a_spec_says_what_a_method_looks_at() -> None:
     assert (crossed.input, crossed.losses) == ("cross_gramian", False)
     with pytest.raises(ParameterError, match="`cross_gramian` must be False for a method that"):
         AggregatorSpec(name="a", summary="A.", aggregator="a:A", cross_gramian=True, api_version=1)
+
+
+def test_what_is_known_is_given_to_calls_that_take_it() -> None:
+    class Plain(torch.nn.Module):
+        def forward(self, matrix: torch.Tensor) -> torch.Tensor:
+            return matrix
+
+    def function(matrix: torch.Tensor, losses: torch.Tensor) -> torch.Tensor:
+        return matrix
+
+    known = {"losses": LOSSES, "second": None}
+
+    assert set(taken_by(function, **known)) == {"losses"}
+    assert set(taken_by(get_aggregator("mean"), **known)) == {"losses"}
+    assert set(taken_by(as_module(get_aggregator("graddrop")), **known)) == {"losses"}
+    assert as_module(get_aggregator("sum"))(J, losses=LOSSES).tolist() == J.sum(dim=0).tolist()
+    assert as_module(get_aggregator("trimmed_mean", trim_number=0))(J, losses=LOSSES).shape == (3,)
+    assert taken_by(Plain(), **known) == {}
+    assert taken_by(lambda matrix: matrix, **known) == {}
