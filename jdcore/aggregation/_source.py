@@ -185,7 +185,7 @@ def taken_by(call: Callable[..., Any], **known: Any) -> dict[str, Any]:
         return given
     # Not of the object itself: composed classes carry the signature of their constructor.
     routine = inspect.isroutine(call) or isinstance(call, partial)
-    called = call if routine else getattr(call, "forward", call.__call__)
+    called: Any = call if routine else getattr(call, "forward", call.__call__)  # type: ignore[operator]
     parameters = inspect.signature(called).parameters
     takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     return {name: value for name, value in given.items() if takes_all or name in parameters}
