@@ -5,6 +5,8 @@ Instead of the gradient of one loss, a training step takes the Jacobian of sever
 aggregates its rows into one update that hurts none of them.
 """
 
+from typing import TYPE_CHECKING
+
 from jdcore.config import to_config
 from jdcore.errors import (
     AmbiguousNameError,
@@ -35,10 +37,7 @@ from jdcore.protocols import (
 from jdcore.registry import (
     describe,
     describe_scalarizer,
-    get_aggregator,
-    get_scalarizer,
     get_solver,
-    get_weighting,
     list_aggregators,
     list_plugins,
     list_scalarizers,
@@ -54,6 +53,11 @@ from jdcore.spec import (
     ScalarizerSpec,
     SolverSpec,
 )
+
+if TYPE_CHECKING:  # the same functions, with the signature of each method that is known
+    from jdcore._typed import get_aggregator, get_scalarizer, get_weighting
+else:
+    from jdcore.registry import get_aggregator, get_scalarizer, get_weighting
 
 __all__ = [
     "Aggregator",

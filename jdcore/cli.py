@@ -10,14 +10,14 @@ from contextlib import suppress
 from importlib.metadata import version
 from typing import Any, NoReturn
 
-from jdcore._commands import check, doctor, info, listing, new, plugins
+from jdcore._commands import check, doctor, info, listing, new, plugins, stubs
 from jdcore.bench import command as bench
 from jdcore.demo import command as demo
 from jdcore.errors import JDCoreError
 
 __all__ = ["main"]
 
-_COMMANDS = (demo, bench, listing, info, plugins, doctor, check, new)
+_COMMANDS = (demo, bench, listing, info, plugins, doctor, check, new, stubs)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -45,8 +45,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     Run the command line.
 
     :param argv: Arguments without the program's name; those of the process if None.
-    :returns: The exit code: 0, 1 if `doctor` or `check` found something broken, 2 for bad input
-        or if the output cannot be written (one line on standard error), 130 if interrupted.
+    :returns: The exit code: 0, 1 if `doctor`, `check` or `stubs --check` found something broken, 2
+        for bad input or if the output cannot be written (one line on standard error), 130 if
+        interrupted.
     """
     _open_streams()
     command = "jdcore"

@@ -20,11 +20,13 @@ _FILES = {
     "README.md": "README.md",
     "gitignore": ".gitignore",
     "init.py": "src/$package/__init__.py",
+    "init.pyi": "src/$package/__init__.pyi",
     "plugin.py": "src/$package/plugin.py",
     "method.py": "src/$package/$method.py",
     "py.typed": "src/$package/py.typed",
     "test_conformance.py": "tests/test_conformance.py",
     "test_method.py": "tests/test_$method.py",
+    "test_types.py": "tests/test_types.py",
 }
 """Files of the template, and where they go."""
 

@@ -25,11 +25,13 @@ def test_a_new_distribution_has_every_file_and_no_placeholder(
         "README.md",
         "pyproject.toml",
         "src/my_methods/__init__.py",
+        "src/my_methods/__init__.pyi",
         "src/my_methods/fair_mean.py",
         "src/my_methods/plugin.py",
         "src/my_methods/py.typed",
         "tests/test_conformance.py",
         "tests/test_fair_mean.py",
+        "tests/test_types.py",
     }
     assert all("$" not in (folder / name).read_text() for name in written)
     assert "class FAIRMeanWeighting" in (folder / "src/my_methods/fair_mean.py").read_text()

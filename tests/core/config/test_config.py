@@ -378,7 +378,8 @@ def test_a_configuration_cannot_import_anything(
     [
         (
             len,
-            "Parameter `config` must be an instance of a registered aggregator, weighting or scala",
+            "Parameter `config` must be an instance of a registered aggregator, weighting or "
+            "scalarizer",
         ),
         (
             GramianAggregator(len),
