@@ -281,3 +281,19 @@ def test_a_pipe_that_is_closed_early_is_no_error() -> None:
 
     assert process.returncode == 0
     assert errors == ""
+
+
+def test_what_a_method_looks_at_and_that_it_wraps_another_is_shown(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    register("even_losses", "EvenWeighting", losses=True, wrapper=True)
+    register("even_cross", "EvenWeighting", cross_gramian=True)
+
+    listed = {line.split()[0]: line for line in run(capsys, "list")[1].splitlines()}
+    info = run(capsys, "info", "even_losses")[1]
+
+    assert "gramian, losses" in listed["even_losses"]
+    assert "wrapper" in listed["even_losses"]
+    assert "cross_gramian" in listed["even_cross"]
+    assert "input:       gramian, losses\n" in info
+    assert "wraps:       another method\n" in info

@@ -13,7 +13,13 @@ from torch import Tensor
 
 import jdcore
 from jdcore import AggregatorSpec, Property, Reference
-from jdcore.aggregation import GramianAggregator, GramianWeighting
+from jdcore.aggregation import (
+    CrossGramianWeighting,
+    GramianAggregator,
+    GramianSource,
+    GramianWeighting,
+    LossWeighting,
+)
 from jdcore.testing import ConformanceError, NotApplicable, checks_of, conformance_tests
 
 Array = NDArray[np.float64]
@@ -54,6 +60,41 @@ class RandomBitsWeighting(HonestWeighting):
 
     def compute(self, gramian: Array) -> Array:
         return np.random.default_rng().random(len(gramian))
+
+
+@define(eq=False)
+class InverseLossWeighting(LossWeighting):
+    """
+    Weights inverse to the losses.
+
+    >>> InverseLossWeighting()
+    InverseLossWeighting()
+    """
+
+    def compute_with(self, gramian: Array, losses: Array) -> Array:
+        return 1.0 / losses
+
+
+@define(eq=False)
+class CarelessLossWeighting(InverseLossWeighting):
+    """Goes on without losses, and with NaN among them."""
+
+    def weigh(self, source: GramianSource, /) -> Tensor:
+        losses = torch.ones(source.rows) if source.losses is None else source.losses
+        return 1.0 / losses.double()
+
+
+@define(eq=False)
+class FirstColumnWeighting(CrossGramianWeighting):
+    """
+    Looks at the cross-Gramian.
+
+    >>> FirstColumnWeighting()
+    FirstColumnWeighting()
+    """
+
+    def compute(self, gramian: Array) -> Array:
+        return gramian.sum(axis=1) / np.abs(gramian).max() if gramian.any() else gramian[0]
 
 
 @define(eq=False)
@@ -154,9 +195,25 @@ def test_an_honest_method_passes_every_check() -> None:
     assert failures("honest", "HonestWeighting", properties=[Property.PERMUTATION_INVARIANT]) == {}
 
 
+def test_honest_methods_that_look_at_more_than_the_gramian_pass_every_check() -> None:
+    assert failures("inverse_loss", "InverseLossWeighting", losses=True) == {}
+    assert failures("first_column", "FirstColumnWeighting", cross_gramian=True) == {}
+
+
+def test_a_method_that_looks_at_more_than_its_spec_says_is_caught() -> None:
+    undeclared_losses = failures("undeclared", "InverseLossWeighting")
+    undeclared_batch = failures("undeclared", "FirstColumnWeighting")
+
+    assert "`losses` must be given" in undeclared_losses["keeps_dtype_and_shape"]
+    assert "`second` must be given" in undeclared_batch["keeps_dtype_and_shape"]
+
+
 @pytest.mark.parametrize(
     ("name", "weighting", "check", "fields"),
     [
+        ("careless", "CarelessLossWeighting", "is_refused_without_what_it_needs", {"losses": True}),
+        ("careless", "CarelessLossWeighting", "checks_the_losses", {"losses": True}),
+        ("idle", "HonestWeighting", "is_refused_without_what_it_needs", {"losses": True}),
         ("claims_peace", "HonestWeighting", "never_conflicts", {"properties": ALL}),
         ("fixed_scale", "FixedScaleWeighting", "is_scale_equivariant", {"properties": ALL}),
         ("fixed_scale", "FixedScaleWeighting", "is_linear_under_scaling", {"properties": ALL}),
