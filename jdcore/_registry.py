@@ -7,7 +7,6 @@ import importlib
 import inspect
 import os
 import threading
-import warnings
 from collections.abc import Collection, Iterable, Mapping
 from functools import cache
 from typing import Any, NoReturn, TypeVar
@@ -32,6 +31,7 @@ from jdcore.errors import (
     PluginWarning,
     UnknownNameError,
     message_of,
+    warn,
 )
 from jdcore.spec import (
     AggregatorSpec,
@@ -207,11 +207,8 @@ class Registry:
             self._reported.update(new)
         if new:
             lines = "".join(f"\n- {trouble}" for trouble in new)
-            warnings.warn(
-                f"Some jdcore plugins are left out (see jdcore.list_plugins()):{lines}",
-                PluginWarning,
-                stacklevel=_stacklevel_of_caller(),
-            )
+            text = f"Some jdcore plugins are left out (see jdcore.list_plugins()):{lines}"
+            warn(PluginWarning(text))
 
     def records(self) -> tuple[PluginRecord, ...]:
         return self._discover().records
@@ -386,16 +383,6 @@ def load_factory(provider: str, factory: str) -> type:
     except BaseException as error:  # as for the plugins themselves: sys.exit(), pytest.skip(), ...
         reason = f"{factory!r} cannot be loaded: {message_of(error)}"
         raise PluginError(provider, reason) from error
-
-
-def _stacklevel_of_caller() -> int:
-    """Stack level of the first frame outside this package, where a warning helps the user."""
-    level = 2
-    frame = inspect.currentframe()
-    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "jdcore":
-        frame = frame.f_back
-        level += 1
-    return level - 2
 
 
 def construct(cls: type, name: str, arguments: Mapping[str, Any], *first: Any) -> Any:

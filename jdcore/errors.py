@@ -1,5 +1,5 @@
 """
-Every exception and warning class of jdcore.
+Every exception and warning class of jdcore, and how to warn.
 
 All exceptions subclass :class:`JDCoreError` and a builtin, so ``except ValueError`` keeps working,
 and carry the parts of their message as attributes. Messages follow one grammar::
@@ -9,7 +9,10 @@ and carry the parts of their message as attributes. Messages follow one grammar:
 
 from __future__ import annotations
 
+import sys
+import warnings
 from collections.abc import Sequence
+from types import FrameType
 
 __all__ = [
     "AmbiguousNameError",
@@ -29,6 +32,7 @@ __all__ = [
     "UnsolvedWarning",
     "VectorizationError",
     "VectorizationWarning",
+    "warn",
 ]
 
 
@@ -310,3 +314,29 @@ class VectorizationWarning(JDCoreWarning):
 
     def __reduce__(self) -> tuple[type, tuple[object, ...]]:
         return type(self), (self.reason,)
+
+
+def warn(warning: Warning) -> None:
+    """
+    Warn at the line of the user's code that called into jdcore or one of its plugins.
+
+    :param warning: An instance; its class is the category.
+    """
+    # `skip_file_prefixes` would do this from Python 3.12 on.
+    frame = sys._getframe(1)
+    inside = {*_INSIDE, _package_of(frame)}
+    level = 2
+    while frame.f_back is not None and _package_of(frame) in inside:
+        frame = frame.f_back
+        level += 1
+    warnings.warn(warning, stacklevel=level)
+
+
+# Frames of these packages are ours, or stand between ours and those of the user: torch.no_grad as a
+# decorator, a backward pass, a hook.
+_INSIDE = ("jdcore", "jdplugins", "torch", "contextlib")
+
+
+def _package_of(frame: FrameType) -> str:
+    name: str = frame.f_globals.get("__name__", "")
+    return name.partition(".")[0]

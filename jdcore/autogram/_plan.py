@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import sys
-import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -17,7 +16,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from jdcore._layers import CHOOSE
 from jdcore._registry import get_gramian_rule, registry
 from jdcore.distributed._refusals import refuse_sharded
-from jdcore.errors import ParameterError, ParameterTypeError, PluginWarning
+from jdcore.errors import ParameterError, ParameterTypeError, PluginWarning, warn
 from jdcore.protocols import GramianRule
 
 OPERATIONS = "operations"
@@ -124,11 +123,8 @@ def _serve(module: nn.Module, name: str) -> Served | None:
 
 def _clash(layer: type, entries: Sequence[Any]) -> str:
     claims = " and ".join(e.qualified_name for e in entries)
-    warnings.warn(
-        f"{claims} claim the same layer {layer.__name__}, and none of them serves it. {CHOOSE}",
-        PluginWarning,
-        stacklevel=2,
-    )
+    text = f"{claims} claim the same layer {layer.__name__}, and none of them serves it. {CHOOSE}"
+    warn(PluginWarning(text))
     return f"{claims} disable each other"
 
 

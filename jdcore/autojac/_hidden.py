@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import BackwardCFunction
 
 from jdcore._fields import grad_versions, set_aside
 from jdcore.errors import ParameterError
@@ -29,7 +28,7 @@ _DEPTH = 5
 
 def is_reentrant(graph: Reach) -> bool:
     """Whether a graph passes through a reentrant checkpoint."""
-    return _CHECKPOINT in graph.nodes.values()
+    return any(node.name() == _CHECKPOINT for node in graph.functions)
 
 
 def refuse_default(parameter: str) -> ParameterError:
@@ -50,9 +49,8 @@ def kept_parameters(graph: Reach) -> list[Tensor]:
     """
     found: dict[Tensor, None] = {}
     seen: set[int] = set()
-    for node in graph.nodes:
-        if isinstance(node, BackwardCFunction):
-            _collect(vars(node), found, seen, _DEPTH)
+    for node in graph.functions:
+        _collect(vars(node), found, seen, _DEPTH)
     return list(found)
 
 
@@ -60,12 +58,14 @@ def may_reach(graph: Reach, tensors: Iterable[Tensor]) -> list[Tensor]:
     """Those of some tensors that a graph reaches or may hide."""
     if is_reentrant(graph):
         return list(tensors)
-    hidden = set(kept_parameters(graph))
-    return [tensor for tensor in tensors if graph.reaches(tensor) or tensor in hidden]
+    hidden = set(map(id, kept_parameters(graph)))
+    return [tensor for tensor in tensors if graph.reaches(tensor) or id(tensor) in hidden]
 
 
 def hides(graph: Reach, tensors: Iterable[Tensor]) -> bool:
     """Whether some tensors may get gradients in a way that a graph does not show."""
+    if not graph.functions:
+        return False
     return is_reentrant(graph) or not set(kept_parameters(graph)).isdisjoint(tensors)
 
 

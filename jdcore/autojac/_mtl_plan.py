@@ -106,15 +106,14 @@ def make_plan(
     private = [parameter for task in tasks for parameter in task]
     check_trunk(trunk, heads, "features")
     check_replicas([*shared, *private], (trunk, *heads), "shared_params")
-    edges = {edge_of(parameter) for parameter in shared}
     # Where gradients cannot be had from the features, or at them: a shared parameter acts past the
     # features; a hook of a feature would see its gradient twice, at the end of the heads and again
     # at the start of the trunk; a function hides parameters, so that only whole passes serve.
     whole = (
-        any(head.reaches_any(edges) for head in heads)
+        any(head.reaches(parameter) for head in heads for parameter in shared)
         or any(feature._backward_hooks for feature in cut)
         or any(hides(head, [*shared, *private]) for head in heads)
-        or any(not _shows((trunk, *heads), parameter) for parameter in private)
+        or (named_tasks is not None and not all(_shown((trunk, *heads), p) for p in private))
     )
     deep = any(trunk.reaches(parameter) for parameter in private)
     if whole or deep:
@@ -122,7 +121,7 @@ def make_plan(
     return Plan(cut, trunk, shared, tasks, heads, bool(shared) and not whole, deep, given)
 
 
-def _shows(graphs: Iterable[Reach], tensor: Tensor) -> bool:
+def _shown(graphs: Iterable[Reach], tensor: Tensor) -> bool:
     return any(graph.reaches(tensor) for graph in graphs)
 
 

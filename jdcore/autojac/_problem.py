@@ -95,11 +95,10 @@ class Problem:
 
     def with_products(self) -> Problem:
         """The same problem, knowing which large inputs are factors of matrix products."""
-        if self.accumulates:
+        large = {i: tensor for i, tensor in enumerate(self.inputs) if is_worth_a_hook(tensor)}
+        if self.accumulates or not large:
             return self
-        found = find_products(self.graph, self.inputs)
-        large = {i: product for i, product in found.items() if is_worth_a_hook(self.inputs[i])}
-        return evolve(self, products=large)
+        return evolve(self, products=find_products(self.graph, large))
 
     @property
     def usage(self) -> list[list[bool]]:
@@ -176,9 +175,10 @@ class Problem:
                 with guarded(self._leaves(), custom=self.kind.custom):
                     yield
 
-    def _leaves(self) -> dict[Tensor, None]:
+    def _leaves(self) -> list[Tensor]:
         given = [tensor for tensor in self.inputs if tensor.is_leaf]
-        return dict.fromkeys([*self.graph.leaves, *self.watched, *given])
+        leaves = [*self.graph.leaves, *self.watched, *given]
+        return list({id(leaf): leaf for leaf in leaves}.values())
 
     def _at_once(self, retain_graph: bool) -> list[Tensor]:
         gradients = batched_gradients(self.outputs, self.inputs, self.cotangents, retain_graph)
@@ -189,7 +189,6 @@ class Problem:
     def _in_chunks(self, chunk_size: int, retain_graph: bool) -> list[Tensor]:
         usage = self.usage
         results = self._new_results()
-        written: list[list[bool]] = []
         starts = range(0, self.m, chunk_size)
         last = max((s for s in starts if any(map(any, usage[s : s + chunk_size]))), default=-1)
         for start in starts:
@@ -199,8 +198,9 @@ class Problem:
             for result, gradient in zip(results, gradients, strict=True):
                 if gradient is not None:
                     result[rows] = dense(gradient)
-            written += [[g is not None for g in gradients]] * (rows.stop - rows.start)
-        _clear(results, written)
+            missing = [r[rows] for r, g in zip(results, gradients, strict=True) if g is None]
+            if missing:
+                torch._foreach_zero_(missing)
         return results
 
     def _batch(self, rows: slice, used: list[int], retain_graph: bool) -> list[Tensor | None]:
@@ -217,7 +217,7 @@ class Problem:
         rows = list(zip(*(result.unbind() for result in results), strict=True))
         last = max((k for k, uses in enumerate(usage) if any(uses)), default=-1)
         taps = RowTaps(self.inputs, self.products)
-        written: list[list[bool]] = []
+        missing: list[Tensor] = []
         with self._passes(taps) as gradients_of:
             for k, uses in enumerate(usage):
                 used = [i for i, is_used in enumerate(uses) if is_used]
@@ -225,32 +225,35 @@ class Problem:
                 gradients: list[Tensor | None] = [None] * len(self.inputs)
                 if used:
                     gradients = gradients_of(k, used, retain_graph or k != last)
-                written.append(self._store(rows[k], gradients, taps.taken))
-        _clear(results, written)
+                missing += self._store(rows[k], gradients, taps.taken)
+        if missing:
+            torch._foreach_zero_(missing)
         return results
 
     def _store(
         self, row: Sequence[Tensor], gradients: list[Tensor | None], taken: set[int]
-    ) -> list[bool]:
+    ) -> list[Tensor]:
         """
         Write those gradients to their places that have not been taken on their way.
 
-        :returns: For each input, whether its place is written.
+        :returns: The places that nothing was written to.
         """
-        written = [i in taken or gradient is not None for i, gradient in enumerate(gradients)]
-        places, values = [], []
+        places, values, missing = [], [], []
         for i, gradient in enumerate(gradients):
-            if i in taken or gradient is None:
+            if i in taken:
                 continue
-            if i in self.products:
+            if gradient is None:
+                missing.append(row[i])
+            elif i in self.products:
                 self.products[i].write_row(row[i], gradient)
             else:
                 places.append(row[i])
-                values.append(dense(gradient))
+                values.append(gradient)
         if places:
+            values = [v if v.layout == torch.strided else dense(v) for v in values]
             # One call, and on accelerators few kernels, for all of them.
             torch._foreach_copy_(places, values)
-        return written
+        return missing
 
     @contextmanager
     def _passes(self, taps: RowTaps) -> Iterator[Callable[[int, list[int], bool], Gradients]]:
@@ -294,14 +297,6 @@ class Problem:
         products = self.products
         ends = [products[i].edge if i in products else t for i, t in enumerate(self.inputs)]
         return cast("list[Tensor]", ends)  # torch takes mixed lists, its annotations do not
-
-
-def _clear(results: list[Tensor], written: list[list[bool]]) -> None:
-    """Set to zero the rows that nothing was written to."""
-    for result, rows in zip(results, zip(*written, strict=True), strict=True):
-        missing = [k for k, is_written in enumerate(rows) if not is_written]
-        if missing:
-            result[missing] = 0.0
 
 
 @contextmanager

@@ -7,7 +7,7 @@ x, the row is written straight to its place, and the share of W in the Gramian n
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -76,15 +76,16 @@ class Product:
 
 
 def find_products(
-    graph: Reach, inputs: Sequence[Tensor], *, certain: bool = True
+    graph: Reach, inputs: Mapping[int, Tensor], *, certain: bool = True
 ) -> dict[int, Product]:
     """
-    Those inputs that enter the graph once, as a factor of a matrix product, by their positions.
+    Those inputs that enter the graph once, as a factor of a matrix product.
 
     Left alone are weights with hooks, those whose transpose may have hooks, and products that run
     Python code to get at the other factor, as checkpoints do.
 
     :param graph: What lies behind the outputs.
+    :param inputs: Tensors by their positions, which are those of the products as well.
     :param certain: Whether to leave weights alone of which torch does not show the transpose.
     """
     candidates = [(node, name) for node, name in graph.nodes.items() if name in MATRIX_PRODUCTS]
@@ -92,7 +93,7 @@ def find_products(
         return {}
     positions = {
         edge_of(tensor): i
-        for i, tensor in enumerate(inputs)
+        for i, tensor in inputs.items()
         if tensor.is_leaf and not tensor._backward_hooks and tensor.layout == torch.strided
     }
     found = {}

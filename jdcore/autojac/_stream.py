@@ -88,7 +88,7 @@ def cheap_products(problem: Problem) -> Problem:
     m = len(problem.cotangents[0])
     if problem.accumulates:
         return problem
-    found = find_products(problem.graph, problem.inputs, certain=False)
+    found = find_products(problem.graph, dict(enumerate(problem.inputs)), certain=False)
     products = {
         i: evolve(product, multiply=False)
         for i, product in found.items()

@@ -11,11 +11,9 @@ from typing import Any, TypeVar
 import torch
 from attrs import frozen
 from torch import Tensor
-from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import GradientEdge
 
-from jdcore._warnings import warn
-from jdcore.errors import JDCoreError, VectorizationError, VectorizationWarning
+from jdcore.errors import JDCoreError, VectorizationError, VectorizationWarning, warn
 from jdcore.graph import Reach, largest_gradient
 
 Result = TypeVar("Result")
@@ -48,8 +46,7 @@ class Kind:
     def of(graph: Reach) -> Kind:
         """The kind of the graph that was walked."""
         nodes = graph.nodes
-        custom = any(isinstance(node, BackwardCFunction) for node in nodes)
-        return Kind(frozenset(nodes.values()), len(nodes), custom)
+        return Kind(frozenset(nodes.values()), len(nodes), bool(graph.functions))
 
     @property
     def convolves(self) -> bool:
@@ -121,6 +118,8 @@ def free_memory(device: torch.device) -> int | None:
 # Operations of graphs for which vmap has worked in this process, and how often, or has failed.
 _WORKED: dict[frozenset[str], int] = {}
 _FAILED: set[frozenset[str]] = set()
+# After how many calls to look for what vmap may have left behind.
+_LOOKS = frozenset(16**k for k in range(16))
 
 
 def batched_gradients(
@@ -194,12 +193,12 @@ def attempt(
 
 def _examined(kind: Kind, results: Result, otherwise: Callable[[], Result] | None) -> Result:
     """
-    The results of vmap, if it left nothing behind; looked at after 1, 2, 4, 8, ... calls.
+    The results of vmap, if it left nothing behind; looked at after 1, 16, 256, ... calls.
 
     :param otherwise: How to get results without vmap, if the graph is still there.
     """
     calls = _WORKED[kind.operations] = _WORKED.get(kind.operations, 0) + 1
-    if calls & (calls - 1):
+    if calls not in _LOOKS:
         return results
     try:
         _check_nothing_escaped()

@@ -2,10 +2,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from functools import cached_property
 from typing import TypeAlias
 
 from attrs import frozen
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 Edge: TypeAlias = "tuple[Node, int]"
@@ -14,7 +16,7 @@ Edge: TypeAlias = "tuple[Node, int]"
 _LEAF = "torch::autograd::AccumulateGrad"
 
 
-@frozen(eq=False)
+@frozen(eq=False, slots=False)  # slots leave no room for cached properties
 class Reach:
     """
     What a differentiation of some outputs passes through.
@@ -24,19 +26,24 @@ class Reach:
     :param nodes: The nodes that are executed and may hold saved tensors, with their names: all but
         those of leaves.
     :param leaves: Leaf tensors that require grad, in the order in which they were found.
+    :param functions: Those nodes whose backward is Python code: custom functions, checkpoints,
+        compiled regions.
     """
 
     edges: dict[Edge, int]
     nodes: dict[Node, str]
     leaves: tuple[Tensor, ...]
+    functions: tuple[Node, ...]
 
     def reaches(self, tensor: Tensor) -> bool:
         """Whether the outputs depend on a tensor that requires grad."""
+        if tensor.is_leaf:  # ten times faster than to ask for its edge
+            return id(tensor) in self._leaf_ids
         return edge_of(tensor) in self.edges
 
-    def reaches_any(self, edges: set[Edge]) -> bool:
-        """Whether one of the edges is in the graph."""
-        return not edges.isdisjoint(self.edges)
+    @cached_property
+    def _leaf_ids(self) -> set[int]:
+        return set(map(id, self.leaves))
 
 
 def largest_gradient(graph: Reach) -> int:
@@ -78,6 +85,7 @@ def _walk(starts: list[Edge], barrier: set[Edge]) -> Reach:
     edges: dict[Edge, int] = {}
     names: dict[Node, str] = {}
     leaves: dict[Node, Tensor] = {}
+    functions: list[Node] = []
     stack = starts[::-1]
     while stack:
         edge = stack.pop()
@@ -96,5 +104,7 @@ def _walk(starts: list[Edge], barrier: set[Edge]) -> Reach:
             leaves[node] = node.variable  # type: ignore[attr-defined]  # nodes of leaves have it
             continue
         names[node] = name
+        if isinstance(node, BackwardCFunction):
+            functions.append(node)
         stack.extend(reversed([(n, i) for n, i in node.next_functions if n is not None]))
-    return Reach(edges, names, tuple(leaves.values()))
+    return Reach(edges, names, tuple(leaves.values()), tuple(functions))

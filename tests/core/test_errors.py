@@ -1,10 +1,14 @@
 from __future__ import annotations
 
 import pickle
+from typing import Any
 
 import pytest
+import torch
 
 from jdcore import errors
+from jdcore.autojac import _vmap, backward
+from jdcore.errors import JDCoreWarning, VectorizationWarning
 
 EXAMPLES = [
     errors.ParameterError("c", ">= 0", -1.0, "Give a radius."),
@@ -17,6 +21,7 @@ EXAMPLES = [
     errors.NonDifferentiableError("UPGrad()"),
     errors.GraphError("keys are missing"),
     errors.VectorizationError("aten::sort cannot be batched."),
+    errors.SinglePassError("its memory is reused", "Set a switch."),
     errors.UnsolvedWarning("dual_cone", 1e-3, "its solver stopped early"),
 ]
 
@@ -30,7 +35,7 @@ def test_every_exception_crosses_process_borders_with_its_parts(error: Exception
     assert copy.__dict__ == error.__dict__
 
 
-@pytest.mark.parametrize("name", errors.__all__)
+@pytest.mark.parametrize("name", [name for name in errors.__all__ if name != "warn"])
 def test_every_error_is_also_a_builtin_one(name: str) -> None:
     cls = getattr(errors, name)
     builtins = [b for b in cls.__mro__ if b.__module__ == "builtins"]
@@ -43,3 +48,37 @@ def test_every_error_is_also_a_builtin_one(name: str) -> None:
 
 def test_the_grammar_of_a_parameter_error() -> None:
     assert str(EXAMPLES[0]) == "Parameter `c` must be >= 0, got -1.0. Give a radius."
+
+
+# -- where warnings point --------------------------------------------------------------------------
+
+
+def test_a_warning_of_the_core_points_at_the_line_that_called_it() -> None:
+    a = torch.ones(3, requires_grad=True)
+    hidden = a.sin()
+    hidden.retain_grad()  # which vmap cannot serve
+    _vmap._WORKED.clear()
+    _vmap._FAILED.clear()
+    with pytest.warns(VectorizationWarning) as caught:
+        backward(hidden.exp())
+    _vmap._FAILED.clear()
+    assert caught[0].filename == __file__
+
+
+_PLUGIN = """
+from jdcore.errors import JDCoreWarning, warn
+
+def inner():
+    warn(JDCoreWarning("x"))
+
+def method():
+    inner()
+"""
+
+
+def test_a_warning_of_a_plugin_of_any_name_points_past_it() -> None:
+    plugin: dict[str, Any] = {"__name__": "somebody.method"}
+    exec(_PLUGIN, plugin)
+    with pytest.warns(JDCoreWarning, match="x") as caught:
+        plugin["method"]()
+    assert caught[0].filename == __file__

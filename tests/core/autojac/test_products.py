@@ -182,7 +182,7 @@ ALL = FOUND | LEFT_ALONE
 def test_weights_that_act_in_one_product_are_found(name: str) -> None:
     losses, inputs = FOUND[name]()
     matrices = [i for i, tensor in enumerate(inputs) if tensor.is_leaf and tensor.ndim == 2]
-    found = find_products(reach([losses]), inputs, certain=False)
+    found = find_products(reach([losses]), dict(enumerate(inputs)), certain=False)
     assert found
     assert set(found) == set(matrices[1:] if name == "input requires grad" else matrices)
 
@@ -190,14 +190,14 @@ def test_weights_that_act_in_one_product_are_found(name: str) -> None:
 @pytest.mark.parametrize("name", LEFT_ALONE)
 def test_weights_that_act_otherwise_too_are_left_to_autograd(name: str) -> None:
     losses, inputs = LEFT_ALONE[name]()
-    assert find_products(reach([losses]), inputs) == {}
+    assert find_products(reach([losses]), dict(enumerate(inputs))) == {}
 
 
 def test_a_weight_whose_transpose_torch_does_not_show_is_left_to_autograd() -> None:
     w, transposed = _transposed_after_another_layer()
     transposed.register_hook(lambda gradient: gradient * 2)
     losses = _losses(_tensor(N, I) @ transposed)
-    assert find_products(reach([losses]), [w]) == {}
+    assert find_products(reach([losses]), {0: w}) == {}
     [expected] = row_by_row([losses], [w])
     backward(losses, parallel_chunk_size=1)
     torch.testing.assert_close(w.jac, expected)

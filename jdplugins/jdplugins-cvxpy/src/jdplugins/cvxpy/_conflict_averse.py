@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import difflib
 import math
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,7 +10,7 @@ import numpy as np
 from attrs import Attribute, field, frozen
 
 from jdcore.aggregation import find_solver, solver_field
-from jdcore.errors import ParameterTypeError, UnknownNameError, UnsolvedWarning
+from jdcore.errors import ParameterTypeError, UnknownNameError, UnsolvedWarning, warn
 from jdcore.linalg import eigh, equilibrate
 from jdcore.validators import real
 from jdplugins.cvxpy._programs import BackendError, Floats, program
@@ -94,7 +93,7 @@ class CvxpySolver:
             if self.fallback is not None:
                 fallen: Floats = find_solver("conflict_averse", self.fallback)(gramian, c)
                 return fallen
-            warnings.warn(UnsolvedWarning("conflict_averse", residual, reason), stacklevel=2)
+            warn(UnsolvedWarning("conflict_averse", residual, reason))
         weights[rows] += radius * added * norms.max() * inverses
         return weights
 

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import warnings
 from functools import lru_cache
 
 import ecos
@@ -10,7 +9,7 @@ from numpy.typing import NDArray
 from scipy.sparse import csc_matrix
 
 from jdcore.aggregation import find_solver, solver_field
-from jdcore.errors import UnsolvedWarning
+from jdcore.errors import UnsolvedWarning, warn
 from jdcore.validators import integer, real
 
 Floats = NDArray[np.float64]
@@ -76,7 +75,7 @@ class EcosSolver:
             if self.fallback is not None:
                 fallen: Floats = find_solver("nash_bargaining", self.fallback)(gramian, start)
                 return fallen
-            warnings.warn(UnsolvedWarning("nash_bargaining", residual, reason), stacklevel=2)
+            warn(UnsolvedWarning("nash_bargaining", residual, reason))
         alpha[rows] = solution / scale
         return alpha
 

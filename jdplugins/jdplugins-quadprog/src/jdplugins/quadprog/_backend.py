@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from typing import TypeAlias
 
@@ -9,7 +8,7 @@ from attrs import field, frozen
 from numpy.typing import NDArray
 
 from jdcore.aggregation import find_solver, solver_field
-from jdcore.errors import UnsolvedWarning
+from jdcore.errors import UnsolvedWarning, warn
 from jdcore.linalg import equilibrate, lcp_residual, refine_lcp
 from jdcore.validators import real
 
@@ -71,7 +70,7 @@ class DualConeBackend:
             if self.fallback is not None:
                 projected: Floats = find_solver("dual_cone", self.fallback)(gramian, references)
                 return projected
-            warnings.warn(UnsolvedWarning("dual_cone", residual, reason), stacklevel=2)
+            warn(UnsolvedWarning("dual_cone", residual, reason))
         solutions *= scales
         solutions *= inverses
         solutions += references

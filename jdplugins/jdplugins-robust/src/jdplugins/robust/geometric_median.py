@@ -1,14 +1,13 @@
 from __future__ import annotations
 
 import math
-import warnings
 
 import numpy as np
 from attrs import define
 from numpy.typing import NDArray
 
 from jdcore.aggregation import GramianWeighting
-from jdcore.errors import UnsolvedWarning
+from jdcore.errors import UnsolvedWarning, warn
 from jdcore.linalg import solve, squared_distances
 
 _EPS = 2.0**-52
@@ -58,10 +57,8 @@ class GeometricMedianWeighting(GramianWeighting):
         start = (1.0 - resistance) * weights + resistance * here / here.sum()
         weights, residual = _iterate(products, start)
         if residual > _PROMISED:
-            warnings.warn(
-                UnsolvedWarning("geometric_median", residual, "the iteration came to a halt"),
-                stacklevel=2,
-            )
+            reason = "the iteration came to a halt"
+            warn(UnsolvedWarning("geometric_median", residual, reason))
         return weights
 
 

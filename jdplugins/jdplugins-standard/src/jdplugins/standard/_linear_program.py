@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import warnings
-
 import numpy as np
 from numpy.typing import NDArray
 
-from jdcore.errors import UnsolvedWarning
+from jdcore.errors import UnsolvedWarning, warn
 
 Floats = NDArray[np.float64]
 
@@ -40,7 +38,7 @@ def maximize_on_simplex(objective: Floats, rows: Floats, bounds: Floats) -> Floa
     _minimize(table, basis, costs, m + k + k + 1)
     infeasibility = float(table[basis >= m + k, -1].sum())
     if infeasibility > _UNSOLVED:
-        warnings.warn(UnsolvedWarning("linear_program", infeasibility), stacklevel=2)
+        warn(UnsolvedWarning("linear_program", infeasibility))
     costs[:m], costs[m:] = -objective, 0.0
     _minimize(table, basis, costs, m + k)
     weights = np.zeros(table.shape[1] - 1)

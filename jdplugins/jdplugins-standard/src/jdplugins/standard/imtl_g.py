@@ -1,13 +1,11 @@
 from __future__ import annotations
 
-import warnings
-
 import numpy as np
 from attrs import define
 from numpy.typing import NDArray
 
 from jdcore.aggregation import GramianSource, GramianWeighting
-from jdcore.errors import JDCoreWarning
+from jdcore.errors import JDCoreWarning, warn
 from jdcore.linalg import equilibrate
 from jdplugins.standard._spectrum import pseudo_solve
 
@@ -48,7 +46,7 @@ class IMTLGWeighting(GramianWeighting):
         weights = shares * inverses
         total = weights.sum()
         if abs(total) <= _ZERO * np.abs(weights).sum():
-            warnings.warn(_NO_SUM, JDCoreWarning, stacklevel=2)
+            warn(JDCoreWarning(_NO_SUM))
             return np.zeros_like(shares)
         weights /= total
         return weights

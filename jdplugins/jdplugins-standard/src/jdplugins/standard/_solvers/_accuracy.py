@@ -9,13 +9,12 @@ more accurately than about ``m * EPS * (1 + max z)``.
 
 from __future__ import annotations
 
-import warnings
 from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from jdcore.errors import UnsolvedWarning
+from jdcore.errors import UnsolvedWarning, warn
 from jdcore.linalg import cholesky
 
 Floats: TypeAlias = NDArray[np.float64]
@@ -83,4 +82,4 @@ def accepted(m: int) -> float:
 def warn_if_unsolved(problem: str, residual: float, limit: float = UNSOLVED) -> None:
     """Emit an :class:`~jdcore.errors.UnsolvedWarning` if the residual exceeds the limit."""
     if residual > limit:
-        warnings.warn(UnsolvedWarning(problem, residual), stacklevel=4)
+        warn(UnsolvedWarning(problem, residual))

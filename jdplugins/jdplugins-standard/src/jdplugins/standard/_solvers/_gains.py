@@ -16,13 +16,12 @@ are found in the null space of C and leave the game, see
 from __future__ import annotations
 
 import math
-import warnings
 
 import numpy as np
 from attrs import frozen
 from numpy.typing import NDArray
 
-from jdcore.errors import UnsolvedWarning
+from jdcore.errors import UnsolvedWarning, warn
 from jdcore.linalg import equilibrate, product, solve
 from jdplugins.standard._spectrum import spectrum
 
@@ -133,7 +132,7 @@ class Gains:
             wanted = np.where(stationary, 0.0, wanted)
         residual = float((np.abs(shares * product(game.cosines, shares) - wanted) / scale).max())
         if not residual <= (_UNSOLVED if stationary is None else _STATIONARY):
-            warnings.warn(UnsolvedWarning(self.problem, residual), stacklevel=2)
+            warn(UnsolvedWarning(self.problem, residual))
 
 
 @frozen

@@ -1,0 +1,223 @@
+"""
+What a step costs in calls, which is what accelerators wait for.
+
+Counts are the same on every machine. Tensors on the meta device stand for those of an accelerator:
+they are no CPU tensors, and whatever reads a value of theirs, which would make the host wait for
+the device, fails.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from jdcore.autojac import _vmap, backward, jac
+from jdcore.autojac._problem import Problem
+from jdcore.autojac._vmap import Kind, choose_chunk_size
+from jdcore.autojac.transform import Diagonalize, Init
+from jdcore.graph import largest_gradient, reach
+
+M = 4
+
+
+class _Operations(TorchDispatchMode):
+    """Counts dispatched operations; under vmap, one for all rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.counts[func._overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def _python_calls(step: Callable[[], Any]) -> int:
+    """Calls of functions of this library."""
+    count = 0
+
+    def profile(frame: FrameType, event: str, argument: Any) -> None:
+        nonlocal count
+        inside = frame.f_globals.get("__name__", "").startswith("jdcore.")
+        count += event == "call" and inside
+
+    sys.setprofile(profile)
+    try:
+        step()
+    finally:
+        sys.setprofile(None)
+    return count
+
+
+def _net(layers: int, device: str = "cpu", width: int = 8) -> nn.Sequential:
+    parts = [part for _ in range(layers) for part in (nn.Linear(width, width), nn.Tanh())]
+    return nn.Sequential(*parts).to(device)
+
+
+def _images(device: str) -> tuple[nn.Module, Tensor]:
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.GroupNorm(2, 8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.Flatten()
+    ).to(device)
+    return model, torch.empty(5, 3, 8, 8, device=device)
+
+
+def _losses(y: Tensor, m: int = M) -> list[Tensor]:
+    return [(y - k).square().mean() for k in range(m)]
+
+
+def _problem(losses: list[Tensor], model: nn.Module) -> Problem:
+    start = (Init(losses) >> Diagonalize(losses))()
+    return Problem.of(losses, list(model.parameters()), [start[loss] for loss in losses])
+
+
+@pytest.fixture
+def _fresh() -> None:
+    _vmap._WORKED.clear()
+    _vmap._FAILED.clear()
+
+
+# -- accelerators ----------------------------------------------------------------------------------
+
+
+def _chosen(model: nn.Module, x: Tensor, m: int, free: int | None) -> int:
+    losses = _losses(model(x), m)
+    graph, inputs = reach(losses), list(model.parameters())
+
+    def usage() -> list[list[bool]]:
+        raise AssertionError("reads values, for which the host would wait")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_vmap, "free_memory", lambda device: free)
+        return choose_chunk_size(Kind.of(graph), inputs, m, usage, graph)
+
+
+@pytest.mark.usefixtures("_fresh")
+def test_on_accelerators_all_rows_go_at_once_convolutions_and_separate_losses_too() -> None:
+    model, x = _images("meta")
+    assert _chosen(model, x, 8, free=1 << 30) == 8
+    assert _chosen(model, x, 300, free=1 << 34) == 300
+    assert _chosen(_net(2, "meta"), torch.empty(4, 8, device="meta"), 8, free=1 << 30) == 8
+
+
+@pytest.mark.usefixtures("_fresh")
+def test_on_accelerators_memory_bounds_the_rows_at_once() -> None:
+    model, x = _images("meta")
+    largest = 5 * 8 * 6 * 6 * 4  # bytes of the gradient at the first convolution
+    graph = reach(_losses(model(x)))
+    assert largest_gradient(graph) == largest
+    jacobian = 16 * 4 * sum(parameter.numel() for parameter in model.parameters())
+    row = _vmap._ALIVE * largest
+    assert _chosen(model, x, 16, free=jacobian + 5 * row) == 5
+    assert _chosen(model, x, 16, free=0) == 1
+    assert _chosen(model, x, 100, free=None) == 64  # a device that does not tell
+
+
+@pytest.mark.usefixtures("_fresh")
+@pytest.mark.parametrize("m", [2, 8])
+def test_on_accelerators_the_host_never_waits_and_no_call_is_made_for_each_row(m: int) -> None:
+    model, x = _images("meta")
+    counts = []
+    for rows in (m, 2 * m):
+        # One output, so that no row passes through the loss of another.
+        y = model(x).mean(dim=0)[:rows]
+        start = (Init([y]) >> Diagonalize([y]))()
+        with _Operations() as operations:
+            jacobians = Problem.of([y], list(model.parameters()), [start[y]]).jacobians(True)
+        assert [len(jacobian) for jacobian in jacobians] == [rows] * 6
+        counts.append(operations.counts.total())
+    assert counts[0] == counts[1]
+
+
+def test_on_accelerators_single_rows_are_written_by_one_call_each() -> None:
+    def counted(layers: int, m: int) -> tuple[Counter[str], int]:
+        model = _net(layers, "meta")
+        y = model(torch.empty(3, 8, device="meta")).mean(dim=0)[:m]
+        start = (Init([y]) >> Diagonalize([y]))()
+        problem = Problem.of([y], list(model.parameters()), [start[y]])
+        with pytest.MonkeyPatch.context() as patch:
+            # Which rows are zero is asked once, before the first pass.
+            patch.setattr(Problem, "usage", property(lambda self: [[True]] * m))
+            with _Operations() as operations:
+                problem.row_by_row(retain_graph=True)
+            return operations.counts, _python_calls(lambda: problem.row_by_row(retain_graph=True))
+
+    counts, calls = counted(6, 8)
+    assert counts["_foreach_copy_"] == 8
+    assert counts["copy_"] == 0
+    # No hooks: the number of parameters does not enter.
+    per_row = (calls - counted(6, 4)[1]) / 4
+    assert per_row == (counted(12, 8)[1] - counted(12, 4)[1]) / 4
+    assert per_row <= 12
+
+
+# -- CPUs ------------------------------------------------------------------------------------------
+
+
+def test_python_calls_per_row_do_not_grow_with_the_number_of_small_parameters() -> None:
+    def per_row(layers: int) -> float:
+        model = _net(layers)
+        x = torch.randn(3, 8)
+
+        def calls(m: int) -> int:
+            losses = _losses(model(x), m)
+            return _python_calls(lambda: jac(losses, parallel_chunk_size=1))
+
+        return (calls(12) - calls(4)) / 8
+
+    few, many = per_row(2), per_row(20)
+    assert many == few
+    assert many <= 40
+
+
+def test_a_row_takes_the_operations_of_its_backward_pass_and_one_copy() -> None:
+    model, x = _net(5), torch.randn(3, 8)
+    inputs = list(model.parameters())
+
+    def counted(step: Callable[[list[Tensor]], Any], m: int) -> int:
+        losses = _losses(model(x), m)
+        with _Operations() as operations:
+            step(losses)
+        return operations.counts.total()
+
+    def passes(losses: list[Tensor]) -> None:
+        for loss in losses:
+            torch.autograd.grad(loss, inputs, retain_graph=True)
+
+    def ours(losses: list[Tensor]) -> None:
+        backward(losses, parallel_chunk_size=1)
+        for parameter in inputs:
+            del parameter.jac
+
+    plain = (counted(passes, 12) - counted(passes, 4)) / 8
+    own = (counted(ours, 12) - counted(ours, 4)) / 8
+    # A copy for each parameter (one call of _foreach_copy_), the choice of the row, its cotangent,
+    # and whether it is zero.
+    assert own <= plain + 8
+
+
+def test_large_weights_are_multiplied_into_their_place() -> None:
+    model = _net(3, width=300)
+    losses = _losses(model(torch.randn(2, 300)), 3)
+    with _Operations() as operations:
+        backward(losses, parallel_chunk_size=1)
+    # The weight of the first layer: torch does not show whether its transpose has hooks.
+    assert operations.counts["copy_"] == 3
+
+
+def test_a_walk_over_the_graph_is_taken_once_per_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    from jdcore.graph import _walk
+
+    walks = []
+    walk = _walk._walk
+    monkeypatch.setattr(_walk, "_walk", lambda *given: walks.append(0) or walk(*given))
+    model = _net(2)
+    backward(_losses(model(torch.randn(3, 8))))
+    assert len(walks) == 1
