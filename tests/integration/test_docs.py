@@ -7,9 +7,11 @@ import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import pytest
+import torch
 
 import jdcore
 from jdcore import aggregation, autogram, autojac, get_aggregator
@@ -37,6 +39,17 @@ def test_the_example_on_the_first_page_runs() -> None:
     [example] = blocks("index", "python")
 
     exec(compile(example, "index.md", "exec"), {"__name__": "example"})
+
+
+def test_the_loop_with_an_optimizer_in_the_backward_pass_trains() -> None:
+    [example] = blocks("training-loops", "python")
+    scope: dict[str, Any] = {"__name__": "example"}
+    torch.manual_seed(0)
+    before = torch.nn.Linear(3, 2).weight
+    torch.manual_seed(0)
+    exec(compile(example, "training-loops.md", "exec"), scope)
+    assert not torch.equal(scope["model"].weight, before)
+    assert scope["model"].weight.grad is None  # the hook has used it
 
 
 def test_the_configuration_file_of_the_documentation_makes_an_aggregator(

@@ -180,6 +180,22 @@ def test_a_large_leaf_does_not_hear_passes_inside_its_own(size: int) -> None:
     torch.testing.assert_close(rows, torch.stack([x, 2 * x * w.detach()]))
 
 
+def test_a_function_that_keeps_something_called_variable_is_no_leaf() -> None:
+    class Named(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            ctx.variable = x.detach() * 2.0
+            return x * ctx.variable
+
+        @staticmethod
+        def backward(ctx: Any, gradient: Tensor) -> Tensor:
+            return gradient * ctx.variable * 2.0
+
+    a = torch.tensor([1.0, 2.0], requires_grad=True)
+    backward(Named.apply(a * 1.0))
+    assert a.jac.tolist() == [[4.0, 0.0], [0.0, 8.0]]
+
+
 # -- functions that hide their parameters ----------------------------------------------------------
 
 
