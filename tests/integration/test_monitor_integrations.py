@@ -78,3 +78,13 @@ def test_the_callback_of_lightning_stops_when_the_training_fails() -> None:
     UPGrad()(MATRIX)
 
     assert len(callback.history) == 2
+
+
+def test_the_table_is_a_frame_of_pandas() -> None:
+    pandas = pytest.importorskip("pandas")
+    with monitor.record() as history:
+        UPGrad()(MATRIX)
+
+    frame = history.frame()
+    assert isinstance(frame, pandas.DataFrame)
+    assert frame.loc[0, "conflicting_pairs"] == 1.0

@@ -163,16 +163,6 @@ def test_the_history_is_plain_data_by_quantity() -> None:
     assert repr(monitor.History()) == "History of no steps"
 
 
-def test_the_table_is_a_frame_of_pandas() -> None:
-    pandas = pytest.importorskip("pandas")
-    with monitor.record() as history:
-        GramianAggregator(HalvesWeighting())(MATRIX)
-
-    frame = history.frame()
-    assert isinstance(frame, pandas.DataFrame)
-    assert frame.loc[0, "conflicting_pairs"] == 1.0
-
-
 def test_the_optimizers_own_step_is_recorded() -> None:
     """Momentum carries the step on along the first gradient, which raises the second loss."""
     w = torch.tensor([0.0], requires_grad=True)
