@@ -10,7 +10,7 @@ from typing import Any
 
 from jdcore.aggregation._aggregator import GramianAggregator
 from jdcore.aggregation._columns import Columns
-from jdcore.aggregation._coordinatewise import CoordinatewiseAggregator
+from jdcore.aggregation._coordinatewise import CoordinatewiseAggregator, portions
 from jdcore.aggregation._differentiation import forbid_differentiation
 from jdcore.aggregation._finite import finite_required
 from jdcore.aggregation._flattening import Flattening
@@ -60,6 +60,7 @@ __all__ = [
     "finite_gramian",
     "finite_required",
     "forbid_differentiation",
+    "portions",
     "row_lengths",
     "row_weights",
     "solver_field",

@@ -3,6 +3,7 @@ from typing import Any as Any
 from jdcore.aggregation._aggregator import GramianAggregator as GramianAggregator
 from jdcore.aggregation._columns import Columns as Columns
 from jdcore.aggregation._coordinatewise import CoordinatewiseAggregator as CoordinatewiseAggregator
+from jdcore.aggregation._coordinatewise import portions as portions
 from jdcore.aggregation._differentiation import forbid_differentiation as forbid_differentiation
 from jdcore.aggregation._finite import finite_required as finite_required
 from jdcore.aggregation._flattening import Flattening as Flattening
@@ -23,6 +24,7 @@ from jdcore.aggregation._solver import find_solver as find_solver
 from jdcore.aggregation._solver import solver_field as solver_field
 from jdcore.aggregation._source import GramianSource as GramianSource
 from jdcore.aggregation._source import as_weighting as as_weighting
+from jdcore.aggregation._source import taken_by as taken_by
 from jdcore.aggregation._source import weigh as weigh
 from jdcore.aggregation._state import StateFields as StateFields
 from jdcore.aggregation._state import state_field as state_field

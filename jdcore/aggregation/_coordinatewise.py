@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from attrs import define
 from torch import Tensor
@@ -11,6 +13,13 @@ from jdcore.aggregation._matrix_aggregator import MatrixAggregator
 # them, enough to occupy an accelerator.
 _ENTRIES = {"cpu": 1 << 17}
 _ENTRIES_ELSEWHERE = 1 << 24
+
+
+def portions(block: Tensor) -> Iterator[slice]:
+    """Cuts of the columns of a block into portions that are handled at once."""
+    step = max(1, _ENTRIES.get(block.device.type, _ENTRIES_ELSEWHERE) // max(1, len(block)))
+    for start in range(0, block.shape[1], step):
+        yield slice(start, start + step)
 
 
 @define(eq=False)
@@ -37,13 +46,12 @@ class CoordinatewiseAggregator(MatrixAggregator):
         return columns.apply(self._aggregate_block)
 
     def _aggregate_block(self, block: Tensor) -> Tensor:
-        m, n = block.shape
+        n = block.shape[1]
         wide = torch.promote_types(block.dtype, torch.float32)
-        step = max(1, _ENTRIES.get(block.device.type, _ENTRIES_ELSEWHERE) // m)
-        if 0 < n <= step:
+        cuts = list(portions(block))
+        if len(cuts) == 1:
             return self.compute(block.to(wide)).to(block.dtype)
         vector = block.new_empty(n)
-        for start in range(0, n, step):
-            columns = block[:, start : start + step].to(wide)
-            vector[start : start + step] = self.compute(columns)
+        for cut in cuts:
+            vector[cut] = self.compute(block[:, cut].to(wide))
         return vector

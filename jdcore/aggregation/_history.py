@@ -10,12 +10,14 @@ from attrs import Attribute, define, field
 from torch import Tensor
 
 from jdcore.aggregation._columns import Columns
+from jdcore.aggregation._coordinatewise import portions
 from jdcore.aggregation._differentiation import forbid_differentiation
-from jdcore.aggregation._finite import finite_required
+from jdcore.aggregation._finite import finite_required, is_finite
 from jdcore.aggregation._source import GramianSource, check_losses
 from jdcore.aggregation._state import StateFields, state_field
 from jdcore.aggregation._watching import Result, watched
 from jdcore.errors import NonFiniteError, ParameterError
+from jdcore.linalg._pages import new_tensor
 from jdcore.validators import boolean, check_blocks, check_matrix, describe_tensor
 
 
@@ -141,7 +143,7 @@ class HistoryAggregator(StateFields):
         parts = list(torch.split(history, [block.shape[1] for block in blocks], dim=1))
         weights, state = self.weigh_rows(Columns(rows), Columns(parts), values)
         vectors = Columns(parts if self.combines_history else rows).combine(weights)
-        if not bool(torch.isfinite(weights).all()):  # what is wrapped looked at more than the rows
+        if not is_finite(weights):  # what is wrapped looked at more than the rows
             return [block.new_full(block.shape[1:], math.nan) for block in blocks], None
         for name, value in state.items():
             setattr(self, name, value)
@@ -152,11 +154,12 @@ class HistoryAggregator(StateFields):
     def _advanced(self, rows: list[Tensor], losses: Tensor | None) -> Tensor:
         widths = [block.shape[1] for block in rows]
         old = self._old(len(rows[0]), sum(widths), rows[0])
-        new = rows[0].new_empty(len(rows[0]), sum(widths))
+        new = new_tensor(rows[0], len(rows[0]), sum(widths))
         olds = [None] * len(rows) if old is None else list(torch.split(old, widths, dim=1))
         for part, piece, before in zip(torch.split(new, widths, dim=1), rows, olds, strict=True):
-            if part.numel():
-                part.copy_(self.advance(piece, before, losses))
+            for cut in portions(piece):
+                past = None if before is None else before[:, cut]
+                part[:, cut] = self.advance(piece[:, cut], past, losses)
         return new
 
     def _known(self, losses: Tensor | None, m: int) -> Tensor | None:

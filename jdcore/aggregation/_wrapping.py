@@ -9,7 +9,7 @@ from attrs import define, field
 from torch import Tensor
 
 from jdcore.aggregation._differentiation import forbid_differentiation
-from jdcore.aggregation._finite import finite_required, refuse_gramian
+from jdcore.aggregation._finite import finite_required, is_finite, refuse_gramian
 from jdcore.aggregation._nested_state import NestedState
 from jdcore.aggregation._row_vectors import check_row_vectors
 from jdcore.aggregation._source import GramianSource, as_weighting, weigh
@@ -83,7 +83,7 @@ class WeightingWrapper(NestedState):
         weights = self.rewrite(source)
         if not source.asked:  # then nobody knows yet whether the rows are finite
             source.undo.append(partial(_restore, self, before))
-        if bool(torch.isfinite(weights).all()):
+        if is_finite(weights):
             return weights
         if finite_required(self.check_finite):
             raise refuse_gramian(source.peek().cpu().numpy())

@@ -7,7 +7,7 @@ import torch
 from attrs import define, field
 from torch import Tensor
 
-from jdcore.aggregation import Columns, HistoryAggregator, state_field
+from jdcore.aggregation import Columns, HistoryAggregator, portions, state_field
 from jdcore.validators import integer, real
 from jdplugins.standard._simplex import kept_weights, no_weights, softmax
 
@@ -84,5 +84,10 @@ class ExcessMTL(HistoryAggregator):
 
 def _excess(rows: Tensor, history: Tensor) -> Tensor:
     """``Σ g² / h`` of each row, in an order that neither overflows nor divides zero by zero."""
-    shares = torch.where(history > 0.0, rows / history, 0.0)
-    return (shares.double() * rows.double()).sum(dim=1).cpu()
+    total = rows.new_zeros(len(rows), dtype=torch.float64)
+    for cut in portions(rows):
+        some = rows[:, cut]
+        # Where h is zero, g is, and zero by zero becomes the only NaN there can be.
+        shares = (some / history[:, cut]).nan_to_num_(0.0)
+        total += torch.linalg.vecdot(shares.double(), some.double())
+    return total.cpu()
