@@ -33,6 +33,7 @@ _COLUMNS = {
     Property.STRONGLY_STATIONARY: "zero only at strongly stationary points",
     Property.PERMUTATION_INVARIANT: "order of rows is irrelevant",
     Property.SCALE_EQUIVARIANT: "scales with the matrix",
+    Property.ROBUST: "withstands an adversarial row",
     Property.DIFFERENTIABLE: "differentiable",
 }
 

@@ -63,6 +63,13 @@ class Property(Enum):
     SCALE_EQUIVARIANT = "scale_equivariant"
     """``A(s J) = s A(J)`` for every s > 0."""
 
+    ROBUST = "robust"
+    """
+    With the example arguments one adversarial row, wherever it is, moves the update nowhere else
+    than into the ball around the mean of the other rows whose radius is twice the largest distance
+    of one of them. There are at least five rows, and the adversary is the last one.
+    """
+
     DIFFERENTIABLE = "differentiable"
     """``A`` can be differentiated with respect to J."""
 

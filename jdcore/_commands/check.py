@@ -1,4 +1,4 @@
-"""``jdcore check NAME``: the conformance kit on one method."""
+"""``jdcore check NAME``: the conformance kit on one method or scalarizer."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from jdcore._commands._records import discover
 
 if TYPE_CHECKING:
-    from jdcore.testing import ConformanceCheck
+    from jdcore.testing import ConformanceCheck, ScalarizerCheck
 
 
 def add_parser(commands: Any) -> None:
@@ -20,6 +20,9 @@ def add_parser(commands: Any) -> None:
         description="Run the conformance kit on one method. Exit code 1 if a check fails.",
     )
     parser.add_argument("name", metavar="NAME", help="name of the method, in any spelling")
+    parser.add_argument(
+        "--scalarizer", action="store_true", help="the scalarizer of this name, not the aggregator"
+    )
     parser.set_defaults(run=run)
 
 
@@ -31,16 +34,16 @@ def run(arguments: argparse.Namespace) -> int:
     :raises JDCoreError: If there is no such method.
     """
     discover()
-    from jdcore.testing import checks_of
+    from jdcore.testing import checks_of, scalarizer_checks
 
-    checks = checks_of(arguments.name)
-    verdicts = [_verdict(check) for check in checks]
+    find = scalarizer_checks if arguments.scalarizer else checks_of
+    verdicts = [_verdict(check) for check in find(arguments.name)]
     counts = ((word, verdicts.count(word)) for word in ("passed", "failed", "skipped"))
     print(", ".join(f"{count} {word}" for word, count in counts if count))
     return 1 if "failed" in verdicts else 0
 
 
-def _verdict(check: ConformanceCheck) -> str:
+def _verdict(check: ConformanceCheck | ScalarizerCheck) -> str:
     from jdcore.testing import ConformanceError, NotApplicable
 
     verdict, reason = "passed", ""

@@ -83,6 +83,18 @@ def _demand_movement(vector: Tensor, matrix: Tensor, label: str) -> None:
     demand(size > 1e-6, f"the update is {size:.1e} of the shortest row on {label}")
 
 
+def withstands_an_adversary(case: Case) -> None:
+    m = max(5, case.spec.min_rows)
+    honest = 3.0 + case.gauss(m - 1)
+    mean = honest.mean(0)
+    radius = (honest - mean).norm(dim=1).max()
+    for size in (1e1, 1e4, 1e10, 1e20):
+        for direction in (-mean, case.gauss(1, seed=1)[0]):
+            matrix = torch.cat([honest, size * direction[None]])
+            distance = float((case.call(case.make(m), matrix) - mean).norm() / radius)
+            demand(distance <= 2.0, f"an adversary at {size:.0e} moves it by {distance:.1f} radii")
+
+
 def differentiates_as_declared(case: Case) -> None:
     matrix = case.gauss().requires_grad_()
     inputs = case.inputs(matrix)

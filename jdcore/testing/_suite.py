@@ -60,6 +60,7 @@ _DECLARED: dict[Property, Check] = {
     Property.STRONGLY_STATIONARY: _properties.stops_only_where_strongly_stationary,
     Property.PERMUTATION_INVARIANT: _properties.is_permutation_invariant,
     Property.SCALE_EQUIVARIANT: _properties.is_scale_equivariant,
+    Property.ROBUST: _properties.withstands_an_adversary,
 }
 
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 import pytest
 
 import jdcore
 from jdcore._catalogue import METHODS, SCALARIZERS, SOLVERS, distribution_of, solver_names
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize("distribution", sorted({*METHODS, *SOLVERS}))
@@ -48,6 +51,12 @@ def test_a_name_is_found_in_any_form(
 
 def test_a_problem_nobody_solves_has_no_names() -> None:
     assert solver_names("no_such_problem") == {}
+
+
+def test_the_readme_names_every_scalarizer() -> None:
+    text = (ROOT / "jdplugins" / "jdplugins-standard" / "README.md").read_text(encoding="utf-8")
+
+    assert [n for n in SCALARIZERS["jdplugins-standard"] if f"`{n}`" not in text] == []
 
 
 def test_scalarizers_are_found_apart_from_aggregators() -> None:

@@ -70,6 +70,14 @@ def test_it_passes_the_conformance_kit_of_scalarizers() -> None:
             check.run()
 
 
+def test_the_command_runs_the_kit(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["check", "--scalarizer", "widest"])
+
+    shown = capsys.readouterr().out
+    assert "passed   makes_one_loss_of_the_same_dtype" in shown
+    assert "failed   describes_itself" not in shown
+
+
 def test_a_configuration_makes_the_round_trip() -> None:
     config = jdcore.to_config(jdcore.get_scalarizer("widest"))
 

@@ -6,11 +6,17 @@ from typing import Any
 
 import pytest
 import torch
+from attrs import define
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from jdcore import get_aggregator
+import jdcore
+from jdcore import AggregatorSpec, Property, get_aggregator
+from jdcore._registry import registry
+from jdcore.aggregation import CoordinatewiseAggregator
+from jdcore.testing import ConformanceError, checks_of
+from jdcore.testing._properties import withstands_an_adversary
 from tests.plugins.robust.attacks import ATTACKS, Attack, far_away, inner_product
 
 # Makers for f adversaries. Bucketing by two spoils up to 2 f of the buckets' rows: see its test.
@@ -112,6 +118,31 @@ def test_centered_clipping_follows_the_honest_rows_over_time() -> None:
 
     # Two rows of eleven, clipped to 10, hold the nine honest ones off by 2 * 10 / 9.
     assert (vector - honest.mean(0)).norm() <= 20.0 / 9.0 + 1e-6
+
+
+@define(eq=False)
+class PlainMean(CoordinatewiseAggregator):
+    def compute(self, columns: Tensor) -> Tensor:
+        return columns.mean(0)
+
+
+def test_the_kit_finds_methods_that_claim_to_withstand_an_adversary() -> None:
+    jdcore.register(
+        AggregatorSpec(
+            name="plain_mean",
+            summary="Mean.",
+            aggregator=f"{__name__}:PlainMean",
+            properties=(Property.ROBUST,),
+            api_version=1,
+        )
+    )
+    try:
+        [check] = [c for c in checks_of("plain_mean") if c.check is withstands_an_adversary]
+        with pytest.raises(ConformanceError, match=r"an adversary at .* moves it by"):
+            check.run()
+    finally:
+        registry._runtime.pop("plain_mean")
+        jdcore.refresh()
 
 
 def test_the_honest_mean_is_kept_where_nobody_attacks() -> None:

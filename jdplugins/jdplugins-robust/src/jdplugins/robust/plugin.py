@@ -8,7 +8,8 @@ from typing import Any
 from jdcore import AggregatorSpec, Property, Reference, hookimpl
 
 _PACKAGE = "jdplugins.robust"
-_INVARIANT = (Property.PERMUTATION_INVARIANT, Property.SCALE_EQUIVARIANT)
+_ROBUST = (Property.SCALE_EQUIVARIANT, Property.ROBUST)
+_INVARIANT = (Property.PERMUTATION_INVARIANT, *_ROBUST)
 
 
 def _one_bad_row(m: int) -> dict[str, Any]:
@@ -66,7 +67,7 @@ def _rules() -> Iterator[AggregatorSpec]:
                 "f4b9ec30ad9f68f89b29639786cb62ef-Paper.pdf"
             ),
         ),
-        properties=(Property.SCALE_EQUIVARIANT,),
+        properties=_ROBUST,
         min_rows=4,
         example=_one_bad_row,
         api_version=1,
@@ -94,7 +95,7 @@ def _rules() -> Iterator[AggregatorSpec]:
             year=2019,
             url="https://arxiv.org/pdf/1905.03853",
         ),
-        properties=(Property.SCALE_EQUIVARIANT,),
+        properties=_ROBUST,
         min_rows=3,
         example=_one_bad_row,
         api_version=1,
@@ -122,7 +123,7 @@ def _rules() -> Iterator[AggregatorSpec]:
             year=2023,
             url="https://arxiv.org/pdf/2209.10931",
         ),
-        properties=(Property.SCALE_EQUIVARIANT,),
+        properties=_ROBUST,
         min_rows=3,
         example=_one_bad_row,
         api_version=1,
@@ -136,7 +137,7 @@ def _rules() -> Iterator[AggregatorSpec]:
             year=2023,
             url="https://arxiv.org/pdf/2302.04787",
         ),
-        properties=(Property.SCALE_EQUIVARIANT,),
+        properties=_ROBUST,
         min_rows=3,
         example=_one_bad_row,
         api_version=1,
@@ -150,7 +151,7 @@ def _rules() -> Iterator[AggregatorSpec]:
             year=2025,
             url="https://arxiv.org/pdf/2505.01874",
         ),
-        properties=(Property.SCALE_EQUIVARIANT,),
+        properties=_ROBUST,
         min_rows=3,
         example=_one_bad_row,
         api_version=1,
@@ -167,7 +168,7 @@ def _wrappers() -> Iterator[AggregatorSpec]:
             year=2023,
             url="https://arxiv.org/pdf/2302.01772",
         ),
-        properties=(Property.SCALE_EQUIVARIANT,),
+        properties=_ROBUST,
         wrapper=True,
         stateful=True,
         min_rows=3,
@@ -183,7 +184,7 @@ def _wrappers() -> Iterator[AggregatorSpec]:
             year=2022,
             url="https://arxiv.org/pdf/2006.09365",
         ),
-        properties=(Property.SCALE_EQUIVARIANT,),
+        properties=_ROBUST,
         wrapper=True,
         stateful=True,
         stochastic=True,

@@ -252,7 +252,7 @@ def jdcore_aggregators() -> Iterator[AggregatorSpec]:
                 "f4b9ec30ad9f68f89b29639786cb62ef-Paper.pdf"
             ),
         ),
-        properties=(Property.SCALE_EQUIVARIANT,),
+        properties=(Property.SCALE_EQUIVARIANT, Property.ROBUST),
         min_rows=4,
         example=lambda m: {"n_byzantine": 1},
         api_version=1,
@@ -266,7 +266,11 @@ def jdcore_aggregators() -> Iterator[AggregatorSpec]:
             year=2018,
             url="https://proceedings.mlr.press/v80/yin18a/yin18a.pdf",
         ),
-        properties=(Property.PERMUTATION_INVARIANT, Property.SCALE_EQUIVARIANT),
+        properties=(
+            Property.PERMUTATION_INVARIANT,
+            Property.SCALE_EQUIVARIANT,
+            Property.ROBUST,
+        ),
         min_rows=3,
         example=lambda m: {"trim_number": 1},
         api_version=1,
