@@ -37,7 +37,7 @@ class PluginRecord:
     :param aggregators: The methods it provides; empty unless everything about it was valid.
     :param solvers: The solver backends it provides, likewise.
     :param scalarizers: The scalarizers it provides, likewise.
-    :param gramian_rules: The layers it knows closed forms for, likewise.
+    :param gramian_rules: The operations it knows closed forms for, likewise.
     :param disabled: The environment variable that switched it off, or None.
     :param pending: Whether its module was being imported when somebody asked; a later look-up
         loads it.
@@ -251,7 +251,7 @@ def _specs_of(plugin: object) -> dict[str, Any]:
     _refuse_duplicates([normalize_name(n) for spec in aggregators for n in names_of(spec)])
     _refuse_duplicates([normalize_name(n) for spec in scalarizers for n in names_of(spec)])
     _refuse_duplicates([f"{spec.problem}/{normalize_name(spec.name)}" for spec in solvers])
-    _refuse_duplicates([spec.layer for spec in rules])
+    _refuse_duplicates([spec.operation for spec in rules])
     return {
         "aggregators": aggregators,
         "solvers": solvers,

@@ -21,8 +21,8 @@ from jdcore._discovery import (
     normalize_distribution,
     switched_without_effect,
 )
-from jdcore._layers import CHOOSE, CORE_RULES, RUNTIME, LayerTable
 from jdcore._loading import Loading
+from jdcore._operations import CHOOSE, RUNTIME, OperationTable, serves_itself
 from jdcore._tables import Entry, NameTable
 from jdcore.errors import (
     ParameterError,
@@ -41,8 +41,6 @@ from jdcore.spec import (
     normalize_name,
 )
 
-_CORE = "jdcore"
-
 T = TypeVar("T", AggregatorSpec, ScalarizerSpec)
 
 
@@ -54,7 +52,7 @@ class _Known:
     aggregators: NameTable
     solvers: dict[str, NameTable]
     scalarizers: NameTable
-    rules: LayerTable
+    rules: OperationTable
 
     def solver_table(self, problem: str) -> NameTable:
         return self.solvers.get(problem) or NameTable(f"{problem} solver", problem)
@@ -71,8 +69,8 @@ class _Known:
             for table in (self.aggregators, self.scalarizers, *self.solvers.values())
             for name, claims in table.clashes().items()
         ] + [
-            (" and ".join(claims), f"they claim the same layer {layer}. {CHOOSE}")
-            for layer, claims in self.rules.clashes().items()
+            (" and ".join(claims), f"they claim the same operation {operation}. {CHOOSE}")
+            for operation, claims in self.rules.clashes().items()
         ]
 
 
@@ -127,14 +125,14 @@ class Registry:
             self._known = None  # made anew by the next look-up; no plugin is loaded again
 
     def _register_rule(self, spec: GramianRuleSpec) -> None:
-        claims = [e for e in self._discover().rules.claims(spec.layer) if e.distribution != RUNTIME]
+        claims = self._discover().rules.claims(spec.operation)
+        names = [e.qualified_name for e in claims if e.distribution != RUNTIME]
         # Several installed ones have disabled each other: then this is the choice.
-        if len(claims) == 1:
-            raise ParameterError(
-                "layer", "free", f"{spec.layer!r}, taken by {claims[0].qualified_name}"
-            )
+        if len(names) == 1 or serves_itself(spec.operation):
+            taken = f"{spec.operation!r}, taken by {names[0] if names else 'jdcore'}"
+            raise ParameterError("operation", "free", taken)
         with self._lock:
-            self._runtime_rules[spec.layer] = spec
+            self._runtime_rules[spec.operation] = spec
             self._known = None
 
     def _discover(self) -> _Known:
@@ -184,8 +182,7 @@ class Registry:
             ),
             solvers=_solver_tables([(r.distribution, s) for r in records for s in r.solvers]),
             rules=_rule_table(
-                [(_CORE, rule) for rule in CORE_RULES]
-                + [(r.distribution, rule) for r in records for rule in r.gramian_rules]
+                [(r.distribution, rule) for r in records for rule in r.gramian_rules]
                 + [(RUNTIME, rule) for rule in runtime_rules]
             ),
         )
@@ -282,9 +279,9 @@ class Registry:
             _raise_unknown(name, table, known)
         return entry, variant
 
-    def gramian_rules(self, layer: type) -> list[Entry]:
-        """The rules for a class of layers: none, one, or several that clash."""
-        return self._discover().rules.find(layer)
+    def gramian_rules(self, name: str, function: type | None) -> list[Entry]:
+        """The rules for an operation, as :meth:`OperationTable.find`."""
+        return self._discover().rules.find(name, function)
 
     def gramian_rule(self, name: str) -> Entry:
         """
@@ -324,8 +321,8 @@ def _solver_tables(solvers: Iterable[tuple[str, SolverSpec]]) -> dict[str, NameT
     return tables
 
 
-def _rule_table(rules: Iterable[tuple[str, GramianRuleSpec]]) -> LayerTable:
-    table = LayerTable()
+def _rule_table(rules: Iterable[tuple[str, GramianRuleSpec]]) -> OperationTable:
+    table = OperationTable()
     for distribution, spec in rules:
         table.add(Entry(distribution, spec))
     return table
@@ -424,11 +421,11 @@ def shared_solver(problem: str, name: str) -> Any:
 
 def get_gramian_rule(entry: Entry) -> Any:
     """
-    Make the rule of an entry of :meth:`Registry.gramian_rules`.
+    Load the rule of an entry of :meth:`Registry.gramian_rules`.
 
     :raises PluginError: If it cannot be loaded.
     """
-    return load_factory(entry.qualified_name, entry.spec.rule)()
+    return load_factory(entry.qualified_name, entry.spec.rule)
 
 
 registry = Registry()

@@ -29,6 +29,7 @@ __all__ = [
     "PluginWarning",
     "SinglePassError",
     "UnknownNameError",
+    "UnservedGraphError",
     "UnsolvedWarning",
     "VectorizationError",
     "VectorizationWarning",
@@ -242,6 +243,31 @@ class SinglePassError(JDCoreError, RuntimeError):
 
     def __reduce__(self) -> tuple[type, tuple[object, ...]]:
         return type(self), (self.reason, self.remedy)
+
+
+class UnservedGraphError(ParameterError):
+    """
+    A graph of losses holds something with which a Gramian could not be shown to be right.
+
+    It is raised before any number is returned and before any field changes.
+
+    :param operation: The operation or layer at fault, as far as it is known, a noun phrase.
+    :param reason: Why it cannot be served, a clause with "it" as its subject.
+    :param remedy: What to do instead, a full sentence.
+    :param parameter: Name of the argument that the graph came with.
+    """
+
+    def __init__(self, operation: str, reason: str, remedy: str, parameter: str = "output") -> None:
+        self.operation, self.reason, self.remedy = operation, reason, remedy
+        super().__init__(
+            parameter,
+            "computed by operations that autogram can serve",
+            f"{operation}: {reason}",
+            remedy,
+        )
+
+    def __reduce__(self) -> tuple[type, tuple[object, ...]]:
+        return type(self), (self.operation, self.reason, self.remedy, self.parameter)
 
 
 class JDCoreWarning(UserWarning):

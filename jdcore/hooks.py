@@ -98,7 +98,7 @@ def jdcore_solvers() -> Iterable[SolverSpec]:  # type: ignore[empty-body]
 @hookspec
 def jdcore_gramian_rules() -> Iterable[GramianRuleSpec]:  # type: ignore[empty-body]
     """
-    Yield one spec per type of layer for which the plugin knows a closed form of the Jacobian.
+    Yield one spec per operation for which the plugin knows a closed form of the Jacobian.
 
     Example::
 
@@ -108,9 +108,9 @@ def jdcore_gramian_rules() -> Iterable[GramianRuleSpec]:  # type: ignore[empty-b
         def jdcore_gramian_rules():
             yield GramianRuleSpec(
                 name="layer_scale",
-                layer="my_layers.scale:LayerScale",
-                rule="my_layers.gramian:LayerScaleRule",
-                summary="Sums of the input times the output gradient.",
+                operation="my_layers.scale:LayerScaleFunction",
+                rule="my_layers.gramian:layer_scale",
+                summary="Sums of the input times the gradient at the result.",
                 api_version=1,
             )
     """

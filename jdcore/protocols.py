@@ -14,15 +14,13 @@ Jacobian of shape [m, n], ``G = J Jᵀ`` its Gramian of shape [m, m].
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
-    from torch import Tensor, nn
-
-    from jdcore.autogram import Block, LayerCall
+    from torch import Tensor
 
 __all__ = [
     "Aggregator",
@@ -31,7 +29,6 @@ __all__ = [
     "DualConeSolver",
     "FairAllocationSolver",
     "GeneralizedWeighting",
-    "GramianRule",
     "MinNormSolver",
     "Scalarizer",
     "Stateful",
@@ -277,69 +274,4 @@ class NashBargainingSolver(Protocol):
         :param start: Weights of an earlier call, float64, shape [m], from which an iteration may
             start. Not modified.
         :returns: Weights α, float64, shape [m].
-        """
-
-
-@runtime_checkable
-class GramianRule(Protocol):
-    """
-    A closed form of autogram for one type of layer.
-
-    A rule turns the input of a layer and the gradients at its output into the Jacobian with respect
-    to its parameters, as blocks in a factored form that never holds J where that can be avoided:
-    :class:`~jdcore.autogram.OuterBlock` for what multiplies, :class:`~jdcore.autogram.RowsBlock`
-    for small parameters whose rows are cheap. The engine adds up the Gramians of the blocks, and
-    forms weighted gradients from them. A parameter that several calls, layers or rules use is the
-    engine's business, not the rule's.
-
-    Laws that every rule obeys:
-
-    * the gradient of sample b through the call depends on the entries of sample b alone (the engine
-      verifies it where samples mix at the output);
-    * rows agree with those of a backward pass to rounding;
-    * it changes neither the layer nor its inputs, and calls no layer: a forward pass that runs
-      again draws other random numbers;
-    * it has no state: one object serves all layers of its type.
-
-    With ``batch_dim=None`` each loss has one row for the whole batch, which an ordinary backward
-    pass gives, so a rule is used only where it says that it is cheaper, by an optional method
-    ``beats_rows(module, args, output_shape, tasks) -> bool``. It is given the layer, its positional
-    arguments (none if all came by keyword), the shape of its first output and the number of losses.
-
-    :func:`jdcore.testing.gramian_rule_tests` checks all of this.
-
-    A rule for a layer that multiplies each channel by a parameter::
-
-        class LayerScaleRule:
-            parameters = ("scale",)
-
-            def refusal(self, module):
-                return None
-
-            def blocks(self, call):
-                scale = call.wanted("scale")
-                if scale is not None:
-                    products = call.grads * call.input  # [K, N, ..., features]
-                    yield RowsBlock(scale, call.positions(products, 1).sum(2))
-    """
-
-    parameters: Sequence[str]
-    """Names of all parameters that a layer of this type may have."""
-
-    def refusal(self, module: nn.Module, /) -> str | None:
-        """
-        Why the rule does not hold for this layer, however it is called.
-
-        :param module: A layer of the type of the rule.
-        :returns: A phrase for a message, or None if the rule holds. A refused layer is served by
-            the generic rule.
-        """
-
-    def blocks(self, call: LayerCall, /) -> Iterable[Block]:
-        """
-        The Jacobian through one call.
-
-        :param call: The call, with gradients ``[K, *output.shape]`` of K losses per sample.
-        :returns: Blocks of columns with rows (k, b), for those parameters that ``call.wanted``
-            gives. They need not be disjoint.
         """

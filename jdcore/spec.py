@@ -88,6 +88,15 @@ def _matches(pattern: re.Pattern[str], expected: str) -> Callable[[Any, Attribut
 
 _valid_name = _matches(_NAME, "a lower snake case name such as 'nash_mtl'")
 _valid_factory = _matches(_FACTORY, "a 'module:attribute' string")
+_operation = _matches(
+    re.compile(rf"{_FACTORY.pattern.rstrip('$')}|\w+Backward\w*"),
+    "a 'module:attribute' string or the name of a node, such as 'CdistBackward0'",
+)
+
+
+def _boolean(_: Any, attribute: Attribute[Any], value: Any) -> None:
+    if not isinstance(value, bool):
+        raise ParameterTypeError(attribute.name, "a bool", repr(value))
 
 
 def _text(_: Any, attribute: Attribute[Any], value: Any) -> None:
@@ -299,23 +308,28 @@ class SolverSpec:
 @frozen(kw_only=True)
 class GramianRuleSpec:
     """
-    A closed form of autogram for one type of layer.
+    A closed form of autogram for one operation of the graph.
 
-    Both the layer and the rule are named, not imported: a layer whose module was never imported
-    cannot be in anybody's model.
+    Both the operation and the rule are named, not imported: a function whose module was never
+    imported cannot be in anybody's graph.
 
     :param name: Name of the rule, lower snake case.
-    :param layer: ``"module:attribute"`` of the layer class. Subclasses are served too, unless they
-        override ``forward``.
-    :param rule: ``"module:attribute"`` of the rule, called without arguments; what it returns
-        satisfies :class:`~jdcore.protocols.GramianRule`.
+    :param operation: ``"module:attribute"`` of a ``torch.autograd.Function``, subclasses that do
+        not override ``backward`` included; or the name of a node of an operation that torch or an
+        extension brings, such as ``"CdistBackward0"``, as the ``grad_fn`` of a result shows it.
+        Operations that the core has a rule for are taken.
+    :param rule: ``"module:attribute"`` of the rule, a :class:`~jdcore.autogram.GramianRule`.
     :param summary: One line: which form of the Jacobian the rule uses.
+    :param steady: Whether shapes alone decide which entries of the results depend on which entries
+        of the operands, and the backward pass hands NaN on to all of these. Where samples are is
+        then shown once for each kind of graph; behind other operations, at every call.
     :param api_version: The plugin interface this spec was written for, :data:`API_VERSION`.
     :raises ParameterError: If a field does not have the form described above.
     """
 
     name: str = field(validator=_valid_name)
-    layer: str = field(validator=_valid_factory)
+    operation: str = field(validator=_operation)
     rule: str = field(validator=_valid_factory)
     summary: str = field(validator=_text)
     api_version: int = field(validator=_api_version)
+    steady: bool = field(default=False, validator=_boolean)

@@ -1,21 +1,30 @@
 """
 Jacobian descent at the price of gradient descent.
 
-:class:`Engine` computes the Gramian of the Jacobian of any tensor of losses layer by layer, without
-ever forming the Jacobian. :class:`LayerCall` and the blocks are what rules for further layers are
-written with: see :class:`~jdcore.protocols.GramianRule`.
+:class:`Engine` and the functions compute the Gramian of the Jacobian of any tensor of losses from
+the autograd graph, without ever forming the Jacobian. :class:`Site`, the shares and :class:`NoRule`
+are what rules for further operations are written with: see :class:`GramianRule`.
 """
 
-from jdcore.autogram._call import LayerCall
 from jdcore.autogram._engine import Engine
-from jdcore.autogram.blocks import Block, OuterBlock, PatchBlock, RowsBlock, ScatterBlock
+from jdcore.autogram._functions import backward, gramian, gramian_backward
+from jdcore.autogram._report import Check, Verification
+from jdcore.graph import Dense, GramianRule, Layout, NoRule, OneHot, Outer, Patches, Share, Site
 
 __all__ = [
-    "Block",
+    "Check",
+    "Dense",
     "Engine",
-    "LayerCall",
-    "OuterBlock",
-    "PatchBlock",
-    "RowsBlock",
-    "ScatterBlock",
+    "GramianRule",
+    "Layout",
+    "NoRule",
+    "OneHot",
+    "Outer",
+    "Patches",
+    "Share",
+    "Site",
+    "Verification",
+    "backward",
+    "gramian",
+    "gramian_backward",
 ]

@@ -1,23 +1,52 @@
 """
-Reading the autograd graph.
+Reading the autograd graph: what lies behind losses, where the samples are, and the Jacobian.
 
-Here is the only place that reads what torch does not promise to show. It knows no method, no module
-and no ``.grad``.
+It knows no method, no module and no ``.grad``.
 """
 
+from jdcore.graph._call import call, called_shares
+from jdcore.graph._graph import Graph, Place
+from jdcore.graph._jacobian import Jacobian, Objectives, Served, without_autocast
+from jdcore.graph._layout import Layout
 from jdcore.graph._nesting import OuterPass
-from jdcore.graph._saved import MATRIX_PRODUCTS, Unreadable, saved, saved_as_it_is
+from jdcore.graph._plan import Plans
+from jdcore.graph._saved import MATRIX_PRODUCTS, Unreadable, function_of, saved, saved_as_it_is
+from jdcore.graph._site import NoRule, Site
 from jdcore.graph._walk import Edge, Reach, edge_of, largest_gradient, reach
+from jdcore.graph.rules import RULES, GramianRule, Rule, Rules
+from jdcore.graph.shares import Dense, OneHot, Outer, Patches, Share
 
 __all__ = [
     "MATRIX_PRODUCTS",
+    "RULES",
+    "Dense",
     "Edge",
+    "GramianRule",
+    "Graph",
+    "Jacobian",
+    "Layout",
+    "NoRule",
+    "Objectives",
+    "OneHot",
+    "Outer",
     "OuterPass",
+    "Patches",
+    "Place",
+    "Plans",
     "Reach",
+    "Rule",
+    "Rules",
+    "Served",
+    "Share",
+    "Site",
     "Unreadable",
+    "call",
+    "called_shares",
     "edge_of",
+    "function_of",
     "largest_gradient",
     "reach",
     "saved",
     "saved_as_it_is",
+    "without_autocast",
 ]

@@ -3,9 +3,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-import torch
 from torch import Tensor
 
+from jdcore.graph._saved import current_pass
 from jdcore.graph._walk import edge_of
 
 
@@ -41,15 +41,9 @@ class OuterPass:
 
     def is_running(self) -> bool:
         """Whether the pass that calls, from a hook, is ours."""
-        return _current_pass() == self._number
+        return current_pass() == self._number
 
     def _note(self, gradients: tuple[Tensor | None, ...]) -> None:
         del gradients
         if self._number is None:
-            self._number = _current_pass()
-
-
-def _current_pass() -> int:
-    # No public interface; torch's own `register_multi_grad_hook` and checkpoints rely on it.
-    number: int = torch._C._current_graph_task_id()
-    return number
+            self._number = current_pass()

@@ -1,16 +1,37 @@
 """
-What operations of the graph saved for their derivatives.
+What torch's graph shows and does not promise to show.
 
-These attributes are no public interface of torch: they may be renamed or go in any release. Here is
-the only place that reads them. Whoever asks gets :class:`Unreadable` where torch does not show
-them, and serves the parameter in a way that needs none.
+The attributes read here are no public interface of torch: they may be renamed or go in any release.
+This is the only place that reads them. Whoever asks for what an operation saved gets
+:class:`Unreadable` where torch does not show it, and finds a way that needs none.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Hashable, Iterator
+from functools import cache
+from typing import Any, cast
 
-__all__ = ["MATRIX_PRODUCTS", "Unreadable", "saved", "saved_as_it_is"]
+import torch
+from attrs import frozen
+from torch import Tensor
+from torch.utils import checkpoint
+from torch.utils.hooks import RemovableHandle
+
+__all__ = [
+    "MATRIX_PRODUCTS",
+    "Result",
+    "Unreadable",
+    "current_pass",
+    "function_of",
+    "hooks_made",
+    "number_of_results",
+    "operand_has_hooks",
+    "plain_attributes",
+    "results_of",
+    "saved",
+    "saved_as_it_is",
+]
 
 MATRIX_PRODUCTS = {"AddmmBackward0": (2, "mat1"), "MmBackward0": (1, "self")}
 """Matrix products: which operand is the weight, and under which name the other one is saved."""
@@ -24,13 +45,22 @@ def saved(node: Any, name: str) -> Any:
     """
     Something that an operation of the graph saved.
 
+    What a checkpoint computed anew for this pass is handed out once and put back, so that the
+    operation finds it as well.
+
     :param name: As in the formulas of torch's derivatives, such as "self" or "alpha".
     :raises Unreadable: If torch does not show it.
     """
     try:
-        return getattr(node, f"_saved_{name}")
+        value = getattr(node, f"_saved_{name}")
     except AttributeError:
         raise Unreadable(f"{node.name()} does not show {name!r}") from None
+    if not isinstance(value, Tensor):
+        return value
+    raw: Any = getattr(node, f"_raw_saved_{name}", None)
+    if getattr(raw, "unpack_hook", None) is not None:
+        _put_back(raw, value)
+    return value
 
 
 def saved_as_it_is(node: Any, name: str) -> Any:
@@ -50,3 +80,118 @@ def saved_as_it_is(node: Any, name: str) -> Any:
         return saved(node, name)
     except RuntimeError as error:
         raise Unreadable(str(error)) from error
+
+
+def _put_back(raw: Any, value: Tensor) -> None:
+    # A checkpoint keeps what it computed anew under a handle for each backward pass, which it drops
+    # as soon as the tensor was handed out.
+    holder, task = getattr(raw, "data", None), current_pass()
+    if task < 0 or not isinstance(holder, checkpoint._Holder):
+        return
+    if holder.handles.get(task) is None:
+        frame = next(_frames(raw.unpack_hook))
+        handle = holder.handles[task] = checkpoint._Handle()
+        frame.recomputed[task][handle] = value
+
+
+def _frames(function: Any) -> Iterator[Any]:
+    for cell in getattr(function, "__closure__", None) or ():
+        if isinstance(cell.cell_contents, checkpoint._CheckpointFrame):
+            yield cell.cell_contents
+        elif callable(cell.cell_contents):
+            yield from _frames(cell.cell_contents)
+
+
+# Under which names operations save the operands that may be computed from parameters.
+_OPERANDS = {
+    "AddmmBackward0": {1: "mat1", 2: "mat2"},
+    "MmBackward0": {0: "self", 1: "mat2"},
+    "BmmBackward0": {0: "self", 1: "mat2"},
+    "MulBackward0": {0: "self", 1: "other"},
+    "ConvolutionBackward0": {1: "weight"},
+    "NativeLayerNormBackward0": {1: "weight"},
+    "NativeGroupNormBackward0": {1: "weight"},
+}
+
+
+def operand_has_hooks(node: Any, operand: int) -> bool:
+    """
+    Whether an operand of an operation is a tensor with hooks, as far as torch shows it.
+
+    What an operation saved is the tensor itself, hooks included.
+    """
+    name = _OPERANDS.get(node.name(), {}).get(operand)
+    try:
+        tensor = None if name is None else saved_as_it_is(node, name)
+    except Unreadable:
+        return False
+    return isinstance(tensor, Tensor) and (bool(tensor._backward_hooks) or tensor.retains_grad)
+
+
+@frozen(eq=False)
+class Result:
+    """
+    What is known of a result of an operation without having it.
+
+    :param shape: Its shape.
+    :param dtype: Its dtype.
+    """
+
+    shape: torch.Size
+    dtype: torch.dtype
+
+
+def results_of(node: Any) -> tuple[Result, ...]:
+    """The results of an operation."""
+    # The shape is a list for operations that were written in Python.
+    return tuple([Result(torch.Size(m.shape), m.dtype) for m in node._input_metadata])
+
+
+def number_of_results(node: Any) -> int:
+    """How many gradients the operation takes."""
+    return len(node._input_metadata)
+
+
+def plain_attributes(node: Any) -> tuple[Any, ...]:
+    """
+    The integers that an operation saved: dimensions, offsets, shifts, whether it is in training.
+
+    Two operations with the same name, shapes and integers move entries in the same way, unless they
+    move them by an index tensor.
+    """
+    return tuple(
+        [
+            v
+            for v in (getattr(node, name) for name in _plain_names(cast("Hashable", type(node))))
+            if _is_plain(v)
+        ]
+    )
+
+
+def _is_plain(value: Any) -> bool:
+    return value is None or isinstance(value, (int, str, tuple))
+
+
+@cache
+def _plain_names(kind: Hashable) -> tuple[str, ...]:
+    names = [name for name in dir(kind) if name.startswith("_saved_")]
+    raw = {name.removeprefix("_raw") for name in dir(kind) if name.startswith("_raw_saved_")}
+    return tuple(n for n in names if n not in raw and "_sym_" not in n)
+
+
+def function_of(node: Any) -> type | None:
+    """The ``torch.autograd.Function`` behind a node, None for an operation of torch."""
+    cls: type | None = getattr(node, "_forward_cls", None)
+    return cls
+
+
+def current_pass() -> int:
+    """A number of the backward pass that runs in this thread, negative if there is none."""
+    # Torch's own `register_multi_grad_hook` and checkpoints rely on it.
+    number: int = torch._C._current_graph_task_id()
+    return number
+
+
+def hooks_made() -> int:
+    """How many hooks of any kind were made so far in this process."""
+    return RemovableHandle.next_id

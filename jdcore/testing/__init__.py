@@ -13,11 +13,12 @@ Scalarizers of theirs go through another::
 
     test_scalarizers = scalarizer_tests("my-methods")
 
-Rules of autogram are tried on layers of their type::
+Rules of autogram are tried on calls of their operation::
 
-    from jdcore.testing import LayerExample, gramian_rule_tests
+    from jdcore.testing import OperationExample, gramian_rule_tests
 
-    test_my_rule = gramian_rule_tests("my-methods:my_rule", LayerExample(make_layer, make_inputs))
+    example = OperationExample(MyFunction.apply, make_inputs, make_operands)
+    test_my_rule = gramian_rule_tests("my-methods:my_rule", example)
 
 The tests need pytest: ``pip install jdcore[testing]``.
 """
@@ -26,15 +27,15 @@ from jdcore.testing._case import ConformanceError, NotApplicable
 from jdcore.testing._rules import RuleCheck, gramian_rule_tests, rule_checks
 from jdcore.testing._scalarizers import ScalarizerCheck, scalarizer_checks, scalarizer_tests
 from jdcore.testing._suite import ConformanceCheck, checks_of, conformance_tests
-from jdcore.testing._trial import LayerExample
+from jdcore.testing._trial import OperationExample
 from jdcore.testing.families import FAMILIES, family
 
 __all__ = [
     "FAMILIES",
     "ConformanceCheck",
     "ConformanceError",
-    "LayerExample",
     "NotApplicable",
+    "OperationExample",
     "RuleCheck",
     "ScalarizerCheck",
     "checks_of",

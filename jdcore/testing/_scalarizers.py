@@ -17,8 +17,8 @@ from torch import Tensor
 
 import jdcore.scalarization
 from jdcore._discovery import normalize_distribution
-from jdcore._layers import RUNTIME
 from jdcore._methods import scalarizer_class
+from jdcore._operations import RUNTIME
 from jdcore._registry import registry
 from jdcore.config import to_config
 from jdcore.config._arguments import arguments_of

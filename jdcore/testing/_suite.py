@@ -6,7 +6,7 @@ from typing import Any
 from attrs import frozen
 
 from jdcore._discovery import normalize_distribution
-from jdcore._layers import RUNTIME
+from jdcore._operations import RUNTIME
 from jdcore._registry import registry
 from jdcore.spec import AggregatorSpec, Property
 from jdcore.testing import _arguments, _description, _laws, _lifecycle, _properties

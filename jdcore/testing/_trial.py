@@ -1,189 +1,154 @@
-"""What a Gramian rule is tried on: layers, calls of them, and the rows of their Jacobian."""
+"""What a Gramian rule is tried on: calls of its operation, as the library meets them."""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from attrs import field, frozen
-from torch import Tensor, nn
-from torch.nn import Parameter
-from torch.utils._pytree import tree_leaves, tree_map
+from torch import Tensor
 
-from jdcore.autogram import Block, LayerCall
-from jdcore.autogram._accumulator import Accumulator
-from jdcore.autogram._call import widened
-from jdcore.autogram._scratch import Scratch
-from jdcore.autogram.blocks import Gradients, combined
+from jdcore.graph import (
+    Jacobian,
+    NoRule,
+    Objectives,
+    Plans,
+    Rule,
+    Rules,
+    Share,
+    Site,
+    called_shares,
+)
 
 
 @frozen(eq=False)
-class LayerExample:
+class OperationExample:
     """
-    A layer on which a Gramian rule is tried.
+    A call of the operation that a Gramian rule is for.
 
-    :param make: Makes the layer, with parameters drawn from the default generator. Layers that
-        behave differently in training come out in the mode that is meant.
-    :param inputs: The positional arguments of its forward for a number of samples, which are the
-        first dimension of every Tensor that depends on them. Drawn from the default generator.
-    :param label: A name, if the type of the layer says too little.
+    :param call: Calls it, and whatever belongs around it, on the inputs and the operands; returns
+        one floating Tensor with the samples first.
+    :param inputs: Makes the inputs for a number of samples, which are the first dimension of every
+        Tensor. Drawn from the default generator.
+    :param operands: Makes the operands that belong to no sample. Drawn from the default generator.
+    :param label: A name.
     """
 
-    make: Callable[[], nn.Module]
+    call: Callable[..., Tensor]
     inputs: Callable[[int], tuple[Any, ...]]
-    label: str = field(default="", kw_only=True)
+    operands: Callable[[], tuple[Tensor, ...]]
+    label: str = field(default="example", kw_only=True)
 
-    def layer(self, dtype: torch.dtype = torch.float64, seed: int = 0) -> nn.Module:
-        """A new layer; the same seed gives the same parameters."""
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            return self.make().to(dtype)
 
-    def arguments(
-        self, samples: int, dtype: torch.dtype = torch.float64, seed: int = 1
-    ) -> tuple[Any, ...]:
-        """Arguments for a number of samples, floating tensors in the given dtype."""
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            arguments = self.inputs(samples)
-        converted: tuple[Any, ...] = tree_map(lambda value: _converted(value, dtype), arguments)
-        return converted
+@frozen(eq=False)
+class Use:
+    """A share that the rule made."""
+
+    site: Site
+    operand: int
+    share: Share
+
+
+class Recording(Rules):
+    """
+    The rules of the core and one more, whose uses are noted.
+
+    :param serves: Whether a node is the operation of that rule.
+    """
+
+    def __init__(self, serves: Callable[[str, Any], bool], rule: Rule | None) -> None:
+        self._serves, self._rule = serves, rule
+        self.uses: list[Use] = []
+        self.met = 0
+        """Operands of the operation that a share was wanted for."""
+
+    def find(self, name: str, node: Any) -> Rule | None:
+        return self._noting if self._serves(name, node) else super().find(name, node)
+
+    def _noting(self, site: Site, operand: int) -> Share:
+        self.met += 1
+        if self._rule is None:
+            raise NoRule
+        share = self._rule(site, operand)
+        self.uses.append(Use(site, operand, share))
+        return share
 
 
 @frozen(eq=False)
 class Trial:
     """
-    One call of a layer, as a rule sees it.
+    Losses of an example.
 
-    :param call: The call.
-    :param jacobian: Its Jacobian in float64, shape [K * B, n] by parameter, from one backward pass
-        per row.
+    :param losses: Shape [K, B].
+    :param operands: What they are differentiated with respect to.
     """
 
-    call: LayerCall
-    jacobian: dict[Parameter, Tensor]
+    losses: Tensor
+    operands: list[Tensor]
 
+    @classmethod
+    def of(
+        cls,
+        example: OperationExample,
+        tasks: int,
+        samples: int,
+        repeats: int = 1,
+        dtype: torch.dtype = torch.float64,
+    ) -> Trial:
+        """
+        Call the operation.
 
-def make_trial(
-    layer: nn.Module,
-    arguments: Sequence[Any],
-    tasks: int,
-    samples: int,
-    keywords: Sequence[str] = (),
-    used: int | None = None,
-) -> Trial:
-    """
-    Try a layer.
+        :param repeats: Entries of the first dimension per sample.
+        :param dtype: Of all floating tensors.
+        """
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(1)
+            operands = [t.detach().to(dtype).requires_grad_() for t in example.operands()]
+            inputs = [_converted(value, dtype) for value in example.inputs(samples * repeats)]
+            found = example.call(*inputs, *operands)
+            features = found.reshape(samples, -1)
+            mixing = torch.randn(features.shape[1], tasks).to(features) / features.shape[1] ** 0.5
+        return cls(torch.tanh(features @ mixing).T + features.square().mean(1), operands)
 
-    :param arguments: All of its arguments, those given by keyword last.
-    :param keywords: Names of the last of them.
-    :param used: The only output that the losses depend on, None if they depend on all.
-    """
-    dtype = next(layer.parameters()).dtype
-    double = copy.deepcopy(layer).double()
-    wide = tree_map(lambda value: _converted(value, torch.float64), tuple(arguments))
-    outputs = _tensors(_called(double, wide, keywords))
-    grads = [_drawn((tasks, *out.shape), dtype) for out in outputs]
-    chosen = [i for i in range(len(outputs)) if used in (None, i)]
-    positional = len(arguments) - len(keywords)
-    detached = tree_map(_detached, tuple(arguments))
-    call = LayerCall(
-        module=layer,
-        args=detached[:positional],
-        kwargs=dict(zip(keywords, detached[positional:], strict=True)),
-        training=layer.training,
-        batch_size=samples,
-        output_grads=tuple(widened(g) if i in chosen else None for i, g in enumerate(grads)),
-        reached=frozenset(p for p in layer.parameters() if p.requires_grad),
-    )
-    rows = _rows([outputs[i] for i in chosen], [grads[i].double() for i in chosen], double, samples)
-    twins = dict(double.named_parameters())
-    own = {twins[name]: p for name, p in layer.named_parameters()}
-    return Trial(call, {own[twin]: rows_of_twin for twin, rows_of_twin in rows.items()})
+    def served(self, rules: Rules) -> tuple[Tensor, Tensor]:
+        """The Gramian [K B, K B] and a weighted gradient, as the library computes them."""
+        jacobian = Jacobian(Objectives([self.losses], 1), self.operands, Plans(), rules=rules)
+        gramian = jacobian.gramian(keep=True, retain_graph=True)
+        found = jacobian.weighted(self.weights(), retain_graph=True)
+        grads = [found.get(t, torch.zeros_like(t)).to_dense() for t in self.operands]
+        return gramian, torch.cat([grad.flatten() for grad in grads])
 
+    def weights(self) -> Tensor:
+        """Some weights, one for each loss."""
+        return torch.linspace(-1.0, 2.0, self.losses.numel(), dtype=torch.float64)
 
-def _rows(
-    outputs: Sequence[Tensor], grads: Sequence[Tensor], layer: nn.Module, samples: int
-) -> dict[Parameter, Tensor]:
-    parameters = [p for p in layer.parameters() if p.requires_grad]
-    rows: list[list[Tensor]] = []
-    for k in range(len(grads[0])):
-        for b in range(samples):
-            seeds = [_only(of_output[k], b, samples) for of_output in grads]
-            rows.append(dense_gradients(outputs, parameters, seeds))
-    columns = zip(*rows, strict=True)
-    return {
-        p: torch.stack([row.reshape(-1) for row in of_parameter])
-        for p, of_parameter in zip(parameters, columns, strict=True)
-    }
-
-
-def dense_gradients(
-    outputs: Sequence[Tensor], parameters: Sequence[Tensor], seeds: Sequence[Tensor | None]
-) -> list[Tensor]:
-    """Those of an ordinary backward pass, zeros for unused parameters. The graph is retained."""
-    found = torch.autograd.grad(outputs, parameters, seeds, retain_graph=True, allow_unused=True)
-    pairs = zip(found, parameters, strict=True)
-    return [torch.zeros_like(p) if g is None else g.to_dense() for g, p in pairs]
-
-
-def _only(grads: Tensor, sample: int, samples: int) -> Tensor:
-    size = len(grads) // samples
-    masked = torch.zeros_like(grads)
-    own = slice(sample * size, (sample + 1) * size)
-    masked[own] = grads[own]
-    return masked
-
-
-def gramian_of(blocks: Iterable[Block], rows: int) -> Tensor:
-    """The Gramian of blocks, as the engine adds it up."""
-    total = Accumulator(rows, torch.device("cpu"), True, Scratch())
-    for block in combined(list(blocks)):
-        block.add_gramian(total)
-    return total.total
-
-
-def weighted_by(blocks: Iterable[Block], weights: Tensor) -> dict[Parameter, Tensor]:
-    """The gradients for weights [K, B], as the engine forms them."""
-    gradients = Gradients()
-    for block in combined(list(blocks)):
-        block.add_weighted(weights.to(block.dtype), gradients)
-    return gradients.of
-
-
-def named_arguments(layer: nn.Module, arguments: Sequence[Any]) -> list[str] | None:
-    """What the positional arguments are called, None if some cannot be given by name."""
-    names = []
-    code = type(layer).forward.__code__
-    for position in range(len(arguments)):
-        index = position + 1
-        if index >= code.co_argcount or index < code.co_posonlyargcount:
-            return None
-        names.append(code.co_varnames[index])
-    return names
-
-
-def _called(layer: nn.Module, arguments: Sequence[Any], keywords: Sequence[str]) -> Any:
-    positional = len(arguments) - len(keywords)
-    return layer(
-        *arguments[:positional], **dict(zip(keywords, arguments[positional:], strict=True))
-    )
-
-
-def _tensors(outputs: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)]
-
-
-def _drawn(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(2), device="cpu").to(dtype)
-
-
-def _detached(value: Any) -> Any:
-    return widened(value.detach().clone()) if isinstance(value, Tensor) else value
+    def rows(self) -> Tensor:
+        """The Jacobian by one backward pass for each loss, float64."""
+        rows = []
+        for loss in self.losses.flatten():
+            found = torch.autograd.grad(
+                loss, self.operands, retain_graph=True, materialize_grads=True
+            )
+            rows.append(torch.cat([grad.to_dense().flatten() for grad in found]))
+        return torch.stack(rows).double()
 
 
 def _converted(value: Any, dtype: torch.dtype) -> Any:
     floating = isinstance(value, Tensor) and value.is_floating_point()
-    return value.to(dtype) if floating else value
+    return value.to(dtype).requires_grad_() if floating else value
+
+
+def explicit_rows(use: Use) -> Tensor:
+    """The rows of a share by calling the operation, shape [K, B, *shape]."""
+    site = use.site
+    pairs = zip(site.grads, site.layouts, strict=True)
+    masks = [None if g is None or layout is None else layout.masks(g[0]) for g, layout in pairs]
+    shapes = {use.operand: site.shapes[use.operand]}
+    return called_shares(site.node, site.name, site.grads, masks, shapes)[use.operand].rows()
+
+
+def tensors_of(site: Site) -> Sequence[Tensor]:
+    """What a rule may read and must not change."""
+    kept = getattr(site.node, "saved_tensors", ())
+    return [t for t in (*site.grads, *kept) if isinstance(t, Tensor)]

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
+
+from jdcore.graph import _jacobian
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -20,3 +23,23 @@ def _float64() -> Iterator[None]:
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)
+
+
+@pytest.fixture
+def called(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The operations that no closed form served, in order."""
+    seen: list[str] = []
+    original = _jacobian.called_shares
+
+    def noting(node: Any, name: str, *rest: Any) -> Any:
+        seen.append(name)
+        return original(node, name, *rest)
+
+    monkeypatch.setattr(_jacobian, "called_shares", noting)
+    return seen
+
+
+@pytest.fixture
+def only_closed_forms(called: list[str]) -> Iterator[None]:
+    yield
+    assert called == []

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from jdcore.autogram.blocks import _outer, _patches
+from jdcore.graph.shares import _outer, _patches
 from tests.core.autogram.oracle import check_engine, randn
 
 # Torch warns that it copies the input of a convolution with an even kernel.
@@ -105,7 +105,7 @@ LAYERS: dict[str, tuple[Make, tuple[int, ...]]] = {
     "batch norm 3d in eval mode": (lambda: _bn_running(nn.BatchNorm3d(4)), (4, 3, 2, 2)),
     "prelu": (lambda: nn.Sequential(nn.Linear(6, 6), nn.PReLU()), (4, 6)),
     "prelu by channel": (lambda: nn.PReLU(6), (6, 4)),
-    "bilinear, by the generic rule": (lambda: _SelfBilinear(), (6,)),
+    "bilinear, without a rule": (lambda: _SelfBilinear(), (6,)),
 }
 
 
@@ -186,8 +186,8 @@ def test_embedding(
     monkeypatch: pytest.MonkeyPatch, options: dict[str, object], scatter: bool
 ) -> None:
     if not scatter:
-        monkeypatch.setattr("jdcore.autogram.blocks._scatter.CAPACITY", 1)
-        monkeypatch.setattr("jdcore.autogram.blocks._scatter.CAPACITY", 1)
+        monkeypatch.setattr("jdcore.graph._memory.CAPACITY", 1)
+        monkeypatch.setattr("jdcore.graph._memory.CAPACITY", 1)
     check_engine(lambda: _Tokens(**options), lambda m: m(TOKENS).pow(2).sum((1, 2)), 0)
     check_engine(lambda: _Tokens(**options), lambda m: m(TOKENS).pow(2).sum(1)[:, :2], 0)
     check_engine(lambda: _Tokens(**options), lambda m: m(TOKENS).pow(2).sum((0, 1))[:3], None)

@@ -6,15 +6,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from jdcore.autogram import Engine, _accumulator
-from jdcore.autogram._accumulator import Accumulator
-from jdcore.autogram._scratch import Scratch
-from jdcore.autogram.blocks import _outer, _patches, _scatter
+from jdcore.autogram import Engine
+from jdcore.graph._memory import Memory
+from jdcore.graph.shares import Accumulator, _outer, _patches
 from tests.core.autogram.oracle import check_engine, randn
 
 
 def _accumulator_of(rows: int) -> Accumulator:
-    return Accumulator(rows, torch.device("cpu"), False, Scratch())
+    cpu = torch.device("cpu")
+    return Accumulator(rows, cpu, False, Memory.of(cpu, None))
 
 
 @pytest.mark.parametrize("rows", [1, 127, 129, 300])
@@ -70,7 +70,7 @@ def test_a_large_batch_of_images(
 
 
 def test_a_large_batch_of_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_scatter, "CAPACITY", 1)
+    monkeypatch.setattr("jdcore.graph._memory.CAPACITY", 1)
     tokens = torch.randint(0, 4, (6, 70), generator=torch.Generator().manual_seed(3))
     check_engine(lambda: nn.Embedding(4, 3), lambda model: model(tokens).pow(2).sum((1, 2)), 0)
 
@@ -87,5 +87,5 @@ def test_gramians_are_exactly_symmetric() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Tanh(), nn.Flatten(), nn.Linear(16, 2))
     gramian = Engine(model, batch_dim=0).compute_gramian(model(randn(150, 3, 4, 4)).sum(1))
-    assert len(_accumulator.halves(150)) > 1
+    assert len(_accumulator_of(150).halves()) > 1
     assert torch.equal(gramian, gramian.T)

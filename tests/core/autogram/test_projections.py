@@ -10,19 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from jdcore.autogram import Engine, _open
+from jdcore.autogram import Engine
 from tests.core.autogram.oracle import check_engine, explicit_jacobian, randn, relative_error
 
 B, T, E = 5, 4, 8
-
-
-@pytest.fixture
-def _only_closed_forms(monkeypatch: pytest.MonkeyPatch) -> None:
-    def unexpected(*_: Any) -> Any:
-        raise AssertionError("served row by row")
-
-    monkeypatch.setattr(_open, "rows_of_call", unexpected)
-    monkeypatch.setattr(_open, "rows_of_losses", unexpected)
 
 
 def _encoder(**options: Any) -> nn.Module:
@@ -34,7 +25,7 @@ MASK = torch.ones(T, T, dtype=torch.bool).triu(1)
 PADDING = torch.tensor([[False, False, False, True]] * 2 + [[False] * 4] * 3)
 
 
-@pytest.mark.usefixtures("_only_closed_forms")
+@pytest.mark.usefixtures("only_closed_forms")
 @pytest.mark.parametrize(
     "options", [{"dropout": 0.0}, {"dropout": 0.3}, {"norm_first": True}, {"activation": "gelu"}]
 )
@@ -47,7 +38,7 @@ def test_transformer_encoder(options: dict[str, Any]) -> None:
     check_engine(lambda: _encoder(**options), lambda m: tasks(m).mean(0)[:3], None)
 
 
-@pytest.mark.usefixtures("_only_closed_forms")
+@pytest.mark.usefixtures("only_closed_forms")
 def test_transformer_encoder_with_masks() -> None:
     def losses(model: nn.Module) -> Tensor:
         return model(randn(B, T, E), mask=MASK, src_key_padding_mask=PADDING).pow(2).sum((1, 2))
@@ -55,7 +46,7 @@ def test_transformer_encoder_with_masks() -> None:
     check_engine(_encoder, losses, 0)
 
 
-@pytest.mark.usefixtures("_only_closed_forms")
+@pytest.mark.usefixtures("only_closed_forms")
 def test_transformer_with_cross_attention() -> None:
     def losses(model: nn.Module) -> Tensor:
         return model(randn(B, T, E), randn(B, 3, E)).pow(2).sum((1, 2))
@@ -80,7 +71,7 @@ class _Attention(nn.Module):
         return out.pow(2).sum((1, 2)) + weights.pow(2).flatten(1).sum(1)
 
 
-@pytest.mark.usefixtures("_only_closed_forms")
+@pytest.mark.usefixtures("only_closed_forms")
 @pytest.mark.parametrize("separate", [True, False])
 @pytest.mark.parametrize("options", [{}, {"bias": False}, {"dropout": 0.2}])
 def test_cross_attention_and_its_weights(separate: bool, options: dict[str, Any]) -> None:
@@ -119,7 +110,7 @@ class _Sequence(nn.Module):
         return out.pow(2).sum(1)[:, :2] + last.pow(3).sum(0)[:, :2]
 
 
-@pytest.mark.usefixtures("_only_closed_forms")
+@pytest.mark.usefixtures("only_closed_forms")
 @pytest.mark.parametrize("name", RECURRENT)
 @pytest.mark.parametrize(
     "options",
@@ -170,7 +161,7 @@ def test_recurrent_cells(cell: Callable[..., nn.Module]) -> None:
     check_engine(Loop, lambda m: m(randn(B, T, 6)).pow(2).sum(1), 0)
 
 
-@pytest.mark.usefixtures("_only_closed_forms")
+@pytest.mark.usefixtures("only_closed_forms")
 def test_layers_with_time_before_samples_inside_of_a_model() -> None:
     class TimeFirst(nn.Module):
         def __init__(self) -> None:
@@ -249,7 +240,7 @@ class _Functional(nn.Module):
         return functional.linear(h, self.weight, self.bias)
 
 
-@pytest.mark.usefixtures("_only_closed_forms")
+@pytest.mark.usefixtures("only_closed_forms")
 @pytest.mark.parametrize("shape", [(B, 6), (B, 3, 6)])
 def test_functional_layers(shape: tuple[int, ...]) -> None:
     check_engine(_Functional, lambda m: m(randn(*shape)).pow(2).reshape(B, -1).sum(1), 0)

@@ -1,4 +1,4 @@
-"""From the second step on, the shares of layers are added while the backward pass runs."""
+"""The shares of operations are added while the backward pass runs."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from jdcore.autogram import Engine
-from jdcore.autogram.blocks import OuterBlock
-from jdcore.autogram.rules._linear import LinearRule
+from jdcore.graph import RULES, Outer
 from tests.core.autogram.oracle import explicit_jacobian, parameters_of, randn, relative_error
 
 B = 4
@@ -61,14 +60,14 @@ def test_the_gradients_of_a_layer_go_before_those_of_the_next_come(
     engine.compute_gramian(_losses(model))
     alive: list[int] = []
     seen: list[weakref.ref[Tensor]] = []
-    add = OuterBlock.add_gramian
+    add = Outer.add_gramian
 
-    def counting(block: OuterBlock, gramian: object) -> None:
-        seen.append(weakref.ref(block._grads))
+    def counting(share: Outer, gramian: object) -> None:
+        seen.append(weakref.ref(share.grads))
         alive.append(sum(grads() is not None for grads in seen))
-        add(block, gramian)
+        add(share, gramian)
 
-    monkeypatch.setattr(OuterBlock, "add_gramian", counting)
+    monkeypatch.setattr(Outer, "add_gramian", counting)
     engine.compute_gramian(_losses(model))
     assert alive == [1] * 12
 
@@ -83,7 +82,7 @@ def test_an_error_of_a_rule_leaves_no_hooks(monkeypatch: pytest.MonkeyPatch) -> 
         raise LookupError("the rule failed")
 
     with monkeypatch.context() as patch:
-        patch.setattr(LinearRule, "blocks", failing)
+        patch.setitem(RULES, "AddmmBackward0", failing)
         with pytest.raises(LookupError, match="the rule failed"):
             engine.compute_gramian(losses)
         losses.sum().backward(retain_graph=True)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from jdcore.autojac import _gramian_backward, _stream, _taps, backward, gramian_backward
+from jdcore.autojac import _taps, backward, gramian_backward
 from jdcore.autojac._products import find_products
 from jdcore.graph import reach
 from tests.core.autojac.conftest import row_by_row
@@ -21,7 +21,6 @@ Step = tuple[Tensor, list[Tensor]]
 
 @pytest.fixture(autouse=True)
 def _never_small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_gramian_backward, "_SMALL", 0)
     monkeypatch.setattr(_taps, "_WORTH_A_HOOK", 0)
 
 
@@ -212,13 +211,8 @@ def test_rows_are_those_of_autograd(name: str) -> None:
         torch.testing.assert_close(tensor.jac, jacobian)
 
 
-@pytest.mark.parametrize("grouped", [False, True])
 @pytest.mark.parametrize("name", ALL)
-def test_the_gramian_and_the_update_are_those_of_the_rows(
-    name: str, grouped: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if grouped:
-        monkeypatch.setattr(_gramian_backward, "streamed_gramian", _stream.grouped_gramian)
+def test_the_gramian_and_the_update_are_those_of_the_rows(name: str) -> None:
     losses, inputs = ALL[name]()
     rows = [jacobian.flatten(1) for jacobian in row_by_row([losses], inputs)]
     seen: list[Tensor] = []

@@ -210,7 +210,7 @@ def jdcore_solvers():
 def jdcore_gramian_rules():
     for i in range(5_000):
         yield GramianRuleSpec(
-            name=f"r{i}", layer=f"l:L{i}", rule="r:R", summary="S.", api_version=1
+            name=f"r{i}", operation=f"l:L{i}", rule="r:R", summary="S.", api_version=1
         )
 """
     unpack(tmp_path, "many", {"many.py": source})

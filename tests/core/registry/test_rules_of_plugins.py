@@ -1,4 +1,4 @@
-"""Gramian rules of real distributions, two of which claim the same layers."""
+"""Gramian rules of real distributions, two of which claim the same operation."""
 
 from __future__ import annotations
 
@@ -19,81 +19,79 @@ import warnings
 import torch
 from rule_plugin.shift import Shift
 from clashing_rule_plugin.moved import Moved
-from jdcore.autogram import Engine
+from jdcore import autogram
 
-def serve(*layers):
-    model = torch.nn.Sequential(*layers)
+def serve(function):
+    model = torch.nn.Module()
+    model.shift = torch.nn.Parameter(torch.zeros(3))
+    losses = function.apply(torch.ones(2, 3), model.shift).sum(1)
+    engine = autogram.Engine(model, batch_dim=0)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        engine = Engine(model, batch_dim=0)
-    gramian = engine.compute_gramian(model(torch.ones(2, 3)).sum(1))
-    table = [line.split()[1] for line in engine.explain().splitlines()[1:]]
+        table = engine.explain(losses).splitlines()[1]
     messages = [f"{w.category.__name__}: {w.message}" for w in caught]
-    return table, messages, gramian.tolist()
+    return table.split("  ")[-1], messages, engine.compute_gramian(losses).tolist()
 """
 
 SHIFTED = [[3.0, 3.0], [3.0, 3.0]]
 
 
-def test_a_rule_of_a_plugin_serves_its_layer(run: Run) -> None:
-    table, messages, gramian = run(f"{SERVE}\nresult = serve(Shift(3))", plugins="rule-plugin")
+def test_a_rule_of_a_plugin_serves_its_operation(run: Run) -> None:
+    rule, messages, gramian = run(f"{SERVE}\nresult = serve(Shift)", plugins="rule-plugin")
 
-    assert table == ["shift"]
+    assert rule == "closed form"
     assert messages == []
     assert gramian == SHIFTED
 
 
-def test_two_rules_for_one_layer_are_named_and_neither_serves_it(run: Run) -> None:
-    table, messages, gramian = run(f"{SERVE}\nresult = serve(Shift(3), Moved(3))", plugins=BOTH)
+def test_two_rules_for_one_operation_are_named_and_neither_serves_it(run: Run) -> None:
+    rule, messages, gramian = run(f"{SERVE}\nresult = serve(Shift)", plugins=BOTH)
 
-    assert table == ["operations", "unclaimed"]
-    assert gramian == [[6.0, 6.0], [6.0, 6.0]]
+    assert rule == "called for each sample"
+    assert gramian == SHIFTED
     claims = "clashing-rule-plugin:rival and rule-plugin:shift"
     at_discovery, at_use = messages
     assert at_discovery.startswith("PluginWarning: Some jdcore plugins are left out")
-    assert f"{claims}: they claim the same layer rule_plugin.shift:Shift." in at_discovery
+    assert f"{claims}: they claim the same operation rule_plugin.shift:Shift." in at_discovery
+    assert "jdcore:AddmmBackward0 and clashing-rule-plugin:products" in at_discovery
     assert at_use == (
-        f"PluginWarning: {claims} claim the same layer Shift, and none of them serves it. "
-        "Choose one with jdcore.register(spec), or switch a distribution off with "
+        f"PluginWarning: {claims} claim the same operation ShiftBackward, and none of them serves "
+        "it. Choose one with jdcore.register(spec), or switch a distribution off with "
         "JDCORE_DISABLE_PLUGINS."
     )
 
 
-def test_a_rule_for_a_layer_of_the_core_by_another_path_is_a_clash_too(run: Run) -> None:
-    code = f"{SERVE}\njdcore.list_plugins()\nresult = serve(torch.nn.Linear(3, 2))"
-    table, [message], _ = run(f"import warnings; warnings.simplefilter('ignore'){code}", BOTH)
+def test_a_function_of_its_own_is_served(run: Run) -> None:
+    code = f"{SERVE}\nwarnings.simplefilter('ignore'); jdcore.list_plugins()"
+    rule, messages, gramian = run(f"{code}\nresult = serve(Moved)", plugins=BOTH)
 
-    assert table == ["operations"]
-    assert message.startswith("PluginWarning: jdcore:linear and clashing-rule-plugin:linear claim")
+    assert (rule, messages, gramian) == ("closed form", [], SHIFTED)
 
 
 def test_registering_one_of_them_is_the_choice(run: Run) -> None:
-    table, messages, gramian = run(
+    rule, messages, gramian = run(
         f"""
 import warnings
 warnings.simplefilter("ignore")
 [record] = [r for r in jdcore.list_plugins() if r.distribution == "rule-plugin"]
 jdcore.register(record.gramian_rules[0])
 {SERVE}
-result = serve(Shift(3))
+result = serve(Shift)
 """,
         plugins=BOTH,
     )
 
-    assert table == ["shift"]
-    assert messages == []
-    assert gramian == SHIFTED
+    assert (rule, messages, gramian) == ("closed form", [], SHIFTED)
 
 
 def test_switching_one_off_is_a_choice_too(run: Run) -> None:
-    table, messages, _ = run(
-        f"{SERVE}\nresult = serve(Shift(3), torch.nn.Linear(3, 3))",
+    rule, messages, _ = run(
+        f"{SERVE}\nresult = serve(Shift)",
         plugins=BOTH,
         JDCORE_DISABLE_PLUGINS="clashing-rule-plugin",
     )
 
-    assert table == ["shift", "linear"]
-    assert messages == []
+    assert (rule, messages) == ("closed form", [])
 
 
 def test_strict_plugins_raise_for_a_clash_of_rules(run: Run) -> None:
@@ -108,19 +106,20 @@ except jdcore.PluginError as error:
         JDCORE_STRICT_PLUGINS="1",
     )
 
-    assert "clashing-rule-plugin:rival and rule-plugin:shift" in message
-    assert "rule_plugin.shift:Shift" in message
+    assert "jdcore:AddmmBackward0 and clashing-rule-plugin:products" in message
+    assert "they claim the same operation AddmmBackward0" in message
 
 
 def test_the_rule_of_a_plugin_passes_the_checks(run: Run) -> None:
     checks, failures = run(
         """
 import torch
-from jdcore.testing import ConformanceError, LayerExample, rule_checks
+from jdcore.testing import ConformanceError, OperationExample, rule_checks
 from rule_plugin.shift import Shift
+operands = lambda: (torch.randn(4),)
 examples = [
-    LayerExample(lambda: Shift(4), lambda n: (torch.randn(n, 4),)),
-    LayerExample(lambda: Shift(4), lambda n: (torch.randn(n, 2, 3, 4),), label="4-D"),
+    OperationExample(Shift.apply, lambda n: (torch.randn(n, 4),), operands),
+    OperationExample(Shift.apply, lambda n: (torch.randn(n, 2, 3, 4),), operands, label="4-D"),
 ]
 checks = rule_checks("rule-plugin:shift", *examples)
 failures = []
@@ -134,5 +133,5 @@ result = len(checks), failures
         plugins="rule-plugin",
     )
 
-    assert checks == 26
+    assert checks == 18
     assert failures == []

@@ -1,0 +1,149 @@
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from functools import reduce
+
+import torch
+from torch import Tensor
+
+from jdcore.aggregation import as_weighting
+from jdcore.autogram._engine import result_dtype, shaped
+from jdcore.autogram._losses import (
+    checked_batch_dim,
+    checked_budget,
+    checked_flag,
+    objectives_of,
+    wanted_leaves,
+)
+from jdcore.autogram._step import Step
+from jdcore.graph import Plans
+
+_PLANS = Plans()
+
+
+def backward(
+    losses: Tensor | Sequence[Tensor],
+    weighting: Callable[[Tensor], Tensor],
+    /,
+    *,
+    inputs: Tensor | Iterable[Tensor] | None = None,
+    batch_dim: int | None,
+    retain_graph: bool = False,
+    second_pass: bool = False,
+    memory_budget: int | None = None,
+) -> Tensor:
+    """
+    Compute the Gramian of losses, weigh it, and add the weighted gradients to the ``.grad`` fields.
+
+    It is :meth:`Engine.backward <jdcore.autogram.Engine.backward>` for whatever has no modules.
+
+    :param losses: A Tensor of any shape, or, without ``batch_dim``, a sequence of them, all of
+        whose elements, in order, are the objectives.
+    :param weighting: A :class:`~jdcore.Weighting` for a vector or a sequence of losses, a
+        :class:`~jdcore.GeneralizedWeighting` for a Tensor of any other shape, or the aggregator of
+        one.
+    :param inputs: Tensors with respect to which the Jacobian is taken, and which get a gradient.
+        By default all leaves behind the losses.
+    :param batch_dim: The dimension of samples in the losses, if each loss depends on one sample
+        only; None if any loss may depend on the whole batch.
+    :param retain_graph: Whether to keep the graph for another backward pass.
+    :param second_pass: Whether to take the weighted gradients from a second backward pass instead
+        of keeping what the first one found: slower, with less memory.
+    :param memory_budget: Bytes that a temporary may have; None lets the library choose.
+    :returns: The weights, of the shape of the losses.
+    :raises ParameterError: If an argument does not fit, or the result cannot be shown to be right.
+        No ``.grad`` field is changed then.
+
+    >>> import torch
+    >>> from jdcore import autogram
+    >>> w = torch.tensor([1.0, 2.0], requires_grad=True)
+    >>> losses = torch.tensor([[1.0, 0.0], [0.0, 2.0]]) @ w
+    >>> autogram.backward(losses, lambda gramian: gramian.diagonal().rsqrt(), batch_dim=0)
+    tensor([1.0000, 0.5000])
+    >>> w.grad
+    tensor([1., 1.])
+    """
+    chosen = as_weighting(weighting)
+    step = _step(losses, inputs, batch_dim, memory_budget, "losses")
+    shaped_losses = isinstance(losses, Tensor) and losses.ndim != 1
+    weights = step.backward(
+        chosen,
+        losses.shape if isinstance(losses, Tensor) and shaped_losses else None,
+        retain_graph=checked_flag(retain_graph, "retain_graph"),
+        second_pass=checked_flag(second_pass, "second_pass"),
+    )
+    return weights.to(result_dtype(step.objectives.outputs[0]))
+
+
+def gramian(
+    losses: Tensor,
+    /,
+    *,
+    inputs: Tensor | Iterable[Tensor] | None = None,
+    batch_dim: int | None,
+    memory_budget: int | None = None,
+) -> Tensor:
+    """
+    Compute the Gramian of the Jacobian of losses with respect to tensors.
+
+    It is :meth:`Engine.compute_gramian <jdcore.autogram.Engine.compute_gramian>` for whatever has
+    no modules; the other arguments are those of :func:`backward`.
+
+    :param losses: A Tensor of any shape.
+    :returns: As :meth:`~jdcore.autogram.Engine.compute_gramian`.
+    """
+    step = _step(losses, inputs, batch_dim, memory_budget, "losses")
+    return shaped(step.gramian(), losses)
+
+
+def gramian_backward(
+    tensors: Tensor | Sequence[Tensor],
+    /,
+    weighting: Callable[[Tensor], Tensor],
+    *,
+    inputs: Tensor | Iterable[Tensor] | None = None,
+    retain_graph: bool = False,
+) -> Tensor:
+    """
+    One step of a Gramian method without holding its Jacobian: straight to the ``.grad``.
+
+    The same update as ``backward`` followed by ``jac_to_grad`` of :mod:`jdcore.autojac`, and the
+    same computation as :func:`jdcore.autogram.backward` with ``batch_dim=None``. The weight of a
+    linear layer that is used once, on fewer samples than it has inputs, needs no rows at all: its
+    share comes from the gradients at the layer. Rows that take more than 512 MB are not kept:
+    they are summed up for some parameters after the other, and a second pass takes the gradients.
+
+    :param tensors: What to differentiate. All their elements, in order, are the m objectives.
+    :param weighting: A weighting, or the aggregator of one. A plain function is taken as a
+        weighting: Gramian [m, m] to weights [m].
+    :param inputs: Tensors with respect to which to differentiate. By default all leaves behind
+        ``tensors``.
+    :param retain_graph: Whether to keep the graph for another differentiation.
+    :returns: The weights [m]. They act rounded to the dtype of the tensors.
+    :raises ParameterError: If an argument does not fit; see its message.
+
+    >>> import torch
+    >>> from jdcore.autojac import gramian_backward
+    >>> w = torch.tensor([1.0, 2.0], requires_grad=True)
+    >>> gramian_backward([w.sum(), (w**2).sum()], lambda gramian: gramian.diagonal().rsqrt())
+    tensor([0.7071, 0.2236])
+    >>> w.grad
+    tensor([1.1543, 1.6015])
+    """
+    chosen = as_weighting(weighting)
+    step = _step(tensors, inputs, None, None, "tensors")
+    flag = checked_flag(retain_graph, "retain_graph")
+    weights = step.backward(chosen, None, retain_graph=flag, second_pass=False)
+    return weights.to(reduce(torch.promote_types, (tensor.dtype for tensor in step.wanted)))
+
+
+def _step(
+    losses: Tensor | Sequence[Tensor],
+    inputs: Tensor | Iterable[Tensor] | None,
+    batch_dim: int | None,
+    budget: int | None,
+    parameter: str,
+) -> Step:
+    objectives = objectives_of(losses, checked_batch_dim(batch_dim), parameter)
+    wanted = wanted_leaves(objectives, inputs)
+    return Step(objectives, wanted, _PLANS, "inputs", checked_budget(budget), False)

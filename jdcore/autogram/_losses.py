@@ -1,0 +1,173 @@
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from jdcore.distributed._refusals import refuse_replicated, refuse_sharded
+from jdcore.errors import ParameterError, ParameterTypeError
+from jdcore.graph import Objectives, reach
+from jdcore.validators import describe_tensor
+
+
+def objectives_of(
+    losses: Tensor | Sequence[Tensor], batch_dim: int | None, parameter: str
+) -> Objectives:
+    """
+    Check losses.
+
+    :param parameter: What the argument is called.
+    :raises ParameterTypeError: If they are no floating tensors.
+    :raises ParameterError: If they have no graph, repeat, or lack the dimension of samples.
+    """
+    outputs = [losses] if isinstance(losses, Tensor) else _several(losses, batch_dim, parameter)
+    for i, output in enumerate(outputs):
+        label = parameter if isinstance(losses, Tensor) else f"{parameter}[{i}]"
+        if not isinstance(output, Tensor) or not output.is_floating_point():
+            raise ParameterTypeError(label, "a floating Tensor", describe_tensor(output))
+        if any(output is other for other in outputs[:i]):
+            raise ParameterError(
+                label,
+                "another tensor than those before it",
+                "one that came already",
+                "If an objective is really meant twice, give a copy: tensor.clone().",
+            )
+    one = isinstance(losses, Tensor) and batch_dim is not None and losses.grad_fn is None
+    if one or not any(output.requires_grad for output in outputs):
+        raise ParameterError(
+            parameter,
+            "the result of differentiable operations",
+            "a Tensor without a graph",
+            "Were they computed under torch.no_grad(), detached, or from frozen parameters only?",
+        )
+    return Objectives(outputs, _checked_dim(outputs[0], batch_dim))
+
+
+def _several(losses: Sequence[Tensor], batch_dim: int | None, parameter: str) -> Sequence[Tensor]:
+    if isinstance(losses, (str, bytes)) or not isinstance(losses, Iterable):
+        raise ParameterTypeError(
+            parameter, "a floating Tensor or a sequence of them", describe_tensor(losses)
+        )
+    outputs = list(losses)
+    if not outputs:
+        raise ParameterError(parameter, "at least one Tensor", "none")
+    if batch_dim is not None:
+        raise ParameterTypeError(
+            parameter,
+            "one Tensor where `batch_dim` is given",
+            f"{len(outputs)} of them",
+            "Stack them: torch.stack(losses).",
+        )
+    return outputs
+
+
+def checked_batch_dim(batch_dim: int | None) -> int | None:
+    """
+    Check the type of a dimension.
+
+    :raises ParameterTypeError: If it is neither None nor an int.
+    """
+    if batch_dim is not None and (isinstance(batch_dim, bool) or not isinstance(batch_dim, int)):
+        raise ParameterTypeError("batch_dim", "an int or None", repr(batch_dim))
+    return batch_dim
+
+
+def _checked_dim(output: Tensor, batch_dim: int | None) -> int | None:
+    if batch_dim is None:
+        return None
+    if not -output.ndim <= batch_dim < output.ndim:
+        raise ParameterError("batch_dim", f"a dimension of {describe_tensor(output)}", batch_dim)
+    return batch_dim % output.ndim
+
+
+def checked_budget(budget: int | None) -> int | None:
+    """
+    Check a number of bytes.
+
+    :raises ParameterError: If it is neither None nor a positive int.
+    """
+    if budget is None:
+        return None
+    if isinstance(budget, bool) or not isinstance(budget, int):
+        raise ParameterTypeError("memory_budget", "an int (bytes) or None", repr(budget))
+    if budget < 1:
+        raise ParameterError("memory_budget", "> 0 or None", budget)
+    return budget
+
+
+def checked_flag(value: bool, parameter: str) -> bool:
+    """
+    Check a switch.
+
+    :raises ParameterTypeError: If it is no bool.
+    """
+    if not isinstance(value, bool):
+        raise ParameterTypeError(parameter, "a bool", repr(value))
+    return value
+
+
+def wanted_leaves(objectives: Objectives, inputs: Tensor | Iterable[Tensor] | None) -> list[Tensor]:
+    """
+    The tensors of a function call: those given, or all leaves behind the losses.
+
+    :raises ParameterTypeError: If one is no floating tensor.
+    :raises ParameterError: If one cannot take a gradient.
+    """
+    if inputs is None:
+        return list(reach(objectives.outputs).leaves)
+    given = [inputs] if isinstance(inputs, Tensor) else list(inputs)
+    for i, tensor in enumerate(given):
+        label = f"inputs[{i}]"
+        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+            raise ParameterTypeError(
+                label, "a Tensor of a real floating dtype", describe_tensor(tensor)
+            )
+        if not tensor.requires_grad and not isinstance(tensor, torch.nn.Parameter):
+            raise ParameterError(
+                label, "a tensor that requires grad", describe_tensor(tensor) + " that does not"
+            )
+        if not tensor.is_leaf and objectives.batch_dim is not None:
+            raise ParameterError(
+                label,
+                "a leaf where `batch_dim` is given",
+                "the result of an operation",
+                "Detach it and let the detached tensor require grad.",
+            )
+        if not tensor.is_leaf and not tensor.retains_grad:
+            raise ParameterError(
+                label,
+                "a leaf, or a tensor that retains its gradient",
+                describe_tensor(tensor),
+                "Call .retain_grad() on it before.",
+            )
+    return [tensor for tensor in dict.fromkeys(given) if tensor.requires_grad]
+
+
+def refuse_unusable(wanted: Sequence[Tensor], parameter: str) -> None:
+    """
+    Refuse tensors that have no dense real gradient in this process.
+
+    :raises ParameterError: Naming the kind of tensor.
+    """
+    refuse_sharded(wanted, parameter)
+    refuse_replicated(wanted, parameter)
+    for tensor in wanted:
+        kind = (
+            "complex"
+            if tensor.is_complex()
+            else "nested"
+            if tensor.is_nested
+            else "sparse"
+            if tensor.layout != torch.strided
+            else "on the meta device"
+            if tensor.is_meta
+            else None
+        )
+        if kind is not None:
+            raise ParameterError(
+                parameter,
+                "dense and real, in memory",
+                f"{describe_tensor(tensor)}, which is {kind}",
+                "Freeze it (requires_grad_(False)), or use a dense real tensor in its place.",
+            )

@@ -1,0 +1,151 @@
+"""What served each parameter, and how right it is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from attrs import evolve, frozen
+from torch import Tensor
+
+from jdcore.autogram._step import Step
+from jdcore.graph import Graph, Jacobian, Place, Served
+
+
+@frozen
+class Check:
+    """
+    How a parameter was served, and how far that is from rows by plain backward passes.
+
+    :param parameter: Its name.
+    :param operation: The operations that it enters.
+    :param share: The forms of its shares of the Jacobian.
+    :param rule: What made them.
+    :param error: Relative error of its Gramian or of its weighted gradient, the larger one.
+    """
+
+    parameter: str
+    operation: str
+    share: str
+    rule: str
+    error: float
+
+
+@frozen
+class Verification:
+    """
+    What :meth:`Engine.verify <jdcore.autogram.Engine.verify>` found; printed, it is a table.
+
+    :param checks: One for each parameter behind the losses.
+    """
+
+    checks: tuple[Check, ...]
+
+    def __iter__(self) -> Iterator[Check]:
+        return iter(self.checks)
+
+    @property
+    def worst(self) -> float:
+        """The largest error, NaN if there is one."""
+        errors = torch.tensor([check.error for check in self.checks] or [0.0])
+        return float(errors.max())
+
+    def __str__(self) -> str:
+        header = ("parameter", "operation", "share", "rule", "error")
+        rows = [(c.parameter, c.operation, c.share, c.rule, f"{c.error:.1e}") for c in self.checks]
+        return _table([header, *rows])
+
+
+def explained(step: Step, names: Mapping[Tensor, str]) -> str:
+    """A table of what serves each parameter."""
+    jacobian = step.jacobian()
+    jacobian.gramian(keep=False, retain_graph=True)
+    entries = _by_parameter(jacobian, names)
+    rows = [(c.parameter, c.operation, c.share, c.rule) for c in entries.values()]
+    return _table([("parameter", "operation", "share", "rule"), *rows])
+
+
+def verified(step: Step, names: Mapping[Tensor, str]) -> Verification:
+    """Each parameter against its rows."""
+    whole = step.jacobian()
+    whole.gramian(keep=False, retain_graph=True)
+    entries = _by_parameter(whole, names)
+    rows = _rows(step, list(entries))
+    checks = [
+        evolve(check, error=_error(evolve(step, wanted=[tensor], all_leaves=False), of_tensor))
+        for (tensor, check), of_tensor in zip(entries.items(), rows, strict=True)
+    ]
+    return Verification(tuple(checks))
+
+
+def _by_parameter(jacobian: Jacobian, names: Mapping[Tensor, str]) -> dict[Tensor, Check]:
+    served: dict[Tensor, list[Served]] = {}
+    for entry in jacobian.served:
+        for tensor in _behind(jacobian.graph, entry.root):
+            served.setdefault(tensor, []).append(entry)
+    order = [tensor for tensor in names if tensor in served]
+    order += [tensor for tensor in served if tensor not in names]
+    return {
+        tensor: Check(
+            names.get(tensor, f"a tensor of shape {list(tensor.shape)}"),
+            _joined([entry.operation for entry in served[tensor]]),
+            _joined([entry.share for entry in served[tensor]]),
+            _joined([entry.how for entry in served[tensor]]),
+            float("nan"),
+        )
+        for tensor in order
+    }
+
+
+def _behind(graph: Graph, root: Place) -> list[Tensor]:
+    """The wanted tensors that an operand is computed from."""
+    if root in graph.targets:
+        return [graph.targets[root]]
+    found, seen, stack = [], {root[0]}, [root[0]]
+    while stack:
+        node = stack.pop()
+        if node in graph.wanted:
+            found.append(graph.wanted[node])
+        children = [c for c, _ in graph.inputs[node] if c in graph.leading and c not in seen]
+        seen.update(children)
+        stack += children
+    return found
+
+
+def _joined(parts: Sequence[str]) -> str:
+    distinct = dict.fromkeys(parts)
+    counted = [(part, parts.count(part)) for part in distinct]
+    return " + ".join(part if n == 1 else f"{n} {part}" for part, n in counted)
+
+
+def _rows(step: Step, tensors: list[Tensor]) -> list[Tensor]:
+    """The Jacobian by one backward pass for each loss, float64 [m, n] for each tensor."""
+    rows: list[list[Tensor]] = [[] for _ in tensors]
+    for output in step.objectives.outputs:
+        for loss in output.reshape(-1):
+            found = torch.autograd.grad(loss, tensors, retain_graph=True, materialize_grads=True)
+            for of_tensor, grad in zip(rows, found, strict=True):
+                of_tensor.append(grad.to_dense().flatten().double())
+    return [torch.stack(of_tensor) for of_tensor in rows]
+
+
+def _error(step: Step, rows: Tensor) -> float:
+    jacobian = step.jacobian()
+    gramian = jacobian.gramian(keep=True, retain_graph=True)
+    weights = torch.linspace(-1.0, 2.0, len(rows), dtype=torch.float64, device=rows.device)
+    [gradient] = jacobian.weighted(weights, retain_graph=True).values()
+    expected = rows @ rows.T
+    return max(
+        _relative(gramian, expected), _relative(gradient.to_dense().flatten(), weights @ rows)
+    )
+
+
+def _relative(got: Tensor, expected: Tensor) -> float:
+    error, scale = (got.double() - expected).norm(), expected.norm()
+    return float(error / scale) if scale > 0 else float(error)
+
+
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = (zip(row, widths, strict=True) for row in rows)
+    return "\n".join("  ".join(f"{cell:<{n}}" for cell, n in line).rstrip() for line in lines)

@@ -1,0 +1,61 @@
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+from jdcore._operations import CHOOSE
+from jdcore._registry import get_gramian_rule, registry
+from jdcore._tables import Entry
+from jdcore.errors import PluginError, PluginWarning
+from jdcore.graph import Rule, Rules, function_of
+
+
+class InstalledRules(Rules):
+    """Those of the core, and those of plugins for the operations that the core has none for."""
+
+    def __init__(self) -> None:
+        self._warned: set[str] = set()
+
+    def find(self, name: str, node: Any) -> Rule | None:
+        rule = super().find(name, node)
+        if rule is not None:
+            return rule
+        entry = self._entry(name, node)
+        return None if entry is None else self._loaded(entry)
+
+    def steady(self, name: str, node: Any) -> bool:
+        if super().steady(name, node):
+            return True
+        entry = self._entry(name, node)
+        return entry is not None and entry.spec.steady and self._loaded(entry) is not None
+
+    @staticmethod
+    def entries(name: str, node: Any) -> list[Entry]:
+        """The rules of plugins for an operation: none, one, or several that clash."""
+        return registry.gramian_rules(name, function_of(node))
+
+    def _entry(self, name: str, node: Any) -> Entry | None:
+        entries = self.entries(name, node)
+        if len(entries) > 1:
+            names = " and ".join(entry.qualified_name for entry in entries)
+            self._warn(
+                f"{names} claim the same operation {name}, and none of them serves it. {CHOOSE}"
+            )
+            return None
+        return entries[0] if entries else None
+
+    def _loaded(self, entry: Entry) -> Rule | None:
+        try:
+            rule: Rule = get_gramian_rule(entry)
+        except PluginError as error:
+            self._warn(f"The rule {entry.qualified_name} is left out: {error}")
+            return None
+        return rule
+
+    def _warn(self, message: str) -> None:
+        if message not in self._warned:
+            self._warned.add(message)
+            warnings.warn(message, PluginWarning, stacklevel=2)
+
+
+RULES_IN_USE = InstalledRules()

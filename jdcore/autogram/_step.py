@@ -1,0 +1,123 @@
+"""The one computation behind the engine and the functions: Gramian, weights, gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from attrs import frozen
+from torch import Tensor
+
+from jdcore._fields import check_grads, disjoint, write_grads
+from jdcore.aggregation import GramianSource, weigh
+from jdcore.autogram._losses import refuse_unusable
+from jdcore.autogram._rules import RULES_IN_USE
+from jdcore.errors import ParameterError, UnservedGraphError
+from jdcore.graph import Jacobian, Objectives, Plans
+
+
+@frozen(eq=False)
+class Step:
+    """
+    What there is to do with some losses.
+
+    :param objectives: The losses.
+    :param wanted: The tensors that the Jacobian is with respect to.
+    :param plans: What is known of graphs of this kind.
+    :param parameter: What the tensors are called in messages.
+    :param budget: Bytes that a temporary may have; None lets the library choose.
+    :param all_leaves: Whether all leaves behind the losses get a gradient.
+    """
+
+    objectives: Objectives
+    wanted: Sequence[Tensor]
+    plans: Plans
+    parameter: str
+    budget: int | None
+    all_leaves: bool
+
+    def jacobian(self) -> Jacobian:
+        """
+        The Jacobian, not yet computed.
+
+        :raises UnservedGraphError: If it cannot be right.
+        """
+        refuse_unusable(self.wanted, self.parameter)
+        jacobian = Jacobian(
+            self.objectives,
+            self.wanted,
+            self.plans,
+            rules=RULES_IN_USE,
+            budget=self.budget,
+            all_leaves=self.all_leaves,
+        )
+        if not jacobian.graph.leading:
+            raise UnservedGraphError(
+                f"none of `{self.parameter}`",
+                "the losses do not depend on it",
+                "Were the parameters replaced, frozen, or the losses computed by another model or "
+                "a copy?",
+                self.parameter,
+            )
+        return jacobian
+
+    def gramian(self) -> Tensor:
+        """The Gramian of the flattened losses, float64. The graph is kept."""
+        return self.jacobian().gramian(keep=False, retain_graph=True)
+
+    def backward(
+        self,
+        weighting: Callable[[Tensor], Tensor],
+        shape: Sequence[int] | None,
+        *,
+        retain_graph: bool,
+        second_pass: bool,
+    ) -> Tensor:
+        """
+        Weigh the Gramian and write the weighted gradients.
+
+        :param weighting: As :func:`~jdcore.aggregation.as_weighting` gives it.
+        :param shape: Shape of the losses, None for a vector.
+        :param second_pass: Whether to take the gradients from a second backward pass.
+        :returns: The weights, of that shape.
+        """
+        jacobian = self.jacobian()
+        outputs = self.objectives.outputs
+        second_pass |= jacobian.too_large or self.objectives.rows == 0
+        changed = jacobian.graph.leaves if self.all_leaves else jacobian.graph.targets
+        check_grads(t for t in changed.values() if t.grad is None or not t.grad.is_sparse)
+
+        def compute() -> Tensor:
+            return jacobian.gramian(keep=not second_pass, retain_graph=retain_graph or second_pass)
+
+        source = GramianSource(
+            self.objectives.rows,
+            jacobian.graph.precision,
+            outputs[0].device,
+            compute,
+            losses=torch.cat([output.detach().reshape(-1) for output in outputs]),
+        )
+        weights = _weights(weighting, source, shape)
+        placed = weights.to(outputs[0].device)
+        if second_pass or not jacobian.computed:
+            gradients = jacobian.differentiated(placed, retain_graph=retain_graph)
+        else:
+            gradients = jacobian.weighted(placed, retain_graph=retain_graph)
+        write_grads(dict(zip(gradients, disjoint(gradients.values()), strict=True)))
+        return weights
+
+
+def _weights(
+    weighting: Callable[[Tensor], Tensor], source: GramianSource, shape: Sequence[int] | None
+) -> Tensor:
+    try:
+        return weigh(weighting, source, shape)
+    except ParameterError as error:
+        if shape is None or error.parameter != "gramian":
+            raise
+        raise ParameterError(
+            "weighting",
+            f"made for losses of shape {list(shape)}",
+            "one that refuses a generalized Gramian",
+            f"Losses of shape {list(shape)} need a GeneralizedWeighting: Flattening(weighting).",
+        ) from error

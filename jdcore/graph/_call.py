@@ -1,0 +1,105 @@
+"""Operations without a rule: the node itself is its derivative, whatever it is."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from jdcore.graph._passes import Grads
+from jdcore.graph.shares import Dense
+
+# Operations whose derivative cannot be batched, or not without a loop inside.
+_ONE_BY_ONE: set[str] = {"MkldnnRnnLayerBackward0", "CudnnRnnBackward0"}
+
+
+def call(node: Any, grads: Grads) -> tuple[Tensor | None, ...]:
+    """
+    Make of gradients at the results of an operation those at its operands.
+
+    Not inside of a backward pass, where a node computes only what that pass needs.
+    """
+    found = (node.apply if hasattr(node, "apply") else node)(*grads)
+    return found if isinstance(found, tuple) else (found,)
+
+
+def reduced(grad: Tensor, shape: torch.Size) -> Tensor:
+    """What autograd does to the results of a node: nodes leave the sums of broadcasting to it."""
+    grad = grad.to_dense() if grad.layout != torch.strided else grad
+    return grad if grad.shape == shape else grad.sum_to_size(shape)
+
+
+def called_shares(
+    node: Any,
+    name: str,
+    grads: Grads,
+    masks: Sequence[Tensor | None],
+    shapes: dict[int, torch.Size],
+) -> dict[int, Dense]:
+    """
+    Call an operation once for each row, with the gradients of all other samples set to zero.
+
+    :param name: Of the node.
+    :param grads: At its results, shape [K, ...] each.
+    :param masks: The entries of each sample, shape [B, ...] each.
+    :param shapes: By operand, its shape.
+    :returns: By operand, its share.
+    """
+    given = [(g, m) for g, m in zip(grads, masks, strict=True) if g is not None and m is not None]
+    tasks, samples = len(given[0][0]), len(given[0][1])
+    positions = [g is not None and m is not None for g, m in zip(grads, masks, strict=True)]
+
+    def one(*chosen: Tensor) -> tuple[Tensor, ...]:
+        rest: Iterator[Tensor] = iter(chosen)
+        found = call(node, [next(rest) if there else None for there in positions])
+        return tuple(
+            chosen[0].new_zeros(shape) if found[p] is None else reduced(found[p], shape)  # type: ignore[arg-type]  # checked
+            for p, shape in shapes.items()
+        )
+
+    rows = [_rows(one, name, node, [(g[k], m) for g, m in given], samples) for k in range(tasks)]
+    return {
+        p: Dense(torch.stack([of_task[i] for of_task in rows]), shape)
+        for i, (p, shape) in enumerate(shapes.items())
+    }
+
+
+def _rows(
+    one: Callable[..., tuple[Tensor, ...]],
+    name: str,
+    node: Any,
+    given: list[tuple[Tensor, Tensor]],
+    samples: int,
+) -> tuple[Tensor, ...]:
+    if not hasattr(node, "apply") and name not in _ONE_BY_ONE:
+        found = batched(one, [_masked(g, m) for g, m in given])
+        if found is not None:
+            return found
+        _ONE_BY_ONE.add(name)
+    each = [one(*(_masked(g, m[b]) for g, m in given)) for b in range(samples)]
+    return tuple(torch.stack(of_operand) for of_operand in zip(*each, strict=True))
+
+
+def batched(
+    one: Callable[..., tuple[Tensor, ...]], rows: Sequence[Tensor]
+) -> tuple[Tensor, ...] | None:
+    """
+    Call a function of some tensors for all rows at once.
+
+    :returns: Its results, stacked, or None if one of its operations cannot be batched.
+    """
+    try:
+        with warnings.catch_warnings():
+            # Some operations are batched by a loop; that is what would be done otherwise.
+            warnings.filterwarnings("ignore", message="There is a performance drop")
+            return torch.vmap(one)(*rows)
+    except RuntimeError:
+        return None
+
+
+def _masked(grad: Tensor, mask: Tensor) -> Tensor:
+    # Chosen, not multiplied: a sample that is NaN concerns no other one.
+    return torch.where(mask, grad, 0)

@@ -1,0 +1,575 @@
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial, reduce
+from typing import Any
+
+import torch
+from attrs import frozen
+from torch import Tensor
+
+from jdcore.errors import UnservedGraphError
+from jdcore.graph._call import called_shares
+from jdcore.graph._graph import Graph, Place
+from jdcore.graph._memory import Memory
+from jdcore.graph._passes import Grads, Listener, differentiate
+from jdcore.graph._plan import Plan, Plans, plan_of_tasks
+from jdcore.graph._pull import pull, pull_rows
+from jdcore.graph._saved import Unreadable
+from jdcore.graph._site import NoRule, Site
+from jdcore.graph.rules import Rule, Rules
+from jdcore.graph.shares import Accumulator, Dense, Outer, Share, add_uses
+
+# Rows that are shorter are collected and multiplied together: few large products, no small ones.
+_SMALL = 1 << 16
+
+# Entries of rows that are kept or held at once where there are no samples: 512 MB in float32.
+_ROWS = 1 << 27
+
+
+@frozen(eq=False)
+class Objectives:
+    """
+    The losses, seen as K tasks by B samples.
+
+    :param outputs: The losses as given: one tensor where there are samples.
+    :param batch_dim: Their dimension of samples, None if there is none: then B = 1.
+    """
+
+    outputs: Sequence[Tensor]
+    batch_dim: int | None
+
+    @property
+    def rows(self) -> int:
+        """The number of losses."""
+        return sum(output.numel() for output in self.outputs)
+
+    @property
+    def samples(self) -> int:
+        """B."""
+        return 1 if self.batch_dim is None else self.outputs[0].shape[self.batch_dim]
+
+    @property
+    def tasks(self) -> int:
+        """K."""
+        return self.rows // max(1, self.samples)
+
+    def by_task(self, weights: Tensor) -> Tensor:
+        """Bring a tensor of one entry per loss, in their order, into the shape [K, B]."""
+        if self.batch_dim is None:
+            return weights.reshape(-1, 1)
+        moved = weights.reshape(self.outputs[0].shape).movedim(self.batch_dim, -1)
+        return moved.reshape(self.tasks, self.samples)
+
+    def ordered(self, total: Tensor) -> Tensor:
+        """Bring rows and columns from the order [K, B] into that of the flattened losses."""
+        if self.batch_dim is None or self.tasks == 1:
+            return total
+        output = self.outputs[0]
+        last, moved = output.ndim - 1, output.movedim(self.batch_dim, -1).shape
+        axes = self.batch_dim, last + 1 + self.batch_dim
+        return total.view(*moved, *moved).movedim((last, 2 * last + 1), axes).reshape(total.shape)
+
+    def starts(self, task: int) -> tuple[list[Tensor], list[Tensor]]:
+        """The output that a task is in, and the gradient to start with for all its samples."""
+        if self.batch_dim is not None:
+            output = self.outputs[0]
+            moved = output.movedim(self.batch_dim, -1)
+            seed = torch.zeros_like(moved, memory_format=torch.contiguous_format)
+            seed.view(self.tasks, self.samples)[task] = 1
+            return [output], [seed.movedim(-1, self.batch_dim)]
+        for output in self.outputs:
+            if task < output.numel():
+                if not output.requires_grad:
+                    return [], []
+                seed = torch.zeros_like(output, memory_format=torch.contiguous_format)
+                seed.view(-1)[task] = 1
+                return [output], [seed]
+            task -= output.numel()
+        raise IndexError(task)
+
+    def seeds(self, weights: Tensor) -> list[Tensor]:
+        """The gradients to start with for weighted losses."""
+        parts = torch.split(weights.reshape(-1), [output.numel() for output in self.outputs])
+        return [
+            part.view(output.shape).to(output)
+            for part, output in zip(parts, self.outputs, strict=True)
+            if output.requires_grad
+        ]
+
+    def differentiable(self) -> list[Tensor]:
+        """The outputs that have a graph."""
+        return [output for output in self.outputs if output.requires_grad]
+
+
+@frozen(eq=False)
+class Served:
+    """
+    What served an operand.
+
+    :param operation: The name of the operation.
+    :param root: The operand.
+    :param share: Its share of the Jacobian.
+    :param how: The rule, in words.
+    """
+
+    operation: str
+    root: Place
+    share: str
+    how: str
+
+
+class Jacobian:
+    """
+    The Jacobian of some losses, as shares at the roots of parameters.
+
+    :param objectives: The losses.
+    :param wanted: The parameters.
+    :param plans: What is known of graphs of this kind.
+    :param rules: What is known of operations.
+    :param budget: Bytes that a temporary may have; None lets the library choose.
+    :param all_leaves: Whether weighted gradients are wanted for all leaves behind the losses.
+    :raises UnservedGraphError: If it cannot be right.
+    """
+
+    def __init__(
+        self,
+        objectives: Objectives,
+        wanted: Sequence[Tensor],
+        plans: Plans,
+        *,
+        rules: Rules | None = None,
+        budget: int | None = None,
+        all_leaves: bool = False,
+    ) -> None:
+        self.objectives, self._plans, self._rules = objectives, plans, rules or Rules()
+        self._device = objectives.outputs[0].device
+        self._all_leaves = all_leaves
+        self._memory = Memory.of(self._device, budget)
+        self.graph = Graph(objectives.outputs, wanted)
+        self._given = [tensor for tensor in wanted if tensor.is_leaf]
+        self._hooked = {i for i, leaf in self.graph.wanted.items() if leaf._backward_hooks}
+        self.shares: dict[Place, list[Share]] = {}
+        self._small = _Small()
+        self._finished: dict[int, Tensor] = {}
+        self.served: list[Served] = []
+        self.computed = False
+        self._plan: Plan
+
+    # -- the Gramian -------------------------------------------------------------------------------
+
+    def gramian(self, *, keep: bool, retain_graph: bool) -> Tensor:
+        """
+        The Gramian of the flattened losses, float64 [m, m].
+
+        :param keep: Whether :meth:`weighted` will be called.
+        :param retain_graph: Whether the graph is needed afterwards.
+        """
+        self.computed = True
+        if self.objectives.rows == 0:
+            return torch.zeros(0, 0, dtype=torch.float64, device=self._device)
+        total = Accumulator(self.objectives.rows, self._device, keep, self._memory)
+        with torch.no_grad(), without_autocast(self._device.type):
+            try:
+                self._plan = self._find_plan()
+                run = self._run_tasks if self._without_samples else self._run
+                with self._fields_unchanged():
+                    run(total, retain_graph)
+            finally:
+                self._plans.close()
+            for group in self._plan.groups:
+                self._add_group(group, total)
+            self._add_pulled(total)
+            self._small.add_gramian(total)
+        return self.objectives.ordered(total.total)
+
+    @property
+    def _without_samples(self) -> bool:
+        return self.objectives.batch_dim is None or self.objectives.samples == 1
+
+    def _find_plan(self) -> Plan:
+        objectives = self.objectives
+        if self._without_samples or objectives.batch_dim is None:
+            return plan_of_tasks(self.graph, objectives.rows, self._hooked)
+        return self._plans.find(
+            self.graph, objectives.outputs[0], objectives.batch_dim, self._hooked, self._rules
+        )
+
+    @contextmanager
+    def _fields_unchanged(self) -> Iterator[None]:
+        """Notice functions whose backward accumulates into ``.grad``, unseen by the graph."""
+        tensors = [t for t in self.graph.targets.values() if not t.is_leaf]  # they retain it
+        kept = len(tensors)
+        if any(hasattr(node, "apply") for node in self.graph.nodes):
+            tensors += self._given
+        before = [tensor.grad for tensor in tensors]
+        for tensor in tensors:
+            tensor.grad = None
+        try:
+            yield
+            hidden = any(tensor.grad is not None for tensor in tensors[kept:])
+        finally:
+            for tensor, grad in zip(tensors, before, strict=True):
+                tensor.grad = grad
+        if hidden:
+            raise UnservedGraphError(
+                "a function whose backward accumulates into .grad",
+                "it does not return all gradients, as in a reversible block",
+                "Use functions that return the gradients of their parameters.",
+            )
+
+    def _run(self, total: Accumulator, retain_graph: bool) -> None:
+        """All tasks, with samples: one backward pass each, which is listened to."""
+        plan, graph, K = self._plan, self.graph, self.objectives.tasks
+        waiting: dict[int, list[Grads]] = {node: [] for node in plan.frontier}
+        unserved: dict[int, list[int]] = {}
+        # Nodes without a rule are called afterwards, and other leaves differentiated.
+        retain_graph |= bool(self._others()) or plan.called is None or bool(plan.called)
+        retain_graph |= bool(plan.derived)
+
+        def receive(node: int, grads: Grads, k: int) -> None:
+            rows = waiting[node]
+            rows += [[None] * len(grads)] * (k - len(rows))
+            rows.append([None if g is None else _dense(g.detach()) for g in grads])
+            if k == K - 1 and node not in (plan.called or ()):
+                rest = self._serve(node, rows, total)
+                if rest:
+                    unserved[node] = rest
+                else:
+                    waiting[node] = []
+
+        listener = Listener(graph, waiting)
+        for k in range(K):
+            outputs, seeds = self.objectives.starts(k)
+            retain = retain_graph or k < K - 1
+            listener.run(outputs, seeds, partial(receive, k=k), retain_graph=retain)
+        for node, rows in waiting.items():
+            if rows:
+                self._serve_late(node, rows, unserved, total)
+        plan.called = {*(plan.called or ()), *unserved}
+
+    def _run_tasks(self, total: Accumulator, retain_graph: bool) -> None:
+        """All tasks, without samples: ordinary gradients, beside shares of products."""
+        plan, K = self._plan, self.objectives.rows
+        # What operations saved is read afterwards, and other leaves differentiated.
+        retain_graph |= bool(self._others()) or bool(plan.frontier)
+        groups = [plan.ordinary] if total.keep else self._groups(plan.ordinary)
+        products: dict[int, list[Grads]] = {node: [] for node in plan.frontier}
+        for i, group in enumerate(groups):
+            last = i == len(groups) - 1
+            listener = Listener(self.graph, products if last else (), group)
+            retain = retain_graph or not last
+            rows: list[list[Tensor | None]] = [[] for _ in group]
+            for k in range(K):
+                found = self._task(listener, k, products, retain or k < K - 1)
+                for j, of_place in enumerate(rows):
+                    grad = found[j] if found else None
+                    of_place.append(None if grad is None else _dense(grad))
+            for place, of_place in zip(group, rows, strict=True):
+                self._take_ordinary(place, of_place, total)
+        for node, of_node in products.items():
+            if of_node:
+                of_node += [(None,)] * (K - len(of_node))
+                self._serve(node, of_node, total)
+
+    def _task(
+        self,
+        listener: Listener,
+        k: int,
+        products: dict[int, list[Grads]],
+        retain_graph: bool,
+    ) -> Grads:
+        """One pass: gradients at products are added to theirs; nothing for an absent task."""
+        outputs, seeds = self.objectives.starts(k)
+        if not outputs:
+            return ()
+
+        def receive(node: int, grads: Grads) -> None:
+            rows = products[node]
+            rows += [(None,)] * (k - len(rows))
+            rows.append([None if g is None else _dense(g.detach()) for g in grads])
+
+        return listener.run(outputs, seeds, receive, retain_graph=retain_graph)
+
+    def _take_ordinary(self, place: Place, rows: list[Tensor | None], total: Accumulator) -> None:
+        stacked = _stacked(rows)
+        if stacked is not None:
+            share = Dense(stacked[:, None], stacked.shape[1:])
+            self._plan.alone.add(place)
+            self._take(place, share, total, "a parameter", "ordinary gradients")
+
+    def _groups(self, places: list[Place]) -> list[list[Place]]:
+        """Such that the rows of a group are not larger than allowed, or than those of one place."""
+        sizes = [self.graph.result(place).shape.numel() for place in places]
+        largest = max([_ROWS // max(1, self.objectives.rows), *sizes])
+        groups: list[list[Place]] = [[]]
+        filled = 0
+        for place, size in zip(places, sizes, strict=True):
+            if filled + size > largest and groups[-1]:
+                groups.append([])
+                filled = 0
+            groups[-1].append(place)
+            filled += size
+        return groups
+
+    @property
+    def too_large(self) -> bool:
+        """Whether the rows take more memory than should be kept."""
+        size = sum(self.graph.result(place).shape.numel() for place in self.graph.targets)
+        return self._without_samples and self.objectives.rows * size > _ROWS
+
+    # -- shares ------------------------------------------------------------------------------------
+
+    def _site(self, node: int, rows: list[Grads]) -> Site:
+        plan, graph = self._plan, self.graph
+        layouts = [plan.layouts.get((node, number)) for number in range(len(rows[0]))]
+        # Where nothing depends on a result, what arrives there is zero.
+        of_results = zip(*rows, strict=True)
+        grads = [
+            None if layout is None else _stacked(of_result)
+            for layout, of_result in zip(layouts, of_results, strict=True)
+        ]
+        shapes = {p: graph.result(graph.inputs[node][p]).shape for p in plan.frontier[node]}
+        return Site(graph.nodes[node], graph.names[node], grads, layouts, shapes)
+
+    def _serve(self, node: int, rows: list[Grads], total: Accumulator) -> list[int]:
+        """
+        All gradients at an operation are there: make the shares of what enters it.
+
+        :returns: Operands without a rule.
+        """
+        site, rest = self._site(node, rows), []
+        if all(g is None for g in site.grads):
+            return []
+        shares: dict[int, Share] = {}
+        make = self._rules.find(site.name, site.node)
+        for operand in site.shapes:
+            share = _made(make, site, operand)
+            if share is None:
+                rest.append(operand)
+            else:
+                shares[operand] = share
+        self._join_bias(node, shares)
+        for operand, share in shares.items():
+            self._take(self.graph.inputs[node][operand], share, total, site.name, "closed form")
+        return rest
+
+    def _join_bias(self, node: int, shares: dict[int, Share]) -> None:
+        """The bias of a linear layer is the weight of one more input, which is 1."""
+        weight, edges = shares.get(2), self.graph.inputs[node]
+        if self.graph.names[node] != "AddmmBackward0" or 0 not in shares:
+            return
+        alone = {edges[0], edges[2]} <= self._plan.alone
+        if alone and isinstance(weight, Outer) and weight.grads.shape[2] == 1:
+            weight.plus = 1.0
+            bias = shares.pop(0)
+            self._keep(edges[0], bias, "AddmmBackward0", "with its weight")
+
+    def _serve_late(
+        self, node: int, rows: list[Grads], unserved: dict[int, list[int]], total: Accumulator
+    ) -> None:
+        """Operations without a rule, and those that the last task did not reach."""
+        rows += [[None] * len(rows[0])] * (self.objectives.tasks - len(rows))
+        rest = unserved.get(node) or self._serve(node, rows, total)
+        if not rest:
+            return
+        unserved[node] = rest
+        site = self._site(node, rows)
+        masks = [
+            None if g is None or layout is None else layout.masks(g[0])
+            for g, layout in zip(site.grads, site.layouts, strict=True)
+        ]
+        shapes = {operand: site.shapes[operand] for operand in rest}
+        for operand, share in called_shares(
+            site.node, site.name, site.grads, masks, shapes
+        ).items():
+            root = self.graph.inputs[node][operand]
+            self._take(root, share, total, site.name, "called for each sample")
+
+    def _keep(self, root: Place, share: Share, operation: str, how: str) -> None:
+        self.served.append(Served(operation, root, repr(share), how))
+        self.shares.setdefault(root, []).append(share)
+
+    def _take(
+        self, root: Place, share: Share, total: Accumulator, operation: str, how: str
+    ) -> None:
+        if root in self._plan.alone:
+            if isinstance(share, Dense) and share.shape.numel() < _SMALL:
+                self.served.append(Served(operation, root, repr(share), how))
+                self._small.add(root, share)
+                return
+            share.add_gramian(total)
+            if not total.keep:
+                self.served.append(Served(operation, root, repr(share), how))
+                return
+        self._keep(root, share, operation, how)
+
+    # -- parameters that are used several times, or derived ----------------------------------------
+
+    def _add_group(self, group: Mapping[Place, bool | None], total: Accumulator) -> None:
+        pairs = [(root, share) for root in group for share in self.shares.get(root, ())]
+        if not pairs:
+            return
+        outer = [
+            share.turned() if group[root] else share
+            for root, share in pairs
+            if isinstance(share, Outer) and group[root] is not None
+        ]
+        if len(outer) == len(pairs):
+            add_uses(outer, total)
+        elif len(group) == 1:
+            rows = sum_of(share.rows() for _, share in pairs)
+            Dense(rows, pairs[0][1].shape).add_gramian(total)
+        else:
+            self._add_rows(list(group), total)
+
+    def _add_pulled(self, total: Accumulator) -> None:
+        if self._plan.derived:
+            self._add_rows(self._plan.derived, total)
+
+    def _add_rows(self, roots: Sequence[Place], total: Accumulator) -> None:
+        """Carry rows from roots to parameters and add their Gramian there."""
+        rows = {
+            root: sum_of(share.rows() for share in self.shares[root]).flatten(0, 1)
+            for root in dict.fromkeys(roots)
+            if root in self.shares
+        }
+        if not rows:
+            return
+        for leaf, found in pull_rows(self.graph, self._plan, rows).items():
+            if leaf in self._hooked:
+                found = self._finished[leaf] = hooked_rows(self.graph.wanted[leaf], found)
+            Dense(found[None], self.graph.wanted[leaf].shape).add_gramian(total)
+
+    # -- the weighted gradient ---------------------------------------------------------------------
+
+    def weighted(self, weights: Tensor, *, retain_graph: bool) -> dict[Tensor, Tensor]:
+        """
+        Gradients of the weighted losses, after :meth:`gramian` with ``keep``.
+
+        :param weights: One entry per loss, in their order.
+        :param retain_graph: Whether the graph is needed afterwards.
+        :returns: Gradient by tensor, in its dtype.
+        """
+        # First of all what needs operations called, while the graph is there.
+        with torch.no_grad(), without_autocast(self._device.type):
+            gradients = self._at_targets(self.objectives.by_task(weights))
+        gradients.update(self._differentiated(self._others(), weights, retain_graph))
+        return gradients
+
+    def differentiated(self, weights: Tensor, *, retain_graph: bool) -> dict[Tensor, Tensor]:
+        """:meth:`weighted` by an ordinary backward pass, which needs nothing that was kept."""
+        tensors = [*self.graph.targets.values(), *self._others()]
+        return self._differentiated(tensors, weights, retain_graph)
+
+    def _differentiated(
+        self, tensors: list[Tensor], weights: Tensor, retain_graph: bool
+    ) -> dict[Tensor, Tensor]:
+        if not tensors:
+            return {}
+        outputs, seeds = self.objectives.differentiable(), self.objectives.seeds(weights)
+        found = differentiate(outputs, tensors, seeds, retain_graph)
+        return {tensor: g for tensor, g in zip(tensors, found, strict=True) if g is not None}
+
+    def _others(self) -> list[Tensor]:
+        return self.graph.others if self._all_leaves else []
+
+    def _at_targets(self, by_task: Tensor) -> dict[Tensor, Tensor]:
+        graph, grads = self.graph, self._small.weighted(by_task)
+        while self.shares:
+            root, shares = self.shares.popitem()
+            found = [share.weighted(by_task) for share in shares]
+            if root in grads:
+                found.append(grads[root])
+            grads[root] = sum_of(found)
+        grads = {root: grad.to(graph.result(root).dtype) for root, grad in grads.items()}
+        final = {graph.targets[p]: grads.pop(p) for p in self._plan.ordinary if p in grads}
+        for leaf, grad in pull(graph, self._plan, grads).items():
+            final[graph.leaves[leaf]] = grad
+        for leaf, rows in self._finished.items():
+            tensor = graph.wanted[leaf]
+            share = Dense(rows[None], tensor.shape)
+            final[tensor] = share.weighted(by_task.reshape(1, -1)).to(tensor.dtype)
+        return final
+
+
+def _made(rule: Rule | None, site: Site, operand: int) -> Share | None:
+    if rule is None:
+        return None
+    try:
+        return rule(site, operand)
+    except (NoRule, Unreadable):
+        return None
+
+
+class _Small:
+    """Short rows of many parameters, multiplied together."""
+
+    def __init__(self) -> None:
+        self._of_dtype: dict[torch.dtype, list[tuple[Place, Dense]]] = {}
+        self._joined: list[tuple[Tensor, list[tuple[Place, Dense]]]] = []
+
+    def add(self, root: Place, share: Dense) -> None:
+        self._of_dtype.setdefault(share.flat().dtype, []).append((root, share))
+
+    def add_gramian(self, total: Accumulator) -> None:
+        for shares in self._of_dtype.values():
+            rows = [share.flat() for _, share in shares]
+            joined = torch.cat(rows, 1) if len(rows) > 1 else rows[0]
+            total.add_rows(joined)
+            if total.keep:
+                self._joined.append((joined, shares))
+        self._of_dtype.clear()
+
+    def weighted(self, weights: Tensor) -> dict[Place, Tensor]:
+        grads: dict[Place, Tensor] = {}
+        for rows, shares in self._joined:
+            summed = (weights.reshape(1, -1).to(rows.dtype) @ rows)[0]
+            parts = torch.split(summed, [share.shape.numel() for _, share in shares])
+            for (root, share), part in zip(shares, parts, strict=True):
+                part = part.view(share.shape)
+                grads[root] = grads[root] + part if root in grads else part
+        self._joined.clear()
+        return grads
+
+
+def hooked_rows(leaf: Tensor, rows: Tensor) -> Tensor:
+    """
+    What the hooks of a parameter make of each row, as they would in a backward pass of its own.
+
+    :param rows: Shape [R, *leaf.shape].
+    """
+    changed = []
+    for row in rows.to(leaf.dtype):
+        for hook in (leaf._backward_hooks or {}).values():
+            result = hook(row)
+            row = row if result is None else result
+        changed.append(row)
+    return torch.stack(changed)
+
+
+def sum_of(tensors: Iterable[Tensor]) -> Tensor:
+    """The sum of at least one tensor; sparse ones may be among them."""
+    # Torch adds sparse to dense, not dense to sparse.
+    return reduce(lambda a, b: b + a if a.is_sparse else a + b, tensors)
+
+
+def _dense(grad: Tensor) -> Tensor:
+    return grad if grad.layout == torch.strided else grad.to_dense()
+
+
+def _stacked(rows: Sequence[Tensor | None]) -> Tensor | None:
+    present = next((row for row in rows if row is not None), None)
+    if present is None:
+        return None
+    if len(rows) == 1:
+        return present[None]
+    return torch.stack([torch.zeros_like(present) if r is None else r for r in rows])
+
+
+def without_autocast(device_type: str) -> AbstractContextManager[Any]:
+    """Our own products are not those of the user's forward pass."""
+    # Entering autocast costs as much as some layers, also where nothing is to be turned off.
+    enabled = torch.is_autocast_enabled(device_type)
+    return torch.autocast(device_type, enabled=False) if enabled else nullcontext()

@@ -1,0 +1,121 @@
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from jdcore.errors import SinglePassError
+from jdcore.graph._graph import Graph, Place
+from jdcore.graph._nesting import OuterPass
+from jdcore.graph._saved import number_of_results
+
+Grads = Sequence["Tensor | None"]
+Receive = Callable[[int, Grads], None]
+
+
+class Listener:
+    """
+    Backward passes that hand on the gradients at the results of chosen nodes.
+
+    Nodes are heard by prehooks, which see what the hooks of tensors made of a gradient. Autograd
+    does not run the deepest nodes, as nothing behind them is asked for; it returns the gradients
+    there. Passes that start inside of the pass (of implicit layers, of checkpoints) are not heard.
+
+    :param graph: The graph.
+    :param heard: The nodes.
+    :param wanted: The places of tensors whose ordinary gradients are wanted as well.
+    """
+
+    def __init__(
+        self, graph: Graph, heard: Collection[int], wanted: Collection[Place] = ()
+    ) -> None:
+        self._graph = graph
+        self._tensors = [graph.targets[place] for place in wanted]
+        deepest = set(heard) - _above(graph, {*heard, *(node for node, _ in wanted)})
+        self._inner = [node for node in heard if node not in deepest]
+        # A result that nothing uses may not even exist.
+        used = {place for edges in graph.inputs for place in edges if place[0] in deepest}
+        used |= {start for start in graph.starts if start[0] in deepest}
+        self._ends = sorted(used)
+
+    def run(
+        self,
+        outputs: Sequence[Tensor],
+        seeds: Sequence[Tensor],
+        receive: Receive,
+        *,
+        hooks: Iterable[tuple[int, Callable[..., Any]]] = (),
+        retain_graph: bool,
+    ) -> tuple[Tensor | None, ...]:
+        """
+        Run one pass.
+
+        :param outputs: Where it starts.
+        :param seeds: With which gradients.
+        :param receive: Called with each of the nodes that has gradients, and these. May raise.
+        :param hooks: Further hooks of nodes, for this pass.
+        :returns: The gradients of the wanted tensors, None where there is none.
+        """
+        graph, own = self._graph, OuterPass()
+
+        def hear(node: int, grads: Grads) -> None:
+            if own.is_running():
+                receive(node, grads)
+
+        ends = [graph.edge(end) for end in self._ends]
+        with own.starting_at(outputs):  # first of all, since the start may be heard itself
+            handles = [
+                graph.nodes[node].register_prehook(partial(hear, node)) for node in self._inner
+            ]
+            handles += [graph.nodes[node].register_hook(hook) for node, hook in hooks]
+            try:
+                found = differentiate(outputs, [*ends, *self._tensors], seeds, retain_graph)
+            finally:
+                for handle in handles:
+                    handle.remove()
+        of_node: dict[int, list[Tensor | None]] = {}
+        for (node, number), grad in zip(self._ends, found, strict=False):
+            if grad is not None:
+                results = number_of_results(graph.nodes[node])
+                of_node.setdefault(node, [None] * results)[number] = grad
+        rest = found[len(ends) :]
+        del found
+        for node in list(of_node):
+            receive(node, of_node.pop(node))
+        return rest
+
+
+def differentiate(
+    outputs: Sequence[Tensor], inputs: Sequence[Any], seeds: Sequence[Tensor], retain_graph: bool
+) -> tuple[Tensor | None, ...]:
+    """
+    ``torch.autograd.grad``, with an error of ours where a compiled function refuses.
+
+    :param inputs: Tensors, or edges of the graph.
+    """
+    if not inputs:
+        return ()
+    try:
+        return torch.autograd.grad(
+            outputs, inputs, seeds, retain_graph=retain_graph, allow_unused=True
+        )
+    except RuntimeError as error:
+        if "donated buffers" in str(error):
+            raise SinglePassError(
+                "a compiled region reuses the memory of what it saved (donated buffers)",
+                "Set torch._functorch.config.donated_buffer = False before the first backward "
+                "pass of the compiled region.",
+            ) from error
+        raise
+
+
+def _above(graph: Graph, nodes: Collection[int]) -> set[int]:
+    """The nodes from which another one of some nodes can be reached."""
+    found: set[int] = set()
+    for node in graph.upwards:
+        if any(child in found or child in nodes for child, _ in graph.inputs[node]):
+            found.add(node)
+    return found

@@ -1,0 +1,303 @@
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import Any
+
+from attrs import define, field, frozen
+from torch import Tensor
+
+from jdcore.errors import UnservedGraphError
+from jdcore.graph._cost import outer_ghost_beats_rows
+from jdcore.graph._graph import ISOMETRIES, PARTS, Graph, Place
+from jdcore.graph._layout import Layout
+from jdcore.graph._probe import Findings, find_layouts
+from jdcore.graph._saved import MATRIX_PRODUCTS, Unreadable, hooks_made, operand_has_hooks, saved
+from jdcore.graph.rules import Rules
+
+
+@frozen
+class Descent:
+    """
+    What a root is, if nothing but rearranging lies between it and a parameter.
+
+    :param leaf: The node of the parameter.
+    :param part: Of which part of it the root consists, None for the whole.
+    :param turned: Whether it lies transposed there; None if that is not known.
+    """
+
+    leaf: int
+    part: Place | None
+    turned: bool | None
+
+
+@define
+class Plan:
+    """
+    Where shares arise and how they reach the parameters, for all graphs of one kind.
+
+    The **frontier** is made of the operands that belong to no sample of operations whose results
+    keep the samples apart; such an operand is a **root**.
+
+    :param layouts: Where the samples are.
+    """
+
+    layouts: dict[Place, Layout]
+    frontier: dict[int, list[int]] = field(factory=dict)
+    """By operation, which of its operands are roots."""
+    alone: set[Place] = field(factory=set)
+    """Roots with one use whose rows are orthogonal to those of all others: finished at once."""
+    groups: list[dict[Place, bool | None]] = field(factory=list)
+    """Roots that make up one parameter, and whether it lies transposed there (None: unknown)."""
+    derived: list[Place] = field(factory=list)
+    """Roots whose rows must be pulled back."""
+    pulled: list[int] = field(factory=list)
+    """The parameters that these reach."""
+    below: list[int] = field(factory=list)
+    """The operations between roots and parameters, results before operands."""
+    ordinary: list[Place] = field(factory=list)
+    """Tensors whose ordinary gradients are the rows, without samples."""
+    called: set[int] | None = None
+    """Operations that are called after the pass; None before the first one."""
+
+
+# -- with samples ----------------------------------------------------------------------------------
+
+
+def plan_of_samples(graph: Graph, found: Findings, hooked: set[int]) -> Plan:
+    """
+    Find the frontier.
+
+    :param found: Where the samples are.
+    :param hooked: Parameters whose rows have to be written out, for their hooks.
+    :raises UnservedGraphError: If samples mix in a way that can be named.
+    """
+    plan = Plan(found.layouts)
+    apart = {node for node, _ in found.layouts}
+    uses: dict[Place, int] = {}
+    for node in reversed(graph.upwards):
+        if node not in apart or node not in graph.leading:
+            continue
+        for operand, root in enumerate(graph.inputs[node]):
+            if root[0] not in graph.leading or root[0] in apart:
+                continue
+            if root in found.reached or root[0] in graph.rearranged:
+                _refuse_mixing(graph, plan, node, operand)
+                _refuse_hooks(graph, node, operand)
+                plan.frontier.setdefault(node, []).append(operand)
+                uses[root] = uses.get(root, 0) + 1
+    inside = apart | graph.leaves.keys()
+    plan.below = [n for n in reversed(graph.upwards) if n in graph.leading and n not in inside]
+    _classify(graph, plan, uses, apart, hooked)
+    return plan
+
+
+def _classify(
+    graph: Graph, plan: Plan, uses: dict[Place, int], apart: set[int], hooked: set[int]
+) -> None:
+    """Tell which roots are finished by themselves, which belong together, which are pulled back."""
+    of_leaf: dict[int, list[tuple[Place, Descent]]] = {}
+    for root in uses:
+        descent = descend(graph, root)
+        if descent is None:
+            plan.derived.append(root)
+        else:
+            of_leaf.setdefault(descent.leaf, []).append((root, descent))
+    reached = {root[0] for root in plan.derived}
+    for node in plan.below:
+        if node in reached:
+            reached.update(c for c, _ in graph.inputs[node] if c >= 0 and c not in apart)
+    pulled = (reached & graph.wanted.keys()) | hooked
+    for leaf, roots in of_leaf.items():
+        parts = {descent.part for _, descent in roots}
+        whole = len(parts) == 1 or (None not in parts and len({p[0] for p in parts if p}) == 1)
+        if leaf in pulled or not whole:
+            pulled.add(leaf)
+            plan.derived += [root for root, _ in roots]
+            continue
+        for part in parts:
+            group = {root: descent.turned for root, descent in roots if descent.part == part}
+            if sum(uses[root] for root in group) == 1:
+                plan.alone.update(group)
+            else:
+                plan.groups.append(group)
+    plan.pulled = sorted(pulled)
+
+
+def descend(graph: Graph, root: Place) -> Descent | None:
+    """Which parameter a root is, rearranged or in part; None if it is computed from some."""
+    node, number = root
+    part: Place | None = None
+    turned: bool | None = False
+    while node not in graph.leaves:
+        name = graph.names[node]
+        if name in PARTS and part is None:
+            part, turned = (node, number), None
+        elif name not in ISOMETRIES:
+            return None
+        elif name == "TBackward0":
+            turned = None if turned is None else not turned
+        elif name not in _STRAIGHT:
+            turned = None
+        node, number = graph.inputs[node][0]
+        if node < 0:
+            return None
+    return Descent(node, part, turned) if node in graph.wanted else None
+
+
+_STRAIGHT = {"ToCopyBackward0", "CloneBackward0", "AliasBackward0"}
+
+# Operations whose operands have their samples where the result has them: all, or the first one.
+_ALONG_ALL = {f"{name}Backward0" for name in ("Add", "Sub", "Mul", "Div")}
+_ALONG_FIRST = {
+    f"{name}Backward0"
+    for name in (
+        *("Pow", "Exp", "Log", "Relu", "Tanh", "Sigmoid", "Gelu", "Softmax", "LogSoftmax"),
+        *("NativeLayerNorm", "NativeGroupNorm", "NativeBatchNorm", "CudnnBatchNorm"),
+    )
+}
+_PRODUCTS = {"MmBackward0": 0, "AddmmBackward0": 1}
+"""Matrix products: their operand whose rows are the rows of the result."""
+
+
+def _goes_along(name: str, operand: int, layout: Layout) -> bool:
+    """Whether an operand has its samples where the result of the operation has them."""
+    if name in _PRODUCTS:
+        return operand == _PRODUCTS[name] and layout.dim == 0
+    return name in _ALONG_ALL or (name in _ALONG_FIRST and operand == 0)
+
+
+def _refuse_mixing(graph: Graph, plan: Plan, node: int, operand: int) -> None:
+    """
+    Refuse an operation on the samples themselves, of which other losses depend on as well.
+
+    Whatever else samples share (a table, prototypes, a routing) is served.
+    """
+    name, root = graph.names[node], graph.inputs[node][operand]
+    layout = plan.layouts.get((node, 0))
+    if layout is None or root[0] in graph.rearranged or not _goes_along(name, operand, layout):
+        return
+    shape, whole = graph.result(root).shape, graph.result((node, 0)).shape
+    if len(shape) != len(whole) or shape[layout.dim] != whole[layout.dim]:
+        return
+    norm = "BatchNorm" in name
+    raise UnservedGraphError(
+        "a BatchNorm in training mode" if norm else f"samples that mix ({name})",
+        "it makes losses of several samples depend on the same sample, against `batch_dim`",
+        "Use batch_dim=None, whose losses may depend on all samples"
+        + (", call .eval() on it, or use GroupNorm or InstanceNorm." if norm else "."),
+        "batch_dim",
+    )
+
+
+def _refuse_hooks(graph: Graph, node: int, operand: int) -> None:
+    root = graph.inputs[node][operand][0]
+    if root not in graph.leaves and operand_has_hooks(graph.nodes[node], operand):
+        raise UnservedGraphError(
+            f"a hook of an operand of {graph.names[node]} that is computed from parameters",
+            "it acts on sums over samples",
+            "Register the hook on the parameter itself, or use batch_dim=None.",
+        )
+
+
+# -- without samples -------------------------------------------------------------------------------
+
+
+def plan_of_tasks(graph: Graph, tasks: int, hooked: set[int]) -> Plan:
+    """
+    Without samples ordinary gradients are the rows, and come with the pass.
+
+    Only where a matrix product spares forming them is its share taken at the product.
+
+    :param tasks: Number of losses.
+    :param hooked: Parameters whose hooks have to see the rows.
+    """
+    plan = Plan({}, called=set())
+    uses: dict[int, list[tuple[int, int]]] = {}
+    for node, edges in enumerate(graph.inputs):
+        if graph.names[node] in ISOMETRIES or graph.names[node] in PARTS:
+            continue
+        for operand, root in enumerate(edges):
+            descent = descend(graph, root) if root[0] in graph.leading else None
+            if descent is not None:
+                uses.setdefault(descent.leaf, []).append((node, operand))
+    for leaf, found in uses.items():
+        node, operand = found[0]
+        if len(found) == 1 and leaf not in hooked and _is_cheap(graph, tasks, leaf, node, operand):
+            plan.frontier[node] = [operand]
+            plan.layouts[node, 0] = Layout(0, 1, graph.result((node, 0)).shape[0])
+            plan.alone.add(graph.inputs[node][operand])
+    served = {_leaf_of(graph, root) for root in plan.alone}
+    plan.ordinary = [place for place in graph.targets if place[0] not in served]
+    plan.below = [n for n in reversed(graph.upwards) if n in graph.rearranged - set(graph.leaves)]
+    return plan
+
+
+def _leaf_of(graph: Graph, root: Place) -> int | None:
+    descent = descend(graph, root)
+    return None if descent is None else descent.leaf
+
+
+def _is_cheap(graph: Graph, tasks: int, leaf: int, node: int, operand: int) -> bool:
+    expected, other = MATRIX_PRODUCTS.get(graph.names[node], (None, ""))
+    if operand != expected or graph.result((leaf, 0)).shape.numel() == 0:
+        return False
+    try:
+        saved(graph.nodes[node], other)
+    except Unreadable:
+        return False
+    if operand_has_hooks(graph.nodes[node], operand):  # of a transpose of the weight
+        return False
+    positions, outputs = graph.result((node, 0)).shape
+    inputs = graph.result((leaf, 0)).shape.numel() // outputs
+    return outer_ghost_beats_rows(tasks, positions, inputs, outputs)
+
+
+# -- plans that are kept ---------------------------------------------------------------------------
+
+
+class Plans:
+    """
+    Plans of kinds of graphs, for as long as nothing that they depend on can have changed.
+
+    Kept are those of graphs in which names, shapes and integers alone decide where the samples are.
+    A hook of a tensor can mix them as well and is not seen in the graph: how many hooks were made
+    since the last call belongs to the kind.
+    """
+
+    def __init__(self) -> None:
+        self._kept: OrderedDict[Any, Plan] = OrderedDict()
+        self._hooks = hooks_made()
+
+    def find(
+        self, graph: Graph, output: Tensor, batch_dim: int, hooked: set[int], rules: Rules
+    ) -> Plan:
+        """The plan of a graph with samples."""
+        kind = (graph.kind(), batch_dim, tuple(sorted(hooked)), hooks_made() - self._hooks)
+        plan = self._kept.get(kind)
+        if plan is not None:
+            self._kept.move_to_end(kind)
+            return plan
+        found = find_layouts(graph, output, batch_dim)
+        plan = plan_of_samples(graph, found, hooked)
+        if found.sure and _is_fixed(graph, plan, rules):
+            self._kept[kind] = plan
+            if len(self._kept) > _KINDS:
+                self._kept.popitem(last=False)
+        return plan
+
+    def close(self) -> None:
+        """Our own hooks do not count."""
+        self._hooks = hooks_made()
+
+
+_KINDS = 256
+
+
+def _is_fixed(graph: Graph, plan: Plan, rules: Rules) -> bool:
+    """Whether all operations that samples pass through are steady."""
+    apart = {node for node, _ in plan.layouts}
+    return all(
+        rules.steady(graph.names[node], graph.nodes[node])
+        for node in graph.leading
+        if any(child in apart for child, _ in graph.inputs[node])
+    )

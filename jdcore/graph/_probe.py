@@ -1,0 +1,150 @@
+"""
+Where the samples are, shown by NaN.
+
+Some of the samples are poisoned: the backward pass starts with NaN at their losses, and with zero
+at all others. NaN spreads exactly along the dependencies, whatever the magnitudes, also through
+factors that happen to be zero and through tasks that cancel. Which samples are poisoned in which
+pass makes a code of each sample. The codes are words of equal weight, none of which is covered by
+another one or by several: so an entry that is NaN in just the passes of one code depends on this
+sample alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache, partial
+from itertools import combinations
+from math import comb
+
+import torch
+from attrs import frozen
+from torch import Tensor
+
+from jdcore.graph._graph import Graph, Place
+from jdcore.graph._layout import Layout
+from jdcore.graph._passes import Grads, Listener, Receive
+from jdcore.graph._steady import spread
+
+
+@frozen
+class Findings:
+    """
+    What the passes showed.
+
+    :param layouts: Where the samples are, at all places where they are apart.
+    :param reached: Places at which gradients arrive that are not zero.
+    :param sure: Whether the form of the graph alone decides that, apart from operations that are
+        not steady: no value became NaN by itself.
+    """
+
+    layouts: dict[Place, Layout]
+    reached: set[Place]
+    sure: bool
+
+
+def find_layouts(graph: Graph, output: Tensor, batch_dim: int) -> Findings:
+    """
+    Show where the samples are.
+
+    :param output: The losses, the only output of the graph.
+    :param batch_dim: Their dimension of samples.
+    """
+    samples = output.shape[batch_dim]
+    nodes = [n for n in graph.upwards if n in graph.leading and n not in graph.rearranged]
+    listener = Listener(graph, nodes)
+    steady = [(n, hook) for n in nodes if (hook := spread(graph.names[n], graph.nodes[n]))]
+    seen: dict[Place, list[Tensor]] = {}
+    shape = [-1 if d == batch_dim else 1 for d in range(output.ndim)]
+
+    def run(seed: Tensor, note: Receive) -> None:
+        # Anomaly detection would take the poison for an error of the user.
+        with torch.autograd.set_detect_anomaly(False):
+            listener.run([output], [seed], note, hooks=steady, retain_graph=True)
+
+    def poison(poisoned: Tensor, bit: int) -> None:
+        seed = torch.where(poisoned.view(shape), torch.nan, 0.0).to(output).expand_as(output)
+        run(seed, partial(_note, seen, bit))
+
+    codes = _codes(samples)
+    words = torch.tensor(codes, device=output.device)
+    for bit in range(max(codes).bit_length()):
+        poison((words >> bit) & 1 == 1, bit)
+    sample_of = {code: sample for sample, code in enumerate(codes)}
+    everything = (1 << max(codes).bit_length()) - 1
+    found = {place: [h.tolist() for h in of_dims] for place, of_dims in seen.items()}
+    by_itself = any(word == everything for dims in found.values() for h in dims for word in h)
+    if by_itself:
+        poison(torch.zeros(samples, dtype=torch.bool, device=output.device), _BY_ITSELF)
+        found = {place: [h.tolist() for h in of_dims] for place, of_dims in seen.items()}
+    sure = not any(word >> _BY_ITSELF for dims in found.values() for h in dims for word in h)
+    start = graph.starts[0]
+    layouts = {start: Layout(batch_dim, samples)}
+    for place, of_dims in found.items():
+        layout = _layout(of_dims, sample_of, samples)
+        if layout is not None and place != start:
+            layouts[place] = layout
+    reached = {place for place, dims in found.items() if any(map(any, dims))}
+    if len(reached) < len(found):
+        # A hook that replaces NaN hides what is behind it, which then gets gradients all the same.
+        # They are random, so that tasks do not cancel.
+        generator = torch.Generator().manual_seed(0)
+        run(torch.randn(output.shape, generator=generator).to(output), partial(_notice, reached))
+    return Findings(_whole(layouts, found), reached, sure)
+
+
+_BY_ITSELF = 62
+
+
+def _note(seen: dict[Place, list[Tensor]], bit: int, node: int, grads: Grads) -> None:
+    for number, grad in enumerate(grads):
+        if grad is None:
+            continue
+        bad = torch.isnan(grad.detach().to_dense())
+        hit = []
+        for dim in range(bad.ndim):
+            others = [d for d in range(bad.ndim) if d != dim]
+            hit.append((bad.any(others) if others else bad).to(torch.int64) << bit)
+        known = seen.get((node, number))
+        seen[node, number] = (
+            hit if known is None else [a | b for a, b in zip(known, hit, strict=True)]
+        )
+
+
+def _notice(reached: set[Place], node: int, grads: Grads) -> None:
+    for number, grad in enumerate(grads):
+        if grad is not None and (node, number) not in reached and grad.to_dense().any():
+            reached.add((node, number))
+
+
+def _layout(of_dims: Sequence[list[int]], sample_of: dict[int, int], samples: int) -> Layout | None:
+    irregular = None
+    for dim, words in enumerate(of_dims):
+        owners = [-1 if w == 0 or w >> _BY_ITSELF else sample_of.get(w, -2) for w in words]
+        if -2 in owners:
+            continue
+        layout = Layout.of_owners(dim, owners, samples)
+        if layout is not None and layout.index is None:
+            return layout
+        if layout is not None and not any(w >> _BY_ITSELF for w in words):
+            irregular = irregular or layout
+    return irregular
+
+
+def _whole(
+    layouts: dict[Place, Layout], found: dict[Place, list[list[int]]]
+) -> dict[Place, Layout]:
+    """Without those nodes some of whose results are used and do not keep the samples apart."""
+    mixed = {
+        node
+        for (node, number), of_dims in found.items()
+        if (node, number) not in layouts and any(any(words) for words in of_dims)
+    }
+    return {place: layout for place, layout in layouts.items() if place[0] not in mixed}
+
+
+@cache
+def _codes(samples: int) -> list[int]:
+    """Words with as many ones as zeros (or one less), one for each sample."""
+    length = next(n for n in range(2, 64) if comb(n, n // 2) >= samples)
+    words = combinations(range(length), length // 2)
+    return [sum(1 << bit for bit in word) for word, _ in zip(words, range(samples), strict=False)]

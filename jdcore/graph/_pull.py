@@ -1,0 +1,57 @@
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from jdcore.graph._call import batched, call, reduced
+from jdcore.graph._graph import Graph, Place
+from jdcore.graph._plan import Plan
+from jdcore.graph._saved import number_of_results
+
+
+def pull(graph: Graph, plan: Plan, grads: dict[Place, Tensor]) -> dict[int, Tensor]:
+    """
+    Carry gradients from roots to parameters, through what lies between, and no further.
+
+    Where samples are apart again below (behind a routing of tokens to experts), the backward pass
+    went on by itself.
+
+    :returns: Gradient by the node of the leaf.
+    """
+    arrived = dict(grads)
+    allowed = graph.wanted.keys() | set(plan.below)
+    for node in plan.below:
+        results = number_of_results(graph.nodes[node])
+        given = [arrived.pop((node, number), None) for number in range(results)]
+        if all(g is None for g in given):
+            continue
+        for place, found in zip(graph.inputs[node], call(graph.nodes[node], given), strict=False):
+            if found is None or place[0] not in allowed:
+                continue
+            result = graph.result(place)
+            found = reduced(found, result.shape).to(result.dtype)
+            arrived[place] = arrived[place] + found if place in arrived else found
+    return {node: grad for (node, _), grad in arrived.items()}
+
+
+def pull_rows(graph: Graph, plan: Plan, rows: dict[Place, Tensor]) -> dict[int, Tensor]:
+    """
+    Carry rows from roots to parameters.
+
+    :param rows: Shape [R, ...] each.
+    :returns: Rows by the node of the leaf, shape [R, ...] each.
+    """
+    places, reached = list(rows), list[int]()
+
+    def one(*grads: Tensor) -> tuple[Tensor, ...]:
+        given = {p: g.to(graph.result(p).dtype) for p, g in zip(places, grads, strict=True)}
+        found = pull(graph, plan, given)
+        reached[:] = sorted(found)
+        return tuple(found[leaf] for leaf in reached)
+
+    found = batched(one, list(rows.values()))
+    if found is None:
+        count = len(next(iter(rows.values())))
+        each = [one(*(of_root[r] for of_root in rows.values())) for r in range(count)]
+        found = tuple(torch.stack(of_leaf) for of_leaf in zip(*each, strict=True))
+    return dict(zip(reached, found, strict=True))

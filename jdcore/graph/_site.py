@@ -1,0 +1,121 @@
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from attrs import define, evolve, field
+from torch import Size, Tensor
+
+from jdcore.graph._layout import Layout
+from jdcore.graph._saved import saved
+from jdcore.graph.shares import Dense
+
+
+class NoRule(Exception):  # noqa: N818 - no error of anybody
+    """A rule does not hold here: the operation is called once for each sample instead."""
+
+
+@define(eq=False)
+class Site:
+    """
+    An operation some of whose operands belong to no sample, as its rule sees it.
+
+    There are K losses for each of B samples.
+
+    :param node: The node of the graph; for a ``torch.autograd.Function``, its context, with
+        ``saved_tensors`` and whatever else the forward pass left there.
+    :param name: The name of the node.
+    :param grads: The gradients at its results, shape [K, *result.shape] each, None where there is
+        none.
+    :param layouts: Where the samples are in each result.
+    :param shapes: By operand, its shape: the operands that shares are wanted for.
+    """
+
+    node: Any
+    name: str
+    grads: Sequence[Tensor | None]
+    layouts: Sequence[Layout | None]
+    shapes: Mapping[int, Size]
+    memo: dict[Any, Any] = field(factory=dict)
+    """Room for what several operands have in common."""
+
+    @property
+    def grad(self) -> Tensor:
+        """
+        The gradients at the only result that has any, which is the first.
+
+        :raises NoRule: If there are others.
+        """
+        first, *others = self.grads
+        if first is None or any(g is not None for g in others):
+            raise NoRule
+        return first
+
+    @property
+    def layout(self) -> Layout:
+        """Where the samples are in the first result."""
+        layout = self.layouts[0]
+        if layout is None:
+            raise NoRule
+        return layout
+
+    @property
+    def samples(self) -> int:
+        """B."""
+        return next(layout.samples for layout in self.layouts if layout is not None)
+
+    @property
+    def samples_lead(self) -> bool:
+        """Whether the samples come one after the other in the first dimension of the result."""
+        first = self.grads[0]
+        return first is not None and self.layout.leads(first.shape[1])
+
+    def saved(self, name: str) -> Any:
+        """
+        What the operation saved, by its name in the formulas of torch's derivatives.
+
+        :raises Unreadable: If torch does not show it, which is as good as :class:`NoRule`.
+        """
+        value = saved(self.node, name)
+        return value.detach() if isinstance(value, Tensor) else value
+
+    def positions(self, tensor: Tensor, lead: int = 0, features: int = 1) -> Tensor:
+        """
+        Bring samples to the front and all other positions behind them.
+
+        :param tensor: Laid out like the first result, but for its last ``features`` dimensions.
+        :param lead: Dimensions before those of the result: 1 for gradients.
+        :returns: Shape [*lead, B, T, *features].
+        :raises NoRule: If the samples are in one of the features.
+        """
+        layout, end = self.layout, tensor.ndim - features
+        if not layout.dim + lead < end:
+            raise NoRule
+        if layout.leads(tensor.shape[lead]):
+            return tensor.reshape(*tensor.shape[:lead], layout.samples, -1, *tensor.shape[end:])
+        split = layout.split(tensor, lead)
+        return split.reshape(*split.shape[: lead + 1], -1, *tensor.shape[end:])
+
+    def broadcast(self, grads: Tensor, operand: int) -> Dense:
+        """
+        The share of an operand that was broadcast to the shape of the first result.
+
+        :param grads: What the gradients are multiplied by, summed up over all that the operand was
+            broadcast to, shape [K, *result.shape].
+        :raises NoRule: If the operand has samples of its own.
+        """
+        shape, dim = self.shapes[operand], self.layout.dim
+        full = (1,) * (grads.ndim - 1 - len(shape)) + tuple(shape)
+        if full[dim] != 1:
+            raise NoRule
+        split = self.layout.split(grads, 1)  # [K, B, dims before, before, after, dims after]
+        summed, axis = [], 2
+        for d, n in enumerate(full):
+            axes = [axis, axis + 1] if d == dim else [axis]
+            summed += [a for a in axes if n == 1 and split.shape[a] != 1]
+            axis += len(axes)
+        return Dense(split.sum(summed) if summed else split, shape)
+
+    def turned(self, dim: int) -> Site:
+        """The same site, with the samples of the first result in another dimension."""
+        return evolve(self, layouts=[self.layout.at(dim), *self.layouts[1:]])

@@ -1,0 +1,137 @@
+"""
+Which entries of an operation's operands its results depend on, as far as data decide it.
+
+Where samples are is shown once for each kind of graph if names, shapes and integers alone decide
+how entries depend on each other. Of the operations of torch this holds for most; those that are
+not named here (an index, a routing, functions of third parties) are shown again at every call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from jdcore.graph._saved import Unreadable, saved
+
+
+def _names(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+_ALWAYS = _names(
+    """
+    Add Sub Rsub Mul Div Neg Exp Exp2 Expm1 Log Log1P Log2 Log10 Sqrt Rsqrt Sigmoid Tanh Sin Cos
+    Tan Sinh Cosh Asin Acos Atan Asinh Acosh Atanh Erf Erfc Erfinv Gelu Silu Mish Softplus
+    LogSigmoid Elu LeakyRelu Abs Reciprocal Clone ToCopy Alias View UnsafeView ReshapeAlias T MT
+    Expand Unsqueeze Squeeze Addcmul Addcdiv Lerp Logaddexp Logaddexp2 Mm Addmm Bmm Baddbmm
+    Addbmm Addmv Mv Dot Vdot Addr Linear Trilinear Convolution SlowConvTranspose2D SlowConv2D
+    ThnnConv2D ConvDepthwise2D CudnnConvolution MkldnnLinear NativeLayerNorm FusedRmsNorm
+    NativeGroupNorm NativeBatchNorm CudnnBatchNorm MiopenBatchNorm Softmax LogSoftmax Glu Sum
+    Mean Var VarMean Logsumexp Cumsum Logcumsumexp Amax Amin Cat Stack Split UnsafeSplit
+    SplitWithSizes Unbind Slice Select Transpose Permute Movedim Flip Roll Rot90 Diagonal
+    DiagEmbed Tril Triu ConstantPadNd ReflectionPad1D ReflectionPad2D ReflectionPad3D
+    ReplicationPad1D ReplicationPad2D ReplicationPad3D Repeat Unfold Im2Col Col2Im AsStrided
+    AvgPool2D AvgPool3D AdaptiveAvgPool2D AdaptiveAvgPool3D UpsampleNearest1D UpsampleNearest2D
+    UpsampleNearest3D UpsampleNearestExact1D UpsampleNearestExact2D UpsampleLinear1D
+    UpsampleBilinear2D UpsampleBicubic2D UpsampleTrilinear3D PixelShuffle PixelUnshuffle
+    NativeDropout MseLoss SmoothL1Loss HuberLoss BinaryCrossEntropy BinaryCrossEntropyWithLogits
+    KlDiv SoftMarginLoss PreluKernel Celu Copy ThnnFusedLstmCell ThnnFusedGruCell MkldnnRnnLayer
+    ScaledDotProductFlashAttentionForCpu ScaledDotProductFlashAttention
+    ScaledDotProductEfficientAttention ScaledDotProductCudnnAttention
+    ScaledDotProductFusedAttentionOverrideable
+    """
+)
+
+_ENTRY_BY_ENTRY = _names(
+    """
+    Relu Threshold Hardtanh Hardswish Hardsigmoid Hardshrink Softshrink Clamp ClampMin ClampMax
+    MaskedFill Where Maximum Minimum Fmax Fmin NanToNum Xlogy XLog1Py Pow Atan2 Hypot Sinc
+    """
+)
+
+_LAST_DIMENSIONS = {
+    "MaxPool2DWithIndices": 2,
+    "MkldnnMaxPool2D": 2,
+    "AdaptiveMaxPool2D": 2,
+    "MaxPool3DWithIndices": 3,
+    "MkldnnMaxPool3D": 3,
+    "AdaptiveMaxPool3D": 3,
+}
+
+_CHOSEN_DIMENSIONS = _names(
+    """
+    Max Min Median Nanmedian Kthvalue Mode Cummax Cummin LinalgVectorNorm Norm Std
+    """
+)
+_CLASSES = ("NllLoss", "NllLoss2D")
+
+_STEADY = {*_ALWAYS, *_ENTRY_BY_ENTRY, *_LAST_DIMENSIONS, *_CHOSEN_DIMENSIONS, *_CLASSES}
+
+
+def is_steady(name: str) -> bool:
+    """Whether the form of an operation alone decides which entries depend on which."""
+    return _base(name) in _STEADY
+
+
+def spread(
+    name: str, node: Any
+) -> Callable[[Sequence[Tensor | None], Sequence[Tensor | None]], Any] | None:
+    """
+    Some operations pass gradients on to entries that data choose, such as a rectifier.
+
+    What they make of NaN does not show all that may depend on it for other data.
+
+    :returns: A hook of the node that hands NaN on to all these entries, None if none is needed.
+    """
+    base = _base(name)
+    if base in _ENTRY_BY_ENTRY:
+        dims: tuple[int, ...] = ()
+    elif base in _LAST_DIMENSIONS:
+        dims = tuple(range(-_LAST_DIMENSIONS[base], 0))
+    elif base in _CLASSES:
+        dims = (1,)
+    elif base in _CHOSEN_DIMENSIONS:
+        dims = _dims_of(node)
+    else:
+        return None
+
+    def hand_on(
+        found: Sequence[Tensor | None], given: Sequence[Tensor | None]
+    ) -> tuple[Tensor | None, ...] | None:
+        grad = given[0]
+        if grad is None:
+            return None
+        return tuple(None if g is None else _spread(g, grad, dims) for g in found)
+
+    return hand_on
+
+
+def _base(name: str) -> str:
+    return name.partition("Backward")[0]
+
+
+def _dims_of(node: Any) -> tuple[int, ...]:
+    """Those that are chosen from; none stands for all."""
+    try:
+        dims = saved(node, "dim")
+    except Unreadable:
+        return ()
+    if dims is None:
+        return ()
+    # Torch shows negative ones unsigned.
+    found = [int(d) for d in (dims if isinstance(dims, (tuple, list)) else (dims,))]
+    return tuple(d - (1 << 64) if d >= 1 << 63 else d for d in found)
+
+
+def _spread(found: Tensor, given: Tensor, dims: tuple[int, ...]) -> Tensor:
+    nothing = given * 0
+    if nothing.ndim == 0 or (not dims and found.ndim <= nothing.ndim):
+        return found + nothing.sum_to_size(found.shape if nothing.ndim else ())
+    missing = found.ndim - nothing.ndim
+    places = sorted(d % found.ndim for d in dims)
+    if missing:
+        for place in places:
+            nothing = nothing.unsqueeze(place)
+    return found + nothing.sum(places, keepdim=True)

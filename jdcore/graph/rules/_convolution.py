@@ -1,0 +1,34 @@
+from __future__ import annotations
+
+from jdcore.graph._site import NoRule, Site
+from jdcore.graph.rules._table import rule
+from jdcore.graph.shares import Dense, Geometry, Patches, Share
+
+
+@rule("ConvolutionBackward0")
+def convolution(site: Site, operand: int) -> Share:
+    """Convolutions of all kinds, also transposed and grouped ones."""
+    if not site.samples_lead:
+        raise NoRule
+    grads = site.grad
+    if operand == 2:
+        summed = grads.flatten(3).sum(3) if grads.ndim > 3 else grads
+        rows = site.positions(summed, 1)
+        return Dense(rows.sum(2) if rows.shape[2] > 1 else rows, site.shapes[2])
+    if operand != 1:
+        raise NoRule
+    dims = len(site.shapes[1]) - 2
+
+    def by_dim(name: str) -> tuple[int, ...]:
+        found = tuple(site.saved(name))
+        return found * dims if len(found) == 1 else found  # one for all may be given once
+
+    geometry = Geometry(
+        stride=by_dim("stride"),
+        padding=by_dim("padding"),
+        dilation=by_dim("dilation"),
+        transposed=site.saved("transposed"),
+        output_padding=by_dim("output_padding"),
+        groups=site.saved("groups"),
+    )
+    return Patches(site.saved("weight"), geometry, site.saved("input"), grads, site.samples)

@@ -1,0 +1,89 @@
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from jdcore.graph._site import NoRule, Site
+from jdcore.graph.rules._table import rule
+from jdcore.graph.shares import Dense, Share, widened
+
+
+def _summed(rows: Tensor) -> Tensor:
+    """Over the positions of each sample, [K, B, T, ...]."""
+    return rows.sum(2) if rows.shape[2] > 1 else rows[:, :, 0]
+
+
+@rule("NativeLayerNormBackward0", "FusedRmsNormBackward0")
+def layer_norm(site: Site, operand: int) -> Share:
+    """Sums over positions of the gradient, for the weight times the normalized input."""
+    features = len(site.saved("normalized_shape"))
+    grads = site.positions(widened(site.grad), 1, features)
+    if operand == 2:
+        return Dense(_summed(grads), site.shapes[2])
+    if operand != 1:
+        raise NoRule
+    images, first = widened(site.saved("input")), site.saved("result1")
+    if site.name == "FusedRmsNormBackward0":
+        normalized = images * first
+    else:
+        normalized = (images - first) * site.saved("result2")
+    rows = grads * site.positions(normalized, 0, features)
+    return Dense(_summed(rows), site.shapes[1])
+
+
+@rule("NativeGroupNormBackward0")
+def group_norm(site: Site, operand: int) -> Share:
+    """One kernel, for which the samples are further groups."""
+    if not site.samples_lead or operand not in (1, 2):
+        raise NoRule
+    if not site.memo:
+        site.memo["rows"] = _group_norm_rows(site)
+    rows = site.memo["rows"][operand - 1]
+    C = site.shapes[operand][0]
+    return Dense(_summed(rows.view(len(rows), site.samples, -1, C)), site.shapes[operand])
+
+
+def _group_norm_rows(site: Site) -> tuple[Tensor, Tensor]:
+    """Rows of weight and bias, shape [K, N C] each."""
+    images, mean, deviation = (widened(site.saved(n)) for n in ("input", "result1", "result2"))
+    N, C, T, groups = (site.saved(name) for name in ("N", "C", "HxW", "group"))
+    images = images.contiguous().view(1, N * C, T)
+    of_tasks = [
+        torch.ops.aten.native_group_norm_backward(
+            grads.to(images.dtype).contiguous().view(1, N * C, T),
+            images,
+            mean.view(1, -1),
+            deviation.view(1, -1),
+            images.new_empty(N * C),
+            1,
+            N * C,
+            T,
+            N * groups,
+            [False, True, True],
+        )[1:]
+        for grads in site.grad
+    ]
+    weights, biases = zip(*of_tasks, strict=True)
+    return torch.stack(weights), torch.stack(biases)
+
+
+@rule("NativeBatchNormBackward0", "CudnnBatchNormBackward0")
+def running_norm(site: Site, operand: int) -> Share:
+    """A batch normalization in eval mode."""
+    if site.saved("training") or not site.samples_lead or operand not in (1, 2):
+        raise NoRule
+    grads = widened(site.grad)
+    if operand == 2:
+        return Dense(_by_channel(site, grads), site.shapes[2])
+    mean, variance = site.saved("running_mean"), site.saved("running_var")
+    images = widened(site.saved("input"))
+    epsilon = site.saved("epsilon" if site.name.startswith("Cudnn") else "eps")
+    # Centred first: afterwards digits would cancel.
+    centred = images - mean.view(-1, *[1] * (images.ndim - 2))
+    rows = _by_channel(site, grads * centred) * (variance + epsilon).rsqrt()
+    return Dense(rows, site.shapes[1])
+
+
+def _by_channel(site: Site, grads: Tensor) -> Tensor:
+    summed = grads.flatten(3).sum(3) if grads.ndim > 3 else grads
+    return _summed(site.positions(summed, 1))

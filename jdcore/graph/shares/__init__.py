@@ -1,0 +1,21 @@
+"""Shares of the Jacobian, in the forms that operations give them, and the sum of their Gramians."""
+
+from jdcore.graph.shares._accumulator import Accumulator
+from jdcore.graph.shares._geometry import Geometry
+from jdcore.graph.shares._outer import OneHot, Outer, add_uses
+from jdcore.graph.shares._patches import Patches
+from jdcore.graph.shares._product import HALVES, widened
+from jdcore.graph.shares._share import Dense, Share
+
+__all__ = [
+    "HALVES",
+    "Accumulator",
+    "Dense",
+    "Geometry",
+    "OneHot",
+    "Outer",
+    "Patches",
+    "Share",
+    "add_uses",
+    "widened",
+]

@@ -1,0 +1,140 @@
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from attrs import frozen
+from torch import Tensor
+from torch.nn.functional import pad
+
+from jdcore.graph.shares._ghost import Gram, linear_gram
+from jdcore.graph.shares._product import widened
+
+__all__ = ["Geometry", "patch_gram", "patches"]
+
+
+@frozen
+class Geometry:
+    """How a convolution walks over its (already padded, unless by zeros) input."""
+
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    transposed: bool
+    output_padding: tuple[int, ...]
+    groups: int
+
+    @property
+    def plain(self) -> bool:
+        """Whether the closed forms apply: 2-D, not transposed, one group."""
+        return len(self.stride) == 2 and not self.transposed and self.groups == 1
+
+    def weight_gradient(
+        self, grads: Tensor, images: Tensor, weight: Tensor, samples: int = 1
+    ) -> Tensor:
+        """
+        The ordinary weight gradient, summed over images, in at least float32.
+
+        :param samples: How many samples lie side by side in the channels, with a weight each.
+        """
+        grads, images = widened(grads), widened(images)
+        dtype = torch.promote_types(grads.dtype, images.dtype)
+        weight = weight.to(dtype)
+        if samples > 1:
+            weight = weight.expand(samples, *weight.shape).flatten(0, 1)
+        gradient: Tensor = torch.ops.aten.convolution_backward(
+            grads.to(dtype),
+            images.to(dtype),
+            weight,
+            None,
+            self.stride,
+            self.padding,
+            self.dilation,
+            self.transposed,
+            self.output_padding,
+            self.groups * samples,
+            [False, True, False],
+        )[1]
+        return gradient
+
+
+def patches(images: Tensor, geometry: Geometry, kernel: Sequence[int]) -> Tensor:
+    """
+    All patches of a plain convolution, overlapping in memory.
+
+    Channels come last, so that a copy moves whole runs of them.
+
+    :param images: Shape [N, C, H, W].
+    :param kernel: Height and width.
+    :returns: Shape [N, height, width, *kernel, C], height and width those of the output.
+    """
+    (top, left), (down, right) = geometry.padding, geometry.stride
+    images = images.permute(0, 2, 3, 1)
+    if top or left:
+        images = pad(images, (0, 0, left, left, top, top))
+    images = images.contiguous()
+    N, H, W, C = images.shape
+    spans = [d * (k - 1) for d, k in zip(geometry.dilation, kernel, strict=True)]
+    output = (H - 1 - spans[0]) // down + 1, (W - 1 - spans[1]) // right + 1
+    of_image, of_row, of_column, _ = images.stride()
+    inside = of_row * geometry.dilation[0], of_column * geometry.dilation[1]
+    strides = (of_image, of_row * down, of_column * right, *inside, 1)
+    return images.as_strided((N, *output, *kernel, C), strides)
+
+
+def patch_gram(
+    images: Tensor, geometry: Geometry, kernel: Sequence[int], output: Sequence[int], r: int
+) -> Gram:
+    """
+    Gram matrix of all patches, from the Gram matrix of all pixels.
+
+    The inner product of two patches is the sum of the inner products of their pixels, so the Gram
+    of pixels is computed once and added up under the shifts of the kernel.
+
+    :param images: Shape [N, C, H, W].
+    :param kernel: Height and width.
+    :param output: Height and width.
+    :param r: Images per sample.
+    """
+    _, _, H, W = images.shape
+    pixel_gram = linear_gram(images.flatten(2).transpose(1, 2).contiguous())
+
+    def gram(start: int, stop: int) -> Tensor:
+        first, last = start * r, stop * r
+        total = pixel_gram(first, last).view(last - first, H, W, last, H, W)
+        for dim in (1, 0):  # the width first, since shifts of the height move whole rows
+            total = _sum_of_shifts(total, geometry, dim, kernel[dim], output[dim])
+        return total.view(total.shape[:3].numel(), -1)
+
+    return gram
+
+
+def _sum_of_shifts(
+    pixels: Tensor, geometry: Geometry, dim: int, kernel: int, output: int
+) -> Tensor:
+    """Add up, in rows and columns of the Gram matrix alike, what lies under the kernel."""
+    places = 1 + dim, 4 + dim
+    shape = list(pixels.shape)
+    for place in places:
+        shape[place] = output
+    total = pixels.new_zeros(shape)
+    ends, sources = total.movedim(places, (0, 1)), pixels.movedim(places, (0, 1))
+    for to, source in _shifts(geometry, dim, kernel, len(sources), output):
+        ends[to, to] += sources[source, source]
+    return total
+
+
+def _shifts(
+    geometry: Geometry, dim: int, kernel: int, length: int, output: int
+) -> Sequence[tuple[slice, slice]]:
+    """For each offset in the kernel: the outputs that touch the image, and the pixels touched."""
+    stride, dilation = geometry.stride[dim], geometry.dilation[dim]
+    shifts = []
+    for k in range(kernel):
+        offset = k * dilation - geometry.padding[dim]
+        first = max(0, -(offset // stride))
+        last = min(output, (length - 1 - offset) // stride + 1)
+        if first < last:
+            pixels = slice(first * stride + offset, (last - 1) * stride + offset + 1, stride)
+            shifts.append((slice(first, last), pixels))
+    return shifts

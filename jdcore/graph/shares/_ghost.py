@@ -1,0 +1,108 @@
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from jdcore.graph._memory import pieces
+from jdcore.graph.shares._accumulator import Accumulator, lower_product
+from jdcore.graph.shares._product import product, widened
+
+# Products of fewer positions than these are slow.
+_POSITIONS = 256
+
+Gram = Callable[[int, int], Tensor]
+"""
+Gives the Gram matrix of the inputs: its rows at the positions of samples start to stop, its columns
+at those of samples 0 to stop. What it gives may be overwritten.
+"""
+
+
+def linear_gram(inputs: Tensor, plus: float = 0.0) -> Gram:
+    """
+    Of inputs as they are.
+
+    :param inputs: Shape [B, T, i].
+    :param plus: Added to all entries.
+    """
+    T = inputs.shape[1]
+    flat = inputs.reshape(-1, inputs.shape[2])
+
+    def gram(start: int, stop: int) -> Tensor:
+        found = lower_product(flat, start * T, stop * T)
+        return found.add_(plus) if plus else found
+
+    return gram
+
+
+def add_contracted(gram: Gram, grads: Tensor, total: Accumulator) -> None:
+    """
+    Add ``G[(k,a), (l,b)] = sum_ts gram[(a,t), (b,s)] <grads[k,a,t], grads[l,b,s]>``.
+
+    :param gram: The Gram matrix of the inputs.
+    :param grads: Shape [K, B, T, o].
+    """
+    for found, first in _contracted(gram, grads, total):
+        total.add(found, first)
+
+
+def _contracted(gram: Gram, grads: Tensor, total: Accumulator) -> Iterator[tuple[Tensor, int]]:
+    """Some rows of the Gramian at a time, up to their diagonal, and the number of the first."""
+    K, B, T, o = grads.shape
+    if K == 1:
+        yield from _contract_one_task(gram, grads[0], total)
+    elif T == 1:
+        flat = grads.reshape(K * B, o)
+        found = product(flat, flat.T).view(K, B, K, B)
+        yield found.mul_(gram(0, B).view(1, B, 1, B)).view(K * B, K * B), 0
+    elif B == 1:
+        yield _contract_tasks(gram(0, 1), grads), 0
+    else:
+        yield _contract_samples(gram(0, B), grads), 0
+
+
+def _contract_one_task(
+    gram: Gram, grads: Tensor, total: Accumulator
+) -> Iterator[tuple[Tensor, int]]:
+    B, T, o = grads.shape
+    flat = grads.reshape(B * T, o)
+    memory = total.memory
+    if T == 1:
+        parts = total.halves()
+    elif memory.reused:
+        parts = pieces(B, max(_POSITIONS // T, -(-B // 8)))
+    else:
+        parts = memory.pieces(B, T * B * T)
+    for start, stop in parts:
+        found = lower_product(flat, start * T, stop * T).mul_(gram(start, stop))
+        if T > 1:
+            found = found.view(stop - start, T, stop, T).sum((1, 3), dtype=torch.float64)
+        yield found, start
+
+
+def _contract_tasks(gram: Tensor, grads: Tensor) -> Tensor:
+    K, _, T, o = grads.shape
+    flat = widened(grads.reshape(K, T * o))
+    total = flat.new_empty((K, K), dtype=torch.float64)
+    for k in range(K):
+        mixed = (gram @ widened(grads[k, 0])).view(T * o)
+        total[:, k] = _inner_products(flat, mixed)
+    return total
+
+
+def _inner_products(rows: Tensor, vector: Tensor) -> Tensor:
+    # In pieces: one float32 sum over millions of entries loses half of its digits.
+    parts = zip(torch.split(rows, 16384, dim=1), torch.split(vector, 16384), strict=True)
+    return torch.stack([(row @ piece).double() for row, piece in parts]).sum(0)
+
+
+def _contract_samples(gram: Tensor, grads: Tensor) -> Tensor:
+    K, B, T, o = grads.shape
+    by_task = grads.reshape(K, B * T, o)
+    total = gram.new_zeros((K, B, K, B), dtype=torch.float64)
+    for k in range(K):
+        for earlier in range(k + 1):
+            found = product(by_task[k], by_task[earlier].T).mul_(gram)
+            total[k, :, earlier] = found.view(B, T, B, T).sum((1, 3), dtype=torch.float64)
+    return total.view(K * B, K * B)

@@ -1,0 +1,210 @@
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from attrs import frozen
+from torch import Tensor
+
+from jdcore.graph._cost import outer_ghost_beats_direct
+from jdcore.graph._memory import Memory
+from jdcore.graph.shares._accumulator import Accumulator
+from jdcore.graph.shares._ghost import Gram, add_contracted, linear_gram
+from jdcore.graph.shares._product import product, weighted_sum, widened
+from jdcore.graph.shares._share import Share
+
+
+@frozen(eq=False)
+class OneHot:
+    """
+    Rows of a unit matrix, as a table looked up by index has them for inputs.
+
+    :param index: Which row, shape [B, T].
+    :param size: Of how many.
+    :param sparse: Whether the gradient of the table is to be sparse.
+    """
+
+    index: Tensor
+    size: int
+    sparse: bool = False
+
+
+class Outer(Share):
+    """
+    Sums of outer products over T positions, as matrix products and look-ups have them.
+
+    :param inputs: What the operation saved, shape [B, T, i].
+    :param grads: The gradients at its result, shape [K, B, T, o].
+    :param grads_first: Whether the operand is [o, i] rather than [i, o].
+    :param shape: The shape of the operand, of i times o entries.
+    :param plus: 1 if the Gramian is to hold a bias as well, the weight of one more input that is 1.
+        Its weighted gradient is a share of its own.
+    """
+
+    def __init__(
+        self,
+        inputs: Tensor | OneHot,
+        grads: Tensor,
+        *,
+        grads_first: bool,
+        shape: Sequence[int],
+        plus: float = 0.0,
+    ) -> None:
+        self.inputs, self.grads, self.grads_first = inputs, grads, grads_first
+        self.shape, self.plus = torch.Size(shape), plus
+
+    def __repr__(self) -> str:
+        K, B, T, o = self.grads.shape
+        looked_up = isinstance(self.inputs, OneHot)
+        i = self.inputs.size if isinstance(self.inputs, OneHot) else self.inputs.shape[2]
+        return f"Outer({K} x {B} rows, {'one of ' * looked_up}{i} inputs x {o}, T = {T})"
+
+    # -- the Gramian -------------------------------------------------------------------------------
+
+    def add_gramian(self, gramian: Accumulator) -> None:
+        if isinstance(self.inputs, OneHot):
+            self._add_looked_up(self.inputs, gramian)
+            return
+        K, B, T, o = self.grads.shape
+        if T == 1 or outer_ghost_beats_direct(K, B, T, self.inputs.shape[2], o):
+            add_contracted(linear_gram(self.inputs, self.plus), self.grads, gramian)
+        else:
+            self._add_direct(self.inputs, gramian)
+
+    def _add_direct(self, inputs: Tensor, gramian: Accumulator) -> None:
+        K, B, _, o = self.grads.shape
+        memory, like = gramian.memory, widened(self.grads[:0])
+        for start, stop in memory.pieces(inputs.shape[2], K * B * o):
+            factor = inputs[..., start:stop].transpose(1, 2)
+            if K == 1 and not memory.reused:
+                rows = product(factor, self.grads[0])[None]
+            else:
+                rows = memory.rows((K, B, stop - start, o), like)
+                for k in range(K):
+                    product(factor, self.grads[k], rows[k])
+            gramian.add_rows(rows.flatten(2).flatten(0, 1))
+
+    def _add_looked_up(self, inputs: OneHot, gramian: Accumulator) -> None:
+        K, B, T, o = self.grads.shape
+        R, memory = K * B, gramian.memory
+        if T == 1 and memory.entries >= B * B:
+            add_contracted(_same(inputs.index), self.grads, gramian)
+            return
+        used, place = torch.unique(inputs.index, return_inverse=True)
+        if R * len(used) < B * T * T or R * len(used) * o <= memory.entries:
+            for start, stop in memory.pieces(o, R * len(used)):
+                grads = widened(self.grads[..., start:stop])
+                rows = memory.take((R * len(used), stop - start), grads).zero_()
+                _scatter(rows, place, len(used), grads)
+                gramian.add_rows(rows.view(R, -1))
+        else:
+            add_contracted(_same(place), self.grads, gramian)
+
+    # -- rows and their sums -----------------------------------------------------------------------
+
+    def weighted(self, weights: Tensor) -> Tensor:
+        grads = weighted_sum(weights, self.grads).flatten(0, 1)
+        if isinstance(self.inputs, OneHot):
+            return self._looked_up_sum(self.inputs, grads)
+        inputs = self.inputs.flatten(0, 1)
+        pair = (grads.T, inputs) if self.grads_first else (inputs.T, grads)
+        return product(*pair).view(self.shape)
+
+    def _looked_up_sum(self, inputs: OneHot, grads: Tensor) -> Tensor:
+        index, size = inputs.index.flatten(), (inputs.size, grads.shape[1])
+        if inputs.sparse:
+            return torch.sparse_coo_tensor(index[None], grads, size, check_invariants=False)
+        total = grads.new_zeros(size).index_add_(0, index, grads)
+        return (total.T if self.grads_first else total).reshape(self.shape)
+
+    def rows(self) -> Tensor:
+        grads = widened(self.grads)
+        K, B, _, o = grads.shape
+        if isinstance(self.inputs, OneHot):
+            rows = grads.new_zeros(K * B * self.inputs.size, o)
+            _scatter(rows, self.inputs.index, self.inputs.size, grads)
+            rows = rows.view(K, B, -1, o)
+        else:
+            rows = torch.einsum("kbto,bti->kbio", grads, self.inputs.to(grads.dtype))
+        return (rows.mT if self.grads_first else rows).reshape(K, B, *self.shape)
+
+    # -- several uses of one operand ---------------------------------------------------------------
+
+    def turned(self) -> Outer:
+        """The share of the transposed operand."""
+        shape = (self.shape[1], self.shape[0])
+        return Outer(self.inputs, self.grads, grads_first=not self.grads_first, shape=shape)
+
+    @property
+    def factors(self) -> tuple[Tensor | OneHot, Tensor | OneHot]:
+        """What the first and what the second dimension of the operand comes from."""
+        return (self.grads, self.inputs) if self.grads_first else (self.inputs, self.grads)
+
+
+def _same(index: Tensor) -> Gram:
+    """The Gram matrix of one-hot inputs."""
+
+    def gram(start: int, stop: int) -> Tensor:
+        rows, columns = index[start:stop].reshape(-1), index[:stop].reshape(-1)
+        return (rows[:, None] == columns).float()
+
+    return gram
+
+
+def _scatter(rows: Tensor, place: Tensor, length: int, grads: Tensor) -> None:
+    K, B, T, _ = grads.shape
+    offset = torch.arange(K * B, device=grads.device).view(K, B, 1) * length
+    rows.index_add_(0, (offset + place).reshape(-1), grads.reshape(K * B * T, -1))
+
+
+def add_uses(shares: Sequence[Outer], gramian: Accumulator) -> None:
+    """Add the Gramian of the sum of shares of one and the same operand."""
+    first, *others = shares
+    inputs = [s.inputs for s in shares if isinstance(s.inputs, Tensor)]
+    if len(inputs) == len(shares) and all(s.grads_first == first.grads_first for s in others):
+        grads = torch.cat([s.grads for s in shares], 2)
+        together = torch.cat(inputs, 1)
+        whole = Outer(together, grads, grads_first=first.grads_first, shape=first.shape)
+        whole.add_gramian(gramian)
+        return
+    for i, share in enumerate(shares):
+        share.add_gramian(gramian)
+        for other in shares[i + 1 :]:
+            _add_between(share, other, gramian)
+
+
+def _add_between(u: Outer, v: Outer, gramian: Accumulator) -> None:
+    """Add the inner products of the rows of one share and those of another, both ways."""
+    K, B, Tu, _ = u.grads.shape
+    m, Tv = K * B, v.grads.shape[2]
+    total = u.grads.new_zeros(m, m, dtype=torch.float64)
+    for part in _parts(gramian.memory, m, Tu * m * Tv):
+        first, second = (_inner(a, b, part, K) for a, b in zip(u.factors, v.factors, strict=True))
+        block = (first * second).view(part.stop - part.start, Tu, m, Tv)
+        total[part] = block.sum((1, 3), dtype=torch.float64)
+    gramian.add(total.add_(total.T.clone()))
+
+
+def _parts(memory: Memory, length: int, size: int) -> list[slice]:
+    return [slice(*piece) for piece in memory.pieces(length, size)]
+
+
+def _inner(a: Tensor | OneHot, b: Tensor | OneHot, part: slice, K: int) -> Tensor:
+    """Inner products of one factor of some of the rows with one of all rows: [n Tu, m Tv]."""
+    if isinstance(a, OneHot) and isinstance(b, OneHot):
+        first = _by_row(a.index, K)[part].flatten()
+        return first[:, None] == _by_row(b.index, K).flatten()
+    if isinstance(a, OneHot):
+        index = _by_row(a.index, K)[part].flatten()
+        return widened(_by_row(b, K).flatten(0, 1).index_select(1, index).T)  # type: ignore[arg-type]
+    if isinstance(b, OneHot):
+        index = _by_row(b.index, K).flatten()
+        return widened(_by_row(a, K)[part].flatten(0, 1).index_select(1, index))
+    return product(_by_row(a, K)[part].flatten(0, 1), _by_row(b, K).flatten(0, 1).T)
+
+
+def _by_row(factor: Tensor, K: int) -> Tensor:
+    """[K B, T, ...] from gradients [K, B, T, o], or from what all tasks share, [B, T, ...]."""
+    if factor.ndim == 4:
+        return factor.flatten(0, 1)
+    return factor if K == 1 else factor.expand(K, *factor.shape).flatten(0, 1)

@@ -1,0 +1,173 @@
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+from torch import Tensor
+
+from jdcore.graph._cost import conv_ghost_beats_direct
+from jdcore.graph._memory import CAPACITY, Memory
+from jdcore.graph.shares._accumulator import Accumulator
+from jdcore.graph.shares._geometry import Geometry, patch_gram, patches
+from jdcore.graph.shares._ghost import add_contracted
+from jdcore.graph.shares._product import product, weighted_sum, widened
+from jdcore.graph.shares._share import Share
+
+# Rows kept for the weighted gradient may take this many times the memory of the gradients they
+# replace.
+_KEEP = 2.5
+
+
+class Patches(Share):
+    """
+    The weight of a convolution.
+
+    :param weight: The weight ``[o, C / groups, *kernel]``, or ``[C, o / groups, *kernel]`` if
+        transposed.
+    :param geometry: How it is applied.
+    :param images: What the operation saved, shape [N, C, ...], N = B * r.
+    :param grads: The gradients at its result, shape [K, N, o, ...].
+    :param samples: B.
+    """
+
+    def __init__(
+        self, weight: Tensor, geometry: Geometry, images: Tensor, grads: Tensor, samples: int
+    ) -> None:
+        self._weight, self._geometry, self.shape = weight, geometry, weight.shape
+        self._images, self._grads, self._samples = images, grads, samples
+        self._kept: Tensor | None = None
+
+    def __repr__(self) -> str:
+        K, B, r = self._sizes
+        return f"Patches({K} x {B} rows of {list(self.shape)}, {r} images each)"
+
+    @property
+    def _sizes(self) -> tuple[int, int, int]:
+        B = self._samples
+        return self._grads.shape[0], B, self._grads.shape[1] // B
+
+    # -- the Gramian -------------------------------------------------------------------------------
+
+    def add_gramian(self, gramian: Accumulator) -> None:
+        memory = gramian.memory
+        if self._ghost_is_cheaper():
+            self._add_ghost(gramian)
+        elif gramian.keep and self._worth_keeping():
+            self._kept = self._all_rows(memory)
+            gramian.add_rows(self._kept.flatten(2).flatten(0, 1))
+            self._images = self._images[:0]
+        else:
+            for rows in self._pieces(memory):
+                gramian.add_rows(rows.flatten(2).flatten(0, 1))
+
+    def _ghost_is_cheaper(self) -> bool:
+        if not self._geometry.plain:
+            return False
+        K, B, r = self._sizes
+        o, C, *kernel = self.shape
+        pixels, T = self._images[0, 0].numel(), self._grads[0, 0, 0].numel()
+        return conv_ghost_beats_direct(K, B, r, C, o, kernel, pixels, T)
+
+    def _worth_keeping(self) -> bool:
+        size = self._grads.shape[0] * self._samples * self.shape.numel()
+        return size <= _KEEP * self._grads.numel()
+
+    def _row_shape(self, channels: int) -> tuple[int, ...]:
+        o, _, *kernel = self.shape
+        return self._grads.shape[0], self._samples, o, *kernel, channels
+
+    def _add_ghost(self, gramian: Accumulator) -> None:
+        K, B, r = self._sizes
+        gram = patch_gram(self._images, self._geometry, self.shape[2:], self._grads.shape[3:], r)
+        positions = self._grads.flatten(3).transpose(2, 3).reshape(K, B, -1, self._grads.shape[2])
+        add_contracted(gram, positions, gramian)
+
+    # Rows have the input channels last, in which order patches are copied fastest.
+
+    def _all_rows(self, memory: Memory) -> Tensor:
+        rows = widened(self._grads[:0]).new_empty(self._row_shape(self.shape[1]))
+        if self._geometry.plain:
+            self._multiply(self._all_patches(), rows, memory)
+        else:
+            self._differentiate(rows, memory)
+        return rows
+
+    def _pieces(self, memory: Memory) -> Iterator[Tensor]:
+        """Rows of some input channels after the other, in reused memory."""
+        channels, like = self.shape[1], widened(self._grads[:0])
+        if not self._geometry.plain:
+            rows = memory.rows(self._row_shape(channels), like)
+            self._differentiate(rows, memory)
+            yield rows
+            return
+        all_patches = self._all_patches()
+        for start, stop in memory.pieces(channels, math.prod(self._row_shape(1))):
+            rows = memory.rows(self._row_shape(stop - start), like)
+            self._multiply(all_patches[..., start:stop], rows, memory)
+            yield rows
+
+    def _all_patches(self) -> Tensor:
+        found = patches(self._images, self._geometry, self.shape[2:])
+        return found.view(self._samples, -1, *found.shape[1:])
+
+    def _multiply(self, of_samples: Tensor, rows: Tensor, memory: Memory) -> None:
+        """
+        Rows as products of gradients and patches.
+
+        :param of_samples: Patches [B, r, height, width, *kernel, c].
+        :param rows: Where to write, shape [K, B, o, *kernel, c].
+        """
+        K, B, r = self._sizes
+        o, features = rows.shape[2], math.prod(rows.shape[3:])
+        rows = rows.flatten(3)
+        grads = self._grads.reshape(K, B, r, o, -1).transpose(2, 3).reshape(K, B, o, -1)
+        # Copied patches are multiplied while they are in the cache.
+        scale = 4 if memory.reused else 1
+        for start, stop in memory.pieces(B, scale * grads.shape[3] * features):
+            chosen = of_samples[start:stop]
+            copied = memory.take(tuple(chosen.shape), chosen, slot=1).copy_(chosen)
+            factor = copied.view(stop - start, -1, features)
+            for k in range(K):
+                product(grads[k, start:stop], factor, rows[k, start:stop])
+
+    def _differentiate(self, rows: Tensor, memory: Memory) -> None:
+        """Rows by ordinary weight gradients."""
+        K, B, r = self._sizes
+        for k in range(K):
+            if memory.reused and self._grads[0, 0].numel() * B > CAPACITY // 64:
+                for b in range(B):
+                    one = slice(b * r, (b + 1) * r)
+                    gradient = self._weight_gradient(self._grads[k, one], self._images[one])
+                    rows[k, b].movedim(-1, 1).copy_(gradient)
+            else:
+                rows[k].movedim(-1, 2).copy_(self._grouped(self._grads[k]))
+
+    def _grouped(self, grads: Tensor) -> Tensor:
+        """The rows of one task by one weight gradient, of a convolution with groups for samples."""
+        _, B, r = self._sizes
+
+        def folded(tensor: Tensor) -> Tensor:
+            return tensor.reshape(B, r, *tensor.shape[1:]).transpose(0, 1).flatten(1, 2)
+
+        return self._geometry.weight_gradient(
+            folded(grads), folded(self._images), self._weight, samples=B
+        ).view(B, *self.shape)
+
+    def _weight_gradient(self, grads: Tensor, images: Tensor) -> Tensor:
+        return self._geometry.weight_gradient(grads, images, self._weight)
+
+    # -- rows and their sums -----------------------------------------------------------------------
+
+    def weighted(self, weights: Tensor) -> Tensor:
+        if self._kept is not None:
+            kept = self._kept.flatten(2).flatten(0, 1)
+            total = weights.reshape(1, -1).to(kept.dtype) @ kept
+            return total.view(self._kept.shape[2:]).movedim(-1, 1).reshape(self.shape)
+        K, B, r = self._sizes
+        by_sample = self._grads.reshape(K, B, r, *self._grads.shape[2:])
+        return self._weight_gradient(weighted_sum(weights, by_sample).flatten(0, 1), self._images)
+
+    def rows(self) -> Tensor:
+        if self._kept is None:
+            self._kept = self._all_rows(Memory.of(self._grads.device, None))
+        return self._kept.movedim(-1, 3).reshape(*self._grads.shape[:1], -1, *self.shape)

@@ -1,0 +1,197 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations
+
+from jdcore.autogram import Engine
+from tests.core.autogram.oracle import (
+    check_engine,
+    explicit_jacobian,
+    parameters_of,
+    randn,
+    relative_error,
+)
+
+B = 5
+TOKENS = torch.randint(0, 9, (B, 7), generator=torch.Generator().manual_seed(3))
+
+
+def _one(model: nn.Module) -> Tensor:
+    return model(randn(B, 6)).pow(2).sum(1)
+
+
+def _tasks(model: nn.Module) -> Tensor:
+    return model(randn(B, 6)).pow(2)[:, :2]
+
+
+def _whole(model: nn.Module) -> Tensor:
+    return model(randn(B, 6)).pow(2).mean(0)[:2]
+
+
+KINDS = {"samples": (_one, 0), "tasks": (_tasks, 0), "whole": (_whole, None)}
+
+
+@pytest.fixture(params=KINDS)
+def kind(request: pytest.FixtureRequest) -> tuple[Callable[[nn.Module], Tensor], int | None]:
+    return KINDS[request.param]
+
+
+def test_stray_forward_passes_do_not_matter() -> None:
+    model = nn.Linear(6, 3)
+    engine = Engine(model, batch_dim=0)
+    model(randn(9, 6)).sum().backward()
+    losses = _one(model)
+    model(randn(2, 6))
+    jacobian = explicit_jacobian(losses, list(model.parameters()))
+    assert relative_error(engine.compute_gramian(losses), jacobian @ jacobian.T) < 1e-12
+
+
+def test_two_forward_passes_may_be_waiting() -> None:
+    model = nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 2))
+    engine = Engine(model, batch_dim=0)
+    first, second = _one(model), model(randn(3, 6)).sum(1)
+    for losses in (second, first):
+        jacobian = explicit_jacobian(losses, list(model.parameters()))
+        assert relative_error(engine.compute_gramian(losses), jacobian @ jacobian.T) < 1e-12
+
+
+class _Attending(nn.Module):
+    """Layers given by keyword; parameters used by the parent: a class token, positions, scales."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Linear(6, 4)
+        self.token = nn.Parameter(torch.randn(1, 1, 4))
+        self.positions = nn.Parameter(torch.randn(4, 4))
+        self.scale = nn.Parameter(torch.randn(4))
+        self.temperature = nn.Parameter(torch.rand(()) + 0.5)
+        self.mixing = nn.Parameter(torch.randn(4, 4))
+        self.odd = nn.Parameter(torch.rand(4) + 0.5)
+        self.out = nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.embed(input=x)
+        h = torch.cat([self.token.expand(len(x), -1, -1), h], 1) + self.positions
+        h = (h - self.scale) * self.scale / self.temperature
+        return self.out(torch.tanh(h @ self.mixing) * torch.softmax(self.odd, 0)).sum(1)
+
+
+def test_parameters_used_by_a_module_with_children() -> None:
+    def tasks(model: nn.Module) -> Tensor:
+        return model(randn(B, 3, 6)).pow(2)
+
+    check_engine(_Attending, lambda m: tasks(m).sum(1), 0)
+    check_engine(_Attending, tasks, 0)
+    check_engine(_Attending, lambda m: tasks(m).mean(0), None)
+
+
+class _Recurrence(nn.Module):
+    """A layer without a rule, called on its own output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bilinear = nn.Bilinear(6, 6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x
+        for _ in range(3):
+            h = torch.tanh(self.bilinear(h, x))
+        return h
+
+
+def test_a_layer_without_a_rule_called_on_its_own_output(kind: Any) -> None:
+    check_engine(_Recurrence, *kind)
+
+
+class _Memory(nn.Module):
+    """A layer without a rule that hands gradients on through its state, past its inputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(6, 6))
+        self.state: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.einsum("bi,ij->bj", x, self.weight)
+        if self.state is not None:
+            y = y * torch.tanh(self.state)
+        self.state = y
+        return y
+
+
+class _WithMemory(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.memory = _Memory()
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.memory.state = None
+        self.memory(x)
+        return self.memory(torch.sin(x))
+
+
+def test_a_layer_whose_state_hands_on_gradients(kind: Any) -> None:
+    check_engine(_WithMemory, *kind)
+
+
+def test_spectral_norm_whose_forward_changes_its_state() -> None:
+    check_engine(
+        lambda: nn.Sequential(parametrizations.spectral_norm(nn.Linear(6, 5)).eval()), _one, 0
+    )
+
+
+@pytest.mark.parametrize("batch_dim", [0, 1, 2, -1])
+def test_samples_along_any_dimension(batch_dim: int) -> None:
+    def losses(model: nn.Module) -> Tensor:
+        squares = model(randn(B, 6)).pow(2)
+        return torch.stack([squares, squares.sin()], 2).movedim(0, batch_dim)
+
+    check_engine(lambda: nn.Linear(6, 3), losses, batch_dim)
+
+
+def test_losses_of_any_shape_without_samples() -> None:
+    check_engine(lambda: nn.Linear(6, 4), lambda m: m(randn(B, 6)).mean(0).view(2, 2), None)
+    check_engine(lambda: nn.Linear(6, 4), lambda m: m(randn(B, 6)).pow(2).mean(), None)
+
+
+def test_samples_folded_with_positions() -> None:
+    def losses(model: nn.Module) -> Tensor:
+        return model(randn(B, 3, 6).flatten(0, 1)).view(B, -1).pow(2).sum(1)
+
+    check_engine(lambda: nn.Linear(6, 4), losses, 0)
+
+
+def test_a_leaf_that_is_no_parameter_gets_its_gradient() -> None:
+    model, x = nn.Linear(6, 3), randn(B, 6).requires_grad_()
+    engine = Engine(model, batch_dim=0)
+    engine.backward(model(x).pow(2).sum(1), torch.diag)
+    fused = x.grad.clone()
+    x.grad = None
+    losses = model(x).pow(2).sum(1)
+    losses.backward(engine.compute_gramian(losses).diagonal())
+    assert relative_error(fused, x.grad) < 1e-12
+
+
+def test_an_empty_batch() -> None:
+    model = nn.Linear(6, 3)
+    engine = Engine(model, batch_dim=0)
+    losses = model(torch.zeros(0, 6)).sum(1)
+    assert engine.compute_gramian(losses).shape == (0, 0)
+    assert engine.backward(losses, torch.diag).shape == (0,)
+
+
+def test_two_engines_on_one_module() -> None:
+    model = nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 2))
+    by_sample, whole = Engine(model, batch_dim=0), Engine(model[0], batch_dim=None)
+    losses = _one(model)
+    for engine, parameters in (
+        (by_sample, parameters_of([model])),
+        (whole, parameters_of([model[0]])),
+    ):
+        jacobian = explicit_jacobian(losses, parameters)
+        assert relative_error(engine.compute_gramian(losses), jacobian @ jacobian.T) < 1e-12
