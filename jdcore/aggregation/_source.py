@@ -260,6 +260,13 @@ def _ask(weighting: Any, source: GramianSource, shape: Sequence[int] | None) -> 
     expected = (source.rows,) if shape is None else tuple(shape)
     cls: Any = type(weighting)
     if _takes_source(cls):
+        if len(expected) != 1 and not _takes_shape(cls):
+            raise ParameterError(
+                "weighting",
+                f"a GeneralizedWeighting, for losses of shape {list(expected)}",
+                f"{weighting!r}, for a vector of losses",
+                "Make one of it: Flattening(weighting).",
+            )
         weights = weighting.weigh(*((source,) if len(expected) == 1 else (source, expected)))
     else:
         gramian = source.gramian()
@@ -282,3 +289,10 @@ def _takes_source(cls: Any) -> bool:
         if "__call__" in vars(base):
             return False
     return False
+
+
+@cache
+def _takes_shape(cls: Any) -> bool:
+    parameters = inspect.signature(cls.weigh).parameters.values()
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return sum(parameter.kind in positional for parameter in parameters) >= 3

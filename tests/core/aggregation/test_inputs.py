@@ -17,6 +17,7 @@ from jdcore import (
     ParameterError,
     ParameterTypeError,
     get_aggregator,
+    get_weighting,
 )
 from jdcore.aggregation import (
     CrossGramianWeighting,
@@ -225,3 +226,14 @@ def test_what_is_known_is_given_to_calls_that_take_it() -> None:
     assert as_module(get_aggregator("trimmed_mean", trim_number=0))(J, losses=LOSSES).shape == (3,)
     assert taken_by(Plain(), **known) == {}
     assert taken_by(lambda matrix: matrix, **known) == {}
+
+
+@pytest.mark.parametrize("weighting", [Diagonal(), Inverse(), get_weighting("mean")])
+def test_a_weighting_of_vectors_is_refused_for_other_losses_with_the_way_out(
+    weighting: Any,
+) -> None:
+    source = GramianSource.of(J @ J.T, LOSSES)
+
+    with pytest.raises(ParameterError, match=r"losses of shape \[2, 1\].*Flattening\(weighting\)"):
+        weigh(weighting, source, (2, 1))
+    assert weigh(Flattening(weighting), source, (2, 1)).shape == (2, 1)
