@@ -67,5 +67,5 @@ def refuse_replicated(tensors: Iterable[Tensor], parameter: str) -> None:
             "parameters outside of DistributedDataParallel",
             "some of a DistributedDataParallel module",
             "Its gradient reduction takes no part, so each process would make a step of its own "
-            "and the replicas would drift apart. Use backward and jac_to_grad.",
+            "and the replicas would drift apart. Use backward and jac_to_grad, or Engine.backward.",
         )

@@ -12,6 +12,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
     apply_activation_checkpointing,
 )
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard, distribute_module
 
 import jdcore
 from jdcore import ParameterError, PeerError
@@ -316,3 +317,100 @@ def _two_dimensions() -> None:
 
 def test_meshes_of_two_dimensions(four: Run) -> None:
     four(_two_dimensions)
+
+
+class _Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.last = nn.Linear(5, 5), nn.Linear(5, 5), nn.Linear(5, TASKS)
+        self.two.weight = self.one.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.two(self.one(x).tanh()).tanh())
+
+
+class _Mlp(nn.Sequential):
+    def __init__(self) -> None:
+        super().__init__(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, TASKS))
+
+
+class _Partly(_Mlp):
+    """A frozen parameter, and one that nothing uses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self[0].weight.requires_grad_(False)
+        self.register_parameter("unused", nn.Parameter(torch.ones(3)))
+
+
+class _Sequence(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(8), nn.Linear(8, 16), nn.Linear(16, 8)
+        self.head = nn.Linear(8, TASKS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        words = x.repeat(1, 2)[:, :8].unsqueeze(1).expand(-1, 4, -1)
+        return self.head(self.down(self.up(self.norm(words)).tanh()).mean(1))
+
+
+def _by_second_dimension(module: nn.Module) -> nn.Module:
+    def place(parameter: Tensor) -> Any:
+        return Shard(1) if parameter.ndim == 2 and parameter.shape[1] % 2 == 0 else Shard(0)
+
+    for child in module.children():
+        fsdp.fully_shard(child, shard_placement_fn=place)
+    return fsdp.fully_shard(module, shard_placement_fn=place)
+
+
+def _grouped(module: nn.Module) -> nn.Module:
+    fsdp.fully_shard([module[0], module[2]])
+    return fsdp.fully_shard(module)
+
+
+def _on_sequences(module: nn.Module) -> nn.Module:
+    return parallel.parallelize_module(
+        module,
+        init_device_mesh("cpu", (2,)),
+        {
+            "norm": parallel.SequenceParallel(),
+            "up": parallel.ColwiseParallel(input_layouts=Shard(1)),
+            "down": parallel.RowwiseParallel(),
+        },
+    )
+
+
+def _compared_steps(make: Any, wrap: Any, own: Any, whole: Any) -> None:
+    torch.manual_seed(0)
+    ours = make().double()
+    torch.manual_seed(0)
+    alone = make().double()
+    wrapped = wrap(ours)
+    for step in range(2):
+        for module, data in ((wrapped, own(step)), (alone, whole(step))):
+            backward((module(data) - 1).square().mean(0))
+            jac_to_grad(module.parameters(), jdcore.get_aggregator("upgrad"))
+    _compared(ours, alone)
+
+
+def _other_modules() -> None:
+    cases = [
+        (_Tied, fsdp.fully_shard),
+        (_Partly, fsdp.fully_shard),
+        (_Mlp, _grouped),
+        (_Mlp, _by_second_dimension),
+    ]
+    for make, wrap in cases:
+        _compared_steps(make, wrap, own_batch, whole_batch)
+    _compared_steps(_Sequence, _on_sequences, _same_batch, _same_batch)
+    # Parameters that are the same on all processes, losses of a batch that is divided.
+    mesh = init_device_mesh("cpu", (2,))
+
+    def divided(step: int) -> Tensor:
+        return DTensor.from_local(own_batch(step), mesh, [Shard(0)], run_check=False)
+
+    _compared_steps(_Mlp, lambda m: distribute_module(m, mesh), divided, whole_batch)
+
+
+def test_other_modules_and_placements(two: Run) -> None:
+    two(_other_modules)
