@@ -109,7 +109,8 @@ def check_replicas(tensors: Iterable[Tensor], graphs: Iterable[Reach], parameter
                 "used outside of DistributedDataParallel.join",
                 "parameters of a module inside of it",
                 "Processes that have run out of data cannot take part in aggregating a Jacobian: "
-                "let them go on with global_means and counts of zero.",
+                "let them go on with global_means and counts of zero. torch stays in this mode "
+                "until `with model.join(enable=False): pass`.",
             )
         if replica.mixed_precision is not None:
             raise ParameterError(

@@ -3,6 +3,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -11,8 +12,13 @@ from torch import Tensor
 
 def is_dtensor(tensor: Tensor) -> bool:
     """Whether a tensor is a DTensor (FSDP2 outside of the forward pass, tensor parallelism)."""
+    return _is_dtensor_class(type(tensor))
+
+
+@cache
+def _is_dtensor_class(cls: type) -> bool:
     # By name, through all bases: importing the class would load torch.distributed.tensor.
-    return any(base.__name__ == "DTensor" for base in type(tensor).__mro__)
+    return any(base.__name__ == "DTensor" for base in cls.__mro__)
 
 
 def is_flat(tensor: Tensor) -> bool:

@@ -344,9 +344,11 @@ def _not_served() -> None:
     assert_identical(gradients(apart))
 
     joined = DistributedDataParallel(Tasks())
-    losses = losses_of(joined(own_batch())[1])
-    joined._join_config = joined._join_config._replace(enable=True)
-    refused(ParameterError, "join", backward, losses)
+    with pytest.raises(ParameterError, match="join"), joined.join():
+        backward(losses_of(joined(own_batch())[1]))
+    assert not any(hasattr(p, "jac") for p in joined.parameters())
+    with joined.join(enable=False):
+        backward(losses_of(joined(own_batch())[1]))
 
     model = Tasks()
     engine = Engine(model, batch_dim=0)
@@ -364,3 +366,25 @@ def _not_served() -> None:
 
 def test_what_is_not_served_is_refused(two: Run) -> None:
     two(_not_served)
+
+
+def _unshared_seeds() -> None:
+    """Every process draws other numbers; those of the first count."""
+    for name in jdcore.list_aggregators():
+        spec = jdcore.describe(name)
+        if not spec.stochastic:
+            continue
+        tasks = max(TASKS, spec.min_rows)
+        model = DistributedDataParallel(Tasks(tasks=tasks))
+        arguments = dict(spec.example(tasks))
+        arguments["generator"] = torch.Generator().manual_seed(dist.get_rank())
+        method = jdcore.get_aggregator(name, **arguments)
+        for step in range(2):
+            losses = losses_of(model(own_batch(step))[1])
+            backward(losses)
+            jac_to_grad(model.parameters(), method, **_known(name, model, losses, own_batch(9)))
+            assert_identical(gradients(model))
+
+
+def test_random_numbers_need_no_shared_seed(two: Run) -> None:
+    two(_unshared_seeds)
