@@ -17,6 +17,10 @@ def install(folder: Path, **prologues: str) -> None:
         unpack(folder, name, {f"{name}.py": prologue + PLUGIN.format(method=name)})
 
 
+STARTS = "import builtins, time\nbuiltins.started.set()\n"
+"""Says that the plugin is being imported; what follows keeps it busy, not waiting for a thread."""
+
+
 def plugins(*names: str) -> dict[str, str]:
     return {"JDCORE_PLUGINS": ",".join(names)}
 
@@ -124,13 +128,14 @@ result = jdcore.list_aggregators()
 
 
 def test_threads_wait_for_a_plugin_that_another_thread_imports(tmp_path: Path) -> None:
-    install(tmp_path, slow="import time\ntime.sleep(1.5)\n", other="")
+    install(tmp_path, slow=f"{STARTS}time.sleep(1.5)\n", other="")
 
     code = """
-import importlib, threading, time
+import builtins, importlib, threading
+builtins.started = threading.Event()
 thread = threading.Thread(target=importlib.import_module, args=("slow",))
 thread.start()
-time.sleep(0.3)
+builtins.started.wait()
 names = []
 threads = [threading.Thread(target=lambda: names.append(jdcore.list_aggregators())) for _ in "abc"]
 for each in [*threads]: each.start()
@@ -155,15 +160,16 @@ def child(action):
 
 
 def test_a_process_forked_during_discovery_has_every_plugin(tmp_path: Path) -> None:
-    install(tmp_path, slow="import time\ntime.sleep(1)\n", other="")
+    install(tmp_path, slow=f"{STARTS}time.sleep(1)\n", other="")
 
     code = f"""
-import threading, time, warnings
+import builtins, threading, warnings
 warnings.simplefilter("ignore", DeprecationWarning)  # a fork of a process with threads
 {FORK}
+builtins.started = threading.Event()
 thread = threading.Thread(target=jdcore.list_aggregators)
 thread.start()
-time.sleep(0.3)
+builtins.started.wait()
 result = child(jdcore.list_aggregators)
 thread.join()
 """
@@ -171,16 +177,19 @@ thread.join()
 
 
 def test_a_process_forked_while_a_user_imports_a_plugin_does_without_it(tmp_path: Path) -> None:
-    install(tmp_path, slow="import time\ntime.sleep(1)\n", other="")
+    until_forked = "while not builtins.forked: time.sleep(0.01)\n"
+    install(tmp_path, slow=STARTS + until_forked, other="")
 
     code = f"""
-import importlib, threading, time, warnings
+import builtins, importlib, threading, warnings
 warnings.simplefilter("ignore", DeprecationWarning)
 {FORK}
+builtins.started, builtins.forked = threading.Event(), False
 thread = threading.Thread(target=importlib.import_module, args=("slow",))
 thread.start()
-time.sleep(0.3)
+builtins.started.wait()
 in_child = child(jdcore.list_aggregators)
+builtins.forked = True
 thread.join()
 result = in_child, jdcore.list_aggregators()
 """
