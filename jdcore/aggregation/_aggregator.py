@@ -10,7 +10,7 @@ from torch import Tensor
 
 from jdcore.aggregation._columns import Columns
 from jdcore.aggregation._differentiation import forbid_differentiation
-from jdcore.aggregation._finite import finite_required, is_finite
+from jdcore.aggregation._finite import all_finite, finite_required
 from jdcore.aggregation._source import GramianSource, as_weighting, weigh
 from jdcore.errors import NonFiniteError, ParameterError
 from jdcore.linalg import rounding_shows
@@ -106,7 +106,7 @@ def _aggregate(
         weights = weights * columns.scale ** getattr(weighting, "scale_degree", 0)
         return columns.combine(weights, wide=wide), weights, source
     vectors = columns.combine(weights)
-    if not all(map(is_finite, vectors)):
+    if not all_finite(vectors):
         vectors, weights = _examine(weighting, columns, source, vectors, weights)
     return vectors, weights, source
 

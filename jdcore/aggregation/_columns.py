@@ -7,8 +7,8 @@ import torch
 from attrs import define, field
 from torch import Tensor
 
-from jdcore.aggregation._finite import is_finite, nonfinite_rows
-from jdcore.linalg import combine
+from jdcore.aggregation._finite import all_finite, nonfinite_rows
+from jdcore.linalg._combine import combine_blocks
 from jdcore.linalg._gramian import sum_cross_gramians, sum_gramians
 
 
@@ -108,7 +108,7 @@ class Columns:
 
         :param wide: Whether to multiply in float64, whatever the dtypes of the blocks.
         """
-        return [combine(weights, block, wide=wide) for block in self.blocks]
+        return combine_blocks(weights, self.blocks, wide=wide)
 
     def apply(self, function: Callable[[Tensor], Tensor]) -> list[Tensor]:
         """
@@ -132,7 +132,7 @@ class Columns:
 
     def finite(self) -> bool:
         """Whether every entry is finite."""
-        return all(map(is_finite, self.blocks))
+        return all_finite(self.blocks)
 
     def nonfinite_rows(self) -> list[int]:
         """Indices of the rows with a non-finite entry."""

@@ -38,6 +38,14 @@ def is_finite(block: Tensor) -> bool:
     return math.isfinite(total.item()) or bool(torch.isfinite(block).all())
 
 
+def all_finite(blocks: Sequence[Tensor]) -> bool:
+    """Whether every entry of all blocks is finite; an accelerator is asked once for all of them."""
+    if not blocks or blocks[0].is_cpu:
+        return all(map(is_finite, blocks))
+    largest = torch._foreach_norm([block.flatten() for block in blocks if block.numel()], math.inf)
+    return not largest or bool(torch.stack([x.double() for x in largest]).isfinite().all())
+
+
 def nonfinite_rows(blocks: Sequence[Tensor]) -> list[int]:
     """Indices of the rows with a non-finite entry in any block."""
     bad = torch.stack([~torch.isfinite(block).all(dim=1).cpu() for block in blocks]).any(dim=0)

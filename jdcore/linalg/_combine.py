@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -47,6 +49,21 @@ def combine(
     if block.numel() >= _LARGE and not block.requires_grad:
         return torch.mv(block.T, factors, out=new_tensor(block, block.shape[1]))
     return factors.matmul(block)  # less overhead than the operator: 1 us of 6
+
+
+def combine_blocks(
+    weights: Tensor, blocks: Sequence[Tensor], *, wide: bool = False
+) -> list[Tensor]:
+    """
+    :func:`combine` for each of some blocks on one device, to which the weights are moved once.
+
+    :param weights: Vector [m].
+    """
+    if weights.is_cpu and not blocks[0].is_cpu:
+        # Looked at where that costs nothing.
+        wide = wide or (weights.dtype == torch.float64 and _extreme(weights.tolist()))
+        weights = weights.to(blocks[0].device, torch.float64 if wide else torch.float32)
+    return [combine(weights, block, wide=wide) for block in blocks]
 
 
 def _extreme(weights: list[float]) -> bool:

@@ -14,6 +14,8 @@ from jdcore.validators import check_blocks
 _ENTRIES = 1 << 17
 _ENTRIES_ELSEWHERE = 1 << 24
 _NARROWEST = 1024  # columns, below which the product itself gets slow
+# Columns of one product of a batch on accelerators.
+_BATCHED = 4096
 
 
 def gramian(jacobian: Tensor | Sequence[Tensor], /) -> Tensor:
@@ -41,6 +43,10 @@ def sum_gramians(blocks: Sequence[Tensor]) -> Tensor:
     entries = _ENTRIES if blocks[0].is_cpu else _ENTRIES_ELSEWHERE
     columns = max(_NARROWEST, entries // max(1, m))
     total = blocks[0].new_zeros((m, m), dtype=torch.float64)
+    if not blocks[0].is_cpu:
+        needed = min(columns, sum(block.shape[1] for block in blocks))
+        columns = max(1, -(-needed // _BATCHED)) * _BATCHED
+        return symmetric(_sum_in_batches(total, list(_pieces(blocks, columns)), columns))
     # One reused buffer: fresh large temporaries cost more in page faults than in arithmetic. Narrow
     # blocks share it, which saves calls.
     buffer = total.new_empty((m, min(columns, sum(block.shape[1] for block in blocks))))
@@ -54,6 +60,36 @@ def sum_gramians(blocks: Sequence[Tensor]) -> Tensor:
         filled = end
     _add_product(total, buffer[:, :filled])
     return symmetric(total)
+
+
+def _sum_in_batches(total: Tensor, pieces: Sequence[Tensor], columns: int) -> Tensor:
+    """
+    Add products of pieces to a total, with a number of calls that depends on their size alone.
+
+    A product of a few long rows keeps most of an accelerator waiting: it is made of many short ones
+    at once. Of many narrow pieces, all that fit are converted by one call.
+
+    :param columns: Width of the buffer, a multiple of that of the short products.
+    """
+    m = len(total)
+    buffer = total.new_empty((m, columns))
+    start = 0
+    while start < len(pieces):
+        places: list[Tensor] = []
+        filled = 0
+        while start + len(places) < len(pieces):
+            width = pieces[start + len(places)].shape[1]
+            if filled + width > columns:
+                break
+            places.append(buffer[:, filled : filled + width])
+            filled += width
+        torch._foreach_copy_(places, list(pieces[start : start + len(places)]))
+        start += len(places)
+        end = -(-filled // _BATCHED) * _BATCHED
+        buffer[:, filled:end].zero_()
+        short = buffer[:, :end].view(m, end // _BATCHED, _BATCHED).transpose(0, 1)
+        total += torch.bmm(short, short.mT).sum(0)
+    return total
 
 
 def cross_gramian(

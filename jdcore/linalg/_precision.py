@@ -70,6 +70,7 @@ def rounding_shows(weights: Tensor, gramian: Tensor, /) -> bool:
         squared = sum(w * sum(map(mul, row, factors)) for w, row in zip(factors, rows))  # noqa: B905
     else:
         wide = weights.to(gramian)
-        squared = float(wide @ (gramian @ wide))
-        total = float(wide.abs() @ gramian.diagonal().sqrt())
+        # Both at once: each number asked of an accelerator makes the host wait for it.
+        squares = torch.stack([wide @ (gramian @ wide), wide.abs() @ gramian.diagonal().sqrt()])
+        squared, total = squares.tolist()
     return bool(total * _ROUNDING > _VISIBLE * math.sqrt(max(squared, 0.0)))

@@ -1,13 +1,18 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from jdcore import ParameterError, ParameterTypeError
-from jdcore.linalg import gramian
+from jdcore.linalg import _gramian, gramian
+from jdcore.linalg._gramian import sum_gramians
 
 
 def longhand(matrix: Tensor) -> Tensor:
@@ -98,3 +103,48 @@ def test_pieces_of_all_widths_count_once(m: int) -> None:
     expected = torch.cat(blocks, dim=1).double()
 
     assert torch.equal(gramian(blocks), expected @ expected.T)  # sums of integers are exact
+
+
+# -- on accelerators -------------------------------------------------------------------------------
+
+
+def _operations(step: Callable[[], object]) -> int:
+    """Dispatched operations that are no views."""
+    views = {"slice", "view", "transpose", "t", "unsafe_view", "detach", "unflatten", "as_strided"}
+    counted = 0
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            nonlocal counted
+            counted += func._overloadpacket.__name__ not in views
+            return func(*args, **(kwargs or {}))
+
+    with Count():
+        step()
+    return counted
+
+
+def test_on_accelerators_the_calls_do_not_grow_with_the_number_of_blocks() -> None:
+    def calls(blocks: int) -> int:
+        # Tensors on the meta device are no CPU tensors either, and reading a value of theirs fails.
+        jacobian = [torch.empty(4, 10 + k, device="meta") for k in range(blocks)]
+        return _operations(lambda: sum_gramians(jacobian))
+
+    assert calls(5) == calls(100) <= 12
+    sum_gramians([torch.empty(4, 0, device="meta")])
+
+
+@pytest.mark.parametrize(
+    "widths",
+    [[3], [5000], [4096, 4096], [7, 4089, 1, 4096, 20_000], [1] * 50, [0, 3], [0], [4097, 8191]],
+)
+@pytest.mark.parametrize("columns", [4096, 8192, 1 << 16])
+def test_products_in_batches_are_those_of_the_whole_matrix(widths: list[int], columns: int) -> None:
+    torch.manual_seed(0)
+    blocks = [torch.randn(3, width) for width in widths]
+    pieces = list(_gramian._pieces(blocks, columns))
+    total = _gramian._sum_in_batches(torch.zeros(3, 3, dtype=torch.float64), pieces, columns)
+    matrix = torch.cat(blocks, dim=1).double()
+    torch.testing.assert_close(total, matrix @ matrix.T, rtol=1e-12, atol=1e-12)
