@@ -13,8 +13,9 @@ from jdcore.autogram._losses import checked_batch_dim, checked_budget, objective
 from jdcore.autogram._report import Verification, explained, verified
 from jdcore.autogram._step import Step
 from jdcore.errors import ParameterError, ParameterTypeError
-from jdcore.graph import Plans
+from jdcore.graph import Objectives, Plans
 from jdcore.linalg import unflatten_gramian
+from jdcore.validators import describe_tensor
 
 
 class Engine:
@@ -87,6 +88,42 @@ class Engine:
         """
         return shaped(self._step(output).gramian(), output)
 
+    def cross_gramian(self, output: Tensor, other: Tensor, /) -> Tensor:
+        """
+        Compute the inner products of the gradients of the losses of two batches.
+
+        Of two independent batches, ``J₁ J₂ᵀ`` is an unbiased estimate of the Gramian of the
+        expected losses, for methods that ask for it:
+        ``weights = weighting(engine.cross_gramian(losses, other_losses))``, then
+        ``losses.backward(weights)``, or better the losses of a third batch.
+
+        Leaves all ``.grad`` fields and the graphs as they are. It takes the time of
+        :meth:`compute_gramian` for both batches at once.
+
+        :param output: The losses of one batch, a vector [m].
+        :param other: The losses of another one, a vector [l], usually of as many.
+        :returns: Cross-Gramian [m, l]. float64 for float64 losses, else float32.
+        :raises ParameterTypeError: If one of them is no floating Tensor.
+        :raises ParameterError: If this engine has a ``batch_dim``, they are no vectors, or what was
+            asked for cannot be right: see the class.
+        """
+        if self._batch_dim is not None:
+            raise ParameterError(
+                "batch_dim",
+                "None for losses of two batches, each of which may depend on its whole batch",
+                self._batch_dim,
+                "Make another engine: Engine(*modules, batch_dim=None).",
+            )
+        for name, losses in (("output", output), ("other", other)):
+            if not isinstance(losses, Tensor):
+                raise ParameterTypeError(name, "a floating Tensor", repr(losses))
+            if losses.ndim != 1:
+                raise ParameterError(name, "a vector of losses", describe_tensor(losses))
+        objectives = objectives_of([output, other], None, "output")
+        total = self._step_of(objectives).gramian()
+        dtype = torch.promote_types(result_dtype(output), result_dtype(other))
+        return total[: len(output), len(output) :].to(dtype, copy=True)
+
     def backward(
         self,
         output: Tensor,
@@ -156,7 +193,9 @@ class Engine:
     def _step(self, output: Any) -> Step:
         if not isinstance(output, Tensor):
             raise ParameterTypeError("output", "a floating Tensor", repr(output))
-        objectives = objectives_of(output, self._batch_dim, "output")
+        return self._step_of(objectives_of(output, self._batch_dim, "output"))
+
+    def _step_of(self, objectives: Objectives) -> Step:
         wanted = [p for p in self._names() if p.requires_grad]
         for parameter in wanted:
             if isinstance(parameter, UninitializedParameter):

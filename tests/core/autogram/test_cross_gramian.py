@@ -1,0 +1,153 @@
+"""The cross-Gramian of two batches, against rows by plain backward passes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from jdcore import ParameterError, ParameterTypeError
+from jdcore.aggregation import CrossGramianWeighting, GramianSource, LossWeighting, weigh
+from jdcore.autogram import Engine
+from jdcore.autojac import jac
+
+
+def model_of(kind: str) -> nn.Module:
+    torch.manual_seed(0)
+    if kind == "convolution":
+        return nn.Sequential(nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(12, 3))
+    return nn.Sequential(nn.Linear(16, 5), nn.Tanh(), nn.Linear(5, 3))
+
+
+def losses_of(model: nn.Module, kind: str, seed: int, size: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    shape = (size, 1, 4, 4) if kind == "convolution" else (size, 16)
+    inputs = torch.randn(shape, generator=generator, dtype=torch.float64)
+    return model(inputs).square().mean(dim=0)
+
+
+def rows(losses: Tensor, model: nn.Module) -> Tensor:
+    jacobians = jac(losses, list(model.parameters()), retain_graph=True)
+    return torch.cat([jacobian.flatten(1) for jacobian in jacobians], dim=1)
+
+
+@pytest.mark.parametrize("kind", ["dense", "convolution"])
+def test_it_is_the_product_of_the_two_jacobians(kind: str) -> None:
+    model = model_of(kind).double()
+    one, two = losses_of(model, kind, 1, 6), losses_of(model, kind, 2, 4)
+
+    cross = Engine(model, batch_dim=None).cross_gramian(one, two)
+
+    torch.testing.assert_close(cross, rows(one, model) @ rows(two, model).T)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    one.sum().backward()  # the graphs are still there
+    two.sum().backward()
+
+
+def test_the_two_batches_may_differ_in_their_number_of_losses() -> None:
+    model = model_of("dense").double()
+    one, two = losses_of(model, "dense", 1, 6), losses_of(model, "dense", 2, 4)[:2]
+
+    cross = Engine(model, batch_dim=None).cross_gramian(one, two)
+
+    assert cross.shape == (3, 2)
+    torch.testing.assert_close(cross, rows(one, model) @ rows(two, model).T)
+
+
+def test_it_is_an_unbiased_estimate_where_the_gramian_is_not() -> None:
+    model = nn.Linear(1, 1, bias=False).double()
+    nn.init.zeros_(model.weight)
+    engine = Engine(model, batch_dim=None)
+    generator = torch.Generator().manual_seed(0)
+    crosses, grams = [], []
+    for _ in range(400):
+        # The gradient of each loss is its noise: the expected one is zero.
+        noise = torch.randn(2, 1, 1, generator=generator, dtype=torch.float64)
+        one, two = (model(sample).flatten() for sample in noise)
+        crosses.append(engine.cross_gramian(one, two))
+        grams.append(engine.compute_gramian(one))
+
+    assert abs(float(torch.stack(crosses).mean())) < 0.2
+    assert float(torch.stack(grams).mean()) > 0.8
+
+
+def test_weights_of_it_and_the_losses_of_a_third_batch_make_an_update() -> None:
+    class RowSums(CrossGramianWeighting):
+        def compute(self, gramian: Any) -> Any:
+            return gramian.sum(axis=1)
+
+    model = model_of("dense").double()
+    batches = [losses_of(model, "dense", seed, 5) for seed in range(3)]
+
+    weights = RowSums()(Engine(model, batch_dim=None).cross_gramian(*batches[:2]))
+    batches[2].backward(weights)
+
+    gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+    expected = weights @ rows(losses_of(model, "dense", 2, 5), model)
+    torch.testing.assert_close(gradient, expected)
+
+
+def test_an_engine_of_samples_says_which_engine_to_make() -> None:
+    model = model_of("dense").double()
+    losses = losses_of(model, "dense", 1, 6)
+
+    with pytest.raises(ParameterError, match=r"`batch_dim` must be None.*batch_dim=None\)"):
+        Engine(model, batch_dim=0).cross_gramian(losses, losses.clone())
+
+
+@pytest.mark.parametrize(
+    ("other", "error", "message"),
+    [
+        (
+            torch.ones(3, 1, requires_grad=True),
+            ParameterError,
+            "`other` must be a vector of losses",
+        ),
+        ([1.0], ParameterTypeError, "`other` must be a floating Tensor"),
+        (torch.tensor([1, 2]), ParameterTypeError, "floating Tensor"),
+    ],
+)
+def test_unusable_losses_are_refused(other: Any, error: type[Exception], message: str) -> None:
+    model = model_of("dense").double()
+    losses = losses_of(model, "dense", 1, 6)
+
+    with pytest.raises(error, match=message):
+        Engine(model, batch_dim=None).cross_gramian(losses, other)
+
+
+def test_one_batch_twice_is_refused() -> None:
+    model = model_of("dense").double()
+    losses = losses_of(model, "dense", 1, 6)
+
+    with pytest.raises(ParameterError, match="another tensor than those before it"):
+        Engine(model, batch_dim=None).cross_gramian(losses, losses)
+
+
+def test_an_engine_with_one_batch_refuses_a_weighting_of_two_and_names_the_call() -> None:
+    class RowSums(CrossGramianWeighting):
+        def compute(self, gramian: Any) -> Any:
+            return gramian.sum(axis=1)
+
+    model = model_of("dense").double()
+    losses = losses_of(model, "dense", 1, 6)
+
+    with pytest.raises(ParameterError, match=r"`second` must be given.*engine\.cross_gramian"):
+        Engine(model, batch_dim=None).backward(losses, RowSums())
+    assert all(parameter.grad is None for parameter in model.parameters())
+    source = GramianSource.of_cross(torch.ones(2, 2))
+    assert weigh(RowSums(), source).tolist() == [2.0, 2.0]
+
+
+def test_losses_reach_a_weighting_of_the_engine() -> None:
+    class Losses(LossWeighting):
+        def compute_with(self, gramian: Any, losses: Any) -> Any:
+            return losses.copy()
+
+    model = model_of("dense").double()
+    losses = losses_of(model, "dense", 1, 6)
+
+    weights = Engine(model, batch_dim=None).backward(losses, Losses())
+
+    torch.testing.assert_close(weights, losses.detach())
