@@ -88,11 +88,6 @@ class Problem:
         """Whether inputs get gradients in a way that the graph does not show."""
         return hides(self.graph, self.inputs)
 
-    def restricted(self, positions: Sequence[int]) -> Problem:
-        """The same rows for some of the inputs."""
-        products = {p: self.products[i] for p, i in enumerate(positions) if i in self.products}
-        return evolve(self, inputs=[self.inputs[i] for i in positions], products=products)
-
     def with_products(self) -> Problem:
         """The same problem, knowing which large inputs are factors of matrix products."""
         large = {i: tensor for i, tensor in enumerate(self.inputs) if is_worth_a_hook(tensor)}
@@ -279,17 +274,7 @@ class Problem:
                 yield gradients_of
 
     def _new_results(self) -> list[Tensor]:
-        pairs = zip(self.inputs, self.row_shapes, strict=True)
-        return [new_tensor(tensor, self.m, *shape) for tensor, shape in pairs]
-
-    @property
-    def row_shapes(self) -> list[tuple[int, ...]]:
-        """Shapes of the rows of the inputs."""
-        products = self.products
-        return [
-            products[i].row_shape(tensor) if i in products else tuple(tensor.shape)
-            for i, tensor in enumerate(self.inputs)
-        ]
+        return [new_tensor(tensor, self.m, *tensor.shape) for tensor in self.inputs]
 
     @property
     def ends(self) -> list[Tensor] | list[GradientEdge]:

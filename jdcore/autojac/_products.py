@@ -2,7 +2,7 @@
 Weights that act as one factor of one matrix product: those of linear layers.
 
 With ``y = x Wᵀ`` and the gradient d of an objective at y, the row of W is ``dᵀ x``. Knowing d and
-x, the row is written straight to its place, and the share of W in the Gramian needs no row at all.
+x, the row is written straight to its place.
 """
 
 from __future__ import annotations
@@ -17,9 +17,6 @@ from torch.autograd.graph import GradientEdge, Node
 
 from jdcore.graph import MATRIX_PRODUCTS, Reach, Unreadable, edge_of, saved, saved_as_it_is
 
-# Float64 entries of the temporaries of a Gramian: 2 MB stay in cache.
-_ENTRIES = 1 << 18
-
 
 @frozen(eq=False)
 class Product:
@@ -29,55 +26,19 @@ class Product:
     :param edge: Where the gradient d of the product [N, o] arrives.
     :param factor: The other factor, x [N, i].
     :param transposed: Whether the product is ``x Wᵀ`` (linear layers) rather than ``x W``.
-    :param multiply: Whether its rows are those of W rather than the gradients d themselves.
     """
 
     edge: GradientEdge
     factor: Tensor
     transposed: bool
-    multiply: bool = True
-
-    def row_shape(self, weight: Tensor) -> tuple[int, ...]:
-        """Shape of a row."""
-        n, o = len(self.factor), weight.shape[0 if self.transposed else 1]
-        return tuple(weight.shape) if self.multiply else (n, o)
 
     def write_row(self, row: Tensor, gradient: Tensor) -> None:
         """Write the row that belongs to the gradient d of one objective."""
-        if self.multiply:
-            left, right = (gradient, self.factor) if self.transposed else (self.factor, gradient)
-            torch.mm(left.T, right, out=row)
-        else:
-            row.copy_(gradient)
-
-    def has_cheap_gramian(self, weight: Tensor, m: int) -> bool:
-        """Whether :meth:`gramian` takes less time and memory than rows of the weight."""
-        n, i = self.factor.shape
-        o = weight.shape[0 if self.transposed else 1]
-        rows = m * i * o * (n // 2 + m)
-        return n <= i and n * n * i + m * n * n * o + m * m * n * o < rows
-
-    def gramian(self, gradients: Tensor) -> Tensor:
-        """
-        Gramian of the rows of W, ``G_kl = <d_k, x xᵀ d_l>``.
-
-        :param gradients: The gradients d of m objectives, [m, N, o].
-        :returns: float64 Tensor [m, m].
-        """
-        m, n, o = gradients.shape
-        wide = self.factor.double()
-        inner = wide @ wide.T
-        total = inner.new_zeros((m, m))
-        width = max(1, _ENTRIES // max(1, m * n))
-        for start in range(0, o, width):
-            piece = gradients[:, :, start : start + width].double()
-            total.addmm_((inner @ piece).flatten(1), piece.flatten(1).T)
-        return (total + total.T) / 2
+        left, right = (gradient, self.factor) if self.transposed else (self.factor, gradient)
+        torch.mm(left.T, right, out=row)
 
 
-def find_products(
-    graph: Reach, inputs: Mapping[int, Tensor], *, certain: bool = True
-) -> dict[int, Product]:
+def find_products(graph: Reach, inputs: Mapping[int, Tensor]) -> dict[int, Product]:
     """
     Those inputs that enter the graph once, as a factor of a matrix product.
 
@@ -86,7 +47,6 @@ def find_products(
 
     :param graph: What lies behind the outputs.
     :param inputs: Tensors by their positions, which are those of the products as well.
-    :param certain: Whether to leave weights alone of which torch does not show the transpose.
     """
     candidates = [(node, name) for node, name in graph.nodes.items() if name in MATRIX_PRODUCTS]
     if not candidates:
@@ -103,7 +63,7 @@ def find_products(
         behind = _behind_transposition(edge) if graph.edges.get(edge) == 1 else None
         end = edge if behind is None else behind
         if end in positions and graph.edges[end] == 1:
-            product = _product(node, name, transposed=behind is not None, certain=certain)
+            product = _product(node, name, transposed=behind is not None)
             if product is not None:
                 found[positions[end]] = product
     return found
@@ -117,24 +77,22 @@ def _behind_transposition(edge: tuple[Node | None, int]) -> tuple[Node | None, i
     return behind
 
 
-def _may_have_hooks(transpose: Any, *, otherwise: bool) -> bool:
+def _may_have_hooks(transpose: Any) -> bool:
     """
     Whether a transposed weight has hooks, which a row that does not pass through it would miss.
 
-    torch saves it, the tensor itself, where the other factor requires grad.
-
-    :param otherwise: The answer where it does not.
+    torch saves it, the tensor itself, where the other factor requires grad. Else nobody knows.
     """
     if not isinstance(transpose, Tensor):
-        return otherwise
+        return True
     return bool(transpose._backward_hooks) or transpose.retains_grad
 
 
-def _product(node: Node, name: str, *, transposed: bool, certain: bool) -> Product | None:
+def _product(node: Node, name: str, *, transposed: bool) -> Product | None:
     try:
         if node.name() == "AddmmBackward0" and saved(node, "alpha") != 1:
             return None
-        if transposed and _may_have_hooks(saved_as_it_is(node, "mat2"), otherwise=certain):
+        if transposed and _may_have_hooks(saved_as_it_is(node, "mat2")):
             return None
         factor = saved_as_it_is(node, name)
     except Unreadable:

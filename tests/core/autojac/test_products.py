@@ -38,28 +38,28 @@ def _losses(y: Tensor) -> Tensor:
 
 def _single(bias: bool, *shape: int) -> Step:
     layer = _layer(bias=bias)
-    return _losses(layer(_tensor(*shape, I))), list(layer.parameters())
+    return _losses(layer(_tensor(*shape, I, grad=True))), list(layer.parameters())
 
 
 def _stack() -> Step:
     net = nn.Sequential(_layer(), nn.Tanh(), _layer(O, I, bias=False), nn.Tanh(), _layer())
-    return _losses(net(_tensor(N, I))), list(net.parameters())
+    return _losses(net(_tensor(N, I, grad=True))), list(net.parameters())
 
 
 def _untransposed() -> Step:
     w = _tensor(I, O, grad=True)
-    return _losses(_tensor(N, I) @ w), [w]
+    return _losses(_tensor(N, I, grad=True) @ w), [w]
 
 
 def _frozen_bias() -> Step:
     layer = _layer()
     layer.bias.requires_grad_(False)
-    return _losses(layer(_tensor(N, I))), [layer.weight]
+    return _losses(layer(_tensor(N, I, grad=True))), [layer.weight]
 
 
 def _hook_on_the_output(bias: bool) -> Step:
     first, second = _layer(bias=bias), _layer(O, I)
-    y = first(_tensor(N, I))
+    y = first(_tensor(N, I, grad=True))
     y.register_hook(lambda gradient: 10 * gradient)
     y.retain_grad()
     return _losses(second(y)), [*first.parameters(), *second.parameters()]
@@ -72,12 +72,12 @@ def _both_the_input_and_the_output_require_grad() -> Step:
 
 def _output_that_is_an_objective() -> Step:
     layer = _layer(bias=False)
-    return layer(_tensor(2, I)), [layer.weight]
+    return layer(_tensor(2, I, grad=True)), [layer.weight]
 
 
 def _product_that_some_objectives_do_not_reach() -> Step:
     trunk, head = _layer(), _layer(O, 4)
-    features = trunk(_tensor(N, I)).tanh()
+    features = trunk(_tensor(N, I, grad=True)).tanh()
     return torch.stack([features.sum(), head(features).square().sum()]), [
         *trunk.parameters(),
         *head.parameters(),
@@ -181,7 +181,7 @@ ALL = FOUND | LEFT_ALONE
 def test_weights_that_act_in_one_product_are_found(name: str) -> None:
     losses, inputs = FOUND[name]()
     matrices = [i for i, tensor in enumerate(inputs) if tensor.is_leaf and tensor.ndim == 2]
-    found = find_products(reach([losses]), dict(enumerate(inputs)), certain=False)
+    found = find_products(reach([losses]), dict(enumerate(inputs)))
     assert found
     assert set(found) == set(matrices[1:] if name == "input requires grad" else matrices)
 
