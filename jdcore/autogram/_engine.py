@@ -12,6 +12,8 @@ from jdcore.aggregation import as_weighting
 from jdcore.autogram._losses import checked_batch_dim, checked_budget, objectives_of
 from jdcore.autogram._report import Verification, explained, verified
 from jdcore.autogram._step import Step
+from jdcore.autogram._together import backward_together
+from jdcore.distributed._teams import find_group
 from jdcore.errors import ParameterError, ParameterTypeError
 from jdcore.graph import Objectives, Plans
 from jdcore.linalg import unflatten_gramian
@@ -132,6 +134,8 @@ class Engine:
         *,
         retain_graph: bool = False,
         second_pass: bool = False,
+        group: Any = None,
+        per_process: bool = False,
     ) -> Tensor:
         """
         Compute the Gramian, weigh it, and add the weighted gradients to the ``.grad`` fields.
@@ -141,18 +145,39 @@ class Engine:
         All leaves that ``output.backward`` would reach get their gradient, also those outside of
         the modules of this engine.
 
-        :param output: As for :meth:`compute_gramian`.
+        On several processes, for parameters of a ``DistributedDataParallel`` module or with a
+        ``group``, the losses are those of all processes, one after the other along ``batch_dim``:
+        the weighting gets the Gramian of them all, with the products of samples on different
+        processes, and all processes write the same gradients. Every process needs two samples at
+        least.
+
+        :param output: As for :meth:`compute_gramian`; the losses of this process.
         :param weighting: A :class:`~jdcore.Weighting` for a vector of losses, a
             :class:`~jdcore.GeneralizedWeighting` for any other shape, or the aggregator of one.
         :param retain_graph: Whether to keep the graph for another backward pass.
         :param second_pass: Whether to take the weighted gradients from a second backward pass
-            instead of keeping what the first one found: slower, with less memory.
-        :returns: The weights, of the shape of the losses.
+            instead of keeping what the first one found: slower, with less memory. By one process
+            only.
+        :param group: The ``torch.distributed`` process group whose processes all hold the
+            parameters, equal. None finds that of ``DistributedDataParallel``.
+        :param per_process: Whether each process weighs its own samples by themselves, and the mean
+            of the processes' updates is written. This exchanges nothing but gradients, but is
+            another method: what is promised of the update holds for no batch as a whole.
+        :returns: The weights, of the shape of the losses (of all processes, unless
+            ``per_process``).
         :raises ParameterError: As :meth:`compute_gramian`, or if the weighting does not fit. No
             ``.grad`` field is changed then.
+        :raises PeerError: If another process could not make this step. None of them writes
+            anything.
         """
         chosen = as_weighting(weighting)
         step = self._step(output)
+        team = find_group(step.wanted, group)
+        if team is not None:
+            weights = backward_together(
+                step, team, chosen, per_process=per_process, retain_graph=retain_graph
+            )
+            return weights.to(result_dtype(output))
         weights = step.backward(
             chosen,
             None if output.ndim == 1 else output.shape,

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import reduce
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +17,9 @@ from jdcore.autogram._losses import (
     wanted_leaves,
 )
 from jdcore.autogram._step import Step
+from jdcore.autogram._together import backward_together
+from jdcore.distributed._sharding import Gathered
+from jdcore.distributed._teams import find_group, find_team
 from jdcore.graph import Plans
 
 _PLANS = Plans()
@@ -31,6 +35,8 @@ def backward(
     retain_graph: bool = False,
     second_pass: bool = False,
     memory_budget: int | None = None,
+    group: Any = None,
+    per_process: bool = False,
 ) -> Tensor:
     """
     Compute the Gramian of losses, weigh it, and add the weighted gradients to the ``.grad`` fields.
@@ -50,6 +56,8 @@ def backward(
     :param second_pass: Whether to take the weighted gradients from a second backward pass instead
         of keeping what the first one found: slower, with less memory.
     :param memory_budget: Bytes that a temporary may have; None lets the library choose.
+    :param group: As for :meth:`Engine.backward <jdcore.autogram.Engine.backward>`.
+    :param per_process: As there.
     :returns: The weights, of the shape of the losses.
     :raises ParameterError: If an argument does not fit, or the result cannot be shown to be right.
         No ``.grad`` field is changed then.
@@ -65,6 +73,12 @@ def backward(
     """
     chosen = as_weighting(weighting)
     step = _step(losses, inputs, batch_dim, memory_budget, "losses")
+    team = find_group(step.wanted, group)
+    if team is not None:
+        weights = backward_together(
+            step, team, chosen, per_process=per_process, retain_graph=retain_graph
+        )
+        return weights.to(result_dtype(step.objectives.outputs[0]))
     shaped_losses = isinstance(losses, Tensor) and losses.ndim != 1
     weights = step.backward(
         chosen,
@@ -103,6 +117,7 @@ def gramian_backward(
     *,
     inputs: Tensor | Iterable[Tensor] | None = None,
     retain_graph: bool = False,
+    group: Any = None,
 ) -> Tensor:
     """
     One step of a Gramian method without holding its Jacobian: straight to the ``.grad``.
@@ -119,6 +134,8 @@ def gramian_backward(
     :param inputs: Tensors with respect to which to differentiate. By default all leaves behind
         ``tensors``.
     :param retain_graph: Whether to keep the graph for another differentiation.
+    :param group: The process group whose processes hold the tensors, as for
+        :func:`~jdcore.autojac.jac_to_grad`. On several processes rows are held.
     :returns: The weights [m]. They act rounded to the dtype of the tensors.
     :raises ParameterError: If an argument does not fit; see its message.
 
@@ -133,6 +150,11 @@ def gramian_backward(
     chosen = as_weighting(weighting)
     step = _step(tensors, inputs, None, None, "tensors")
     flag = checked_flag(retain_graph, "retain_graph")
+    team = find_team(Gathered().shards(step.wanted), group)
+    if team is not None:
+        from jdcore.autojac._together import gramian_step  # autojac has this function, too
+
+        return gramian_step(step.objectives.outputs, chosen, inputs, team, retain_graph=flag)
     weights = step.backward(chosen, None, retain_graph=flag, second_pass=False)
     return weights.to(reduce(torch.promote_types, (tensor.dtype for tensor in step.wanted)))
 

@@ -144,14 +144,16 @@ def wanted_leaves(objectives: Objectives, inputs: Tensor | Iterable[Tensor] | No
     return [tensor for tensor in dict.fromkeys(given) if tensor.requires_grad]
 
 
-def refuse_unusable(wanted: Sequence[Tensor], parameter: str) -> None:
+def refuse_unusable(wanted: Sequence[Tensor], parameter: str, *, together: bool) -> None:
     """
     Refuse tensors that have no dense real gradient in this process.
 
+    :param together: Whether the processes that keep tensors equal make a step together.
     :raises ParameterError: Naming the kind of tensor.
     """
     refuse_sharded(wanted, parameter)
-    refuse_replicated(wanted, parameter)
+    if not together:
+        refuse_replicated(wanted, parameter)
     for tensor in wanted:
         kind = (
             "complex"

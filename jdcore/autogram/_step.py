@@ -36,13 +36,14 @@ class Step:
     budget: int | None
     all_leaves: bool
 
-    def jacobian(self) -> Jacobian:
+    def jacobian(self, *, together: bool = False) -> Jacobian:
         """
         The Jacobian, not yet computed.
 
+        :param together: Whether processes that keep the tensors equal make the step together.
         :raises UnservedGraphError: If it cannot be right.
         """
-        refuse_unusable(self.wanted, self.parameter)
+        refuse_unusable(self.wanted, self.parameter, together=together)
         jacobian = Jacobian(
             self.objectives,
             self.wanted,
@@ -97,7 +98,7 @@ class Step:
             compute,
             losses=torch.cat([output.detach().reshape(-1) for output in outputs]),
         )
-        weights = _weights(weighting, source, shape)
+        weights = weights_of(weighting, source, shape)
         placed = weights.to(outputs[0].device)
         if second_pass or not jacobian.computed:
             gradients = jacobian.differentiated(placed, retain_graph=retain_graph)
@@ -107,9 +108,15 @@ class Step:
         return weights
 
 
-def _weights(
+def weights_of(
     weighting: Callable[[Tensor], Tensor], source: GramianSource, shape: Sequence[int] | None
 ) -> Tensor:
+    """
+    Ask a weighting.
+
+    :param shape: Shape of the losses, None for a vector.
+    :raises ParameterError: If it cannot weigh losses of this shape.
+    """
     try:
         return weigh(weighting, source, shape)
     except ParameterError as error:

@@ -67,22 +67,38 @@ def backward(
     targets = reached(found, given)
     m = len(initial[0]) if initial else sum(output.numel() for output in outputs)
     check_jacs(targets, m)
-    jac: Transform
     if is_spread(targets):
         checks.check_one_by_one(parallel_chunk_size)
-        jac = ShardedJac(outputs, targets, retain_graph=retain_graph)
-    else:
-        jac = Jac(
-            outputs,
-            targets,
-            retain_graph=retain_graph,
-            chunk_size=parallel_chunk_size,
-            graph=found,
-            watched=given or (),
-        )
+    jac = _jac(outputs, targets, found, given or (), retain_graph, parallel_chunk_size)
     graph = rows_of(outputs, initial) >> jac >> AccumulateJac(targets)
     with plain_modes([*outputs, *targets]):
         graph()
+
+
+def jacobian_of(outputs: list[Tensor], targets: list[Tensor], *, retain_graph: bool) -> Transform:
+    """The transform that makes the Jacobian of all elements of the outputs, kept nowhere."""
+    jac = _jac(outputs, targets, reach(outputs), (), retain_graph, None)
+    return rows_of(outputs, None) >> jac
+
+
+def _jac(
+    outputs: list[Tensor],
+    targets: list[Tensor],
+    found: Reach,
+    watched: Sequence[Tensor],
+    retain_graph: bool,
+    chunk_size: int | None,
+) -> Transform:
+    if is_spread(targets):
+        return ShardedJac(outputs, targets, retain_graph=retain_graph)
+    return Jac(
+        outputs,
+        targets,
+        retain_graph=retain_graph,
+        chunk_size=chunk_size,
+        graph=found,
+        watched=watched,
+    )
 
 
 def reached(found: Reach, inputs: Tensor | Iterable[Tensor] | None) -> list[Tensor]:

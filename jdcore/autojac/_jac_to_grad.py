@@ -78,7 +78,7 @@ def jac_to_grad(
         if team is None:
             update = _alone(local(), aggregator, losses)
         else:
-            update = team.aggregate(local, aggregator, losses, _aggregate)
+            update = team.aggregate(local, aggregator, losses, aggregate_blocks)
     check_grads(update.gradients)  # again: the aggregator may have changed them
     if not retain_jac:
         for tensor in given:
@@ -112,7 +112,9 @@ def _alone(
         raise no_jacobians("tensors that have none")
     blocks = list(local.matrices.values())
     others = None if local.second is None else list(local.second.values())
-    vectors, weights = _aggregate(aggregator, blocks, check_losses(losses, len(blocks[0])), others)
+    vectors, weights = aggregate_blocks(
+        aggregator, blocks, check_losses(losses, len(blocks[0])), others
+    )
     pairs = zip(local.matrices, vectors, strict=True)
     return Update({tensor: vector.view(tensor.shape) for tensor, vector in pairs}, weights=weights)
 
@@ -159,7 +161,7 @@ def _check_jacobian(tensor: Tensor, jacobian: Tensor, found: dict[Tensor, Tensor
         )
 
 
-def _aggregate(
+def aggregate_blocks(
     aggregator: Aggregator,
     blocks: Sequence[Tensor],
     losses: Tensor | None = None,

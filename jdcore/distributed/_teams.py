@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
+from jdcore.distributed._meeting import Group
 from jdcore.distributed._replicas import parameters_of, replicas_of
 from jdcore.distributed._replicated_step import Replicas, check_group
 from jdcore.distributed._sharded_step import Shards
@@ -13,8 +15,10 @@ from jdcore.distributed._sharding import is_dtensor
 from jdcore.errors import ParameterError
 from jdcore.validators import describe_tensor
 
+Team: TypeAlias = "Replicas | Shards"
 
-def find_team(tensors: Sequence[Tensor], group: Any = None) -> Replicas | Shards | None:
+
+def find_team(tensors: Sequence[Tensor], group: Any = None) -> Team | None:
     """
     How tensors are spread over processes.
 
@@ -35,6 +39,29 @@ def find_team(tensors: Sequence[Tensor], group: Any = None) -> Replicas | Shards
                 "Shard or replicate them all by fully_shard with a mesh of two dimensions.",
             )
         return Shards.of(tensors)
+    chosen = _group_of(replicas, group)
+    if chosen is None or dist.get_world_size(chosen) == 1:
+        return None
+    if group is None:
+        _check_all_known(tensors, {id(p) for r in replicas for p in parameters_of(r)})
+    return Replicas.of(tensors, chosen)
+
+
+def find_group(tensors: Sequence[Tensor], group: Any = None) -> Group | None:
+    """
+    The processes that keep tensors equal.
+
+    :param group: The process group, if the user says so.
+    :returns: None if this process has them for itself.
+    :raises ParameterError: If they belong to different groups.
+    """
+    if group is not None:
+        check_group(group)
+    chosen = _group_of(replicas_of(tensors), group)
+    return None if chosen is None or dist.get_world_size(chosen) == 1 else chosen
+
+
+def _group_of(replicas: Sequence[DistributedDataParallel], group: Any) -> Group | None:
     groups = list(dict.fromkeys(replica.process_group for replica in replicas))
     if len(groups) > 1 or (groups and group is not None and groups[0] is not group):
         raise ParameterError(
@@ -43,12 +70,8 @@ def find_team(tensors: Sequence[Tensor], group: Any = None) -> Replicas | Shards
             f"{len({*groups, *([] if group is None else [group])})} different groups",
             "Aggregate the parameters of different groups in separate calls.",
         )
-    chosen = groups[0] if groups else group
-    if chosen is None or dist.get_world_size(chosen) == 1:
-        return None
-    if group is None:
-        _check_all_known(tensors, {id(p) for r in replicas for p in parameters_of(r)})
-    return Replicas.of(tensors, chosen)
+    chosen: Group | None = groups[0] if groups else group
+    return chosen
 
 
 def _check_all_known(tensors: Sequence[Tensor], known: set[int]) -> None:

@@ -14,11 +14,12 @@ from jdcore.graph._saved import MATRIX_PRODUCTS, Unreadable, function_of, saved,
 from jdcore.graph._site import NoRule, Site
 from jdcore.graph._walk import Edge, Reach, edge_of, largest_gradient, reach
 from jdcore.graph.rules import RULES, GramianRule, Rule, Rules
-from jdcore.graph.shares import Dense, OneHot, Outer, Patches, Share
+from jdcore.graph.shares import Accumulator, Dense, OneHot, Outer, Patches, Share
 
 __all__ = [
     "MATRIX_PRODUCTS",
     "RULES",
+    "Accumulator",
     "Dense",
     "Edge",
     "GramianRule",

@@ -19,7 +19,7 @@ from jdcore.graph._pull import pull, pull_rows
 from jdcore.graph._saved import Unreadable
 from jdcore.graph._site import NoRule, Site
 from jdcore.graph.rules import Rule, Rules
-from jdcore.graph.shares import Accumulator, Dense, Outer, Share, add_uses
+from jdcore.graph.shares import Accumulator, Dense, Outer, Share, Uses
 
 # Rows that are shorter are collected and multiplied together: few large products, no small ones.
 _SMALL = 1 << 16
@@ -166,10 +166,21 @@ class Jacobian:
         :param keep: Whether :meth:`weighted` will be called.
         :param retain_graph: Whether the graph is needed afterwards.
         """
-        self.computed = True
         if self.objectives.rows == 0:
+            self.computed = True
             return torch.zeros(0, 0, dtype=torch.float64, device=self._device)
         total = Accumulator(self.objectives.rows, self._device, keep, self._memory)
+        self.add_to(total, retain_graph=retain_graph)
+        return self.objectives.ordered(total.total)
+
+    def add_to(self, total: Accumulator, *, retain_graph: bool) -> None:
+        """
+        Add the shares of all parameters to a Gramian.
+
+        :param total: Of the rows in the order [K, B].
+        :param retain_graph: Whether the graph is needed afterwards.
+        """
+        self.computed = True
         with torch.no_grad(), without_autocast(self._device.type):
             try:
                 self._plan = self._find_plan()
@@ -182,7 +193,11 @@ class Jacobian:
                 self._add_group(group, total)
             self._add_pulled(total)
             self._small.add_gramian(total)
-        return self.objectives.ordered(total.total)
+
+    @property
+    def memory(self) -> Memory:
+        """How temporaries are made."""
+        return self._memory
 
     @property
     def _without_samples(self) -> bool:
@@ -399,7 +414,7 @@ class Jacobian:
                 self.served.append(Served(operation, root, repr(share), how))
                 self._small.add(root, share)
                 return
-            share.add_gramian(total)
+            total.add_share(share)
             if not total.keep:
                 self.served.append(Served(operation, root, repr(share), how))
                 return
@@ -417,10 +432,10 @@ class Jacobian:
             if isinstance(share, Outer) and group[root] is not None
         ]
         if len(outer) == len(pairs):
-            add_uses(outer, total)
+            total.add_share(Uses(outer))
         elif len(group) == 1:
             rows = sum_of(share.rows() for _, share in pairs)
-            Dense(rows, pairs[0][1].shape).add_gramian(total)
+            total.add_share(Dense(rows, pairs[0][1].shape))
         else:
             self._add_rows(list(group), total)
 
@@ -440,7 +455,8 @@ class Jacobian:
         for leaf, found in pull_rows(self.graph, self._plan, rows).items():
             if leaf in self._hooked:
                 found = self._finished[leaf] = hooked_rows(self.graph.wanted[leaf], found)
-            Dense(found[None], self.graph.wanted[leaf].shape).add_gramian(total)
+            by_task = found.reshape(self.objectives.tasks, -1, *found.shape[1:])
+            total.add_share(Dense(by_task, self.graph.wanted[leaf].shape))
 
     # -- the weighted gradient ---------------------------------------------------------------------
 

@@ -351,13 +351,9 @@ def _not_served() -> None:
         backward(losses_of(joined(own_batch())[1]))
 
     model = Tasks()
-    engine = Engine(model, batch_dim=0)
     wrapper = DistributedDataParallel(model)
-    losses = losses_of(wrapper(own_batch())[1])
-    refused(ParameterError, "drift apart", gramian_backward, losses, _mean)
     single = wrapper(own_batch())[1][0].squeeze(1)
-    refused(ParameterError, "drift apart", engine.backward, single, _mean)
-    assert not gradients(wrapper)
+    refused(ParameterError, "drift apart", Engine(model, batch_dim=0).compute_gramian, single)
     mixed = [*wrapper.parameters(), nn.Parameter(torch.ones(2))]
     refused(ParameterError, "outside of them", jac_to_grad, mixed, GramianAggregator(_mean))
     assert all(p.grad is None for p in mixed)
@@ -366,6 +362,21 @@ def _not_served() -> None:
 
 def test_what_is_not_served_is_refused(two: Run) -> None:
     two(_not_served)
+
+
+def _without_rows_kept() -> None:
+    ours, alone = DistributedDataParallel(Tasks()), Tasks()
+    for method in ("upgrad", "mean"):
+        for module, data in ((ours, own_batch()), (alone, whole_batch())):
+            module.zero_grad()
+            losses = losses_of(module(data)[1])
+            gramian_backward(losses, jdcore.get_weighting(method))
+        assert_close(gradients(ours), gradients(alone))
+        assert_identical(gradients(ours))
+
+
+def test_gramian_backward(two: Run) -> None:
+    two(_without_rows_kept)
 
 
 def _unshared_seeds() -> None:

@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_module
 import jdcore
 from jdcore import ParameterError, PeerError
 from jdcore.aggregation import GramianAggregator
-from jdcore.autojac import backward, jac_to_grad, mtl_backward
+from jdcore.autojac import backward, gramian_backward, jac_to_grad, mtl_backward
 from jdcore.distributed import global_means
 from tests.distributed.common import (
     TASKS,
@@ -95,6 +95,17 @@ def _fully_sharded() -> None:
 
 def test_fully_sharded_parameters(two: Run) -> None:
     two(_fully_sharded)
+
+
+def _without_jacobian_kept() -> None:
+    ours, alone = _shard(Tasks()), Tasks()
+    for module, data in ((ours, own_batch()), (alone, whole_batch())):
+        gramian_backward(losses_of(module(data)[1]), jdcore.get_weighting("upgrad"))
+    _compared(ours, alone)
+
+
+def test_gramian_backward(two: Run) -> None:
+    two(_without_jacobian_kept)
 
 
 def _every_method() -> None:

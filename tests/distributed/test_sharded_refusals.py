@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
 from torch import Tensor, nn
 
 from jdcore import ParameterError
 from jdcore.autogram import Engine
-from jdcore.autojac import backward, gramian_backward, jac
+from jdcore.autojac import backward, jac
 
 fsdp = pytest.importorskip("torch.distributed.fsdp")
 pytestmark = [
@@ -42,23 +40,13 @@ def _weighting(gramian: Tensor) -> Tensor:
     return gramian.diagonal()
 
 
-@pytest.mark.parametrize(
-    "call",
-    [
-        lambda losses: jac(losses),
-        lambda losses: gramian_backward(losses, _weighting),
-    ],
-    ids=["jac", "gramian_backward"],
-)
-def test_fully_sharded_parameters_are_noticed_in_their_gathered_form(
-    call: Callable[..., object],
-) -> None:
+def test_fully_sharded_parameters_are_noticed_in_their_gathered_form() -> None:
     model = _sharded()
     _, losses = model(torch.randn(5, 3))
     gathered = [node.variable for loss in losses for node in _leaf_nodes(loss)]
     assert gathered
     with pytest.raises(ParameterError, match="FSDP2"):
-        call(losses)
+        jac(losses)
     for parameter in [*model.parameters(), *gathered]:
         assert parameter.grad is None
         assert not hasattr(parameter, "jac")
@@ -75,8 +63,10 @@ def test_an_engine_notices_modules_that_are_sharded_after_it_was_made() -> None:
 
 
 def test_an_engine_of_sharded_modules_is_refused() -> None:
-    with pytest.raises(ParameterError, match="DTensor"):
-        Engine(_sharded(), batch_dim=0)
+    model = _sharded()
+    losses = model.heads[0](model.trunk(torch.randn(5, 3))).squeeze(1)
+    with pytest.raises(ParameterError, match="FSDP2"):
+        Engine(model, batch_dim=0).backward(losses, _weighting)
 
 
 @pytest.mark.parametrize("original", [False, True])

@@ -2,7 +2,7 @@
 
 from jdcore.graph.shares._accumulator import Accumulator
 from jdcore.graph.shares._geometry import Geometry
-from jdcore.graph.shares._outer import OneHot, Outer, add_uses
+from jdcore.graph.shares._outer import OneHot, Outer, Uses
 from jdcore.graph.shares._patches import Patches
 from jdcore.graph.shares._product import HALVES, widened
 from jdcore.graph.shares._share import Dense, Share
@@ -16,6 +16,6 @@ __all__ = [
     "Outer",
     "Patches",
     "Share",
-    "add_uses",
+    "Uses",
     "widened",
 ]

@@ -1,10 +1,15 @@
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from jdcore.graph._memory import Memory, pieces
 from jdcore.graph.shares._product import product
+
+if TYPE_CHECKING:
+    from jdcore.graph.shares._share import Share
 
 # Longer float32 inner products lose digits (1e-3 for rows of 1e7 entries); shorter ones are no more
 # exact and keep the cores less busy.
@@ -38,6 +43,10 @@ class Accumulator:
         # A transposed copy is faster than adding what lies transposed.
         upper = self._lower.T.clone(memory_format=torch.contiguous_format).triu_(1)
         return upper.add_(self._lower.tril_())
+
+    def add_share(self, share: Share) -> None:
+        """Add the Gramian of a share."""
+        share.add_gramian(self)
 
     def add(self, product: Tensor, first: int = 0) -> None:
         """

@@ -1,9 +1,10 @@
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
-from attrs import frozen
+from attrs import evolve, frozen
 from torch import Tensor
 
 from jdcore.graph._cost import outer_ghost_beats_direct
@@ -128,6 +129,29 @@ class Outer(Share):
             rows = torch.einsum("kbto,bti->kbio", grads, self.inputs.to(grads.dtype))
         return (rows.mT if self.grads_first else rows).reshape(K, B, *self.shape)
 
+    # -- samples of several processes --------------------------------------------------------------
+
+    def flat_rows(self) -> Tensor:
+        rows = super().flat_rows()
+        if not self.plus:
+            return rows
+        bias = widened(self.grads).sum(2) * math.sqrt(self.plus)
+        return torch.cat([rows, bias], 2)
+
+    def factors_of_samples(self) -> list[tuple[Tensor, int]]:
+        inputs = self.inputs.index if isinstance(self.inputs, OneHot) else self.inputs
+        return [(inputs, 0), (self.grads, 1)]
+
+    def of(self, factors: Sequence[Tensor]) -> Outer:
+        inputs, grads = factors
+        return Outer(
+            evolve(self.inputs, index=inputs) if isinstance(self.inputs, OneHot) else inputs,
+            grads,
+            grads_first=self.grads_first,
+            shape=self.shape,
+            plus=self.plus,
+        )
+
     # -- several uses of one operand ---------------------------------------------------------------
 
     def turned(self) -> Outer:
@@ -139,6 +163,35 @@ class Outer(Share):
     def factors(self) -> tuple[Tensor | OneHot, Tensor | OneHot]:
         """What the first and what the second dimension of the operand comes from."""
         return (self.grads, self.inputs) if self.grads_first else (self.inputs, self.grads)
+
+
+class Uses(Share):
+    """
+    The sum of several shares of one and the same operand.
+
+    :param shares: At least one.
+    """
+
+    def __init__(self, shares: Sequence[Outer]) -> None:
+        self._shares, self.shape = shares, shares[0].shape
+
+    def add_gramian(self, gramian: Accumulator) -> None:
+        add_uses(self._shares, gramian)
+
+    def weighted(self, weights: Tensor) -> Tensor:
+        first, *others = (share.weighted(weights) for share in self._shares)
+        return sum(others, start=first)
+
+    def rows(self) -> Tensor:
+        first, *others = (share.rows() for share in self._shares)
+        return sum(others, start=first)
+
+    def factors_of_samples(self) -> list[tuple[Tensor, int]]:
+        return [factor for share in self._shares for factor in share.factors_of_samples()]
+
+    def of(self, factors: Sequence[Tensor]) -> Uses:
+        pairs = zip(factors[::2], factors[1::2], strict=True)
+        return Uses([share.of(pair) for share, pair in zip(self._shares, pairs, strict=True)])
 
 
 def _same(index: Tensor) -> Gram:

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from torch import Tensor
 
@@ -155,6 +155,19 @@ class Patches(Share):
 
     def _weight_gradient(self, grads: Tensor, images: Tensor) -> Tensor:
         return self._geometry.weight_gradient(grads, images, self._weight)
+
+    # -- samples of several processes --------------------------------------------------------------
+
+    def factors_of_samples(self) -> list[tuple[Tensor, int]]:
+        _, B, r = self._sizes
+        images = self._images.reshape(B, r, *self._images.shape[1:])
+        grads = self._grads.reshape(-1, B, r, *self._grads.shape[2:])
+        return [(images, 0), (grads, 1)]
+
+    def of(self, factors: Sequence[Tensor]) -> Patches:
+        images, grads = factors
+        flat = images.flatten(0, 1), grads.flatten(1, 2)
+        return Patches(self._weight, self._geometry, *flat, samples=len(images))
 
     # -- rows and their sums -----------------------------------------------------------------------
 

@@ -37,6 +37,22 @@ class Share(ABC):
     def rows(self) -> Tensor:
         """All rows written out, in at least float32, shape [K, B, *shape]."""
 
+    def flat_rows(self) -> Tensor:
+        """Rows [K, B, n] whose Gramian is what :meth:`add_gramian` adds."""
+        return self.rows().flatten(2)
+
+    def factors_of_samples(self) -> list[tuple[Tensor, int]] | None:
+        """
+        What the share is made of, with the dimension of samples of each; None if of rows alone.
+
+        With :meth:`of`, samples of several processes are brought together.
+        """
+        return None
+
+    def of(self, factors: Sequence[Tensor]) -> Share:
+        """The same with other samples: factors in place of those that it is made of."""
+        raise NotImplementedError
+
 
 class Dense(Share):
     """

@@ -1,0 +1,269 @@
+"""
+The Gramian of samples that lie on several processes, from the shares that each has of its own.
+
+The product of two samples needs both, so what shares are made of has to meet. Of a share in factors
+(inputs and gradients of a linear layer) those of all processes go to one of them, which computes
+the share of the whole; different shares go to different processes. Of a share in rows each process
+gets some columns. Whichever sends fewer bytes is chosen, share by share. What the processes found
+is added up at last.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from jdcore.distributed._meeting import Group, Meeting, Stage
+from jdcore.errors import ParameterError
+from jdcore.graph import Accumulator, Dense, Objectives, Share
+from jdcore.graph._memory import Memory
+from jdcore.linalg._gramian import symmetric
+
+# Bytes that a process sends at once.
+_BYTES = 64 << 20
+
+
+class Collected(Accumulator):
+    """Keeps shares until those of all processes can be brought together."""
+
+    def __init__(self, objectives: Objectives, device: torch.device, memory: Memory) -> None:
+        super().__init__(0, device, True, memory)
+        self.rows = objectives.rows
+        self.device = device
+        self.shares: list[Share] = []
+        self._tasks = objectives.tasks
+
+    def add_share(self, share: Share) -> None:
+        self.shares.append(share)
+
+    def add_rows(self, rows: Tensor) -> None:
+        by_task = rows.view(self._tasks, -1, rows.shape[1])
+        self.shares.append(Dense(by_task, (rows.shape[1],)))
+
+
+class Union:
+    """
+    The losses of all processes, one after the other along the dimension of samples.
+
+    :param meeting: The processes.
+    :param group: These, as a group.
+    :param objectives: The losses of this process.
+    :raises ParameterError: If the losses of the processes cannot be put together.
+    """
+
+    def __init__(self, meeting: Meeting, group: Group, objectives: Objectives) -> None:
+        self.meeting, self.group = meeting, group
+        self._dimension = objectives.batch_dim or 0
+        [output] = objectives.outputs
+        shape = list(output.shape)
+        shape[self._dimension] = 0
+        layout = zlib.crc32(repr((shape, output.dtype, self._dimension)).encode())
+        one, other, least = meeting.agree(Stage.SAMPLES, layout, -layout, -objectives.samples)
+        if one is None or other is None or least is None or one != -other or least > -2:
+            raise ParameterError(
+                "output",
+                "losses of the same shape on all processes but for the number of samples, which is "
+                "2 at least",
+                f"losses of shape {list(output.shape)} here, others or fewer elsewhere",
+            )
+        self.samples = _gathered(objectives.samples, meeting, group)
+        """Number of samples on each process."""
+        shape[self._dimension] = sum(self.samples)
+        self.shape = torch.Size(shape)
+        """Shape of all losses."""
+        self.objectives = Objectives([torch.empty(shape, device="meta")], self._dimension)
+        self.rank = dist.get_rank(group)
+
+    def own(self, values: Tensor) -> Tensor:
+        """Those of the values of all losses that belong to the losses of this process."""
+        start = sum(self.samples[: self.rank])
+        shaped = values.reshape(self.shape)
+        return shaped.narrow(self._dimension, start, self.samples[self.rank]).reshape(-1)
+
+    def values(self, own: Tensor) -> Tensor:
+        """The values of all losses, flattened, from those of this process."""
+        moved = own.detach().movedim(self._dimension, 0)
+        sent = moved.new_zeros(max(self.samples), *moved.shape[1:])
+        sent[: len(moved)] = moved
+        received = [torch.empty_like(sent) for _ in self.samples]
+        dist.all_gather(received, sent, group=self.group)
+        parts = [part[:count] for part, count in zip(received, self.samples, strict=True)]
+        return torch.cat(parts).movedim(0, self._dimension).reshape(-1)
+
+    def gramian(self, collected: Collected) -> Tensor:
+        """
+        The Gramian of all losses, float64.
+
+        :param collected: The shares of this process.
+        :raises ParameterError: If the processes have shares of different graphs.
+        """
+        total = Accumulator(self.objectives.rows, collected.device, False, collected.memory)
+        for items in _rounds(self._items(collected.shares)):
+            for share in self._exchanged(items):
+                total.add_share(share)
+        # Sums of three processes need not be taken in the same order in both triangles.
+        return self.objectives.ordered(symmetric(self.meeting.total(total.total)))
+
+    def _items(self, shares: Sequence[Share]) -> list[_Item]:
+        """The shares, and how each is to be exchanged: the same on all processes."""
+        words = [(type(share).__name__, tuple(share.shape)) for share in shares]
+        layout = zlib.crc32(repr(words).encode())
+        one, other = self.meeting.agree(Stage.GRAMIAN, layout, -layout)
+        if one is None or other is None or one != -other:
+            raise ParameterError(
+                "output",
+                "computed by the same operations on all processes",
+                f"{len(shares)} shares of operations here that other processes do not have",
+            )
+        own = torch.tensor([_costs(share) for share in shares], dtype=torch.int64)
+        layouts, factors, rows = own.reshape(-1, 3).unbind(1)
+        agreed = torch.stack([layouts, -layouts, factors, rows], 1).to(self.meeting.device)
+        items: list[_Item] = []
+        loads = [0] * len(self.samples)
+        for share, (least, most, in_factors, in_rows) in zip(
+            shares, self.meeting.maximum(agreed).tolist(), strict=True
+        ):
+            # Factors of different shapes, such as sentences of different lengths, stay apart.
+            if least == -most and 0 < in_factors <= in_rows:
+                owner = loads.index(min(loads))
+                loads[owner] += in_factors
+                items.append(_Item(share, owner, in_factors))
+            else:
+                items.append(_Item(share, None, in_rows))
+        return items
+
+    def _exchanged(self, items: Sequence[_Item]) -> Iterator[Share]:
+        """The shares of all samples, or some of their columns, that fall to this process."""
+        size = len(self.samples)
+        sent = [torch.cat([b for item in items for b in item.sent(r, size)]) for r in range(size)]
+        expected = [
+            [n for item in items for n in item.sizes(count, self.rank, size)]
+            for count in self.samples
+        ]
+        received = sent[0].new_empty(sum(map(sum, expected)))
+        dist.all_to_all_single(
+            received,
+            torch.cat(sent),
+            [sum(sizes) for sizes in expected],
+            [len(part) for part in sent],
+            group=self.group,
+        )
+        parts = torch.split(received, [n for sizes in expected for n in sizes])
+        per_process = len(expected[0])
+        start = 0
+        for item in items:
+            count = len(item.sizes(1, self.rank, size))
+            found = [
+                [parts[r * per_process + k] for r in range(size)]
+                for k in range(start, start + count)
+            ]
+            start += count
+            if found:
+                yield item.joined(found, self.samples, self.rank, size)
+
+
+class _Item:
+    """
+    A share that is exchanged.
+
+    :param share: That of the samples of this process.
+    :param owner: The process that is to have the factors of all; None if each gets some columns.
+    :param size: Bytes that it takes.
+    """
+
+    def __init__(self, share: Share, owner: int | None, size: int) -> None:
+        self.share, self.owner, self.size = share, owner, size
+        self._rows: Tensor | None = None
+
+    def _tensors(self, process: int, size: int) -> list[tuple[Tensor, int]]:
+        """What a process is to get, with the dimension of samples of each."""
+        if self.owner is not None:
+            return (self.share.factors_of_samples() or []) if process == self.owner else []
+        if self._rows is None:
+            self._rows = self.share.flat_rows()
+        count = self._rows.shape[2]
+        columns = slice(count * process // size, count * (process + 1) // size)
+        return [(self._rows[..., columns], 1)]
+
+    def sent(self, process: int, size: int) -> list[Tensor]:
+        """What a process is to get, in bytes."""
+        return [_bytes(tensor) for tensor, _ in self._tensors(process, size)]
+
+    def sizes(self, samples: int, process: int, size: int) -> list[int]:
+        """How many bytes of each tensor a process gets from one with so many samples."""
+        return [
+            tensor.numel() // tensor.shape[dimension] * samples * tensor.itemsize
+            for tensor, dimension in self._tensors(process, size)
+        ]
+
+    def joined(
+        self, found: list[list[Tensor]], samples: Sequence[int], process: int, size: int
+    ) -> Share:
+        """
+        The share of the samples of all processes.
+
+        :param found: For each tensor, the bytes from each process.
+        """
+        whole = []
+        for (tensor, dimension), parts in zip(self._tensors(process, size), found, strict=True):
+            shaped = [
+                _tensor(part, tensor, dimension, count)
+                for part, count in zip(parts, samples, strict=True)
+            ]
+            whole.append(torch.cat(shaped, dimension))
+        if self.owner is None:
+            return Dense(whole[0], whole[0].shape[2:])
+        return self.share.of(whole)
+
+
+def _costs(share: Share) -> tuple[int, int, int]:
+    """A number for the shapes of its factors without samples, and the bytes of factors and rows."""
+    factors = share.factors_of_samples()
+    if factors is None:
+        rows = share.flat_rows()
+        return 0, 0, rows.numel() * rows.itemsize
+    words = [
+        (*tensor.shape[:dimension], *tensor.shape[dimension + 1 :], str(tensor.dtype))
+        for tensor, dimension in factors
+    ]
+    size = sum(tensor.numel() * tensor.itemsize for tensor, _ in factors)
+    grads, dimension = factors[1]
+    K, B = grads.shape[0], grads.shape[dimension]
+    width = max(4, grads.itemsize)
+    return zlib.crc32(repr(words).encode()), size, K * B * share.shape.numel() * width
+
+
+def _rounds(items: Sequence[_Item]) -> Iterator[list[_Item]]:
+    """Some of the shares at a time, in their order."""
+    chosen: list[_Item] = []
+    filled = 0
+    for item in items:
+        if chosen and filled + item.size > _BYTES:
+            yield chosen
+            chosen, filled = [], 0
+        chosen.append(item)
+        filled += item.size
+    if chosen:
+        yield chosen
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().reshape(-1).view(torch.uint8)
+
+
+def _tensor(part: Tensor, like: Tensor, dimension: int, samples: int) -> Tensor:
+    """What was sent as bytes: as a tensor, but for the number of samples."""
+    shape = list(like.shape)
+    shape[dimension] = samples
+    return part.clone().view(like.dtype).view(shape)  # a copy begins where its dtype may
+
+
+def _gathered(count: int, meeting: Meeting, group: Group) -> list[int]:
+    own = torch.tensor([count], dtype=torch.int64, device=meeting.device)
+    counts = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(counts, own, group=group)
+    return [int(each) for each in counts]

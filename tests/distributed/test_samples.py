@@ -1,0 +1,188 @@
+"""One loss per sample, the samples on several processes: the step of one process that has all."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+import jdcore
+from jdcore import ParameterError, PeerError
+from jdcore.aggregation import Flattening
+from jdcore.autogram import Engine
+from tests.distributed.common import assert_close, assert_identical, gradients, refused
+from tests.distributed.conftest import Run
+
+
+def _perceptron() -> nn.Module:
+    return nn.Sequential(nn.Linear(5, 9), nn.Tanh(), nn.Linear(9, 9), nn.Tanh(), nn.Linear(9, 1))
+
+
+def _convolution() -> nn.Module:
+    return nn.Sequential(
+        nn.Unflatten(1, (1, 3, 4)),
+        nn.Conv2d(1, 4, 2),
+        nn.GroupNorm(2, 4),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(24, 1),
+    )
+
+
+class _Sentences(nn.Module):
+    """A table that is looked up and used again as the output layer, and rows of another kind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.scale = nn.Embedding(7, 4), nn.Parameter(torch.rand(4))
+        self.recurrent = nn.GRU(4, 4, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        states = self.recurrent(self.table(x) * self.scale)[0]
+        return (states @ self.table.weight.T).logsumexp(2).mean(1, keepdim=True)
+
+
+def _numbers(sizes: list[int], width: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(size, width, generator=generator, dtype=torch.float64) for size in sizes]
+
+
+def _words(sizes: list[int], lengths: list[int]) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    pairs = zip(sizes, lengths, strict=True)
+    return [torch.randint(0, 7, pair, generator=generator) for pair in pairs]
+
+
+def _compared(make: Callable[[], nn.Module], parts: list[Tensor], method: str, **wrap: Any) -> None:
+    torch.manual_seed(0)
+    ours = make().double()
+    torch.manual_seed(0)
+    alone = make().double()
+    weighting = jdcore.get_weighting(method)
+    wrapped = DistributedDataParallel(ours)
+    losses = wrapped(parts[dist.get_rank()]).squeeze(1).square()
+    weights = Engine(ours, batch_dim=0).backward(losses, weighting)
+    whole = [alone(part).squeeze(1).square() for part in parts]
+    expected = Engine(alone, batch_dim=0).backward(torch.cat(whole), jdcore.get_weighting(method))
+    assert_close([weights], [expected], 1e-9)
+    assert_close(gradients(ours), gradients(alone), 1e-9)
+    assert len(gradients(ours)) == len(gradients(alone))
+    assert_identical(gradients(ours))
+
+
+def _layers() -> None:
+    size = dist.get_world_size()
+    uneven = [2 + rank for rank in range(size)]
+    for method in ("upgrad", "mean"):
+        _compared(_perceptron, _numbers([4] * size, 5), method)
+        _compared(_perceptron, _numbers(uneven, 5), method)
+        _compared(_convolution, _numbers(uneven, 12), method)
+        _compared(_Sentences, _words(uneven, [3] * size), method)
+
+
+def _other_lengths() -> None:
+    """Sentences that are longer on one process: what cannot lie side by side goes as rows."""
+    _compared(_Sentences, _words([3, 4], [3, 5]), "upgrad")
+
+
+def test_samples_of_different_shapes(two: Run) -> None:
+    two(_other_lengths)
+
+
+def _tasks() -> None:
+    """Losses of samples and tasks, in both orders; a group in place of the wrapper."""
+    for dimension in (0, 1):
+        torch.manual_seed(0)
+        ours = nn.Sequential(nn.Linear(5, 9), nn.Tanh(), nn.Linear(9, 3)).double()
+        alone = copy.deepcopy(ours)
+        parts = _numbers([3, 5], 5)
+        weightings = [Flattening(jdcore.get_weighting("upgrad")) for _ in range(2)]
+
+        def losses(module: nn.Module, data: Tensor, dimension: int = dimension) -> Tensor:
+            found = module(data).square()
+            return found if dimension == 0 else found.T
+
+        engine = Engine(ours, batch_dim=dimension)
+        own = losses(ours, parts[dist.get_rank()])
+        weights = engine.backward(own, weightings[0], group=dist.group.WORLD)
+        engine = Engine(alone, batch_dim=dimension)
+        expected = engine.backward(losses(alone, torch.cat(parts)), weightings[1])
+        assert weights.shape == expected.shape == ((8, 3) if dimension == 0 else (3, 8))
+        assert_close([weights], [expected], 1e-9)
+        assert_close(gradients(ours), gradients(alone), 1e-9)
+
+
+def test_samples_and_tasks(two: Run) -> None:
+    two(_tasks)
+
+
+def _per_process() -> None:
+    parts = _numbers([3, 5], 5)
+    torch.manual_seed(0)
+    ours = _perceptron().double()
+    alone = copy.deepcopy(ours)
+    losses = ours(parts[dist.get_rank()]).squeeze(1).square()
+    weighting = jdcore.get_weighting("upgrad")
+    group = dist.group.WORLD
+    weights = Engine(ours, batch_dim=0).backward(losses, weighting, group=group, per_process=True)
+    assert len(weights) == len(losses)
+    for part in parts:
+        Engine(alone, batch_dim=0).backward(alone(part).squeeze(1).square() / 2, _halved)
+    assert_close(gradients(ours), gradients(alone), 1e-9)
+
+
+def _halved(gramian: Tensor) -> Tensor:
+    """UPGrad of losses that were halved, as for those that were not: its weights do not change."""
+    return jdcore.get_weighting("upgrad")(gramian)
+
+
+def test_weights_for_each_process_by_itself(two: Run) -> None:
+    two(_per_process)
+
+
+def _failures() -> None:
+    rank, group = dist.get_rank(), dist.group.WORLD
+    model = _perceptron().double()
+    engine = Engine(model, batch_dim=0)
+    parts = _numbers([3, 3], 5)
+
+    def losses(samples: int = 3) -> Tensor:
+        return model(parts[rank][:samples]).squeeze(1).square()
+
+    def broken(gramian: Tensor) -> Tensor:
+        if rank:
+            raise ValueError("no weights here")
+        return gramian.diagonal()
+
+    own = ValueError if rank else PeerError
+    refused(own, "no weights here", engine.backward, losses(), broken, group=group)
+    fewer = losses(3 - 2 * rank)
+    refused(ParameterError, "2 at least", engine.backward, fewer, torch.diag, group=group)
+    tasks = Engine(model, batch_dim=None)
+    refused(ParameterError, "gramian_backward", tasks.backward, losses(), torch.diag, group=group)
+    output = losses()[None] if rank else losses()
+    refused(ParameterError, "same shape", engine.backward, output, torch.diag, group=group)
+    part = model[:3] if rank else model
+    other = Engine(part, batch_dim=0)
+    own = part(parts[rank]).square().sum(1)
+    refused(ParameterError, "same operations", other.backward, own, torch.diag, group=group)
+    assert not gradients(model)
+    engine.backward(losses(), torch.diag, group=group)
+    assert_identical(gradients(model))
+
+
+def test_failures(two: Run) -> None:
+    two(_failures)
+
+
+def test_layers_of_all_kinds(two: Run) -> None:
+    two(_layers)
+
+
+def test_also_on_four_processes(four: Run) -> None:
+    four(_layers)
