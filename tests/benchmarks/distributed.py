@@ -31,6 +31,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import jdcore
 from jdcore.aggregation import GramianAggregator
+from jdcore.autogram import Engine
 from jdcore.autojac import backward, jac_to_grad, mtl_backward
 
 Step = Callable[[], None]
@@ -122,6 +123,33 @@ def sharded(width: int, tasks: int) -> dict[str, tuple[str, Step]]:
     }
 
 
+def samples(width: int, tasks: int) -> dict[str, tuple[str, Step]]:
+    """One loss per sample: 8 or 32 on each process."""
+    model = DistributedDataParallel(Net(width, 1))
+    count = 8 if tasks == 2 else 32
+    data = torch.randn(count, width)
+    engine = Engine(model.module, batch_dim=0)
+
+    def losses() -> Tensor:
+        found: Tensor = model(data)[1][0].squeeze(1).square()
+        return found
+
+    def ordinary() -> None:
+        losses().sum().backward()
+
+    def step(**options: Any) -> Step:
+        def run() -> None:
+            engine.backward(losses(), weighting, **options)
+
+        return run
+
+    return {
+        "ordinary": ("1", ordinary),
+        f"{count} samples each": ("below 1.3 on wide layers", step()),
+        f"{count} samples each, weights per process": ("1", step(per_process=True)),
+    }
+
+
 def sent() -> int:
     """Bytes that all processes of this machine have sent to one another."""
     for line in Path("/proc/net/dev").read_text().splitlines():
@@ -146,7 +174,7 @@ def measured(step: Step) -> int:
     return int(statistics.median(found))
 
 
-SETUPS = {"replicated": replicated, "sharded": sharded}
+SETUPS = {"replicated": replicated, "sharded": sharded, "samples": samples}
 
 
 def work(rank: int, size: int, store: str, width: int, results: Any) -> None:
@@ -163,7 +191,7 @@ def work(rank: int, size: int, store: str, width: int, results: Any) -> None:
                 step()  # once, as the first step of each kind also sends other things
                 volume = measured(step)
                 plain = plain or volume
-                text = f"{label}, m = {tasks}"
+                text = label if setup is samples else f"{label}, m = {tasks}"
                 found.append(Volume(size, name, text, expected, volume / plain))
     if rank == 0:
         results.send(found)
@@ -197,9 +225,9 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     found = [volume for size in arguments.processes for volume in run(size, arguments.width)]
-    print("processes  setup        step                          bytes / ordinary  expected")
+    print(f"processes  {'setup':<11}  {'step':<40}  bytes / ordinary  expected")
     for v in found:
-        print(f"{v.processes:<9}  {v.setup:<11}  {v.step:<28}  {v.ratio:>16.2f}  {v.expected}")
+        print(f"{v.processes:<9}  {v.setup:<11}  {v.step:<40}  {v.ratio:>16.2f}  {v.expected}")
     if arguments.json is not None:
         arguments.json.write_text(json.dumps([asdict(volume) for volume in found], indent=2))
 
