@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from importlib.metadata import version
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 from jdcore._commands import check, doctor, info, listing, new, plugins, stubs
 from jdcore.bench import command as bench
@@ -66,10 +66,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # the reader has seen enough, as in `jdcore list | head -3`
-        _leave_stdout()
+        _leave(sys.stdout)
         return 0
     except OSError as error:  # a full disk, be it under a file or under the output itself
-        _leave_stdout()
+        _leave(sys.stdout)
         where = f": {error.filename}" if error.filename else ""
         return _fail(command, f"{error.strerror or error}{where}")
 
@@ -85,13 +85,15 @@ def _open_streams() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
-def _leave_stdout() -> None:
+def _leave(stream: TextIO) -> None:
     """Drop what could not be written, which Python would try again when it ends."""
     with suppress(OSError, ValueError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _fail(command: str, message: str) -> int:
-    with suppress(OSError):  # standard error may be full as well
+    try:
         print(f"{command}: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    except OSError:  # standard error may be full as well
+        _leave(sys.stderr)
     return 2

@@ -22,6 +22,7 @@ def run(
     """Run the command in a shell, with the plugins of a folder only."""
     plugins = ",".join(path.stem for path in folder.glob("*.py"))
     code = f"import sys; from jdcore.cli import main; sys.exit(main({list(argv)}))"
+    variables.setdefault("PYTHONUNBUFFERED", "")  # as users have it
     return subprocess.run(
         ["sh", "-c", f'exec "$0" -W ignore -c "$1" {redirect}', sys.executable, code],
         env=clean_environment(PYTHONPATH=str(folder), JDCORE_PLUGINS=plugins, **variables),
