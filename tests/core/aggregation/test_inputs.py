@@ -16,8 +16,6 @@ from jdcore import (
     NonFiniteError,
     ParameterError,
     ParameterTypeError,
-    get_aggregator,
-    get_weighting,
 )
 from jdcore.aggregation import (
     CrossGramianWeighting,
@@ -27,7 +25,6 @@ from jdcore.aggregation import (
     GramianWeighting,
     LossWeighting,
     as_module,
-    taken_by,
     weigh,
 )
 from jdcore.aggregation._observation import observing
@@ -209,26 +206,7 @@ def test_a_spec_says_what_a_method_looks_at() -> None:
         AggregatorSpec(name="a", summary="A.", aggregator="a:A", cross_gramian=True, api_version=1)
 
 
-def test_what_is_known_is_given_to_calls_that_take_it() -> None:
-    class Plain(torch.nn.Module):
-        def forward(self, matrix: torch.Tensor) -> torch.Tensor:
-            return matrix
-
-    def function(matrix: torch.Tensor, losses: torch.Tensor) -> torch.Tensor:
-        return matrix
-
-    known = {"losses": LOSSES, "second": None}
-
-    assert set(taken_by(function, **known)) == {"losses"}
-    assert set(taken_by(get_aggregator("mean"), **known)) == {"losses"}
-    assert set(taken_by(as_module(get_aggregator("graddrop")), **known)) == {"losses"}
-    assert as_module(get_aggregator("sum"))(J, losses=LOSSES).tolist() == J.sum(dim=0).tolist()
-    assert as_module(get_aggregator("trimmed_mean", trim_number=0))(J, losses=LOSSES).shape == (3,)
-    assert taken_by(Plain(), **known) == {}
-    assert taken_by(lambda matrix: matrix, **known) == {}
-
-
-@pytest.mark.parametrize("weighting", [Diagonal(), Inverse(), get_weighting("mean")])
+@pytest.mark.parametrize("weighting", [Diagonal(), Inverse()])
 def test_a_weighting_of_vectors_is_refused_for_other_losses_with_the_way_out(
     weighting: Any,
 ) -> None:
