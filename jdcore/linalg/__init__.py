@@ -1,6 +1,6 @@
 """Gramians and what every Gramian method does with them, in float64."""
 
-from jdcore.linalg._blas import cholesky, eigh, product, solve
+from jdcore.linalg._blas import cholesky, eigh, one_thread, product, solve, solve_definite
 from jdcore.linalg._combine import combine
 from jdcore.linalg._complementarity import lcp_residual, refine_lcp
 from jdcore.linalg._conflicts import alignment_score, conflicting_share, cosines
@@ -8,9 +8,11 @@ from jdcore.linalg._distances import squared_distances
 from jdcore.linalg._equilibrate import equilibrate
 from jdcore.linalg._generalized import flatten_gramian, objectives_shape, unflatten_gramian
 from jdcore.linalg._gramian import cross_gramian, gramian
+from jdcore.linalg._pivoting import EPS, natural_residual, pivot
 from jdcore.linalg._precision import add_proximal, proximal_level, rounding_shows
 
 __all__ = [
+    "EPS",
     "add_proximal",
     "alignment_score",
     "cholesky",
@@ -23,12 +25,16 @@ __all__ = [
     "flatten_gramian",
     "gramian",
     "lcp_residual",
+    "natural_residual",
     "objectives_shape",
+    "one_thread",
+    "pivot",
     "product",
     "proximal_level",
     "refine_lcp",
     "rounding_shows",
     "solve",
+    "solve_definite",
     "squared_distances",
     "unflatten_gramian",
 ]

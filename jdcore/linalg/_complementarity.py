@@ -9,18 +9,17 @@ and q is of order one. Whoever solved it, and how, the two functions here apply.
 from __future__ import annotations
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
-from jdcore.linalg._blas import product, solve
+from jdcore.linalg._blas import product
+from jdcore.linalg._pivoting import EPS, pivot
 
-_EPS = 2.0**-52
 # Proximal terms: each makes singular blocks solvable, and the next one corrects its bias.
 _DELTAS = (1e-11, 1e-13)
 # A backend's set of positive entries is nearly right. More exchanges than this would be a solver of
 # its own, and hide that the backend failed.
-_EXCHANGES = 6
-_STEPS = 2
-_BUDGET = 1 << 20  # entries of the matrices that are solved at once
+_ROUNDS = 7
 
 
 def lcp_residual(
@@ -71,54 +70,20 @@ def refine_lcp(
     >>> refine_lcp(C, Q, np.array([[0.999, 0.001]]))
     (array([[1., 0.]]), array([0.]))
     """
-    m = Q.shape[1]
+    if not Q.size:
+        return Z.copy(), np.zeros(len(Q))
     best, residuals = Z.copy(), lcp_residual(C, Q, Z)
     passive = product(Z, C) + Q < Z
-    chunk = max(1, _BUDGET // max(1, m * m))
+    matrix = torch.from_numpy(C)
     for delta in _DELTAS:
-        left = np.flatnonzero(residuals > 6.0 * m * _EPS)
-        for start in range(0, left.size, chunk):
-            rows = left[start : start + chunk]
-            candidates, passive[rows] = _solve_near(C, Q[rows], best[rows], passive[rows], delta)
-            achieved = lcp_residual(C, Q[rows], candidates)
-            better = achieved < residuals[rows]
-            best[rows[better]] = candidates[better]
-            residuals[rows[better]] = achieved[better]
-    return best, residuals
-
-
-def _solve_near(
-    C: NDArray[np.float64],
-    Q: NDArray[np.float64],
-    centre: NDArray[np.float64],
-    passive: NDArray[np.bool_],
-    delta: float,
-) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
-    """Block pivoting on ``C + delta I`` and ``q - delta centre``, then steps towards C itself."""
-    B = delta * centre - Q
-    Z = _solve_passive(C, B, passive, delta)
-    for _ in range(_EXCHANGES):
-        slack = product(Z, C) + delta * Z - B
-        slack += 16.0 * C.shape[0] * _EPS * (1.0 + np.abs(Z).max(axis=1, keepdims=True))
-        wrong = np.where(passive, Z, slack) < 0.0
-        rows = np.flatnonzero(wrong.any(axis=1))
+        rows = np.flatnonzero(residuals > 6.0 * len(C) * EPS)
         if not rows.size:
             break
-        passive = passive ^ wrong
-        Z[rows] = _solve_passive(C, B[rows], passive[rows], delta)
-    for _ in range(_STEPS):
-        refined = Z - _solve_passive(C, product(Z, C) + Q, passive, delta)
-        kept = refined.min(axis=1) < 0.0
-        refined[kept] = Z[kept]
-        Z = refined
-    return np.maximum(Z, 0.0), passive
-
-
-def _solve_passive(
-    C: NDArray[np.float64], B: NDArray[np.float64], passive: NDArray[np.bool_], delta: float
-) -> NDArray[np.float64]:
-    """Rows z with ``(C_FF + delta I) z_F = b_F``, zero outside the passive set F of the row."""
-    blocks = C * (passive[:, :, None] & passive[:, None, :])
-    diagonal = np.arange(C.shape[0])
-    blocks[:, diagonal, diagonal] = np.where(passive, 1.0 + delta, 1.0)
-    return solve(blocks, (B * passive)[:, :, None])[:, :, 0]
+        sets = torch.from_numpy(passive[rows])
+        q, centre = torch.from_numpy(Q[rows]), torch.from_numpy(best[rows])
+        found = pivot(matrix, q, sets, delta=delta, centre=centre, rounds=_ROUNDS).numpy()
+        passive[rows] = sets.numpy()
+        achieved = lcp_residual(C, Q[rows], found)
+        better = achieved < residuals[rows]
+        best[rows[better]], residuals[rows[better]] = found[better], achieved[better]
+    return best, residuals

@@ -10,18 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jdcore.errors import UnsolvedWarning
-from jdcore.linalg import equilibrate, lcp_residual
+from jdcore.linalg import add_proximal, equilibrate, lcp_residual
 from jdcore.testing import FAMILIES, family
-from jdplugins.standard._solvers import NativeDualConeSolver
-from jdplugins.standard._solvers._accuracy import infeasible
+from jdplugins.standard._solvers import NativeDualConeSolver, _dual_cone
 from jdplugins.standard._solvers._cone_of_few import project_few
-from jdplugins.standard._solvers._conjugate import solve_conjugate
-from jdplugins.standard._solvers._dense import solve_dense
-from jdplugins.standard._solvers._dispatch import rescue, solve_all, solve_one
-from jdplugins.standard._solvers._dual_cone import _project
-from jdplugins.standard._solvers._goldfarb import solve_goldfarb_idnani
+from jdplugins.standard._solvers._interior import interior_point
+from jdplugins.standard._solvers._lcp import solve_lcps, solve_one
 from jdplugins.standard._solvers._semidefinite import nearest_semidefinite
-from jdplugins.standard._solvers._single import solve_single
 from jdplugins.standard._solvers._tiny import solve_pair, solve_tiny
 from tests.plugins.standard.oracle import LD, project_exactly
 
@@ -44,9 +39,9 @@ def cosines(name: str, m: int, n: int = 200, seed: int = 0) -> np.ndarray:
     return equilibrate(J @ J.T)[0]
 
 
-def tiny(C: np.ndarray, q: np.ndarray, *, dependent: bool = True) -> np.ndarray | None:
+def tiny(C: np.ndarray, q: np.ndarray) -> np.ndarray | None:
     """All entries of the answer of the tiny path."""
-    entries = solve_tiny(C.tolist(), q.tolist(), dependent)
+    entries = solve_tiny(C.tolist(), q.tolist())
     if entries is None:
         return None
     return np.array([entries.get(j, 0.0) for j in range(len(q))])
@@ -54,6 +49,17 @@ def tiny(C: np.ndarray, q: np.ndarray, *, dependent: bool = True) -> np.ndarray 
 
 def project(G: np.ndarray, U: np.ndarray) -> np.ndarray:
     return NativeDualConeSolver()(G, U)
+
+
+def solve_all(C: np.ndarray, Q: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """All right-hand sides together."""
+    Z, residuals = solve_lcps(torch.from_numpy(C), torch.from_numpy(Q))
+    return Z.numpy(), residuals.numpy()
+
+
+def interior(C: np.ndarray, Q: np.ndarray) -> np.ndarray:
+    """By the interior-point method alone."""
+    return interior_point(torch.from_numpy(C), torch.from_numpy(Q)).numpy()
 
 
 def distance(J: np.ndarray, Z: np.ndarray, other: np.ndarray) -> float:
@@ -68,7 +74,7 @@ def test_two_rows_with_one_passive_index() -> None:
     # C = [[1, -1/2], [-1/2, 1]], q = C e_0 = [1, -1/2]: raising z_1 to 1/2 zeroes y_1.
     C = [[1.0, -0.5], [-0.5, 1.0]]
     assert solve_tiny(C, [1.0, -0.5]) == {1: 0.5}
-    z, residual = solve_single(np.array(C), np.array([1.0, -0.5]))
+    z, residual = solve_one(np.array(C), np.array([1.0, -0.5]))
     assert z.tolist() == pytest.approx([0.0, 0.5], abs=1e-15)
     assert residual <= 1e-15
 
@@ -78,43 +84,36 @@ def test_three_rows_with_two_passive_indices() -> None:
     C = np.array([[1.0, -0.5, -0.5], [-0.5, 1.0, 0.5], [-0.5, 0.5, 1.0]])
     expected = [0.0, 1 / 3, 1 / 3]
     assert tiny(C, C[0]) == pytest.approx(expected, abs=1e-15)
-    assert solve_goldfarb_idnani(C, C[0]) == pytest.approx(expected, abs=1e-15)
-    Z, _ = solve_dense(C, C[:1])
-    assert Z[0] == pytest.approx(expected, abs=1e-15)
+    assert solve_one(C, C[0])[0] == pytest.approx(expected, abs=1e-15)
+    assert solve_all(C, C)[0][0] == pytest.approx(expected, abs=1e-15)
+    assert interior(C, C[:1])[0] == pytest.approx(expected, abs=1e-9)
 
 
 def test_nothing_to_do_gives_zero_on_every_path() -> None:
     C = np.eye(4)
     q = np.array([0.0, 1.0, 0.5, 2.0])
     assert solve_tiny(C.tolist(), q.tolist()) == {}
-    assert solve_single(C, q)[0].tolist() == [0.0] * 4
-    assert not solve_dense(C, q[None])[0].any()
-    assert not solve_conjugate(C, q[None])[0].any()
-    goldfarb = solve_goldfarb_idnani(C, q)
-    assert goldfarb is not None
-    assert not goldfarb.any()
-
-
-def test_goldfarb_idnani_tells_that_a_problem_has_no_solution() -> None:
-    # y_0 + y_1 = q_0 + q_1 = -1 for every z.
-    C = np.array([[1.0, -1.0], [-1.0, 1.0]])
-    assert solve_goldfarb_idnani(C, np.array([-1.0, 0.0])) is None
+    assert solve_one(C, q)[0].tolist() == [0.0] * 4
+    assert not solve_all(C, np.array([q, q]))[0].any()
+    assert np.abs(interior(C, q[None])).max() <= 1e-9
 
 
 def test_opposite_rows_are_solved_although_the_block_is_singular() -> None:
     C = np.array([[1.0, -1.0], [-1.0, 1.0]])
-    for Z in (solve_dense(C, C)[0], solve_all(C, C)[0]):
-        np.testing.assert_allclose(Z, [[0.0, 1.0], [1.0, 0.0]], atol=1e-14)
+    Z, _ = solve_all(C, C)
+    # Each row is projected onto zero, which any combination of the two rows with equal weights is.
+    np.testing.assert_allclose((Z + np.eye(2)) @ C, np.zeros((2, 2)), atol=1e-10)
 
 
 def test_the_tiny_path_solves_dependent_rows_or_leaves_them_to_the_others() -> None:
     # Row 2 is the sum of rows 0 and 1; the passive set {0, 1, 2} appears on the way.
     J = np.array([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [1.0, 1.0, 0.0], [-1.0, -1.2, 0.3]])
     C = equilibrate(J @ J.T)[0]
-    assert tiny(C, C[3], dependent=False) is None
-    z = tiny(C, C[3])
-    assert z is not None
-    assert lcp_residual(C, C[3], z) <= 1e-15
+    for definite, limit in ((C, 1e-11), (C + 4e-12 * np.eye(4), 1e-11)):
+        z = tiny(definite, definite[3])
+        assert z is None or lcp_residual(definite, definite[3], z) <= limit
+        z, residual = solve_one(definite, definite[3])
+        assert residual <= limit
 
 
 # -- the paths against each other ------------------------------------------------------------------
@@ -122,50 +121,46 @@ def test_the_tiny_path_solves_dependent_rows_or_leaves_them_to_the_others() -> N
 
 @pytest.mark.parametrize("name", REGULAR)
 @pytest.mark.parametrize("m", [3, 4, 5, 6, 8])
-def test_tiny_and_dense_paths_agree(name: str, m: int) -> None:
+def test_plain_floats_and_tensors_agree(name: str, m: int) -> None:
     C = cosines(name, m)
-    Z, _ = solve_dense(C, C)
+    Z, _ = solve_all(C, C)
     found = [tiny(C, row) for row in C]
     np.testing.assert_allclose(np.array(found), Z, atol=1e-10, rtol=1e-10)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-@pytest.mark.parametrize("m", [5, 12, 30])
-def test_single_dense_and_goldfarb_paths_agree(name: str, m: int) -> None:
+@pytest.mark.parametrize("m", [5, 12, 30, 60])
+def test_one_many_and_the_interior_point_method_agree(name: str, m: int) -> None:
     J, C = unit_rows(name, m), cosines(name, m)
-    limit = 1e-6 if name == "neardup" else 1e-10
-    Z, residual = solve_dense(C, C)
-    rescue(C, C, Z, residual)
-    for i in range(0, m, 3):
-        slow = solve_goldfarb_idnani(C, C[i])
-        assert slow is not None
-        assert distance(J, Z[i], slow) <= limit
+    limit = 1e-5 if name == "neardup" else 1e-9
+    Z, residuals = solve_all(C, C)
+    assert residuals.max() <= 1e-10
+    for i in range(0, m, max(3, m // 6)):
         assert distance(J, Z[i], solve_one(C, C[i])[0]) <= limit
+        assert distance(J, Z[i], interior(C, C[i : i + 1])[0]) <= 1e-4
 
 
-@pytest.mark.parametrize("name", REGULAR)
-@pytest.mark.parametrize("m", [30, 70])
-def test_conjugate_gradients_and_dense_path_agree(name: str, m: int) -> None:
-    J, C = unit_rows(name, m), cosines(name, m)
-    Z, solved, _ = solve_conjugate(C, C)
-    assert solved.mean() >= 0.5
-    assert distance(J, Z[solved], solve_dense(C, C)[0][solved]) <= 1e-12
-
-
-def test_conjugate_gradients_give_up_on_dependent_rows() -> None:
-    C = cosines("neardup", 40)
-    _, solved, _ = solve_conjugate(C, C)
-    assert not solved.all()
-    _, residual = solve_all(C, C)
-    assert residual.max() <= 1e-10
+@pytest.mark.parametrize("name", ["special", "lowdim", "neardup", "half", "conflict"])
+def test_a_family_is_solved_at_every_precision_and_size(name: str) -> None:
+    for m in (10, 33, 50, 96):
+        rows = np.random.default_rng(m).standard_normal((m, m // 2)) if name == "half" else None
+        J = jacobian(name, m) if rows is None else rows
+        for level in (0.0, m * 2.0**-52, 3.6e-12, 1.5e-5):
+            C = equilibrate(add_proximal(J @ J.T, level))[0]
+            U = np.diag(np.full(m, 1.0))
+            Z, residuals = solve_lcps(
+                torch.from_numpy(C), torch.from_numpy(C), references=torch.from_numpy(U)
+            )
+            assert float(residuals.max()) <= 1e-10
+            assert lcp_residual(C, C, Z.numpy()).max() <= 1e-10
 
 
 def test_a_warm_start_does_not_change_the_solution() -> None:
     C = cosines("conflict", 20)
     q = C.mean(axis=0) - 0.02
-    cold, _ = solve_single(C, q)
+    cold, _ = solve_one(C, q)
     for passive in (cold > 0.0, np.ones(20, dtype=bool), np.arange(20) % 2 == 0):
-        warm, residual = solve_single(C, q, passive)
+        warm, residual = solve_one(C, q, passive)
         assert residual <= 1e-13
         np.testing.assert_allclose(warm, cold, atol=1e-11)
 
@@ -310,27 +305,26 @@ def test_a_gramian_rounded_to_float32_is_made_semidefinite_again(name: str, m: i
 
 def test_semidefinite_matrices_are_not_repaired() -> None:
     for name in FAMILIES:
-        C = cosines(name, 12)
+        C = torch.from_numpy(cosines(name, 12))
         assert nearest_semidefinite(C) is C
 
 
-def test_a_problem_that_cannot_be_solved_warns_with_its_residual() -> None:
-    # Not even nearly a Gramian: every pair of five unit vectors at an angle beyond 120 degrees.
+def test_a_problem_that_cannot_be_solved_warns_with_its_residual_and_stays_short(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # Not even nearly a Gramian: every pair of nine unit vectors at an angle beyond 120 degrees.
+    G = np.full((9, 9), -0.9) + 1.9 * np.eye(9)
+    U = np.eye(9)
+    # Without the repair, which would turn any symmetric matrix into a Gramian.
+    monkeypatch.setattr(_dual_cone, "nearest_semidefinite", lambda C: C)
     with pytest.warns(UnsolvedWarning) as caught:
-        _project_unrepaired(np.full((9, 9), -0.9) + 1.9 * np.eye(9))
+        V = NativeDualConeSolver()(G, U)
     [warning] = caught
     assert isinstance(warning.message, UnsolvedWarning)
     assert warning.message.problem == "dual_cone"
     assert warning.message.residual > 1e-10
-
-
-def _project_unrepaired(G: np.ndarray) -> None:
-    """Project without the repair, which would turn any symmetric matrix into a Gramian."""
-    from jdplugins.standard._solvers import _dual_cone
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_dual_cone, "nearest_semidefinite", lambda C: C)
-        _project(G, np.eye(len(G)))
+    assert (V >= U).all()
+    assert ((V @ G) * V).sum(axis=1).max() <= 1.0 + 1e-12
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -341,10 +335,6 @@ def test_no_family_warns(name: str, m: int) -> None:
         warnings.simplefilter("error")
         project(J @ J.T, np.diag(np.full(m, 1.0 / m)))
         project(J @ J.T, np.full((1, m), 1.0 / m))
-
-
-def test_entries_below_rounding_do_not_count_as_infeasible() -> None:
-    assert infeasible(np.array([-1e-16, 0.0, -1e-10])).tolist() == [False, False, True]
 
 
 @given(*[st.floats(-0.999, 0.999)] * 3)
@@ -392,5 +382,6 @@ def test_few_rows_are_projected_as_any_number_of_rows(name: str, m: int) -> None
             continue
         assert (np.array(few) >= U).all()
         largest = np.linalg.norm(U @ J, axis=1).max()
-        difference = distance(J, np.array(few), _project(J @ J.T, U))
+        general = NativeDualConeSolver().project(torch.from_numpy(J @ J.T), torch.from_numpy(U))
+        difference = distance(J, np.array(few), general.numpy())
         assert difference <= (1e-6 if name == "neardup" else 1e-10) * largest

@@ -1,17 +1,17 @@
 """
-Native solvers: exact, scale-free, numpy only.
+Native solvers: exact, scale-free, torch and numpy only.
 
 The dual-cone projection, the min-norm point and the conflict-averse direction all reduce to one
-linear complementarity problem (LCP) with the matrix of cosines of the rows. It is solved along
-separate paths for tiny, small and large problems and for a single right-hand side. Nash bargaining
-is solved by Newton's method.
+linear complementarity problem (LCP) with the matrix of cosines of the rows. One solver serves them:
+a guess, block pivoting from there, and an interior-point method where pivoting cycles; a handful of
+rows is solved in plain floats. Nash bargaining is solved by Newton's method.
 """
 
 from jdplugins.standard._solvers._conflict_averse import Bracket, NativeConflictAverseSolver
-from jdplugins.standard._solvers._dispatch import solve_one
 from jdplugins.standard._solvers._dual_cone import NativeDualConeSolver
 from jdplugins.standard._solvers._fair_allocation import NativeFairAllocationSolver
 from jdplugins.standard._solvers._frank_wolfe import FrankWolfeSolver
+from jdplugins.standard._solvers._lcp import solve_one
 from jdplugins.standard._solvers._min_norm import NativeMinNormSolver
 from jdplugins.standard._solvers._nash_bargaining import NativeNashBargainingSolver
 

@@ -11,8 +11,6 @@ from operator import mul
 
 from jdplugins.standard._solvers._tiny import equilibrate_tiny, solve_pair, solve_tiny
 
-# Up to this size, dependent rows are solved here too.
-_TINIEST = 5
 # Squared norms whose products stay in the range of float64.
 _SAFE = (1e-140, 1e140)
 
@@ -40,7 +38,6 @@ def project_few(G: Rows, references: Rows) -> Rows | None:
     if equilibrated is None:
         return None
     C, norms, inverses = equilibrated
-    dependent = len(references) == 1 or m <= _TINIEST
     for u in references:
         scale = max(u)
         if scale > 0.0 and u.count(0.0) == m - 1:  # UPGrad: u is a multiple of a unit vector
@@ -53,7 +50,7 @@ def project_few(G: Rows, references: Rows) -> Rows | None:
             unit = [x / scale for x in scaled]
             q = [sum(map(mul, row, unit)) for row in C]
         if min(q) < 0.0:
-            z = solve_tiny(C, q, dependent)
+            z = solve_tiny(C, q)
             if z is None:
                 return None
             for j, entry in z.items():

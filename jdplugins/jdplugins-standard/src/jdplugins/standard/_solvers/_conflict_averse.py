@@ -5,15 +5,8 @@ import math
 import numpy as np
 from attrs import define, frozen
 
-from jdcore.linalg import equilibrate, lcp_residual, product, solve
-from jdplugins.standard._solvers._accuracy import (
-    EPS,
-    Floats,
-    Mask,
-    levels,
-    warn_if_unsolved,
-)
-from jdplugins.standard._solvers._dispatch import solve_one
+from jdcore.linalg import EPS, equilibrate, lcp_residual, product, solve_definite
+from jdplugins.standard._solvers._lcp import Floats, Mask, solve_one, warn_if_unsolved
 from jdplugins.standard._solvers._min_norm import shortest
 
 _MAX_LEVELS = 60
@@ -80,7 +73,6 @@ class _Levels:
 
     def __init__(self, C: Floats, a: Floats, b: Floats, radius: float) -> None:
         self.C, self.a, self.b, self.radius = C, a, b, radius
-        self.deltas = levels(C)  # of every level's LCP
 
     def solve(self) -> Floats:
         """The v of ``d = g0 + Jᵀ v`` [m]."""
@@ -100,7 +92,7 @@ class _Levels:
 
     def _at(self, level: float, passive: Mask | None) -> tuple[Floats, float]:
         """The v of a level, and by how much the norm of its ``Jᵀ v`` exceeds the radius."""
-        v, _ = solve_one(self.C, self.b - level * self.a, passive, self.deltas)
+        v, _ = solve_one(self.C, self.b - level * self.a, passive)
         norm = math.sqrt(max(float(v @ product(self.C, v)), 0.0))
         return v, norm / self.radius - 1.0
 
@@ -140,7 +132,7 @@ class _Levels:
         a, b = self.a[indices], self.b[indices]
         block = self.C[indices[:, None], indices]
         block.flat[:: len(indices) + 1] += 1e-14
-        solved = solve(block, np.stack([a, b], axis=1))
+        solved = solve_definite(block, np.stack([a, b], axis=1))
         aa, ab, bb = float(a @ solved[:, 0]), float(a @ solved[:, 1]), float(b @ solved[:, 1])
         discriminant = ab * ab - aa * (bb - self.radius * self.radius)
         return (ab + math.sqrt(discriminant)) / aa if discriminant >= 0.0 else math.nan

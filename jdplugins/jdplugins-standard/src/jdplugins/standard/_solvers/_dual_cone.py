@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import numpy as np
+import torch
 from attrs import frozen
+from numpy.typing import NDArray
+from torch import Tensor
 
-from jdcore.linalg import equilibrate, product
-from jdplugins.standard._solvers._accuracy import ROUGH, Floats, warn_if_unsolved
+from jdcore.linalg import product
 from jdplugins.standard._solvers._cone_of_few import project_few
-from jdplugins.standard._solvers._dispatch import rescue, solve_all
+from jdplugins.standard._solvers._lcp import ROUGH, UNSOLVED, solve_lcps, warn_if_unsolved
 from jdplugins.standard._solvers._semidefinite import nearest_semidefinite
 
 _FEW = 8  # rows, up to which a call of numpy takes longer than the arithmetic
@@ -23,10 +25,13 @@ class NativeDualConeSolver:
 
     A solution is accurate to float64. It comes with an :class:`~jdcore.errors.UnsolvedWarning`
     where its natural residual exceeds 1e-10 of ``1 + max z`` (with u scaled to
-    ``max |D u| = 1``), four orders above what rounding C alone explains at a hundred rows.
+    ``max |D u| = 1``), four orders above what rounding C alone explains at a hundred rows. Even
+    then, the answer is no longer than what is projected.
     """
 
-    def __call__(self, gramian: Floats, references: Floats, /) -> Floats:
+    def __call__(
+        self, gramian: NDArray[np.float64], references: NDArray[np.float64], /
+    ) -> NDArray[np.float64]:
         """
         :param gramian: Finite Gramian [m, m].
         :param references: Vectors u [k, m].
@@ -40,29 +45,49 @@ class NativeDualConeSolver:
         # which would take longer than the rest.
         if len(references) == 1 and min(product(gramian, references[0]).tolist()) >= 0.0:
             return np.array(references)
-        return _project(gramian, references)
+        projected = self.project(torch.from_numpy(gramian), torch.from_numpy(references))
+        array: NDArray[np.float64] = projected.numpy()
+        return array
+
+    def project(self, gramian: Tensor, references: Tensor) -> Tensor:
+        """A call for float64 Tensors on any device, where it solves."""
+        norms = gramian.diagonal().sqrt()
+        inverses = torch.where(norms > 0.0, 1.0 / norms, 0.0)
+        # Two products rather than one with the outer product, which would overflow for tiny norms.
+        cosines = (gramian * inverses[:, None]).mul_(inverses)
+        cosines.diagonal().copy_(norms > 0.0)
+        scaled = references * norms
+        scales = scaled.abs().amax(1, keepdim=True) if scaled.numel() else scaled.sum(1, True)
+        scaled /= torch.where(scales > 0.0, scales, 1.0)
+        return _solve(cosines, scaled).mul_(scales).mul_(inverses).add_(references)
 
 
-def _project(gramian: Floats, references: Floats) -> Floats:
-    cosines, norms, inverses = equilibrate(gramian)
-    scaled = references * norms
-    scales = np.abs(scaled).max(axis=1, keepdims=True)
-    scaled /= np.where(scales > 0.0, scales, 1.0)
-    solutions, residuals = _solve(cosines, scaled)
-    warn_if_unsolved("dual_cone", float(residuals.max(initial=0.0)))
-    solutions *= scales
-    solutions *= inverses
-    solutions += references
-    return solutions
-
-
-def _solve(C: Floats, U: Floats) -> tuple[Floats, Floats]:
-    """Solutions of the LCPs with ``q = C u`` for the rows u of U, with their residuals."""
-    Q = product(U, C)
-    Z, residuals = solve_all(C, Q)
-    if residuals.max(initial=0.0) > ROUGH:
+def _solve(C: Tensor, U: Tensor) -> Tensor:
+    """Solutions of the LCPs with ``q = C u`` for the rows u of U."""
+    if not U.numel():
+        return torch.zeros_like(U)
+    Z, residuals = solve_lcps(C, _products(C, U), references=U)
+    worst = float(residuals.max())
+    if worst > ROUGH:
         definite = nearest_semidefinite(C)
         if definite is not C:
             return _solve(definite, U)
-        rescue(C, Q, Z, residuals)
-    return Z, residuals
+    if not worst <= UNSOLVED:
+        Z = _shortened(C, U, Z)
+    warn_if_unsolved("dual_cone", worst)
+    return Z
+
+
+def _products(C: Tensor, U: Tensor) -> Tensor:
+    """``U C``, for UPGrad, whose U is diagonal, without the products."""
+    diagonal = U.diagonal()
+    if len(U) == len(C) and torch.count_nonzero(U) == torch.count_nonzero(diagonal):
+        return C * diagonal[:, None]
+    return U @ C
+
+
+def _shortened(C: Tensor, U: Tensor, Z: Tensor) -> Tensor:
+    """The multiples of z, up to z itself, for which ``Jᵀ (u + z)`` is shortest."""
+    image = Z @ C
+    slope, curvature = (image * U).sum(1, keepdim=True), (image * Z).sum(1, keepdim=True)
+    return Z * (-slope / curvature.clamp_min(1e-300)).clamp(0.0, 1.0)

@@ -5,7 +5,7 @@ from attrs import field, frozen
 
 from jdcore.linalg import product
 from jdcore.validators import integer, real
-from jdplugins.standard._solvers._accuracy import Floats
+from jdplugins.standard._solvers._lcp import Floats
 
 
 @frozen

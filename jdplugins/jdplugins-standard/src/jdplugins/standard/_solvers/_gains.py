@@ -22,7 +22,7 @@ from attrs import frozen
 from numpy.typing import NDArray
 
 from jdcore.errors import UnsolvedWarning, warn
-from jdcore.linalg import equilibrate, product, solve
+from jdcore.linalg import equilibrate, product, solve_definite
 from jdplugins.standard._spectrum import spectrum
 
 Floats = NDArray[np.float64]
@@ -222,7 +222,7 @@ def _solved(hessian: Floats, gradient: Floats) -> Floats:
     # Rows differ by what is spent on them, which the elimination must not take for importance.
     inverse_roots = 1.0 / np.sqrt(hessian.diagonal())
     scaled = hessian * inverse_roots[:, None] * inverse_roots
-    step: Floats = solve(scaled, gradient * inverse_roots) * inverse_roots
+    step: Floats = solve_definite(scaled, gradient * inverse_roots) * inverse_roots
     return step
 
 

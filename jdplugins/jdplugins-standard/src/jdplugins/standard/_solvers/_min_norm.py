@@ -6,8 +6,7 @@ import numpy as np
 from attrs import frozen
 
 from jdcore.linalg import equilibrate
-from jdplugins.standard._solvers._accuracy import Floats, warn_if_unsolved
-from jdplugins.standard._solvers._dispatch import solve_one
+from jdplugins.standard._solvers._lcp import Floats, solve_one, warn_if_unsolved
 from jdplugins.standard._solvers._tiny import equilibrate_tiny, solve_tiny
 
 _FEW = 8  # rows, up to which a call of numpy takes longer than the arithmetic

@@ -1,12 +1,12 @@
 from __future__ import annotations
 
-import numpy as np
+import torch
+from torch import Tensor
 
-from jdcore.linalg import eigh, product
-from jdplugins.standard._solvers._accuracy import EPS, Floats
+from jdcore.linalg import EPS
 
 
-def nearest_semidefinite(C: Floats) -> Floats:
+def nearest_semidefinite(C: Tensor) -> Tensor:
     """
     Remove the noise of a matrix of cosines that is not positive semi-definite.
 
@@ -18,13 +18,13 @@ def nearest_semidefinite(C: Floats) -> Floats:
     :returns: The matrix itself if it is positive semi-definite to float64 precision; else the
         nearest one of that rank, scaled back to the diagonal of C.
     """
-    values, vectors = eigh(C)
-    if values[0] >= -32.0 * len(C) * EPS:
+    values, vectors = torch.linalg.eigh(C)
+    if float(values[0]) >= -32.0 * len(C) * EPS:
         return C
     kept = values > -values[0]
-    roots = vectors[:, kept] * np.sqrt(values[kept])
-    norms = np.sqrt(np.einsum("ij,ij->i", roots, roots))
-    roots *= np.divide(C.diagonal(), norms, out=np.zeros_like(norms), where=norms > 0.0)[:, None]
-    definite: Floats = product(roots, roots.T)
-    np.fill_diagonal(definite, C.diagonal())
+    roots = vectors[:, kept] * values[kept].sqrt()
+    norms = roots.norm(dim=1)
+    roots *= torch.where(norms > 0.0, C.diagonal() / norms, 0.0)[:, None]
+    definite: Tensor = roots @ roots.T
+    definite.diagonal().copy_(C.diagonal())
     return definite

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from operator import add, mul
+from operator import mul
 from typing import TypeAlias
-
-from jdplugins.standard._solvers._accuracy import DELTAS, ROUGH, accepted, pivot_tolerance
 
 Rows: TypeAlias = Sequence[Sequence[float]]
 
@@ -19,7 +17,8 @@ Rows: TypeAlias = Sequence[Sequence[float]]
 _SMALLEST_PIVOT = 1e-6
 _TOLERANCE = 1e-14
 _MAX_PIVOTS = 8
-_REFINEMENTS = 2
+# Down to this one, they may still be good enough, which their residual tells.
+_DEPENDENT_PIVOT, _ROUGH = 1e-13, 1e-14
 
 
 def equilibrate_tiny(
@@ -35,112 +34,44 @@ def equilibrate_tiny(
     return C, norms, inverses
 
 
-def solve_tiny(C: Rows, q: Sequence[float], dependent: bool = True) -> dict[int, float] | None:
+def solve_tiny(C: Rows, q: Sequence[float]) -> dict[int, float] | None:
     """
     Solve one LCP by block pivoting.
 
     :param C: Unit-diagonal positive semi-definite matrix, as m lists.
     :param q: The m entries of the vector.
-    :param dependent: Whether to go on with proximal terms, as the numpy paths do, where the rows
-        are too close to dependent. Many such problems with the same C are faster there.
     :returns: The entries of z that are not zero, by index; None if that did not find the solution.
     """
     indices = range(len(q))
     passive = [j for j in indices if q[j] < -_TOLERANCE]
+    dependent = False
     for _ in range(_MAX_PIVOTS):
         values = _solve_passive(C, q, passive)
         if values is None:
-            return _solve_proximal(C, q) if dependent else None
+            dependent = True
+            values = solve_ldl(C, q, passive, [1.0] * len(q), _DEPENDENT_PIVOT)
+            if values is None:
+                return None
         z = dict(zip(passive, values))  # noqa: B905
         bad = [j for j in passive if z[j] < 0.0] if values and min(values) < 0.0 else []
-        for i in indices:
-            if i not in z:
-                row, slack = C[i], q[i]
-                for j in passive:
-                    slack += row[j] * z[j]
-                if slack < -_TOLERANCE:
-                    bad.append(i)
+        tolerance = _TOLERANCE * (1.0 + max(values)) if dependent else _TOLERANCE
+        bad += [i for i in indices if i not in z and _slack(C[i], q[i], z) < -tolerance]
         if not bad:
-            return z
+            return None if dependent and _is_rough(C, q, z) else z
         passive = [j for j in indices if (j in z) != (j in bad)]
     return None
 
 
-def _solve_proximal(C: Rows, q: Sequence[float]) -> dict[int, float] | None:
-    m = len(q)
-    z, residual = [0.0] * m, -min(q)
-    passive = [j for j in range(m) if q[j] < -_TOLERANCE]
-    for delta in DELTAS:
-        b = [x - delta * t for t, x in zip(z, q, strict=True)]
-        found = _solve_level(C, q, b, passive, delta)
-        if found is None:
-            return None
-        candidate, passive = found
-        y = _slacks(C, q, candidate)
-        achieved = max(abs(min(t, x)) for t, x in zip(candidate, y, strict=True))
-        achieved /= 1.0 + max(candidate)
-        previous = residual
-        if achieved < residual:
-            z, residual = candidate, achieved
-        if residual <= accepted(m) or (residual <= ROUGH and achieved > 0.1 * previous):
-            break
-    return dict(enumerate(z)) if residual <= ROUGH else None
+def _slack(row: Sequence[float], slack: float, z: dict[int, float]) -> float:
+    for j, value in z.items():
+        slack += row[j] * value
+    return slack
 
 
-def _solve_level(
-    C: Rows,
-    q: Sequence[float],
-    b: list[float],
-    passive: list[int],
-    delta: float,
-) -> tuple[list[float], list[int]] | None:
-    """The LCP of ``C + delta I`` and b, refined towards that of C and q; and its passive set."""
-    indices = range(len(b))
-    diagonal = [1.0 + delta] * len(b)
-    for _ in range(_MAX_PIVOTS):
-        values = solve_ldl(C, b, passive, diagonal, 0.0)
-        if values is None:
-            return None
-        z = _spread(values, passive, len(b))
-        slack = -pivot_tolerance(len(b)) * (1.0 + max(max(z), -min(z)))
-        y = _slacks(C, b, z)
-        bad = [j for j in indices if (z[j] < 0.0 if j in passive else y[j] < slack)]
-        if not bad:
-            return _refine(C, q, z, passive, delta), passive
-        passive = [j for j in indices if (j in passive) != (j in bad)]
-    return None
-
-
-def _refine(
-    C: Rows,
-    q: Sequence[float],
-    z: list[float],
-    passive: list[int],
-    delta: float,
-) -> list[float]:
-    """Steps towards the solution without the proximal term until a sign would change."""
-    diagonal = [1.0 + delta] * len(z)
-    for _ in range(_REFINEMENTS):
-        values = solve_ldl(C, _slacks(C, q, z), passive, diagonal, 0.0)
-        if values is None:
-            break
-        step = _spread(values, passive, len(z))
-        refined = list(map(add, z, step))
-        if min(refined) < 0.0:
-            break
-        z = refined
-    return z
-
-
-def _slacks(C: Rows, q: Sequence[float], z: list[float]) -> list[float]:
-    return [x + sum(map(mul, row, z)) for x, row in zip(q, C, strict=True)]
-
-
-def _spread(values: Sequence[float], passive: list[int], m: int) -> list[float]:
-    z = [0.0] * m
-    for j, value in zip(passive, values, strict=True):
-        z[j] = value
-    return z
+def _is_rough(C: Rows, q: Sequence[float], z: dict[int, float]) -> bool:
+    """Whether the values that were found from nearly dependent rows leave a residual."""
+    limit = _ROUGH * (1.0 + max(z.values()))
+    return max(abs(_slack(C[i], q[i], z)) for i in z) > limit
 
 
 def solve_pair(a: float, b: float, c: float, p: float, q: float) -> tuple[float, float] | None:
