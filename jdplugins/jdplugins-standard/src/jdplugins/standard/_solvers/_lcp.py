@@ -37,6 +37,7 @@ _PATH = (1e-3, 1e-5, 1e-7)
 # And those about what the interior-point method finds, with the number of rounds. Entries below the
 # first number count as zero. Where z and y both vanish, neither has digits, and no round is right.
 _FINAL = ((1e-5, 1e-8, 1), (1e-6, 1e-6, 1), (1e-7, 1e-8, 8), (0.0, 1e-12, 8))
+_SMALL = 8
 _MANY = 4  # rows that cycle, from which it pays to look for a combination of rows that is zero
 _SUPPORT, _SHIFT = 1e-6, 1e-9  # of that combination
 _ROUNDS, _FEW_ROUNDS = 30, 8
@@ -44,7 +45,6 @@ _ROUNDS, _FEW_ROUNDS = 30, 8
 # A residual above the first is handed on to the next method, which has to bring it below the
 # second. One above the third shows that pivoting did not come to an end.
 ROUGH, _GOOD, _CYCLED = 1e-11, 1e-12, 1e-6
-_EXACT = 1e-14
 
 UNSOLVED = 1e-10
 """Relative residual that is worth a warning."""
@@ -112,8 +112,9 @@ class _Answers:
         self.Z = torch.zeros_like(Q)
         self.residuals = Q.amin(1).neg_().clamp_min_(0.0)
         self._passive = torch.zeros_like(Q, dtype=torch.bool)
-        # One problem alone costs little. Its solution may be the start of others.
-        self.enough = ROUGH if len(Q) > 1 else _EXACT
+        # Small problems and one alone cost little, and are solved as far as rounding allows.
+        small = len(Q) == 1 or len(C) <= _SMALL
+        self.enough = len(C) * EPS if small else ROUGH
         self.all = torch.arange(len(Q), device=Q.device)
 
     def done(self) -> bool:

@@ -18,7 +18,7 @@ _SMALLEST_PIVOT = 1e-6
 _TOLERANCE = 1e-14
 _MAX_PIVOTS = 8
 # Down to this one, they may still be good enough, which their residual tells.
-_DEPENDENT_PIVOT, _ROUGH = 1e-13, 1e-14
+_DEPENDENT_PIVOT, _ROUGH = 1e-13, 1e-15
 
 
 def equilibrate_tiny(
@@ -54,7 +54,7 @@ def solve_tiny(C: Rows, q: Sequence[float]) -> dict[int, float] | None:
                 return None
         z = dict(zip(passive, values))  # noqa: B905
         bad = [j for j in passive if z[j] < 0.0] if values and min(values) < 0.0 else []
-        tolerance = _TOLERANCE * (1.0 + max(values)) if dependent else _TOLERANCE
+        tolerance = _TOLERANCE * (1.0 + max(values, default=0.0)) if dependent else _TOLERANCE
         bad += [i for i in indices if i not in z and _slack(C[i], q[i], z) < -tolerance]
         if not bad:
             return None if dependent and _is_rough(C, q, z) else z
@@ -70,8 +70,8 @@ def _slack(row: Sequence[float], slack: float, z: dict[int, float]) -> float:
 
 def _is_rough(C: Rows, q: Sequence[float], z: dict[int, float]) -> bool:
     """Whether the values that were found from nearly dependent rows leave a residual."""
-    limit = _ROUGH * (1.0 + max(z.values()))
-    return max(abs(_slack(C[i], q[i], z)) for i in z) > limit
+    limit = _ROUGH * (1.0 + max(z.values(), default=0.0))
+    return any(abs(_slack(C[i], q[i], z)) > limit for i in z)
 
 
 def solve_pair(a: float, b: float, c: float, p: float, q: float) -> tuple[float, float] | None:
