@@ -1,12 +1,11 @@
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 from jdcore._operations import CHOOSE
 from jdcore._registry import get_gramian_rule, registry
 from jdcore._tables import Entry
-from jdcore.errors import PluginError, PluginWarning
+from jdcore.errors import PluginError, PluginWarning, warn
 from jdcore.graph import Rule, Rules, function_of
 
 
@@ -55,7 +54,7 @@ class InstalledRules(Rules):
     def _warn(self, message: str) -> None:
         if message not in self._warned:
             self._warned.add(message)
-            warnings.warn(message, PluginWarning, stacklevel=2)
+            warn(PluginWarning(message))
 
 
 RULES_IN_USE = InstalledRules()

@@ -183,9 +183,9 @@ class Jacobian:
         self.computed = True
         with torch.no_grad(), without_autocast(self._device.type):
             try:
-                self._plan = self._find_plan()
-                run = self._run_tasks if self._without_samples else self._run
                 with self._fields_unchanged():
+                    self._plan = self._find_plan()
+                    run = self._run_tasks if self._without_samples else self._run
                     run(total, retain_graph)
             finally:
                 self._plans.close()

@@ -1,0 +1,431 @@
+"""What broke other ways of computing Gramians: right here, or an error before any number."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from jdcore import ParameterError, ParameterTypeError
+from jdcore.aggregation import GramianAggregator
+from jdcore.autogram import Engine, backward, gramian
+from jdcore.errors import UnservedGraphError
+from tests.core.autogram.oracle import explicit_jacobian, randn, relative_error
+
+B = 4
+
+
+def _identity() -> nn.Linear:
+    net = nn.Linear(1, 1, bias=False)
+    nn.init.ones_(net.weight)
+    return net
+
+
+def _numbers(*values: float) -> Tensor:
+    return torch.tensor(values)[:, None]
+
+
+def _right(engine: Engine, losses: Tensor, parameters: list[Tensor]) -> None:
+    jacobian = explicit_jacobian(losses, parameters)
+    assert relative_error(engine.compute_gramian(losses), jacobian @ jacobian.T) < 1e-12
+
+
+# -- samples that mix or change places -------------------------------------------------------------
+
+
+def test_samples_that_change_places_in_the_first_batch() -> None:
+    net = _identity()
+    losses = net(_numbers(1.0, 2.0, 3.0))[torch.tensor([1, 0, 2])].squeeze(1)
+    assert Engine(net, batch_dim=0).compute_gramian(losses).diag().tolist() == [4.0, 1.0, 9.0]
+
+
+@pytest.mark.parametrize("samples", [1, 2, 3, 5, 8, 17, 64])
+def test_random_permutations_between_layers(samples: int) -> None:
+    net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+    engine = Engine(net, batch_dim=0)
+    for seed in range(4):
+        generator = torch.Generator().manual_seed(seed)
+        order = torch.randperm(samples, generator=generator)
+        losses = net[2](net[1](net[0](randn(samples, 3)))[order]).square().sum(1)
+        _right(engine, losses, list(net.parameters()))
+
+
+def test_where_samples_go_is_seen_anew_at_every_call() -> None:
+    net = _identity()
+    engine = Engine(net, batch_dim=0)
+
+    def losses(owners: list[int]) -> Tensor:
+        return torch.zeros(2).index_add(
+            0, torch.tensor(owners), net(_numbers(1.0, 2.0, 3.0, 4.0)).squeeze(1)
+        )
+
+    assert engine.compute_gramian(losses([0, 0, 1, 1])).tolist() == [[9.0, 21.0], [21.0, 49.0]]
+    assert engine.compute_gramian(losses([0, 0, 0, 1])).tolist() == [[36.0, 24.0], [24.0, 16.0]]
+    assert engine.compute_gramian(losses([1, 1, 0, 1])).tolist() == [[9.0, 21.0], [21.0, 49.0]]
+
+
+def test_a_roll_by_another_number_is_another_kind_of_graph() -> None:
+    net = nn.Linear(3, 2)
+    engine = Engine(net, batch_dim=0)
+    for shift in (0, 1, 2, 0):
+        losses = (net(randn(B, 3)).roll(shift, 0) + 1.0).square().sum(1)
+        _right(engine, losses, list(net.parameters()))
+
+
+def _gated(net: nn.Module, bias: float) -> Tensor:
+    """Sample 0 looks at sample 1 as well, where a rectifier lets it."""
+    h = net(randn(B, 3))
+    k = h.clone()
+    k[0] = h[0] + torch.relu(h[1] + bias)
+    return k.square().sum(1)
+
+
+@pytest.mark.parametrize("first", [-100.0, 100.0])
+def test_a_gate_that_is_closed_at_first(first: float) -> None:
+    net = nn.Linear(3, 2)
+    engine = Engine(net, batch_dim=0)
+    for bias in (first, -first, first):
+        losses = _gated(net, bias)
+        try:
+            _right(engine, losses, list(net.parameters()))
+        except UnservedGraphError as error:
+            assert "mix" in error.operation
+
+
+def test_losses_over_the_batch_after_losses_per_sample() -> None:
+    net = nn.Linear(3, 2)
+    engine = Engine(net, batch_dim=0)
+    engine.compute_gramian(net(randn(B, 3)).log_softmax(1)[:, 0])
+    z = net(randn(B, 3))
+    with pytest.raises(UnservedGraphError, match="batch_dim=None"):
+        engine.compute_gramian((z @ z.T).log_softmax(1).diagonal())
+
+
+def test_samples_of_which_one_reaches_another_once_in_sixteen() -> None:
+    net = nn.Linear(3, 2)
+    h = net(randn(16, 3))
+    k = h.clone()
+    k[0] = h[0] - h[1]
+    _right(Engine(net, batch_dim=0), k.square().sum(1), list(net.parameters()))
+
+
+def test_tasks_that_cancel() -> None:
+    net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1))
+    loss = net(randn(B, 3)).squeeze(1)
+    losses = torch.stack([loss, -loss], 1).flip(0)
+    matrix = explicit_jacobian(losses, list(net.parameters()))
+    got = Engine(net, batch_dim=0).compute_gramian(losses).permute(0, 1, 3, 2).reshape(2 * B, -1)
+    assert relative_error(got, matrix @ matrix.T) < 1e-12
+
+
+def test_an_outlier_does_not_hide_what_mixes() -> None:
+    net = nn.Linear(3, 2)
+    h = net(randn(B, 3) * torch.tensor([1e6, 1.0, 1.0, 1.0])[:, None])
+    with pytest.raises(UnservedGraphError, match="mix"):
+        Engine(net, batch_dim=0).compute_gramian((h - h.mean(0)).square().sum(1))
+
+
+def test_prototypes_that_all_samples_share_are_served() -> None:
+    net = nn.Sequential(nn.Linear(3, 4), nn.Tanh())
+    prototypes, samples = net(randn(2, 3)), net(randn(B, 3) + 1.0)
+    losses = torch.cdist(samples, prototypes).log_softmax(1)[:, 0]
+    _right(Engine(net, batch_dim=0), losses, list(net.parameters()))
+
+
+# -- hooks -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch_dim", [0, None])
+def test_a_hook_of_a_parameter_acts_on_every_row(batch_dim: int | None) -> None:
+    net = nn.Linear(2, 1, bias=False)
+    net.weight.register_hook(lambda g: g * torch.tensor([1.0, 0.0]))
+    engine = Engine(net, batch_dim=batch_dim)
+
+    def losses() -> Tensor:
+        return net(torch.tensor([[1.0, 5.0], [2.0, -7.0]])).squeeze(1)
+
+    assert engine.compute_gramian(losses()).tolist() == [[1.0, 2.0], [2.0, 4.0]]
+    engine.backward(losses(), lambda g: torch.ones(2))
+    assert net.weight.grad.tolist() == [[3.0, 0.0]]
+
+
+def test_a_hook_that_mixes_samples_and_comes_later() -> None:
+    net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+    engine = Engine(net, batch_dim=0)
+    for hooked in (False, False, True, False, True):
+        h = net[1](net[0](randn(B, 3)))
+        if hooked:
+            h.register_hook(lambda g: g.flip(0) + g)
+        losses = net[2](h).square().sum(1)
+        if hooked:
+            with pytest.raises(UnservedGraphError, match="mix"):
+                engine.compute_gramian(losses)
+        else:
+            _right(engine, losses, list(net.parameters()))
+
+
+def test_a_hook_that_moves_samples_and_comes_later() -> None:
+    net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+    engine = Engine(net, batch_dim=0)
+    for hooked in (False, False, True, False, True):
+        h = net[1](net[0](randn(B, 3)))
+        if hooked:
+            h.register_hook(lambda g: g.flip(0))
+        _right(engine, net[2](h).square().sum(1), list(net.parameters()))
+
+
+def test_hooks_that_read_values_or_scale() -> None:
+    seen: list[float] = []
+
+    def scaled(gradient: Tensor) -> Tensor:
+        seen.append(float(gradient.sum()))
+        return 2.0 * gradient
+
+    for batch_dim in (0, None):
+        net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+        h = net[0](randn(B, 3))
+        h.register_hook(scaled)
+        losses = net[2](net[1](h)).square().sum(1)
+        _right(Engine(net, batch_dim=batch_dim), losses, list(net.parameters()))
+    assert seen
+
+
+def test_a_hook_of_a_transposed_weight_is_right_or_refused() -> None:
+    net = nn.Linear(3, 2)
+
+    def losses() -> Tensor:
+        turned = net.weight.T
+        turned.register_hook(lambda g: 2.0 * g)
+        return (torch.tanh(randn(B, 3).requires_grad_()) @ turned).square().sum(1)
+
+    with pytest.raises(UnservedGraphError, match="hook"):
+        Engine(net, batch_dim=0).compute_gramian(losses())
+    _right(Engine(net, batch_dim=None), losses(), [net.weight])
+
+
+# -- engines that would be stale -------------------------------------------------------------------
+
+
+def test_parameters_are_looked_up_at_every_call() -> None:
+    net = nn.Sequential(nn.Linear(3, 2))
+    engine = Engine(net, batch_dim=0)
+    net[0].weight = nn.Parameter(torch.randn(2, 3))
+    _right(engine, net(randn(B, 3)).sum(1), list(net.parameters()))
+    net.load_state_dict({k: 2 * v for k, v in net.state_dict().items()}, assign=True)
+    _right(engine, net(randn(B, 3)).square().sum(1), list(net.parameters()))
+    net[0] = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 2))
+    _right(engine, net(randn(B, 3)).square().sum(1), list(net.parameters()))
+
+
+def test_another_model_is_refused() -> None:
+    net = nn.Linear(3, 2)
+    engine = Engine(net, batch_dim=0)
+    other = copy.deepcopy(net)
+    for use in (engine.compute_gramian, lambda losses: engine.backward(losses, torch.diag)):
+        with pytest.raises(UnservedGraphError, match="do not depend on it"):
+            use(other(randn(B, 3)).sum(1))
+    with pytest.raises(UnservedGraphError, match="do not depend on it"):
+        Engine(batch_dim=0).compute_gramian(net(randn(B, 3)).sum(1))
+    assert other.weight.grad is None
+
+
+def test_a_forward_that_is_replaced_afterwards() -> None:
+    layer = nn.Linear(2, 1, bias=False)
+    nn.init.ones_(layer.weight)
+    engine = Engine(layer, batch_dim=0)
+    original = layer.forward
+    layer.forward = lambda x: 3.0 * original(x)
+    losses = layer(torch.tensor([[1.0, 0.0], [2.0, 0.0]])).squeeze(1)
+    assert engine.compute_gramian(losses).tolist() == [[9.0, 18.0], [18.0, 36.0]]
+
+
+def test_models_with_a_live_engine_can_be_saved_copied_and_scripted() -> None:
+    net = nn.Sequential(nn.Linear(3, 2), nn.Tanh())
+    engine = Engine(net, batch_dim=0)
+    expected = engine.compute_gramian(net(randn(B, 3)).sum(1))
+    torch.save(net, io.BytesIO())
+    torch.save(engine, io.BytesIO())
+    again = pickle.loads(pickle.dumps((net, engine)))
+    assert torch.equal(again[1].compute_gramian(again[0](randn(B, 3)).sum(1)), expected)
+    assert not net._forward_hooks
+    assert not net[0]._forward_hooks
+
+
+# -- functions that differentiate inside -----------------------------------------------------------
+
+
+class _Inner(torch.autograd.Function):
+    """x * w, differentiated inside of its backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor) -> Tensor:
+        ctx.save_for_backward(x, w)
+        return x * w
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        x, w = (t.detach().requires_grad_() for t in ctx.saved_tensors)
+        with torch.enable_grad():
+            y = x * w
+        gx, gw = torch.autograd.grad(y, (x, w), grads[0])
+        return gx, gw
+
+
+@pytest.mark.parametrize("batch_dim", [0, None])
+def test_functions_that_differentiate_in_their_backward(batch_dim: int | None) -> None:
+    net, w = nn.Linear(3, 4), nn.Parameter(torch.randn(4))
+    net.register_parameter("w", w)
+    losses = _Inner.apply(net(randn(B, 3)), w).square().sum(1)
+    engine = Engine(net, batch_dim=batch_dim)
+    for _ in range(2):
+        _right(engine, losses, [net.weight, net.bias, w])
+
+
+@pytest.mark.parametrize("batch_dim", [0, None])
+def test_a_hook_that_differentiates_its_own_graph(batch_dim: int | None) -> None:
+    net, out = nn.Linear(3, 3), nn.Linear(3, 1)
+
+    def fixed_point(x: Tensor) -> Tensor:
+        with torch.no_grad():
+            z = torch.zeros(len(x), 3)
+            for _ in range(60):
+                z = torch.tanh(0.3 * net(z) + x)
+        z = torch.tanh(0.3 * net(z) + x)
+        start = z.detach().requires_grad_()
+        again = torch.tanh(0.3 * net(start) + x)
+
+        def solve(gradient: Tensor) -> Tensor:
+            total = gradient
+            for _ in range(60):
+                [product] = torch.autograd.grad(again, start, total, retain_graph=True)
+                total = gradient + product
+            return total
+
+        z.register_hook(solve)
+        return z
+
+    losses = out(fixed_point(randn(B, 3))).squeeze(1)
+    _right(Engine(net, out, batch_dim=batch_dim), losses, [*net.parameters(), *out.parameters()])
+
+
+class _Accumulating(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: nn.Module) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.layer = layer
+        return layer(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        x = ctx.saved_tensors[0].detach().requires_grad_()
+        with torch.enable_grad():
+            y = ctx.layer(x)
+        torch.autograd.backward(y, grads[0])
+        return x.grad, None
+
+
+def test_a_function_that_accumulates_in_its_backward_is_refused() -> None:
+    first, hidden = nn.Linear(3, 3), nn.Linear(3, 3)
+    hidden.weight.grad = torch.ones(3, 3)
+    engine = Engine(first, hidden, batch_dim=0)
+    losses = _Accumulating.apply(first(randn(B, 3)), hidden).square().sum(1)
+    with pytest.raises(UnservedGraphError, match="accumulates into .grad"):
+        engine.compute_gramian(losses)
+    assert hidden.weight.grad.tolist() == [[1.0] * 3] * 3
+    assert hidden.bias.grad is None
+
+
+# -- weightings ------------------------------------------------------------------------------------
+
+
+class _Matrix:
+    def __call__(self, matrix: Tensor) -> Tensor:
+        return matrix.sum(dim=0)
+
+    def aggregate_blocks(self, blocks: list[Tensor]) -> tuple[list[Tensor], None]:
+        return [block.sum(dim=0) for block in blocks], None
+
+
+def test_aggregators_are_unwrapped_or_refused() -> None:
+    net = nn.Linear(3, 2)
+    engine = Engine(net, batch_dim=0)
+
+    def weighting(g: Tensor) -> Tensor:
+        return g.diagonal()
+
+    ways: list[Callable[..., Tensor]] = [
+        lambda losses, w: engine.backward(losses, w),
+        lambda losses, w: backward(losses, w, batch_dim=0),
+        lambda losses, w: backward(losses, w, batch_dim=None),
+    ]
+    for way in ways:
+        plain = way(net(randn(B, 3)).sum(1), weighting)
+        assert torch.allclose(way(net(randn(B, 3)).sum(1), GramianAggregator(weighting)), plain)
+        with pytest.raises(ParameterTypeError, match="a Weighting or the aggregator of one"):
+            way(net(randn(B, 3)).sum(1), _Matrix())
+
+
+# -- numbers that leave their range ----------------------------------------------------------------
+
+
+def test_scaled_float16_losses_that_overflow_are_no_mixing_of_samples() -> None:
+    net = nn.Linear(3, 2).half()
+    losses = net(randn(B, 3).half()).square().sum(1) * 65536.0
+    gramian_of = Engine(net, batch_dim=0).compute_gramian(losses)
+    assert not torch.isfinite(gramian_of).all()
+
+
+def test_one_loss_that_is_not_finite_concerns_no_other() -> None:
+    net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1))
+    x = randn(B, 3)
+    x[2] = torch.nan
+    found = Engine(net, batch_dim=0).compute_gramian(net(x).squeeze(1))
+    others = [0, 1, 3]
+    jacobian = explicit_jacobian(net(x[others]).squeeze(1), list(net.parameters()))
+    assert relative_error(found[others][:, others], jacobian @ jacobian.T) < 1e-12
+    assert found[2].isnan().all()
+
+
+# -- what may not be there -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("make", "kind"),
+    [
+        (lambda: torch.randn(3, dtype=torch.complex128), "complex"),
+        (lambda: torch.randn(3, device="meta"), "meta"),
+    ],
+)
+def test_unusual_parameters_are_refused(make: Callable[[], Tensor], kind: str) -> None:
+    net = nn.Linear(3, 2)
+    net.register_parameter("odd", nn.Parameter(make()))
+    with pytest.raises(ParameterError, match=kind):
+        Engine(net, batch_dim=0).compute_gramian(net(randn(B, 3)).sum(1))
+
+
+def test_functions_without_modules() -> None:
+    w = torch.tensor([1.0, 2.0], requires_grad=True)
+    x = torch.tensor([[1.0, 0.0], [0.0, 2.0], [1.0, 1.0]])
+    found = gramian((x @ w).square(), batch_dim=0)
+    rows = 2 * (x @ w).detach()[:, None] * x
+    assert torch.allclose(found, rows @ rows.T)
+    weights = backward((x @ w).square(), lambda g: torch.ones(3), inputs=w, batch_dim=0)
+    assert weights.tolist() == [1.0, 1.0, 1.0]
+    assert torch.allclose(w.grad, rows.sum(0))
+
+
+def test_verification_names_every_parameter() -> None:
+    net = nn.Sequential(nn.Conv2d(2, 3, 3), nn.GroupNorm(1, 3), nn.Flatten(), nn.Linear(12, 2))
+    engine = Engine(net, batch_dim=0)
+    losses = net(randn(B, 2, 4, 4)).square().sum(1)
+    found = engine.verify(losses)
+    assert [check.parameter for check in found] == [name for name, _ in net.named_parameters()]
+    assert found.worst < 1e-12
+    assert "Patches(1 x 4 rows of [3, 2, 3, 3], 1 images each)" in str(found)
+    assert "closed form" in engine.explain(losses)
