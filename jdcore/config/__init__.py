@@ -8,7 +8,8 @@ an argument of it. It may come from YAML, JSON, TOML or OmegaConf::
     pref_vector: [0.2, 0.8]
     solver: quadprog
 
-:func:`jdcore.get_aggregator` and :func:`jdcore.get_weighting` build it, :func:`to_config` is the
+:func:`jdcore.get_aggregator` and :func:`jdcore.get_weighting` build it (for scalarizers, which have
+configurations too, :func:`jdcore.get_scalarizer`), :func:`to_config` is the
 way back. Values are numbers, strings, booleans, None, lists, mappings, and
 
 * tensors: a nested list for float32, ``{"data": [...], "dtype": "float64"}`` for anything else;
