@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pickle
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -82,3 +83,10 @@ def test_a_warning_of_a_plugin_of_any_name_points_past_it() -> None:
     with pytest.warns(JDCoreWarning, match="x") as caught:
         plugin["method"]()
     assert caught[0].filename == __file__
+
+
+def test_nothing_warns_but_by_the_helper_that_finds_the_line() -> None:
+    root = Path(__file__).parents[2]
+    sources = [*root.glob("jdcore/**/*.py"), *root.glob("jdplugins/*/src/**/*.py")]
+    warning = [path.name for path in sources if "warnings.warn(" in path.read_text("utf-8")]
+    assert warning == ["errors.py"]
