@@ -10,14 +10,13 @@ is added up at last.
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Iterator, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from jdcore.distributed._meeting import Group, Meeting, Stage
+from jdcore.distributed._meeting import Group, Meeting, Stage, number_of
 from jdcore.errors import ParameterError
 from jdcore.graph import Accumulator, Dense, Objectives, Share
 from jdcore.graph._memory import Memory
@@ -61,9 +60,9 @@ class Union:
         [output] = objectives.outputs
         shape = list(output.shape)
         shape[self._dimension] = 0
-        layout = zlib.crc32(repr((shape, output.dtype, self._dimension)).encode())
-        one, other, least = meeting.agree(Stage.SAMPLES, layout, -layout, -objectives.samples)
-        if one is None or other is None or least is None or one != -other or least > -2:
+        same = meeting.agree_on(Stage.SAMPLES, shape, output.dtype, self._dimension)
+        [least] = meeting.agree(Stage.SAMPLES, -objectives.samples)
+        if not same or least is None or least > -2:
             raise ParameterError(
                 "output",
                 "losses of the same shape on all processes but for the number of samples, which is "
@@ -111,9 +110,7 @@ class Union:
     def _items(self, shares: Sequence[Share]) -> list[_Item]:
         """The shares, and how each is to be exchanged: the same on all processes."""
         words = [(type(share).__name__, tuple(share.shape)) for share in shares]
-        layout = zlib.crc32(repr(words).encode())
-        one, other = self.meeting.agree(Stage.GRAMIAN, layout, -layout)
-        if one is None or other is None or one != -other:
+        if not self.meeting.agree_on(Stage.GRAMIAN, words):
             raise ParameterError(
                 "output",
                 "computed by the same operations on all processes",
@@ -234,7 +231,7 @@ def _costs(share: Share) -> tuple[int, int, int]:
     grads, dimension = factors[1]
     K, B = grads.shape[0], grads.shape[dimension]
     width = max(4, grads.itemsize)
-    return zlib.crc32(repr(words).encode()), size, K * B * share.shape.numel() * width
+    return number_of(words), size, K * B * share.shape.numel() * width
 
 
 def _rounds(items: Sequence[_Item]) -> Iterator[list[_Item]]:

@@ -47,8 +47,7 @@ def global_means(
     device = losses[0].device if losses else torch.device("cpu")
     with Meeting([chosen], device) as meeting:
         own = _checked(sums, counts).to(device)
-        most, least = meeting.agree(Stage.START, len(own), -len(own))
-        if most is None or least is None or most != -least:
+        if not meeting.agree_on(Stage.START, len(own)):
             raise ParameterError(
                 "counts", "of the same number of tasks on all processes", f"{len(own)} here"
             )

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
 from enum import IntEnum
 from types import TracebackType
@@ -122,6 +123,11 @@ class Meeting:
             text = bytes(letter for letter in heard if letter).decode(errors="replace")
             raise PeerError(culprit, text)
 
+    def agree_on(self, stage: Stage, *things: object) -> bool:
+        """Meet the other processes, and tell whether all have the same things."""
+        own = number_of(*things)
+        return is_same(*self.agree(stage, own, -own))
+
     def maximum(self, values: Tensor) -> Tensor:
         """The largest of each value over all processes; the argument is overwritten."""
         for group in self.groups:
@@ -139,6 +145,21 @@ class Meeting:
         for group in self.groups:
             dist.broadcast(values, src=dist.get_global_rank(group, 0), group=group)
         return values
+
+
+def number_of(*things: object) -> int:
+    """A number that tells things apart, to be compared between processes."""
+    return zlib.crc32(repr(things).encode())
+
+
+def is_same(most: int | None, least: int | None) -> bool:
+    """
+    Whether all processes said the same number.
+
+    :param most: The largest of the numbers, as :meth:`Meeting.agree` returns it.
+    :param least: The largest of their negatives.
+    """
+    return most is not None and least is not None and most == -least
 
 
 def _padded(numbers: list[int], device: torch.device) -> Tensor:

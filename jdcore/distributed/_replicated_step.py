@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -23,7 +22,7 @@ from jdcore.distributed._step import (
     divides,
     mean_losses,
     promoted,
-    same_rows,
+    start,
     state_kept,
 )
 from jdcore.distributed._transfers import buckets_of, mean_rows
@@ -92,20 +91,10 @@ class Replicas:
         self, meeting: Meeting, own: LocalRows, arguments: tuple[Aggregator, bool]
     ) -> tuple[int, list[Tensor], list[Tensor]]:
         """Number of rows, tensors with a ``.jac`` anywhere, and those with a local gradient."""
-        rows = own.rows
-        layout = self._layout(own, *arguments)
+        aggregator, losses = arguments
         lacks = len(own.matrices) < len(self.given) or any(map(is_local, self.members))
-        most, least, one, other, some = meeting.agree(
-            Stage.START, rows, None if rows is None else -rows, layout, -layout, int(lacks)
-        )
-        count = same_rows(rows, None if least is None else -least, most)
-        if one is None or other is None or one != -other:
-            raise ParameterError(
-                "tensors",
-                "the same tensors in the same order, with the same arguments, on all processes",
-                "others on some of them",
-                "Pass all parameters of the model; those without .jac are skipped.",
-            )
+        layout = self._layout()
+        count, some = start(meeting, own, aggregator, layout, losses, lacks=lacks)
         if not some:
             return count, list(self.given), []
         present = [[tensor in own.matrices, is_local(tensor)] for tensor in self.members]
@@ -114,16 +103,14 @@ class Replicas:
         targets = [tensor for tensor, (has_rows, _) in table if has_rows]
         return count, targets, [t for t, (has_rows, waits) in table if waits and not has_rows]
 
-    def _layout(self, own: LocalRows, aggregator: Aggregator, losses: bool) -> int:
-        """A number that tells lists of tensors apart, also where shapes repeat."""
+    def _layout(self) -> list[object]:
+        """Words that tell lists of tensors apart, also where shapes repeat."""
         places = {
             id(parameter): i
             for replica in replicas_of(self.members)
             for i, parameter in enumerate(parameters_of(replica))
         }
-        words = [(places.get(id(t)), tuple(t.shape), str(t.dtype)) for t in self.members]
-        kinds = [type(aggregator).__name__, type(getattr(aggregator, "weighting", None)).__name__]
-        return zlib.crc32(repr((words, kinds, losses, own.second is None)).encode())
+        return [(places.get(id(t)), tuple(t.shape), t.dtype) for t in self.members]
 
     def _means(self, meeting: Meeting, heads: list[Tensor]) -> dict[Tensor, Tensor]:
         if not heads:

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -22,10 +21,9 @@ from jdcore.distributed._step import (
     divides,
     mean_losses,
     promoted,
-    same_rows,
+    start,
     state_kept,
 )
-from jdcore.errors import ParameterError
 from jdcore.protocols import Aggregator
 
 
@@ -66,7 +64,7 @@ class Shards:
         device = local_part(self.given[0]).device
         with state_kept(aggregator), Meeting(self.grid.groups, device) as meeting:
             own = local()
-            rows = self._meet(meeting, own, (aggregator, losses is not None))
+            rows, _ = start(meeting, own, aggregator, self._layout(own), losses is not None)
             values = mean_losses(meeting, check_losses(losses, rows))
             targets = list(own.matrices)
             check_grads(targets)
@@ -85,30 +83,11 @@ class Shards:
             }
         return Update(gradients, weights=promoted(weights, matrices))
 
-    def _meet(self, meeting: Meeting, own: LocalRows, arguments: tuple[Aggregator, bool]) -> int:
-        """The number of rows, if all processes have the same things."""
-        rows = own.rows
-        layout = self._layout(own, *arguments)
-        most, least, one, other = meeting.agree(
-            Stage.START, rows, None if rows is None else -rows, layout, -layout
-        )
-        count = same_rows(rows, None if least is None else -least, most)
-        if one is None or other is None or one != -other:
-            raise ParameterError(
-                "tensors",
-                "the same tensors in the same order, with the same arguments, on all processes",
-                "others on some of them, or .jac on others",
-                "Pass all parameters of the model; those without .jac are skipped.",
-            )
-        return count
-
-    def _layout(self, own: LocalRows, aggregator: Any, losses: bool) -> int:
-        words = [
-            (t in own.matrices, tuple(t.shape), str(t.dtype), str(getattr(t, "placements", None)))
+    def _layout(self, own: LocalRows) -> list[object]:
+        return [
+            (t in own.matrices, tuple(t.shape), t.dtype, str(getattr(t, "placements", None)))
             for t in self.given
         ]
-        kinds = [type(aggregator).__name__, type(getattr(aggregator, "weighting", None)).__name__]
-        return zlib.crc32(repr((words, kinds, losses, own.second is None)).encode())
 
 
 def _whole(

@@ -8,7 +8,7 @@ import torch
 from attrs import field, frozen
 from torch import Tensor
 
-from jdcore.distributed._meeting import Meeting, Stage
+from jdcore.distributed._meeting import Meeting, Stage, is_same, number_of
 from jdcore.errors import ParameterError
 from jdcore.protocols import Stateful
 
@@ -88,27 +88,43 @@ def no_jacobians(got: str) -> ParameterError:
     )
 
 
-def same_rows(rows: int | None, least: int | None, most: int | None) -> int:
+def start(
+    meeting: Meeting, own: LocalRows, aggregator: Any, *layout: object, lacks: bool = False
+) -> tuple[int, bool]:
     """
-    The number of rows that all processes have.
+    Begin a step, if all processes have the same things.
 
-    :param rows: That of this process, None if it has no ``.jac``.
-    :param least: The smallest of all.
-    :param most: The largest of all.
-    :raises ParameterError: If they differ, or no process has any.
+    :param own: What this process has.
+    :param layout: Words for the tensors and arguments of the step.
+    :param lacks: Whether this process has something to say about single tensors.
+    :returns: The number of rows, and whether some process has something to say.
+    :raises ParameterError: If rows, tensors or arguments differ, or no process has a ``.jac``.
     """
-    if most is None:
+    rows = own.rows
+    kinds = [type(aggregator).__name__, type(getattr(aggregator, "weighting", None)).__name__]
+    number = number_of(layout, kinds, own.second is None)
+    most, least, one, other, some = meeting.agree(
+        Stage.START, rows, None if rows is None else -rows, number, -number, int(lacks)
+    )
+    if most is None or least is None:
         raise no_jacobians("tensors that have none on any process")
-    if least != most:
+    if not is_same(most, least):
         here = "no rows" if rows is None else f"{rows} rows"
         raise ParameterError(
             ".jac",
             "of the same number of rows on all processes",
-            f"{here} here and between {least} and {most} rows on all",
+            f"{here} here and between {-least} and {most} rows on all",
             "An objective that is absent from the batch of a process is a loss of zero there: see "
             "jdcore.distributed.global_means.",
         )
-    return most
+    if not is_same(one, other):
+        raise ParameterError(
+            "tensors",
+            "the same tensors in the same order, with the same arguments, on all processes",
+            "others on some of them",
+            "Pass all parameters of the model; those without .jac are skipped.",
+        )
+    return most, bool(some)
 
 
 def mean_losses(meeting: Meeting, losses: Tensor | None) -> Tensor | None:

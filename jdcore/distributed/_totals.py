@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import zlib
 from collections.abc import Mapping
 
 import torch
@@ -20,9 +19,7 @@ def mean_gradients(
     :param gradients: Those of this process, in the order in which the graph has the tensors.
     :raises ParameterError: If the processes have gradients of different tensors.
     """
-    layout = zlib.crc32(repr([(tuple(t.shape), str(t.dtype)) for t in gradients]).encode())
-    one, other = meeting.agree(Stage.UPDATE, layout, -layout)
-    if one is None or other is None or one != -other:
+    if not meeting.agree_on(Stage.UPDATE, [(tuple(t.shape), t.dtype) for t in gradients]):
         raise ParameterError(
             "output",
             "computed by the same parameters on all processes",
