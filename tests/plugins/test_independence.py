@@ -32,6 +32,7 @@ POSED = {
     "dual_cone": ("upgrad", {}),
     "conflict_averse": ("cagrad", {"c": 0.5}),
     "nash_bargaining": ("nash_mtl", {}),
+    "fair_allocation": ("fairgrad", {"alpha": 2.0}),
     "min_norm": ("mgda", {}),
 }
 methods = jdcore.list_aggregators()

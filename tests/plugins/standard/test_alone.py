@@ -41,7 +41,8 @@ def test_no_solver_library_comes_with_the_methods(module: str) -> None:
 def test_native_solves_every_problem() -> None:
     solvers = jdcore.list_solvers()
 
-    assert set(solvers) >= {"conflict_averse", "dual_cone", "min_norm", "nash_bargaining"}
+    problems = {"conflict_averse", "dual_cone", "fair_allocation", "min_norm", "nash_bargaining"}
+    assert set(solvers) >= problems
     assert all("native" in names for names in solvers.values())
 
 
@@ -49,9 +50,11 @@ def test_every_method_works() -> None:
     # In a process of its own, where no other test has registered a method.
     code = """
 import torch, jdcore
+from jdcore.aggregation._informed import example_inputs
 J = torch.randn(6, 20, generator=torch.Generator().manual_seed(0))
 for name in jdcore.list_aggregators():
-    update = jdcore.get_aggregator(name, **jdcore.describe(name).example(6))(J)
+    spec = jdcore.describe(name)
+    update = jdcore.get_aggregator(name, **spec.example(6))(J, **example_inputs(spec, J))
     assert update.shape == (20,) and update.isfinite().all(), name
 print(len(jdcore.list_aggregators()))
 """
