@@ -47,7 +47,7 @@ class Verification:
     @property
     def worst(self) -> float:
         """The largest error, NaN if there is one."""
-        errors = torch.tensor([check.error for check in self.checks] or [0.0])
+        errors = torch.tensor([check.error for check in self.checks] or [0.0], device="cpu")
         return float(errors.max())
 
     def __str__(self) -> str:

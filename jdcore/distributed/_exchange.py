@@ -116,7 +116,7 @@ class Union:
                 "computed by the same operations on all processes",
                 f"{len(shares)} shares of operations here that other processes do not have",
             )
-        own = torch.tensor([_costs(share) for share in shares], dtype=torch.int64)
+        own = torch.tensor([_costs(share) for share in shares], dtype=torch.int64, device="cpu")
         layouts, factors, rows = own.reshape(-1, 3).unbind(1)
         agreed = torch.stack([layouts, -layouts, factors, rows], 1).to(self.meeting.device)
         items: list[_Item] = []

@@ -46,7 +46,7 @@ class Layout:
             of_sample[owner].append(i)
         longest = max(map(len, of_sample))
         padded = [entries + [-1] * (longest - len(entries)) for entries in of_sample]
-        return cls(dim, samples, 1, torch.tensor(padded))
+        return cls(dim, samples, 1, torch.tensor(padded, device="cpu"))
 
     def leads(self, length: int) -> bool:
         """

@@ -88,7 +88,10 @@ def find_layouts(graph: Graph, output: Tensor, batch_dim: int) -> Findings:
         # A hook that replaces NaN hides what is behind it, which then gets gradients all the same.
         # They are random, so that tasks do not cancel.
         generator = torch.Generator().manual_seed(0)
-        run(torch.randn(output.shape, generator=generator).to(output), partial(_notice, reached))
+        run(
+            torch.randn(output.shape, generator=generator, device="cpu").to(output),
+            partial(_notice, reached),
+        )
     return Findings(_whole(layouts, found), reached, sure)
 
 

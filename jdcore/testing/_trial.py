@@ -108,7 +108,10 @@ class Trial:
             inputs = [_converted(value, dtype) for value in example.inputs(samples * repeats)]
             found = example.call(*inputs, *operands)
             features = found.reshape(samples, -1)
-            mixing = torch.randn(features.shape[1], tasks).to(features) / features.shape[1] ** 0.5
+            mixing = (
+                torch.randn(features.shape[1], tasks, device="cpu").to(features)
+                / features.shape[1] ** 0.5
+            )
         return cls(torch.tanh(features @ mixing).T + features.square().mean(1), operands)
 
     def served(self, rules: Rules) -> tuple[Tensor, Tensor]:
@@ -121,7 +124,7 @@ class Trial:
 
     def weights(self) -> Tensor:
         """Some weights, one for each loss."""
-        return torch.linspace(-1.0, 2.0, self.losses.numel(), dtype=torch.float64)
+        return torch.linspace(-1.0, 2.0, self.losses.numel(), dtype=torch.float64, device="cpu")
 
     def rows(self) -> Tensor:
         """The Jacobian by one backward pass for each loss, float64."""

@@ -114,7 +114,9 @@ class Outer(Share):
     def _looked_up_sum(self, inputs: OneHot, grads: Tensor) -> Tensor:
         index, size = inputs.index.flatten(), (inputs.size, grads.shape[1])
         if inputs.sparse:
-            return torch.sparse_coo_tensor(index[None], grads, size, check_invariants=False)
+            return torch.sparse_coo_tensor(
+                index[None], grads, size, check_invariants=False, device=grads.device
+            )
         total = grads.new_zeros(size).index_add_(0, index, grads)
         return (total.T if self.grads_first else total).reshape(self.shape)
 
