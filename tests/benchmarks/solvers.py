@@ -2,12 +2,17 @@
 Time of the solver backends, side by side in one process.
 
     python -m tests.benchmarks.solvers [--m 2 4 8 32] [--problems dual_cone] [--json FILE]
+    python -m tests.benchmarks.solvers --upgrad 64 128 256 512 [--device cuda]
 
 Solvers are called on Gramians of float64 arrays, without what the methods around them do. Calls of
 all backends of a problem alternate on the same Gramians, and medians are compared: absolute times
 vary by a factor of two with the state of the machine, ratios do not. For ``cvxpy`` the table also
 shows what a call would take if it built its program anew, and how much of a call is the solver's
 own time, the rest being the way through cvxpy.
+
+The second form times the projections of all rows by the native solver, as UPGrad asks for them with
+one loss per sample: on the device that is given, for real Gramians of the losses of a perceptron
+that is trained on scikit-learn's digits, and for families of dependent rows.
 """
 
 from __future__ import annotations
@@ -26,6 +31,7 @@ import torch
 from attrs import asdict, frozen
 
 import jdcore
+from jdcore.linalg import add_proximal, equilibrate, gramian, proximal_level
 from jdcore.testing import family
 
 KINDS = ("gauss", "conflict", "rankdef")
@@ -97,13 +103,13 @@ def measure(problem: str, kind: str, m: int, seconds: float) -> Iterator[Timing]
         call(problems[0])
     end = time.perf_counter() + seconds
     while time.perf_counter() < end or min(map(len, times.values())) < 3:
-        for gramian in problems:
+        for given in problems:
             for name, call in calls.items():
                 start = time.perf_counter()
-                call(gramian)
+                call(given)
                 times[name].append(time.perf_counter() - start)
                 if name == "cvxpy, built anew":
-                    calls["cvxpy"](gramian)  # compile again, outside the clock
+                    calls["cvxpy"](given)  # compile again, outside the clock
     for name, taken in times.items():
         yield Timing(problem, kind, m, name, 1e6 * statistics.median(taken))
 
@@ -112,14 +118,63 @@ def share_of_clarabel(m: int) -> float:
     """The part of a compiled call that is spent in CLARABEL, by its own account."""
     from jdplugins.cvxpy._programs import program
 
-    call, [gramian] = _call("conflict_averse", "cvxpy"), gramians("gauss", m, 1)
+    call, [given] = _call("conflict_averse", "cvxpy"), gramians("gauss", m, 1)
     shares = []
     for _ in range(20):
         start = time.perf_counter()
-        call(gramian)
+        call(given)
         total = time.perf_counter() - start
         shares.append(program(m, levels=True)._problem.solver_stats.solve_time / total)
     return statistics.median(shares)
+
+
+def real_gramian(m: int, steps: int) -> torch.Tensor:
+    """The Gramian of m losses of a perceptron after some steps of training on digits."""
+    from sklearn.datasets import load_digits
+
+    torch.manual_seed(0)
+    images, labels = (torch.as_tensor(part) for part in load_digits(return_X_y=True))
+    images = images.float() / 16.0
+    net = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 10))
+    optimizer = torch.optim.Adam(net.parameters(), 3e-3)
+    for step in range(steps):
+        batch = torch.arange(step * 64, step * 64 + 64) % len(images)
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(net(images[batch]), labels[batch]).backward()
+        optimizer.step()
+    losses = torch.nn.functional.cross_entropy(net(images[:m]), labels[:m], reduction="none")
+    parameters = list(net.parameters())
+    rows = [torch.autograd.grad(loss, parameters, retain_graph=True) for loss in losses]
+    return gramian(torch.stack([torch.cat([part.flatten() for part in row]) for row in rows]))
+
+
+def dependent_gramian(kind: str, m: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    if kind.startswith("rank"):
+        rank = m // int(kind.removeprefix("rank m/"))
+        return gramian(torch.randn(m, rank, dtype=torch.float64, generator=generator))
+    return gramian(family(kind, m, max(1000, 2 * m), generator=generator))
+
+
+def measure_upgrad(m: int, device: str) -> None:
+    """Print the time of all projections and the largest residual, line by line."""
+    from jdplugins.standard._solvers._lcp import solve_lcps
+
+    cases = {f"digits after {steps} steps": real_gramian(m, steps) for steps in (20, 400)}
+    kinds = ("gauss", "conflict", "badscale", "special", "neardup", "rank m/2", "rank m/8")
+    cases |= {kind: dependent_gramian(kind, m) for kind in kinds}
+    for name, G in cases.items():
+        level = proximal_level(m, torch.float32)
+        C = torch.from_numpy(equilibrate(add_proximal(G.numpy(), level))[0]).to(device)
+        unit = torch.eye(m, dtype=torch.float64, device=device)
+        taken = []
+        for _ in range(3):
+            start = time.thread_time() if device == "cpu" else time.perf_counter()
+            _, residuals = solve_lcps(C, C, references=unit)
+            worst = float(residuals.max())  # waits for the device
+            end = time.thread_time() if device == "cpu" else time.perf_counter()
+            taken.append(1e3 * (end - start))
+        print(f"m={m} {name}: {statistics.median(taken):.1f} ms, residual {worst:.0e}", flush=True)
 
 
 def main() -> None:
@@ -132,8 +187,14 @@ def main() -> None:
     )
     parser.add_argument("--seconds", type=float, default=0.5, help="per line of the table")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--upgrad", type=int, nargs="+", metavar="M", help="the second form")
+    parser.add_argument("--device", default="cpu", help="of the second form")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    if arguments.upgrad:
+        for m in arguments.upgrad:
+            measure_upgrad(m, arguments.device)
+        return
     warnings.simplefilter("ignore", jdcore.UnsolvedWarning)
     timings = []
     for problem in arguments.problems:
