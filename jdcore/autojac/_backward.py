@@ -43,11 +43,17 @@ def backward(
         same m: the Jacobian is multiplied by them from the left. By default the identity.
     :param inputs: Tensors with respect to which to differentiate: leaves, or tensors that retain
         their gradient. Frozen parameters are skipped. By default all leaves behind ``tensors``.
+        They must be given where functions hide their parameters: reentrant checkpoints, and blocks
+        that accumulate into ``.grad`` in a backward pass of their own.
     :param retain_graph: Whether to keep the graph for another differentiation. Otherwise it is
-        freed after the last row, whatever the chunk size.
+        freed after the last row, whatever the chunk size, but not where the library tries for the
+        first time to differentiate several rows at once.
     :param parallel_chunk_size: How many rows to differentiate at once (by vmap), 1 meaning one by
         one. None lets the library choose what is fast and works.
     :raises ParameterError: If an argument does not fit; see its message.
+    :raises SinglePassError: If several rows need a pass each through a compiled graph that allows
+        one.
+    :raises VectorizationError: If several rows cannot be differentiated at once as asked for.
 
     >>> import torch
     >>> from jdcore.autojac import backward, jac_to_grad

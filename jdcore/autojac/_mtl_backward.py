@@ -42,8 +42,9 @@ def mtl_backward(
     (a parameter of several tasks gets the sum), and the Jacobian of all the losses, one row per
     task, into the ``.jac`` of the shared parameters. The heads are differentiated only once, as far
     as the features; the rows of the trunk start from there. Where a shared parameter also acts on
-    a loss past the features (a weight tied between trunk and head), or a feature has hooks, each
-    task is differentiated from end to end instead, and the rows are those of the whole derivative.
+    a loss past the features (a weight tied between trunk and head), a feature has hooks, or a
+    head hides parameters, each task is differentiated from end to end instead, and the rows are
+    those of the whole derivative.
 
     A loss that does not require grad (the task is absent from the batch) gives a zero row. A shared
     parameter that none of the features depends on gets no ``.jac``. Nothing is written if the
@@ -54,9 +55,10 @@ def mtl_backward(
         be computed from another.
     :param grad_tensors: Initial gradients, one per tensor and of its shape. By default 1.
     :param tasks_params: The parameters of each task. Frozen ones are skipped. By default the leaves
-        behind each loss that are not behind the features.
+        behind each loss that are not behind the features. They must be given where functions of
+        the heads hide them, as reentrant checkpoints do.
     :param shared_params: The parameters of the trunk. Frozen ones are skipped. By default the
-        leaves behind the features.
+        leaves behind the features. They must be given where functions of the trunk hide them.
     :param retain_graph: Whether to keep the graph for another differentiation.
     :param parallel_chunk_size: How many rows of the trunk to differentiate at once (by vmap), 1
         meaning one by one. None lets the library choose what is fast and works.
