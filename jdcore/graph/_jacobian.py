@@ -404,6 +404,8 @@ class Jacobian:
 
     def _keep(self, root: Place, share: Share, operation: str, how: str) -> None:
         self.served.append(Served(operation, root, repr(share), how))
+        if isinstance(share, Outer):
+            share.lies_transposed = self.graph.names[root[0]] == "TBackward0"
         self.shares.setdefault(root, []).append(share)
 
     def _take(

@@ -53,6 +53,8 @@ class Outer(Share):
     ) -> None:
         self.inputs, self.grads, self.grads_first = inputs, grads, grads_first
         self.shape, self.plus = torch.Size(shape), plus
+        self.lies_transposed = False
+        """Whether the weighted gradient is to lie transposed in memory, as the parameter does."""
 
     def __repr__(self) -> str:
         K, B, T, o = self.grads.shape
@@ -108,6 +110,9 @@ class Outer(Share):
         if isinstance(self.inputs, OneHot):
             return self._looked_up_sum(self.inputs, grads)
         inputs = self.inputs.flatten(0, 1)
+        if self.lies_transposed:
+            pair = (inputs.T, grads) if self.grads_first else (grads.T, inputs)
+            return product(*pair).T.reshape(self.shape)
         pair = (grads.T, inputs) if self.grads_first else (inputs.T, grads)
         return product(*pair).view(self.shape)
 
