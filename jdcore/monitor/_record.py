@@ -145,7 +145,7 @@ def _examine(observation: Observation, index: int, complete: bool, cosines_up_to
         step,
         norms=norms.tolist(),
         products=found,
-        conflicts=sum(conflicts) / len(found) if found else 0.0,
+        conflicts=float(sum(conflicts)) / len(found) if found else 0.0,
         conflicting_pairs=share_of(angles),
         alignment=score_of(angles),
         cosines=angles.tolist() if source.rows <= cosines_up_to else None,

@@ -24,7 +24,7 @@ class COSMOS(LossScalarizer):
     >>> import torch
     >>> from jdcore.scalarization import COSMOS
     >>> COSMOS(lambda_=2.0, pref_vector=torch.tensor([0.5, 0.5]))(torch.tensor([3.0, 3.0]))
-    tensor(1.)
+    tensor(1...)
     """
 
     lambda_: float = field(default=1.0, validator=real(0.0))
