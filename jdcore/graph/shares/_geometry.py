@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from jdcore.graph.shares._ghost import Gram, linear_gram
-from jdcore.graph.shares._product import widened
+from jdcore.graph.shares._product import exact_products, widened
 
 __all__ = ["Geometry", "patch_gram", "patches"]
 
@@ -42,19 +42,20 @@ class Geometry:
         weight = weight.to(dtype)
         if samples > 1:
             weight = weight.expand(samples, *weight.shape).flatten(0, 1)
-        gradient: Tensor = torch.ops.aten.convolution_backward(
-            grads.to(dtype),
-            images.to(dtype),
-            weight,
-            None,
-            self.stride,
-            self.padding,
-            self.dilation,
-            self.transposed,
-            self.output_padding,
-            self.groups * samples,
-            [False, True, False],
-        )[1]
+        with exact_products(grads):
+            gradient: Tensor = torch.ops.aten.convolution_backward(
+                grads.to(dtype),
+                images.to(dtype),
+                weight,
+                None,
+                self.stride,
+                self.padding,
+                self.dilation,
+                self.transposed,
+                self.output_padding,
+                self.groups * samples,
+                [False, True, False],
+            )[1]
         return gradient
 
 

@@ -86,7 +86,7 @@ def _contract_tasks(gram: Tensor, grads: Tensor) -> Tensor:
     flat = widened(grads.reshape(K, T * o))
     total = flat.new_empty((K, K), dtype=torch.float64)
     for k in range(K):
-        mixed = (gram @ widened(grads[k, 0])).view(T * o)
+        mixed = product(gram, widened(grads[k, 0])).view(T * o)
         total[:, k] = _inner_products(flat, mixed)
     return total
 

@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -24,7 +28,44 @@ def product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
         if a.is_cuda and out is None and _MIXED:
             return _mixed(a, b)
         a, b = a.float(), b.float()
-    return torch.matmul(a, b) if out is None else torch.matmul(a, b, out=out)
+    with exact_products(a):
+        return torch.matmul(a, b) if out is None else torch.matmul(a, b, out=out)
+
+
+def exact_products(tensor: Tensor) -> AbstractContextManager[None]:
+    """
+    Keep TF32, which rounds float32 to three digits, out of our own products.
+
+    The settings of the user are as before afterwards.
+
+    :param tensor: One of the factors.
+    """
+    return _without_tf32() if tensor.is_cuda else nullcontext()
+
+
+@contextmanager
+def _without_tf32() -> Iterator[None]:
+    backends: Any = torch.backends
+    kinds = [backends.cuda.matmul, backends.cudnn.conv] if _BY_KIND else []
+    before = [kind.fp32_precision for kind in kinds]
+    allowed = None if _BY_KIND else torch.backends.cuda.matmul.allow_tf32
+    try:
+        for kind in kinds:
+            kind.fp32_precision = "ieee"
+        if allowed:
+            torch.backends.cuda.matmul.allow_tf32 = False
+        yield
+    finally:
+        for kind, precision in zip(kinds, before, strict=True):
+            kind.fp32_precision = precision
+        if allowed:
+            torch.backends.cuda.matmul.allow_tf32 = True
+
+
+# Since torch 2.9 each kind of operation has a setting of its own; one may not mix both ways.
+_BY_KIND = hasattr(torch.backends.cuda.matmul, "fp32_precision") and hasattr(
+    torch.backends.cudnn, "conv"
+)
 
 
 # Accelerators multiply halves exactly and add up in float32, without copies in float32.
