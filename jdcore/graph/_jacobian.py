@@ -556,7 +556,7 @@ def hooked_rows(leaf: Tensor, rows: Tensor) -> Tensor:
     """
     What the hooks of a parameter make of each row, as they would in a backward pass of its own.
 
-    :param rows: Shape [R, *leaf.shape].
+    :param rows: Shape ``[R, *leaf.shape]``.
     """
     changed = []
     for row in rows.to(leaf.dtype):

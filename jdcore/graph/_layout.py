@@ -61,7 +61,7 @@ class Layout:
         Bring the samples to the front.
 
         :param tensor: Laid out like this behind its first ``lead`` dimensions.
-        :returns: Shape [*lead, B, ...dimensions before it, before, after, ...dimensions after it].
+        :returns: Shape ``[*lead, B, ...dimensions before it, before, after, ...dimensions after it]``.
         """
         dim = self.dim + lead
         if self.index is None:

@@ -25,7 +25,7 @@ class Site:
     :param node: The node of the graph; for a ``torch.autograd.Function``, its context, with
         ``saved_tensors`` and whatever else the forward pass left there.
     :param name: The name of the node.
-    :param grads: The gradients at its results, shape [K, *result.shape] each, None where there is
+    :param grads: The gradients at its results, shape ``[K, *result.shape]`` each, None where there is
         none.
     :param layouts: Where the samples are in each result.
     :param shapes: By operand, its shape: the operands that shares are wanted for.
@@ -85,7 +85,7 @@ class Site:
 
         :param tensor: Laid out like the first result, but for its last ``features`` dimensions.
         :param lead: Dimensions before those of the result: 1 for gradients.
-        :returns: Shape [*lead, B, T, *features].
+        :returns: Shape ``[*lead, B, T, *features]``.
         :raises NoRule: If the samples are in one of the features.
         """
         layout, end = self.layout, tensor.ndim - features
@@ -101,7 +101,7 @@ class Site:
         The share of an operand that was broadcast to the shape of the first result.
 
         :param grads: What the gradients are multiplied by, summed up over all that the operand was
-            broadcast to, shape [K, *result.shape].
+            broadcast to, shape ``[K, *result.shape]``.
         :raises NoRule: If the operand has samples of its own.
         """
         shape, dim = self.shapes[operand], self.layout.dim

@@ -136,14 +136,14 @@ def _examine(observation: Observation, index: int, complete: bool, cosines_up_to
     if not (source.asked or complete):
         return step
     angles = angles_of(source.peek().cpu().numpy())
-    norms = np.sqrt(source.peek().diagonal().cpu().numpy())
+    norms = np.sqrt(source.peek().diagonal().cpu().numpy()).tolist()
     products, square = observation.update()
     length = math.sqrt(max(square.item(), 0.0))
     found = products.tolist()
     conflicts = [p < -ROUNDING * norm * length for p, norm in zip(found, norms, strict=True)]
     return attrs.evolve(
         step,
-        norms=norms.tolist(),
+        norms=norms,
         products=found,
         conflicts=float(sum(conflicts)) / len(found) if found else 0.0,
         conflicting_pairs=share_of(angles),

@@ -115,7 +115,7 @@ class Patches(Share):
         Rows as products of gradients and patches.
 
         :param of_samples: Patches [B, r, height, width, *kernel, c].
-        :param rows: Where to write, shape [K, B, o, *kernel, c].
+        :param rows: Where to write, shape ``[K, B, o, *kernel, c]``.
         """
         K, B, r = self._sizes
         o, features = rows.shape[2], math.prod(rows.shape[3:])

@@ -35,7 +35,7 @@ class Share(ABC):
 
     @abstractmethod
     def rows(self) -> Tensor:
-        """All rows written out, in at least float32, shape [K, B, *shape]."""
+        """All rows written out, in at least float32, shape ``[K, B, *shape]``."""
 
     def flat_rows(self) -> Tensor:
         """Rows [K, B, n] whose Gramian is what :meth:`add_gramian` adds."""
@@ -58,7 +58,7 @@ class Dense(Share):
     """
     Rows written out.
 
-    :param rows: Shape [K, B, *shape], or with any other dimensions behind B of as many entries.
+    :param rows: Shape ``[K, B, *shape]``, or with any other dimensions behind B of as many entries.
     :param shape: The shape of the operand.
     """
 
