@@ -28,8 +28,9 @@ from jdcore.aggregation._module import as_module
 from jdcore.aggregation._nested_state import NestedState, stateful_part
 from jdcore.aggregation._scalarization import ScalarizationWeighting
 from jdcore.aggregation._solver import find_solver, solver_field
-from jdcore.aggregation._source import GramianSource, as_weighting, taken_by, weigh
+from jdcore.aggregation._source import GramianSource, taken_by
 from jdcore.aggregation._state import StateFields, state_field
+from jdcore.aggregation._weigh import as_weighting, weigh
 from jdcore.aggregation._weighting import GramianWeighting, row_weights
 from jdcore.aggregation._wrapping import WeightingWrapper
 from jdcore.protocols import Aggregator, GeneralizedWeighting, Weighting

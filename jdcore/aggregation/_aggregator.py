@@ -11,7 +11,8 @@ from torch import Tensor
 from jdcore.aggregation._columns import Columns
 from jdcore.aggregation._differentiation import forbid_differentiation
 from jdcore.aggregation._finite import all_finite, finite_required
-from jdcore.aggregation._source import GramianSource, as_weighting, weigh
+from jdcore.aggregation._source import GramianSource
+from jdcore.aggregation._weigh import as_weighting, weigh
 from jdcore.errors import NonFiniteError, ParameterError
 from jdcore.linalg import rounding_shows
 from jdcore.protocols import Weighting

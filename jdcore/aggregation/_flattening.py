@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from attrs import define, field
 from torch import Tensor
 
-from jdcore.aggregation._source import GramianSource, as_weighting, weigh
+from jdcore.aggregation._source import GramianSource
+from jdcore.aggregation._weigh import as_weighting, weigh
 from jdcore.linalg import flatten_gramian, objectives_shape
 from jdcore.protocols import Weighting
 

@@ -15,7 +15,7 @@ from jdcore.aggregation._differentiation import forbid_differentiation
 from jdcore.aggregation._finite import finite_required, is_finite
 from jdcore.aggregation._source import GramianSource, check_losses
 from jdcore.aggregation._state import StateFields, state_field
-from jdcore.aggregation._watching import Result, watched
+from jdcore.aggregation._weigh import Result, watched
 from jdcore.errors import NonFiniteError, ParameterError
 from jdcore.linalg._pages import new_tensor
 from jdcore.validators import boolean, check_blocks, check_matrix, describe_tensor

@@ -10,7 +10,7 @@ from jdcore.aggregation._columns import Columns
 from jdcore.aggregation._differentiation import forbid_differentiation
 from jdcore.aggregation._finite import finite_required
 from jdcore.aggregation._row_vectors import check_row_vectors
-from jdcore.aggregation._watching import watched
+from jdcore.aggregation._weigh import watched
 from jdcore.errors import NonFiniteError
 from jdcore.validators import boolean, check_blocks, check_matrix
 

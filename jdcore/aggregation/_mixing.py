@@ -16,8 +16,8 @@ from jdcore.aggregation._columns import Columns
 from jdcore.aggregation._differentiation import forbid_differentiation
 from jdcore.aggregation._finite import finite_required, refuse_gramian
 from jdcore.aggregation._row_vectors import check_row_vectors
-from jdcore.aggregation._source import GramianSource, taken_by, weigh
-from jdcore.aggregation._watching import Result, watched
+from jdcore.aggregation._source import GramianSource, taken_by
+from jdcore.aggregation._weigh import Result, watched, weigh
 from jdcore.errors import NonFiniteError, ParameterError, ParameterTypeError
 from jdcore.linalg._gramian import symmetric
 from jdcore.protocols import Aggregator, BlockwiseAggregator, Stateful, Weighting

@@ -3,13 +3,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from attrs import frozen
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from jdcore.aggregation._source import GramianSource
+from jdcore.aggregation._source import GramianSource
 
 
 @frozen(eq=False)

@@ -5,7 +5,8 @@ from attrs import define, field
 from torch import Tensor
 
 from jdcore.aggregation._row_vectors import check_row_vectors
-from jdcore.aggregation._source import GramianSource, weigh
+from jdcore.aggregation._source import GramianSource
+from jdcore.aggregation._weigh import weigh
 from jdcore.validators import boolean, check_gramian
 
 

@@ -12,7 +12,8 @@ from torch import Tensor
 from jdcore.aggregation._differentiation import forbid_differentiation
 from jdcore.aggregation._finite import finite_required, refuse_gramian
 from jdcore.aggregation._row_vectors import check_row_vectors
-from jdcore.aggregation._source import GramianSource, weigh
+from jdcore.aggregation._source import GramianSource
+from jdcore.aggregation._weigh import weigh
 from jdcore.linalg import add_proximal
 from jdcore.validators import boolean, check_gramian
 

@@ -12,8 +12,9 @@ from jdcore.aggregation._differentiation import forbid_differentiation
 from jdcore.aggregation._finite import finite_required, is_finite, refuse_gramian
 from jdcore.aggregation._nested_state import NestedState
 from jdcore.aggregation._row_vectors import check_row_vectors
-from jdcore.aggregation._source import GramianSource, as_weighting, weigh
+from jdcore.aggregation._source import GramianSource
 from jdcore.aggregation._state import state_fields
+from jdcore.aggregation._weigh import as_weighting, weigh
 from jdcore.protocols import Weighting
 from jdcore.validators import boolean, check_gramian
 

@@ -61,7 +61,8 @@ class Layout:
         Bring the samples to the front.
 
         :param tensor: Laid out like this behind its first ``lead`` dimensions.
-        :returns: Shape ``[*lead, B, ...dimensions before it, before, after, ...dimensions after it]``.
+        :returns: Shape ``[*lead, B, ..., before, after, ...]``, with the dimensions before it and
+            those after it in place of the dots.
         """
         dim = self.dim + lead
         if self.index is None:

@@ -25,8 +25,8 @@ class Site:
     :param node: The node of the graph; for a ``torch.autograd.Function``, its context, with
         ``saved_tensors`` and whatever else the forward pass left there.
     :param name: The name of the node.
-    :param grads: The gradients at its results, shape ``[K, *result.shape]`` each, None where there is
-        none.
+    :param grads: The gradients at its results, shape ``[K, *result.shape]`` each, None where there
+        is none.
     :param layouts: Where the samples are in each result.
     :param shapes: By operand, its shape: the operands that shares are wanted for.
     """

@@ -19,7 +19,7 @@ from jdcore.aggregation import (
     as_module,
     as_weighting,
 )
-from jdcore.aggregation._source import weigh
+from jdcore.aggregation._weigh import weigh
 from jdcore.errors import ParameterError, ParameterTypeError
 from jdcore.linalg import proximal_level
 

@@ -1,0 +1,147 @@
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from functools import cache, partial
+from time import perf_counter
+from typing import Any
+
+from torch import Tensor
+
+from jdcore.aggregation._columns import Columns
+from jdcore.aggregation._observation import Observation, observed, unobserved
+from jdcore.aggregation._source import GramianSource
+from jdcore.errors import ParameterError, ParameterTypeError
+from jdcore.linalg import unflatten_gramian
+from jdcore.validators import describe_tensor
+
+Result = tuple[list[Tensor], Tensor | None]
+
+
+def as_weighting(given: Any, parameter: str = "weighting") -> Any:
+    """
+    The weighting that a user means: a weighting, a plain function, or that of an aggregator.
+
+    :param given: A :class:`~jdcore.Weighting`, a :class:`~jdcore.GeneralizedWeighting`, a function
+        of the Gramian, or the aggregator of a weighting.
+    :param parameter: Name of the argument, for errors.
+    :returns: Something that maps a Gramian to weights.
+    :raises ParameterTypeError: If it is an aggregator that needs the Jacobian itself, or cannot be
+        called with a Gramian.
+    """
+    part = given
+    while hasattr(part, "wrapped"):  # as_module: its forward hooks have to run, so it is kept
+        part = part.wrapped
+    aggregates = hasattr(part, "aggregate_blocks")
+    weighting = getattr(part, "weighting", None) if aggregates else part
+    if not callable(weighting) or isinstance(weighting, type):
+        raise ParameterTypeError(
+            parameter,
+            "a Weighting or the aggregator of one",
+            repr(given),
+            "Methods that need the Jacobian itself: backward, then jac_to_grad.",
+        )
+    if part is given:
+        return weighting
+    if aggregates:
+        raise ParameterTypeError(
+            parameter,
+            "a Weighting or the aggregator of one",
+            repr(given),
+            "Wrap the weighting instead of the aggregator: as_module(aggregator.weighting).",
+        )
+    return given
+
+
+def weigh(weighting: Any, source: GramianSource, shape: Sequence[int] | None = None) -> Tensor:
+    """
+    Ask a weighting for the weights of a Jacobian.
+
+    :param weighting: As :func:`as_weighting` returns it.
+    :param shape: Shape [m1, ..., mk] of the objectives, for a
+        :class:`~jdcore.GeneralizedWeighting`; None for a vector of them.
+    :returns: Weights of that shape, [m] if None, detached.
+    :raises ParameterError: If the weighting returns something else.
+    """
+    if not observed() or source.compute is None:  # without a Gramian there is nothing to see
+        return _ask(weighting, source, shape)
+    with unobserved() as observers:
+        start = perf_counter()
+        weights = _ask(weighting, source, shape)
+        seconds = perf_counter() - start
+        vector = weights.flatten()
+        update = partial(_update, source, vector)
+        for observer in observers:
+            observer(Observation(weighting, source, vector, update, seconds))
+    return weights
+
+
+def _update(source: GramianSource, weights: Tensor) -> tuple[Tensor, Tensor]:
+    gramian = source.peek()
+    wide = weights.to(gramian)
+    products = gramian @ wide
+    return products, products @ wide
+
+
+def _ask(weighting: Any, source: GramianSource, shape: Sequence[int] | None) -> Tensor:
+    expected = (source.rows,) if shape is None else tuple(shape)
+    cls: Any = type(weighting)
+    if _takes_source(cls):
+        if len(expected) != 1 and not _takes_shape(cls):
+            raise ParameterError(
+                "weighting",
+                f"a GeneralizedWeighting, for losses of shape {list(expected)}",
+                f"{weighting!r}, for a vector of losses",
+                "Make one of it: Flattening(weighting).",
+            )
+        weights = weighting.weigh(*((source,) if len(expected) == 1 else (source, expected)))
+    else:
+        gramian = source.gramian()
+        weights = weighting(gramian if len(expected) == 1 else unflatten_gramian(gramian, expected))
+    if not isinstance(weights, Tensor) or weights.shape != expected or weights.is_complex():
+        raise ParameterError(
+            "weighting",
+            f"one that returns real weights of shape {list(expected)}",
+            describe_tensor(weights),
+        )
+    return weights.detach()
+
+
+@cache
+def _takes_source(cls: Any) -> bool:
+    # A subclass that overrides `__call__` alone means that call, not the `weigh` it inherits.
+    for base in cls.__mro__:
+        if "weigh" in vars(base):
+            return True
+        if "__call__" in vars(base):
+            return False
+    return False
+
+
+@cache
+def _takes_shape(cls: Any) -> bool:
+    parameters = inspect.signature(cls.weigh).parameters.values()
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return sum(parameter.kind in positional for parameter in parameters) >= 3
+
+
+def watched(method: Any, columns: Columns, aggregate: Callable[[], Result]) -> Result:
+    """
+    Aggregate by a method that is no weighting, and tell the observers of this context.
+
+    :param method: The aggregator that observers hear of; what it calls in turn is not observed.
+    :param columns: The Jacobian, of at least one row.
+    :param aggregate: Makes the vectors of the blocks, and the weights [m] or None.
+    :returns: What ``aggregate`` returns.
+    """
+    if not observed():
+        return aggregate()
+    with unobserved() as observers:
+        start = perf_counter()
+        vectors, weights = aggregate()
+        seconds = perf_counter() - start
+        source = GramianSource.of_columns(columns)
+        update = partial(columns.inner, vectors)
+        for observer in observers:
+            observer(Observation(method, source, weights, update, seconds))
+    return vectors, weights
