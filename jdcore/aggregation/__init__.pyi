@@ -23,11 +23,11 @@ from jdcore.aggregation._scalarization import ScalarizationWeighting as Scalariz
 from jdcore.aggregation._solver import find_solver as find_solver
 from jdcore.aggregation._solver import solver_field as solver_field
 from jdcore.aggregation._source import GramianSource as GramianSource
-from jdcore.aggregation._source import as_weighting as as_weighting
 from jdcore.aggregation._source import taken_by as taken_by
-from jdcore.aggregation._source import weigh as weigh
 from jdcore.aggregation._state import StateFields as StateFields
 from jdcore.aggregation._state import state_field as state_field
+from jdcore.aggregation._weigh import as_weighting as as_weighting
+from jdcore.aggregation._weigh import weigh as weigh
 from jdcore.aggregation._weighting import GramianWeighting as GramianWeighting
 from jdcore.aggregation._weighting import row_weights as row_weights
 from jdcore.aggregation._wrapping import WeightingWrapper as WeightingWrapper
