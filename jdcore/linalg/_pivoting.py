@@ -113,11 +113,11 @@ def _exchange_together(
     :raises numpy.linalg.LinAlgError: If a block is singular.
     """
     c, q, rhs, sets = C.numpy(), Q.numpy(), b.numpy(), passive.numpy()
-    diagonal = np.arange(len(c))
+    diagonal, own = np.arange(len(c)), c.diagonal() + delta
     for _ in range(_TOGETHER):
         A = c * sets[:, :, None]
         A *= sets[:, None, :]
-        A[:, diagonal, diagonal] = np.where(sets, 1.0 + delta, 1.0)
+        A[:, diagonal, diagonal] = np.where(sets, own, 1.0)
         z = np.linalg.solve(A, (rhs * sets)[:, :, None])[:, :, 0]
         y = z.dot(c)
         y -= rhs

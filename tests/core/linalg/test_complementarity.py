@@ -6,11 +6,12 @@ import itertools
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from jdcore.linalg import lcp_residual, refine_lcp
+from jdcore.linalg import lcp_residual, natural_residual, pivot, refine_lcp
 
 Array = NDArray[np.float64]
 
@@ -99,6 +100,21 @@ def test_every_row_is_refined_as_if_it_were_alone() -> None:
     alone = [refine_lcp(C, Q[i : i + 1], rough[i : i + 1])[0][0] for i in range(5)]
 
     np.testing.assert_allclose(together, alone, atol=1e-14)
+
+
+@pytest.mark.parametrize("m", [2, 7, 40])
+@pytest.mark.parametrize("delta", [0.0, 1e-8])
+def test_pivoting_takes_any_diagonal_and_number_of_rows(m: int, delta: float) -> None:
+    a = np.linspace(0.2, 1.0, m)
+    C = torch.from_numpy(cosines(m, 2 * m, seed=m) + np.outer(a, a))
+    Q = torch.from_numpy(np.random.default_rng(m).uniform(-1.0, 1.0, (5, m)))
+    for q in (Q, Q[:1]):
+        passive = q < 0.0
+
+        Z = pivot(C, q, passive, delta=delta)
+
+        assert float(natural_residual(C, q, Z).max()) <= 1e-13
+        assert torch.equal(passive, Z > 0.0)
 
 
 @pytest.mark.parametrize(("k", "m"), [(0, 3), (2, 0), (0, 0)])

@@ -114,7 +114,7 @@ class _Answers:
         self._passive = torch.zeros_like(Q, dtype=torch.bool)
         # Small problems and one alone cost little, and are solved as far as rounding allows.
         small = len(Q) == 1 or len(C) <= _SMALL
-        self.enough = len(C) * EPS if small else ROUGH
+        self.enough = 8.0 * len(C) * EPS if small else ROUGH
         self.all = torch.arange(len(Q), device=Q.device)
 
     def done(self) -> bool:
