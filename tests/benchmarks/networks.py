@@ -1,4 +1,4 @@
-"""Networks that are counted and measured, of torch alone, in the sizes of their papers or smaller."""
+"""Networks that are counted and measured: torch alone, sizes of the papers or smaller."""
 
 from __future__ import annotations
 
