@@ -172,18 +172,24 @@ MIXING: list[Operation] = [
 
 @define
 class Program:
-    """Operations on the latest tensor and an earlier one, then losses of two tensors."""
+    """
+    Operations on the latest tensor and an earlier one, then losses of two tensors.
+
+    :param forgets: Whether tensors from before samples moved are not used any more.
+    """
 
     operations: list[Operation]
     b: int
     zero_sum: bool
     two_tasks: bool
+    forgets: bool
     seed: int
 
     @property
     def apart(self) -> bool:
         """Whether no operation mixes samples, so that an engine has no reason to refuse."""
-        return not any(operation in MIXING for operation in self.operations)
+        used = set(self.operations)
+        return not used & set(MIXING) and (self.forgets or not used & set(MOVING))
 
     def run(self, parameters: list[Tensor], data: int) -> Tensor:
         """[B] or [B, 2] losses; other data means other inputs and indices, the same operations."""
@@ -195,9 +201,10 @@ class Program:
         # Choices of operands belong to the program, those of indices to the data.
         structure = random.Random(self.seed)
         for operation in self.operations:
-            seen.append(operation(seen[-1], structure.choice(seen), draw))
+            result = operation(seen[-1], structure.choice(seen), draw)
+            seen = [result] if self.forgets and operation in MOVING else [*seen, result]
         loss = (seen[-1] * torch.tensor([1.0, -2.0, 0.5], dtype=x.dtype)).sum(1)
-        other = -loss if self.zero_sum else structure.choice(seen[1:]).square().sum(1)
+        other = -loss if self.zero_sum else structure.choice(seen[-2:]).square().sum(1)
         return torch.stack([loss, other], 1) if self.two_tasks else loss
 
 
@@ -208,7 +215,8 @@ def program(seed: int) -> Program:
     length = chance.randint(1, 7)
     # Mostly what keeps samples apart, so that others often come alone.
     chosen = [chance.choice(chance.choice([APART, *kinds])) for _ in range(length)]
-    return Program(chosen, b, chance.random() < 0.5, chance.random() < 0.5, seed)
+    zero_sum, two_tasks, forgets = (chance.random() < 0.5 for _ in range(3))
+    return Program(chosen, b, zero_sum, two_tasks, forgets, seed)
 
 
 def parameters_of(seed: int) -> list[Tensor]:
