@@ -141,6 +141,14 @@ class Graph:
                 order.append(node)
         return order
 
+    def above(self, nodes: Collection[int]) -> set[int]:
+        """The nodes from which another one of some nodes can be reached."""
+        found: set[int] = set()
+        for node in self.upwards:
+            if any(child in found or child in nodes for child, _ in self.inputs[node]):
+                found.add(node)
+        return found
+
     @cached_property
     def leading(self) -> set[int]:
         """The nodes that a wanted tensor can be reached from, and those of these tensors."""

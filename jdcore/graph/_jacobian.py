@@ -12,6 +12,7 @@ from torch import Tensor
 from jdcore.errors import UnservedGraphError
 from jdcore.graph._call import called_shares
 from jdcore.graph._graph import Graph, Place
+from jdcore.graph._hooks import may_have_hooks
 from jdcore.graph._memory import Memory
 from jdcore.graph._passes import Grads, Listener, differentiate
 from jdcore.graph._plan import Plan, Plans, plan_of_tasks
@@ -143,13 +144,18 @@ class Jacobian:
         budget: int | None = None,
         all_leaves: bool = False,
     ) -> None:
-        self.objectives, self._plans, self._rules = objectives, plans, rules or Rules()
+        self._plans, self._rules = plans, rules or Rules()
         self._device = objectives.outputs[0].device
         self._all_leaves = all_leaves
         self._memory = Memory.of(self._device, budget)
         self.graph = Graph(objectives.outputs, wanted)
         self._given = [tensor for tensor in wanted if tensor.is_leaf]
         self._hooked = {i for i, leaf in self.graph.wanted.items() if leaf._backward_hooks}
+        if may_have_hooks(self.graph):
+            # Only a backward pass of its own for each loss runs hooks as they are meant to run.
+            objectives = Objectives(objectives.outputs, None)
+            self._hooked = set(self.graph.wanted)
+        self.objectives = objectives
         self.shares: dict[Place, list[Share]] = {}
         self._small = _Small()
         self._finished: dict[int, Tensor] = {}
@@ -182,13 +188,10 @@ class Jacobian:
         """
         self.computed = True
         with torch.no_grad(), without_autocast(self._device.type):
-            try:
-                with self._fields_unchanged():
-                    self._plan = self._find_plan()
-                    run = self._run_tasks if self._without_samples else self._run
-                    run(total, retain_graph)
-            finally:
-                self._plans.close()
+            with self._fields_unchanged():
+                self._plan = self._find_plan()
+                run = self._run_tasks if self._without_samples else self._run
+                run(total, retain_graph)
             for group in self._plan.groups:
                 self._add_group(group, total)
             self._add_pulled(total)

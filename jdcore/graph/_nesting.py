@@ -5,6 +5,7 @@ from contextlib import contextmanager
 
 from torch import Tensor
 
+from jdcore.graph._hooks import own_hooks
 from jdcore.graph._saved import current_pass
 from jdcore.graph._walk import edge_of
 
@@ -28,7 +29,8 @@ class OuterPass:
         Of all nodes, one of theirs is executed first, so what it notes is the number of our pass.
         """
         nodes = dict.fromkeys(edge_of(output)[0] for output in outputs)
-        handles = [node.register_prehook(self._note) for node in nodes]
+        with own_hooks():
+            handles = [node.register_prehook(self._note) for node in nodes]
         try:
             yield
         finally:

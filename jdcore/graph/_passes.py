@@ -9,6 +9,7 @@ from torch import Tensor
 
 from jdcore.errors import SinglePassError
 from jdcore.graph._graph import Graph, Place
+from jdcore.graph._hooks import own_hooks
 from jdcore.graph._nesting import OuterPass
 from jdcore.graph._saved import number_of_results
 
@@ -34,7 +35,7 @@ class Listener:
     ) -> None:
         self._graph = graph
         self._tensors = [graph.targets[place] for place in wanted]
-        deepest = set(heard) - _above(graph, {*heard, *(node for node, _ in wanted)})
+        deepest = set(heard) - graph.above({*heard, *(node for node, _ in wanted)})
         self._inner = [node for node in heard if node not in deepest]
         # A result that nothing uses may not even exist.
         used = {place for edges in graph.inputs for place in edges if place[0] in deepest}
@@ -67,10 +68,11 @@ class Listener:
 
         ends = [graph.edge(end) for end in self._ends]
         with own.starting_at(outputs):  # first of all, since the start may be heard itself
-            handles = [
-                graph.nodes[node].register_prehook(partial(hear, node)) for node in self._inner
-            ]
-            handles += [graph.nodes[node].register_hook(hook) for node, hook in hooks]
+            with own_hooks():
+                handles = [
+                    graph.nodes[node].register_prehook(partial(hear, node)) for node in self._inner
+                ]
+                handles += [graph.nodes[node].register_hook(hook) for node, hook in hooks]
             try:
                 found = differentiate(outputs, [*ends, *self._tensors], seeds, retain_graph)
             finally:
@@ -110,12 +112,3 @@ def differentiate(
                 "pass of the compiled region.",
             ) from error
         raise
-
-
-def _above(graph: Graph, nodes: Collection[int]) -> set[int]:
-    """The nodes from which another one of some nodes can be reached."""
-    found: set[int] = set()
-    for node in graph.upwards:
-        if any(child in found or child in nodes for child, _ in graph.inputs[node]):
-            found.add(node)
-    return found

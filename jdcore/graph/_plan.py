@@ -9,9 +9,10 @@ from torch import Tensor
 from jdcore.errors import UnservedGraphError
 from jdcore.graph._cost import outer_ghost_beats_rows
 from jdcore.graph._graph import ISOMETRIES, PARTS, Graph, Place
+from jdcore.graph._hooks import look
 from jdcore.graph._layout import Layout
 from jdcore.graph._probe import Findings, find_layouts
-from jdcore.graph._saved import MATRIX_PRODUCTS, Unreadable, hooks_made, operand_has_hooks, saved
+from jdcore.graph._saved import MATRIX_PRODUCTS, Unreadable, operand_has_hooks, saved
 from jdcore.graph.rules import Rules
 
 
@@ -260,19 +261,17 @@ class Plans:
     Plans of kinds of graphs, for as long as nothing that they depend on can have changed.
 
     Kept are those of graphs in which names, shapes and integers alone decide where the samples are.
-    A hook of a tensor can mix them as well and is not seen in the graph: how many hooks were made
-    since the last call belongs to the kind.
     """
 
     def __init__(self) -> None:
         self._kept: OrderedDict[Any, Plan] = OrderedDict()
-        self._hooks = hooks_made()
+        look()  # hooks that were made before are not on graphs to come
 
     def find(
         self, graph: Graph, output: Tensor, batch_dim: int, hooked: set[int], rules: Rules
     ) -> Plan:
         """The plan of a graph with samples."""
-        kind = (graph.kind(), batch_dim, tuple(sorted(hooked)), hooks_made() - self._hooks)
+        kind = (graph.kind(), batch_dim, tuple(sorted(hooked)))
         plan = self._kept.get(kind)
         if plan is not None:
             self._kept.move_to_end(kind)
@@ -285,19 +284,17 @@ class Plans:
                 self._kept.popitem(last=False)
         return plan
 
-    def close(self) -> None:
-        """Our own hooks do not count."""
-        self._hooks = hooks_made()
-
 
 _KINDS = 256
 
 
 def _is_fixed(graph: Graph, plan: Plan, rules: Rules) -> bool:
-    """Whether all operations that samples pass through are steady."""
-    apart = {node for node, _ in plan.layouts}
+    """
+    Whether all operations that samples pass through are steady.
+
+    Above samples that are apart again (a piece of what an index mixed), all of them decide.
+    """
+    passed = graph.above({node for node, _ in plan.layouts})
     return all(
-        rules.steady(graph.names[node], graph.nodes[node])
-        for node in graph.leading
-        if any(child in apart for child, _ in graph.inputs[node])
+        rules.steady(graph.names[node], graph.nodes[node]) for node in graph.leading & passed
     )

@@ -22,9 +22,11 @@ __all__ = [
     "MATRIX_PRODUCTS",
     "Result",
     "Unreadable",
+    "computed_at",
     "current_pass",
     "function_of",
     "hooks_made",
+    "next_computed_at",
     "number_of_results",
     "operand_has_hooks",
     "plain_attributes",
@@ -189,6 +191,18 @@ def current_pass() -> int:
     """A number of the backward pass that runs in this thread, negative if there is none."""
     # Torch's own `register_multi_grad_hook` and checkpoints rely on it.
     number: int = torch._C._current_graph_task_id()
+    return number
+
+
+def computed_at(node: Any) -> int:
+    """A number that grows from one operation to the next, in the order of the forward pass."""
+    number: int = node._sequence_nr()
+    return number
+
+
+def next_computed_at() -> int:
+    """The number that the next operation will have."""
+    number: int = torch._C._autograd._get_sequence_nr()
     return number
 
 
