@@ -9,7 +9,7 @@ import torch
 from attrs import frozen
 from torch import Tensor
 
-from jdcore.errors import UnservedGraphError
+from jdcore.errors import JDCoreError, UnservedGraphError
 from jdcore.graph._call import called_shares
 from jdcore.graph._graph import Graph, Place
 from jdcore.graph._hooks import may_have_hooks
@@ -17,7 +17,7 @@ from jdcore.graph._memory import Memory
 from jdcore.graph._passes import Grads, Listener, differentiate
 from jdcore.graph._plan import Plan, Plans, plan_of_tasks
 from jdcore.graph._pull import pull, pull_rows
-from jdcore.graph._saved import Unreadable
+from jdcore.graph._saved import Unreadable, function_of
 from jdcore.graph._site import NoRule, Site
 from jdcore.graph.rules import Rule, Rules
 from jdcore.graph.shares import Accumulator, Dense, Outer, Share, Uses
@@ -151,11 +151,13 @@ class Jacobian:
         self.graph = Graph(objectives.outputs, wanted)
         self._given = [tensor for tensor in wanted if tensor.is_leaf]
         self._hooked = {i for i, leaf in self.graph.wanted.items() if leaf._backward_hooks}
-        if may_have_hooks(self.graph):
-            # Only a backward pass of its own for each loss runs hooks as they are meant to run.
-            objectives = Objectives(objectives.outputs, None)
-            self._hooked = set(self.graph.wanted)
         self.objectives = objectives
+        # A loss that is a parameter itself is behind no operation.
+        if (
+            may_have_hooks(self.graph)
+            or {n for n, _ in self.graph.starts} & self.graph.leaves.keys()
+        ):
+            self._take_plain_rows()
         self.shares: dict[Place, list[Share]] = {}
         self._small = _Small()
         self._finished: dict[int, Tensor] = {}
@@ -206,13 +208,25 @@ class Jacobian:
     def _without_samples(self) -> bool:
         return self.objectives.batch_dim is None or self.objectives.samples == 1
 
+    def _take_plain_rows(self) -> None:
+        """Give each loss a backward pass of its own: only that runs hooks as they are meant."""
+        self.objectives = Objectives(self.objectives.outputs, None)
+        self._hooked = set(self.graph.wanted)
+
     def _find_plan(self) -> Plan:
-        objectives = self.objectives
-        if self._without_samples or objectives.batch_dim is None:
-            return plan_of_tasks(self.graph, objectives.rows, self._hooked)
-        return self._plans.find(
-            self.graph, objectives.outputs[0], objectives.batch_dim, self._hooked, self._rules
-        )
+        objectives, batch_dim = self.objectives, self.objectives.batch_dim
+        if not self._without_samples and batch_dim is not None:
+            output = objectives.outputs[0]
+            try:
+                return self._plans.find(self.graph, output, batch_dim, self._hooked, self._rules)
+            except JDCoreError:
+                raise
+            except Exception:
+                # A function that stops at NaN does not show where the samples are.
+                if not any(function_of(node) for node in self.graph.nodes):
+                    raise
+                self._take_plain_rows()
+        return plan_of_tasks(self.graph, objectives.rows, self._hooked)
 
     @contextmanager
     def _fields_unchanged(self) -> Iterator[None]:
@@ -361,7 +375,9 @@ class Jacobian:
         if all(g is None for g in site.grads):
             return []
         shares: dict[int, Share] = {}
-        make = self._rules.find(site.name, site.node)
+        # Of complex numbers some factors are conjugated, which the node itself knows best.
+        complex_ = any(g is not None and g.is_complex() for g in site.grads)
+        make = None if complex_ else self._rules.find(site.name, site.node)
         for operand in site.shapes:
             share = _made(make, site, operand)
             if share is None:

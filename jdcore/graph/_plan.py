@@ -127,6 +127,8 @@ def _classify(
 def descend(graph: Graph, root: Place) -> Descent | None:
     """Which parameter a root is, rearranged or in part; None if it is computed from some."""
     node, number = root
+    if graph.result(root).dtype.is_complex:
+        return None  # only its real part, or a turn of it, belongs to the parameter
     part: Place | None = None
     turned: bool | None = False
     while node not in graph.leaves:

@@ -29,6 +29,8 @@ def pull(graph: Graph, plan: Plan, grads: dict[Place, Tensor]) -> dict[int, Tens
             if found is None or place[0] not in allowed:
                 continue
             result = graph.result(place)
+            if found.is_complex() and not result.dtype.is_complex:
+                found = found.real
             found = reduced(found, result.shape).to(result.dtype)
             arrived[place] = arrived[place] + found if place in arrived else found
     return {node: grad for (node, _), grad in arrived.items()}
