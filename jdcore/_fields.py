@@ -8,7 +8,7 @@ the hooks run after all fields are written, once for each tensor.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 
 import torch
@@ -128,22 +128,39 @@ def disjoint(gradients: Iterable[Tensor], others: Iterable[Tensor] = ()) -> list
     """
     Gradients in contiguous memory of their own, sparse ones as they are.
 
-    Those are copied that share memory: with one another (as for a + b), or with others.
+    Those are copied that share memory: with one another (as for a + b), or with others. Gradients
+    that lie one behind the other and make up a storage together do not: each copy would cost a
+    kernel.
     """
+    given = list(gradients)
     seen = {other.untyped_storage().data_ptr() for other in others}
-    results = []
-    for gradient in gradients:
-        if gradient.layout != torch.strided:
-            results.append(gradient)
-            continue
-        own = gradient
-        storage = own.untyped_storage()
-        whole = own.is_contiguous() and storage.nbytes() == own.numel() * own.itemsize
-        if not whole or storage.data_ptr() in seen:
-            own = own.clone(memory_format=torch.contiguous_format)
-        seen.add(own.untyped_storage().data_ptr())
-        results.append(own)
-    return results
+    apart = _covering(given, seen)
+    return [
+        gradient
+        if gradient.layout != torch.strided or i in apart
+        else gradient.clone(memory_format=torch.contiguous_format)
+        for i, gradient in enumerate(given)
+    ]
+
+
+def _covering(gradients: Sequence[Tensor], seen: Set[int]) -> set[int]:
+    """The numbers of those that fill their storages, none of which is seen, without overlap."""
+    of_storage: dict[int, dict[int, int]] = {}
+    for i, gradient in enumerate(gradients):
+        if gradient.layout == torch.strided:
+            places = of_storage.setdefault(gradient.untyped_storage().data_ptr(), {})
+            places.setdefault(gradient.data_ptr(), i)
+    found: set[int] = set()
+    for start, places in of_storage.items():
+        end, storage = start, gradients[next(iter(places.values()))].untyped_storage()
+        for place, i in sorted(places.items()):
+            if place != end or not gradients[i].is_contiguous():
+                break
+            end += gradients[i].numel() * gradients[i].itemsize
+        else:
+            if end == start + storage.nbytes() and start not in seen:
+                found.update(places.values())
+    return found
 
 
 @contextmanager

@@ -21,8 +21,9 @@ from jdcore.autogram import Engine
 from tests.benchmarks.autogram import group_norm, mlp, resnet18
 from tests.benchmarks.networks import Bert, VisionTransformer
 
-# They give memory, or another shape to it, and launch nothing.
+# They give memory, or another shape to it, or tell a dtype, and launch nothing.
 _FREE = {"_unsafe_view", "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
+_FREE |= {"promote_types"}
 
 
 class _Operations(TorchDispatchMode):

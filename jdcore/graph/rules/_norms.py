@@ -64,6 +64,8 @@ def _group_norm_rows(site: Site) -> tuple[Tensor, Tensor]:
         for grads in site.grad
     ]
     weights, biases = zip(*of_tasks, strict=True)
+    if len(weights) == 1:  # a view is free, a copy is not
+        return weights[0][None], biases[0][None]
     return torch.stack(weights), torch.stack(biases)
 
 

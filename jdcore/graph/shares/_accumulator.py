@@ -18,6 +18,9 @@ _COLUMNS = 16384
 # Products of fewer rows are slow.
 _ROWS = 128
 
+# Entries of Gramians that wait to be added: 64 MB in float32.
+_PENDING = 1 << 24
+
 
 class Accumulator:
     """
@@ -36,10 +39,12 @@ class Accumulator:
         self.rows = rows
         self.keep = keep
         self.memory = memory
+        self._pending: list[Tensor] = []
 
     @property
     def total(self) -> Tensor:
         """What was added up, exactly symmetric."""
+        self._add_pending()
         # A transposed copy is faster than adding what lies transposed.
         upper = self._lower.T.clone(memory_format=torch.contiguous_format).triu_(1)
         return upper.add_(self._lower.tril_())
@@ -55,11 +60,25 @@ class Accumulator:
         :param product: Shape [n, c], where c reaches the diagonal at least.
         :param first: The first of the n rows.
         """
-        lower = self._lower
         n, c = product.shape
         if n < self.rows:
-            lower = lower[first : first + n, :c]
-        lower += product
+            self._lower[first : first + n, :c] += product
+        elif self.memory.reused:
+            self._lower += product
+        else:
+            self._pend(product[None])
+
+    def _pend(self, products: Tensor) -> None:
+        """Add Gramians [n, R, R] later, all at once: on accelerators each addition is a kernel."""
+        self._pending.append(products)
+        if sum(len(pending) for pending in self._pending) * self.rows**2 > _PENDING:
+            self._add_pending()
+
+    def _add_pending(self) -> None:
+        for dtype in dict.fromkeys(pending.dtype for pending in self._pending):
+            same = [pending for pending in self._pending if pending.dtype == dtype]
+            self._lower += torch.cat(same).sum(0, dtype=torch.float64)
+        self._pending.clear()
 
     def add_rows(self, rows: Tensor) -> None:
         """Add the Gramian of rows [R, n]."""
@@ -75,7 +94,7 @@ class Accumulator:
         count = _even(rows.shape[1])
         width = rows.shape[1] // count
         head = rows[:, : count * width].reshape(len(rows), count, width).transpose(0, 1)
-        self._lower += torch.bmm(head, head.mT).sum(0, dtype=torch.float64)
+        self._pend(torch.bmm(head, head.mT))
         return rows[:, count * width :]
 
     def halves(self, least: int = _ROWS) -> list[tuple[int, int]]:
