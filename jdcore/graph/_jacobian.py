@@ -104,6 +104,14 @@ class Objectives:
         return [output for output in self.outputs if output.requires_grad]
 
 
+class _OneByOne(Objectives):
+    """The same losses as K B tasks without samples, in the order [K, B]."""
+
+    @property
+    def samples(self) -> int:
+        return 1
+
+
 @frozen(eq=False)
 class Served:
     """
@@ -210,7 +218,7 @@ class Jacobian:
 
     def _take_plain_rows(self) -> None:
         """Give each loss a backward pass of its own: only that runs hooks as they are meant."""
-        self.objectives = Objectives(self.objectives.outputs, None)
+        self.objectives = _OneByOne(self.objectives.outputs, self.objectives.batch_dim)
         self._hooked = set(self.graph.wanted)
 
     def _find_plan(self) -> Plan:
