@@ -43,12 +43,13 @@ class OperationTable:
         claims: dict[Any, list[Any]] = {}
         for entry in self._entries:
             claims.setdefault(_identity(entry.spec.operation), []).append(entry)
-        return {
+        clashes = {
             min(entry.spec.operation for entry in entries): names
             for operation, entries in claims.items()
             if len(names := _claimants(operation, entries)) > 1
             and all(entry.distribution != RUNTIME for entry in entries)
         }
+        return dict(sorted(clashes.items()))  # the first one is what strict mode raises
 
     def find(self, name: str, function: type | None) -> list[Any]:
         """
