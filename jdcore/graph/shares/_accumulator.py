@@ -94,7 +94,7 @@ class Accumulator:
         count = _even(rows.shape[1])
         width = rows.shape[1] // count
         head = rows[:, : count * width].reshape(len(rows), count, width).transpose(0, 1)
-        self._pend(torch.bmm(head, head.mT))
+        self._pend(product(head, head.mT))
         return rows[:, count * width :]
 
     def halves(self, least: int = _ROWS) -> list[tuple[int, int]]:
