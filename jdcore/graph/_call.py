@@ -109,6 +109,8 @@ def _combined(factors: Tensor, rows: Tensor) -> Tensor:
 
 
 def _agree(factors: Tensor, rows: Tensor, expected: Tensor) -> bool:
+    if rows.is_complex():
+        rows, expected = (torch.view_as_real(t.resolve_conj()) for t in (rows, expected))
     wide = rows.reshape(len(rows), -1).double()
     error = (factors @ wide - expected.reshape(-1).double()).abs()
     tolerance = torch.finfo(rows.dtype).eps ** 0.5 * wide.abs().sum(0).max() if wide.numel() else 0
