@@ -20,6 +20,7 @@ from jdcore.graph import (
     Site,
     called_shares,
 )
+from jdcore.graph._hooks import look
 
 
 @frozen(eq=False)
@@ -102,6 +103,7 @@ class Trial:
         :param repeats: Entries of the first dimension per sample.
         :param dtype: Of all floating tensors.
         """
+        look()  # hooks made by others so far are not on the graph that is made here
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(1)
             operands = [t.detach().to(dtype).requires_grad_() for t in example.operands()]

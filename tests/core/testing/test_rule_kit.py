@@ -187,3 +187,9 @@ def test_a_rule_that_is_not_there_and_one_without_examples(registered: Any) -> N
         gramian_rule_tests("jdcore:linaer", _example())
     with pytest.raises(ConformanceError, match="without an example of its operation"):
         gramian_rule_tests(registered(honest))
+
+
+def test_hooks_that_others_made_before_do_not_matter(registered: Any) -> None:
+    for check in rule_checks(registered(honest, steady=True), _example()):
+        (torch.ones(1, requires_grad=True) * 2).register_hook(lambda grad: grad)
+        check.run()
