@@ -1,11 +1,10 @@
 """Shares of the Jacobian, in the forms that operations give them, and the sum of their Gramians."""
 
-from jdcore.graph.shares._accumulator import Accumulator
 from jdcore.graph.shares._geometry import Geometry
 from jdcore.graph.shares._outer import OneHot, Outer, Uses
 from jdcore.graph.shares._patches import Patches
 from jdcore.graph.shares._product import HALVES, widened
-from jdcore.graph.shares._share import Dense, Share
+from jdcore.graph.shares._share import Accumulator, Dense, Share
 
 __all__ = [
     "HALVES",

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from jdcore.graph._memory import pieces
-from jdcore.graph.shares._accumulator import Accumulator, lower_product
 from jdcore.graph.shares._product import product, widened
+from jdcore.graph.shares._share import Accumulator, lower_product
 
 # Products of fewer positions than these are slow.
 _POSITIONS = 256

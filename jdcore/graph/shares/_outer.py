@@ -9,10 +9,9 @@ from torch import Tensor
 
 from jdcore.graph._cost import outer_ghost_beats_direct
 from jdcore.graph._memory import Memory
-from jdcore.graph.shares._accumulator import Accumulator
 from jdcore.graph.shares._ghost import Gram, add_contracted, linear_gram
 from jdcore.graph.shares._product import product, weighted_sum, widened
-from jdcore.graph.shares._share import Share
+from jdcore.graph.shares._share import Accumulator, Share
 
 
 @frozen(eq=False)

@@ -7,11 +7,10 @@ from torch import Tensor
 
 from jdcore.graph._cost import conv_ghost_beats_direct
 from jdcore.graph._memory import CAPACITY, Memory
-from jdcore.graph.shares._accumulator import Accumulator
 from jdcore.graph.shares._geometry import Geometry, patch_gram, patches
 from jdcore.graph.shares._ghost import add_contracted
 from jdcore.graph.shares._product import product, weighted_sum, widened
-from jdcore.graph.shares._share import Share
+from jdcore.graph.shares._share import Accumulator, Share
 
 # Rows kept for the weighted gradient may take this many times the memory of the gradients they
 # replace.

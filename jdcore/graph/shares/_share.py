@@ -6,8 +6,18 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from jdcore.graph.shares._accumulator import Accumulator
-from jdcore.graph.shares._product import widened
+from jdcore.graph._memory import Memory, pieces
+from jdcore.graph.shares._product import product, widened
+
+# Longer float32 inner products lose digits (1e-3 for rows of 1e7 entries); shorter ones are no more
+# exact and keep the cores less busy.
+_COLUMNS = 16384
+
+# Products of fewer rows are slow.
+_ROWS = 128
+
+# Entries of Gramians that wait to be added: 64 MB in float32.
+_PENDING = 1 << 24
 
 
 class Share(ABC):
@@ -83,3 +93,100 @@ class Dense(Share):
 
     def rows(self) -> Tensor:
         return widened(self._rows).reshape(*self._rows.shape[:2], *self.shape)
+
+
+class Accumulator:
+    """
+    The Gramian while it grows: a float64 matrix [R, R] to which every share adds.
+
+    It is symmetric, so only what is added to the lower triangle counts.
+
+    :param rows: Number R of objectives. Row ``k * B + b`` belongs to task k and sample b.
+    :param keep: Whether the shares will be asked for a weighted gradient afterwards, so that rows
+        they had to compute may be worth keeping.
+    :param memory: How temporaries are made.
+    """
+
+    def __init__(self, rows: int, device: torch.device, keep: bool, memory: Memory) -> None:
+        self._lower = torch.zeros(rows, rows, dtype=torch.float64, device=device)
+        self.rows = rows
+        self.keep = keep
+        self.memory = memory
+        self._pending: list[Tensor] = []
+
+    @property
+    def total(self) -> Tensor:
+        """What was added up, exactly symmetric."""
+        self._add_pending()
+        # A transposed copy is faster than adding what lies transposed.
+        upper = self._lower.T.clone(memory_format=torch.contiguous_format).triu_(1)
+        return upper.add_(self._lower.tril_())
+
+    def add_share(self, share: Share) -> None:
+        """Add the Gramian of a share."""
+        share.add_gramian(self)
+
+    def add(self, product: Tensor, first: int = 0) -> None:
+        """
+        Add some rows of a Gramian, of any floating dtype.
+
+        :param product: Shape [n, c], where c reaches the diagonal at least.
+        :param first: The first of the n rows.
+        """
+        n, c = product.shape
+        if n < self.rows:
+            self._lower[first : first + n, :c] += product
+        elif self.memory.reused:
+            self._lower += product
+        else:
+            self._pend(product[None])
+
+    def _pend(self, products: Tensor) -> None:
+        """Add Gramians [n, R, R] later, all at once: on accelerators each addition is a kernel."""
+        self._pending.append(products)
+        if sum(len(pending) for pending in self._pending) * self.rows**2 > _PENDING:
+            self._add_pending()
+
+    def _add_pending(self) -> None:
+        for dtype in dict.fromkeys(pending.dtype for pending in self._pending):
+            same = [pending for pending in self._pending if pending.dtype == dtype]
+            self._lower += torch.cat(same).sum(0, dtype=torch.float64)
+        self._pending.clear()
+
+    def add_rows(self, rows: Tensor) -> None:
+        """Add the Gramian of rows [R, n]."""
+        if not self.memory.reused and rows.shape[1] > 2 * _COLUMNS:
+            rows = self._add_most(rows)
+        parts = self.halves()
+        for columns in torch.split(rows, _COLUMNS, dim=1):
+            for start, stop in parts:
+                self.add(lower_product(columns, start, stop), start)
+
+    def _add_most(self, rows: Tensor) -> Tensor:
+        """Add whole pieces of the columns by one product, and return the rest."""
+        count = _even(rows.shape[1])
+        width = rows.shape[1] // count
+        head = rows[:, : count * width].reshape(len(rows), count, width).transpose(0, 1)
+        self._pend(product(head, head.mT))
+        return rows[:, count * width :]
+
+    def halves(self, least: int = _ROWS) -> list[tuple[int, int]]:
+        """Pieces of the rows of a symmetric product, few of which cost little more than a half."""
+        rows = self.rows
+        if rows <= least or not self.memory.reused:
+            return [(0, rows)]
+        return pieces(rows, max(least, -(-rows // 8)))
+
+
+def _even(length: int) -> int:
+    """Into how many pieces to cut a length, so that nothing is left over if possible."""
+    least = length // _COLUMNS
+    return next((n for n in range(least, 2 * least) if length % n == 0), least)
+
+
+def lower_product(rows: Tensor, start: int, stop: int) -> Tensor:
+    """Rows start to stop of ``rows @ rows.T``, up to their last entry on the diagonal."""
+    if stop - start == rows.shape[0]:
+        return product(rows, rows.T)
+    earlier = rows[:stop]
+    return product(earlier[start:], earlier.T)
