@@ -20,14 +20,14 @@ class Observation:
     :param source: The Jacobian. Its Gramian is computed if an observer asks and the method did not.
     :param weights: Weights [m]; None for a method whose update is no weighted sum of the rows.
     :param update: Makes the inner products [m] of the update with the rows, in float64, and the
-        squared length of the update.
+        squared length of the update; None where these are ``G w`` and ``wᵀ G w``.
     :param seconds: Wall time of the weighing, that of the Gramian included if the method asked.
     """
 
     method: Any
     source: GramianSource
     weights: Tensor | None
-    update: Callable[[], tuple[Tensor, Tensor]]
+    update: Callable[[], tuple[Tensor, Tensor]] | None
     seconds: float
 
 

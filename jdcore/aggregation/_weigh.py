@@ -69,18 +69,10 @@ def weigh(weighting: Any, source: GramianSource, shape: Sequence[int] | None = N
         start = perf_counter()
         weights = _ask(weighting, source, shape)
         seconds = perf_counter() - start
-        vector = weights.flatten()
-        update = partial(_update, source, vector)
+        observation = Observation(weighting, source, weights.flatten(), None, seconds)
         for observer in observers:
-            observer(Observation(weighting, source, vector, update, seconds))
+            observer(observation)
     return weights
-
-
-def _update(source: GramianSource, weights: Tensor) -> tuple[Tensor, Tensor]:
-    gramian = source.peek()
-    wide = weights.to(gramian)
-    products = gramian @ wide
-    return products, products @ wide
 
 
 def _ask(weighting: Any, source: GramianSource, shape: Sequence[int] | None) -> Tensor:

@@ -85,19 +85,30 @@ def angles_of(gramian: NDArray[np.float64]) -> NDArray[np.float64]:
         norms = np.sqrt(gramian.diagonal())
         norms = np.where((norms > 0.0) & (norms < math.inf), norms, math.nan)
         # One root at a time, as products of squares leave the range.
-        angles = np.clip(gramian / norms[:, None] / norms, -1.0, 1.0)
+        angles = gramian / norms[:, None]
+        angles /= norms
+    np.maximum(angles, -1.0, out=angles)
+    np.minimum(angles, 1.0, out=angles)
     np.fill_diagonal(angles, norms / norms)
     return angles
 
 
 def share_of(angles: NDArray[np.float64], rounding: float = ROUNDING) -> float:
     """:func:`conflicting_share`, given the cosines."""
-    pairs = angles[np.tri(len(angles), k=-1, dtype=bool)]
-    known = pairs[~np.isnan(pairs)]
-    return float(np.mean(known < -rounding)) if known.size else math.nan
+    known = _known(angles)
+    pairs = known * (known - 1)  # each of them twice, as the matrix holds them
+    return np.count_nonzero(angles < -rounding) / pairs if pairs else math.nan
 
 
 def score_of(angles: NDArray[np.float64]) -> float:
     """:func:`alignment_score`, given the cosines."""
-    count = int((~np.isnan(angles.diagonal())).sum())
-    return 2.0 * float(np.nansum(angles)) / count**2 - 1.0 if count else math.nan
+    known = _known(angles)
+    if not known:
+        return math.nan
+    total = angles.sum() if known == len(angles) else np.nansum(angles)
+    return 2.0 * float(total) / known**2 - 1.0
+
+
+def _known(angles: NDArray[np.float64]) -> int:
+    diagonal = angles.diagonal()
+    return int(np.count_nonzero(diagonal == diagonal))  # the others are NaN

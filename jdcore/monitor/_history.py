@@ -5,33 +5,27 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import attrs
-from attrs import define, field, frozen
+from attrs import define, field
 
 from jdcore.errors import JDCoreError
+from jdcore.monitor._evidence import Evidence, Numbers
 
 _FEW = 16
 """Objectives up to which a log has a curve for each."""
 
 
-@frozen(kw_only=True, eq=False)
+@define(kw_only=True, eq=False, repr=False)
 class Step:
     """
     What one weighing showed; plain numbers, one entry per objective where there are several.
 
+    The numbers are made when one of them is read: a step costs the training next to nothing until
+    then, and no accelerator is waited for.
+
     :param index: Number of the weighing, from 0.
     :param method: Name of the class of the method.
     :param seconds: Wall time of the weighing, that of the Gramian included.
-    :param weights: Weights [m] of the rows; None if the update is no weighted sum of them.
-    :param norms: Lengths [m] of the gradients; None, as all that follows, if the method needed no
-        Gramian and none was asked for (``complete=True``).
-    :param products: Inner products [m] of the update with the gradients: by how much each loss
-        falls to first order per unit of learning rate of plain gradient descent.
-    :param conflicts: Share of the objectives with which the update conflicts beyond rounding.
-    :param conflicting_pairs: Share of the pairs of gradients with a negative cosine.
-    :param alignment: Alignment score of the gradients, see
-        :func:`~jdcore.linalg.alignment_score`.
-    :param cosines: Cosines [m, m] between the gradients; None for more objectives than
-        ``cosines_up_to`` of :func:`record`.
+    :param seen: What the numbers are made from.
     :param change: First-order changes [m] of the losses by the step of the optimizer, see
         :func:`first_order_change`; None if not asked for.
     :param raised: Share of the losses that this step raises to first order; None if not asked for.
@@ -40,15 +34,80 @@ class Step:
     index: int
     method: str
     seconds: float
-    weights: list[float] | None = None
-    norms: list[float] | None = None
-    products: list[float] | None = None
-    conflicts: float | None = None
-    conflicting_pairs: float | None = None
-    alignment: float | None = None
-    cosines: list[list[float]] | None = None
+    _seen: Evidence | Numbers
     change: list[float] | None = None
     raised: float | None = None
+
+    @property
+    def numbers(self) -> Numbers:
+        """All numbers that are made when they are read."""
+        if isinstance(self._seen, Evidence):
+            self._seen = self._seen.numbers()
+        return self._seen
+
+    @property
+    def weights(self) -> list[float] | None:
+        """Weights [m] of the rows; None if the update is no weighted sum of them."""
+        return self.numbers.weights
+
+    @property
+    def norms(self) -> list[float] | None:
+        """
+        Lengths [m] of the gradients.
+
+        None, as all that follows, if the method needed no Gramian and none was asked for
+        (``complete=True``).
+        """
+        return self.numbers.norms
+
+    @property
+    def products(self) -> list[float] | None:
+        """
+        Inner products [m] of the update with the gradients.
+
+        By so much each loss falls to first order per unit of learning rate of plain gradient
+        descent.
+        """
+        return self.numbers.products
+
+    @property
+    def conflicts(self) -> float | None:
+        """Share of the objectives with which the update conflicts beyond rounding."""
+        return self.numbers.conflicts
+
+    @property
+    def conflicting_pairs(self) -> float | None:
+        """Share of the pairs of gradients with a negative cosine."""
+        return self.numbers.conflicting_pairs
+
+    @property
+    def alignment(self) -> float | None:
+        """Alignment score of the gradients, see :func:`~jdcore.linalg.alignment_score`."""
+        return self.numbers.alignment
+
+    @property
+    def cosines(self) -> list[list[float]] | None:
+        """
+        Cosines [m, m] between the gradients.
+
+        None for more objectives than ``cosines_up_to`` of :func:`record`.
+        """
+        return self.numbers.cosines
+
+    def to_dict(self) -> dict[str, Any]:
+        """All quantities by name; JSON-able."""
+        return {
+            "index": self.index,
+            "method": self.method,
+            "seconds": self.seconds,
+            **attrs.asdict(self.numbers),
+            "change": self.change,
+            "raised": self.raised,
+        }
+
+    def __repr__(self) -> str:
+        known = ((name, value) for name, value in self.to_dict().items() if value is not None)
+        return f"Step({', '.join(f'{name}={value!r}' for name, value in known)})"
 
 
 @define(eq=False, repr=False)
@@ -79,8 +138,8 @@ class History:
 
     def to_dict(self) -> dict[str, list[Any]]:
         """One list per quantity, with one entry per step; JSON-able."""
-        names = [quantity.name for quantity in attrs.fields(Step)]
-        return {name: [getattr(step, name) for step in self.steps] for name in names}
+        rows = [step.to_dict() for step in self.steps]
+        return {name: [row[name] for row in rows] for name in rows[0]} if rows else {}
 
     def frame(self) -> Any:
         """

@@ -1,20 +1,17 @@
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import attrs
-import numpy as np
 import torch
 from attrs import define, field
 from torch import Tensor
 
 from jdcore.aggregation._observation import Observation, observing
 from jdcore.errors import ParameterError, ParameterTypeError
-from jdcore.linalg._conflicts import ROUNDING, angles_of, score_of, share_of
 from jdcore.monitor._change import first_order_change
+from jdcore.monitor._evidence import Evidence
 from jdcore.monitor._history import History, Step
 
 
@@ -121,34 +118,26 @@ class _Recorder:
         change = first_order_change(self.losses, step, before=self.before)
         self.before = {}
         raised = float((change > 0).double().mean()) if change.numel() else 0.0
-        self.pending = attrs.evolve(self.pending, change=change.tolist(), raised=raised)
+        self.pending.change, self.pending.raised = change.tolist(), raised
         self.flush()
 
 
 def _examine(observation: Observation, index: int, complete: bool, cosines_up_to: int) -> Step:
     source = observation.source
-    step = Step(
+    seen = source.asked or complete
+    evidence = Evidence(
+        # Copies, as a user may write into the weights that a weighting gave out.
+        weights=None if observation.weights is None else observation.weights.clone(),
+        gramian=source.peek() if seen else None,
+        update=observation.update() if seen and observation.update is not None else None,
+        cosines=source.rows <= cosines_up_to,
+    )
+    return Step(
         index=index,
         method=_name(observation.method),
         seconds=observation.seconds,
-        weights=None if observation.weights is None else observation.weights.tolist(),
-    )
-    if not (source.asked or complete):
-        return step
-    angles = angles_of(source.peek().cpu().numpy())
-    norms = np.sqrt(source.peek().diagonal().cpu().numpy()).tolist()
-    products, square = observation.update()
-    length = math.sqrt(max(square.item(), 0.0))
-    found = products.tolist()
-    conflicts = [p < -ROUNDING * norm * length for p, norm in zip(found, norms, strict=True)]
-    return attrs.evolve(
-        step,
-        norms=norms,
-        products=found,
-        conflicts=float(sum(conflicts)) / len(found) if found else 0.0,
-        conflicting_pairs=share_of(angles),
-        alignment=score_of(angles),
-        cosines=angles.tolist() if source.rows <= cosines_up_to else None,
+        # The Gramian of many objectives is too large to be kept for each step.
+        seen=evidence if evidence.cosines else evidence.numbers(),
     )
 
 

@@ -4,6 +4,7 @@ import io
 import json
 import math
 import threading
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import torch
 from attrs import define
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from jdcore import monitor
 from jdcore.aggregation import (
@@ -117,6 +119,38 @@ def test_a_flattened_weighting_bears_its_own_name() -> None:
         Flattening(HalvesWeighting())(torch.ones(1, 2, 2, 1))
 
     assert [step.method for step in history] == ["Halves"]
+
+
+class Operations(TorchDispatchMode):
+    """Counts the operations that run inside of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_step_that_nobody_reads_costs_one_operation() -> None:
+    """A copy of the weights; no value is fetched, so that no accelerator is waited for."""
+    aggregator = GramianAggregator(HalvesWeighting())
+    with Operations() as plain:
+        aggregator(MATRIX)
+    with monitor.record() as history, Operations() as recorded:
+        aggregator(MATRIX)
+
+    assert recorded.count == plain.count + 1
+    assert history[0].products == [-1.0, 11.0]
+
+
+def test_weights_that_are_overwritten_later_are_recorded_as_they_were() -> None:
+    weighting = HalvesWeighting()
+    with monitor.record() as history:
+        weighting(MATRIX @ MATRIX.T).zero_()
+
+    assert history[0].weights == [0.5, 0.5]
 
 
 def test_every_so_manieth_weighing_is_recorded() -> None:
