@@ -97,7 +97,7 @@ def share_of(angles: NDArray[np.float64], rounding: float = ROUNDING) -> float:
     """:func:`conflicting_share`, given the cosines."""
     known = _known(angles)
     pairs = known * (known - 1)  # each of them twice, as the matrix holds them
-    return np.count_nonzero(angles < -rounding) / pairs if pairs else math.nan
+    return float(np.count_nonzero(angles < -rounding)) / pairs if pairs else math.nan
 
 
 def score_of(angles: NDArray[np.float64]) -> float:

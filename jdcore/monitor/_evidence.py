@@ -54,7 +54,7 @@ class Evidence:
             weights=weights,
             norms=norms.tolist(),
             products=products.tolist(),
-            conflicts=np.count_nonzero(conflicts) / max(len(conflicts), 1),
+            conflicts=float(np.count_nonzero(conflicts)) / max(len(conflicts), 1),
             conflicting_pairs=share_of(angles),
             alignment=score_of(angles),
             cosines=angles.tolist() if self.cosines else None,

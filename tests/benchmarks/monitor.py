@@ -55,9 +55,7 @@ def samples(width: int, batch: int) -> Step:
 
     def step() -> None:
         optimizer.zero_grad()
-        engine.backward(
-            nn.functional.cross_entropy(model(inputs), labels, reduction="none"), weighting
-        )
+        engine.backward(cross_entropy(model(inputs), labels, reduction="none"), weighting)
         optimizer.step()
 
     return step
