@@ -27,6 +27,7 @@ __all__ = [
     "PeerError",
     "PluginError",
     "PluginWarning",
+    "RowByRowWarning",
     "SinglePassError",
     "UnknownNameError",
     "UnservedGraphError",
@@ -276,6 +277,27 @@ class JDCoreWarning(UserWarning):
 
 class PluginWarning(JDCoreWarning):
     """Discovery left something out: a plugin failed, or a name is claimed twice."""
+
+
+class RowByRowWarning(JDCoreWarning):
+    """
+    Each loss of a batch gets a backward pass of its own, where one could have served all samples.
+
+    :param rows: Number of losses.
+    :param reason: Why, a clause.
+    """
+
+    def __init__(self, rows: int, reason: str) -> None:
+        self.rows = rows
+        self.reason = reason
+        super().__init__(
+            f"Each of the {rows} losses gets a backward pass of its own, since {reason}. The "
+            "result is right, but slow. Hooks of modules, optimizers and parameters do no harm; "
+            "those of tensors and of operations (`grad_fn`) do."
+        )
+
+    def __reduce__(self) -> tuple[type, tuple[object, ...]]:
+        return type(self), (self.rows, self.reason)
 
 
 class UnsolvedWarning(JDCoreWarning):

@@ -35,10 +35,11 @@ class Engine:
     call. Operations without a closed form are called themselves, once for each sample: right, if
     slower. :meth:`explain` says what serves what, and :meth:`verify` checks it.
 
-    Hooks of tensors and operations are not shown by the graph. Where somebody made hooks since the
-    last call, each loss gets a backward pass of its own, which runs them as they are meant to run.
-    A gradient that :meth:`~torch.Tensor.retain_grad` keeps is that of all passes together, NaN
-    where they showed the samples: of no use after a call.
+    Hooks of tensors and operations are not shown by the graph. Where somebody made such hooks since
+    the last call, each loss gets a backward pass of its own, which runs them as they are meant to
+    run; a :class:`~jdcore.RowByRowWarning` says so. What retains its gradient
+    (:meth:`~torch.Tensor.retain_grad`) gets that of the weighted losses from :meth:`backward`, for
+    one backward pass more, and stays as it is in all other calls.
 
     :param modules: The modules whose parameters are meant, all of a model or the shared ones only.
     :param batch_dim: The dimension of samples in the losses, if each loss depends on one sample

@@ -62,7 +62,10 @@ def explained(step: Step, names: Mapping[Tensor, str]) -> str:
     jacobian.gramian(keep=False, retain_graph=True)
     entries = _by_parameter(jacobian, names)
     rows = [(c.parameter, c.operation, c.share, c.rule) for c in entries.values()]
-    return _table([("parameter", "operation", "share", "rule"), *rows])
+    table = _table([("parameter", "operation", "share", "rule"), *rows])
+    if jacobian.one_by_one is None:
+        return table
+    return f"{table}\nEach loss has a backward pass of its own: {jacobian.one_by_one}."
 
 
 def verified(step: Step, names: Mapping[Tensor, str]) -> Verification:
@@ -70,7 +73,8 @@ def verified(step: Step, names: Mapping[Tensor, str]) -> Verification:
     whole = step.jacobian()
     whole.gramian(keep=False, retain_graph=True)
     entries = _by_parameter(whole, names)
-    rows = _rows(step, list(entries))
+    with whole.fields_unchanged():
+        rows = _rows(step, list(entries))
     checks = [
         evolve(check, error=_error(evolve(step, wanted=[tensor], all_leaves=False), of_tensor))
         for (tensor, check), of_tensor in zip(entries.items(), rows, strict=True)
@@ -133,7 +137,8 @@ def _error(step: Step, rows: Tensor) -> float:
     jacobian = step.jacobian()
     gramian = jacobian.gramian(keep=True, retain_graph=True)
     weights = torch.linspace(-1.0, 2.0, len(rows), dtype=torch.float64, device=rows.device)
-    [gradient] = jacobian.weighted(weights, retain_graph=True).values()
+    [tensor] = step.wanted
+    gradient = jacobian.weighted(weights, retain_graph=True)[tensor]
     expected = rows @ rows.T
     return max(
         _relative(gramian, expected), _relative(gradient.to_dense().flatten(), weights @ rows)

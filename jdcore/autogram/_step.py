@@ -86,7 +86,8 @@ class Step:
         outputs = self.objectives.outputs
         second_pass |= jacobian.too_large or self.objectives.rows == 0
         changed = jacobian.graph.leaves if self.all_leaves else jacobian.graph.targets
-        check_grads(t for t in changed.values() if t.grad is None or not t.grad.is_sparse)
+        fields = [*changed.values(), *jacobian.graph.retained]
+        check_grads(t for t in fields if t.grad is None or not t.grad.is_sparse)
 
         def compute() -> Tensor:
             return jacobian.gramian(keep=not second_pass, retain_graph=retain_graph or second_pass)

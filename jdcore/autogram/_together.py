@@ -57,6 +57,8 @@ def backward_together(
             gradients = jacobian.weighted(own, retain_graph=retain_graph)
         else:
             gradients = jacobian.differentiated(own, retain_graph=retain_graph)
+        for tensor in jacobian.graph.retained:  # those of other processes have nothing to do with
+            gradients.pop(tensor, None)
         means = mean_gradients(meeting, group, gradients)
     write_grads(dict(zip(means, disjoint(means.values()), strict=True)))
     return weights

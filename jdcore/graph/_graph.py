@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
 from jdcore.errors import UnservedGraphError
+from jdcore.graph._retained import retaining
 from jdcore.graph._saved import Result, plain_attributes, results_of
 from jdcore.graph._walk import edge_of
 
@@ -77,9 +78,15 @@ class Graph:
         self.targets: dict[Place, Tensor] = {(i, 0): leaf for i, leaf in self.wanted.items()}
         """The wanted tensors that are in the graph, by their place; leaves or not."""
         for tensor in wanted:
-            if tensor.grad_fn is not None and tensor.grad_fn in self._index:
-                self.targets[self._index[tensor.grad_fn], tensor.output_nr] = tensor
+            if self._computes(tensor):
+                node, number = edge_of(tensor)
+                self.targets[self._index[node], number] = tensor
         self.others = [leaf for i, leaf in self.leaves.items() if i not in self.wanted]
+        self.retained = [t for t in retaining() if self._computes(t) and id(t) not in asked]
+        """Further results of operations whose ``.grad`` backward passes write."""
+
+    def _computes(self, tensor: Tensor) -> bool:
+        return tensor.grad_fn is not None and tensor.grad_fn in self._index
 
     def _number(self, node: Any) -> int:
         found = self._index.get(node)

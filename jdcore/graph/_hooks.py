@@ -8,8 +8,13 @@ saved. So it matters to know that there is none.
 
 from __future__ import annotations
 
+import gc
+from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor
 
 from jdcore.graph._graph import Graph
 from jdcore.graph._saved import computed_at, hooks_made, next_computed_at
@@ -21,7 +26,8 @@ class _Watch:
 
     Every hook has a handle, of which torch counts all, and operations are numbered as they are
     computed. When the count has grown since the last look, a hook may be on any graph of that time:
-    on all those with an operation older than this look.
+    on all those with an operation older than this look. Most often it is elsewhere, on a module or
+    an optimizer, which a look at all hooks there are can tell; it takes tens of milliseconds.
     """
 
     def __init__(self) -> None:
@@ -37,7 +43,7 @@ class _Watch:
         """Whether somebody may have put a hook on something in a graph, parameters apart."""
         self.look()
         nodes = [node for i, node in enumerate(graph.nodes) if i not in graph.leaves]
-        return any(computed_at(node) < self._until for node in nodes)
+        return any(computed_at(node) < self._until for node in nodes) and _hooks_anywhere(graph)
 
     @contextmanager
     def own_hooks(self) -> Iterator[None]:
@@ -47,6 +53,35 @@ class _Watch:
             yield
         finally:
             self._own += hooks_made() - before
+
+
+def _hooks_anywhere(graph: Graph) -> bool:
+    """Whether there are hooks that neither modules and optimizers have, nor parameters."""
+    # All kinds of hooks lie in such dictionaries, by the number of their handle.
+    found = {id(d): d for d in gc.get_objects() if type(d) is OrderedDict and _by_number(d)}
+    for leaf in graph.leaves.values():
+        found.pop(id(leaf._post_accumulate_grad_hooks), None)
+    for owner in gc.get_referrers(*found.values()):
+        for hooks in _fields_with_hooks(owner):
+            found.pop(id(hooks), None)
+    return bool(found)
+
+
+def _by_number(hooks: OrderedDict[Any, Any]) -> bool:
+    return type(next(reversed(hooks), None)) is int
+
+
+def _fields_with_hooks(owner: object) -> list[object]:
+    """The hooks of a leaf, or those that are fields of an object of Python."""
+    if issubclass(type(owner), Tensor):
+        assert isinstance(owner, Tensor)
+        return [owner._backward_hooks] if owner.is_leaf and owner.requires_grad else []
+    fields = owner if type(owner) is dict else getattr(owner, "__dict__", {})
+    return [
+        value
+        for name, value in list(fields.items())
+        if isinstance(name, str) and name.endswith("hooks")
+    ]
 
 
 _WATCH = _Watch()

@@ -9,7 +9,7 @@ import torch
 from attrs import frozen
 from torch import Tensor
 
-from jdcore.errors import JDCoreError, UnservedGraphError
+from jdcore.errors import JDCoreError, RowByRowWarning, UnservedGraphError, warn
 from jdcore.graph._call import called_shares
 from jdcore.graph._graph import Graph, Place
 from jdcore.graph._hooks import may_have_hooks
@@ -27,6 +27,12 @@ _SMALL = 1 << 16
 
 # Entries of rows that are kept or held at once where there are no samples: 512 MB in float32.
 _ROWS = 1 << 27
+
+
+_HOOKED = (
+    "there are hooks that were made since the last call, and torch does not show whether they are "
+    "on tensors of this graph"
+)
 
 
 @frozen(eq=False)
@@ -161,11 +167,12 @@ class Jacobian:
         self._hooked = {i for i, leaf in self.graph.wanted.items() if leaf._backward_hooks}
         self.objectives = objectives
         # A loss that is a parameter itself is behind no operation.
-        if (
-            may_have_hooks(self.graph)
-            or {n for n, _ in self.graph.starts} & self.graph.leaves.keys()
-        ):
-            self._take_plain_rows()
+        self.one_by_one: str | None = None
+        """Why each loss gets a backward pass of its own, if that is so in spite of samples."""
+        if may_have_hooks(self.graph):
+            self._take_plain_rows(_HOOKED)
+        elif {n for n, _ in self.graph.starts} & self.graph.leaves.keys():
+            self._take_plain_rows("a loss is a parameter itself")
         self.shares: dict[Place, list[Share]] = {}
         self._small = _Small()
         self._finished: dict[int, Tensor] = {}
@@ -198,7 +205,7 @@ class Jacobian:
         """
         self.computed = True
         with torch.no_grad(), without_autocast(self._device.type):
-            with self._fields_unchanged():
+            with self.fields_unchanged():
                 self._plan = self._find_plan()
                 run = self._run_tasks if self._without_samples else self._run
                 run(total, retain_graph)
@@ -216,8 +223,11 @@ class Jacobian:
     def _without_samples(self) -> bool:
         return self.objectives.batch_dim is None or self.objectives.samples == 1
 
-    def _take_plain_rows(self) -> None:
+    def _take_plain_rows(self, reason: str) -> None:
         """Give each loss a backward pass of its own: only that runs hooks as they are meant."""
+        if not self._without_samples:
+            self.one_by_one = reason
+            warn(RowByRowWarning(self.objectives.rows, reason))
         self.objectives = _OneByOne(self.objectives.outputs, self.objectives.batch_dim)
         self._hooked = set(self.graph.wanted)
 
@@ -233,13 +243,19 @@ class Jacobian:
                 # A function that stops at NaN does not show where the samples are.
                 if not any(function_of(node) for node in self.graph.nodes):
                     raise
-                self._take_plain_rows()
+                self._take_plain_rows("a function of the graph fails where gradients are NaN")
         return plan_of_tasks(self.graph, objectives.rows, self._hooked)
 
     @contextmanager
-    def _fields_unchanged(self) -> Iterator[None]:
-        """Notice functions whose backward accumulates into ``.grad``, unseen by the graph."""
+    def fields_unchanged(self) -> Iterator[None]:
+        """
+        Leave every ``.grad`` as it is, also of tensors that retain it.
+
+        :raises UnservedGraphError: At the end, if a function accumulates into ``.grad`` in its
+            backward, unseen by the graph.
+        """
         tensors = [t for t in self.graph.targets.values() if not t.is_leaf]  # they retain it
+        tensors += self.graph.retained
         kept = len(tensors)
         if any(hasattr(node, "apply") for node in self.graph.nodes):
             tensors += self._given
@@ -514,11 +530,12 @@ class Jacobian:
         if not tensors:
             return {}
         outputs, seeds = self.objectives.differentiable(), self.objectives.seeds(weights)
-        found = differentiate(outputs, tensors, seeds, retain_graph)
+        with self.fields_unchanged():
+            found = differentiate(outputs, tensors, seeds, retain_graph)
         return {tensor: g for tensor, g in zip(tensors, found, strict=True) if g is not None}
 
     def _others(self) -> list[Tensor]:
-        return self.graph.others if self._all_leaves else []
+        return [*(self.graph.others if self._all_leaves else ()), *self.graph.retained]
 
     def _at_targets(self, by_task: Tensor) -> dict[Tensor, Tensor]:
         graph, grads = self.graph, self._small.weighted(by_task)

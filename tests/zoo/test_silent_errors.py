@@ -147,6 +147,7 @@ def test_hooks_of_parameters_that_are_not_linear_act_on_each_row() -> None:
         _right_or_refused(engine, layer(X).squeeze(1), [[10.0, -7.0], [-7.0, 13.0]])
 
 
+@pytest.mark.filterwarnings("ignore::jdcore.RowByRowWarning")
 @pytest.mark.parametrize("batch_dim", [0, None])
 def test_hooks_of_activations_that_read_values(batch_dim: int | None) -> None:
     layer, seen = nn.Linear(2, 1, bias=False), []
@@ -158,16 +159,16 @@ def test_hooks_of_activations_that_read_values(batch_dim: int | None) -> None:
 
 
 @pytest.mark.parametrize("batch_dim", [0, None])
-def test_retained_gradients_are_ordinary_tensors(batch_dim: int | None) -> None:
-    """What is retained is that of all passes, as always; but it outlives them."""
+def test_retained_gradients_are_those_of_the_weighted_losses(batch_dim: int | None) -> None:
     layer = nn.Linear(2, 1, bias=False)
     hidden = layer(X)
     hidden.retain_grad()
-    Engine(layer, batch_dim=batch_dim).backward(hidden.squeeze(1), torch.diag)
-    assert hidden.grad is None or all(isinstance(g, float) for g in hidden.grad.flatten().tolist())
-    assert hidden.grad is None or hidden.grad.clone().shape == hidden.shape
+    weights = torch.tensor([2.0, -3.0])
+    Engine(layer, batch_dim=batch_dim).backward(hidden.squeeze(1), lambda _: weights)
+    assert torch.equal(hidden.grad, weights[:, None])
 
 
+@pytest.mark.filterwarnings("ignore::jdcore.RowByRowWarning")
 @pytest.mark.parametrize("batch_dim", [0, None])
 def test_stored_gradients_of_activations_are_ordinary_tensors(batch_dim: int | None) -> None:
     layer, stored = nn.Linear(2, 1, bias=False), []

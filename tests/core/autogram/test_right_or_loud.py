@@ -151,6 +151,7 @@ def test_a_hook_of_a_parameter_acts_on_every_row(batch_dim: int | None) -> None:
     assert net.weight.grad.tolist() == [[3.0, 0.0]]
 
 
+@pytest.mark.filterwarnings("ignore::jdcore.RowByRowWarning")
 def test_a_hook_that_mixes_samples_and_comes_later() -> None:
     net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
     engine = Engine(net, batch_dim=0)
@@ -161,6 +162,7 @@ def test_a_hook_that_mixes_samples_and_comes_later() -> None:
         _right(engine, net[2](h).square().sum(1), list(net.parameters()))
 
 
+@pytest.mark.filterwarnings("ignore::jdcore.RowByRowWarning")
 def test_a_hook_that_moves_samples_and_comes_later() -> None:
     net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
     engine = Engine(net, batch_dim=0)
@@ -171,6 +173,7 @@ def test_a_hook_that_moves_samples_and_comes_later() -> None:
         _right(engine, net[2](h).square().sum(1), list(net.parameters()))
 
 
+@pytest.mark.filterwarnings("ignore::jdcore.RowByRowWarning")
 def test_hooks_that_read_values_or_scale() -> None:
     seen: list[float] = []
 

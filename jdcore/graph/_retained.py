@@ -1,0 +1,50 @@
+"""
+Tensors whose ``.grad`` every backward pass writes, since somebody called ``retain_grad`` on them.
+
+A graph does not lead from an operation to the tensors that it computed, and torch keeps no list of
+those that retain their gradient. So the call itself is noted, from the first time on that somebody
+asks. Those of before are found by one look at all tensors.
+"""
+
+from __future__ import annotations
+
+import functools
+import gc
+from typing import Any
+
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+
+class _Calls:
+    """The tensors that ``retain_grad`` was called on."""
+
+    def __init__(self) -> None:
+        self._noted: WeakTensorKeyDictionary | None = None
+
+    def retaining(self) -> list[Tensor]:
+        """All living tensors that retain their gradient, leaves aside."""
+        if self._noted is None:
+            self._noted = WeakTensorKeyDictionary()
+            _note_calls(self._noted)
+            # type() and not isinstance(), which runs code of lazy objects.
+            for found in gc.get_objects():
+                if issubclass(type(found), Tensor) and found.retains_grad:
+                    self._noted[found] = True
+        return [t for t in list(self._noted) if t.retains_grad] if self._noted else []
+
+
+def _note_calls(noted: WeakTensorKeyDictionary) -> None:
+    retain_grad: Any = Tensor.retain_grad
+
+    @functools.wraps(retain_grad)
+    def note(tensor: Any, *args: Any, **kwargs: Any) -> Any:
+        result = retain_grad(tensor, *args, **kwargs)
+        if isinstance(tensor, Tensor) and not tensor.is_leaf:
+            noted[tensor] = True
+        return result
+
+    Tensor.retain_grad = note  # type: ignore[method-assign, assignment]
+
+
+retaining = _Calls().retaining

@@ -1,0 +1,199 @@
+"""What others hang on a graph: gradients that are retained, and hooks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from jdcore import RowByRowWarning, autogram
+from jdcore.autogram import Engine, gramian_backward
+from tests.core.autogram.oracle import explicit_jacobian, randn, relative_error
+
+B = 4
+
+
+def _net() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+
+
+def _right(engine: Engine, losses: Tensor, net: nn.Module) -> None:
+    rows = explicit_jacobian(losses, list(net.parameters()))
+    assert relative_error(engine.compute_gramian(losses).reshape(len(rows), -1), rows @ rows.T) < (
+        1e-12
+    )
+
+
+# -- retain_grad -----------------------------------------------------------------------------------
+
+
+def _with_retained(net: nn.Sequential) -> tuple[list[Tensor], Tensor]:
+    """Results of a layer, of an activation and of a view, and losses [B]."""
+    first = net[0](randn(B, 3))
+    second = net[1](first)
+    third = net[2](second).mT
+    for tensor in (first, second, third):
+        tensor.retain_grad()
+    return [first, second, third], third.square().sum(0)
+
+
+def _without_weighing(gramian: Tensor) -> Tensor:
+    return torch.linspace(-1.0, 2.0, len(gramian))
+
+
+WAYS: dict[str, Callable[[nn.Module, Tensor], object]] = {
+    "samples": lambda net, losses: Engine(net, batch_dim=0).backward(losses, _without_weighing),
+    "tasks": lambda net, losses: Engine(net, batch_dim=None).backward(losses, _without_weighing),
+    "a second pass": lambda net, losses: Engine(net, batch_dim=0).backward(
+        losses, _without_weighing, second_pass=True
+    ),
+    "a part of the model": lambda net, losses: Engine(net[0], batch_dim=0).backward(
+        losses, _without_weighing
+    ),
+    "a function": lambda _, losses: autogram.backward(losses, _without_weighing, batch_dim=0),
+    "without a Gramian": lambda _, losses: gramian_backward(losses, _without_weighing),
+}
+
+
+@pytest.mark.parametrize("present", [False, True])
+@pytest.mark.parametrize("way", WAYS)
+def test_what_retains_its_gradient_gets_that_of_the_weighted_losses(
+    way: str, present: bool
+) -> None:
+    net = _net()
+    expected, losses = _with_retained(net)
+    losses.backward(_without_weighing(losses))
+    retained, losses = _with_retained(net)
+    if present:
+        for tensor in retained:
+            tensor.grad = torch.ones_like(tensor)
+    WAYS[way](net, losses)
+    for tensor, right in zip(retained, expected, strict=True):
+        assert relative_error(tensor.grad - float(present), right.grad) < 1e-12
+
+
+LOOKS: dict[str, Callable[[Engine, Tensor], object]] = {
+    "gramian": Engine.compute_gramian,
+    "explain": Engine.explain,
+    "verify": Engine.verify,
+}
+
+
+@pytest.mark.parametrize("batch_dim", [0, None])
+@pytest.mark.parametrize("look", LOOKS)
+def test_what_retains_its_gradient_stays_as_it_is_if_none_is_written(
+    look: str, batch_dim: int | None
+) -> None:
+    net = _net()
+    engine = Engine(net, batch_dim=batch_dim)
+    for _ in range(2):
+        (first, second, third), losses = _with_retained(net)
+        second.grad = kept = torch.ones_like(second)
+        LOOKS[look](engine, losses)
+        assert first.grad is None
+        assert second.grad is kept
+        assert torch.equal(kept, torch.ones_like(second))
+        assert third.grad is None
+
+
+def test_what_was_written_to_after_it_retained_its_gradient() -> None:
+    net = _net()
+    engine = Engine(net, batch_dim=0)
+    hidden = net[0](randn(B, 3))
+    hidden.retain_grad()
+    hidden.mul_(2.0)
+    losses = net[2](hidden).sum(1)
+    engine.compute_gramian(losses)
+    assert hidden.grad is None
+    engine.backward(losses, _without_weighing)
+    assert relative_error(
+        hidden.grad, _without_weighing(losses)[:, None] * net[2].weight.sum(0)
+    ) < (1e-12)
+
+
+# -- hooks -----------------------------------------------------------------------------------------
+
+
+def _ignore(*_: object) -> None:
+    pass
+
+
+def _on_a_module(net: nn.Sequential) -> None:
+    net[1].register_forward_hook(_ignore)
+
+
+def _on_all_modules(_: nn.Sequential) -> None:
+    nn.modules.module.register_module_forward_hook(_ignore).remove()
+
+
+def _on_an_optimizer(net: nn.Sequential) -> None:
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    optimizer.register_step_post_hook(_ignore)
+    net.optimizer = [optimizer]  # not a module
+
+
+def _on_a_parameter(net: nn.Sequential) -> None:
+    net[0].weight.register_hook(_ignore)
+
+
+def _behind_a_parameter(net: nn.Sequential) -> None:
+    net[0].weight.register_post_accumulate_grad_hook(_ignore)
+
+
+def _removed(net: nn.Sequential) -> None:
+    net(randn(B, 3)).register_hook(_ignore).remove()
+
+
+def _on_another_graph_that_is_gone(net: nn.Sequential) -> None:
+    net(randn(B, 3)).sum().grad_fn.register_hook(_ignore)
+
+
+HARMLESS = [
+    _on_a_module,
+    _on_all_modules,
+    _on_an_optimizer,
+    _on_a_parameter,
+    _behind_a_parameter,
+    _removed,
+    _on_another_graph_that_is_gone,
+]
+
+
+@pytest.mark.parametrize("hook", HARMLESS)
+def test_hooks_elsewhere_do_no_harm(hook: Callable[[nn.Sequential], None]) -> None:
+    net = _net()
+    engine = Engine(net, batch_dim=0)
+    losses = net(randn(B, 3)).sum(1)
+    hook(net)
+    _right(engine, losses, net)  # and does not warn
+    assert "backward pass of its own" not in engine.explain(losses)
+
+
+def _on_an_activation(hidden: Tensor) -> None:
+    hidden.register_hook(lambda g: g.flip(0) + g)
+
+
+def _on_an_operation(hidden: Tensor) -> None:
+    hidden.grad_fn.register_hook(lambda found, _: tuple(g.flip(0) for g in found))
+
+
+def _before_an_operation(hidden: Tensor) -> None:
+    hidden.grad_fn.register_prehook(lambda grads: (grads[0].flip(0),))
+
+
+@pytest.mark.parametrize("hook", [_on_an_activation, _on_an_operation, _before_an_operation])
+def test_hooks_of_the_graph_are_run_row_by_row_which_is_told(
+    hook: Callable[[Tensor], None],
+) -> None:
+    net = _net()
+    engine = Engine(net, batch_dim=0)
+    hidden = net[1](net[0](randn(B, 3)))
+    hook(hidden)
+    losses = net[2](hidden).square().sum(1)
+    with pytest.warns(RowByRowWarning, match="Each of the 4 losses"):
+        _right(engine, losses, net)
+    with pytest.warns(RowByRowWarning):
+        assert "backward pass of its own" in engine.explain(losses)
