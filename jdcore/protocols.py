@@ -179,6 +179,9 @@ class DualConeSolver(Protocol):
     Laws: ``v >= u`` exactly; a zero row of J keeps ``v_i = u_i``; the result does not depend on the
     scale of G; an answer less accurate than promised comes with an
     :class:`~jdcore.errors.UnsolvedWarning`.
+
+    A solver may have the method ``project(gramian, references)`` too, which does the same to
+    float64 Tensors on any device: many rows on an accelerator are then projected there.
     """
 
     def __call__(

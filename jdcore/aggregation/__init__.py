@@ -26,6 +26,7 @@ from jdcore.aggregation._mixing import (
 )
 from jdcore.aggregation._module import as_module
 from jdcore.aggregation._nested_state import NestedState, stateful_part
+from jdcore.aggregation._observation import report_residual
 from jdcore.aggregation._scalarization import ScalarizationWeighting
 from jdcore.aggregation._solver import find_solver, solver_field
 from jdcore.aggregation._source import GramianSource, taken_by
@@ -62,6 +63,7 @@ __all__ = [
     "finite_required",
     "forbid_differentiation",
     "portions",
+    "report_residual",
     "row_lengths",
     "row_weights",
     "solver_field",

@@ -19,6 +19,7 @@ from jdcore.aggregation._mixing import vectors_of as vectors_of
 from jdcore.aggregation._module import as_module as as_module
 from jdcore.aggregation._nested_state import NestedState as NestedState
 from jdcore.aggregation._nested_state import stateful_part as stateful_part
+from jdcore.aggregation._observation import report_residual as report_residual
 from jdcore.aggregation._scalarization import ScalarizationWeighting as ScalarizationWeighting
 from jdcore.aggregation._solver import find_solver as find_solver
 from jdcore.aggregation._solver import solver_field as solver_field

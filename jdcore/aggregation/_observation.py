@@ -22,6 +22,8 @@ class Observation:
     :param update: Makes the inner products [m] of the update with the rows, in float64, and the
         squared length of the update; None where these are ``G w`` and ``wᵀ G w``.
     :param seconds: Wall time of the weighing, that of the Gramian included if the method asked.
+    :param residual: The largest residual that solvers reported, see :func:`report_residual`; None
+        if none did, as for methods that solve nothing.
     """
 
     method: Any
@@ -29,6 +31,7 @@ class Observation:
     weights: Tensor | None
     update: Callable[[], tuple[Tensor, Tensor]] | None
     seconds: float
+    residual: float | None = None
 
 
 Observer = Callable[[Observation], None]
@@ -36,6 +39,8 @@ Observer = Callable[[Observation], None]
 # Of this context, so that one thread does not watch the training of another. Wrappers ask what they
 # wrap through the same door: while the outermost weighs, nobody watches.
 _OBSERVERS: ContextVar[tuple[Observer, ...]] = ContextVar("observers", default=())
+# What solvers report while somebody observes.
+_RESIDUALS: ContextVar[list[float] | None] = ContextVar("residuals", default=None)
 
 
 @contextmanager
@@ -49,16 +54,35 @@ def observing(observer: Observer) -> Iterator[None]:
 
 
 @contextmanager
-def unobserved() -> Iterator[tuple[Observer, ...]]:
-    """Give the observers of this context, and tell them nothing inside of this block."""
-    observers = _OBSERVERS.get()
-    token = _OBSERVERS.set(())
+def unobserved() -> Iterator[tuple[tuple[Observer, ...], list[float]]]:
+    """
+    Give the observers of this context, and tell them nothing inside of this block.
+
+    With them comes the list of the residuals that are reported inside.
+    """
+    observers, residuals = _OBSERVERS.get(), list[float]()
+    token, collecting = _OBSERVERS.set(()), _RESIDUALS.set(residuals)
     try:
-        yield observers
+        yield observers, residuals
     finally:
         _OBSERVERS.reset(token)
+        _RESIDUALS.reset(collecting)
 
 
 def observed() -> bool:
     """Whether anybody watches."""
     return bool(_OBSERVERS.get())
+
+
+def report_residual(measure: Callable[[], float]) -> None:
+    """
+    Tell those who watch the training how well a problem was solved.
+
+    A solver calls it once for every answer. If nobody watches, nothing is measured.
+
+    :param measure: Gives the residual of the answer relative to the scale of the problem: what an
+        :class:`~jdcore.errors.UnsolvedWarning` would tell.
+    """
+    residuals = _RESIDUALS.get()
+    if residuals is not None:
+        residuals.append(measure())

@@ -65,11 +65,12 @@ def weigh(weighting: Any, source: GramianSource, shape: Sequence[int] | None = N
     """
     if not observed() or source.compute is None:  # without a Gramian there is nothing to see
         return _ask(weighting, source, shape)
-    with unobserved() as observers:
+    with unobserved() as (observers, residuals):
         start = perf_counter()
         weights = _ask(weighting, source, shape)
         seconds = perf_counter() - start
-        observation = Observation(weighting, source, weights.flatten(), None, seconds)
+        worst = max(residuals, default=None)
+        observation = Observation(weighting, source, weights.flatten(), None, seconds, worst)
         for observer in observers:
             observer(observation)
     return weights
@@ -128,12 +129,13 @@ def watched(method: Any, columns: Columns, aggregate: Callable[[], Result]) -> R
     """
     if not observed():
         return aggregate()
-    with unobserved() as observers:
+    with unobserved() as (observers, residuals):
         start = perf_counter()
         vectors, weights = aggregate()
         seconds = perf_counter() - start
         source = GramianSource.of_columns(columns)
         update = partial(columns.inner, vectors)
+        worst = max(residuals, default=None)
         for observer in observers:
-            observer(Observation(method, source, weights, update, seconds))
+            observer(Observation(method, source, weights, update, seconds, worst))
     return vectors, weights

@@ -1,7 +1,8 @@
 from __future__ import annotations
 
 import math
-from typing import ClassVar
+from functools import cache
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from jdcore.linalg import add_proximal
 from jdcore.validators import boolean, check_gramian
 
 _SMALL = 4096
+_THERE = 128  # rows
 
 
 @define(eq=False)
@@ -54,6 +56,18 @@ class GramianWeighting:
         :returns: float64 weights [m].
         """
         raise NotImplementedError
+
+    def compute_there(self, gramian: Tensor) -> Tensor | None:
+        """
+        :meth:`compute` on the accelerator that holds the Gramian, for methods that gain by it.
+
+        It is asked from 128 rows on, where the arithmetic takes longer than the calls.
+
+        :param gramian: Finite float64 Gramian, Tensor [m, m]. Must not be modified.
+        :returns: float64 weights [m] on the same device. None, as here: :meth:`compute` is asked,
+            and the Gramian is copied to the CPU.
+        """
+        return None
 
     def __call__(self, gramian: Tensor, /, *, losses: Tensor | None = None) -> Tensor:
         """
@@ -95,12 +109,41 @@ class GramianWeighting:
         if m == 0:
             return torch.empty(0, dtype=torch.float64, device="cpu")
         gramian = self.matrix_of(source)
+        cls: Any = type(self)
+        if _stays(gramian) and _computes_there(cls):
+            there = self._weigh_there(gramian, source)
+            if there is not None:
+                return there
         array: NDArray[np.float64] = gramian.numpy() if gramian.is_cpu else gramian.cpu().numpy()
         if _all_finite(array):
             return torch.from_numpy(np.asarray(self.answer(array, source), dtype=np.float64))
         if finite_required(self.check_finite):
             raise refuse_gramian(array)
         return torch.full((m,), math.nan, dtype=torch.float64, device="cpu")
+
+    def _weigh_there(self, gramian: Tensor, source: GramianSource) -> Tensor | None:
+        if not bool(gramian.isfinite().all()):
+            return None
+        if self.proximal:
+            gramian = gramian.clone()
+            gramian.diagonal().mul_(1.0 + source.proximal_level)
+        return self.compute_there(gramian)
+
+
+@cache
+def _computes_there(cls: Any) -> bool:
+    # A subclass that overrides `compute` alone means that, not what it inherits for accelerators.
+    for base in cls.__mro__:
+        if "compute_there" in vars(base):
+            return base is not GramianWeighting
+        if not vars(base).keys().isdisjoint(("compute", "answer")):
+            return False
+    return False
+
+
+def _stays(gramian: Tensor) -> bool:
+    """Whether it may pay to work where the Gramian is, rather than on the CPU."""
+    return not gramian.is_cpu and len(gramian) >= _THERE
 
 
 def _all_finite(gramian: NDArray[np.float64]) -> bool:

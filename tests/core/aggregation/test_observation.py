@@ -12,6 +12,7 @@ from jdcore.aggregation import (
     GramianAggregator,
     GramianWeighting,
     ScalarizationWeighting,
+    report_residual,
 )
 from jdcore.aggregation._observation import Observation, observing
 
@@ -36,7 +37,7 @@ class Largest(CoordinatewiseAggregator):
         return columns.amax(0)
 
 
-def test_an_observer_hears_of_weights_gramian_and_products() -> None:
+def test_an_observer_hears_of_weights_and_gramian() -> None:
     heard: list[Observation] = []
 
     with observing(heard.append):
@@ -46,9 +47,7 @@ def test_an_observer_hears_of_weights_gramian_and_products() -> None:
     assert observation.weights is not None
     assert observation.weights.tolist() == [0.5, 0.5]
     assert observation.source.peek().tolist() == [[1.0, 1.0], [1.0, 5.0]]
-    products, square = observation.update()  # of the update [1, -1]
-    assert products.tolist() == [1.0, 3.0]
-    assert square.item() == 2.0
+    assert observation.update is None  # its products follow from these two
 
 
 def test_what_weighs_inside_of_another_is_not_heard_again() -> None:
@@ -88,6 +87,35 @@ def test_a_method_without_weights_is_heard_with_its_products() -> None:
         assert Largest()(MATRIX).tolist() == [1.0, 0.0]
 
     assert heard[0].weights is None
+    assert heard[0].update is not None
     products, square = heard[0].update()
     assert products.tolist() == [1.0, 1.0]
     assert square.item() == 1.0
+
+
+@define(eq=False)
+class Solving(GramianWeighting):
+    residuals: tuple[float, ...]
+
+    def compute(self, gramian: NDArray[np.float64]) -> NDArray[np.float64]:
+        for residual in self.residuals:
+            report_residual(lambda residual=residual: residual)  # type: ignore[misc]
+        return np.full(len(gramian), 0.5)
+
+
+def test_an_observer_hears_of_the_largest_residual_that_solvers_report() -> None:
+    heard: list[Observation] = []
+
+    with observing(heard.append):
+        GramianAggregator(Solving((1e-12, 3e-11)))(MATRIX)
+        Flattening(Solving((2e-13,)))(torch.ones(1, 2, 2, 1))
+        GramianAggregator(Halves())(MATRIX)
+
+    assert [observation.residual for observation in heard] == [3e-11, 2e-13, None]
+
+
+def test_no_residual_is_measured_if_nobody_listens() -> None:
+    def measure() -> float:
+        raise AssertionError
+
+    report_residual(measure)

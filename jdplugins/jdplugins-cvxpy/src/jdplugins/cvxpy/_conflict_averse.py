@@ -9,7 +9,7 @@ import cvxpy as cp
 import numpy as np
 from attrs import Attribute, field, frozen
 
-from jdcore.aggregation import find_solver, solver_field
+from jdcore.aggregation import find_solver, report_residual, solver_field
 from jdcore.errors import ParameterTypeError, UnknownNameError, UnsolvedWarning, warn
 from jdcore.linalg import eigh, equilibrate
 from jdcore.validators import real
@@ -94,6 +94,7 @@ class CvxpySolver:
                 fallen: Floats = find_solver("conflict_averse", self.fallback)(gramian, c)
                 return fallen
             warn(UnsolvedWarning("conflict_averse", residual, reason))
+        report_residual(lambda: residual)
         weights[rows] += radius * added * norms.max() * inverses
         return weights
 

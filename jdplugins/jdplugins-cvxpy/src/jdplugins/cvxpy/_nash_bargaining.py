@@ -8,7 +8,7 @@ from attrs import field, frozen
 from numpy.typing import NDArray
 from scipy.sparse import csc_matrix
 
-from jdcore.aggregation import find_solver, solver_field
+from jdcore.aggregation import find_solver, report_residual, solver_field
 from jdcore.errors import UnsolvedWarning, warn
 from jdcore.validators import integer, real
 
@@ -76,6 +76,7 @@ class EcosSolver:
                 fallen: Floats = find_solver("nash_bargaining", self.fallback)(gramian, start)
                 return fallen
             warn(UnsolvedWarning("nash_bargaining", residual, reason))
+        report_residual(lambda: residual)
         alpha[rows] = solution / scale
         return alpha
 

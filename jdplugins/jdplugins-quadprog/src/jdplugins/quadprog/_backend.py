@@ -7,7 +7,7 @@ import numpy as np
 from attrs import field, frozen
 from numpy.typing import NDArray
 
-from jdcore.aggregation import find_solver, solver_field
+from jdcore.aggregation import find_solver, report_residual, solver_field
 from jdcore.errors import UnsolvedWarning, warn
 from jdcore.linalg import equilibrate, lcp_residual, refine_lcp
 from jdcore.validators import real
@@ -71,6 +71,7 @@ class DualConeBackend:
                 projected: Floats = find_solver("dual_cone", self.fallback)(gramian, references)
                 return projected
             warn(UnsolvedWarning("dual_cone", residual, reason))
+        report_residual(lambda: residual)
         solutions *= scales
         solutions *= inverses
         solutions += references

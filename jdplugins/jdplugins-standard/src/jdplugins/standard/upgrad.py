@@ -3,6 +3,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 import numpy as np
+import torch
 from attrs import define, field
 from numpy.typing import NDArray
 from torch import Tensor
@@ -45,4 +46,14 @@ class UPGradWeighting(GramianWeighting):
         project: DualConeSolver = find_solver("dual_cone", self.solver)
         preferences = row_weights(self.pref_vector, len(gramian))
         weights: NDArray[np.float64] = np.add.reduce(project(gramian, np.diag(preferences)))
+        return weights
+
+    def compute_there(self, gramian: Tensor) -> Tensor | None:
+        project = getattr(find_solver("dual_cone", self.solver), "project", None)
+        if project is None:
+            return None
+        preferences = gramian.new_full((len(gramian),), 1.0 / len(gramian))
+        if self.pref_vector is not None:
+            preferences = self.pref_vector.to(gramian)
+        weights: Tensor = project(gramian, torch.diag(preferences)).sum(0)
         return weights

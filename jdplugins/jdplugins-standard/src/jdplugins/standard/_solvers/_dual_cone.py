@@ -3,12 +3,12 @@ from __future__ import annotations
 import numpy as np
 import torch
 from attrs import frozen
-from numpy.typing import NDArray
 from torch import Tensor
 
-from jdcore.linalg import product
+from jdcore.aggregation import report_residual
+from jdcore.linalg import equilibrate, lcp_residual, product
 from jdplugins.standard._solvers._cone_of_few import project_few
-from jdplugins.standard._solvers._lcp import ROUGH, UNSOLVED, solve_lcps, warn_if_unsolved
+from jdplugins.standard._solvers._lcp import ROUGH, UNSOLVED, Floats, solve_lcps, warn_if_unsolved
 from jdplugins.standard._solvers._semidefinite import nearest_semidefinite
 
 _FEW = 8  # rows, up to which a call of numpy takes longer than the arithmetic
@@ -29,9 +29,7 @@ class NativeDualConeSolver:
     then, the answer is no longer than what is projected.
     """
 
-    def __call__(
-        self, gramian: NDArray[np.float64], references: NDArray[np.float64], /
-    ) -> NDArray[np.float64]:
+    def __call__(self, gramian: Floats, references: Floats, /) -> Floats:
         """
         :param gramian: Finite Gramian [m, m].
         :param references: Vectors u [k, m].
@@ -40,13 +38,16 @@ class NativeDualConeSolver:
         if len(gramian) <= _FEW:
             few = project_few(gramian.tolist(), references.tolist())
             if few is not None:
-                return np.array(few, dtype=np.float64).reshape(references.shape)
+                found = np.array(few, dtype=np.float64).reshape(references.shape)
+                report_residual(lambda: _residual(gramian, references, found))
+                return found
         # In the cone already, as the mean of the rows often is: told without numpy's reductions,
         # which would take longer than the rest.
         if len(references) == 1 and min(product(gramian, references[0]).tolist()) >= 0.0:
+            report_residual(lambda: 0.0)
             return np.array(references)
         projected = self.project(torch.from_numpy(gramian), torch.from_numpy(references))
-        array: NDArray[np.float64] = projected.numpy()
+        array: Floats = projected.numpy()
         return array
 
     def project(self, gramian: Tensor, references: Tensor) -> Tensor:
@@ -60,6 +61,16 @@ class NativeDualConeSolver:
         scales = scaled.abs().amax(1, keepdim=True) if scaled.numel() else scaled.sum(1, True)
         scaled /= torch.where(scales > 0.0, scales, 1.0)
         return _solve(cosines, scaled).mul_(scales).mul_(inverses).add_(references)
+
+
+def _residual(gramian: Floats, references: Floats, found: Floats) -> float:
+    """The largest residual of some projections, as that of the problem that is solved."""
+    cosines, norms, _ = equilibrate(gramian)
+    scaled = references * norms
+    scales = np.abs(scaled).max(axis=1, initial=0.0, keepdims=True)
+    scales[scales == 0.0] = 1.0
+    Z = (found - references) * norms / scales
+    return float(lcp_residual(cosines, product(scaled / scales, cosines), Z).max(initial=0.0))
 
 
 def _solve(C: Tensor, U: Tensor) -> Tensor:

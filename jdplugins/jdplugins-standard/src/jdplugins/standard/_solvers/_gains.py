@@ -21,8 +21,8 @@ import numpy as np
 from attrs import frozen
 from numpy.typing import NDArray
 
-from jdcore.errors import UnsolvedWarning, warn
 from jdcore.linalg import equilibrate, product, solve_definite
+from jdplugins.standard._solvers._lcp import UNSOLVED, warn_if_unsolved
 from jdplugins.standard._spectrum import spectrum
 
 Floats = NDArray[np.float64]
@@ -30,7 +30,6 @@ Floats = NDArray[np.float64]
 _PROXIMAL = 1e-12
 _STEPS = 100
 _NEARBY = 0.1  # Newton decrement from which convergence is certain and quadratic
-_UNSOLVED = 1e-10
 # How well combinations of stationary rows vanish; what rounding rows to float32 leaves is less.
 _STATIONARY = 1e-6
 
@@ -131,8 +130,7 @@ class Gains:
             scale = np.where(stationary, 1.0 + scale, scale)
             wanted = np.where(stationary, 0.0, wanted)
         residual = float((np.abs(shares * product(game.cosines, shares) - wanted) / scale).max())
-        if not residual <= (_UNSOLVED if stationary is None else _STATIONARY):
-            warn(UnsolvedWarning(self.problem, residual))
+        warn_if_unsolved(self.problem, residual, UNSOLVED if stationary is None else _STATIONARY)
 
 
 @frozen

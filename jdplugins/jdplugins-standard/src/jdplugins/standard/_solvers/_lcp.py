@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from jdcore.aggregation import report_residual
 from jdcore.errors import UnsolvedWarning, warn
 from jdcore.linalg import EPS, natural_residual, pivot
 from jdplugins.standard._solvers._guess import guess
@@ -88,7 +89,8 @@ def solve_one(C: Floats, q: Floats, passive: Mask | None = None) -> tuple[Floats
 
 
 def warn_if_unsolved(problem: str, residual: float, limit: float = UNSOLVED) -> None:
-    """Emit an :class:`~jdcore.errors.UnsolvedWarning` if the residual exceeds the limit."""
+    """Report a residual; emit an :class:`~jdcore.errors.UnsolvedWarning` above the limit."""
+    report_residual(lambda: residual)
     if not residual <= limit:
         warn(UnsolvedWarning(problem, residual))
 

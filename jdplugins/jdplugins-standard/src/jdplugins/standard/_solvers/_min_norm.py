@@ -5,7 +5,8 @@ import math
 import numpy as np
 from attrs import frozen
 
-from jdcore.linalg import equilibrate
+from jdcore.aggregation import report_residual
+from jdcore.linalg import equilibrate, lcp_residual, product
 from jdplugins.standard._solvers._lcp import Floats, solve_one, warn_if_unsolved
 from jdplugins.standard._solvers._tiny import equilibrate_tiny, solve_tiny
 
@@ -34,7 +35,9 @@ class NativeMinNormSolver:
             rows = gramian.tolist()
             few = _shortest_of_two(rows) if len(rows) == 2 else _shortest_tiny(rows)
             if few is not None:
-                return np.array(few)
+                found = np.array(few)
+                report_residual(lambda: _residual(gramian, found))
+                return found
         zero = np.diagonal(gramian) <= 0.0
         if zero.any():
             shared: Floats = zero / np.count_nonzero(zero)
@@ -52,6 +55,17 @@ def shortest(cosines: Floats, ratios: Floats) -> Floats:
     z, residual = solve_one(cosines + np.multiply.outer(ratios, ratios), -ratios)
     warn_if_unsolved("min_norm", residual)
     return z
+
+
+def _residual(gramian: Floats, weights: Floats) -> float:
+    """That of the LCP of the class docstring, for the multiple of the weights that solves best."""
+    cosines, norms, inverses = equilibrate(gramian)
+    if not norms.min() > 0.0:  # the answer is a zero row
+        return 0.0
+    ratios = norms.min() * inverses
+    z = weights * norms / norms.min()
+    z /= 1.0 + float(z @ product(cosines, z))
+    return float(lcp_residual(cosines + np.multiply.outer(ratios, ratios), -ratios, z))
 
 
 def _shortest_of_two(gramian: list[list[float]]) -> list[float]:

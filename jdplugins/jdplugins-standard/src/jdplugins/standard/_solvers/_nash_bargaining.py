@@ -4,6 +4,7 @@ import numpy as np
 from attrs import frozen
 from numpy.typing import NDArray
 
+from jdcore.aggregation import report_residual
 from jdplugins.standard._solvers._gains import Gains
 from jdplugins.standard._solvers._nash_of_few import bargain_few
 
@@ -35,5 +36,7 @@ class NativeNashBargainingSolver:
         if 0 < len(gramian) <= _FEW:
             few = bargain_few(gramian.tolist())
             if few is not None:
-                return np.array(few)
+                found = np.array(few)
+                report_residual(lambda: float(np.abs(found * (gramian @ found) - 1.0).max()))
+                return found
         return _GAINS.solve(gramian, np.ones(len(gramian)))
