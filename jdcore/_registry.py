@@ -383,14 +383,25 @@ def load_factory(provider: str, factory: str) -> type:
 
 
 def construct(cls: type, name: str, arguments: Mapping[str, Any], *first: Any) -> Any:
-    signature = inspect.signature(cls)
-    accepts_any = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
+    """
+    Call a factory with arguments by name.
+
+    :param name: What the user calls it, for messages.
+    :param first: Arguments by position.
+    :raises ParameterTypeError: If an argument is unknown or missing.
+    """
+    signature = inspect.signature(cls).parameters
+    parameters = dict(list(signature.items())[len(first) :])
+    accepts_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     for argument in arguments:
-        if argument not in signature.parameters and not accepts_any:
-            known = ", ".join(signature.parameters)
-            raise ParameterTypeError(
-                argument, f"one that {name!r} takes ({known})", "an unknown one"
-            )
+        if argument not in parameters and not accepts_any:
+            expected = f"one that {name!r} takes ({', '.join(parameters)})"
+            raise ParameterTypeError(argument, expected, "an unknown one")
+    for argument, parameter in parameters.items():
+        collects = parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+        optional = collects or parameter.default is not parameter.empty
+        if not optional and argument not in arguments:
+            raise ParameterTypeError(argument, f"given for {name!r}", "nothing")
     return cls(*first, **arguments)
 
 

@@ -37,10 +37,6 @@ class Argument:
     hint: Any
     problem: str | None = None
 
-    @property
-    def required(self) -> bool:
-        return self.default is inspect.Parameter.empty
-
     def accepts(self, type_name: str) -> bool:
         """
         Whether the annotation is a type of this name, or a union with one.

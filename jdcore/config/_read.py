@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from jdcore._methods import aggregator_class, scalarizer_class, weighting_class
-from jdcore._registry import get_solver
+from jdcore._registry import construct, get_solver
 from jdcore.config._arguments import ADAPTERS, Argument, arguments_of
 from jdcore.config._tensors import read_tensor
 from jdcore.errors import ParameterError, ParameterTypeError, UnknownNameError
@@ -36,11 +36,8 @@ def read(
     _refuse_unknown(keys, known, name)
     values = {k: _value(known[k], v, f"{path}.{k}") for k, v in given.items() if k not in extra}
     values |= extra
-    for argument in known.values():
-        if argument.required and argument.name not in values:
-            raise ParameterError(f"{path}.{argument.name}", f"given for {name!r}", "nothing")
     with _located(path, given):
-        return cls(**values)
+        return construct(cls, name, values)
 
 
 def _refuse_unknown(keys: Mapping[str, Any], known: Mapping[str, Argument], name: str) -> None:

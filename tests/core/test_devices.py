@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
+from torch import Tensor, nn
+
+from jdcore.aggregation import GramianAggregator
+from jdcore.autogram import Engine
+from jdcore.autojac import backward, gramian_backward, jac_to_grad, mtl_backward
 
 ROOT = Path(__file__).parents[2]
 SOURCES = sorted([*ROOT.glob("jdcore/**/*.py"), *ROOT.glob("jdplugins/*/src/**/*.py")])
@@ -50,3 +56,60 @@ def test_every_new_tensor_is_told_its_device(path: Path) -> None:
     lines = factories_without_device(path.read_text(encoding="utf-8"))
 
     assert [f"{name}:{line}" for line in lines] == []
+
+
+class Problem:
+    """Two losses on one trunk."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        self.x = torch.randn(5, 3)
+        self.trunk = nn.Linear(3, 4)
+        heads = [nn.Linear(4, 1) for _ in range(2)]
+        self.features = self.trunk(self.x)
+        self.losses = [head(self.features).square().mean() for head in heads]
+
+
+def weigh(gramian: Tensor) -> Tensor:
+    return gramian.diagonal().rsqrt()
+
+
+def by_backward(problem: Problem) -> None:
+    backward(problem.losses)
+    jac_to_grad(problem.trunk.parameters(), GramianAggregator(weigh))
+
+
+def by_mtl_backward(problem: Problem) -> None:
+    mtl_backward(problem.losses, problem.features)
+    jac_to_grad(problem.trunk.parameters(), GramianAggregator(weigh))
+
+
+def by_gramian_backward(problem: Problem) -> None:
+    gramian_backward(problem.losses, weigh)
+
+
+def by_engine(problem: Problem) -> None:
+    Engine(problem.trunk, batch_dim=None).backward(torch.stack(problem.losses), weigh)
+
+
+def by_engine_with_samples(problem: Problem) -> None:
+    losses = problem.trunk(problem.x).square().mean(dim=1)
+    Engine(problem.trunk, batch_dim=0).backward(losses, weigh)
+
+
+@pytest.mark.parametrize(
+    "step",
+    [by_backward, by_mtl_backward, by_gramian_backward, by_engine, by_engine_with_samples],
+    ids=lambda step: step.__name__,
+)
+def test_a_default_device_changes_no_step(step: Callable[[Problem], None]) -> None:
+    expected, problem = Problem(), Problem()
+    step(expected)
+
+    with torch.device("meta"):
+        step(problem)
+
+    for parameter, same in zip(
+        problem.trunk.parameters(), expected.trunk.parameters(), strict=True
+    ):
+        assert torch.equal(parameter.grad, same.grad)  # type: ignore[arg-type]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 from attrs import define
@@ -20,6 +22,16 @@ class LastRowWeighting(GramianWeighting):
 
     def compute(self, gramian: NDArray[np.float64]) -> NDArray[np.float64]:
         return np.eye(len(gramian))[-1]
+
+
+@define(eq=False)
+class PowerWeighting(GramianWeighting):
+    """Cannot do without an argument."""
+
+    power: float
+
+    def compute(self, gramian: NDArray[np.float64]) -> NDArray[np.float64]:
+        return np.asarray(gramian.diagonal() ** self.power)
 
 
 def spec(name: str = "last_row", **changes: object) -> AggregatorSpec:
@@ -127,6 +139,18 @@ def test_an_exported_name_must_be_the_exact_class_name(registry: Registry) -> No
 def test_a_name_that_is_no_string_is_refused() -> None:
     with pytest.raises(ParameterTypeError, match="Parameter `name` must be a string, got 3"):
         jdcore.get_aggregator(3)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("make", [jdcore.get_aggregator, jdcore.get_weighting])
+def test_an_argument_that_is_missing_is_named(
+    registry: Registry, make: Callable[..., object]
+) -> None:
+    registry.register(spec("power", weighting=f"{__name__}:PowerWeighting"))
+
+    with pytest.raises(ParameterTypeError, match="`power` must be given for 'power', got nothing"):
+        make("power")
+    with pytest.raises(ParameterTypeError, match=r"`config\.power` must be given for 'power'"):
+        make({"name": "power"})
 
 
 def test_an_unknown_solver_names_its_problem(registry: Registry) -> None:

@@ -104,6 +104,8 @@ def test_arguments_go_to_the_backend_with_and_without_a_variant(fill: Fill) -> N
     assert jdcore.get_solver("nothing", "many:fast", factor=2.0)() == ("fast", 2.0)
     with pytest.raises(ParameterTypeError, match="Parameter `speed` must be one that 'many' takes"):
         jdcore.get_solver("nothing", "many", speed=3)
+    with pytest.raises(ParameterTypeError, match=r"takes \(factor\), got an unknown one"):
+        jdcore.get_solver("nothing", "many:fast", variant="slow")
 
 
 def test_a_qualified_name_comes_before_a_variant(fill: Fill) -> None:
