@@ -146,7 +146,23 @@ class Reference:
 
 
 @frozen(kw_only=True)
-class AggregatorSpec:
+class _MethodSpec:
+    """What the specs of aggregators and of scalarizers have in common."""
+
+    name: str = field(validator=_valid_name)
+    summary: str = field(validator=_text)
+    api_version: int = field(validator=_api_version)
+    reference: Reference | None = None
+    stateful: bool = False
+    stochastic: bool = False
+    requires: tuple[str, ...] = field(default=(), converter=_strings)
+    aliases: tuple[str, ...] = field(default=(), converter=_strings, validator=_names)
+    example: Callable[[int], Mapping[str, Any]] = _no_arguments
+    expected_failures: Mapping[str, str] = field(factory=dict, converter=_read_only)
+
+
+@frozen(kw_only=True)
+class AggregatorSpec(_MethodSpec):
     """
     Everything jdcore knows of a method before importing it.
 
@@ -180,23 +196,13 @@ class AggregatorSpec:
     :raises ParameterError: If a field does not have the form described above.
     """
 
-    name: str = field(validator=_valid_name)
-    summary: str = field(validator=_text)
-    api_version: int = field(validator=_api_version)
     weighting: str | None = field(default=None, validator=_valid_factory)
     aggregator: str | None = field(default=None, validator=_valid_factory)
-    reference: Reference | None = None
     properties: frozenset[Property] = field(default=frozenset(), converter=_properties)
     losses: bool = False
     cross_gramian: bool = False
     wrapper: bool = False
-    stateful: bool = False
-    stochastic: bool = False
     min_rows: int = 1
-    requires: tuple[str, ...] = field(default=(), converter=_strings)
-    aliases: tuple[str, ...] = field(default=(), converter=_strings, validator=_names)
-    example: Callable[[int], Mapping[str, Any]] = _no_arguments
-    expected_failures: Mapping[str, str] = field(factory=dict, converter=_read_only)
 
     def __attrs_post_init__(self) -> None:
         if (self.weighting is None) == (self.aggregator is None):
@@ -227,7 +233,7 @@ class AggregatorSpec:
 
 
 @frozen(kw_only=True)
-class ScalarizerSpec:
+class ScalarizerSpec(_MethodSpec):
     """
     Everything jdcore knows of a scalarizer before importing it.
 
@@ -255,21 +261,11 @@ class ScalarizerSpec:
     :raises ParameterError: If a field does not have the form described above.
     """
 
-    name: str = field(validator=_valid_name)
-    summary: str = field(validator=_text)
     scalarizer: str = field(validator=_valid_factory)
-    api_version: int = field(validator=_api_version)
-    reference: Reference | None = None
     positive: bool = False
     trainable: bool = False
-    stateful: bool = False
-    stochastic: bool = False
     surrogate: bool = False
     advanced_by: str | None = None
-    requires: tuple[str, ...] = field(default=(), converter=_strings)
-    aliases: tuple[str, ...] = field(default=(), converter=_strings, validator=_names)
-    example: Callable[[int], Mapping[str, Any]] = _no_arguments
-    expected_failures: Mapping[str, str] = field(factory=dict, converter=_read_only)
 
     @property
     def class_name(self) -> str:

@@ -8,9 +8,12 @@ from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+from attrs import asdict
+
 from jdcore._catalogue import METHODS, SCALARIZERS
 from jdcore._discovery import PluginRecord
 from jdcore._registry import registry
+from jdcore._tables import Entry
 from jdcore.errors import PluginWarning
 from jdcore.spec import AggregatorSpec, ScalarizerSpec, SolverSpec, normalize_name
 
@@ -69,25 +72,14 @@ def method_record(name: str) -> dict[str, Any]:
     """One registered method. Errors as :func:`jdcore.describe`."""
     entry = registry.aggregator(name)
     spec: AggregatorSpec = entry.spec
-    missing = [required for required in spec.requires if installed_version(required) is None]
     return {
-        "name": name,
-        "class_name": spec.class_name,
-        "summary": spec.summary,
+        **_description(name, spec),
         "input": spec.input,
         "losses": spec.losses,
         "wrapper": spec.wrapper,
         "properties": sorted(prop.value for prop in spec.properties),
-        "stateful": spec.stateful,
-        "stochastic": spec.stochastic,
         "min_rows": spec.min_rows,
-        "aliases": list(spec.aliases),
-        "reference": _reference(spec),
-        "requires": list(spec.requires),
-        "distribution": entry.distribution,
-        "version": installed_version(entry.distribution),
-        "installed": not missing,
-        "install": _pip(*missing) if missing else None,
+        **_installation(entry),
     }
 
 
@@ -95,39 +87,24 @@ def scalarizer_record(name: str) -> dict[str, Any]:
     """One registered scalarizer. Errors as :func:`jdcore.describe_scalarizer`."""
     entry = registry.scalarizer(name)
     spec: ScalarizerSpec = entry.spec
-    missing = [required for required in spec.requires if installed_version(required) is None]
     return {
-        "name": name,
-        "class_name": spec.class_name,
-        "summary": spec.summary,
+        **_description(name, spec),
         "positive": spec.positive,
         "trainable": spec.trainable,
-        "stateful": spec.stateful,
-        "stochastic": spec.stochastic,
         "advanced_by": spec.advanced_by,
-        "aliases": list(spec.aliases),
-        "reference": _reference(spec),
-        "requires": list(spec.requires),
-        "distribution": entry.distribution,
-        "version": installed_version(entry.distribution),
-        "installed": not missing,
-        "install": _pip(*missing) if missing else None,
+        **_installation(entry),
     }
 
 
-def solver_record(entry: Any) -> dict[str, Any]:
+def solver_record(entry: Entry) -> dict[str, Any]:
     """One solver backend."""
     spec: SolverSpec = entry.spec
-    missing = [required for required in spec.requires if installed_version(required) is None]
     return {
         "name": spec.name,
         "problem": spec.problem,
         "summary": spec.summary,
         "variants": spec.variants,
-        "requires": list(spec.requires),
-        "distribution": entry.distribution,
-        "installed": not missing,
-        "install": _pip(*missing) if missing else None,
+        **_installation(entry),
     }
 
 
@@ -158,11 +135,29 @@ def _status(record: PluginRecord) -> str:
     return "ok" if record.error is None else "failed"
 
 
-def _reference(spec: AggregatorSpec | ScalarizerSpec) -> dict[str, Any] | None:
+def _description(name: str, spec: AggregatorSpec | ScalarizerSpec) -> dict[str, Any]:
     reference = spec.reference
-    if reference is None:
-        return None
-    return {"title": reference.title, "year": reference.year, "url": reference.url}
+    return {
+        "name": name,
+        "class_name": spec.class_name,
+        "summary": spec.summary,
+        "stateful": spec.stateful,
+        "stochastic": spec.stochastic,
+        "aliases": list(spec.aliases),
+        "reference": None if reference is None else asdict(reference),
+    }
+
+
+def _installation(entry: Entry) -> dict[str, Any]:
+    requires = entry.spec.requires
+    missing = [required for required in requires if installed_version(required) is None]
+    return {
+        "requires": list(requires),
+        "distribution": entry.distribution,
+        "version": installed_version(entry.distribution),
+        "installed": not missing,
+        "install": _pip(*missing) if missing else None,
+    }
 
 
 def _pip(*distributions: str) -> str:

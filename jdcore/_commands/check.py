@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from jdcore._commands._records import discover
 
 if TYPE_CHECKING:
-    from jdcore.testing import ConformanceCheck, ScalarizerCheck
+    from jdcore.testing import ConformanceCheck
 
 
 def add_parser(commands: Any) -> None:
@@ -43,7 +43,7 @@ def run(arguments: argparse.Namespace) -> int:
     return 1 if "failed" in verdicts else 0
 
 
-def _verdict(check: ConformanceCheck | ScalarizerCheck) -> str:
+def _verdict(check: ConformanceCheck) -> str:
     from jdcore.testing import ConformanceError, NotApplicable
 
     verdict, reason = "passed", ""

@@ -1,4 +1,4 @@
-"""``jdcore doctor``: versions, plugins, and every method and solver tried once."""
+"""``jdcore doctor``: versions, plugins, and every method, scalarizer and solver tried once."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import argparse
 import platform
 import time
 import warnings
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from attrs import asdict, frozen
 
@@ -16,11 +17,17 @@ from jdcore._commands._records import (
     installed_version,
     method_record,
     plugin_records,
+    scalarizer_record,
     solver_records,
 )
 from jdcore._commands.info import solver_problem
 from jdcore._registry import registry
 from jdcore.errors import JDCoreError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Call: TypeAlias = "Callable[[], Tensor]"
 
 _ROWS, _COLUMNS = 4, 1000
 _REPETITIONS = 3
@@ -29,14 +36,17 @@ _REPETITIONS = 3
 @frozen(kw_only=True)
 class Trial:
     """
-    One method, or one method with one solver, called on one matrix.
+    One method, or one method with one solver, called on one matrix; or one scalarizer, called on
+    one vector of losses.
 
-    :param method: Name of the method.
-    :param solver: Name of the solver, or None for a method that takes none.
+    :param kind: ``"aggregator"`` or ``"scalarizer"``.
+    :param method: Name of the method or scalarizer.
+    :param solver: Name of the solver, or None for what takes none.
     :param milliseconds: The fastest of a few calls; None if it failed.
     :param trouble: What went wrong, or None.
     """
 
+    kind: str
     method: str
     solver: str | None
     milliseconds: float | None
@@ -49,7 +59,8 @@ def add_parser(commands: Any) -> None:
         "doctor",
         help="check the installation, and time every method",
         description="Show versions and plugins, and try every method with every solver on one "
-        f"matrix of {_ROWS} x {_COLUMNS}. Exit code 1 if something is broken.",
+        f"matrix of {_ROWS} x {_COLUMNS}, and every scalarizer on {_ROWS} losses. "
+        "Exit code 1 if something is broken.",
     )
     parser.add_argument("--json", action="store_true", help="as JSON, for programs")
     parser.set_defaults(run=run)
@@ -59,7 +70,7 @@ def run(arguments: argparse.Namespace) -> int:
     """
     Examine the installation.
 
-    :returns: 1 if a plugin or a method is broken, else 0.
+    :returns: 1 if a plugin, a method or a scalarizer is broken, else 0.
     """
     with plugins_on_stderr():
         plugins = list(plugin_records())
@@ -84,6 +95,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _versions(plugins: list[dict[str, Any]]) -> Iterator[tuple[str, str]]:
     yield "Python", platform.python_version()
     records = [method_record(name) for name in registry.aggregators()]
+    records += [scalarizer_record(name) for name in registry.scalarizers()]
     records += [solver for problem in registry.problems() for solver in solver_records(problem)]
     required = sorted({distribution for record in records for distribution in record["requires"]})
     plugin_names = [plugin["distribution"] for plugin in plugins]
@@ -92,54 +104,88 @@ def _versions(plugins: list[dict[str, Any]]) -> Iterator[tuple[str, str]]:
 
 
 def _trials() -> Iterator[Trial]:
+    for name in registry.aggregators():
+        yield from _aggregator_trials(name)
+    for name in registry.scalarizers():
+        yield _try("scalarizer", name, None, partial(_scalarizer_call, name))
+
+
+def _aggregator_trials(name: str) -> Iterator[Trial]:
     from jdcore._methods import aggregator_class  # imports torch, as do all methods
 
-    for name in registry.aggregators():
-        try:
-            problem = solver_problem(aggregator_class(name))
-        except JDCoreError as error:
-            yield Trial(method=name, solver=None, milliseconds=None, trouble=_one_line(error))
-            continue
-        if problem is None:
-            yield _try(name, None)
-        for solver in [] if problem is None else solver_records(problem):
-            if solver["installed"]:
-                yield _try(name, solver["name"])
-
-
-def _try(name: str, solver: str | None) -> Trial:
     try:
-        milliseconds, trouble = _time(name, {} if solver is None else {"solver": solver}), None
+        problem = solver_problem(aggregator_class(name))
+    except JDCoreError as error:
+        yield Trial(
+            kind="aggregator", method=name, solver=None, milliseconds=None, trouble=_one_line(error)
+        )
+        return
+    if problem is None:
+        yield _try("aggregator", name, None, partial(_aggregator_call, name, {}))
+        return
+    for record in solver_records(problem):
+        if record["installed"]:
+            solver = record["name"]
+            call = partial(_aggregator_call, name, {"solver": solver})
+            yield _try("aggregator", name, solver, call)
+
+
+def _try(kind: str, name: str, solver: str | None, prepare: Callable[[], Call]) -> Trial:
+    try:
+        milliseconds, trouble = _time(prepare()), None
     except Exception as error:  # a method of anybody may raise anything
         milliseconds, trouble = None, _one_line(error)
-    return Trial(method=name, solver=solver, milliseconds=milliseconds, trouble=trouble)
+    return Trial(kind=kind, method=name, solver=solver, milliseconds=milliseconds, trouble=trouble)
 
 
-def _time(name: str, arguments: dict[str, Any]) -> float:
-    """
-    Milliseconds of one call.
-
-    :raises ArithmeticError: If the result is not finite.
-    """
-    import torch
-
+def _aggregator_call(name: str, arguments: dict[str, Any]) -> Call:
     from jdcore._methods import aggregator_class
     from jdcore.aggregation._informed import example_inputs
 
     spec = registry.aggregator(name).spec
     m = max(_ROWS, spec.min_rows)
-    matrix = torch.randn(m, _COLUMNS, generator=torch.Generator().manual_seed(0))
+    matrix = _matrix(m)
     inputs = example_inputs(spec, matrix)
     aggregator = aggregator_class(name)(**{**spec.example(m), **arguments})
+    return lambda: aggregator(matrix, **inputs)
+
+
+def _scalarizer_call(name: str) -> Call:
+    import torch
+
+    from jdcore._methods import scalarizer_class
+
+    losses = _matrix(_ROWS).square().mean(dim=1).requires_grad_()
+    scalarizer = scalarizer_class(name)(**registry.scalarizer(name).spec.example(_ROWS))
+
+    def call() -> Tensor:
+        loss = scalarizer(losses)
+        return torch.cat([loss[None], *torch.autograd.grad(loss, [losses])])
+
+    return call
+
+
+def _matrix(m: int) -> Tensor:
+    import torch
+
+    return torch.randn(m, _COLUMNS, generator=torch.Generator().manual_seed(0))
+
+
+def _time(call: Call) -> float:
+    """
+    Milliseconds of the fastest of a few calls.
+
+    :raises ArithmeticError: If a result is not finite.
+    """
     seconds = []
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # on a matrix this tame, a warning is trouble too
+        warnings.simplefilter("error")  # on numbers this tame, a warning is trouble too
         for _ in range(_REPETITIONS):
             start = time.perf_counter()
-            vector = aggregator(matrix, **inputs)
+            result = call()
             seconds.append(time.perf_counter() - start)
-    if not bool(torch.isfinite(vector).all()):
-        raise ArithmeticError("the update is not finite")
+    if not bool(result.isfinite().all()):
+        raise ArithmeticError("the result is not finite")
     return 1e3 * min(seconds)
 
 
@@ -148,14 +194,17 @@ def _one_line(error: BaseException) -> str:
 
 
 def _label(trial: Trial) -> str:
-    return trial.method if trial.solver is None else f"{trial.method} with {trial.solver}"
+    if trial.solver is not None:
+        return f"{trial.method} with {trial.solver}"
+    return f"{trial.kind} {trial.method}" if trial.kind == "scalarizer" else trial.method
 
 
 def _print(versions: dict[str, str], trials: list[Trial], troubles: list[str]) -> None:
     print_table(("distribution", "version"), list(versions.items()))
     if trials:
         print()
-        print_table(("method", "solver", "ms", "result"), [_row(trial) for trial in trials])
+        rows = [_row(trial) for trial in trials]
+        print_table(("method", "kind", "solver", "ms", "result"), rows)
     print()
     for trouble in troubles:
         print(f"Broken: {trouble}")
@@ -165,4 +214,5 @@ def _print(versions: dict[str, str], trials: list[Trial], troubles: list[str]) -
 
 def _row(trial: Trial) -> tuple[str, ...]:
     milliseconds = "" if trial.milliseconds is None else f"{trial.milliseconds:.2f}"
-    return trial.method, trial.solver or "", milliseconds, "failed" if trial.trouble else "ok"
+    result = "failed" if trial.trouble else "ok"
+    return trial.method, trial.kind, trial.solver or "", milliseconds, result

@@ -24,9 +24,10 @@ The tests need pytest: ``pip install jdcore[testing]``.
 """
 
 from jdcore.testing._case import ConformanceError, NotApplicable
-from jdcore.testing._rules import RuleCheck, gramian_rule_tests, rule_checks
-from jdcore.testing._scalarizers import ScalarizerCheck, scalarizer_checks, scalarizer_tests
-from jdcore.testing._suite import ConformanceCheck, checks_of, conformance_tests
+from jdcore.testing._check import ConformanceCheck
+from jdcore.testing._rules import gramian_rule_tests, rule_checks
+from jdcore.testing._scalarizers import scalarizer_checks, scalarizer_tests
+from jdcore.testing._suite import checks_of, conformance_tests
 from jdcore.testing._trial import OperationExample
 from jdcore.testing.families import FAMILIES, family
 
@@ -36,8 +37,6 @@ __all__ = [
     "ConformanceError",
     "NotApplicable",
     "OperationExample",
-    "RuleCheck",
-    "ScalarizerCheck",
     "checks_of",
     "conformance_tests",
     "family",

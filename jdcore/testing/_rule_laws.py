@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from attrs import frozen
 
+from jdcore._registry import get_gramian_rule
 from jdcore._tables import Entry
 from jdcore.autogram._rules import InstalledRules
 from jdcore.graph import GramianRule, Rule, Share, Site, call
@@ -30,8 +31,12 @@ class RuleCase:
     """A rule, and a call to try it on."""
 
     entry: Entry
-    rule: Rule
     example: OperationExample
+
+    @property
+    def rule(self) -> Rule:
+        rule: Rule = get_gramian_rule(self.entry)
+        return rule
 
     def serves(self, name: str, node: Any) -> bool:
         """Whether the rule is meant for a node."""

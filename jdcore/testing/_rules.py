@@ -1,53 +1,18 @@
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from attrs import field, frozen
-
-from jdcore._registry import get_gramian_rule, registry
-from jdcore.testing._case import ConformanceError, NotApplicable
-from jdcore.testing._pytest import parametrized_test
+from jdcore._registry import registry
+from jdcore.testing._case import ConformanceError
+from jdcore.testing._check import ConformanceCheck, checks_by, parametrized_test
 from jdcore.testing._rule_laws import ON_EXAMPLES, ON_REFUSED, RuleCase
 from jdcore.testing._trial import OperationExample
 
 
-@frozen
-class RuleCheck:
-    """
-    One check of one Gramian rule on one call.
-
-    :param rule: Name of the rule, ``"distribution:name"``.
-    :param example: The call.
-    :param check: What is checked.
-    """
-
-    rule: str
-    example: OperationExample = field(repr=False)
-    check: Callable[[RuleCase], None]
-
-    def __str__(self) -> str:
-        return f"{self.rule}-{self.example.label}-{self.check.__name__}"
-
-    def run(self) -> None:
-        """
-        Run the check.
-
-        :raises ConformanceError: If the rule fails it.
-        :raises NotApplicable: If the call has nothing that the check looks at.
-        """
-        entry = registry.gramian_rule(self.rule)
-        try:
-            self.check(RuleCase(entry, get_gramian_rule(entry), self.example))
-        except (ConformanceError, NotApplicable):
-            raise
-        except Exception as error:
-            raise ConformanceError(f"{type(error).__name__}: {error}") from error
-
-
 def rule_checks(
     rule: str, *examples: OperationExample, refused: Sequence[OperationExample] = ()
-) -> list[RuleCheck]:
+) -> list[ConformanceCheck]:
     """
     The checks of a Gramian rule. Arguments and errors as :func:`gramian_rule_tests`.
 
@@ -56,9 +21,15 @@ def rule_checks(
     entry = registry.gramian_rule(rule)
     if not examples:
         raise ConformanceError(f"{rule} cannot be tried without an example of its operation")
-    tried = [(example, check) for example in examples for check in ON_EXAMPLES]
-    tried += [(example, check) for example in refused for check in ON_REFUSED]
-    return [RuleCheck(entry.qualified_name, example, check) for example, check in tried]
+
+    def of(
+        example: OperationExample, laws: Iterable[Callable[[Any], None]]
+    ) -> list[ConformanceCheck]:
+        subject = f"{entry.qualified_name}-{example.label}"
+        return checks_by(laws, subject, RuleCase(entry, example), {})
+
+    served = [check for example in examples for check in of(example, ON_EXAMPLES)]
+    return served + [check for example in refused for check in of(example, ON_REFUSED)]
 
 
 def gramian_rule_tests(

@@ -16,7 +16,6 @@ from attrs import frozen
 from torch import Tensor
 
 import jdcore.scalarization
-from jdcore._discovery import normalize_distribution
 from jdcore._methods import scalarizer_class
 from jdcore._operations import RUNTIME
 from jdcore._registry import registry
@@ -26,9 +25,9 @@ from jdcore.errors import ParameterError
 from jdcore.protocols import Stateful
 from jdcore.registry import get_scalarizer
 from jdcore.spec import ScalarizerSpec
-from jdcore.testing._case import ConformanceError, NotApplicable, demand, demand_close
+from jdcore.testing._case import NotApplicable, demand, demand_close
+from jdcore.testing._check import ConformanceCheck, checks_by, distribution_test
 from jdcore.testing._description import Names, modules_after_listing
-from jdcore.testing._pytest import parametrized_test
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -285,60 +284,14 @@ _OF_STATE: tuple[Check, ...] = (
 )
 
 
-@frozen
-class ScalarizerCheck:
-    """
-    One check of one scalarizer.
-
-    :param scalarizer: Its name, plain or ``"distribution:name"``.
-    :param check: What is checked.
-    """
-
-    scalarizer: str
-    check: Check
-
-    def __str__(self) -> str:
-        return f"{self.scalarizer}-{self.check.__name__}"
-
-    def run(self) -> None:
-        """
-        Run the check.
-
-        :raises ConformanceError: If the scalarizer fails it; or if it passes although the spec
-            lists it among ``expected_failures``.
-        :raises NotApplicable: If this machine lacks what the check needs.
-        """
-        case = ScalarizerCase(self.scalarizer)
-        reason = case.spec.expected_failures.get(self.check.__name__)
-        try:
-            self._attempt(case)
-        except ConformanceError:
-            if reason is None:
-                raise
-            return
-        if reason is not None:
-            raise ConformanceError(f"{self} passes, although it is expected to fail ({reason}).")
-
-    def _attempt(self, case: ScalarizerCase) -> None:
-        try:
-            self.check(case)
-        except (ConformanceError, NotApplicable):
-            raise
-        except Exception as error:
-            raise ConformanceError(f"{type(error).__name__}: {error}") from error
-
-
-def scalarizer_checks(name: str) -> list[ScalarizerCheck]:
+def scalarizer_checks(name: str) -> list[ConformanceCheck]:
     """
     The checks that apply to a scalarizer.
 
     :raises ConformanceError: If its spec expects the failure of a check that does not apply.
     """
-    checks = list(_applicable(ScalarizerCase(name)))
-    unknown = set(ScalarizerCase(name).spec.expected_failures) - {c.__name__ for c in checks}
-    if unknown:
-        raise ConformanceError(f"expected_failures of {name} name no check: {sorted(unknown)}")
-    return [ScalarizerCheck(name, check) for check in checks]
+    case = ScalarizerCase(name)
+    return checks_by(_applicable(case), name, case, case.spec.expected_failures)
 
 
 def _applicable(case: ScalarizerCase) -> Iterator[Check]:
@@ -361,10 +314,6 @@ def scalarizer_tests(distribution: str) -> Any:
     :returns: A parametrized test function.
     :raises ConformanceError: If the distribution provides none.
     """
-    wanted = normalize_distribution(distribution)
-    records = [r for r in registry.records() if r.distribution == wanted]
-    names = [f"{wanted}:{spec.name}" for record in records for spec in record.scalarizers]
-    if not names:
-        reasons = "; ".join(r.reason for r in records if r.reason) or "it is not installed"
-        raise ConformanceError(f"{distribution} provides no scalarizer: {reasons}")
-    return parametrized_test([check for name in names for check in scalarizer_checks(name)])
+    return distribution_test(
+        distribution, "scalarizer", lambda plugin: plugin.scalarizers, scalarizer_checks
+    )

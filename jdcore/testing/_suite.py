@@ -3,15 +3,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from attrs import frozen
-
-from jdcore._discovery import normalize_distribution
 from jdcore._operations import RUNTIME
 from jdcore._registry import registry
 from jdcore.spec import AggregatorSpec, Property
 from jdcore.testing import _arguments, _description, _laws, _lifecycle, _properties
-from jdcore.testing._case import Case, ConformanceError, NotApplicable
-from jdcore.testing._pytest import parametrized_test
+from jdcore.testing._case import Case
+from jdcore.testing._check import ConformanceCheck, checks_by, distribution_test
 
 Check = Callable[[Case], None]
 
@@ -64,64 +61,14 @@ _DECLARED: dict[Property, Check] = {
 }
 
 
-@frozen
-class ConformanceCheck:
-    """
-    One check of one method.
-
-    :param method: Name of the method, plain or ``"distribution:name"``.
-    :param check: What is checked.
-    """
-
-    method: str
-    check: Check
-
-    def __str__(self) -> str:
-        return f"{self.method}-{self.check.__name__}"
-
-    def run(self) -> None:
-        """
-        Run the check.
-
-        :raises ConformanceError: If the method fails it; or if it passes although the spec lists it
-            among ``expected_failures``.
-        :raises NotApplicable: If this machine lacks what the check needs.
-        """
-        case = Case(self.method)
-        reason = case.spec.expected_failures.get(self.check.__name__)
-        if reason is None:
-            self._attempt(case)
-            return
-        try:
-            self._attempt(case)
-        except ConformanceError:
-            return
-        raise ConformanceError(
-            f"{self} passes, although the spec expects it to fail ({reason}). "
-            "Remove it from expected_failures."
-        )
-
-    def _attempt(self, case: Case) -> None:
-        try:
-            self.check(case)
-        except (ConformanceError, NotApplicable):
-            raise
-        except Exception as error:
-            raise ConformanceError(f"{type(error).__name__}: {error}") from error
-
-
 def checks_of(name: str) -> list[ConformanceCheck]:
     """
     The checks that apply to a method: the laws of the contract and the properties it declares.
 
     :raises ConformanceError: If its spec expects the failure of a check that does not apply.
     """
-    spec = Case(name).spec
-    checks = list(_applicable(name, spec))
-    unknown = set(spec.expected_failures) - {check.__name__ for check in checks}
-    if unknown:
-        raise ConformanceError(f"expected_failures of {name} name no check: {sorted(unknown)}")
-    return [ConformanceCheck(name, check) for check in checks]
+    case = Case(name)
+    return checks_by(_applicable(name, case.spec), name, case, case.spec.expected_failures)
 
 
 def _applicable(name: str, spec: AggregatorSpec) -> Iterator[Check]:
@@ -154,10 +101,4 @@ def conformance_tests(distribution: str) -> Any:
     :returns: A parametrized test function.
     :raises ConformanceError: If the distribution provides no method.
     """
-    wanted = normalize_distribution(distribution)
-    records = [r for r in registry.records() if r.distribution == wanted]
-    names = [f"{wanted}:{spec.name}" for record in records for spec in record.aggregators]
-    if not names:
-        reasons = "; ".join(r.reason for r in records if r.reason) or "it is not installed"
-        raise ConformanceError(f"{distribution} provides no method: {reasons}")
-    return parametrized_test([check for name in names for check in checks_of(name)])
+    return distribution_test(distribution, "method", lambda plugin: plugin.aggregators, checks_of)

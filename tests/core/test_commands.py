@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 from attrs import define, field
 from numpy.typing import NDArray
+from torch import Tensor
 
 import jdcore
-from jdcore import AggregatorSpec, Property, Reference
+from jdcore import AggregatorSpec, Property, Reference, ScalarizerSpec
 from jdcore._commands import _records
 from jdcore.aggregation import GramianWeighting
 from jdcore.cli import main
@@ -60,6 +61,27 @@ class UnbuildableWeighting(GramianWeighting):
 
     def __attrs_post_init__(self) -> None:
         raise OSError("no license server")
+
+
+class Total:
+    """The sum of the losses."""
+
+    def __call__(self, losses: Tensor) -> Tensor:
+        return losses.sum()
+
+
+class Endless(Total):
+    """A sum without bound."""
+
+    def __call__(self, losses: Tensor) -> Tensor:
+        return losses.sum() / 0.0
+
+
+class Detached(Total):
+    """Nothing that could be trained."""
+
+    def __call__(self, losses: Tensor) -> Tensor:
+        return losses.detach().sum()
 
 
 @pytest.fixture(autouse=True)
@@ -266,6 +288,44 @@ def test_the_doctor_names_what_is_broken_goes_on_and_exits_with_1(
     assert f"Broken: sick: {trouble}" in printed
     [line] = [line for line in printed.splitlines() if line.startswith("even ")]
     assert line.endswith("ok")
+
+
+def register_scalarizer(name: str, scalarizer: str) -> None:
+    jdcore.register(
+        ScalarizerSpec(
+            name=name, summary="A sum.", scalarizer=f"{__name__}:{scalarizer}", api_version=1
+        )
+    )
+
+
+def test_the_doctor_tries_scalarizers_too(capsys: pytest.CaptureFixture[str]) -> None:
+    register_scalarizer("total", "Total")
+
+    code, printed = run(capsys, "doctor", "--json")
+    [trial] = [t for t in json.loads(printed)["trials"] if t["method"] == "total"]
+
+    assert code == 0
+    assert (trial["kind"], trial["solver"], trial["trouble"]) == ("scalarizer", None, None)
+    assert trial["milliseconds"] > 0.0
+
+
+@pytest.mark.parametrize(
+    ("scalarizer", "trouble"),
+    [
+        ("Endless", "ArithmeticError: the result is not finite"),
+        ("Detached", "RuntimeError: element 0 of tensors does not require grad"),
+        ("Missing", "PluginError: Plugin runtime:sick cannot be used: "),
+    ],
+)
+def test_the_doctor_names_scalarizers_that_are_broken(
+    scalarizer: str, trouble: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    register_scalarizer("sick", scalarizer)
+
+    code, printed = run(capsys, "doctor")
+
+    assert code == 1
+    assert f"Broken: scalarizer sick: {trouble}" in printed
 
 
 def test_a_pipe_that_is_closed_early_is_no_error() -> None:
