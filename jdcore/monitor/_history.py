@@ -26,6 +26,8 @@ class Step:
     :param method: Name of the class of the method.
     :param seconds: Wall time of the weighing, that of the Gramian included.
     :param seen: What the numbers are made from.
+    :param residual: Largest relative residual of the problems that the method had to solve; None if
+        it solves none, or if a solver tells none.
     :param change: First-order changes [m] of the losses by the step of the optimizer, see
         :func:`first_order_change`; None if not asked for.
     :param raised: Share of the losses that this step raises to first order; None if not asked for.
@@ -35,6 +37,7 @@ class Step:
     method: str
     seconds: float
     _seen: Evidence | Numbers
+    residual: float | None = None
     change: list[float] | None = None
     raised: float | None = None
 
@@ -101,6 +104,7 @@ class Step:
             "method": self.method,
             "seconds": self.seconds,
             **attrs.asdict(self.numbers),
+            "residual": self.residual,
             "change": self.change,
             "raised": self.raised,
         }
@@ -182,6 +186,7 @@ def _summary(step: Step) -> dict[str, float]:
         "conflicting_pairs": step.conflicting_pairs,
         "alignment": step.alignment,
         "raised": step.raised,
+        "residual": step.residual,
         "milliseconds": 1e3 * step.seconds,
     }
     return {k: v for k, v in quantities.items() if v is not None and not math.isnan(v)}

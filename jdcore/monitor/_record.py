@@ -136,6 +136,7 @@ def _examine(observation: Observation, index: int, complete: bool, cosines_up_to
         index=index,
         method=_name(observation.method),
         seconds=observation.seconds,
+        residual=observation.residual,
         # The Gramian of many objectives is too large to be kept for each step.
         seen=evidence if evidence.cosines else evidence.numbers(),
     )

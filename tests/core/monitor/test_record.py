@@ -21,6 +21,7 @@ from jdcore.aggregation import (
     GramianAggregator,
     GramianWeighting,
     ScalarizationWeighting,
+    report_residual,
 )
 from jdcore.autogram import Engine
 from jdcore.autojac import backward, gramian_backward, jac_to_grad
@@ -69,6 +70,22 @@ def test_a_step_holds_what_two_gradients_show() -> None:
     assert step.cosines[0] == pytest.approx([1.0, -0.6])
     assert step.seconds >= 0.0
     assert step.change is None
+
+
+@define(eq=False)
+class SolvedWeighting(HalvesWeighting):
+    def compute(self, gramian: NDArray[np.float64]) -> NDArray[np.float64]:
+        for residual in (1e-12, 3e-11):
+            report_residual(lambda residual=residual: residual)
+        return super().compute(gramian)
+
+
+def test_a_step_tells_how_well_the_worst_of_its_problems_was_solved() -> None:
+    step = recorded(GramianAggregator(SolvedWeighting()))
+
+    assert step.residual == 3e-11
+    assert monitor.scalars(step)["jd/residual"] == 3e-11
+    assert recorded(GramianAggregator(HalvesWeighting())).residual is None
 
 
 def test_the_mean_is_recorded_without_a_gramian_unless_asked() -> None:
