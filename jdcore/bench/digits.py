@@ -21,7 +21,7 @@ from torch.nn.functional import cross_entropy
 
 from jdcore.autogram import Engine
 from jdcore.autojac import jac_to_grad, mtl_backward
-from jdcore.bench.outcome import Experiment, Outcome, Settings, Table, spread
+from jdcore.bench.outcome import Experiment, Outcome, Settings, Table, paired, spread
 from jdcore.demo.command import make_aggregator
 from jdcore.demo.data import overlaid_digits
 from jdcore.demo.model import TwoDigitReader
@@ -188,8 +188,8 @@ def _table(title: str, found: dict[str, Comparison]) -> Table:
         else:
             pairs = list(zip(comparison.results, baseline.results, strict=True))
             differences = (
-                spread([a.loss - b.loss for a, b in pairs]),
-                spread([100.0 * (a.accuracy - b.accuracy) for a, b in pairs], 1),
+                paired([a.loss - b.loss for a, b in pairs]),
+                paired([100.0 * (a.accuracy - b.accuracy) for a, b in pairs], 1),
             )
         rate = f"{comparison.rate:g}"
         cells = (spread(losses), spread(accuracies, 1))
@@ -205,7 +205,8 @@ def _table(title: str, found: dict[str, Comparison]) -> Table:
             "accuracy less the mean's, %",
         ),
         rows=tuple(rows),
-        note="Differences are paired by seed; one within its spread says nothing.",
+        note="± is the standard deviation over the seeds; for the differences, which are paired by "
+        "seed, the standard error of their mean: one of less than two of it says nothing.",
     )
 
 

@@ -84,8 +84,19 @@ class Experiment:
 
 def spread(values: Sequence[float], digits: int = 3) -> str:
     """Mean and standard deviation as text; of one value, the value alone."""
+    return _mean_and(stdev, values, digits)
+
+
+def paired(values: Sequence[float], digits: int = 3) -> str:
+    """Mean of differences and the standard error of this mean; of one value, the value alone."""
+    return _mean_and(lambda found: stdev(found) / math.sqrt(len(found)), values, digits)
+
+
+def _mean_and(
+    deviation: Callable[[Sequence[float]], float], values: Sequence[float], digits: int
+) -> str:
     finite = [value for value in values if math.isfinite(value)]
     if not finite:
         return "diverged"
     text = f"{mean(finite):.{digits}f}"
-    return text if len(finite) < 2 else f"{text} ± {stdev(finite):.{digits}f}"
+    return text if len(finite) < 2 else f"{text} ± {deviation(finite):.{digits}f}"

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from jdcore.autojac import jac_to_grad, mtl_backward
-from jdcore.bench.outcome import Experiment, Outcome, Settings, Table, spread
+from jdcore.bench.outcome import Experiment, Outcome, Settings, Table, paired, spread
 from jdcore.demo.command import make_aggregator
 from jdcore.registry import describe
 
@@ -160,7 +160,7 @@ def _run(settings: Settings, advance: Callable[[], None]) -> Outcome:
         (
             describe(name).class_name,
             spread([float(r.errors.mean()) for r in results]),
-            spread([_delta(a, b) for a, b in zip(results, baseline, strict=True)], 1),
+            paired([_delta(a, b) for a, b in zip(results, baseline, strict=True)], 1),
         )
         for name, results in found.items()
     ]
@@ -168,7 +168,8 @@ def _run(settings: Settings, advance: Callable[[], None]) -> Outcome:
         title=f"QM9, {count} molecules, 11 properties: mean absolute error on others",
         columns=("method", "error, standard deviations", "relative to the mean, %"),
         rows=tuple(rows),
-        note="Relative: average over the properties, paired by seed; negative is better.",
+        note="± is the standard deviation over the seeds. Relative: average over the properties, "
+        "paired by seed, with the standard error of the mean; negative is better.",
     )
     data = {name: [r.errors.tolist() for r in results] for name, results in found.items()}
     return Outcome(tables=(table,), data=data)

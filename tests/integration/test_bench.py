@@ -20,7 +20,7 @@ for library in ("matplotlib", "rich", "sklearn", "scipy"):
 
 from jdcore.bench import burgers, digits, quadratics, toy  # noqa: E402 - where they are installed
 from jdcore.bench.command import EXPERIMENTS  # noqa: E402 - as above
-from jdcore.bench.outcome import Settings, spread  # noqa: E402 - as above
+from jdcore.bench.outcome import Settings, paired, spread  # noqa: E402 - as above
 from jdcore.bench.qm9 import coulomb_matrix  # noqa: E402 - as above
 from jdcore.bench.report import EXPERIMENTS as RUNNABLE  # noqa: E402 - as above
 
@@ -152,6 +152,7 @@ def test_every_method_gets_the_rate_that_is_best_for_it() -> None:
 
 def test_a_spread_needs_two_values() -> None:
     assert (spread([1.0]), spread([1.0, 3.0], 1)) == ("1.000", "2.0 ± 1.4")
+    assert (paired([1.0]), paired([1.0, 3.0], 1)) == ("1.000", "2.0 ± 1.0")
     assert spread([math.nan]) == "diverged"
 
 
