@@ -163,7 +163,8 @@ class Stateful(Protocol):
         Restore a state.
 
         :param state: What :meth:`state_dict` returned, of an object with the same arguments.
-        :raises ParameterError: If keys are missing or unknown; the state is then left as it was.
+        :raises ParameterError: If keys are missing or unknown, or a value is NaN; the state is then
+            left as it was.
         """
 
 

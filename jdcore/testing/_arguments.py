@@ -13,7 +13,7 @@ from jdcore.config import to_config
 from jdcore.config._arguments import Argument, arguments_of
 from jdcore.errors import ParameterError
 from jdcore.registry import get_aggregator, get_weighting
-from jdcore.testing._case import Case, demand
+from jdcore.testing._case import Case, demand, demand_refusal
 from jdcore.validators import row_vector
 
 
@@ -54,12 +54,8 @@ def _checks_vector(case: Case, name: str) -> None:
 
 
 def _demand_error(action: Any, parameter: str) -> None:
-    try:
-        action()
-    except ParameterError as error:
-        demand(error.parameter == parameter, f"{error.parameter!r} is named, not {parameter!r}")
-        return
-    demand(False, f"a bad {parameter} should raise a ParameterError")
+    named = demand_refusal(action, f"a bad {parameter}").parameter
+    demand(named == parameter, f"{named!r} is named, not {parameter!r}")
 
 
 def survives_a_config_round_trip(case: Case) -> None:

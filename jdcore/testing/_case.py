@@ -11,7 +11,7 @@ from torch import Tensor
 from jdcore._methods import aggregator_class, weighting_class
 from jdcore._registry import registry
 from jdcore.aggregation._informed import example_inputs
-from jdcore.errors import UnsolvedWarning
+from jdcore.errors import ParameterError, UnsolvedWarning
 from jdcore.spec import AggregatorSpec, Property
 from jdcore.testing.families import FAMILIES, family
 
@@ -105,6 +105,20 @@ def demand(condition: bool, message: str) -> None:
     """
     if not condition:
         raise ConformanceError(message)
+
+
+def demand_refusal(action: Callable[[], Any], label: str) -> ParameterError:
+    """
+    Demand that bad input is refused.
+
+    :returns: The error.
+    :raises ConformanceError: If there is none.
+    """
+    try:
+        action()
+    except ParameterError as error:
+        return error
+    raise ConformanceError(f"{label} should raise a ParameterError")
 
 
 def demand_close(actual: Tensor, expected: Tensor, tolerance: float, message: str) -> None:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 import jdcore
-from jdcore import AggregatorSpec, Property, Reference
+from jdcore import AggregatorSpec, ParameterError, Property, Reference
 from jdcore.aggregation import (
     CrossGramianWeighting,
     GramianAggregator,
@@ -159,14 +159,36 @@ class ForgetfulWeighting(HonestWeighting):
         """Loads nothing."""
 
 
+class TrustingWeighting(ForgetfulWeighting):
+    """Knows the keys of its state, and loads whatever is under them."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """The number of calls."""
+        return {"calls": torch.tensor(float(self.calls))}
+
+    def load_state_dict(self, state: Any, /) -> None:
+        """Loads any number."""
+        if set(state) != {"calls"}:
+            raise ParameterError("state", "a mapping with the key 'calls'", repr(state))
+        self.calls = state["calls"]
+
+
 class Forgetful(GramianAggregator):
     """Aggregator of a stateful weighting."""
 
+    weighting_class: type[Any] = ForgetfulWeighting
+
     def __init__(self) -> None:
-        super().__init__(ForgetfulWeighting())
+        super().__init__(self.weighting_class())
         self.reset = self.weighting.reset  # type: ignore[attr-defined]
         self.state_dict = self.weighting.state_dict  # type: ignore[attr-defined]
         self.load_state_dict = self.weighting.load_state_dict  # type: ignore[attr-defined]
+
+
+class Trusting(Forgetful):
+    """Aggregator of a weighting that loads anything."""
+
+    weighting_class = TrustingWeighting
 
 
 ALL = tuple(p for p in Property if p is not Property.DIFFERENTIABLE)
@@ -246,6 +268,12 @@ def test_state_that_is_not_saved_is_caught() -> None:
 
     assert {"continues_from_a_saved_state", "resets_to_a_new_object"} <= set(found)
     assert "refuses_a_foreign_state" in found
+
+
+def test_state_with_nan_that_is_believed_is_caught() -> None:
+    found = failures("trusting", None, aggregator=f"{__name__}:Trusting", stateful=True)
+
+    assert found["refuses_a_foreign_state"] == "NaN in 'calls' should raise a ParameterError"
 
 
 def test_arguments_that_cannot_be_read_back_are_caught() -> None:
