@@ -27,7 +27,7 @@ from jdcore.aggregation._mixing import (
 from jdcore.aggregation._module import as_module
 from jdcore.aggregation._nested_state import NestedState, stateful_part
 from jdcore.aggregation._observation import report_residual
-from jdcore.aggregation._scalarization import ScalarizationWeighting
+from jdcore.aggregation._scalarization import ScalarizationWeighting, equal_weights
 from jdcore.aggregation._solver import find_solver, solver_field
 from jdcore.aggregation._source import GramianSource, taken_by
 from jdcore.aggregation._state import StateFields, state_field
@@ -58,6 +58,7 @@ __all__ = [
     "aggregator_validator",
     "as_module",
     "as_weighting",
+    "equal_weights",
     "find_solver",
     "finite_gramian",
     "finite_required",

@@ -21,6 +21,7 @@ from jdcore.aggregation._nested_state import NestedState as NestedState
 from jdcore.aggregation._nested_state import stateful_part as stateful_part
 from jdcore.aggregation._observation import report_residual as report_residual
 from jdcore.aggregation._scalarization import ScalarizationWeighting as ScalarizationWeighting
+from jdcore.aggregation._scalarization import equal_weights as equal_weights
 from jdcore.aggregation._solver import find_solver as find_solver
 from jdcore.aggregation._solver import solver_field as solver_field
 from jdcore.aggregation._source import GramianSource as GramianSource

@@ -54,10 +54,12 @@ class GramianAggregator:
         :raises NonDifferentiableError: When differentiating through a non-differentiable method.
         """
         check_matrix(matrix)
-        others = check_second(None if second is None else [second], [matrix])
+        others = None if second is None else check_second([second], [matrix])
         [vector], _, source = _aggregate(self.weighting, Columns([matrix], others), losses)
-        # The vector of a scalarization is differentiable: its weights are constants.
-        return forbid_differentiation(self, matrix, vector.detach()) if source.asked else vector
+        if not source.asked or not vector.requires_grad:
+            # The vector of a scalarization is differentiable: its weights are constants.
+            return vector
+        return forbid_differentiation(self, matrix, vector.detach())
 
     def aggregate_blocks(
         self,
@@ -104,7 +106,8 @@ def _aggregate(
     weights = columns.weights(partial(weigh, weighting, source))
     if source.asked:
         wide = source.compute_cross is None and rounding_shows(weights, source.peek())
-        weights = weights * columns.scale ** getattr(weighting, "scale_degree", 0)
+        if columns.scale != 1.0:
+            weights = weights * columns.scale ** getattr(weighting, "scale_degree", 0)
         return columns.combine(weights, wide=wide), weights, source
     vectors = columns.combine(weights)
     if not all_finite(vectors):

@@ -1,14 +1,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from attrs import define, field
 from torch import Tensor
 
 from jdcore.aggregation._finite import all_finite, nonfinite_rows
-from jdcore.linalg._combine import combine_blocks
+from jdcore.linalg._combine import combine, combine_blocks
 from jdcore.linalg._gramian import sum_cross_gramians, sum_gramians
 
 
@@ -33,7 +33,7 @@ class Columns:
     @property
     def rows(self) -> int:
         """Number of objectives m."""
-        return len(self.blocks[0])
+        return self.blocks[0].shape[0]
 
     @property
     def device(self) -> torch.device:
@@ -48,7 +48,8 @@ class Columns:
     @property
     def precision(self) -> torch.dtype:
         """The narrowest dtype of the rows."""
-        return narrowest(block.dtype for block in self.blocks)
+        blocks = self.blocks
+        return blocks[0].dtype if len(blocks) == 1 else narrowest([b.dtype for b in blocks])
 
     def rounded_to(self) -> torch.dtype:
         """The narrowest dtype that the rows were rounded to, see :func:`rounded_to`."""
@@ -60,16 +61,19 @@ class Columns:
 
         The scale keeps the squares of float64 entries in the range of float64.
         """
-        return self._scaled(self.product)
+        result, blocks = self.product(1.0), self.blocks
+        if len(blocks) == 1 and blocks[0].dtype != torch.float64:
+            return result  # squares of narrower dtypes cannot leave the range
+        return self._scaled(result, self.product)
 
     def cross_gramian(self) -> Tensor:
         """The Gramian of the rows with those of the second batch, as :meth:`gramian`."""
-        return self._scaled(self.cross_product)
+        return self._scaled(self.cross_product(1.0), self.cross_product)
 
-    def _scaled(self, product: Callable[[float], Tensor]) -> Tensor:
-        result = product(1.0)
+    def _scaled(self, result: Tensor, product: Callable[[float], Tensor]) -> Tensor:
+        """The result for scale 1, or that of the product for the scale that is needed."""
         narrow = all(block.dtype != torch.float64 for block in self.blocks)
-        if not len(result) or narrow:  # squares of narrower dtypes cannot leave the range
+        if not len(result) or narrow:
             return result
         # A Gramian has its largest entry on its diagonal.
         if 1e-250 < float(result.abs().max()) < 1e250:
@@ -82,7 +86,10 @@ class Columns:
 
     def product(self, scale: float) -> Tensor:
         """The Gramian of the rows divided by ``scale``."""
-        return sum_gramians(_divided(self.blocks, scale))
+        blocks = self.blocks
+        if scale == 1.0 and len(blocks) == 1 and not blocks[0].requires_grad:
+            return sum_gramians(blocks)
+        return sum_gramians(_divided(blocks, scale))
 
     def cross_product(self, scale: float) -> Tensor:
         """The Gramian of the rows with those of the second batch, both divided by ``scale``."""
@@ -108,6 +115,8 @@ class Columns:
 
         :param wide: Whether to multiply in float64, whatever the dtypes of the blocks.
         """
+        if len(self.blocks) == 1:
+            return [combine(weights, self.blocks[0], wide=wide)]
         return combine_blocks(weights, self.blocks, wide=wide)
 
     def apply(self, function: Callable[[Tensor], Tensor]) -> list[Tensor]:
@@ -144,8 +153,11 @@ def _divided(blocks: list[Tensor], scale: float) -> list[Tensor]:
     return detached if scale == 1.0 else [block / scale for block in detached]
 
 
-def narrowest(dtypes: Iterable[torch.dtype]) -> torch.dtype:
+def narrowest(dtypes: Sequence[torch.dtype]) -> torch.dtype:
     """The dtype of the lowest precision among some."""
+    first = dtypes[0]
+    if dtypes.count(first) == len(dtypes):
+        return first
     return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
 
 

@@ -40,6 +40,8 @@ def is_finite(block: Tensor) -> bool:
 
 def all_finite(blocks: Sequence[Tensor]) -> bool:
     """Whether every entry of all blocks is finite; an accelerator is asked once for all of them."""
+    if len(blocks) == 1:
+        return is_finite(blocks[0])
     if not blocks or blocks[0].is_cpu:
         return all(map(is_finite, blocks))
     largest = torch._foreach_norm([block.flatten() for block in blocks if block.numel()], math.inf)

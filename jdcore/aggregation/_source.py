@@ -39,7 +39,7 @@ class GramianSource:
         first: 1 unless the squares of their entries leave the range of float64. Weights that are
         homogeneous in the rows do without it.
     :param rounded_to: Tells, if asked, which dtype the rows were rounded to before they were
-        converted to that of ``precision``.
+        converted to float64. Not asked where ``precision`` is another one.
     """
 
     rows: int
@@ -77,9 +77,10 @@ class GramianSource:
     @classmethod
     def of_columns(cls, columns: Columns, losses: Tensor | None = None) -> GramianSource:
         """The source of a Jacobian that is there itself."""
+        rows = columns.rows
         return cls(
-            *(columns.rows, columns.precision, columns.device, columns.gramian),
-            losses=check_losses(losses, columns.rows),
+            *(rows, columns.precision, columns.device, columns.gramian),
+            losses=None if losses is None else check_losses(losses, rows),
             compute_cross=None if columns.second is None else columns.cross_gramian,
             scale=lambda: columns.scale,
             rounded_to=columns.rounded_to,
@@ -88,7 +89,9 @@ class GramianSource:
     @property
     def proximal_level(self) -> float:
         """What counts as rounding of the rows, see :func:`jdcore.linalg.proximal_level`."""
-        known = self.precision if self.rounded_to is None else self.rounded_to()
+        known = self.precision
+        if known == torch.float64 and self.rounded_to is not None:
+            known = self.rounded_to()
         return proximal_level(self.rows, known)
 
     def gramian(self) -> Tensor:

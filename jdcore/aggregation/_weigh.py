@@ -77,27 +77,34 @@ def weigh(weighting: Any, source: GramianSource, shape: Sequence[int] | None = N
 
 
 def _ask(weighting: Any, source: GramianSource, shape: Sequence[int] | None) -> Tensor:
-    expected = (source.rows,) if shape is None else tuple(shape)
     cls: Any = type(weighting)
-    if _takes_source(cls):
-        if len(expected) != 1 and not _takes_shape(cls):
-            raise ParameterError(
-                "weighting",
-                f"a GeneralizedWeighting, for losses of shape {list(expected)}",
-                f"{weighting!r}, for a vector of losses",
-                "Make one of it: Flattening(weighting).",
-            )
-        weights = weighting.weigh(*((source,) if len(expected) == 1 else (source, expected)))
+    if shape is not None and len(shape) != 1:
+        expected, weights = tuple(shape), _ask_of_shape(weighting, source, shape)
     else:
-        gramian = source.gramian()
-        weights = weighting(gramian if len(expected) == 1 else unflatten_gramian(gramian, expected))
+        expected = (source.rows,)
+        takes = _takes_source(cls)
+        weights = weighting.weigh(source) if takes else weighting(source.gramian())
     if not isinstance(weights, Tensor) or weights.shape != expected or weights.is_complex():
         raise ParameterError(
             "weighting",
             f"one that returns real weights of shape {list(expected)}",
             describe_tensor(weights),
         )
-    return weights.detach()
+    return weights.detach() if weights.requires_grad else weights
+
+
+def _ask_of_shape(weighting: Any, source: GramianSource, shape: Sequence[int]) -> Any:
+    cls: Any = type(weighting)
+    if not _takes_source(cls):
+        return weighting(unflatten_gramian(source.gramian(), shape))
+    if not _takes_shape(cls):
+        raise ParameterError(
+            "weighting",
+            f"a GeneralizedWeighting, for losses of shape {list(shape)}",
+            f"{weighting!r}, for a vector of losses",
+            "Make one of it: Flattening(weighting).",
+        )
+    return weighting.weigh(source, tuple(shape))
 
 
 @cache

@@ -18,7 +18,7 @@ from jdcore.aggregation._weigh import weigh
 from jdcore.linalg import add_proximal
 from jdcore.validators import boolean, check_gramian
 
-_SMALL = 4096
+_FEW, _SMALL = 64, 4096
 _THERE = 128  # rows
 
 
@@ -110,7 +110,8 @@ class GramianWeighting:
             return torch.empty(0, dtype=torch.float64, device="cpu")
         gramian = self.matrix_of(source)
         cls: Any = type(self)
-        if _stays(gramian) and _computes_there(cls):
+        # From some rows on it may pay to work where the Gramian is, rather than on the CPU.
+        if not gramian.is_cpu and m >= _THERE and _computes_there(cls):
             there = self._weigh_there(gramian, source)
             if there is not None:
                 return there
@@ -141,13 +142,10 @@ def _computes_there(cls: Any) -> bool:
     return False
 
 
-def _stays(gramian: Tensor) -> bool:
-    """Whether it may pay to work where the Gramian is, rather than on the CPU."""
-    return not gramian.is_cpu and len(gramian) >= _THERE
-
-
 def _all_finite(gramian: NDArray[np.float64]) -> bool:
-    # A finite sum of squares has finite terms only, and costs less than looking at each of a few.
+    # A finite sum has finite terms only, and costs less than looking at each of a few.
+    if gramian.size <= _FEW:
+        return math.isfinite(sum(map(sum, gramian.tolist()))) or bool(np.isfinite(gramian).all())
     small = gramian.size <= _SMALL
     return (small and math.isfinite(np.vdot(gramian, gramian))) or bool(np.isfinite(gramian).all())
 

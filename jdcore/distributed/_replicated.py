@@ -54,7 +54,7 @@ class ReplicatedColumns(Columns):
 
     @property
     def precision(self) -> torch.dtype:
-        return narrowest(t.dtype for bucket in self._buckets for t in bucket.tensors)
+        return narrowest([t.dtype for bucket in self._buckets for t in bucket.tensors])
 
     def rounded_to(self) -> torch.dtype:
         return self.precision  # a mean is rounded anew

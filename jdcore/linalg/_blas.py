@@ -11,14 +11,51 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 _PRODUCT = 64 * 64
+# Up to these sizes numpy multiplies rows by one another, or by weights, without threads.
+_ENTRIES, _ROWS = 9216, 8
+_SHARED = (torch.float32, torch.float64)
 _SOLVE = 96
 _EIGH = 24
+
+
+def is_small(matrix: Tensor) -> bool:
+    """
+    Whether numpy can look at a matrix, and multiplies it in less time than torch takes to be asked.
+
+    That time is the one it takes to fetch the code of each operator into the cache of a CPU.
+    """
+    return (
+        matrix.numel() <= _ENTRIES
+        and matrix.is_cpu
+        and matrix.dtype in _SHARED
+        and matrix.shape[0] <= _ROWS
+        and type(matrix) is Tensor
+        and not matrix.requires_grad
+    )
+
+
+# What overflows or is not finite is told from the results, not by warnings of numpy.
+@np.errstate(over="ignore", invalid="ignore")
+def small_gramian(matrix: Tensor) -> Tensor:
+    """``A Aᵀ`` of a small matrix, in float64, exactly symmetric."""
+    rows = matrix.numpy().astype(np.float64)
+    # Of a matrix times its transpose numpy computes one triangle.
+    return torch.from_numpy(rows.dot(rows.T))
+
+
+@np.errstate(over="ignore", invalid="ignore")
+def small_combination(weights: NDArray[np.floating[Any]], matrix: Tensor) -> Tensor:
+    """``w A`` for a small matrix, in its dtype, multiplied in the wider one of the two."""
+    rows = matrix.numpy()
+    return torch.from_numpy(weights.dot(rows).astype(rows.dtype, copy=False))
 
 
 @contextmanager

@@ -7,6 +7,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from jdcore.linalg._blas import is_small, small_combination
 from jdcore.linalg._pages import new_tensor
 
 _COLUMNS = 65536
@@ -14,6 +15,8 @@ _COLUMNS = 65536
 _LARGE = 1 << 21
 # Weights outside this range would lose digits or overflow as float32 factors.
 _SAFE = (1e-37, 1e37)
+# Of factors in the usual and in the wider precision.
+_FACTORS, _DTYPES = (np.float32, np.float64), (torch.float32, torch.float64)
 
 
 def combine(
@@ -34,9 +37,15 @@ def combine(
     exact = wide or dtype == torch.float64
     if isinstance(weights, Tensor):
         # Asking a device would cost a synchronisation; narrower dtypes cannot hold extreme weights.
-        if not exact and weights.is_cpu and weights.dtype == torch.float64:
-            exact = _extreme(weights.tolist())
-        factors = weights.to(torch.float64 if exact else torch.float32)
+        if weights.is_cpu and weights.dtype == torch.float64:
+            if is_small(block):
+                entries = weights.tolist()
+                exact = exact or _extreme(entries)
+                return small_combination(np.array(entries, _FACTORS[exact]), block)
+            exact = exact or _extreme(weights.tolist())
+        factors = weights
+        if factors.dtype != _DTYPES[exact]:
+            factors = factors.double() if exact else factors.float()  # half the time of `to`
     else:
         entries = weights if isinstance(weights, list) else weights.tolist()
         exact = exact or _extreme(entries)

@@ -12,6 +12,7 @@ values well above the root of δ do not notice.
 from __future__ import annotations
 
 import math
+from functools import cache, lru_cache
 from operator import mul
 
 import numpy as np
@@ -38,8 +39,13 @@ def proximal_level(m: int, precision: torch.dtype) -> float:
 
     It is at least what rounding an m x m Gramian in float64 leaves: m * 2**-52.
     """
+    return max(_known_to(precision), m * _EPS)
+
+
+@cache
+def _known_to(precision: torch.dtype) -> float:
     margin = _MARGINS.get(precision, 1.0) * 0.5 * torch.finfo(precision).eps
-    return max(margin * margin, m * _EPS)
+    return margin * margin
 
 
 def add_proximal(gramian: NDArray[np.float64], level: float, /) -> NDArray[np.float64]:
@@ -49,9 +55,19 @@ def add_proximal(gramian: NDArray[np.float64], level: float, /) -> NDArray[np.fl
     :param gramian: Gramian [m, m].
     :param level: δ, as :func:`proximal_level` gives it.
     """
+    m = len(gramian)
+    if m <= _FEW:
+        return gramian * _factors(m, level)  # one call of numpy in place of four
     definite: NDArray[np.float64] = gramian.copy()
-    definite.flat[:: len(gramian) + 1] *= 1.0 + level
+    definite.reshape(-1)[:: m + 1] *= 1.0 + level
     return definite
+
+
+@lru_cache(maxsize=64)
+def _factors(m: int, level: float) -> NDArray[np.float64]:
+    factors = np.ones((m, m))
+    np.fill_diagonal(factors, 1.0 + level)
+    return factors
 
 
 def rounding_shows(weights: Tensor, gramian: Tensor, /) -> bool:
@@ -64,10 +80,14 @@ def rounding_shows(weights: Tensor, gramian: Tensor, /) -> bool:
     :param weights: Weights [m] of any dtype.
     :param gramian: float64 Gramian [m, m] of the rows, or of a multiple of them.
     """
-    if len(weights) <= _FEW and gramian.is_cpu:
-        rows, factors = gramian.tolist(), weights.tolist()
-        total = sum(abs(w) * math.sqrt(row[i]) for i, (w, row) in enumerate(zip(factors, rows)))  # noqa: B905
-        squared = sum(w * sum(map(mul, row, factors)) for w, row in zip(factors, rows))  # noqa: B905
+    if gramian.is_cpu and gramian.shape[0] <= _FEW:
+        factors = weights.tolist()
+        squared = total = 0.0
+        for i, row in enumerate(gramian.tolist()):
+            factor = factors[i]
+            if factor:
+                total += abs(factor) * math.sqrt(row[i])
+                squared += factor * sum(map(mul, row, factors))
     else:
         wide = weights.to(gramian)
         # Both at once: each number asked of an accelerator makes the host wait for it.

@@ -4,7 +4,7 @@ import torch
 from attrs import define
 from torch import Tensor
 
-from jdcore.aggregation import ScalarizationWeighting
+from jdcore.aggregation import ScalarizationWeighting, equal_weights
 
 
 @define(eq=False)
@@ -22,4 +22,4 @@ class SumWeighting(ScalarizationWeighting):
     """
 
     def compute(self, m: int, dtype: torch.dtype) -> Tensor:
-        return torch.ones(m, dtype=dtype, device="cpu")
+        return equal_weights(1.0, m, dtype)

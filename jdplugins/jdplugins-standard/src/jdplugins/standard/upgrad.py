@@ -12,6 +12,8 @@ from jdcore.aggregation import GramianWeighting, find_solver, row_weights, solve
 from jdcore.protocols import DualConeSolver
 from jdcore.validators import row_vector
 
+_FEW = 8  # rows, up to which a reduction of numpy takes longer than sums of floats
+
 
 @define(eq=False)
 class UPGradWeighting(GramianWeighting):
@@ -44,8 +46,13 @@ class UPGradWeighting(GramianWeighting):
 
     def compute(self, gramian: NDArray[np.float64]) -> NDArray[np.float64]:
         project: DualConeSolver = find_solver("dual_cone", self.solver)
-        preferences = row_weights(self.pref_vector, len(gramian))
-        weights: NDArray[np.float64] = np.add.reduce(project(gramian, np.diag(preferences)))
+        m = len(gramian)
+        references = np.zeros((m, m))
+        references.reshape(-1)[:: m + 1] = row_weights(self.pref_vector, m)
+        projected = project(gramian, references)
+        if m <= _FEW:
+            return np.array([*map(sum, zip(*projected.tolist(), strict=True))])
+        weights: NDArray[np.float64] = np.add.reduce(projected)
         return weights
 
     def compute_there(self, gramian: Tensor) -> Tensor | None:
