@@ -80,7 +80,6 @@ def jac_to_grad(
             update = _alone(local(), aggregator, losses)
         else:
             update = team.aggregate(local, aggregator, losses, aggregate_blocks)
-    check_grads(update.gradients)  # again: the aggregator may have changed them
     if not retain_jac:
         for tensor in given:
             if get_jac(tensor) is not None:
@@ -116,6 +115,7 @@ def _alone(
     vectors, weights = aggregate_blocks(
         aggregator, blocks, check_losses(losses, len(blocks[0])), others
     )
+    check_grads(local.matrices)  # again: the aggregator may have changed them
     pairs = zip(local.matrices, vectors, strict=True)
     return Update({tensor: vector.view(tensor.shape) for tensor, vector in pairs}, weights=weights)
 

@@ -89,6 +89,7 @@ class Union:
         sent = moved.new_zeros(max(self.samples), *moved.shape[1:])
         sent[: len(moved)] = moved
         received = [torch.empty_like(sent) for _ in self.samples]
+        self.meeting.agree(Stage.LOSSES)
         dist.all_gather(received, sent, group=self.group)
         parts = [part[:count] for part, count in zip(received, self.samples, strict=True)]
         return torch.cat(parts).movedim(0, self._dimension).reshape(-1)
@@ -105,7 +106,7 @@ class Union:
             for share in self._exchanged(items):
                 total.add_share(share)
         # Sums of three processes need not be taken in the same order in both triangles.
-        return self.objectives.ordered(symmetric(self.meeting.total(total.total)))
+        return self.objectives.ordered(symmetric(self.meeting.total(Stage.GRAMIAN, total.total)))
 
     def _items(self, shares: Sequence[Share]) -> list[_Item]:
         """The shares, and how each is to be exchanged: the same on all processes."""
@@ -122,7 +123,7 @@ class Union:
         items: list[_Item] = []
         loads = [0] * len(self.samples)
         for share, (least, most, in_factors, in_rows) in zip(
-            shares, self.meeting.maximum(agreed).tolist(), strict=True
+            shares, self.meeting.maximum(Stage.COSTS, agreed).tolist(), strict=True
         ):
             # Factors of different shapes, such as sentences of different lengths, stay apart.
             if least == -most and 0 < in_factors <= in_rows:
@@ -142,9 +143,11 @@ class Union:
             for count in self.samples
         ]
         received = sent[0].new_empty(sum(map(sum, expected)))
+        joined = torch.cat(sent)
+        self.meeting.agree(Stage.FACTORS)
         dist.all_to_all_single(
             received,
-            torch.cat(sent),
+            joined,
             [sum(sizes) for sizes in expected],
             [len(part) for part in sent],
             group=self.group,
@@ -262,5 +265,6 @@ def _tensor(part: Tensor, like: Tensor, dimension: int, samples: int) -> Tensor:
 def _gathered(count: int, meeting: Meeting, group: Group) -> list[int]:
     own = torch.tensor([count], dtype=torch.int64, device=meeting.device)
     counts = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
+    meeting.agree(Stage.SAMPLES)
     dist.all_gather(counts, own, group=group)
     return [int(each) for each in counts]

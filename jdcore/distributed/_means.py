@@ -51,7 +51,7 @@ def global_means(
             raise ParameterError(
                 "counts", "of the same number of tasks on all processes", f"{len(own)} here"
             )
-        total = meeting.total(own)
+        total = meeting.total(Stage.LOSSES, own)
     return _scaled(losses, total, meeting.size)
 
 

@@ -4,7 +4,7 @@ import zlib
 from collections.abc import Sequence
 from enum import IntEnum
 from types import TracebackType
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -37,7 +37,10 @@ class Stage(IntEnum):
     PASSES = 9
     SAMPLES = 10
     LOSSES = 11
-    END = 12
+    LARGEST = 12
+    COSTS = 13
+    FACTORS = 14
+    END = 15
 
 
 @define(eq=False)
@@ -45,10 +48,11 @@ class Meeting:
     """
     A step that several processes make together, as a context.
 
-    Before the processes exchange numbers, they agree (:meth:`agree`) that all have come as far. An
-    error on one of them is told there, or at the end of the block, and raised on all: on the
-    process itself as it is, on the others as :class:`~jdcore.errors.PeerError`. What is written
-    after the block is therefore written on all processes or none.
+    Right before every exchange, when all that it takes is there, the processes agree
+    (:meth:`agree`) that all have come as far. An error on one of them, wherever it happens, is
+    therefore told at the next exchange of the others, or at the end of the block, and raised on
+    all: on the process itself as it is, on the others as :class:`~jdcore.errors.PeerError`. What is
+    written after the block is written on all processes or none.
 
     :param groups: The process groups in which this process is, one for each dimension of the grid
         of processes: what is reduced over each of them in turn is reduced over all processes.
@@ -69,8 +73,16 @@ class Meeting:
         traceback: TracebackType | None,
     ) -> None:
         if error is None:
-            self.agree(Stage.END)
-        elif isinstance(error, Exception) and not self._told:
+            try:
+                self.agree(Stage.END)
+            except Exception as late:
+                self._tell(late)
+                raise
+        elif isinstance(error, Exception):
+            self._tell(error)
+
+    def _tell(self, error: Exception) -> None:
+        if not self._told:
             self._agree(Stage.FAILED, (), error)
 
     @property
@@ -103,7 +115,7 @@ class Meeting:
         failed = 0 if error is None else dist.get_rank() + 1
         said = [_UNKNOWN if value is None else value for value in values]
         numbers = [failed, int(stage), -int(stage), *said]
-        heard = self.maximum(_padded(numbers, self.device)).tolist()
+        heard = self._reduced(_padded(numbers, self.device), dist.ReduceOp.MAX).tolist()
         if heard[0] or (error is None and heard[1] != -heard[2]):
             self._told = True
             self._raise(heard[0] - 1, error)
@@ -118,7 +130,7 @@ class Meeting:
         reason = f"{type(error).__name__}: {error}".encode()[:_TEXT] if own else b""
         letters = torch.zeros(_TEXT, dtype=torch.int64, device="cpu")
         letters[: len(reason)] = torch.tensor(list(reason), dtype=torch.int64, device="cpu")
-        heard = self.maximum(letters.to(self.device)).tolist()
+        heard = self._reduced(letters.to(self.device), dist.ReduceOp.MAX).tolist()
         if error is None:
             text = bytes(letter for letter in heard if letter).decode(errors="replace")
             raise PeerError(culprit, text)
@@ -128,22 +140,26 @@ class Meeting:
         own = number_of(*things)
         return is_same(*self.agree(stage, own, -own))
 
-    def maximum(self, values: Tensor) -> Tensor:
-        """The largest of each value over all processes; the argument is overwritten."""
-        for group in self.groups:
-            dist.all_reduce(values, op=dist.ReduceOp.MAX, group=group)
-        return values
+    def maximum(self, stage: Stage, values: Tensor) -> Tensor:
+        """Meet, and find the largest of each value over all; the argument is overwritten."""
+        self.agree(stage)
+        return self._reduced(values, dist.ReduceOp.MAX)
 
-    def total(self, values: Tensor) -> Tensor:
-        """The sum of each value over all processes; the argument is overwritten."""
-        for group in self.groups:
-            dist.all_reduce(values, group=group)
-        return values
+    def total(self, stage: Stage, values: Tensor) -> Tensor:
+        """Meet, and add up each value over all processes; the argument is overwritten."""
+        self.agree(stage)
+        return self._reduced(values, dist.ReduceOp.SUM)
 
-    def from_first(self, values: Tensor) -> Tensor:
-        """The values of the first process; the argument is overwritten."""
+    def from_first(self, stage: Stage, values: Tensor) -> Tensor:
+        """Meet, and take the values of the first process; the argument is overwritten."""
+        self.agree(stage)
         for group in self.groups:
             dist.broadcast(values, src=dist.get_global_rank(group, 0), group=group)
+        return values
+
+    def _reduced(self, values: Tensor, operation: Any) -> Tensor:
+        for group in self.groups:
+            dist.all_reduce(values, op=operation, group=group)
         return values
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from jdcore.aggregation._columns import Columns, narrowest
 from jdcore.distributed._meeting import Meeting, Stage
-from jdcore.distributed._transfers import Bucket, mean_rows, mean_shards
+from jdcore.distributed._transfers import Bucket, gathered, mean_rows, mean_shards
 from jdcore.linalg import combine
 from jdcore.linalg._gramian import symmetric
 
@@ -60,77 +60,69 @@ class ReplicatedColumns(Columns):
         return self.precision  # a mean is rounded anew
 
     def gramian(self) -> Tensor:
-        self._divide(Stage.GRAMIAN)
+        self._divide()
         return super().gramian()
 
     def cross_gramian(self) -> Tensor:
-        self._divide(Stage.GRAMIAN)
+        self._divide()
         return super().cross_gramian()
 
     def cross_product(self, scale: float) -> Tensor:
-        return self._meeting.total(super().cross_product(scale))
+        return self._meeting.total(Stage.GRAMIAN, super().cross_product(scale))
 
     def product(self, scale: float) -> Tensor:
         # Sums of three processes need not be taken in the same order in both triangles.
-        return symmetric(self._meeting.total(super().product(scale)))
+        return symmetric(self._meeting.total(Stage.GRAMIAN, super().product(scale)))
 
     def largest(self) -> float:
         own = torch.tensor(super().largest(), dtype=torch.float64, device=self.device)
-        return float(self._meeting.maximum(own))
+        return float(self._meeting.maximum(Stage.LARGEST, own))
 
     def weights(self, ask: Callable[[], Tensor]) -> Tensor:
         return weights_of_first(self._meeting, ask(), self.device)
 
     def combine(self, weights: Tensor, *, wide: bool = False) -> list[Tensor]:
         if self.blocks:
-            return self._gathered(super().combine(weights, wide=wide))
+            return gathered(self._meeting, self._buckets, super().combine(weights, wide=wide))
         tensors = [tensor for bucket in self._buckets for tensor in bucket.tensors]
         pairs = zip(tensors, self._matrices, strict=True)
         own = [t.new_zeros(t.numel()) if m is None else combine(weights, m) for t, m in pairs]
-        self._meeting.agree(Stage.UPDATE)
-        return [v[0] for v in mean_rows(self._buckets, [vector[None] for vector in own], 1)]
+        rows = [vector[None] for vector in own]
+        return [vector[0] for vector in mean_rows(self._meeting, self._buckets, rows, 1)]
 
     def apply(self, function: Callable[[Tensor], Tensor]) -> list[Tensor]:
-        self._divide(Stage.ROWS)
+        self._divide()
         self._vectors = [function(block) for block in self.blocks]
-        return self._gathered(self._vectors)
+        return gathered(self._meeting, self._buckets, self._vectors)
 
     def inner(self, vectors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         products, square = super().inner(self._vectors)
-        self._meeting.agree(Stage.INNER)
-        both = self._meeting.total(torch.cat([products, square[None]]))
+        both = self._meeting.total(Stage.INNER, torch.cat([products, square[None]]))
         return both[:-1], both[-1]
 
     def finite(self) -> bool:
-        self._divide(Stage.ROWS)
+        self._divide()
         [bad] = self._meeting.agree(Stage.FINITE, int(not super().finite()))
         return not bad
 
     def nonfinite_rows(self) -> list[int]:
-        self._divide(Stage.ROWS)
+        self._divide()
         flags = torch.zeros(self._m, dtype=torch.int64, device=self.device)
         flags[super().nonfinite_rows()] = 1
-        return self._meeting.maximum(flags).nonzero().flatten().tolist()
+        return self._meeting.maximum(Stage.FINITE, flags).nonzero().flatten().tolist()
 
     def whole(self) -> tuple[list[Tensor], list[Tensor] | None]:
         """The mean rows of all columns, one matrix for each parameter; and of the second batch."""
-        self._meeting.agree(Stage.ROWS)
-        rows = mean_rows(self._buckets, self._matrices, self._m)
+        rows = mean_rows(self._meeting, self._buckets, self._matrices, self._m)
         if self._second is None:
             return rows, None
-        return rows, mean_rows(self._buckets, self._second, self._m)
+        return rows, mean_rows(self._meeting, self._buckets, self._second, self._m)
 
-    def _divide(self, stage: Stage) -> None:
+    def _divide(self) -> None:
         if not self.blocks:
-            self._meeting.agree(stage)
-            self.blocks = mean_shards(self._buckets, self._matrices, self._m)
+            self.blocks = mean_shards(self._meeting, self._buckets, self._matrices, self._m)
             if self._second is not None:
-                self.second = mean_shards(self._buckets, self._second, self._m)
-
-    def _gathered(self, vectors: Sequence[Tensor]) -> list[Tensor]:
-        self._meeting.agree(Stage.UPDATE)
-        pairs = zip(self._buckets, vectors, strict=True)
-        return [vector for bucket, own in pairs for vector in bucket.gather(own)]
+                self.second = mean_shards(self._meeting, self._buckets, self._second, self._m)
 
 
 def weights_of_first(meeting: Meeting, weights: Tensor, device: torch.device) -> Tensor:
@@ -140,6 +132,5 @@ def weights_of_first(meeting: Meeting, weights: Tensor, device: torch.device) ->
     Those of the others are the same, unless the method draws random numbers or the processors round
     differently.
     """
-    meeting.agree(Stage.WEIGHTS)
     wide = weights.to(device, torch.float64, copy=True)
-    return meeting.from_first(wide).to(weights)
+    return meeting.from_first(Stage.WEIGHTS, wide).to(weights)

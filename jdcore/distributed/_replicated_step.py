@@ -85,6 +85,7 @@ class Replicas:
             pairs = zip(targets, vectors, strict=True)
             gradients = {target: vector.view(target.shape) for target, vector in pairs}
             means = self._means(meeting, heads)
+            check_grads(gradients)  # again: the aggregator may have changed them
         return Update(gradients, means, promoted(weights, targets))
 
     def _meet(
@@ -99,7 +100,8 @@ class Replicas:
             return count, list(self.given), []
         present = [[tensor in own.matrices, is_local(tensor)] for tensor in self.members]
         flags = torch.tensor(present, dtype=torch.int64, device=meeting.device)
-        table = list(zip(self.members, meeting.maximum(flags).tolist(), strict=True))
+        found = meeting.maximum(Stage.PRESENCE, flags).tolist()
+        table = list(zip(self.members, found, strict=True))
         targets = [tensor for tensor, (has_rows, _) in table if has_rows]
         return count, targets, [t for t, (has_rows, waits) in table if waits and not has_rows]
 
@@ -116,8 +118,7 @@ class Replicas:
         if not heads:
             return {}
         own = [_gradient(head) for head in heads]
-        meeting.agree(Stage.PRESENCE)
-        means = mean_rows(buckets_of(heads, 1, self.group), own, 1)
+        means = mean_rows(meeting, buckets_of(heads, 1, self.group), own, 1)
         return {head: mean.view(head.shape) for head, mean in zip(heads, means, strict=True)}
 
 
@@ -137,8 +138,7 @@ def _aggregated(
     # What draws random numbers need not come to the same on all processes.
     if weights is not None:
         weights = weights_of_first(meeting, weights, columns.device)
-    meeting.agree(Stage.UPDATE)
-    return [meeting.from_first(vector) for vector in vectors], weights
+    return [meeting.from_first(Stage.UPDATE, vector) for vector in vectors], weights
 
 
 def _gradient(head: Tensor) -> Tensor | None:

@@ -44,7 +44,6 @@ class ShardedColumns(Columns):
         self._grid = grid
         self._tensors = tensors
         self._counts = [grid.counts(tensor) for tensor in tensors]
-        self._met = False
         self._check_copies()
 
     def _check_copies(self) -> None:
@@ -60,8 +59,7 @@ class ShardedColumns(Columns):
                 unsure.setdefault(tuple(groups), []).append(block)
         if not unsure:  # on all processes, as all have the same tensors
             return
-        self._meeting.agree(Stage.PRESENCE)
-        differ = [_differ(blocks, groups) for groups, blocks in unsure.items()]
+        differ = [_differ(self._meeting, blocks, groups) for groups, blocks in unsure.items()]
         [some] = self._meeting.agree(Stage.PRESENCE, int(any(differ)))
         if some:
             raise ParameterError(
@@ -72,26 +70,18 @@ class ShardedColumns(Columns):
                 "DTensors with the placement Replicate().",
             )
 
-    def gramian(self) -> Tensor:
-        self._meet()
-        return super().gramian()
-
-    def cross_gramian(self) -> Tensor:
-        self._meet()
-        return super().cross_gramian()
-
     def product(self, scale: float) -> Tensor:
         own = sum_gramians(self._counted(self.blocks, scale))
         # Sums of three processes need not be taken in the same order in both triangles.
-        return symmetric(self._meeting.total(own))
+        return symmetric(self._meeting.total(Stage.GRAMIAN, own))
 
     def cross_product(self, scale: float) -> Tensor:
         one, two = (self._counted(part, scale) for part in (self.blocks, self.second or []))
-        return self._meeting.total(sum_cross_gramians(one, two))
+        return self._meeting.total(Stage.GRAMIAN, sum_cross_gramians(one, two))
 
     def largest(self) -> float:
         own = torch.tensor(super().largest(), dtype=torch.float64, device=self.device)
-        return float(self._meeting.maximum(own))
+        return float(self._meeting.maximum(Stage.LARGEST, own))
 
     def weights(self, ask: Callable[[], Tensor]) -> Tensor:
         return weights_of_first(self._meeting, ask(), self.device)
@@ -100,11 +90,10 @@ class ShardedColumns(Columns):
         return self.precision  # what the parts tell need not be the same on all processes
 
     def combine(self, weights: Tensor, *, wide: bool = False) -> list[Tensor]:
-        self._meeting.agree(Stage.UPDATE)
         return super().combine(weights, wide=wide)
 
     def apply(self, function: Callable[[Tensor], Tensor]) -> list[Tensor]:
-        vectors = [function(block) for block in self.blocks]
+        vectors = [function(block).contiguous() for block in self.blocks]
         self._meeting.agree(Stage.UPDATE)
         # A method of a third party may draw random numbers without saying so.
         for tensor, vector in zip(self._tensors, vectors, strict=True):
@@ -117,8 +106,7 @@ class ShardedColumns(Columns):
             vector[: vector.numel() * c] for vector, c in zip(vectors, self._counts, strict=True)
         ]
         products, square = Columns(self._counted(self.blocks, 1.0)).inner(counted)
-        self._meeting.agree(Stage.INNER)
-        both = self._meeting.total(torch.cat([products, square[None]]))
+        both = self._meeting.total(Stage.INNER, torch.cat([products, square[None]]))
         return both[:-1], both[-1]
 
     def finite(self) -> bool:
@@ -128,13 +116,7 @@ class ShardedColumns(Columns):
     def nonfinite_rows(self) -> list[int]:
         flags = torch.zeros(self.rows, dtype=torch.int64, device=self.device)
         flags[super().nonfinite_rows()] = 1
-        self._meeting.agree(Stage.ROWS)
-        return self._meeting.maximum(flags).nonzero().flatten().tolist()
-
-    def _meet(self) -> None:
-        if not self._met:
-            self._meeting.agree(Stage.GRAMIAN)
-            self._met = True
+        return self._meeting.maximum(Stage.FINITE, flags).nonzero().flatten().tolist()
 
     def _counted(self, blocks: Sequence[Tensor], scale: float) -> list[Tensor]:
         """Blocks divided by ``scale``, without the columns that another process counts."""
@@ -143,10 +125,11 @@ class ShardedColumns(Columns):
         return counted if scale == 1.0 else [block / scale for block in counted]
 
 
-def _differ(blocks: list[Tensor], groups: Sequence[Group]) -> bool:
+def _differ(meeting: Meeting, blocks: list[Tensor], groups: Sequence[Group]) -> bool:
     """Whether rows differ between the processes of some groups."""
     own = sum_gramians(blocks)
     both = torch.stack([own, -own])
+    meeting.agree(Stage.PRESENCE)
     for group in groups:
         dist.all_reduce(both, op=dist.ReduceOp.MAX, group=group)
     return float((both[0] + both[1]).max()) > _TOLERANCE * float(both.abs().max())

@@ -61,7 +61,7 @@ class Shards:
         :raises ParameterError: If what the processes have does not fit together.
         :raises PeerError: If another process could not make the step.
         """
-        device = local_part(self.given[0]).device
+        device = self.given[0].device
         with state_kept(aggregator), Meeting(self.grid.groups, device) as meeting:
             own = local()
             rows, _ = start(meeting, own, aggregator, self._layout(own), losses is not None)
@@ -81,6 +81,7 @@ class Shards:
                 target: like(target, part.view(local_part(target).shape))
                 for target, part in zip(targets, parts, strict=True)
             }
+            check_grads(gradients)  # again: the aggregator may have changed them
         return Update(gradients, weights=promoted(weights, matrices))
 
     def _layout(self, own: LocalRows) -> list[object]:
@@ -99,15 +100,13 @@ def _whole(
     whole: Whole,
 ) -> tuple[list[Tensor], Tensor | None]:
     """Give the whole matrix to each process, and to each its part of the result."""
-    meeting.agree(Stage.ROWS)
-    blocks = [copied(target, own.matrices[target]) for target in targets]
+    blocks = [copied(meeting, target, own.matrices[target]) for target in targets]
     second = None
     if own.second is not None:
-        second = [copied(target, own.second[target]) for target in targets]
+        second = [copied(meeting, target, own.second[target]) for target in targets]
     vectors, weights = whole(aggregator, blocks, losses, second)
     # What draws random numbers need not come to the same on all processes.
     if weights is not None:
         weights = weights_of_first(meeting, weights, blocks[0].device)
-    meeting.agree(Stage.UPDATE)
-    first = [meeting.from_first(vector) for vector in vectors]
+    first = [meeting.from_first(Stage.UPDATE, vector) for vector in vectors]
     return [divided(t, v) for t, v in zip(targets, first, strict=True)], weights

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from jdcore.distributed._meeting import Meeting, Stage
+
 
 def is_dtensor(tensor: Tensor) -> bool:
     """Whether a tensor is a DTensor (FSDP2 outside of the forward pass, tensor parallelism)."""
@@ -131,14 +133,16 @@ def rows_like(tensor: Tensor, part: Tensor) -> Tensor:
     return result
 
 
-def copied(tensor: Tensor, matrix: Tensor) -> Tensor:
+def copied(meeting: Meeting, tensor: Tensor, matrix: Tensor) -> Tensor:
     """
     The rows [m, n] of a whole tensor.
 
+    :param meeting: The processes.
     :param matrix: Those of what this process holds of it, [m, k].
     """
     part = matrix.view(len(matrix), *local_part(tensor).shape)
     rows: Any = rows_like(tensor, part)
+    meeting.agree(Stage.ROWS)
     whole: Tensor = rows.full_tensor() if is_dtensor(tensor) else rows
     return whole.reshape(len(matrix), math.prod(tensor.shape))
 

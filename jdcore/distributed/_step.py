@@ -131,9 +131,8 @@ def mean_losses(meeting: Meeting, losses: Tensor | None) -> Tensor | None:
     """The mean over processes of the values of the objectives."""
     if losses is None:
         return None
-    meeting.agree(Stage.LOSSES)
     wide = losses.to(meeting.device, torch.float64, copy=True)
-    return (meeting.total(wide) / meeting.size).to(losses)
+    return (meeting.total(Stage.LOSSES, wide) / meeting.size).to(losses)
 
 
 def promoted(weights: Tensor | None, tensors: Sequence[Tensor]) -> Tensor | None:

@@ -27,7 +27,7 @@ def mean_gradients(
         )
     tensors = list(gradients)
     own = [_row(gradient) for gradient in gradients.values()]
-    means = mean_rows(buckets_of(tensors, 1, group), own, 1)
+    means = mean_rows(meeting, buckets_of(tensors, 1, group), own, 1)
     return {t: mean.view(t.shape) for t, mean in zip(tensors, means, strict=True)}
 
 

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from jdcore.distributed._meeting import Group
+from jdcore.distributed._meeting import Group, Meeting, Stage
 
 # As much as DistributedDataParallel sends at once.
 _BYTES = 25 << 20
@@ -47,17 +47,6 @@ class Bucket:
         """:meth:`rows` as what each process is to get: [R, m, width]."""
         rows = self.rows(matrices, m)
         return rows.view(m, self.world, self.width).transpose(0, 1).contiguous()
-
-    def gather(self, own: Tensor) -> list[Tensor]:
-        """
-        One vector for each tensor, from the parts of all processes.
-
-        :param own: The part of this process, [width].
-        """
-        part = own.to(self.tensors[0].dtype)
-        whole = part.new_empty(self.world * self.width)
-        dist.all_gather_into_tensor(whole, part.contiguous(), group=self.group)
-        return self.split(whole)
 
     def split(self, whole: Tensor) -> list[Tensor]:
         """The columns of each tensor among those of all, in memory of their own."""
@@ -103,28 +92,57 @@ def by_bucket(
         start = end
 
 
+def gathered(meeting: Meeting, buckets: Sequence[Bucket], parts: Sequence[Tensor]) -> list[Tensor]:
+    """
+    One vector for each tensor of some buckets, from what all processes have of it.
+
+    :param meeting: The processes.
+    :param parts: For each bucket the part of this process, [width].
+    """
+    sent = [
+        part.to(bucket.tensors[0].dtype).contiguous()
+        for bucket, part in zip(buckets, parts, strict=True)
+    ]
+    received = [
+        part.new_empty(bucket.world * bucket.width)
+        for bucket, part in zip(buckets, sent, strict=True)
+    ]
+    meeting.agree(Stage.UPDATE)
+    for bucket, whole, part in zip(buckets, received, sent, strict=True):
+        dist.all_gather_into_tensor(whole, part, group=bucket.group)
+    pairs = zip(buckets, received, strict=True)
+    return [vector for bucket, whole in pairs for vector in bucket.split(whole)]
+
+
 def mean_shards(
-    buckets: Sequence[Bucket], matrices: Sequence[Tensor | None], m: int
+    meeting: Meeting, buckets: Sequence[Bucket], matrices: Sequence[Tensor | None], m: int
 ) -> list[Tensor]:
     """
     The mean over processes of rows, of which each process gets its columns.
 
+    :param meeting: The processes.
     :param matrices: One matrix [m, n] for each tensor of the buckets; None stands for zeros.
     :returns: For each bucket a matrix [m, width], in float32 or float64.
     """
     results: list[Tensor] = []
     underway: list[_Scatter] = []
     for bucket, rows in by_bucket(buckets, matrices):
-        underway.append(_Scatter(bucket.packed(rows, m), bucket.group))
+        scatter = _Scatter(bucket.packed(rows, m), bucket.group)
+        meeting.agree(Stage.ROWS)
+        scatter.start()
+        underway.append(scatter)
         if len(underway) > _UNDERWAY:
             results.append(underway.pop(0).result())
     return results + [scatter.result() for scatter in underway]
 
 
-def mean_rows(buckets: Sequence[Bucket], matrices: Sequence[Tensor | None], m: int) -> list[Tensor]:
+def mean_rows(
+    meeting: Meeting, buckets: Sequence[Bucket], matrices: Sequence[Tensor | None], m: int
+) -> list[Tensor]:
     """
     The mean over processes of rows, whole on each of them.
 
+    :param meeting: The processes.
     :param matrices: As for :func:`mean_shards`.
     :returns: One matrix [m, n] for each tensor, in its dtype.
     """
@@ -132,26 +150,35 @@ def mean_rows(buckets: Sequence[Bucket], matrices: Sequence[Tensor | None], m: i
     for bucket, rows in by_bucket(buckets, matrices):
         whole = bucket.rows(rows, m)
         wide = whole.to(torch.promote_types(whole.dtype, torch.float32)).div_(bucket.world)
+        meeting.agree(Stage.ROWS)
         dist.all_reduce(wide, group=bucket.group)
         results += bucket.split(wide.to(whole.dtype))
     return results
 
 
 class _Scatter:
-    """A reduction that runs until its result is asked for."""
+    """
+    A reduction that runs from its start until its result is asked for.
+
+    :param sent: What each process is to get, [R, m, width].
+    """
 
     def __init__(self, sent: Tensor, group: Group) -> None:
         self.world, m, width = sent.shape
-        self.sent = sent
+        self.sent, self.group = sent, group
         # gloo sends as much for a reduce-scatter as for an all-reduce, which is twice too much.
         self.exchanged = dist.get_backend(group) == "gloo"
+        self.received = torch.empty_like(sent) if self.exchanged else sent.new_empty(m, width)
+
+    def start(self) -> None:
         if self.exchanged:
-            self.received = torch.empty_like(sent)
-            self.work = dist.all_to_all_single(self.received, sent, group=group, async_op=True)
+            self.work = dist.all_to_all_single(
+                self.received, self.sent, group=self.group, async_op=True
+            )
         else:
-            self.received = sent.new_empty(m, width)
+            sent = self.sent.view(-1, self.sent.shape[2])
             self.work = dist.reduce_scatter_tensor(
-                self.received, sent.view(self.world * m, width), group=group, async_op=True
+                self.received, sent, group=self.group, async_op=True
             )
 
     def result(self) -> Tensor:
