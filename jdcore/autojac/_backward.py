@@ -9,8 +9,7 @@ from jdcore._modes import plain_modes
 from jdcore.autojac import _checks as checks
 from jdcore.autojac._hidden import is_reentrant, may_reach, refuse_default
 from jdcore.autojac._initial import initial_jacobians, rows_of
-from jdcore.autojac.transform import AccumulateJac, Jac, ShardedJac, Transform
-from jdcore.distributed._passes import is_spread
+from jdcore.autojac.transform import AccumulateJac, Transform, jac_of
 from jdcore.distributed._refusals import refuse_flat
 from jdcore.distributed._replicas import check_replicas
 from jdcore.distributed._sharding import Gathered
@@ -50,6 +49,7 @@ def backward(
         first time to differentiate several rows at once.
     :param parallel_chunk_size: How many rows to differentiate at once (by vmap), 1 meaning one by
         one. None lets the library choose what is fast and works.
+        Under ``fully_shard``, rows one by one take less memory: see docs/distributed.md.
     :raises ParameterError: If an argument does not fit; see its message.
     :raises SinglePassError: If several rows need a pass each through a compiled graph that allows
         one.
@@ -73,9 +73,14 @@ def backward(
     targets = reached(found, given)
     m = len(initial[0]) if initial else sum(output.numel() for output in outputs)
     check_jacs(targets, m)
-    if is_spread(targets):
-        checks.check_one_by_one(parallel_chunk_size)
-    jac = _jac(outputs, targets, found, given or (), retain_graph, parallel_chunk_size)
+    jac = jac_of(
+        outputs,
+        targets,
+        found,
+        watched=given or (),
+        retain_graph=retain_graph,
+        chunk_size=parallel_chunk_size,
+    )
     graph = rows_of(outputs, initial) >> jac >> AccumulateJac(targets)
     with plain_modes([*outputs, *targets]):
         graph()
@@ -83,27 +88,8 @@ def backward(
 
 def jacobian_of(outputs: list[Tensor], targets: list[Tensor], *, retain_graph: bool) -> Transform:
     """The transform that makes the Jacobian of all elements of the outputs, kept nowhere."""
-    jac = _jac(outputs, targets, reach(outputs), (), retain_graph, None)
-    return rows_of(outputs, None) >> jac
-
-
-def _jac(
-    outputs: list[Tensor],
-    targets: list[Tensor],
-    found: Reach,
-    watched: Sequence[Tensor],
-    retain_graph: bool,
-    chunk_size: int | None,
-) -> Transform:
-    if is_spread(targets):
-        return ShardedJac(outputs, targets, retain_graph=retain_graph)
-    return Jac(
-        outputs,
-        targets,
-        retain_graph=retain_graph,
-        chunk_size=chunk_size,
-        graph=found,
-        watched=watched,
+    return rows_of(outputs, None) >> jac_of(
+        outputs, targets, reach(outputs), retain_graph=retain_graph
     )
 
 

@@ -165,21 +165,6 @@ def check_chunk_size(value: int | None) -> None:
         )
 
 
-def check_one_by_one(value: int | None) -> None:
-    """
-    Check ``parallel_chunk_size`` where parameters are divided among processes.
-
-    :raises ParameterError: If several rows are to be differentiated at once.
-    """
-    if value is not None and value > 1:
-        raise ParameterError(
-            "parallel_chunk_size",
-            "None or 1 where parameters are divided among processes",
-            value,
-            "The hooks of FSDP2 and DTensor take gradients one at a time.",
-        )
-
-
 def check_flag(value: bool, parameter: str) -> None:
     """
     Check a switch.

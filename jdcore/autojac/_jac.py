@@ -8,8 +8,10 @@ from jdcore._modes import plain_modes
 from jdcore.autojac import _checks as checks
 from jdcore.autojac._hidden import is_reentrant, refuse_default
 from jdcore.autojac._initial import initial_jacobians, rows_of
-from jdcore.autojac.transform import Jac
-from jdcore.distributed._refusals import refuse_sharded
+from jdcore.autojac.transform import jac_of
+from jdcore.distributed._passes import is_spread
+from jdcore.distributed._refusals import refuse_flat
+from jdcore.distributed._sharding import Gathered
 from jdcore.errors import ParameterError
 from jdcore.graph import Reach, reach
 from jdcore.validators import describe_tensor
@@ -30,6 +32,10 @@ def jac(
     The analogue of :func:`torch.autograd.grad` for several objectives: nothing is accumulated, no
     field of any tensor changes. The Jacobian with respect to an input that the outputs do not
     depend on is zero. Calls compose by the chain rule through ``jac_outputs``.
+
+    With respect to parameters that are divided among processes (``fully_shard``, tensor
+    parallelism), it is the mean over the processes, divided as they are; ``inputs`` are parameters
+    then.
 
     :param outputs: What to differentiate. All their elements, in order, are the m objectives.
     :param inputs: Tensors that require grad, leaves or not. By default all leaves behind
@@ -57,12 +63,12 @@ def jac(
     checks.check_chunk_size(parallel_chunk_size)
     found = reach(differentiated)
     targets = _targets(found, inputs)
-    step = Jac(
+    step = jac_of(
         differentiated,
         targets,
+        found,
         retain_graph=retain_graph,
         chunk_size=parallel_chunk_size,
-        graph=found,
     )
     graph = rows_of(differentiated, initial) >> step
     with plain_modes([*differentiated, *targets]):
@@ -71,16 +77,27 @@ def jac(
 
 
 def _targets(found: Reach, inputs: Tensor | Iterable[Tensor] | None) -> list[Tensor]:
-    refuse_sharded(found.leaves, "inputs")
+    gathered = Gathered()
+    refuse_flat(found.leaves, "inputs")
     if inputs is None and is_reentrant(found):
         raise refuse_default("inputs")
     targets = list(found.leaves) if inputs is None else checks.tensor_list(inputs, "inputs")
+    targets = gathered.shards(targets)
     checks.check_differentiable(targets, "inputs")
+    spread = is_spread([*targets, *found.leaves])
     for i, target in enumerate(targets):
         if not target.requires_grad:
             raise ParameterError(
                 f"inputs[{i}]",
                 "a tensor that requires grad",
                 describe_tensor(target) + " that does not",
+            )
+        if spread and not (target.is_leaf and found.reaches(gathered.leaf(target))):
+            raise ParameterError(
+                f"inputs[{i}]",
+                "a parameter that `outputs` depend on, where some are divided among processes",
+                describe_tensor(target),
+                "Other tensors belong to the batch of one process: what there is with respect to "
+                "them is no mean over the processes.",
             )
     return targets

@@ -22,6 +22,7 @@ from jdcore.autojac.transform import (
 )
 from jdcore.distributed._heads import note_local_gradients
 from jdcore.distributed._passes import is_spread
+from jdcore.distributed._sharding import Gathered
 
 
 def mtl_backward(
@@ -62,6 +63,7 @@ def mtl_backward(
     :param retain_graph: Whether to keep the graph for another differentiation.
     :param parallel_chunk_size: How many rows of the trunk to differentiate at once (by vmap), 1
         meaning one by one. None lets the library choose what is fast and works.
+        Under ``fully_shard``, rows one by one take less memory: see docs/distributed.md.
     :raises ParameterError: If an argument does not fit; see its message.
 
     >>> import torch
@@ -83,16 +85,11 @@ def mtl_backward(
     checks.check_flag(retain_graph, "retain_graph")
     checks.check_chunk_size(parallel_chunk_size)
     cut, trunk = find_trunk(features)
-    plan = make_plan(losses, cut, trunk, shared_params, tasks_params).in_shards()
-    check_jacs(plan.shared, len(losses))
-    check_grads(plan.private)
-    accumulate = AccumulateJac(plan.shared) | AccumulateGrad(plan.private)
-    if is_spread([*plan.shared, *plan.private]):
-        checks.check_one_by_one(parallel_chunk_size)
-        tasks = ShardedTasks(losses, plan.shared, plan.tasks, retain_graph=retain_graph)
-        with plain_modes([*losses, *plan.shared, *plan.private]):
-            (Init(losses, initial) >> tasks >> accumulate)()
-        return
+    plan = make_plan(losses, cut, trunk, shared_params, tasks_params)
+    shards = Gathered().shards
+    shared, private = shards(plan.shared), shards(plan.private)
+    check_jacs(shared, len(losses))
+    check_grads(private)
     gradients = _task_gradients(plan, losses, initial, retain_graph)
     if plan.rows_from_features:
         jac = Jac(
@@ -103,17 +100,28 @@ def mtl_backward(
             graph=trunk,
             watched=plan.given,
         )
-        graph = gradients >> (jac | Keep(plan.private)) >> accumulate
-    else:
-        graph = gradients >> accumulate
-    with plain_modes([*losses, *plan.shared, *plan.private]):
+        gradients = gradients >> (jac | Keep(plan.private))
+    spread = is_spread([*shared, *private])
+    if spread:
+        gradients = Init(losses, initial) >> ShardedTasks(
+            losses,
+            shared,
+            list(map(shards, plan.tasks)),
+            gradients,
+            (plan.shared, plan.private),
+            retain_graph=retain_graph,
+            chunk_size=parallel_chunk_size,
+        )
+    graph = gradients >> (AccumulateJac(shared) | AccumulateGrad(private))
+    with plain_modes([*losses, *shared, *private]):
         graph()
-    note_local_gradients(plan.private)
+    if not spread:
+        note_local_gradients(private)
 
 
 def _task_gradients(
     plan: Plan, losses: list[Tensor], initial: list[Tensor] | None, retain_graph: bool
-) -> PerTask:
+) -> Transform:
     retain = _retained(plan, retain_graph)
     tasks: list[Transform] = []
     for i, loss in enumerate(losses):

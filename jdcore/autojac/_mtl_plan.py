@@ -2,11 +2,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from attrs import evolve, frozen
+from attrs import frozen
 from torch import Tensor
 
 from jdcore.autojac import _checks as checks
 from jdcore.autojac._hidden import hides, is_reentrant, may_reach, refuse_default
+from jdcore.distributed._gathering import has_hooks, without_hooks
 from jdcore.distributed._refusals import refuse_flat
 from jdcore.distributed._replicas import check_replicas, check_trunk
 from jdcore.distributed._sharding import Gathered
@@ -40,11 +41,6 @@ class Plan:
     deep: bool
     given: list[Tensor]
 
-    def in_shards(self) -> Plan:
-        """The same, with parameters under FSDP2 in the form that optimizers know."""
-        shards = Gathered().shards
-        return evolve(self, shared=shards(self.shared), tasks=list(map(shards, self.tasks)))
-
     @property
     def private(self) -> list[Tensor]:
         return list(dict.fromkeys(parameter for task in self.tasks for parameter in task))
@@ -63,7 +59,7 @@ def find_trunk(features: Tensor | Sequence[Tensor]) -> tuple[list[Tensor], Reach
     given = checks.tensor_list(features, "features")
     checks.check_outputs(given, "features")
     cut = [feature for feature in given if feature.requires_grad]
-    trunk = reach(cut)
+    trunk = without_hooks(reach(cut))
     for i, feature in enumerate(given):
         # Each counts as a use of its own.
         if feature.requires_grad and trunk.edges[edge_of(feature)] > 1:
@@ -93,7 +89,7 @@ def make_plan(
     named_shared = None if shared_params is None else _named(shared_params, "shared_params")
     named_tasks = None if tasks_params is None else _named_tasks(tasks_params, len(losses))
     given = [*(named_shared or ()), *(p for task in named_tasks or () for p in task)]
-    heads = [reach([loss], stop=cut) for loss in losses]
+    heads = [without_hooks(reach([loss], stop=cut)) for loss in losses]
     if is_reentrant(trunk) and shared_params is None:
         raise refuse_default("shared_params")
     if any(map(is_reentrant, heads)) and tasks_params is None:
@@ -111,13 +107,13 @@ def make_plan(
     # at the start of the trunk; a function hides parameters, so that only whole passes serve.
     whole = (
         any(head.reaches(parameter) for head in heads for parameter in shared)
-        or any(feature._backward_hooks for feature in cut)
+        or any(map(has_hooks, cut))
         or any(hides(head, [*shared, *private]) for head in heads)
         or (named_tasks is not None and not all(_shown((trunk, *heads), p) for p in private))
     )
     deep = any(trunk.reaches(parameter) for parameter in private)
     if whole or deep:
-        heads = [reach([loss]) for loss in losses]
+        heads = [without_hooks(reach([loss])) for loss in losses]
     return Plan(cut, trunk, shared, tasks, heads, bool(shared) and not whole, deep, given)
 
 

@@ -38,9 +38,10 @@ def gramian_step(
         rows = jacobian()
         return LocalRows({target: as_matrix(local_part(rows[target])) for target in targets})
 
-    values = [output.detach() for output in outputs]
     with plain_modes([*outputs, *targets]):
-        update = team.aggregate(local, GramianAggregator(weighting), values, aggregate_blocks)
+        update = team.aggregate(
+            local, GramianAggregator(weighting), list(outputs), aggregate_blocks
+        )
     write_grads(update.gradients)
     assert update.weights is not None
     return update.weights

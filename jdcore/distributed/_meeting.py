@@ -40,7 +40,8 @@ class Stage(IntEnum):
     LARGEST = 12
     COSTS = 13
     FACTORS = 14
-    END = 15
+    GATHER = 15
+    END = 16
 
 
 @define(eq=False)

@@ -1,21 +1,23 @@
 """
-Rows of parameters that are divided among processes, by one accumulating backward pass for each.
+Differentiation where parameters are divided among processes.
 
-The hooks of FSDP2 reduce what a pass accumulates, and know no other way; those of DTensor compute
-on gradients one at a time.
+Parameters under FSDP2 are gathered, if there is room for them and for their rows: then the passes
+are those of one process. Else there is one accumulating backward pass for each row. The hooks of
+FSDP2 reduce what such a pass accumulates; those of DTensor compute on gradients one at a time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from attrs import frozen
+from attrs import field, frozen
 from torch import Tensor
 
 from jdcore._fields import set_aside
+from jdcore.distributed._gathering import can_be_gathered, divided_means, kept_gathered
 from jdcore.distributed._grid import Grid
 from jdcore.distributed._meeting import Meeting, Stage
 from jdcore.distributed._sharding import Gathered, is_dtensor, local_part
@@ -42,77 +44,136 @@ def is_spread(tensors: Sequence[Tensor]) -> bool:
     return any(is_dtensor(gathered.shard(tensor)) for tensor in tensors)
 
 
-@torch.no_grad()
-def run_passes(
-    passes: Sequence[Pass],
-    targets: Sequence[Tensor],
-    retain_graph: bool,
-    collect: Callable[[int, int, Tensor], object],
-) -> None:
+@frozen(eq=False)
+class SpreadPasses:
     """
-    Run backward passes and collect what each would accumulate; every ``.grad`` is left as it was.
+    Backward passes that processes make together, with what each of them would accumulate.
 
-    :param passes: The passes. All processes must run the same, through the same modules.
+    :param passes: The passes. All processes must make the same, through the same modules.
     :param targets: The parameters that are wanted, sharded ones in the form that optimizers know.
-    :param retain_graph: Whether the graph can be differentiated again afterwards.
-    :param collect: Takes the number of the pass, the number of the target, and its gradient: what
-        this process holds of it, in the placement of the target.
-    :raises ParameterError: If the processes are to run different passes.
-    :raises PeerError: If another process cannot take part.
     """
-    gathered = Gathered()
-    outputs = dict.fromkeys(output for each in passes for output in each.outputs)
-    leaves = gathered.shards(reach(outputs).leaves)
-    everything = list(dict.fromkeys([*targets, *leaves]))
-    units = gathered.units(everything)
-    grid = Grid.of(everything)
-    with Meeting(grid.groups, local_part(everything[0]).device) as meeting:
-        _check_units(units)
-        _meet(meeting, passes, gathered, everything)
-    last_number = max((n for n, each in enumerate(passes) if each.outputs), default=-1)
-    with set_aside(everything), _kept_gathered(units) as free:
-        for number, each in enumerate(passes):
-            if not each.outputs:
-                continue
-            last = number == last_number
-            if last and not retain_graph:
-                free()
-            with torch.enable_grad():
-                torch.autograd.backward(
-                    each.outputs, each.cotangents, retain_graph=retain_graph or not last
-                )
-            for place, target in enumerate(targets):
-                if target.grad is not None:
-                    collect(number, place, _reduced(target))
-            for tensor in everything:
-                tensor.grad = None
 
+    passes: Sequence[Pass]
+    targets: Sequence[Tensor]
+    gathered: Gathered = field(factory=Gathered, init=False)
+    everything: Sequence[Tensor] = field(init=False)
+    """The targets and all other leaves behind the outputs."""
 
-def _meet(
-    meeting: Meeting, passes: Sequence[Pass], gathered: Gathered, everything: Sequence[Tensor]
-) -> None:
-    """Check that all processes are to run passes through the same parameters."""
-    place = {id(tensor): number for number, tensor in enumerate(everything)}
-    words = []
-    for number, each in enumerate(passes):
-        reached = gathered.shards(reach(each.outputs).leaves)
-        if each.outputs and not reached:
+    @everything.default
+    def _find_everything(self) -> Sequence[Tensor]:
+        outputs = dict.fromkeys(output for each in self.passes for output in each.outputs)
+        leaves = self.gathered.shards(reach(outputs).leaves)
+        return list(dict.fromkeys([*self.targets, *leaves]))
+
+    def meeting(self) -> Meeting:
+        """A meeting of the processes."""
+        return Meeting(Grid.of(self.everything).groups, self.everything[0].device)
+
+    def check(self, meeting: Meeting, *, at_once: bool | None, fits: bool) -> bool:
+        """
+        Check that all processes are to make the same passes, and decide how.
+
+        :param at_once: Whether the parameters are to be gathered; None leaves it to the library.
+        :param fits: Whether there is room for the rows of all of them here.
+        :returns: Whether they are to be gathered.
+        :raises ParameterError: If the passes differ, or the parameters cannot be gathered although
+            they are to be.
+        :raises PeerError: If another process cannot take part.
+        """
+        _check_units(self.gathered.units(self.everything))
+        able = can_be_gathered(self.gathered, self.everything)
+        if at_once and not able:
             raise ParameterError(
-                f"tensors[{number}]",
-                "a tensor that requires grad where parameters are divided among processes",
-                "one without a graph",
-                "The other processes would wait for its backward pass. Where a task is absent from "
-                "a batch, make its loss 0 * output.sum().",
+                "parallel_chunk_size",
+                "None or 1 where parameters are divided among processes by other means than "
+                "fully_shard alone",
+                "more",
+                "DTensors, and communication that is not that of FSDP2, take gradients one at a "
+                "time.",
             )
-        words.append(sorted(place[id(tensor)] for tensor in reached))
-    if not meeting.agree_on(Stage.PASSES, words, [tuple(t.shape) for t in everything]):
-        raise ParameterError(
-            "tensors",
-            "computed by the same parameters on all processes",
-            f"{len(passes)} rows here that other processes do not have, or compute otherwise",
-            "The processes would wait for one another. Where a task is absent from a batch, make "
-            "its loss 0 * output.sum().",
-        )
+        self._check_same(meeting, at_once)
+        tight = not able or at_once is False or not (at_once or fits)
+        return meeting.agree(Stage.PASSES, int(tight)) == [0]
+
+    def _check_same(self, meeting: Meeting, at_once: bool | None) -> None:
+        """Check that all processes are to make passes through the same parameters."""
+        place = {id(tensor): number for number, tensor in enumerate(self.everything)}
+        reached: dict[tuple[int, ...], list[int]] = {}
+        words = []
+        for number, each in enumerate(self.passes):
+            key = tuple(map(id, each.outputs))
+            if key not in reached:
+                leaves = self.gathered.shards(reach(each.outputs).leaves)
+                reached[key] = sorted(place[id(tensor)] for tensor in leaves)
+            if each.outputs and not reached[key]:
+                raise ParameterError(
+                    f"tensors[{number}]",
+                    "a tensor that requires grad where parameters are divided among processes",
+                    "one without a graph",
+                    "The other processes would wait for its backward pass. Where a task is absent "
+                    "from a batch, make its loss 0 * output.sum().",
+                )
+            words.append(reached[key])
+        shapes = [tuple(tensor.shape) for tensor in self.everything]
+        if not meeting.agree_on(Stage.PASSES, words, shapes, at_once):
+            raise ParameterError(
+                "tensors",
+                "computed by the same parameters on all processes",
+                f"{len(self.passes)} rows here that other processes do not have, or compute "
+                "otherwise",
+                "The processes would wait for one another. Where a task is absent from a batch, "
+                "make its loss 0 * output.sum().",
+            )
+
+    @torch.no_grad()
+    def gather(
+        self, meeting: Meeting, differentiate: Callable[[], Sequence[Mapping[Tensor, Tensor]]]
+    ) -> list[dict[Tensor, Tensor]]:
+        """
+        Gather the parameters, differentiate, and divide what was found.
+
+        :param differentiate: Gives rows [m, *S] by the leaves that stand for parameters in the
+            graph, once or for several m.
+        :returns: The same for each: means over processes, of what this process holds, by the
+            parameters as optimizers know them.
+        """
+        meeting.agree(Stage.GATHER)
+        with kept_gathered(self.gathered, self.everything):
+            groups = differentiate()
+        return [self._divided(meeting, found) for found in groups]
+
+    def _divided(self, meeting: Meeting, found: Mapping[Tensor, Tensor]) -> dict[Tensor, Tensor]:
+        rows = {self.gathered.shard(leaf): of_leaf for leaf, of_leaf in found.items()}
+        spread = {tensor: of_leaf for tensor, of_leaf in rows.items() if is_dtensor(tensor)}
+        return rows | divided_means(meeting, spread)
+
+    @torch.no_grad()
+    def run(self, retain_graph: bool, collect: Callable[[int, int, Tensor], object]) -> None:
+        """
+        Make the passes one by one; every ``.grad`` is left as it was.
+
+        :param retain_graph: Whether the graph can be differentiated again afterwards.
+        :param collect: Takes the number of the pass, the number of the target, and its gradient:
+            what this process holds of it, in the placement of the target.
+        """
+        units = self.gathered.units(self.everything)
+        last_number = max((n for n, each in enumerate(self.passes) if each.outputs), default=-1)
+        with set_aside(self.everything), _kept_gathered(units) as free:
+            for number, each in enumerate(self.passes):
+                if not each.outputs:
+                    continue
+                last = number == last_number
+                if last and not retain_graph:
+                    free()
+                with torch.enable_grad():
+                    torch.autograd.backward(
+                        each.outputs, each.cotangents, retain_graph=retain_graph or not last
+                    )
+                for place, target in enumerate(self.targets):
+                    if target.grad is not None:
+                        collect(number, place, _reduced(target))
+                for tensor in self.everything:
+                    tensor.grad = None
 
 
 def _check_units(units: Sequence[Any]) -> None:

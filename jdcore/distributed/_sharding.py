@@ -40,10 +40,13 @@ class Gathered:
     def __init__(self) -> None:
         self._shards: dict[int, Tensor] = {}
         self._gathered: dict[int, Tensor] = {}
+        self._states: list[Any] = []
         self.modules: list[Any] = []
         """What torch knows of the modules, in a fixed order."""
         for state in _module_states():
-            for group in _groups_of(state):
+            groups = list(_groups_of(state))
+            self._states += [state] if groups else []
+            for group in groups:
                 self.modules.append(group)
                 for parameter in group.fsdp_params:
                     self._add(parameter)
@@ -79,6 +82,48 @@ class Gathered:
             for unit in self.modules
             if any(id(parameter.sharded_param) in wanted for parameter in unit.fsdp_params)
         ]
+
+    def units_of_pass(self, tensors: Iterable[Tensor]) -> list[Any]:
+        """
+        Those that a backward pass to some parameters gathers.
+
+        Besides theirs, these are units of the same models without a trainable parameter.
+        """
+        reached = self.units(tensors)
+        models = {id(unit.comm_ctx) for unit in reached}
+        return reached + [
+            unit
+            for unit in self.modules
+            if id(unit.comm_ctx) in models
+            and not any(parameter.sharded_param.requires_grad for parameter in unit.fsdp_params)
+        ]
+
+    def is_plain(self, tensor: Tensor) -> bool:
+        """Whether a sharded parameter is divided once, and gathered to a plain parameter."""
+        whole, spread = self._gathered.get(id(tensor)), _as_any(tensor)
+        return (
+            whole is not None
+            and not is_dtensor(whole)
+            and (whole.shape, whole.device) == (tensor.shape, tensor.device)
+            and sum(placement.is_shard() for placement in spread.placements) == 1
+            and all(
+                placement.is_shard() or placement.is_replicate() for placement in spread.placements
+            )
+        )
+
+    def end_pass(self) -> None:
+        """
+        Do what torch does at the end of a backward pass, where an error has kept it from it.
+
+        Otherwise later passes take themselves for parts of this one.
+        """
+        for state in self._states:
+            if state._state_ctx.post_backward_final_callback_queued:
+                state._root_post_backward_final_callback()
+
+
+def _as_any(tensor: Tensor) -> Any:
+    return tensor
 
 
 def local_part(tensor: Tensor) -> Tensor:

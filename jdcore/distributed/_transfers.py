@@ -124,16 +124,30 @@ def mean_shards(
     :param matrices: One matrix [m, n] for each tensor of the buckets; None stands for zeros.
     :returns: For each bucket a matrix [m, width], in float32 or float64.
     """
-    results: list[Tensor] = []
+    packed = (
+        (bucket.packed(rows, m), bucket.group) for bucket, rows in by_bucket(buckets, matrices)
+    )
+    return list(scattered(meeting, packed))
+
+
+def scattered(meeting: Meeting, packed: Iterable[tuple[Tensor, Group]]) -> Iterator[Tensor]:
+    """
+    Means over processes, of which each process gets its part.
+
+    :param meeting: The processes.
+    :param packed: What the R processes of a group are to get, [R, m, width], with the group.
+    :returns: For each the mean of what this process is to get, [m, width], in float32 or float64.
+    """
     underway: list[_Scatter] = []
-    for bucket, rows in by_bucket(buckets, matrices):
-        scatter = _Scatter(bucket.packed(rows, m), bucket.group)
+    for sent, group in packed:
+        scatter = _Scatter(sent, group)
         meeting.agree(Stage.ROWS)
         scatter.start()
         underway.append(scatter)
         if len(underway) > _UNDERWAY:
-            results.append(underway.pop(0).result())
-    return results + [scatter.result() for scatter in underway]
+            yield underway.pop(0).result()
+    for scatter in underway:
+        yield scatter.result()
 
 
 def mean_rows(

@@ -8,6 +8,7 @@ of a team stay for the next function, so that torch is imported once and groups 
 
 from __future__ import annotations
 
+import gc
 import importlib
 import importlib.util
 import json
@@ -60,6 +61,7 @@ def _serve(rank: int, size: int, store: str, orders: Connection) -> None:
             answer = ""
         except BaseException:
             answer = traceback.format_exc()
+        gc.collect()  # what is left of graphs with hooks would be found by later functions
         orders.send(answer)
 
 

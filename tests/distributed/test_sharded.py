@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -17,7 +18,15 @@ from torch.distributed.tensor import DTensor, Shard, distribute_module
 import jdcore
 from jdcore import ParameterError, PeerError
 from jdcore.aggregation import GramianAggregator
-from jdcore.autojac import backward, gramian_backward, jac_to_grad, mtl_backward
+from jdcore.autojac import (
+    _problem,
+    backward,
+    gramian_backward,
+    jac,
+    jac_to_grad,
+    mtl_backward,
+)
+from jdcore.autojac._vmap import batched_gradients
 from jdcore.distributed import global_means
 from tests.distributed.common import (
     TASKS,
@@ -49,15 +58,25 @@ def _shard(model: nn.Module, **options: Any) -> nn.Module:
 
 
 def _updates(
-    ours: nn.Module, alone: nn.Module, method: Any, other: Any, step: int = 0, data: Any = own_batch
+    ours: nn.Module,
+    alone: nn.Module,
+    method: Any,
+    other: Any,
+    step: int = 0,
+    data: Any = own_batch,
+    second: bool = False,
 ) -> None:
     """One step of each, with all that a method may look at."""
-    losses, expected = losses_of(ours(data(step))[1]), losses_of(alone(_whole(data)(step))[1])
-    backward(losses)
-    backward(expected)
-    known = {"losses": losses} if data is own_batch else {"losses": expected}
-    weights = jac_to_grad(ours.parameters(), method, **known)
-    reference = jac_to_grad(alone.parameters(), other, losses=expected)
+    found = []
+    for module, aggregator, of in ((ours, method, data), (alone, other, _whole(data))):
+        known = {}
+        if second:
+            rest = losses_of(module(of(step + 50))[1])
+            known["second"] = jac(rest, list(module.parameters()))
+        losses = losses_of(module(of(step))[1])
+        backward(losses)
+        found.append(jac_to_grad(module.parameters(), aggregator, losses=losses, **known))
+    weights, reference = found
     if reference is not None:
         assert weights is not None
         assert_close([weights], [reference], 1e-11)
@@ -81,7 +100,8 @@ def _fully_sharded() -> None:
     for options in ({}, {"reshard_after_forward": False}):
         ours, alone = _shard(Tasks(), **options), Tasks()
         for step in range(2):
-            backward(losses_of(ours(own_batch(step))[1]))
+            size = step + 1  # by passes that accumulate, and several rows at once
+            backward(losses_of(ours(own_batch(step))[1]), parallel_chunk_size=size)
             backward(losses_of(alone(whole_batch(step))[1]))
             parameters = list(ours.parameters())  # some of them gathered
             for parameter, other in zip(parameters, alone.parameters(), strict=True):
@@ -95,6 +115,30 @@ def _fully_sharded() -> None:
 
 def test_fully_sharded_parameters(two: Run) -> None:
     two(_fully_sharded)
+
+
+def _at_once() -> None:
+    """What a process holds of the rows is the same, however they are computed."""
+    for options in ({}, {"reshard_after_forward": False}, {"reshard_after_forward": 1}):
+        ours, alone = _shard(Tasks(), **options), Tasks()
+        parameters = list(ours.parameters())
+        with patch.object(_problem, "batched_gradients", wraps=batched_gradients) as batched:
+            for size in (2, 1, None, TASKS):
+                losses = torch.stack(losses_of(ours(own_batch())[1]))
+                before = batched.call_count
+                rows = jac(losses, parameters, parallel_chunk_size=size)
+                assert (batched.call_count > before) is (size != 1)
+                expected = jac(losses_of(alone(whole_batch())[1]), list(alone.parameters()))
+                for parameter, row, other in zip(parameters, rows, expected, strict=True):
+                    assert row.placements[0].dim == parameter.placements[0].dim + 1
+                    assert_close([row], [other])
+        sum(losses_of(ours(own_batch())[1])).backward()  # torch goes on as ever
+        sum(losses_of(alone(whole_batch())[1])).backward()
+        _compared(ours, alone)
+
+
+def test_rows_of_gathered_parameters(two: Run) -> None:
+    two(_at_once)
 
 
 def _without_jacobian_kept() -> None:
@@ -111,13 +155,11 @@ def test_gramian_backward(two: Run) -> None:
 def _every_method() -> None:
     for name in jdcore.list_aggregators():
         spec = jdcore.describe(name)
-        if spec.input == "cross_gramian":
-            continue  # jac does not serve what is divided among processes
         tasks = max(TASKS, spec.min_rows)
         ours, alone = _shard(Tasks(tasks=tasks)), Tasks(tasks=tasks)
         one, other = method_of(name, tasks), method_of(name, tasks)
         for step in range(2):
-            _updates(ours, alone, one, other, step)
+            _updates(ours, alone, one, other, step, second=spec.input == "cross_gramian")
         try:
             _compared(ours, alone)
         except AssertionError as error:
@@ -228,8 +270,6 @@ def _not_served() -> None:
     refused(ParameterError if rank else PeerError, r"0 \* output.sum", backward, absent)
     losses = losses_of(ours(own_batch())[1])
     refused(ParameterError, "by the same parameters", backward, losses[: 2 + rank])
-    losses = losses_of(ours(own_batch())[1])
-    refused(ParameterError, "parallel_chunk_size", backward, losses, parallel_chunk_size=2)
     ours.set_requires_gradient_sync(False)
     refused(ParameterError, "set_requires_gradient_sync", backward, losses)
     ours.set_requires_gradient_sync(True)

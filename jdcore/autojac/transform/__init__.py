@@ -20,7 +20,7 @@ tensor([[2., 0.],
 from jdcore.autojac.transform._accumulate import AccumulateGrad, AccumulateJac
 from jdcore.autojac.transform._base import Chain, Transform, Union
 from jdcore.autojac.transform._differentiate import Grad, Jac
-from jdcore.autojac.transform._sharded import ShardedJac, ShardedTasks
+from jdcore.autojac.transform._sharded import ShardedJac, ShardedTasks, jac_of
 from jdcore.autojac.transform._sources import Diagonalize, Init, Keep
 from jdcore.autojac.transform._tasks import PerTask
 
@@ -38,4 +38,5 @@ __all__ = [
     "ShardedTasks",
     "Transform",
     "Union",
+    "jac_of",
 ]
