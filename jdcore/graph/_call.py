@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from jdcore.graph._passes import Grads
-from jdcore.graph.shares import Dense, widened
+from jdcore.graph.shares import Dense, combined
 
 # Operations whose derivative cannot be batched, or not without a loop inside.
 _ONE_BY_ONE: set[str] = {"MkldnnRnnLayerBackward0", "CudnnRnnBackward0"}
@@ -104,15 +104,14 @@ def batched(
 
 
 def _combined(factors: Tensor, rows: Tensor) -> Tensor:
-    dtype = widened(rows[:0]).dtype
-    return (factors.to(dtype) @ rows.reshape(len(rows), -1).to(dtype)).view(rows.shape[1:]).to(rows)
+    return combined(factors, rows.reshape(len(rows), -1)).view(rows.shape[1:]).to(rows)
 
 
 def _agree(factors: Tensor, rows: Tensor, expected: Tensor) -> bool:
     if rows.is_complex():
         rows, expected = (torch.view_as_real(t.resolve_conj()) for t in (rows, expected))
     wide = rows.reshape(len(rows), -1).double()
-    error = (factors @ wide - expected.reshape(-1).double()).abs()
+    error = (combined(factors, wide) - expected.reshape(-1).double()).abs()
     tolerance = torch.finfo(rows.dtype).eps ** 0.5 * wide.abs().sum(0).max() if wide.numel() else 0
     return not bool((error > tolerance).any())  # what is not finite cannot be told
 

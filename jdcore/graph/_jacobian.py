@@ -20,7 +20,7 @@ from jdcore.graph._pull import pull, pull_rows
 from jdcore.graph._saved import Unreadable, function_of
 from jdcore.graph._site import NoRule, Site
 from jdcore.graph.rules import Rule, Rules
-from jdcore.graph.shares import Accumulator, Dense, Outer, Share, Uses
+from jdcore.graph.shares import Accumulator, Dense, Outer, Share, Uses, combined
 
 # Rows that are shorter are collected and multiplied together: few large products, no small ones.
 _SMALL = 1 << 16
@@ -587,7 +587,7 @@ class _Small:
     def weighted(self, weights: Tensor) -> dict[Place, Tensor]:
         grads: dict[Place, Tensor] = {}
         for rows, shares in self._joined:
-            summed = (weights.reshape(1, -1).to(rows.dtype) @ rows)[0]
+            summed = combined(weights.reshape(-1), rows)
             parts = torch.split(summed, [share.shape.numel() for _, share in shares])
             for (root, share), part in zip(shares, parts, strict=True):
                 part = part.view(share.shape)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from jdcore.graph._site import NoRule, Site
 from jdcore.graph.rules._table import rule
-from jdcore.graph.shares import Dense, Outer, Share, widened
+from jdcore.graph.shares import Dense, Outer, Share, outer
 
 
 @rule("MmBackward0")
@@ -65,10 +65,7 @@ def batched_matrix_product(site: Site, operand: int) -> Share:
     shape = site.shapes[operand]
     if len(other) == 1:
         return Outer(inputs[0], varied[0], grads_first=first == 0, shape=shape)
-    pattern = "kbto,bti->kbio" if first else "kbto,bti->kboi"
-    rows = [
-        torch.einsum(pattern, widened(g), widened(x)) for g, x in zip(varied, inputs, strict=True)
-    ]
+    rows = [outer(x, g, grads_first=first == 0) for g, x in zip(varied, inputs, strict=True)]
     return Dense(torch.stack(rows, 2), shape)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from jdcore.graph._site import NoRule, Site
 from jdcore.graph.rules._table import rule
-from jdcore.graph.shares import Dense, Outer, Share, widened
+from jdcore.graph.shares import Dense, Outer, Share, product, widened
 
 _LSTM_MODE = 2
 
@@ -64,7 +64,7 @@ def _gates_of(site: Site) -> tuple[Tensor, Tensor, Tensor]:
         of_outputs = None if of_outputs is None else of_outputs.flip(1)
     first = widened(site.saved("hx_")).reshape(1, *outputs.shape[1:])
     states = torch.cat([first, outputs[:-1]])
-    gates = inputs @ weights[0].T + states @ weights[1].T
+    gates = product(inputs, weights[0].T) + product(states, weights[1].T)
     for bias in weights[2:]:
         gates += bias
     factors = _factors(gates, widened(site.saved("cx_")).reshape(outputs.shape[1:]))
@@ -120,7 +120,7 @@ def _backward(
         cell = torch.addcmul(cell, state, factors.cell_by_state[t])
         parts = [cell * factor[t] for factor in factors.gates] + [state * factors.output_gate[t]]
         torch.cat(parts, dim=-1, out=at_gates[:, t])
-        state = at_gates[:, t] @ recurrent
+        state = product(at_gates[:, t], recurrent)
         cell = cell * factors.forget[t]
     return at_gates
 

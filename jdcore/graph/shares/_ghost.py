@@ -94,7 +94,7 @@ def _contract_tasks(gram: Tensor, grads: Tensor) -> Tensor:
 def _inner_products(rows: Tensor, vector: Tensor) -> Tensor:
     # In pieces: one float32 sum over millions of entries loses half of its digits.
     parts = zip(torch.split(rows, 16384, dim=1), torch.split(vector, 16384), strict=True)
-    return torch.stack([(row @ piece).double() for row, piece in parts]).sum(0)
+    return torch.stack([product(row, piece[:, None])[:, 0].double() for row, piece in parts]).sum(0)
 
 
 def _contract_samples(gram: Tensor, grads: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 from jdcore.graph._cost import outer_ghost_beats_direct
 from jdcore.graph._memory import Memory
 from jdcore.graph.shares._ghost import Gram, add_contracted, linear_gram
-from jdcore.graph.shares._product import product, weighted_sum, widened
+from jdcore.graph.shares._product import outer, product, weighted_sum, widened
 from jdcore.graph.shares._share import Accumulator, Share
 
 
@@ -132,7 +132,7 @@ class Outer(Share):
             _scatter(rows, self.inputs.index, self.inputs.size, grads)
             rows = rows.view(K, B, -1, o)
         else:
-            rows = torch.einsum("kbto,bti->kbio", grads, self.inputs.to(grads.dtype))
+            return outer(self.inputs, grads, grads_first=self.grads_first).view(K, B, *self.shape)
         return (rows.mT if self.grads_first else rows).reshape(K, B, *self.shape)
 
     # -- samples of several processes --------------------------------------------------------------

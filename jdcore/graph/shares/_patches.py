@@ -9,7 +9,7 @@ from jdcore.graph._cost import conv_ghost_beats_direct
 from jdcore.graph._memory import CAPACITY, Memory
 from jdcore.graph.shares._geometry import Geometry, patch_gram, patches
 from jdcore.graph.shares._ghost import add_contracted
-from jdcore.graph.shares._product import product, weighted_sum, widened
+from jdcore.graph.shares._product import combined, product, weighted_sum, widened
 from jdcore.graph.shares._share import Accumulator, Share
 
 # Rows kept for the weighted gradient may take this many times the memory of the gradients they
@@ -173,7 +173,7 @@ class Patches(Share):
     def weighted(self, weights: Tensor) -> Tensor:
         if self._kept is not None:
             kept = self._kept.flatten(2).flatten(0, 1)
-            total = weights.reshape(1, -1).to(kept.dtype) @ kept
+            total = combined(weights.reshape(-1), kept)
             return total.view(self._kept.shape[2:]).movedim(-1, 1).reshape(self.shape)
         K, B, r = self._sizes
         by_sample = self._grads.reshape(K, B, r, *self._grads.shape[2:])

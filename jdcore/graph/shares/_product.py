@@ -19,6 +19,8 @@ def product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     """
     ``a @ b`` of two matrices or two batches of them, computed in at least float32.
 
+    All products of this room are made here, since TF32 must not enter them.
+
     :param out: Where to write it, in float32 or float64.
     """
     if a.dtype != b.dtype:
@@ -30,6 +32,29 @@ def product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
         a, b = a.float(), b.float()
     with exact_products(a):
         return torch.matmul(a, b) if out is None else torch.matmul(a, b, out=out)
+
+
+def combined(weights: Tensor, rows: Tensor) -> Tensor:
+    """
+    ``weights @ rows``, in the dtype of the rows, but at least in float32.
+
+    :param weights: Vector [R] of any real dtype.
+    :param rows: Matrix [R, n].
+    """
+    rows = widened(rows)
+    return product(weights[None].to(rows.dtype), rows)[0]
+
+
+def outer(inputs: Tensor, grads: Tensor, *, grads_first: bool) -> Tensor:
+    """
+    Sums of outer products over positions, written out, in at least float32.
+
+    :param inputs: Shape [B, T, i].
+    :param grads: Shape [K, B, T, o].
+    :returns: Shape [K, B, o, i] if the gradients come first, else [K, B, i, o].
+    """
+    inputs, grads = widened(inputs), widened(grads)
+    return product(grads.mT, inputs) if grads_first else product(inputs.mT, grads)
 
 
 def exact_products(tensor: Tensor) -> AbstractContextManager[None]:

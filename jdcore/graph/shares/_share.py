@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from jdcore.graph._memory import Memory, pieces
-from jdcore.graph.shares._product import product, widened
+from jdcore.graph.shares._product import combined, product, widened
 
 # Longer float32 inner products lose digits (1e-3 for rows of 1e7 entries); shorter ones are no more
 # exact and keep the cores less busy.
@@ -88,8 +88,7 @@ class Dense(Share):
         gramian.add_rows(self.flat())
 
     def weighted(self, weights: Tensor) -> Tensor:
-        rows = self.flat()
-        return (weights.reshape(1, -1).to(rows.dtype) @ rows).view(self.shape)
+        return combined(weights.reshape(-1), self.flat()).view(self.shape)
 
     def rows(self) -> Tensor:
         return widened(self._rows).reshape(*self._rows.shape[:2], *self.shape)
