@@ -88,18 +88,24 @@ class Layout:
         :param tensor: Laid out like this.
         :returns: Shape [B, 1, ..., n, ..., 1], to be multiplied with the tensor.
         """
-        n = tensor.shape[self.dim]
-        if self.index is None:
-            owners = torch.arange(n, device=tensor.device) // self.after % self.samples
-        else:
-            index = self.index.to(tensor.device)
-            owners = index.new_full((n + 1,), -1)
-            rows = torch.arange(self.samples, device=index.device)[:, None].expand_as(index)
-            owners[index.flatten()] = rows.flatten()  # what is missing goes to the last, -1
-            owners = owners[:-1]
+        owners = self.owners(tensor.shape[self.dim], tensor.device)
         masks = owners == torch.arange(self.samples, device=tensor.device)[:, None]
         shape = [-1 if d == self.dim else 1 for d in range(tensor.ndim)]
         return masks.view(self.samples, *shape)
+
+    def owners(self, length: int, device: torch.device) -> Tensor:
+        """
+        The sample of each entry of the dimension, -1 for none.
+
+        :param length: Of the dimension.
+        """
+        if self.index is None:
+            return torch.arange(length, device=device) // self.after % self.samples
+        index = self.index.to(device)
+        owners = index.new_full((length + 1,), -1)
+        rows = torch.arange(self.samples, device=device)[:, None].expand_as(index)
+        owners[index.flatten()] = rows.flatten()  # what is missing goes to the last, -1
+        return owners[:-1]
 
     def at(self, dim: int) -> Layout:
         """The same order of entries in another dimension."""
