@@ -190,6 +190,7 @@ def test_hooks_that_read_values_or_scale() -> None:
     assert seen
 
 
+@pytest.mark.filterwarnings("ignore::jdcore.RowByRowWarning")
 @pytest.mark.parametrize("batch_dim", [0, None])
 def test_a_hook_of_a_transposed_weight(batch_dim: int | None) -> None:
     net = nn.Linear(3, 2)
@@ -280,6 +281,7 @@ def test_functions_that_differentiate_in_their_backward(batch_dim: int | None) -
         _right(engine, losses, [net.weight, net.bias, w])
 
 
+@pytest.mark.filterwarnings("ignore::jdcore.RowByRowWarning")
 @pytest.mark.parametrize("batch_dim", [0, None])
 def test_a_hook_that_differentiates_its_own_graph(batch_dim: int | None) -> None:
     net, out = nn.Linear(3, 3), nn.Linear(3, 1)
