@@ -44,9 +44,10 @@ class Engine:
     :param modules: The modules whose parameters are meant, all of a model or the shared ones only.
     :param batch_dim: The dimension of samples in the losses, if each loss depends on one sample
         only (instance-wise risk minimization), so that one backward pass serves all samples. None
-        if any loss may depend on the whole batch (multi-task learning); then each loss needs a pass
-        of its own. With a ``batch_dim`` the first call for a kind of graph takes a few backward
-        passes more, which show where in the graph the samples are.
+        if any loss may depend on the whole batch (multi-task learning); then the losses go through
+        the trunk that they share together where that is known to be right and faster, else one
+        after the other. With a ``batch_dim`` the first call for a kind of graph takes a few
+        backward passes more, which show where in the graph the samples are.
     :param memory_budget: Bytes that a temporary may have. By default an eighth of the free memory
         of an accelerator, and what the caches hold on a CPU.
     :raises ParameterTypeError: If a module is no ``nn.Module``, or another argument of the wrong

@@ -15,15 +15,9 @@ from jdcore.autojac._gradients import as_matrix, same_grad, zeros
 from jdcore.autojac._hidden import AccumulatedRows, guarded, hides, kept_parameters
 from jdcore.autojac._products import Product, find_products
 from jdcore.autojac._taps import RowTaps, is_worth_a_hook
-from jdcore.autojac._vmap import (
-    Kind,
-    attempt,
-    batched_gradients,
-    choose_chunk_size,
-    insist,
-)
+from jdcore.autojac._vmap import Kind, attempt, choose_chunk_size, insist
 from jdcore.errors import SinglePassError, VectorizationError
-from jdcore.graph import Reach, reach
+from jdcore.graph import Reach, batched_gradients, reach
 from jdcore.linalg._pages import new_tensor
 
 Gradients = list["Tensor | None"]

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import gc
 import re
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
 from attrs import frozen
 from torch import Tensor
-from torch.autograd.graph import GradientEdge
 
 from jdcore.errors import JDCoreError, VectorizationError, VectorizationWarning, warn
 from jdcore.graph import Reach, largest_gradient
@@ -120,37 +118,6 @@ _WORKED: dict[frozenset[str], int] = {}
 _FAILED: set[frozenset[str]] = set()
 # After how many calls to look for what vmap may have left behind.
 _LOOKS = frozenset(16**k for k in range(16))
-
-
-def batched_gradients(
-    outputs: Sequence[Tensor],
-    inputs: Sequence[Tensor] | Sequence[GradientEdge],
-    cotangents: Sequence[Tensor],
-    retain_graph: bool,
-) -> list[Tensor | None]:
-    """
-    Differentiate several rows in one pass.
-
-    :param cotangents: Initial Jacobians ``[m, *S_output]``, one per output.
-    :returns: One tensor ``[m, *S_input]`` per input, None where no output depends on it.
-    """
-    reached: list[int] = []
-
-    def row(*gradients: Tensor) -> list[Tensor]:
-        results = torch.autograd.grad(
-            outputs, inputs, gradients, retain_graph=retain_graph, allow_unused=True
-        )
-        reached.extend(i for i, result in enumerate(results) if result is not None)
-        return [result for result in results if result is not None]
-
-    with warnings.catch_warnings():
-        # vmap runs an operator that it cannot batch row by row, as we would do without it.
-        warnings.filterwarnings("ignore", message="There is a performance drop")
-        results = torch.vmap(row)(*cotangents)
-    found: list[Tensor | None] = [None] * len(inputs)
-    for i, result in zip(reached, results, strict=True):
-        found[i] = result
-    return found
 
 
 def attempt(

@@ -9,6 +9,7 @@ from jdcore.graph._graph import Graph, Place
 from jdcore.graph._jacobian import Jacobian, Objectives, Served, without_autocast
 from jdcore.graph._layout import Layout
 from jdcore.graph._nesting import OuterPass
+from jdcore.graph._passes import batched_gradients
 from jdcore.graph._plan import Plans
 from jdcore.graph._saved import MATRIX_PRODUCTS, Unreadable, function_of, saved, saved_as_it_is
 from jdcore.graph._site import NoRule, Site
@@ -41,6 +42,7 @@ __all__ = [
     "Share",
     "Site",
     "Unreadable",
+    "batched_gradients",
     "call",
     "called_shares",
     "edge_of",

@@ -19,9 +19,16 @@ from collections.abc import Sequence
 _FLOPS = 90.0  # multiply-adds count as two
 _BYTES = 8.0
 _ENTRY = 4.0  # bytes
+_CACHE = 2 << 20  # bytes
+_CALL = 8000.0
 _GHOST_LIMIT = 8 << 20  # entries of an [N, N] matrix that are still worth having
 
-__all__ = ["conv_ghost_beats_direct", "outer_ghost_beats_direct", "outer_ghost_beats_rows"]
+__all__ = [
+    "batch_beats_single_passes",
+    "conv_ghost_beats_direct",
+    "outer_ghost_beats_direct",
+    "outer_ghost_beats_rows",
+]
 
 
 def _time(flops: float, entries: float) -> float:
@@ -90,3 +97,20 @@ def conv_ghost_beats_direct(
     )
     patch = C * math.prod(kernel)
     return ghost < _direct(K * B, r * T, o * patch) + _time(0, B * r * patch * T)
+
+
+def batch_beats_single_passes(K: int, nodes: int, entries: int, weights: Sequence[int]) -> bool:
+    """
+    Whether K losses should go through some operations together.
+
+    A batched call takes as long as four single ones, and what it writes is too large for the caches
+    sooner. Weights that are too large for them are read once, and not once for each loss.
+
+    :param nodes: The number of operations.
+    :param entries: Of all their results, for one loss.
+    :param weights: The numbers of entries of the parameters.
+    """
+    read = sum(weight for weight in weights if weight * _ENTRY > _CACHE)
+    return (
+        nodes * (K - 4) * _CALL + (K - 1) * read * _ENTRY / _BYTES > K * entries * _ENTRY / _BYTES
+    )

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import partial, reduce
+from functools import cached_property, partial, reduce
 from typing import Any
 
 import torch
@@ -14,11 +14,12 @@ from jdcore.graph._call import called_shares
 from jdcore.graph._graph import Graph, Place
 from jdcore.graph._hooks import may_have_hooks
 from jdcore.graph._memory import Memory
-from jdcore.graph._passes import Grads, Listener, differentiate
+from jdcore.graph._passes import Grads, Listener, dense_grad, differentiate, stacked
 from jdcore.graph._plan import Plan, Plans, plan_of_tasks
 from jdcore.graph._pull import pull, pull_rows
 from jdcore.graph._saved import Unreadable, function_of
 from jdcore.graph._site import NoRule, Site
+from jdcore.graph._tasks import Passes, starts_of
 from jdcore.graph.rules import Rule, Rules
 from jdcore.graph.shares import Accumulator, Dense, Outer, Share, Uses, combined
 
@@ -78,23 +79,13 @@ class Objectives:
         axes = self.batch_dim, last + 1 + self.batch_dim
         return total.view(*moved, *moved).movedim((last, 2 * last + 1), axes).reshape(total.shape)
 
-    def starts(self, task: int) -> tuple[list[Tensor], list[Tensor]]:
-        """The output that a task is in, and the gradient to start with for all its samples."""
-        if self.batch_dim is not None:
-            output = self.outputs[0]
-            moved = output.movedim(self.batch_dim, -1)
-            seed = torch.zeros_like(moved, memory_format=torch.contiguous_format)
-            seed.view(self.tasks, self.samples)[task] = 1
-            return [output], [seed.movedim(-1, self.batch_dim)]
-        for output in self.outputs:
-            if task < output.numel():
-                if not output.requires_grad:
-                    return [], []
-                seed = torch.zeros_like(output, memory_format=torch.contiguous_format)
-                seed.view(-1)[task] = 1
-                return [output], [seed]
-            task -= output.numel()
-        raise IndexError(task)
+    def seed(self, task: int) -> Tensor:
+        """The gradient to start with for all samples of a task."""
+        assert self.batch_dim is not None
+        moved = self.outputs[0].movedim(self.batch_dim, -1)
+        seed = torch.zeros_like(moved, memory_format=torch.contiguous_format)
+        seed.view(self.tasks, self.samples)[task] = 1
+        return seed.movedim(-1, self.batch_dim)
 
     def seeds(self, weights: Tensor) -> list[Tensor]:
         """The gradients to start with for weighted losses."""
@@ -165,6 +156,10 @@ class Jacobian:
         self.graph = Graph(objectives.outputs, wanted)
         self._given = [tensor for tensor in wanted if tensor.is_leaf]
         self._hooked = {i for i, leaf in self.graph.wanted.items() if leaf._backward_hooks}
+        self._apart = any(t._backward_hooks for t in self.graph.leaves.values()) or any(
+            not t.is_leaf for t in [*self.graph.targets.values(), *self.graph.retained]
+        )
+        """Whether somebody hears the gradients of passes, who must not meet several in one."""
         self.objectives = objectives
         # A loss that is a parameter itself is behind no operation.
         self.one_by_one: str | None = None
@@ -229,6 +224,7 @@ class Jacobian:
             self.one_by_one = reason
             warn(RowByRowWarning(self.objectives.rows, reason))
         self.objectives = _OneByOne(self.objectives.outputs, self.objectives.batch_dim)
+        self._apart = True
         self._hooked = set(self.graph.wanted)
 
     def _find_plan(self) -> Plan:
@@ -244,7 +240,11 @@ class Jacobian:
                 if not any(function_of(node) for node in self.graph.nodes):
                     raise
                 self._take_plain_rows("a function of the graph fails where gradients are NaN")
-        return plan_of_tasks(self.graph, objectives.rows, self._hooked)
+        return self._of_tasks
+
+    @cached_property
+    def _of_tasks(self) -> Plan:
+        return plan_of_tasks(self.graph, self.objectives.rows, self._hooked)
 
     @contextmanager
     def fields_unchanged(self) -> Iterator[None]:
@@ -287,7 +287,7 @@ class Jacobian:
         def receive(node: int, grads: Grads, k: int) -> None:
             rows = waiting[node]
             rows += [[None] * len(grads)] * (k - len(rows))
-            rows.append([None if g is None else _dense(g.detach()) for g in grads])
+            rows.append([None if g is None else dense_grad(g.detach()) for g in grads])
             if k == K - 1 and node not in (plan.called or ()):
                 rest = self._serve(node, rows, total)
                 if rest:
@@ -297,9 +297,9 @@ class Jacobian:
 
         listener = Listener(graph, waiting)
         for k in range(K):
-            outputs, seeds = self.objectives.starts(k)
+            seeds = [self.objectives.seed(k)]
             retain = retain_graph or k < K - 1
-            listener.run(outputs, seeds, partial(receive, k=k), retain_graph=retain)
+            listener.run(self.objectives.outputs, seeds, partial(receive, k=k), retain_graph=retain)
         for node, rows in waiting.items():
             if rows:
                 self._serve_late(node, rows, unserved, total)
@@ -307,51 +307,29 @@ class Jacobian:
 
     def _run_tasks(self, total: Accumulator, retain_graph: bool) -> None:
         """All tasks, without samples: ordinary gradients, beside shares of products."""
-        plan, K = self._plan, self.objectives.rows
+        plan, graph = self._plan, self.graph
+        starts = starts_of(graph, self.objectives.outputs)
+        if self.objectives.batch_dim is not None:
+            order = torch.arange(len(starts), device="cpu")
+            starts = [starts[i] for i in self.objectives.by_task(order).flatten().tolist()]
+        passes = Passes(graph, starts, self._memory, self._apart)
         # What operations saved is read afterwards, and other leaves differentiated.
         retain_graph |= bool(self._others()) or bool(plan.frontier)
         groups = [plan.ordinary] if total.keep else self._groups(plan.ordinary)
-        products: dict[int, list[Grads]] = {node: [] for node in plan.frontier}
         for i, group in enumerate(groups):
             last = i == len(groups) - 1
-            listener = Listener(self.graph, products if last else (), group)
-            retain = retain_graph or not last
-            rows: list[list[Tensor | None]] = [[] for _ in group]
-            for k in range(K):
-                found = self._task(listener, k, products, retain or k < K - 1)
-                for j, of_place in enumerate(rows):
-                    grad = found[j] if found else None
-                    of_place.append(None if grad is None else _dense(grad))
-            for place, of_place in zip(group, rows, strict=True):
+            products = list(plan.frontier) if last else []
+            places = [*group, *((node, 0) for node in products)]
+            grads = passes.gradients(places, retain_graph=retain_graph or not last)
+            for place, of_place in zip(group, grads, strict=False):
                 self._take_ordinary(place, of_place, total)
-        for node, of_node in products.items():
-            if of_node:
-                of_node += [(None,)] * (K - len(of_node))
-                self._serve(node, of_node, total)
+            for node in reversed(products):
+                site = self._site(node, [grads.pop()])
+                self._serve_site(site, node, total)
 
-    def _task(
-        self,
-        listener: Listener,
-        k: int,
-        products: dict[int, list[Grads]],
-        retain_graph: bool,
-    ) -> Grads:
-        """One pass: gradients at products are added to theirs; nothing for an absent task."""
-        outputs, seeds = self.objectives.starts(k)
-        if not outputs:
-            return ()
-
-        def receive(node: int, grads: Grads) -> None:
-            rows = products[node]
-            rows += [(None,)] * (k - len(rows))
-            rows.append([None if g is None else _dense(g.detach()) for g in grads])
-
-        return listener.run(outputs, seeds, receive, retain_graph=retain_graph)
-
-    def _take_ordinary(self, place: Place, rows: list[Tensor | None], total: Accumulator) -> None:
-        stacked = _stacked(rows)
-        if stacked is not None:
-            share = Dense(stacked[:, None], stacked.shape[1:])
+    def _take_ordinary(self, place: Place, grads: Tensor | None, total: Accumulator) -> None:
+        if grads is not None:
+            share = Dense(grads[:, None], grads.shape[1:])
             self._plan.alone.add(place)
             self._take(place, share, total, "a parameter", "ordinary gradients")
 
@@ -372,22 +350,27 @@ class Jacobian:
     @property
     def too_large(self) -> bool:
         """Whether the rows take more memory than should be kept."""
-        size = sum(self.graph.result(place).shape.numel() for place in self.graph.targets)
-        return self._without_samples and self.objectives.rows * size > _ROWS
+        if not self._without_samples:
+            return False
+        size = sum(self.graph.result(place).shape.numel() for place in self._of_tasks.ordinary)
+        return self.objectives.rows * size > _ROWS
 
     # -- shares ------------------------------------------------------------------------------------
 
-    def _site(self, node: int, rows: list[Grads]) -> Site:
+    def _site(self, node: int, grads: Sequence[Tensor | None]) -> Site:
+        """
+        An operation of the frontier.
+
+        :param grads: At its results, shape ``[K, *result.shape]`` each.
+        """
         plan, graph = self._plan, self.graph
-        layouts = [plan.layouts.get((node, number)) for number in range(len(rows[0]))]
+        layouts = [plan.layouts.get((node, number)) for number in range(len(grads))]
         # Where nothing depends on a result, what arrives there is zero.
-        of_results = zip(*rows, strict=True)
-        grads = [
-            None if layout is None else _stacked(of_result)
-            for layout, of_result in zip(layouts, of_results, strict=True)
+        given = [
+            None if layout is None else grad for layout, grad in zip(layouts, grads, strict=True)
         ]
         shapes = {p: graph.result(graph.inputs[node][p]).shape for p in plan.frontier[node]}
-        return Site(graph.nodes[node], graph.names[node], grads, layouts, shapes)
+        return Site(graph.nodes[node], graph.names[node], given, layouts, shapes)
 
     def _serve(self, node: int, rows: list[Grads], total: Accumulator) -> list[int]:
         """
@@ -395,7 +378,10 @@ class Jacobian:
 
         :returns: Operands without a rule.
         """
-        site, rest = self._site(node, rows), []
+        return self._serve_site(self._site(node, _by_result(rows)), node, total)
+
+    def _serve_site(self, site: Site, node: int, total: Accumulator) -> list[int]:
+        rest = list[int]()
         if all(g is None for g in site.grads):
             return []
         shares: dict[int, Share] = {}
@@ -433,7 +419,7 @@ class Jacobian:
         if not rest:
             return
         unserved[node] = rest
-        site = self._site(node, rows)
+        site = self._site(node, _by_result(rows))
         masks = [
             None if g is None or layout is None else layout.masks(g[0])
             for g, layout in zip(site.grads, site.layouts, strict=True)
@@ -617,17 +603,9 @@ def sum_of(tensors: Iterable[Tensor]) -> Tensor:
     return reduce(lambda a, b: b + a if a.is_sparse else a + b, tensors)
 
 
-def _dense(grad: Tensor) -> Tensor:
-    return grad if grad.layout == torch.strided else grad.to_dense()
-
-
-def _stacked(rows: Sequence[Tensor | None]) -> Tensor | None:
-    present = next((row for row in rows if row is not None), None)
-    if present is None:
-        return None
-    if len(rows) == 1:
-        return present[None]
-    return torch.stack([torch.zeros_like(present) if r is None else r for r in rows])
+def _by_result(rows: Sequence[Grads]) -> list[Tensor | None]:
+    """The gradients of all tasks at each result of an operation."""
+    return [stacked(of_result) for of_result in zip(*rows, strict=True)]
 
 
 def without_autocast(device_type: str) -> AbstractContextManager[Any]:

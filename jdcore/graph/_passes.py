@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import partial
 from typing import Any
@@ -91,12 +92,13 @@ class Listener:
 
 
 def differentiate(
-    outputs: Sequence[Tensor], inputs: Sequence[Any], seeds: Sequence[Tensor], retain_graph: bool
+    outputs: Sequence[Any], inputs: Sequence[Any], seeds: Sequence[Tensor], retain_graph: bool
 ) -> tuple[Tensor | None, ...]:
     """
     ``torch.autograd.grad``, with an error of ours where a compiled function refuses.
 
-    :param inputs: Tensors, or edges of the graph.
+    :param outputs: Tensors, or edges of the graph.
+    :param inputs: Likewise.
     """
     if not inputs:
         return ()
@@ -112,3 +114,51 @@ def differentiate(
                 "pass of the compiled region.",
             ) from error
         raise
+
+
+def batched_gradients(
+    outputs: Sequence[Any],
+    inputs: Sequence[Any],
+    cotangents: Sequence[Tensor],
+    retain_graph: bool,
+) -> list[Tensor | None]:
+    """
+    Differentiate several rows in one pass.
+
+    :param outputs: Tensors, or edges of the graph.
+    :param inputs: Likewise.
+    :param cotangents: Initial Jacobians ``[m, *S_output]``, one per output.
+    :returns: One tensor ``[m, *S_input]`` per input, None where no output depends on it.
+    """
+    reached: list[int] = []
+
+    def row(*gradients: Tensor) -> list[Tensor]:
+        results = torch.autograd.grad(
+            outputs, inputs, gradients, retain_graph=retain_graph, allow_unused=True
+        )
+        reached.extend(i for i, result in enumerate(results) if result is not None)
+        return [result for result in results if result is not None]
+
+    with warnings.catch_warnings():
+        # vmap runs an operator that it cannot batch row by row, as we would do without it.
+        warnings.filterwarnings("ignore", message="There is a performance drop")
+        results = torch.vmap(row)(*cotangents)
+    found: list[Tensor | None] = [None] * len(inputs)
+    for i, result in zip(reached, results, strict=True):
+        found[i] = result
+    return found
+
+
+def dense_grad(grad: Tensor) -> Tensor:
+    """A gradient that is not sparse."""
+    return grad if grad.layout == torch.strided else grad.to_dense()
+
+
+def stacked(rows: Sequence[Tensor | None]) -> Tensor | None:
+    """Gradients of all losses at one place, zero where there is none; None if there is none."""
+    present = next((row for row in rows if row is not None), None)
+    if present is None:
+        return None
+    if len(rows) == 1:
+        return present[None]
+    return torch.stack([torch.zeros_like(present) if r is None else r for r in rows])

@@ -25,6 +25,7 @@ __all__ = [
     "computed_at",
     "current_pass",
     "function_of",
+    "has_unpack_hooks",
     "hooks_made",
     "next_computed_at",
     "number_of_results",
@@ -130,6 +131,21 @@ def operand_has_hooks(node: Any, operand: int) -> bool:
     return isinstance(tensor, Tensor) and (bool(tensor._backward_hooks) or tensor.retains_grad)
 
 
+def has_unpack_hooks(node: Any) -> bool:
+    """Whether Python code gives an operation what it saved, as checkpoints do."""
+    for name in _raw_names(cast("Hashable", type(node))):
+        raw = getattr(node, name)
+        for one in raw if isinstance(raw, (tuple, list)) else (raw,):
+            if getattr(one, "unpack_hook", None) is not None:
+                return True
+    return False
+
+
+@cache
+def _raw_names(kind: Hashable) -> tuple[str, ...]:
+    return tuple(name for name in dir(kind) if name.startswith("_raw_saved_"))
+
+
 @frozen(eq=False)
 class Result:
     """
@@ -177,7 +193,7 @@ def _is_plain(value: Any) -> bool:
 @cache
 def _plain_names(kind: Hashable) -> tuple[str, ...]:
     names = [name for name in dir(kind) if name.startswith("_saved_")]
-    raw = {name.removeprefix("_raw") for name in dir(kind) if name.startswith("_raw_saved_")}
+    raw = {name.removeprefix("_raw") for name in _raw_names(kind)}
     return tuple(n for n in names if n not in raw and "_sym_" not in n)
 
 

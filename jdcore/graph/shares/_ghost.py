@@ -5,8 +5,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from jdcore.graph._memory import pieces
-from jdcore.graph.shares._product import product, widened
+from jdcore.graph._memory import Memory, pieces
+from jdcore.graph.shares._product import long_product, product, widened
 from jdcore.graph.shares._share import Accumulator, lower_product
 
 # Products of fewer positions than these are slow.
@@ -57,7 +57,7 @@ def _contracted(gram: Gram, grads: Tensor, total: Accumulator) -> Iterator[tuple
         found = product(flat, flat.T).view(K, B, K, B)
         yield found.mul_(gram(0, B).view(1, B, 1, B)).view(K * B, K * B), 0
     elif B == 1:
-        yield _contract_tasks(gram(0, 1), grads), 0
+        yield _contract_tasks(gram(0, 1), grads, total.memory), 0
     else:
         yield _contract_samples(gram(0, B), grads), 0
 
@@ -81,20 +81,14 @@ def _contract_one_task(
         yield found, start
 
 
-def _contract_tasks(gram: Tensor, grads: Tensor) -> Tensor:
+def _contract_tasks(gram: Tensor, grads: Tensor, memory: Memory) -> Tensor:
     K, _, T, o = grads.shape
-    flat = widened(grads.reshape(K, T * o))
-    total = flat.new_empty((K, K), dtype=torch.float64)
-    for k in range(K):
-        mixed = product(gram, widened(grads[k, 0])).view(T * o)
-        total[:, k] = _inner_products(flat, mixed)
-    return total
-
-
-def _inner_products(rows: Tensor, vector: Tensor) -> Tensor:
-    # In pieces: one float32 sum over millions of entries loses half of its digits.
-    parts = zip(torch.split(rows, 16384, dim=1), torch.split(vector, 16384), strict=True)
-    return torch.stack([product(row, piece[:, None])[:, 0].double() for row, piece in parts]).sum(0)
+    rows = widened(grads.reshape(K, T * o))
+    parts = [
+        long_product(rows, product(gram, rows[start:stop].view(-1, T, o)).flatten(1))
+        for start, stop in memory.pieces(K, T * o)
+    ]
+    return torch.cat(parts, 1) if len(parts) > 1 else parts[0]
 
 
 def _contract_samples(gram: Tensor, grads: Tensor) -> Tensor:

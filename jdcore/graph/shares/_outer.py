@@ -74,12 +74,14 @@ class Outer(Share):
             self._add_direct(self.inputs, gramian)
 
     def _add_direct(self, inputs: Tensor, gramian: Accumulator) -> None:
-        K, B, _, o = self.grads.shape
+        K, B, T, o = self.grads.shape
         memory, like = gramian.memory, widened(self.grads[:0])
-        for start, stop in memory.pieces(inputs.shape[2], K * B * o):
+        # One call copies the inputs for each task, many calls write to memory that is reused.
+        size = K * B * (o if memory.reused else max(o, T))
+        for start, stop in memory.pieces(inputs.shape[2], size):
             factor = inputs[..., start:stop].transpose(1, 2)
-            if K == 1 and not memory.reused:
-                rows = product(factor, self.grads[0])[None]
+            if not memory.reused:
+                rows = product(factor, self.grads)
             else:
                 rows = memory.rows((K, B, stop - start, o), like)
                 for k in range(K):

@@ -7,11 +7,7 @@ import torch
 from torch import Tensor
 
 from jdcore.graph._memory import Memory, pieces
-from jdcore.graph.shares._product import combined, product, widened
-
-# Longer float32 inner products lose digits (1e-3 for rows of 1e7 entries); shorter ones are no more
-# exact and keep the cores less busy.
-_COLUMNS = 16384
+from jdcore.graph.shares._product import COLUMNS, combined, product, widened
 
 # Products of fewer rows are slow.
 _ROWS = 128
@@ -154,10 +150,10 @@ class Accumulator:
 
     def add_rows(self, rows: Tensor) -> None:
         """Add the Gramian of rows [R, n]."""
-        if not self.memory.reused and rows.shape[1] > 2 * _COLUMNS:
+        if not self.memory.reused and rows.shape[1] > 2 * COLUMNS:
             rows = self._add_most(rows)
         parts = self.halves()
-        for columns in torch.split(rows, _COLUMNS, dim=1):
+        for columns in torch.split(rows, COLUMNS, dim=1):
             for start, stop in parts:
                 self.add(lower_product(columns, start, stop), start)
 
@@ -179,7 +175,7 @@ class Accumulator:
 
 def _even(length: int) -> int:
     """Into how many pieces to cut a length, so that nothing is left over if possible."""
-    least = length // _COLUMNS
+    least = length // COLUMNS
     return next((n for n in range(least, 2 * least) if length % n == 0), least)
 
 

@@ -1,0 +1,46 @@
+"""
+Operations whose derivative is the same for many gradients at once as for one after the other.
+
+Not all are: torch batches the derivatives of ``cdist`` and ``as_strided_scatter`` wrongly, without
+a word, and others by a loop. Those that are named here are compared with single passes by the
+tests, for all supported versions of torch; no other one is ever batched.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jdcore.graph._saved import Unreadable, has_unpack_hooks, saved
+
+_TEXT = """
+    Add Sub Rsub Mul Div Neg Exp Exp2 Expm1 Log Log1P Log2 Log10 Sqrt Rsqrt Sigmoid Tanh Sin Cos
+    Tan Sinh Cosh Asin Acos Atan Asinh Acosh Atanh Erf Erfc Gelu Silu Mish Softplus LogSigmoid Elu
+    LeakyRelu Abs Reciprocal Relu Threshold Hardtanh Hardswish Hardsigmoid Clamp ClampMin ClampMax
+    Pow MaskedFill Where Maximum Minimum Clone ToCopy Alias View UnsafeView T Expand Unsqueeze
+    Squeeze Transpose Permute Slice Select Split UnsafeSplit SplitWithSizes Unbind Cat Stack Sum
+    Mean Var Logsumexp Softmax LogSoftmax Amax Amin Mm Addmm Bmm Baddbmm Mv Dot
+    NativeLayerNorm NativeGroupNorm NativeBatchNorm Embedding Index IndexSelect Gather MseLoss
+    SmoothL1Loss BinaryCrossEntropy BinaryCrossEntropyWithLogits NllLoss Convolution
+    MaxPool2DWithIndices AvgPool2D AdaptiveAvgPool2D ConstantPadNd LinalgVectorNorm
+    ScaledDotProductFlashAttentionForCpu
+"""
+BATCHABLE = frozenset(_TEXT.split())
+
+
+def is_batchable(name: str, node: Any) -> bool:
+    """
+    Whether an operation is named above, and keeps what it saved as it is.
+
+    A checkpoint, or tensors that are moved away and back, would run Python code inside of the pass.
+    """
+    base, _, version = name.partition("Backward")
+    if base not in BATCHABLE or not version.isdigit() or has_unpack_hooks(node):
+        return False
+    return base != "Embedding" or not _is_sparse(node)
+
+
+def _is_sparse(node: Any) -> bool:
+    try:
+        return bool(saved(node, "sparse"))
+    except Unreadable:
+        return True

@@ -1,0 +1,317 @@
+"""Losses without samples, in one batched pass or one after the other, against plain rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from jdcore import autogram
+from jdcore.graph import _tasks
+from tests.core.autogram.oracle import explicit_jacobian, randn, relative_error
+from tests.zoo.test_operations import operations
+
+ALWAYS = 1 << 24
+"""A budget: all losses at once, as on accelerators."""
+PIECES = 3000
+"""A budget for some of the losses at once."""
+
+
+@pytest.fixture(autouse=True)
+def _float64() -> Iterator[None]:
+    torch.set_default_dtype(torch.float64)
+    _tasks._PASSED.clear()
+    _tasks._FAILED.clear()
+    yield
+    torch.set_default_dtype(torch.float32)
+    _tasks._PASSED.clear()
+    _tasks._FAILED.clear()
+
+
+@pytest.fixture
+def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many losses each batched pass had."""
+    seen: list[int] = []
+    original = _tasks.batched_gradients
+
+    def noting(
+        outputs: Sequence[Any], inputs: Sequence[Any], cotangents: Sequence[Tensor], retain: bool
+    ) -> list[Tensor | None]:
+        seen.append(len(cotangents[0]))
+        return original(outputs, inputs, cotangents, retain)
+
+    monkeypatch.setattr(_tasks, "batched_gradients", noting)
+    return seen
+
+
+def _check(
+    make: Callable[[], tuple[Tensor | list[Tensor], Sequence[Tensor]]], budget: int | None = ALWAYS
+) -> None:
+    """Gramian and weighted gradient of losses with respect to leaves."""
+    losses, leaves = make()
+    flat = losses if isinstance(losses, Tensor) else torch.cat([x.reshape(-1) for x in losses])
+    jacobian = explicit_jacobian(flat, leaves)
+    seen: list[Tensor] = []
+
+    def weighting(gramian: Tensor) -> Tensor:
+        seen.append(gramian)
+        return torch.linspace(-1, 2, len(gramian))
+
+    losses, leaves = make()
+    autogram.backward(losses, weighting, inputs=leaves, batch_dim=None, memory_budget=budget)
+    [gramian] = seen
+    assert relative_error(gramian, jacobian @ jacobian.T) <= 1e-12
+    update = torch.cat(
+        [(torch.zeros_like(p) if p.grad is None else p.grad).reshape(-1) for p in leaves]
+    )
+    assert relative_error(update, torch.linspace(-1, 2, len(jacobian)) @ jacobian) <= 1e-12
+
+
+class _Net(nn.Module):
+    def __init__(self, heads: int = 5) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second, self.third = nn.Linear(4, 6), nn.Linear(6, 6), nn.Linear(6, 6)
+        self.heads = nn.ModuleList(nn.Linear(6, 1) for _ in range(heads))
+
+    def trunk(self, x: Tensor) -> Tensor:
+        return self.second(self.first(x).tanh()).relu()
+
+
+def _heads(net: _Net, hidden: Tensor) -> list[Tensor]:
+    return [(head(hidden)[:, 0] - k).square().mean() for k, head in enumerate(net.heads)]
+
+
+def _separate() -> tuple[list[Tensor], list[Tensor]]:
+    net = _Net()
+    return _heads(net, net.trunk(randn(7, 4))), list(net.parameters())
+
+
+def _in_a_row() -> tuple[Tensor, list[Tensor]]:
+    losses, leaves = _separate()
+    return torch.stack(losses), leaves
+
+
+def _in_rows_of_rows() -> tuple[Tensor, list[Tensor]]:
+    losses, leaves = _separate()
+    return torch.cat([torch.stack(losses[:2]), torch.stack(losses[2:])]), leaves
+
+
+def _one_vector() -> tuple[Tensor, list[Tensor]]:
+    net = _Net()
+    return net.trunk(randn(7, 4)).square().mean(0), list(net.parameters())
+
+
+def _norms() -> tuple[Tensor, list[Tensor]]:
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.GroupNorm(2, 4)
+    )
+    return net.eval()(randn(3, 2, 6, 6)).square().mean((0, 2, 3)), list(net.parameters())
+
+
+def _samples_mix() -> tuple[Tensor, list[Tensor]]:
+    net = _Net()
+    hidden = nn.functional.batch_norm(net.trunk(randn(7, 4)), None, None, training=True)
+    return (hidden @ hidden.T).softmax(0).square().sum(1)[:4], list(net.parameters())
+
+
+def _some_reach_little() -> tuple[list[Tensor], list[Tensor]]:
+    net = _Net()
+    hidden = net.trunk(randn(7, 4))
+    own, unused = nn.Parameter(randn(3)), nn.Parameter(randn(2))
+    losses = [*_heads(net, hidden), own.square().sum(), net.heads[0].weight.sin().sum()]
+    return [*losses, torch.zeros(())], [*net.parameters(), own, unused]
+
+
+def _deep_and_shallow() -> tuple[list[Tensor], list[Tensor]]:
+    """Some losses enter the trunk at several depths, and one is a part of it."""
+    net = _Net()
+    low = net.first(randn(7, 4)).tanh()
+    high = net.second(low).relu()
+    losses = [(high * low).mean(), low.square().mean(), *_heads(net, high), high[0, 0]]
+    return [*losses, (net.third(high) + high + low).sin().sum()], list(net.parameters())
+
+
+def _tied() -> tuple[list[Tensor], list[Tensor]]:
+    """A head is the weight of a layer of the trunk."""
+    net = _Net()
+    hidden = net.trunk(randn(7, 4))
+    losses = [*_heads(net, hidden), (hidden @ net.second.weight).sin().mean()]
+    return losses, list(net.parameters())
+
+
+def _recurrent() -> tuple[Tensor, list[Tensor]]:
+    torch.manual_seed(0)
+    cell = nn.GRUCell(3, 4)
+    state = torch.zeros(5, 4)
+    for x in randn(6, 5, 3):
+        state = cell(x, state)
+    return state.square().mean(0), list(cell.parameters())
+
+
+def _parts_of_one_result() -> tuple[list[Tensor], list[Tensor]]:
+    net = _Net()
+    left, right = net.trunk(randn(7, 4)).chunk(2, 1)
+    return [left.sin().sum(), right.cos().sum(), (left * right).sum()], list(net.parameters())
+
+
+def _infinite_elsewhere() -> tuple[list[Tensor], list[Tensor]]:
+    """The derivative of one head is infinite, which is no matter to the others."""
+    net = _Net()
+    hidden = net.trunk(randn(7, 4))
+    return [*_heads(net, hidden), (hidden * 0).sqrt()[0, 0] * hidden.sum()][:-1], list(
+        net.parameters()
+    )
+
+
+def _retained() -> tuple[list[Tensor], list[Tensor]]:
+    """Not leaves, one of which is the result of a matrix product."""
+    net = _Net()
+    product = net.first(randn(7, 4))
+    hidden = product.tanh()
+    for tensor in (product, hidden):
+        tensor.retain_grad()
+    return _heads(net, net.second(hidden)), [product, hidden, net.second.weight]
+
+
+MODELS = {
+    function.__name__.removeprefix("_"): function
+    for function in (
+        *(_separate, _in_a_row, _in_rows_of_rows, _one_vector, _norms, _samples_mix),
+        *(_some_reach_little, _deep_and_shallow, _tied, _recurrent, _parts_of_one_result),
+        *(_infinite_elsewhere, _retained),
+    )
+}
+
+
+@pytest.mark.parametrize("budget", [None, PIECES, ALWAYS])
+@pytest.mark.parametrize("name", MODELS)
+def test_gramian_and_gradient_are_those_of_plain_rows(name: str, budget: int | None) -> None:
+    _check(MODELS[name], budget)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        *(("in_a_row", [5]), ("one_vector", [6]), ("samples_mix", [4]), ("recurrent", [4])),
+        *(("norms", [4]), ("parts_of_one_result", [3]), ("some_reach_little", [])),
+    ],
+)
+def test_what_all_losses_pass_through_is_passed_once(
+    name: str, expected: list[int], passes: list[int]
+) -> None:
+    _check(MODELS[name])
+    assert passes == expected
+
+
+def test_a_budget_bounds_the_losses_of_a_pass(passes: list[int]) -> None:
+    _check(MODELS["one_vector"], 4 * 7 * 6 * 4)
+    assert passes == [3, 3]
+
+
+@pytest.mark.parametrize("kind", ["cdist", "custom", "hook", "checkpoint"])
+def test_what_cannot_be_batched_is_passed_one_by_one(kind: str, passes: list[int]) -> None:
+    class Double(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return 2 * x
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> Tensor:
+            return 2 * float(grad.sum() * 0 + 1) * grad
+
+    def make() -> tuple[Tensor, list[Tensor]]:
+        net = _Net()
+        if kind == "hook":
+            net.first.weight.register_hook(lambda grad: grad.clamp(-0.1, 0.1))
+        if kind == "checkpoint":
+            hidden = torch.utils.checkpoint.checkpoint(net.trunk, randn(7, 4), use_reentrant=False)
+        else:
+            hidden = net.trunk(randn(7, 4))
+        if kind == "custom":
+            hidden = Double.apply(hidden)
+        if kind == "cdist":
+            hidden = torch.cdist(hidden, hidden + hidden.detach().flip(0))
+        return hidden.square().mean(0)[:4], list(net.parameters())
+
+    _check(make)
+    assert passes == []
+
+
+def test_losses_go_one_by_one_where_the_batched_pass_fails(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tries: list[int] = []
+
+    def fail(*arguments: Any) -> None:
+        tries.append(1)
+        raise RuntimeError("Batching rule not implemented for aten::fancy.")
+
+    monkeypatch.setattr(_tasks, "batched_gradients", fail)
+    _check(MODELS["in_a_row"])
+    _check(MODELS["in_a_row"])
+    assert tries == [1]
+
+
+def test_an_error_that_no_batch_is_to_blame_for_is_told_and_forgotten(passes: list[int]) -> None:
+    for modified in (True, False):
+        net = _Net()
+        hidden = net.first(randn(7, 4)).exp()
+        losses = net.second(hidden + 1).square().mean(0)
+        if modified:
+            with torch.no_grad():
+                hidden.add_(1)
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                autogram.gramian(losses, batch_dim=None, memory_budget=ALWAYS)
+        else:
+            autogram.gramian(losses, batch_dim=None, memory_budget=ALWAYS)
+    assert passes == [6, 6]
+
+
+def test_no_batched_gradient_stays_with_a_tensor_that_retains_its_own() -> None:
+    for _ in range(2):
+        net = _Net()
+        hidden = net.first(randn(7, 4)).tanh()
+        hidden.retain_grad()
+        losses = net.second(hidden).square().mean(0)
+        autogram.gramian(losses, batch_dim=None, memory_budget=ALWAYS)
+        assert hidden.grad is None or not torch._C._functorch.is_batchedtensor(hidden.grad)
+
+
+def test_the_graph_is_freed_if_it_may_be() -> None:
+    for _ in range(2):  # once operations of this kind have passed
+        x = randn(3).requires_grad_()
+        losses = [x.sin().sum(), x.exp().sum()]
+        row = x.cos()
+        for given in (losses, row):
+            autogram.backward(given, lambda g: g.diagonal(), batch_dim=None, memory_budget=ALWAYS)
+    for given in (losses, row):
+        with pytest.raises(RuntimeError, match="second time"):
+            autogram.backward(given, lambda g: g.diagonal(), batch_dim=None, memory_budget=ALWAYS)
+
+
+def _operations_with(losses: int, join: Callable[[_Net, Tensor], Any]) -> int:
+    net = _Net(losses)
+    output = join(net, net.trunk(randn(7, 4)))
+    engine = autogram.Engine(net.first, net.second, batch_dim=None, memory_budget=ALWAYS)
+    return operations(lambda: engine.compute_gramian(output))
+
+
+def test_operations_of_a_vector_of_losses_do_not_grow_with_their_number() -> None:
+    def vector(net: _Net, hidden: Tensor) -> Tensor:
+        return (hidden @ torch.ones(6, len(net.heads))).square().mean(0)
+
+    assert _operations_with(16, vector) == _operations_with(24, vector)
+
+
+def test_each_further_head_costs_its_own_operations_and_no_more() -> None:
+    def stacked(net: _Net, hidden: Tensor) -> Tensor:
+        return torch.stack(_heads(net, hidden))
+
+    few, more, many = (_operations_with(k, stacked) for k in (16, 20, 28))
+    assert many - more == 2 * (more - few)
+    assert more - few <= 4 * 9  # the seed, and the five operations of a head
