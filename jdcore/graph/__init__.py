@@ -8,6 +8,7 @@ from jdcore.graph._call import call, called_shares
 from jdcore.graph._graph import Graph, Place
 from jdcore.graph._jacobian import Jacobian, Objectives, Served, without_autocast
 from jdcore.graph._layout import Layout
+from jdcore.graph._memory import Memory
 from jdcore.graph._nesting import OuterPass
 from jdcore.graph._passes import batched_gradients
 from jdcore.graph._plan import Plans
@@ -27,6 +28,7 @@ __all__ = [
     "Graph",
     "Jacobian",
     "Layout",
+    "Memory",
     "NoRule",
     "Objectives",
     "OneHot",

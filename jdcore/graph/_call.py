@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from jdcore.graph._memory import Memory
 from jdcore.graph._passes import Grads
 from jdcore.graph.shares import Dense, combined
 
@@ -38,6 +39,7 @@ def called_shares(
     grads: Grads,
     masks: Sequence[Tensor | None],
     shapes: dict[int, torch.Size],
+    memory: Memory,
 ) -> dict[int, Dense]:
     """
     Call an operation once for each row, with the gradients of all other samples set to zero.
@@ -46,6 +48,7 @@ def called_shares(
     :param grads: At its results, shape [K, ...] each.
     :param masks: The entries of each sample, shape [B, ...] each.
     :param shapes: By operand, its shape.
+    :param memory: How many samples may be called at once: each has gradients of all results.
     :returns: By operand, its share.
     """
     given = [(g, m) for g, m in zip(grads, masks, strict=True) if g is not None and m is not None]
@@ -60,31 +63,62 @@ def called_shares(
             for p, shape in shapes.items()
         )
 
-    rows = [_rows(one, name, node, [(g[k], m) for g, m in given], samples) for k in range(tasks)]
+    def rows_of(row: int, end: int) -> list[Tensor]:
+        k, b = divmod(row, samples)
+        return [_masked(g[k], m[b : b + end - row]) for g, m in given]
+
+    size = sum(g[0].numel() for g, _ in given) + sum(shape.numel() for shape in shapes.values())
+    parts = [
+        (k * samples + start, k * samples + stop)
+        for k in range(tasks)
+        for start, stop in memory.pieces(samples, size)
+    ]
+    one_by_one = hasattr(node, "apply") or name in _ONE_BY_ONE
+    found, batched = called_for_rows(one, rows_of, parts, one_by_one=one_by_one)
+    if not batched and not one_by_one:
+        _ONE_BY_ONE.add(name)
     return {
-        p: Dense(torch.stack([of_task[i] for of_task in rows]), shape)
-        for i, (p, shape) in enumerate(shapes.items())
+        p: Dense(of_operand.view(tasks, samples, *shape), shape)
+        for of_operand, (p, shape) in zip(found, shapes.items(), strict=True)
     }
 
 
-def _rows(
+def called_for_rows(
     one: Callable[..., tuple[Tensor, ...]],
-    name: str,
-    node: Any,
-    given: list[tuple[Tensor, Tensor]],
-    samples: int,
-) -> tuple[Tensor, ...]:
-    if not hasattr(node, "apply") and name not in _ONE_BY_ONE:
-        found = batched(one, [_masked(g, m) for g, m in given])
-        if found is not None:
-            return found
-        _ONE_BY_ONE.add(name)
-    each = [one(*(_masked(g, m[b]) for g, m in given)) for b in range(samples)]
-    return tuple(torch.stack(of_operand) for of_operand in zip(*each, strict=True))
+    rows_of: Callable[[int, int], Sequence[Tensor]],
+    parts: Sequence[tuple[int, int]],
+    *,
+    one_by_one: bool = False,
+) -> tuple[Sequence[Tensor], bool]:
+    """
+    Call a linear function of some tensors for many rows, as many at once as a part has.
+
+    :param rows_of: Gives the rows of a part.
+    :param parts: First row and end of each, one after the other.
+    :param one_by_one: Whether to call it for each row by itself anyway.
+    :returns: Its results, shape [R, ...] each, and whether it could be called for several at once.
+    """
+    batched, results = not one_by_one, list[Tensor]()
+    for start, stop in parts:
+        rows = rows_of(start, stop)
+        found = None
+        if batched and stop - start > 1:
+            found = _batched(one, rows, check=start == 0)
+            batched = found is not None
+        if found is None:
+            each = [one(*(of_operand[r] for of_operand in rows)) for r in range(stop - start)]
+            found = tuple(torch.stack(of_operand) for of_operand in zip(*each, strict=True))
+        if len(parts) == 1:
+            return found, batched
+        if not results:
+            results += [of.new_empty(parts[-1][1], *of.shape[1:]) for of in found]
+        for whole, of_part in zip(results, found, strict=True):
+            whole[start:stop] = of_part
+    return results, batched
 
 
-def batched(
-    one: Callable[..., tuple[Tensor, ...]], rows: Sequence[Tensor]
+def _batched(
+    one: Callable[..., tuple[Tensor, ...]], rows: Sequence[Tensor], *, check: bool
 ) -> tuple[Tensor, ...] | None:
     """
     Call a linear function of some tensors for all rows at once.
@@ -92,11 +126,12 @@ def batched(
     Some derivatives of torch are wrong under vmap (that of cdist, for one), so a combination of all
     rows is compared with the function of that combination.
 
+    :param check: Whether to compare.
     :returns: Its results, stacked, or None if one of its operations cannot be batched.
     """
     found = _vmapped(one, rows)
-    if found is None:
-        return None
+    if found is None or not check:
+        return found
     factors = torch.linspace(0.5, 1.5, len(rows[0]), dtype=torch.float64, device=rows[0].device)
     expected = one(*(_combined(factors, of_operand) for of_operand in rows))
     pairs = zip(found, expected, strict=True)

@@ -152,7 +152,7 @@ class Jacobian:
         self._plans, self._rules = plans, rules or Rules()
         self._device = objectives.outputs[0].device
         self._all_leaves = all_leaves
-        self._memory = Memory.of(self._device, budget)
+        self._memory = Memory.of(self._device, budget, objectives.outputs[0].dtype)
         self.graph = Graph(objectives.outputs, wanted)
         self._given = [tensor for tensor in wanted if tensor.is_leaf]
         self._hooked = {i for i, leaf in self.graph.wanted.items() if leaf._backward_hooks}
@@ -426,7 +426,7 @@ class Jacobian:
         ]
         shapes = {operand: site.shapes[operand] for operand in rest}
         for operand, share in called_shares(
-            site.node, site.name, site.grads, masks, shapes
+            site.node, site.name, site.grads, masks, shapes, self._memory
         ).items():
             root = self.graph.inputs[node][operand]
             self._take(root, share, total, site.name, "called for each sample")
@@ -483,7 +483,7 @@ class Jacobian:
         }
         if not rows:
             return
-        for leaf, found in pull_rows(self.graph, self._plan, rows).items():
+        for leaf, found in pull_rows(self.graph, self._plan, rows, self._memory).items():
             if leaf in self._hooked:
                 found = self._finished[leaf] = hooked_rows(self.graph.wanted[leaf], found)
             by_task = found.reshape(self.objectives.tasks, -1, *found.shape[1:])

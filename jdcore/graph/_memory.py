@@ -37,14 +37,17 @@ class Memory:
     _buffers: dict[tuple[int, torch.dtype], Tensor] = field(factory=dict, init=False)
 
     @classmethod
-    def of(cls, device: torch.device, budget: int | None) -> Memory:
+    def of(
+        cls, device: torch.device, budget: int | None, dtype: torch.dtype = torch.float32
+    ) -> Memory:
         """
         What suits a device.
 
         :param budget: Bytes that a temporary may have; None lets the library choose.
+        :param dtype: That of the losses. Temporaries have float32 at least.
         """
         if budget is not None:
-            return cls(max(1, budget // _ENTRY), False)
+            return cls(max(1, budget // max(_ENTRY, dtype.itemsize)), False)
         if device.type == "cpu":
             return cls(CAPACITY, True)
         return cls(_share_of_free_memory(device), False)

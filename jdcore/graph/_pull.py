@@ -1,10 +1,10 @@
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from jdcore.graph._call import batched, call, reduced
+from jdcore.graph._call import call, called_for_rows, reduced
 from jdcore.graph._graph import Graph, Place
+from jdcore.graph._memory import Memory
 from jdcore.graph._plan import Plan
 from jdcore.graph._saved import number_of_results
 
@@ -36,11 +36,14 @@ def pull(graph: Graph, plan: Plan, grads: dict[Place, Tensor]) -> dict[int, Tens
     return {node: grad for (node, _), grad in arrived.items()}
 
 
-def pull_rows(graph: Graph, plan: Plan, rows: dict[Place, Tensor]) -> dict[int, Tensor]:
+def pull_rows(
+    graph: Graph, plan: Plan, rows: dict[Place, Tensor], memory: Memory
+) -> dict[int, Tensor]:
     """
     Carry rows from roots to parameters.
 
     :param rows: Shape [R, ...] each.
+    :param memory: How many rows may be carried at once.
     :returns: Rows by the node of the leaf, shape [R, ...] each.
     """
     places, reached = list(rows), list[int]()
@@ -51,9 +54,8 @@ def pull_rows(graph: Graph, plan: Plan, rows: dict[Place, Tensor]) -> dict[int, 
         reached[:] = sorted(found)
         return tuple(found[leaf] for leaf in reached)
 
-    found = batched(one, list(rows.values()))
-    if found is None:
-        count = len(next(iter(rows.values())))
-        each = [one(*(of_root[r] for of_root in rows.values())) for r in range(count)]
-        found = tuple(torch.stack(of_leaf) for of_leaf in zip(*each, strict=True))
+    passed = {*plan.below, *plan.pulled, *(node for node, _ in places)}
+    size = max(result.shape.numel() for node in passed for result in graph.results[node])
+    parts = memory.pieces(len(rows[places[0]]), size)
+    found, _ = called_for_rows(one, lambda a, b: [rows[p][a:b] for p in places], parts)
     return dict(zip(reached, found, strict=True))

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from jdcore.graph import (
     Jacobian,
+    Memory,
     NoRule,
     Objectives,
     Plans,
@@ -150,7 +151,9 @@ def explicit_rows(use: Use) -> Tensor:
     pairs = zip(site.grads, site.layouts, strict=True)
     masks = [None if g is None or layout is None else layout.masks(g[0]) for g, layout in pairs]
     shapes = {use.operand: site.shapes[use.operand]}
-    return called_shares(site.node, site.name, site.grads, masks, shapes)[use.operand].rows()
+    memory = Memory(1 << 30, reused=False)
+    found = called_shares(site.node, site.name, site.grads, masks, shapes, memory)
+    return found[use.operand].rows()
 
 
 def tensors_of(site: Site) -> Sequence[Tensor]:

@@ -1,0 +1,99 @@
+"""How large temporaries are: what ``memory_budget`` allows, beside what has to be there anyway."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from jdcore.autogram import Engine
+from tests.core.autogram.oracle import explicit_jacobian, randn, relative_error
+
+B = 16
+
+
+class _Largest(TorchDispatchMode):
+    """The bytes of the largest result of an operation in memory of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(
+        self,
+        function: Any,
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        result = function(*args, **(kwargs or {}))
+        for tensor in self._tensors(result):
+            self.bytes = max(self.bytes, tensor.untyped_storage().nbytes())
+        return result
+
+    def _tensors(self, result: Any) -> Iterator[Tensor]:
+        if isinstance(result, Tensor):
+            yield result
+        elif isinstance(result, (list, tuple)):
+            for part in result:
+                yield from self._tensors(part)
+
+
+class _Called(nn.Module):
+    """An operation without a closed form, few parameters and large results."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.rand(8) + 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.pow(self.scale)
+
+
+class _Derived(nn.Module):
+    """A layer whose weight is made of few parameters by way of a larger tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.slopes = nn.Parameter(torch.randn(4, 8, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ (self.slopes * torch.linspace(0.0, 1.0, 128)).tanh().sum(2).T
+
+
+MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "called": (_Called, (B, 64, 8)),
+    "derived": (_Derived, (B, 8)),
+}
+
+
+@pytest.mark.parametrize("tasks", [1, 2])
+@pytest.mark.parametrize("name", MODELS)
+def test_called_operations_and_pulling_back_heed_the_budget(name: str, tasks: int) -> None:
+    make, shape = MODELS[name]
+    model, x = make(), randn(*shape).abs()
+
+    def losses() -> Tensor:
+        squares = model(x).square().flatten(1)
+        return torch.stack([squares.sum(1), squares[:, 1:].sum(1)], 1)[:, :tasks]
+
+    def largest(budget: int) -> int:
+        engine = Engine(model, batch_dim=0, memory_budget=budget)
+        engine.compute_gramian(losses())  # a first look at the graph takes more
+        output = losses()
+        with _Largest() as watching:
+            found = engine.compute_gramian(output)
+        rows = explicit_jacobian(output, list(model.parameters()))
+        order = (0, 1, 3, 2)
+        matrix = found.permute(*order).reshape(len(rows), -1)
+        assert relative_error(matrix, rows @ rows.T) < 1e-12
+        return watching.bytes
+
+    # What a step has anyway: the gradients of the batch, and what they are stacked into.
+    few = max(1 << 12, model(x).numel() * tasks) * 8
+    assert largest(few // tasks) <= few
+    assert largest(1 << 30) >= 8 * few // tasks
