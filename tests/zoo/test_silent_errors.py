@@ -392,6 +392,7 @@ def test_blocks_that_write_gradients_by_themselves_are_right_or_refused(
     assert error_of(gramian, expected @ expected.T) <= 1e-6
 
 
+@pytest.mark.filterwarnings("ignore::jdcore.RowByRowWarning")
 @pytest.mark.parametrize("batch_dim", [0, None])
 def test_equilibrium_models_with_a_hook_that_solves(batch_dim: int | None) -> None:
     """DEQ: the gradient at the fixed point is solved for by passes inside of a hook."""

@@ -209,7 +209,7 @@ def test_what_all_losses_pass_through_is_passed_once(
 
 
 def test_a_budget_bounds_the_losses_of_a_pass(passes: list[int]) -> None:
-    _check(MODELS["one_vector"], 4 * 7 * 6 * 4)
+    _check(MODELS["one_vector"], 4 * 7 * 6 * 8)
     assert passes == [3, 3]
 
 
