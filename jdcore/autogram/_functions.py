@@ -136,7 +136,8 @@ def gramian_backward(
     :param retain_graph: Whether to keep the graph for another differentiation.
     :param group: The process group whose processes hold the tensors, as for
         :func:`~jdcore.autojac.jac_to_grad`. On several processes rows are held.
-    :returns: The weights [m]. They act rounded to the dtype of the tensors.
+    :returns: The weights [m]. Taken from a second pass, gradients are those of weights rounded to
+        the dtype of the losses.
     :raises ParameterError: If an argument does not fit; see its message.
 
     >>> import torch

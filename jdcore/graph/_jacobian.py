@@ -22,12 +22,19 @@ from jdcore.graph._site import NoRule, Site
 from jdcore.graph._tasks import Passes, starts_of
 from jdcore.graph.rules import Rule, Rules
 from jdcore.graph.shares import Accumulator, Dense, Outer, Share, Uses, combined
+from jdcore.graph.shares._product import products_in_float64
+from jdcore.linalg import factors
 
 # Rows that are shorter are collected and multiplied together: few large products, no small ones.
 _SMALL = 1 << 16
 
 # Entries of rows that are kept or held at once where there are no samples: 512 MB in float32.
 _ROWS = 1 << 27
+
+# Losses up to which the Gramian is multiplied in float64: near Pareto stationarity its smallest
+# eigenvalues matter, which float32 products drown in their rounding. Products of few rows cost
+# little beside the backward pass; those of many would cost as much as it does.
+_FEW = 64
 
 
 _HOOKED = (
@@ -199,7 +206,8 @@ class Jacobian:
         :param retain_graph: Whether the graph is needed afterwards.
         """
         self.computed = True
-        with torch.no_grad(), without_autocast(self._device.type):
+        precise = products_in_float64(self.objectives.rows <= _FEW)
+        with torch.no_grad(), without_autocast(self._device.type), precise:
             with self.fields_unchanged():
                 self._plan = self._find_plan()
                 run = self._run_tasks if self._without_samples else self._run
@@ -491,17 +499,22 @@ class Jacobian:
 
     # -- the weighted gradient ---------------------------------------------------------------------
 
-    def weighted(self, weights: Tensor, *, retain_graph: bool) -> dict[Tensor, Tensor]:
+    def weighted(
+        self, weights: Tensor, *, retain_graph: bool, wide: bool = False
+    ) -> dict[Tensor, Tensor]:
         """
         Gradients of the weighted losses, after :meth:`gramian` with ``keep``.
 
         :param weights: One entry per loss, in their order.
         :param retain_graph: Whether the graph is needed afterwards.
+        :param wide: Whether to sum in float64, as :func:`jdcore.linalg.rounding_shows` advises.
         :returns: Gradient by tensor, in its dtype.
         """
         # First of all what needs operations called, while the graph is there.
         with torch.no_grad(), without_autocast(self._device.type):
-            gradients = self._at_targets(self.objectives.by_task(weights))
+            wide = wide or any(t.dtype == torch.float64 for t in self.graph.targets.values())
+            placed = factors(weights, self._device, wide=wide)
+            gradients = self._at_targets(self.objectives.by_task(placed))
         gradients.update(self._differentiated(self._others(), weights, retain_graph))
         return gradients
 

@@ -1,7 +1,7 @@
 """Gramians and what every Gramian method does with them, in float64."""
 
 from jdcore.linalg._blas import cholesky, eigh, one_thread, product, solve, solve_definite
-from jdcore.linalg._combine import combine
+from jdcore.linalg._combine import combine, factors
 from jdcore.linalg._complementarity import lcp_residual, refine_lcp
 from jdcore.linalg._conflicts import alignment_score, conflicting_share, cosines
 from jdcore.linalg._distances import squared_distances
@@ -22,6 +22,7 @@ __all__ = [
     "cross_gramian",
     "eigh",
     "equilibrate",
+    "factors",
     "flatten_gramian",
     "gramian",
     "lcp_residual",

@@ -43,21 +43,21 @@ def combine(
                 exact = exact or _extreme(entries)
                 return small_combination(np.array(entries, _FACTORS[exact]), block)
             exact = exact or _extreme(weights.tolist())
-        factors = weights
-        if factors.dtype != _DTYPES[exact]:
-            factors = factors.double() if exact else factors.float()  # half the time of `to`
+        vector = weights
+        if vector.dtype != _DTYPES[exact]:
+            vector = vector.double() if exact else vector.float()  # half the time of `to`
     else:
         entries = weights if isinstance(weights, list) else weights.tolist()
         exact = exact or _extreme(entries)
-        factors = torch.from_numpy(np.array(weights, np.float64 if exact else np.float32))
+        vector = torch.from_numpy(np.array(weights, np.float64 if exact else np.float32))
     if not block.is_cpu:
-        factors = factors.to(block.device)
-    if dtype != factors.dtype:
+        vector = vector.to(block.device)
+    if dtype != vector.dtype:
         pieces = torch.split(block, _COLUMNS, dim=1)
-        return torch.cat([(factors @ piece.to(factors.dtype)).to(dtype) for piece in pieces])
+        return torch.cat([(vector @ piece.to(vector.dtype)).to(dtype) for piece in pieces])
     if block.numel() >= _LARGE and not block.requires_grad:
-        return torch.mv(block.T, factors, out=new_tensor(block, block.shape[1]))
-    return factors.matmul(block)  # less overhead than the operator: 1 us of 6
+        return torch.mv(block.T, vector, out=new_tensor(block, block.shape[1]))
+    return vector.matmul(block)  # less overhead than the operator: 1 us of 6
 
 
 def combine_blocks(
@@ -69,10 +69,24 @@ def combine_blocks(
     :param weights: Vector [m].
     """
     if weights.is_cpu and not blocks[0].is_cpu:
-        # Looked at where that costs nothing.
-        wide = wide or (weights.dtype == torch.float64 and _extreme(weights.tolist()))
-        weights = weights.to(blocks[0].device, torch.float64 if wide else torch.float32)
+        weights = factors(weights, blocks[0].device, wide=wide)
+        wide = weights.dtype == torch.float64
     return [combine(weights, block, wide=wide) for block in blocks]
+
+
+def factors(weights: Tensor, device: torch.device, *, wide: bool) -> Tensor:
+    """
+    Weights on a device, in the dtype in which rows of float32 are to be multiplied by them.
+
+    That is float64 where float32 cannot hold weights that are on the CPU, where looking at them
+    costs nothing.
+
+    :param weights: Vector [m] of any real floating dtype.
+    :param wide: Whether it is to be float64 anyway, as :func:`rounding_shows` advises.
+    """
+    if not wide and weights.is_cpu and weights.dtype == torch.float64:
+        wide = _extreme(weights.tolist())
+    return weights.to(device, torch.float64 if wide else torch.float32)
 
 
 def _extreme(weights: list[float]) -> bool:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -11,6 +12,23 @@ COLUMNS = 16384
 """Entries of float32 inner products: shorter ones are no more exact, and slower."""
 
 HALVES = (torch.bfloat16, torch.float16)
+
+_IN_FLOAT64: ContextVar[bool] = ContextVar("in_float64", default=False)
+
+
+@contextmanager
+def products_in_float64(on: bool = True) -> Iterator[None]:
+    """
+    Make products of this context in float64, whatever the dtypes of their factors.
+
+    Those that are written to a given place are rows, which are as exact as those of a backward pass
+    anyway.
+    """
+    token = _IN_FLOAT64.set(on)
+    try:
+        yield
+    finally:
+        _IN_FLOAT64.reset(token)
 
 
 def widened(tensor: Tensor) -> Tensor:
@@ -26,6 +44,8 @@ def product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
 
     :param out: Where to write it, in float32 or float64.
     """
+    if out is None and _IN_FLOAT64.get() and not a.is_complex():
+        return torch.matmul(a.double(), b.double())
     if a.dtype != b.dtype:
         dtype = torch.promote_types(a.dtype, b.dtype)
         a, b = a.to(dtype), b.to(dtype)
@@ -39,13 +59,12 @@ def product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
 
 def combined(weights: Tensor, rows: Tensor) -> Tensor:
     """
-    ``weights @ rows``, in the dtype of the rows, but at least in float32.
+    ``weights @ rows``, in the wider one of their dtypes, but at least in float32.
 
     :param weights: Vector [R] of any real dtype.
     :param rows: Matrix [R, n].
     """
-    rows = widened(rows)
-    return product(weights[None].to(rows.dtype), rows)[0]
+    return product(widened(weights)[None], widened(rows))[0]
 
 
 def outer(inputs: Tensor, grads: Tensor, *, grads_first: bool) -> Tensor:
@@ -127,13 +146,14 @@ def weighted_sum(weights: Tensor, rows: Tensor) -> Tensor:
     """
     ``sum_k weights[k, b] rows[k, b]``: the tasks of each sample merged, in at least float32.
 
-    :param weights: Shape [K, B].
+    :param weights: Shape [K, B], in float64 where it is to be summed in float64.
     :param rows: Shape [K, B, ...].
     :returns: Shape [B, ...].
     """
-    dtype = torch.float64 if rows.dtype == torch.float64 else torch.float32
+    wide = torch.float64 in (weights.dtype, rows.dtype)
+    dtype = torch.float64 if wide else torch.float32
     scale = weights.to(dtype).reshape(*weights.shape, *[1] * (rows.ndim - 2))
-    total = rows[0] * scale[0]
+    total = rows[0].to(dtype) * scale[0]
     for k in range(1, len(rows)):
         total.addcmul_(rows[k].to(dtype), scale[k])
     return total

@@ -36,7 +36,7 @@ class Share(ABC):
         """
         ``sum_kb weights[k, b] J_kb``, in the shape of the operand.
 
-        :param weights: Shape [K, B].
+        :param weights: Shape [K, B], in float64 where it is to be summed in float64.
         """
 
     @abstractmethod

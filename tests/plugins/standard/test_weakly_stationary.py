@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 import jdcore
+from jdcore.autogram import Engine
+from jdcore.autojac import gramian_backward
 
 SIZES = [(20, 10, 12), (20, 100, 12), (8, 4, 5), (64, 30, 40)]
 METHODS = ("upgrad", "dualproj", "mgda", "cagrad", "nash_mtl", "aligned_mtl", "config", "imtl_g")
@@ -100,3 +102,34 @@ def test_weights_stay_small_where_rows_cancel_up_to_rounding() -> None:
         rows = weakly_stationary(20, 100, 12, seed).float()
         _, weights = jdcore.get_aggregator("upgrad").aggregate_blocks([rows])
         assert float(weights.abs().max()) <= 1e3
+
+
+def engine_update(name: str, rows: Tensor, how: str) -> Tensor:
+    """The update for losses that are linear in one weight, whose gradients are the rows."""
+    arguments = {"c": 0.5} if name == "cagrad" else {}
+    weighting = jdcore.get_weighting(name, **arguments)
+    layer = torch.nn.Linear(rows.shape[1], 1, bias=False, dtype=rows.dtype)
+    losses = layer(rows).squeeze(1)
+    if how == "gramian_backward":
+        gramian_backward(losses, weighting)
+    else:
+        batch_dim = 0 if how == "samples" else None
+        Engine(layer, batch_dim=batch_dim).backward(losses, weighting)
+    assert layer.weight.grad is not None
+    return layer.weight.grad.flatten().double()
+
+
+@pytest.mark.parametrize("how", ["samples", "tasks", "gramian_backward"])
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(("m", "n", "cancelling"), SIZES)
+def test_the_engine_in_float32_makes_the_update_of_the_same_rows_in_float64(
+    name: str, m: int, n: int, cancelling: int, how: str
+) -> None:
+    rows = weakly_stationary(m, n, cancelling, seed=1).float()
+    expected = update(name, rows.double())  # which knows that they were rounded to float32
+    found = engine_update(name, rows, how)
+    scale = max(length(rows.double().mean(0)), length(expected))
+    assert length(found - expected) <= 1e-3 * scale
+    if name in NON_CONFLICTING:
+        lengths = rows.double().norm(dim=1)
+        assert float((rows.double() @ found / lengths).min()) >= -1e-3 * scale
