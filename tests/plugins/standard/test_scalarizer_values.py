@@ -137,6 +137,11 @@ def test_famo_weighs_the_gradients_of_logarithms() -> None:
     assert sum(gradient) == pytest.approx(1.0)
 
 
+def test_famo_takes_no_number_of_losses_for_a_rate() -> None:
+    with pytest.raises(TypeError, match="positional argument"):
+        FAMO(2)  # type: ignore[misc]
+
+
 def test_famo_follows_the_update_of_its_paper() -> None:
     scalarizer = FAMO(lr=0.5, gamma=0.1)
     xi = torch.zeros(3, dtype=torch.float64, requires_grad=True)

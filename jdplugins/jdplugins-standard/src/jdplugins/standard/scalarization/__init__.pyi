@@ -33,7 +33,7 @@ class DWA(jdplugins.standard.scalarization.dwa.DWA):
 
 class FAMO(jdplugins.standard.scalarization.famo.FAMO):
     r"""Fast adaptive multitask optimization: the logarithms of all losses shall fall equally fast."""
-    def __init__(self, lr: float = ..., gamma: float = ..., min_losses: Tensor | None = ...) -> None: ...
+    def __init__(self, *, lr: float = ..., gamma: float = ..., min_losses: Tensor | None = ...) -> None: ...
 
 class GeometricMean(jdplugins.standard.scalarization.geometric_mean.GeometricMean):
     r"""Geometric mean of the losses, ``(Π L_i)^(1/m)``, known as GLS."""

@@ -11,7 +11,8 @@ from jdcore.validators import describe_tensor, real, row_vector
 from jdplugins.standard.scalarization._fields import nothing, require_as_many, vector_state
 
 
-@define(eq=False)
+# By keyword: elsewhere the first argument of FAMO is the number of losses.
+@define(eq=False, kw_only=True)
 class FAMO(StateFields, LossScalarizer):
     """
     Fast adaptive multitask optimization: the logarithms of all losses shall fall equally fast.
