@@ -41,16 +41,35 @@ class Unable(Diagonal):
         return None
 
 
+class Elsewhere(Tensor):
+    """Says that it is on an accelerator."""
+
+    is_cpu = False
+
+
 @pytest.fixture
-def on_an_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every Tensor counts as one that is on an accelerator."""
-    monkeypatch.setattr(_weighting, "_stays", lambda gramian: True)
+def elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every Gramian counts as one that is on an accelerator."""
+    gramian_of = Diagonal.matrix_of
+    monkeypatch.setattr(
+        Diagonal, "matrix_of", lambda self, source: gramian_of(self, source).as_subclass(Elsewhere)
+    )
 
 
-def test_on_the_cpu_and_for_few_rows_the_array_is_asked_for() -> None:
+@pytest.fixture
+def on_an_accelerator(elsewhere: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So few rows that numbers can be written down count as many, too."""
+    monkeypatch.setattr(_weighting, "_THERE", 1)
+
+
+def test_on_the_cpu_the_array_is_asked_for() -> None:
     assert Diagonal()(torch.eye(200)).tolist() == [-1.0] * 200
-    assert not _weighting._stays(torch.empty(127, 127, device="meta"))
-    assert _weighting._stays(torch.empty(128, 128, device="meta"))
+
+
+@pytest.mark.usefixtures("elsewhere")
+def test_for_few_rows_the_array_is_asked_for() -> None:
+    assert Diagonal()(torch.eye(127)).tolist() == [-1.0] * 127
+    assert Diagonal()(torch.eye(128)).tolist() == [1.0] * 128
 
 
 @pytest.mark.usefixtures("on_an_accelerator")
