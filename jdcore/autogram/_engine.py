@@ -13,7 +13,8 @@ from jdcore.autogram._losses import checked_batch_dim, checked_budget, objective
 from jdcore.autogram._report import Verification, explained, verified
 from jdcore.autogram._step import Step
 from jdcore.autogram._together import backward_together
-from jdcore.distributed._teams import find_group
+from jdcore.distributed._holders import find_holders
+from jdcore.distributed._sharding import Gathered
 from jdcore.errors import ParameterError, ParameterTypeError
 from jdcore.graph import Objectives, Plans
 from jdcore.linalg import unflatten_gramian
@@ -162,8 +163,9 @@ class Engine:
         On several processes, for parameters of a ``DistributedDataParallel`` module or with a
         ``group``, the losses are those of all processes, one after the other along ``batch_dim``:
         the weighting gets the Gramian of them all, with the products of samples on different
-        processes, and all processes write the same gradients. Every process needs two samples at
-        least.
+        processes, and all processes write the same gradients. Where a process has fewer than two
+        samples, all take one backward pass for each loss. Parameters under ``fully_shard`` are
+        gathered for the step, and each process writes its part.
 
         :param output: As for :meth:`compute_gramian`; the losses of this process.
         :param weighting: A :class:`~jdcore.Weighting` for a vector of losses, a
@@ -185,14 +187,17 @@ class Engine:
             anything.
         """
         chosen = as_weighting(weighting)
-        step = self._step(output)
-        team = find_group(step.wanted, group)
-        if team is not None:
+        holders = find_holders(self._trainable(), group)
+        if holders is not None:
             weights = backward_together(
-                step, team, chosen, per_process=per_process, retain_graph=retain_graph
+                lambda: self._step(output),
+                holders,
+                chosen,
+                per_process=per_process,
+                retain_graph=retain_graph,
             )
             return weights.to(result_dtype(output))
-        weights = step.backward(
+        weights = self._step(output).backward(
             chosen,
             None if output.ndim == 1 else output.shape,
             retain_graph=retain_graph,
@@ -229,13 +234,16 @@ class Engine:
                 names.setdefault(parameter, prefix + name)
         return names
 
+    def _trainable(self) -> list[Tensor]:
+        return [parameter for parameter in self._names() if parameter.requires_grad]
+
     def _step(self, output: Any) -> Step:
         if not isinstance(output, Tensor):
             raise ParameterTypeError("output", "a floating Tensor", repr(output))
         return self._step_of(objectives_of(output, self._batch_dim, "output"))
 
     def _step_of(self, objectives: Objectives) -> Step:
-        wanted = [p for p in self._names() if p.requires_grad]
+        wanted = Gathered().leaves(self._trainable())
         for parameter in wanted:
             if isinstance(parameter, UninitializedParameter):
                 raise ParameterError(

@@ -18,8 +18,9 @@ from jdcore.autogram._losses import (
 )
 from jdcore.autogram._step import Step
 from jdcore.autogram._together import backward_together
+from jdcore.distributed._holders import find_holders
 from jdcore.distributed._sharding import Gathered
-from jdcore.distributed._teams import find_group, find_team
+from jdcore.distributed._teams import find_team
 from jdcore.graph import Plans
 
 _PLANS = Plans()
@@ -73,10 +74,10 @@ def backward(
     """
     chosen = as_weighting(weighting)
     step = _step(losses, inputs, batch_dim, memory_budget, "losses")
-    team = find_group(step.wanted, group)
-    if team is not None:
+    holders = find_holders(step.wanted, group)
+    if holders is not None:
         weights = backward_together(
-            step, team, chosen, per_process=per_process, retain_graph=retain_graph
+            lambda: step, holders, chosen, per_process=per_process, retain_graph=retain_graph
         )
         return weights.to(result_dtype(step.objectives.outputs[0]))
     shaped_losses = isinstance(losses, Tensor) and losses.ndim != 1
@@ -168,5 +169,5 @@ def _step(
     parameter: str,
 ) -> Step:
     objectives = objectives_of(losses, checked_batch_dim(batch_dim), parameter)
-    wanted = wanted_leaves(objectives, inputs)
+    wanted = Gathered().leaves(wanted_leaves(objectives, inputs))
     return Step(objectives, wanted, _PLANS, "inputs", checked_budget(budget), False)

@@ -148,11 +148,11 @@ def refuse_unusable(wanted: Sequence[Tensor], parameter: str, *, together: bool)
     """
     Refuse tensors that have no dense real gradient in this process.
 
-    :param together: Whether the processes that keep tensors equal make a step together.
+    :param together: Whether the processes that hold the tensors make a step together.
     :raises ParameterError: Naming the kind of tensor.
     """
-    refuse_sharded(wanted, parameter)
     if not together:
+        refuse_sharded(wanted, parameter)
         refuse_replicated(wanted, parameter)
     for tensor in wanted:
         kind = (

@@ -41,7 +41,7 @@ class Step:
         """
         The Jacobian, not yet computed.
 
-        :param together: Whether processes that keep the tensors equal make the step together.
+        :param together: Whether the processes that hold the tensors make the step together.
         :raises UnservedGraphError: If it cannot be right.
         """
         refuse_unusable(self.wanted, self.parameter, together=together)

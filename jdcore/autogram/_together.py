@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
-from jdcore._fields import check_grads, disjoint, write_grads
+from jdcore._fields import check_grads, write_grads
 from jdcore.aggregation import GramianSource
 from jdcore.autogram._step import Step, weights_of
 from jdcore.distributed._exchange import Collected, Union
-from jdcore.distributed._meeting import Group, Meeting
+from jdcore.distributed._gathering import without_hooks
+from jdcore.distributed._holders import Holders
+from jdcore.distributed._meeting import Group, Meeting, Stage
 from jdcore.distributed._replicas import check_replicas
 from jdcore.distributed._replicated import weights_of_first
+from jdcore.distributed._sharding import Gathered
 from jdcore.distributed._step import state_kept
-from jdcore.distributed._totals import mean_gradients
 from jdcore.errors import ParameterError
-from jdcore.graph import Jacobian, reach
+from jdcore.graph import Dense, Jacobian, reach
 
 
 def backward_together(
-    step: Step,
-    group: Group,
+    make_step: Callable[[], Step],
+    holders: Holders,
     weighting: Callable[[Tensor], Tensor],
     *,
     per_process: bool,
@@ -31,15 +34,15 @@ def backward_together(
     """
     Weigh the samples of all processes, and write the same gradients on all.
 
-    :param step: What there is to do with the losses of this process.
-    :param group: The processes.
+    :param make_step: Checks and gives what there is to do with the losses of this process.
+    :param holders: The processes.
     :param per_process: Whether each process weighs its own samples alone.
     :returns: The weights: of all losses, or of those of this process.
     :raises ParameterError: If what the processes have does not fit together.
     :raises PeerError: If another process could not make the step.
     """
-    outputs = step.objectives.outputs
-    with state_kept(weighting), Meeting([group], outputs[0].device) as meeting:
+    with state_kept(weighting), holders.meeting() as meeting, holders.gathered(meeting):
+        step = make_step()
         if step.objectives.batch_dim is None:
             raise ParameterError(
                 "batch_dim",
@@ -47,20 +50,23 @@ def backward_together(
                 None,
                 "For losses of whole batches: gramian_backward, or backward and jac_to_grad.",
             )
-        check_replicas(step.wanted, [reach(outputs)], step.parameter)
+        check_replicas(step.wanted, [reach(step.objectives.outputs)], step.parameter)
         jacobian = step.jacobian(together=True)
         changed = jacobian.graph.leaves if step.all_leaves else jacobian.graph.targets
-        check_grads(t for t in changed.values() if t.grad is None or not t.grad.is_sparse)
+        written = Gathered().shards(changed.values())
+        check_grads(t for t in written if t.grad is None or not t.grad.is_sparse)
         weigh = _own_weights if per_process else _all_weights
-        weights, own = weigh(step, jacobian, weighting, meeting, group, retain_graph)
+        weights, own, rows = weigh(step, jacobian, weighting, meeting, holders.group, retain_graph)
         if jacobian.computed:
             gradients = jacobian.weighted(own, retain_graph=retain_graph)
         else:
             gradients = jacobian.differentiated(own, retain_graph=retain_graph)
+        for tensor, share in rows.items():
+            gradients[tensor] = share.weighted(step.objectives.by_task(own)).to(tensor.dtype)
         for tensor in jacobian.graph.retained:  # those of other processes have nothing to do with
             gradients.pop(tensor, None)
-        means = mean_gradients(meeting, group, gradients)
-    write_grads(dict(zip(means, disjoint(means.values()), strict=True)))
+        means = holders.means(meeting, gradients)
+    write_grads(means)
     return weights
 
 
@@ -71,7 +77,7 @@ def _own_weights(
     meeting: Meeting,
     group: Group,
     retain_graph: bool,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Mapping[Tensor, Dense]]:
     del meeting, group
     [output] = step.objectives.outputs
     source = GramianSource(
@@ -82,7 +88,7 @@ def _own_weights(
         losses=output.detach().reshape(-1),
     )
     weights = weights_of(weighting, source, None if output.ndim == 1 else output.shape)
-    return weights, weights.to(output.device).reshape(-1)
+    return weights, weights.to(output.device).reshape(-1), {}
 
 
 def _all_weights(
@@ -92,14 +98,27 @@ def _all_weights(
     meeting: Meeting,
     group: Group,
     retain_graph: bool,
-) -> tuple[Tensor, Tensor]:
-    """The weights of all losses, and those of this process, as the mean over processes has them."""
+) -> tuple[Tensor, Tensor, Mapping[Tensor, Dense]]:
+    """
+    The weights of all losses, and those of this process, as the mean over processes has them.
+
+    Also the rows of this process by parameter, where each loss had a backward pass of its own.
+    """
     [output] = step.objectives.outputs
     union = Union(meeting, group, step.objectives)
     collected = Collected(step.objectives, output.device, jacobian.memory)
+    # The shares of one sample alone are others than those of several; without any there are none.
+    few = step.objectives.samples < 2 or jacobian.one_by_one is not None
+    plain = meeting.agree(Stage.SAMPLES, int(few)) != [0]
+    rows: dict[Tensor, Dense] = {}
 
     def compute() -> Tensor:
-        jacobian.add_to(collected, retain_graph=retain_graph)
+        if plain:
+            found = _plain_shares(step, jacobian)
+            collected.shares.extend(found.values())
+            rows.update(found if step.objectives.samples else {})
+        else:
+            jacobian.add_to(collected, retain_graph=retain_graph)
         return union.gramian(collected)
 
     source = GramianSource(
@@ -111,4 +130,27 @@ def _all_weights(
     )
     shape = None if output.ndim == 1 else union.shape
     weights = weights_of_first(meeting, weights_of(weighting, source, shape), output.device)
-    return weights, union.own(weights).to(output.device, torch.float64) * meeting.size
+    return weights, union.own(weights).to(output.device, torch.float64) * meeting.size, rows
+
+
+def _plain_shares(step: Step, jacobian: Jacobian) -> dict[Tensor, Dense]:
+    """The rows of every parameter by backward passes of this process, zero for one not reached."""
+    # Not above: autojac has functions of autogram, too.
+    from jdcore.autojac.transform import Diagonalize, Init, Jac
+
+    [output] = step.objectives.outputs
+    reached = set(jacobian.graph.targets.values())
+    targets = [tensor for tensor in step.wanted if tensor in reached]
+    found: Mapping[Tensor, Tensor] = {t: t.new_zeros(0, t.numel()) for t in targets}
+    if output.numel():
+        graph = without_hooks(reach([output]))
+        jac = Jac([output], targets, retain_graph=True, graph=graph)
+        with jacobian.fields_unchanged():
+            found = (Init([output]) >> Diagonalize([output]) >> jac)()
+    samples, dimension = step.objectives.samples, step.objectives.batch_dim or 0
+    tasks = math.prod(output.shape[:dimension] + output.shape[dimension + 1 :])
+    shares = {}
+    for target in targets:
+        rows = found[target].reshape(*output.shape, target.numel()).movedim(dimension, -2)
+        shares[target] = Dense(rows.reshape(tasks, samples, target.numel()), target.shape)
+    return shares

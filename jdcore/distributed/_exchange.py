@@ -10,6 +10,7 @@ is added up at last.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -60,14 +61,11 @@ class Union:
         [output] = objectives.outputs
         shape = list(output.shape)
         shape[self._dimension] = 0
-        same = meeting.agree_on(Stage.SAMPLES, shape, output.dtype, self._dimension)
-        [least] = meeting.agree(Stage.SAMPLES, -objectives.samples)
-        if not same or least is None or least > -2:
+        if not meeting.agree_on(Stage.SAMPLES, shape, output.dtype, self._dimension):
             raise ParameterError(
                 "output",
-                "losses of the same shape on all processes but for the number of samples, which is "
-                "2 at least",
-                f"losses of shape {list(output.shape)} here, others or fewer elsewhere",
+                "losses of the same shape on all processes but for the number of samples",
+                f"losses of shape {list(output.shape)} here, others elsewhere",
             )
         self.samples = _gathered(objectives.samples, meeting, group)
         """Number of samples on each process."""
@@ -196,7 +194,7 @@ class _Item:
     def sizes(self, samples: int, process: int, size: int) -> list[int]:
         """How many bytes of each tensor a process gets from one with so many samples."""
         return [
-            tensor.numel() // tensor.shape[dimension] * samples * tensor.itemsize
+            math.prod(_with(tensor.shape, dimension, samples)) * tensor.itemsize
             for tensor, dimension in self._tensors(process, size)
         ]
 
@@ -257,9 +255,14 @@ def _bytes(tensor: Tensor) -> Tensor:
 
 def _tensor(part: Tensor, like: Tensor, dimension: int, samples: int) -> Tensor:
     """What was sent as bytes: as a tensor, but for the number of samples."""
-    shape = list(like.shape)
-    shape[dimension] = samples
+    shape = _with(like.shape, dimension, samples)
     return part.clone().view(like.dtype).view(shape)  # a copy begins where its dtype may
+
+
+def _with(shape: Sequence[int], dimension: int, size: int) -> list[int]:
+    changed = list(shape)
+    changed[dimension] = size
+    return changed
 
 
 def _gathered(count: int, meeting: Meeting, group: Group) -> list[int]:

@@ -22,7 +22,7 @@ from torch.autograd.graph import Node
 from jdcore.distributed._meeting import Group, Meeting, Stage
 from jdcore.distributed._sharding import Gathered, is_dtensor, local_part
 from jdcore.distributed._transfers import scattered
-from jdcore.graph import Reach
+from jdcore.graph import Reach, ignore_hooks, is_ignored, note_handing_on
 
 # As much as DistributedDataParallel sends at once.
 _BYTES = 25 << 20
@@ -30,6 +30,11 @@ _BYTES = 25 << 20
 _FUNCTIONS = frozenset(
     {"RegisterPostBackwardFunctionBackward", "RegisterPreBackwardFunctionBackward"}
 )
+
+# By this hook of the outputs of its modules, FSDP2 gathers their parameters.
+# By the functions above, on their inputs, it divides them again.
+ignore_hooks("FSDPState._pre_backward")
+note_handing_on(_FUNCTIONS)
 
 
 def without_hooks(graph: Reach) -> Reach:
@@ -50,10 +55,7 @@ def _hands_on(node: Node) -> bool:
 def has_hooks(tensor: Tensor) -> bool:
     """Whether a tensor has hooks, besides that by which FSDP2 hears of a backward pass."""
     hooks: Mapping[int, Callable[..., object]] | None = tensor._backward_hooks
-    return any(
-        getattr(hook, "__qualname__", "") != "FSDPState._pre_backward"
-        for hook in (hooks or {}).values()
-    )
+    return not all(map(is_ignored, (hooks or {}).values()))
 
 
 @contextmanager

@@ -74,6 +74,10 @@ class Gathered:
         """What stands for a tensor in the graph: the gathered form of a sharded parameter."""
         return self._gathered.get(id(tensor), tensor)
 
+    def leaves(self, tensors: Iterable[Tensor]) -> list[Tensor]:
+        """:meth:`leaf` of each."""
+        return [self.leaf(tensor) for tensor in tensors]
+
     def units(self, tensors: Iterable[Tensor]) -> list[Any]:
         """What torch knows of the modules whose parameters are among some sharded ones."""
         wanted = {id(tensor) for tensor in tensors}

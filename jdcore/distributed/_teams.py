@@ -39,7 +39,7 @@ def find_team(tensors: Sequence[Tensor], group: Any = None) -> Team | None:
                 "Shard or replicate them all by fully_shard with a mesh of two dimensions.",
             )
         return Shards.of(tensors)
-    chosen = _group_of(replicas, group)
+    chosen = group_of(replicas, group)
     if chosen is None or dist.get_world_size(chosen) == 1:
         return None
     if group is None:
@@ -47,21 +47,12 @@ def find_team(tensors: Sequence[Tensor], group: Any = None) -> Team | None:
     return Replicas.of(tensors, chosen)
 
 
-def find_group(tensors: Sequence[Tensor], group: Any = None) -> Group | None:
+def group_of(replicas: Sequence[DistributedDataParallel], group: Any) -> Group | None:
     """
-    The processes that keep tensors equal.
+    The group of some wrappers, or the one given.
 
-    :param group: The process group, if the user says so.
-    :returns: None if this process has them for itself.
-    :raises ParameterError: If they belong to different groups.
+    :raises ParameterError: If they are different ones.
     """
-    if group is not None:
-        check_group(group)
-    chosen = _group_of(replicas_of(tensors), group)
-    return None if chosen is None or dist.get_world_size(chosen) == 1 else chosen
-
-
-def _group_of(replicas: Sequence[DistributedDataParallel], group: Any) -> Group | None:
     groups = list(dict.fromkeys(replica.process_group for replica in replicas))
     if len(groups) > 1 or (groups and group is not None and groups[0] is not group):
         raise ParameterError(

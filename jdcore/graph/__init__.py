@@ -6,6 +6,7 @@ It knows no method, no module and no ``.grad``.
 
 from jdcore.graph._call import call, called_shares
 from jdcore.graph._graph import Graph, Place
+from jdcore.graph._hooks import ignore_hooks, is_ignored
 from jdcore.graph._jacobian import Jacobian, Objectives, Served, without_autocast
 from jdcore.graph._layout import Layout
 from jdcore.graph._memory import Memory
@@ -14,6 +15,7 @@ from jdcore.graph._passes import batched_gradients
 from jdcore.graph._plan import Plans
 from jdcore.graph._saved import MATRIX_PRODUCTS, Unreadable, function_of, saved, saved_as_it_is
 from jdcore.graph._site import NoRule, Site
+from jdcore.graph._steady import note_handing_on
 from jdcore.graph._walk import Edge, Reach, edge_of, largest_gradient, reach
 from jdcore.graph.rules import RULES, GramianRule, Rule, Rules
 from jdcore.graph.shares import Accumulator, Dense, OneHot, Outer, Patches, Share
@@ -49,7 +51,10 @@ __all__ = [
     "called_shares",
     "edge_of",
     "function_of",
+    "ignore_hooks",
+    "is_ignored",
     "largest_gradient",
+    "note_handing_on",
     "reach",
     "saved",
     "saved_as_it_is",

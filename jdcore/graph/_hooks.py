@@ -58,13 +58,36 @@ class _Watch:
 def _hooks_anywhere(graph: Graph) -> bool:
     """Whether there are hooks that neither modules and optimizers have, nor parameters."""
     # All kinds of hooks lie in such dictionaries, by the number of their handle.
-    found = {id(d): d for d in gc.get_objects() if type(d) is OrderedDict and _by_number(d)}
+    dictionaries = [d for d in gc.get_objects() if type(d) is OrderedDict and _by_number(d)]
+    found = {id(d): d for d in dictionaries if any(map(_matters, list(d.values())))}
     for leaf in graph.leaves.values():
         found.pop(id(leaf._post_accumulate_grad_hooks), None)
     for owner in gc.get_referrers(*found.values()):
         for hooks in _fields_with_hooks(owner):
             found.pop(id(hooks), None)
     return bool(found)
+
+
+_HARMLESS: set[str] = set()
+
+
+def ignore_hooks(name: str) -> None:
+    """
+    Do not mind hooks that are this function: it hands every gradient on as it is.
+
+    :param name: The qualified name of the function.
+    """
+    _HARMLESS.add(name)
+
+
+def is_ignored(hook: object) -> bool:
+    """Whether a hook is known to hand gradients on as they are."""
+    return getattr(hook, "__qualname__", None) in _HARMLESS
+
+
+def _matters(value: object) -> bool:
+    # Modules note in such dictionaries, too, how some of their hooks are to be called.
+    return callable(value) and not is_ignored(value)
 
 
 def _by_number(hooks: OrderedDict[Any, Any]) -> bool:

@@ -8,7 +8,7 @@ not named here (an index, a routing, functions of third parties) are shown again
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -70,9 +70,21 @@ _CLASSES = ("NllLoss", "NllLoss2D")
 _STEADY = {*_ALWAYS, *_ENTRY_BY_ENTRY, *_LAST_DIMENSIONS, *_CHOSEN_DIMENSIONS, *_CLASSES}
 
 
+_HANDING_ON: set[str] = set()
+
+
+def note_handing_on(names: Iterable[str]) -> None:
+    """
+    Say of functions of Python that their backward hands gradients on as they are.
+
+    :param names: Their names in the graph.
+    """
+    _HANDING_ON.update(names)
+
+
 def is_steady(name: str) -> bool:
     """Whether the form of an operation alone decides which entries depend on which."""
-    return _base(name) in _STEADY
+    return _base(name) in _STEADY or name in _HANDING_ON
 
 
 def spread(

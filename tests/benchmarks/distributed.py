@@ -104,31 +104,52 @@ def replicated(width: int, tasks: int) -> dict[str, tuple[str, Step]]:
 
 def sharded(width: int, tasks: int) -> dict[str, tuple[str, Step]]:
     """Steps of a module under FSDP2."""
-    model = Net(width, tasks)
-    for part in (*model.layers, *model.heads):
-        fully_shard(part)
-    fully_shard(model)
+    model = fully_sharded(Net(width, tasks))
     data = torch.randn(8, width)
 
     def ordinary() -> None:
         torch.stack(losses_of(model(data)[1])).sum().backward()
 
-    def step() -> None:
-        backward(losses_of(model(data)[1]))
-        jac_to_grad(model.parameters(), GramianAggregator(weighting))
+    def step(chunk_size: int) -> Step:
+        def run() -> None:
+            backward(losses_of(model(data)[1]), parallel_chunk_size=chunk_size)
+            jac_to_grad(model.parameters(), GramianAggregator(weighting))
+
+        return run
 
     return {
         "ordinary": ("1", ordinary),
-        "Gramian": (f"(m + 1) / 2 = {(tasks + 1) / 2} with gloo", step),
+        "Gramian, gathered": (f"(m + 2) / 4 = {(tasks + 2) / 4} with gloo", step(tasks)),
+        "Gramian, by passes": (f"(m + 1) / 2 = {(tasks + 1) / 2} with gloo", step(1)),
     }
+
+
+def fully_sharded(model: Net) -> Net:
+    """The model with a unit for each layer."""
+    for part in (*model.layers, *model.heads):
+        fully_shard(part)
+    fully_shard(model)
+    return model
 
 
 def samples(width: int, tasks: int) -> dict[str, tuple[str, Step]]:
     """One loss per sample: 8 or 32 on each process."""
     model = DistributedDataParallel(Net(width, 1))
+    return by_samples(model, Engine(model.module, batch_dim=0), width, tasks)
+
+
+def sharded_samples(width: int, tasks: int) -> dict[str, tuple[str, Step]]:
+    """The same under FSDP2."""
+    model = fully_sharded(Net(width, 1))
+    return by_samples(model, Engine(model, batch_dim=0), width, tasks)
+
+
+def by_samples(
+    model: nn.Module, engine: Engine, width: int, tasks: int
+) -> dict[str, tuple[str, Step]]:
+    """Steps of one loss per sample."""
     count = 8 if tasks == 2 else 32
     data = torch.randn(count, width)
-    engine = Engine(model.module, batch_dim=0)
 
     def losses() -> Tensor:
         found: Tensor = model(data)[1][0].squeeze(1).square()
@@ -174,7 +195,12 @@ def measured(step: Step) -> int:
     return int(statistics.median(found))
 
 
-SETUPS = {"replicated": replicated, "sharded": sharded, "samples": samples}
+SETUPS = {
+    "replicated": replicated,
+    "sharded": sharded,
+    "samples": samples,
+    "sharded samples": sharded_samples,
+}
 
 
 def work(rank: int, size: int, store: str, width: int, results: Any) -> None:
@@ -191,7 +217,7 @@ def work(rank: int, size: int, store: str, width: int, results: Any) -> None:
                 step()  # once, as the first step of each kind also sends other things
                 volume = measured(step)
                 plain = plain or volume
-                text = label if setup is samples else f"{label}, m = {tasks}"
+                text = label if "samples" in name else f"{label}, m = {tasks}"
                 found.append(Volume(size, name, text, expected, volume / plain))
     if rank == 0:
         results.send(found)
@@ -225,9 +251,9 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     found = [volume for size in arguments.processes for volume in run(size, arguments.width)]
-    print(f"processes  {'setup':<11}  {'step':<40}  bytes / ordinary  expected")
+    print(f"processes  {'setup':<15}  {'step':<40}  bytes / ordinary  expected")
     for v in found:
-        print(f"{v.processes:<9}  {v.setup:<11}  {v.step:<40}  {v.ratio:>16.2f}  {v.expected}")
+        print(f"{v.processes:<9}  {v.setup:<15}  {v.step:<40}  {v.ratio:>16.2f}  {v.expected}")
     if arguments.json is not None:
         arguments.json.write_text(json.dumps([asdict(volume) for volume in found], indent=2))
 

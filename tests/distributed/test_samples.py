@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import jdcore
 from jdcore import ParameterError, PeerError
 from jdcore.aggregation import Flattening
 from jdcore.autogram import Engine
+from jdcore.errors import RowByRowWarning
 from tests.distributed.common import assert_close, assert_identical, gradients, refused
 from tests.distributed.conftest import Run
 
@@ -58,18 +63,35 @@ def _words(sizes: list[int], lengths: list[int]) -> list[Tensor]:
     return [torch.randint(0, 7, pair, generator=generator) for pair in pairs]
 
 
-def _compared(make: Callable[[], nn.Module], parts: list[Tensor], method: str, **wrap: Any) -> None:
+def _replicated(model: nn.Module) -> nn.Module:
+    return DistributedDataParallel(model)
+
+
+def _sharded(model: nn.Module, **options: Any) -> nn.Module:
+    for child in model if isinstance(model, nn.Sequential) else ():
+        fully_shard(child, **options)
+    return fully_shard(model, **options)
+
+
+def _compared(
+    make: Callable[[], nn.Module],
+    parts: list[Tensor],
+    method: str,
+    wrap: Callable[[nn.Module], nn.Module] = _replicated,
+) -> None:
     torch.manual_seed(0)
     ours = make().double()
     torch.manual_seed(0)
     alone = make().double()
     weighting = jdcore.get_weighting(method)
-    wrapped = DistributedDataParallel(ours)
+    wrapped = wrap(ours)
     losses = wrapped(parts[dist.get_rank()]).squeeze(1).square()
     weights = Engine(ours, batch_dim=0).backward(losses, weighting)
     whole = [alone(part).squeeze(1).square() for part in parts]
     expected = Engine(alone, batch_dim=0).backward(torch.cat(whole), jdcore.get_weighting(method))
     assert_close([weights], [expected], 1e-9)
+    if wrap is not _replicated:
+        ours.reshard()
     assert_close(gradients(ours), gradients(alone), 1e-9)
     assert len(gradients(ours)) == len(gradients(alone))
     assert_identical(gradients(ours))
@@ -92,6 +114,66 @@ def _other_lengths() -> None:
 
 def test_samples_of_different_shapes(two: Run) -> None:
     two(_other_lengths)
+
+
+def _few() -> None:
+    """One sample, or none at all, on some of the processes."""
+    size = dist.get_world_size()
+    for sizes in ([1] * size, [3, 1], [0, 3], [2, 0], [1, 0]):
+        sizes = sizes + [2] * (size - len(sizes))
+        _compared(_perceptron, _numbers(sizes, 5), "upgrad")
+    _compared(_convolution, _numbers([1, 4], 12), "mgda")
+    _compared(_Sentences, _words([1, 2], [3, 3]), "mean")
+
+
+def test_few_samples_on_a_process(two: Run) -> None:
+    two(_few)
+
+
+def _shards() -> None:
+    """Parameters under FSDP2: gathered for the step, each process writes its part."""
+    size = dist.get_world_size()
+    meshes = [{}, {"reshard_after_forward": False}]
+    if size == 4:
+        meshes = [{"mesh": init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))}]
+    for options in meshes:
+        wrap = partial(_sharded, **options)
+        uneven = [2 + rank for rank in range(size)]
+        _compared(_perceptron, _numbers(uneven, 5), "upgrad", wrap)
+        _compared(_convolution, _numbers(uneven, 12), "mgda", wrap)
+        _compared(_Sentences, _words(uneven, [3] * size), "mean", wrap)
+        _compared(_perceptron, _numbers([1, 0, 2, 3][:size], 5), "upgrad", wrap)
+
+
+def test_parameters_under_fsdp(two: Run) -> None:
+    two(_shards)
+
+
+def test_parameters_under_fsdp_with_replicas(four: Run) -> None:
+    four(_shards)
+
+
+def _hooks() -> None:
+    """A hook in the graph acts on each loss by itself, and its rows are exchanged."""
+
+    class Hooked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(5, 300), nn.Linear(300, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            hidden = self.first(x).tanh()
+            hidden.register_hook(lambda gradient: gradient * gradient.norm())
+            return self.last(hidden)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RowByRowWarning)
+        for wrap in (_replicated, fully_shard):
+            _compared(Hooked, _numbers([2, 3], 5), "upgrad", wrap)
+
+
+def test_hooks_in_the_graph(two: Run) -> None:
+    two(_hooks)
 
 
 def _tasks() -> None:
@@ -161,8 +243,6 @@ def _failures() -> None:
 
     own = ValueError if rank else PeerError
     refused(own, "no weights here", engine.backward, losses(), broken, group=group)
-    fewer = losses(3 - 2 * rank)
-    refused(ParameterError, "2 at least", engine.backward, fewer, torch.diag, group=group)
     tasks = Engine(model, batch_dim=None)
     refused(ParameterError, "gramian_backward", tasks.backward, losses(), torch.diag, group=group)
     output = losses()[None] if rank else losses()

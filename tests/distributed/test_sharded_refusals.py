@@ -5,11 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 
 from jdcore import ParameterError
 from jdcore.autogram import Engine
 from jdcore.autojac import backward, jac
 
+parallel = pytest.importorskip("torch.distributed.tensor.parallel")
 fsdp = pytest.importorskip("torch.distributed.fsdp")
 pytestmark = [
     pytest.mark.usefixtures("alone"),
@@ -53,15 +55,28 @@ def test_an_engine_notices_modules_that_are_sharded_after_it_was_made() -> None:
     fsdp.fully_shard(model)
     losses = model(torch.randn(5, 3)).squeeze(1)
     with pytest.raises(ParameterError, match="gathered by FSDP2"):
-        engine.backward(losses, _weighting)
+        engine.compute_gramian(losses)
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_an_engine_of_sharded_modules_is_refused() -> None:
+def test_a_gramian_of_the_samples_of_one_process_is_refused() -> None:
     model = _sharded()
     losses = model.heads[0](model.trunk(torch.randn(5, 3))).squeeze(1)
     with pytest.raises(ParameterError, match="FSDP2"):
+        Engine(model, batch_dim=0).compute_gramian(losses)
+    with pytest.raises(ParameterError, match="FSDP2"):
+        Engine(model, batch_dim=None).cross_gramian(losses, losses.exp())
+
+
+def test_an_engine_of_tensor_parallel_modules_is_refused() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1))
+    mesh = init_device_mesh("cpu", (1,))
+    plan = {"0": parallel.ColwiseParallel(), "2": parallel.RowwiseParallel()}
+    parallel.parallelize_module(model, mesh, plan)
+    losses = model(torch.randn(5, 3)).squeeze(1)
+    with pytest.raises(ParameterError, match=r"tensor parallelism.*jac_to_grad"):
         Engine(model, batch_dim=0).backward(losses, _weighting)
+    assert all(parameter.grad is None for parameter in model.parameters())
 
 
 @pytest.mark.parametrize("original", [False, True])
