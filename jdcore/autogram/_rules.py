@@ -6,7 +6,28 @@ from jdcore._operations import CHOOSE
 from jdcore._registry import get_gramian_rule, registry
 from jdcore._tables import Entry
 from jdcore.errors import PluginError, PluginWarning, warn
-from jdcore.graph import Rule, Rules, function_of
+from jdcore.graph import RULES, Rule, Rules, function_of
+from jdcore.spec import API_VERSION, GramianRuleSpec
+
+
+def core_entry(operation: str) -> Entry | None:
+    """
+    A rule of the core, described as those of plugins are.
+
+    :param operation: The name of a node.
+    """
+    rule: Any = RULES.get(operation)
+    if rule is None:
+        return None
+    spec = GramianRuleSpec(
+        name=rule.__name__,
+        operation=operation,
+        rule=f"{rule.__module__}:{rule.__name__}",
+        summary=rule.__doc__.splitlines()[0],
+        steady=Rules().steady(operation, None),
+        api_version=API_VERSION,
+    )
+    return Entry("jdcore", spec)
 
 
 class InstalledRules(Rules):
@@ -30,8 +51,9 @@ class InstalledRules(Rules):
 
     @staticmethod
     def entries(name: str, node: Any) -> list[Entry]:
-        """The rules of plugins for an operation: none, one, or several that clash."""
-        return registry.gramian_rules(name, function_of(node))
+        """The rules for an operation: that of the core, or none, one, or several of plugins."""
+        own = core_entry(name)
+        return [own] if own is not None else registry.gramian_rules(name, function_of(node))
 
     def _entry(self, name: str, node: Any) -> Entry | None:
         entries = self.entries(name, node)

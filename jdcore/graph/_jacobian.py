@@ -402,21 +402,24 @@ class Jacobian:
                 rest.append(operand)
             else:
                 shares[operand] = share
-        self._join_bias(node, shares)
+        self._join_bias(site, node, shares)
         for operand, share in shares.items():
             self._take(self.graph.inputs[node][operand], share, total, site.name, "closed form")
         return rest
 
-    def _join_bias(self, node: int, shares: dict[int, Share]) -> None:
+    def _join_bias(self, site: Site, node: int, shares: dict[int, Share]) -> None:
         """The bias of a linear layer is the weight of one more input, which is 1."""
-        weight, edges = shares.get(2), self.graph.inputs[node]
-        if self.graph.names[node] != "AddmmBackward0" or 0 not in shares:
+        weight, bias, edges = shares.get(2), shares.get(0), self.graph.inputs[node]
+        if site.name != "AddmmBackward0" or bias is None or not isinstance(weight, Outer):
             return
+        _, _, positions, outputs = weight.grads.shape
         alone = {edges[0], edges[2]} <= self._plan.alone
-        if alone and isinstance(weight, Outer) and weight.grads.shape[2] == 1:
+        # One bias may be added to all outputs, or more of it than of the product.
+        if not alone or positions > 1 or bias.shape.numel() != outputs:
+            return
+        if site.saved("alpha") == site.saved("beta"):
             weight.plus = 1.0
-            bias = shares.pop(0)
-            self._keep(edges[0], bias, "AddmmBackward0", "with its weight")
+            self._keep(edges[0], shares.pop(0), site.name, "with its weight")
 
     def _serve_late(
         self, node: int, rows: list[Grads], unserved: dict[int, list[int]], total: Accumulator

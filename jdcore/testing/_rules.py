@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from jdcore._registry import registry
+from jdcore.autogram._rules import core_entry
 from jdcore.testing._case import ConformanceError
 from jdcore.testing._check import ConformanceCheck, checks_by, parametrized_test
 from jdcore.testing._rule_laws import ON_EXAMPLES, ON_REFUSED, RuleCase
@@ -18,7 +19,7 @@ def rule_checks(
 
     :returns: One per law and example.
     """
-    entry = registry.gramian_rule(rule)
+    entry = core_entry(rule.removeprefix("jdcore:")) or registry.gramian_rule(rule)
     if not examples:
         raise ConformanceError(f"{rule} cannot be tried without an example of its operation")
 
@@ -54,7 +55,7 @@ def gramian_rule_tests(
         )
 
     :param rule: Name of a rule of an installed distribution or a registered one, plain or
-        ``"distribution:name"``.
+        ``"distribution:name"``; or the name of an operation that the core has a rule for.
     :param examples: Calls that the rule serves: one per option and per number of dimensions that
         the rule treats in a way of its own.
     :param refused: Calls of the same operation for which the rule raises NoRule.

@@ -69,10 +69,10 @@ def batched_matrix_product(site: Site, operand: int) -> Share:
     return Dense(torch.stack(rows, 2), shape)
 
 
-@rule("MvBackward0", "DotBackward0")
+@rule("MvBackward0")
 def matrix_and_vector(site: Site, operand: int) -> Share:
     """``A @ v``, whose rows are scaled rows of A."""
-    if operand != 1 or site.name != "MvBackward0":
+    if operand != 1:
         raise NoRule
     inputs, grads = site.saved("self"), site.grad
     rows = site.positions(inputs * grads[..., None], 1)

@@ -83,7 +83,6 @@ TABLE_OF_OPERATIONS: dict[str, Row] = {
         {"batch1": X[None], "batch2": W.T[None], "beta": 2, "alpha": 3},
     ),
     "MvBackward0": Row(lambda: X @ V, {"self": X}),
-    "DotBackward0": Row(lambda: V @ V),
     "ConvolutionBackward0": Row(
         lambda: F.conv2d(IMAGES, KERNEL, None, (2, 1), (1, 0), (1, 2), 2), CONVOLUTION
     ),
