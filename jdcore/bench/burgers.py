@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from functools import cache
+from functools import cache, partial
 from itertools import pairwise
 
 import numpy as np
@@ -37,6 +37,7 @@ _RATE = 1e-4
 _STEPS, _QUICK_STEPS = 5000, 20
 _EVERY = 100  # steps between two looks at the error
 _DEFAULT = ("mean", "config", "upgrad")
+_make = partial(make_aggregator, tasks=3)
 _PUBLISHED = {"mean": 0.0310, "config": 0.00638}
 
 
@@ -132,7 +133,7 @@ class Training:
 def train(name: str, seed: int, steps: int) -> Training:
     """Train a new network; the seed gives its first weights and all points."""
     torch.manual_seed(seed)
-    network, points, aggregator = Network(), Points(seed), make_aggregator(name)
+    network, points, aggregator = Network(), Points(seed), _make(name)
     parameters = list(network.parameters())
     optimizer = torch.optim.Adam(parameters, lr=_RATE)
     every, errors = min(_EVERY, steps), [_error(network)]
@@ -160,7 +161,7 @@ def _conflicting(history: History) -> float:
 
 
 def _runs(settings: Settings) -> Iterator[tuple[str, int]]:
-    for name in settings.names(_DEFAULT):
+    for name in settings.names(_make, _DEFAULT):
         for seed in range(1 if settings.quick else settings.seeds):
             yield name, seed
 
@@ -220,6 +221,7 @@ def _picture(found: dict[str, list[Training]]) -> Axes:
 BURGERS = Experiment(
     name="burgers",
     summary="a physics-informed network for Burgers' equation, three losses (ConFIG's notebook)",
+    make=_make,
     work=_work,
     run=_run,
 )

@@ -44,8 +44,7 @@ def run(arguments: argparse.Namespace) -> None:
         if name not in EXPERIMENTS:
             raise ParameterError("NAME", f"one of {', '.join(EXPERIMENTS)}", repr(name))
     for method in arguments.methods or ():
-        if describe(method).min_rows > 2:
-            raise ParameterError("--methods", "methods for two objectives", repr(method))
+        describe(method)  # raises if it is not installed
     require_extra()
     folder = writable_folder(arguments.out)
 

@@ -19,6 +19,7 @@ from sklearn.datasets import load_digits  # type: ignore[import-untyped, unused-
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from jdcore.aggregation._weigh import as_weighting
 from jdcore.autogram import Engine
 from jdcore.autojac import jac_to_grad, mtl_backward
 from jdcore.bench.outcome import Experiment, Outcome, Settings, Table, paired, spread
@@ -27,7 +28,8 @@ from jdcore.demo.data import overlaid_digits
 from jdcore.demo.model import TwoDigitReader
 from jdcore.monitor.plots import COLOURS
 from jdcore.monitor.plots._style import new_axes
-from jdcore.registry import describe, get_weighting
+from jdcore.protocols import Weighting
+from jdcore.registry import describe
 
 _RATES = (1e-3, 3e-3, 1e-2, 3e-2)
 _TUNING_SEED = 10_000  # and following: fresh seeds of the comparison are small numbers
@@ -83,7 +85,7 @@ def train_single(noise: float, name: str, seed: int, rate: float, epochs: int) -
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
     optimizer = torch.optim.Adam(model.parameters(), lr=rate)
-    engine, weighting = Engine(model, batch_dim=0), get_weighting(name)
+    engine, weighting = Engine(model, batch_dim=0), _weighting(name)
     for batch in _batches(len(images), epochs, seed, size=_BATCH):
         optimizer.zero_grad()
         losses = cross_entropy(model(images[batch]), labels[batch], reduction="none")
@@ -93,6 +95,11 @@ def train_single(noise: float, name: str, seed: int, rate: float, epochs: int) -
         loss = cross_entropy(model(images), labels).item()
         read = model(test_images).argmax(1) == test_labels
     return Result(loss, read.double().mean().item())
+
+
+def _weighting(name: str) -> Weighting:
+    weighting: Weighting = as_weighting(make_aggregator(name, tasks=_BATCH), "--methods")
+    return weighting
 
 
 def _single_digits(
@@ -238,21 +245,18 @@ def _picture(found: dict[str, dict[str, Comparison]]) -> Axes:
     return axes
 
 
-def _weighted(settings: Settings) -> list[str]:
-    names = settings.names(_DEFAULT)
-    return [name for name in names if describe(name).weighting is not None]
-
-
 _OVERLAID_EPOCHS, _SINGLE_EPOCHS = 4, 40
 
 
 def _work_overlaid(settings: Settings) -> int:
-    return Plan.of(settings, _OVERLAID_EPOCHS).trainings * len(settings.names(_DEFAULT))
+    return Plan.of(settings, _OVERLAID_EPOCHS).trainings * len(
+        settings.names(make_aggregator, _DEFAULT)
+    )
 
 
 def _run_overlaid(settings: Settings, advance: Callable[[], None]) -> Outcome:
     plan = Plan.of(settings, _OVERLAID_EPOCHS)
-    found = compare(train_overlaid, settings.names(_DEFAULT), plan, advance)
+    found = compare(train_overlaid, settings.names(make_aggregator, _DEFAULT), plan, advance)
     return Outcome(
         tables=(_table("Two overlaid digits, a loss for each", found),),
         data=_data(found),
@@ -261,12 +265,14 @@ def _run_overlaid(settings: Settings, advance: Callable[[], None]) -> Outcome:
 
 
 def _work_single(settings: Settings) -> int:
-    return 2 * Plan.of(settings, _SINGLE_EPOCHS).trainings * len(_weighted(settings))
+    return (
+        2 * Plan.of(settings, _SINGLE_EPOCHS).trainings * len(settings.names(_weighting, _DEFAULT))
+    )
 
 
 def _run_single(settings: Settings, advance: Callable[[], None]) -> Outcome:
     plan = Plan.of(settings, _SINGLE_EPOCHS)
-    names = _weighted(settings)
+    names = settings.names(_weighting, _DEFAULT)
     shares = {"true labels": 0.0, f"{_NOISE:.0%} of the labels drawn anew": _NOISE}
     found = {
         title: compare(partial(train_single, noise), names, plan, advance)
@@ -285,6 +291,7 @@ def _run_single(settings: Settings, advance: Callable[[], None]) -> Outcome:
 OVERLAID = Experiment(
     name="overlaid",
     summary="two overlaid digits, a loss per task, against a tuned mean",
+    make=make_aggregator,
     work=_work_overlaid,
     run=_run_overlaid,
 )
@@ -292,6 +299,7 @@ OVERLAID = Experiment(
 SINGLE = Experiment(
     name="single",
     summary="single digits, a loss per sample, with true and with noisy labels",
+    make=_weighting,
     work=_work_single,
     run=_run_single,
 )

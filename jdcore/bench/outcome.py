@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from statistics import mean, stdev
 from typing import Any
 
 from attrs import field, frozen
 from matplotlib.axes import Axes
+from torch import Tensor
 
+from jdcore.aggregation import taken_by
+from jdcore.demo.command import make_aggregator
+from jdcore.errors import JDCoreError
+from jdcore.protocols import Aggregator
 from jdcore.registry import describe, list_aggregators
 
-_ROWS = 2  # objectives of the smallest experiments
+Make = Callable[[str], Any]
+"""Makes what an experiment uses of a method, by its name, or raises a JDCoreError."""
 
 
 @frozen(kw_only=True)
@@ -29,13 +35,37 @@ class Settings:
     seeds: int = 3
     quick: bool = False
 
-    def names(self, default: Sequence[str] | None = None) -> list[str]:
-        """The methods: those asked for, those of the experiment, or all that work for two rows."""
-        if self.methods is not None:
-            return [describe(name).name for name in self.methods]
+    def names(self, make: Make, default: Sequence[str] | None = None) -> list[str]:
+        """
+        The methods: those asked for, those of the experiment, or all, as far as they can be made.
+
+        :param make: Makes a method for the objectives of the experiment, or raises.
+        """
         installed = list_aggregators()
-        wanted = installed if default is None else [n for n in default if n in installed]
-        return [name for name in wanted if describe(name).min_rows <= _ROWS]
+        if self.methods is not None:
+            wanted = [describe(name).name for name in self.methods]
+        else:
+            wanted = [name for name in default or installed if name in installed]
+        return [name for name in wanted if refusal(make, name) is None]
+
+
+def refusal(make: Make, name: str) -> JDCoreError | None:
+    """Why a method cannot be made; None if it can."""
+    try:
+        make(name)
+    except JDCoreError as error:
+        return error
+    return None
+
+
+def planar(name: str) -> Aggregator:
+    """A method for two losses of two parameters, which are the same in every batch."""
+    return make_aggregator(name, columns=2, two_batches=True)
+
+
+def follow(aggregator: Aggregator, jacobian: Tensor, losses: Tensor) -> Tensor:
+    """The update of such a method, which is told all that it may ask for."""
+    return aggregator(jacobian, **taken_by(aggregator, losses=losses, second=jacobian))
 
 
 @frozen(kw_only=True)
@@ -72,14 +102,21 @@ class Experiment:
     """
     An experiment that can be asked for by name.
 
+    :param make: Makes a method for its objectives, or raises.
     :param work: How many times ``advance`` will be called.
     :param run: Runs it; calls ``advance`` as it gets along.
     """
 
     name: str
     summary: str
+    make: Make
     work: Callable[[Settings], int]
     run: Callable[[Settings, Callable[[], None]], Outcome]
+
+
+def without(refused: Mapping[str, JDCoreError]) -> str:
+    """A sentence for each method that refused a problem on the way, for the note of a table."""
+    return "".join(f" Without {describe(name).class_name}: {e}" for name, e in refused.items())
 
 
 def spread(values: Sequence[float], digits: int = 3) -> str:

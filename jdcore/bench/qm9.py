@@ -12,7 +12,7 @@ from __future__ import annotations
 import csv
 from ast import literal_eval
 from collections.abc import Callable, Iterator
-from functools import cache
+from functools import cache, partial
 from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
 
@@ -45,6 +45,7 @@ _CHARGES = {"H": 1, "C": 6, "N": 7, "O": 8, "F": 9}
 _ATOMS = 29  # of the largest molecule
 _MOLECULES, _TESTS = 4000, 1000
 _EPOCHS, _BATCH, _RATE = 30, 64, 1e-3
+_make = partial(make_aggregator, tasks=len(TARGETS))
 _DEFAULT = ("mean", "upgrad", "nash_mtl")
 
 
@@ -118,7 +119,7 @@ def train(name: str, seed: int, epochs: int, count: int) -> Result:
     trunk = nn.Sequential(nn.Linear(inputs.shape[1], 128), nn.ReLU(), nn.Linear(128, 64), nn.ReLU())
     heads = nn.ModuleList(nn.Linear(64, 1) for _ in TARGETS)
     optimizer = torch.optim.Adam([*trunk.parameters(), *heads.parameters()], lr=_RATE)
-    aggregator = make_aggregator(name)
+    aggregator = _make(name)
     for batch in _batches(train_set, epochs, generator):
         optimizer.zero_grad()
         features = trunk(inputs[batch])
@@ -140,7 +141,7 @@ def _batches(indices: Tensor, epochs: int, generator: torch.Generator) -> Iterat
 
 
 def _runs(settings: Settings) -> Iterator[tuple[str, int]]:
-    for name in settings.names(_DEFAULT):
+    for name in settings.names(_make, _DEFAULT):
         for seed in range(1 if settings.quick else settings.seeds):
             yield name, seed
 
@@ -182,6 +183,7 @@ def _delta(result: Result, baseline: Result) -> float:
 QM9 = Experiment(
     name="qm9",
     summary="eleven properties of molecules, a loss each (needs the distribution qm9pack)",
+    make=_make,
     work=_work,
     run=_run,
 )

@@ -17,8 +17,17 @@ from attrs import frozen
 from matplotlib.axes import Axes
 from torch import Tensor
 
-from jdcore.bench.outcome import Experiment, Outcome, Settings, Table, spread
-from jdcore.demo.command import make_aggregator
+from jdcore.bench.outcome import (
+    Experiment,
+    Outcome,
+    Settings,
+    Table,
+    follow,
+    planar,
+    spread,
+    without,
+)
+from jdcore.errors import JDCoreError
 from jdcore.monitor.plots import trajectories
 from jdcore.protocols import Aggregator
 from jdcore.registry import describe
@@ -116,7 +125,7 @@ def descend(
     path, conflicts = [x], 0
     for _ in range(problem.steps):
         rows = problem.jacobian(x)
-        update = aggregator(rows)
+        update = follow(aggregator, rows, problem.losses(x))
         conflicts += _conflicts(rows, update)
         x = x - rate * update
         path.append(x)
@@ -142,7 +151,7 @@ def _criticality(rows: Tensor) -> float:
 
 def _runs(settings: Settings) -> Iterator[tuple[Problem, str, int]]:
     for problem in problems():
-        for name in settings.names():
+        for name in settings.names(planar):
             stochastic = describe(name).stochastic and not settings.quick
             for seed in range(settings.seeds if stochastic else 1):
                 yield problem, name, seed
@@ -153,15 +162,19 @@ def _work(settings: Settings) -> int:
 
 
 def _run(settings: Settings, advance: Callable[[], None]) -> Outcome:
-    found: dict[str, dict[str, list[Descent]]] = {}
+    found: dict[str, dict[str, list[Descent]]] = {p.name: {} for p in problems()}
+    refused: dict[str, dict[str, JDCoreError]] = {p.name: {} for p in problems()}
     for problem, name, seed in _runs(settings):
         torch.manual_seed(seed)
         rate = problem.rate * _MULTIPLIERS.get(name, 1.0)
-        descents = [descend(make_aggregator(name), problem, s, rate) for s in problem.starts]
-        found.setdefault(problem.name, {}).setdefault(name, []).extend(descents)
+        try:
+            descents = [descend(planar(name), problem, s, rate) for s in problem.starts]
+            found[problem.name].setdefault(name, []).extend(descents)
+        except JDCoreError as error:  # such as for losses that are zero
+            refused[problem.name][name] = error
         advance()
     return Outcome(
-        tables=tuple(_table(name, runs) for name, runs in found.items()),
+        tables=tuple(_table(name, runs, refused[name]) for name, runs in found.items()),
         data={
             problem: {
                 method: [{"gap": d.gap, "conflicts": d.conflicts} for d in descents]
@@ -173,7 +186,7 @@ def _run(settings: Settings, advance: Callable[[], None]) -> Outcome:
     )
 
 
-def _table(problem: str, runs: dict[str, list[Descent]]) -> Table:
+def _table(problem: str, runs: dict[str, list[Descent]], refused: dict[str, JDCoreError]) -> Table:
     rows = [
         (
             describe(name).class_name,
@@ -188,7 +201,7 @@ def _table(problem: str, runs: dict[str, list[Descent]]) -> Table:
         columns=("method", "over the starts", "worst", "steps in conflict"),
         rows=tuple(rows),
         note="The paper shows trajectories, without figures: on both problems UPGrad is among the "
-        "methods that arrive from every start and never conflict.",
+        "methods that arrive from every start and never conflict." + without(refused),
     )
 
 
@@ -212,6 +225,7 @@ def _picture(runs: dict[str, list[Descent]]) -> Axes:
 QUADRATICS = Experiment(
     name="quadratics",
     summary="element-wise and convex quadratic forms (UPGrad's paper)",
+    make=planar,
     work=_work,
     run=_run,
 )

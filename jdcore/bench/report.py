@@ -14,12 +14,13 @@ from rich.text import Text
 
 from jdcore.bench.burgers import BURGERS
 from jdcore.bench.digits import OVERLAID, SINGLE
-from jdcore.bench.outcome import Experiment, Outcome, Settings, Table
+from jdcore.bench.outcome import Experiment, Outcome, Settings, Table, refusal
 from jdcore.bench.qm9 import QM9, installed
 from jdcore.bench.quadratics import QUADRATICS
 from jdcore.bench.toy import TOY
 from jdcore.demo.report import new_table, progress_bar
 from jdcore.demo.training import one_thread
+from jdcore.errors import ParameterError
 from jdcore.monitor.plots import save
 
 EXPERIMENTS = {e.name: e for e in (TOY, QUADRATICS, BURGERS, OVERLAID, SINGLE, QM9)}
@@ -33,15 +34,35 @@ def report(names: Sequence[str], settings: Settings, folder: Path) -> None:
     :param folder: Where figures and JSON files go; exists.
     """
     console = Console(highlight=False)
-    for name in names:
-        experiment = EXPERIMENTS[name]
-        if experiment is QM9 and not installed():
-            console.print("qm9: skipped, it needs the distribution qm9pack (pip install qm9pack)")
-            continue
+    for experiment in _possible(names, settings, console):
         outcome = _run(experiment, settings, console)
         for table in outcome.tables:
             _print(table, console)
         _write(experiment, outcome, settings, folder, console)
+
+
+def _possible(names: Sequence[str], settings: Settings, console: Console) -> list[Experiment]:
+    """
+    The experiments for which the data and a method are there; says what is left out, and why.
+
+    :raises ParameterError: If none of them can use a method that was asked for.
+    """
+    found = []
+    for experiment in map(EXPERIMENTS.__getitem__, names):
+        if experiment is QM9 and not installed():
+            console.print("qm9: skipped, it needs the distribution qm9pack (pip install qm9pack)")
+            continue
+        reasons = [refusal(experiment.make, name) for name in settings.methods or ()]
+        for method, reason in zip(settings.methods or (), reasons, strict=True):
+            if reason is not None:
+                console.print(f"{experiment.name}: without {method}. {reason}", markup=False)
+        if settings.methods is None or None in reasons:
+            found.append(experiment)
+    if settings.methods is not None and not found:
+        raise ParameterError(
+            "--methods", "methods that an experiment can use", ", ".join(settings.methods)
+        )
+    return found
 
 
 def _run(experiment: Experiment, settings: Settings, console: Console) -> Outcome:

@@ -24,9 +24,8 @@ from matplotlib.axes import Axes
 from numpy.typing import NDArray
 from scipy.optimize import minimize_scalar  # type: ignore[import-untyped, unused-ignore]
 
-from jdcore.aggregation import taken_by
-from jdcore.bench.outcome import Experiment, Outcome, Settings, Table
-from jdcore.demo.command import make_aggregator
+from jdcore.bench.outcome import Experiment, Outcome, Settings, Table, follow, planar, without
+from jdcore.errors import JDCoreError
 from jdcore.monitor.plots import pareto_front
 from jdcore.protocols import Aggregator
 from jdcore.registry import describe
@@ -113,8 +112,8 @@ def descend(
                 reached = step
         if step == steps:
             break
-        known = taken_by(aggregator, losses=torch.tensor(losses, dtype=torch.float64))
-        gradient = aggregator(torch.tensor(rows, dtype=torch.float64), **known).tolist()
+        jacobian = torch.tensor(rows, dtype=torch.float64)
+        gradient = follow(aggregator, jacobian, torch.tensor(losses, dtype=torch.float64)).tolist()
         decay1, decay2 = decay1 * 0.9, decay2 * 0.999
         for i, g in enumerate(gradient):
             first[i] += 0.1 * (g - first[i])
@@ -130,7 +129,7 @@ def distance(losses: Sequence[float], curve: NDArray[np.float64]) -> float:
 
 
 def _runs(settings: Settings) -> Iterator[tuple[str, int]]:
-    for name in settings.names():
+    for name in settings.names(planar):
         yield from product([name], range(settings.seeds if describe(name).stochastic else 1))
 
 
@@ -142,21 +141,28 @@ def _run(settings: Settings, advance: Callable[[], None]) -> Outcome:
     curve = front()
     steps = _QUICK_STEPS if settings.quick else _STEPS
     found: dict[str, list[list[Descent]]] = {}
+    refused: dict[str, JDCoreError] = {}
     for name, seed in _runs(settings):
         torch.manual_seed(seed)
         descents = []
         for start in STARTS:
-            descents.append(descend(make_aggregator(name), start, steps, curve))
+            try:
+                descents.append(descend(planar(name), start, steps, curve))
+            except JDCoreError as error:  # such as for losses that are not positive
+                refused[name] = error
             advance()
-        found.setdefault(name, []).append(descents)
+        if name not in refused:
+            found.setdefault(name, []).append(descents)
     return Outcome(
-        tables=(_table(found, steps),),
+        tables=(_table(found, refused, steps),),
         data={name: [_plain(seed) for seed in seeds] for name, seeds in found.items()},
         picture=lambda: _picture(found, curve),
     )
 
 
-def _table(found: dict[str, list[list[Descent]]], steps: int) -> Table:
+def _table(
+    found: dict[str, list[list[Descent]]], refused: dict[str, JDCoreError], steps: int
+) -> Table:
     rows = []
     for name, seeds in found.items():
         arrived = sum(d.reached is not None for descents in seeds for d in descents) / len(seeds)
@@ -167,7 +173,8 @@ def _table(found: dict[str, list[list[Descent]]], steps: int) -> Table:
         columns=("method", *(f"start {i + 1}" for i in range(len(STARTS))), "arrives"),
         rows=tuple(rows),
         note="In brackets, the gap at the end of a run that does not arrive. Nash-MTL's paper: "
-        "Adam on the mean fails from one of the five starts, Nash-MTL from none.",
+        "Adam on the mean fails from one of the five starts, Nash-MTL from none."
+        + without(refused),
     )
 
 
@@ -196,6 +203,7 @@ def _picture(found: dict[str, list[list[Descent]]], curve: NDArray[np.float64]) 
 TOY = Experiment(
     name="toy",
     summary="two losses of two parameters from five starts (CAGrad, Nash-MTL, FAMO)",
+    make=planar,
     work=_work,
     run=_run,
 )

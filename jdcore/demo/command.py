@@ -64,34 +64,41 @@ def run(arguments: argparse.Namespace) -> None:
     compare(methods, folder=folder, epochs=arguments.epochs, seed=arguments.seed)
 
 
-def make_aggregator(name: str) -> Aggregator:
+def make_aggregator(
+    name: str, *, tasks: int = TASKS, columns: int = _COLUMNS, two_batches: bool = False
+) -> Aggregator:
     """
     An unused aggregator, with arguments from its spec where it has no defaults.
 
-    :raises JDCoreError: If the method is unknown, or does not work for two objectives.
+    :param tasks: Number of objectives it has to work for.
+    :param columns: Number of parameters it has to work for.
+    :param two_batches: Whether it will be given the Jacobian of a second batch, too.
+    :raises JDCoreError: If the method is unknown, or does not work for that.
     """
     import torch  # on demand, as `jdcore --help` has no use for it
 
     from jdcore._methods import aggregator_class
     from jdcore.aggregation import taken_by
 
-    cls, example = aggregator_class(name), describe(name).example(TASKS)
+    cls, example = aggregator_class(name), describe(name).example(tasks)
     parameters = signature(cls).parameters.values()
     required = {p.name for p in parameters if p.default is Parameter.empty}
     arguments = {k: v for k, v in example.items() if k in required}
+    rows = torch.eye(tasks, columns)
+    known = {"losses": torch.ones(tasks), "second": rows if two_batches else None}
     try:
         # Some methods can tell only at a call that they need more rows.
         with torch.random.fork_rng(devices=[]):
             trial = get_aggregator(name, **arguments)
-            trial(torch.eye(TASKS, _COLUMNS), **taken_by(trial, losses=torch.ones(TASKS)))
+            trial(rows, **taken_by(trial, **known))
     except Exception as error:
-        raise _refused(name, str(error).rstrip(".")) from error
+        raise _refused(name, str(error).rstrip("."), tasks) from error
     aggregator: Aggregator = get_aggregator(name, **arguments)
     return aggregator
 
 
-def _refused(name: str, reason: str) -> ParameterError:
-    return ParameterError("--aggregator", f"a method for {TASKS} objectives", f"{name!r}: {reason}")
+def _refused(name: str, reason: str, tasks: int = TASKS) -> ParameterError:
+    return ParameterError("--aggregator", f"a method for {tasks} objectives", f"{name!r}: {reason}")
 
 
 def require_extra() -> None:

@@ -192,11 +192,32 @@ def test_the_progress_adds_up() -> None:
         assert len(steps) == RUNNABLE[name].work(settings)
 
 
+def test_methods_that_an_experiment_cannot_use_are_left_out_with_the_reason(
+    bench: Bench, tmp_path: Path
+) -> None:
+    code, output, _ = bench("quadratics", "--methods", "mean", "krum", "--quick")
+
+    assert code == 0
+    assert "quadratics: without krum." in output
+    table = json.loads((tmp_path / "quadratics.json").read_text())["tables"][0]
+    assert [row[0] for row in table["rows"]] == ["Mean"]
+
+
+def test_methods_that_look_at_losses_or_two_batches_take_part_unless_they_refuse() -> None:
+    names = ("modo", "excess_mtl", "db_mtl")  # the last one takes logarithms, and a loss is zero
+    settings = Settings(methods=names, seeds=1, quick=True)
+
+    table = RUNNABLE["quadratics"].run(settings, lambda: None).tables[0]
+
+    assert [row[0] for row in table.rows] == ["MoDo", "ExcessMTL"]
+    assert "Without DBMTL: Parameter `losses` must be positive" in table.note
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["nothing"], "`NAME` must be one of toy"),
-        (["--methods", "krum"], "`--methods` must be methods for two objectives"),
+        (["toy", "--methods", "krum"], "`--methods` must be methods that an experiment can use"),
         (["--methods", "nothing"], "No aggregator is registered"),
         (["--seeds", "0"], "must be a whole number >= 1"),
     ],
