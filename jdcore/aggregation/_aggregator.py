@@ -14,7 +14,6 @@ from jdcore.aggregation._finite import all_finite, finite_required
 from jdcore.aggregation._source import GramianSource
 from jdcore.aggregation._weigh import as_weighting, weigh
 from jdcore.errors import NonFiniteError, ParameterError
-from jdcore.linalg import rounding_shows
 from jdcore.protocols import Weighting
 from jdcore.validators import check_blocks, check_matrix
 
@@ -82,7 +81,7 @@ class GramianAggregator:
         check_blocks(blocks)
         columns = Columns([block.detach() for block in blocks], check_second(second, blocks))
         vectors, weights = self.aggregate_columns(columns, losses=losses)
-        dtype = reduce(torch.promote_types, (block.dtype for block in blocks))
+        dtype = reduce(torch.promote_types, dict.fromkeys(block.dtype for block in blocks))
         return vectors, weights.to(blocks[0].device, dtype, copy=True)
 
     def aggregate_columns(
@@ -105,7 +104,7 @@ def _aggregate(
     source = GramianSource.of_columns(columns, losses)
     weights = columns.weights(partial(weigh, weighting, source))
     if source.asked:
-        wide = source.compute_cross is None and rounding_shows(weights, source.peek())
+        wide = source.compute_cross is None and source.rounding_shows(weights)
         if columns.scale != 1.0:
             weights = weights * columns.scale ** getattr(weighting, "scale_degree", 0)
         return columns.combine(weights, wide=wide), weights, source

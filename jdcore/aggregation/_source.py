@@ -11,7 +11,7 @@ from torch import Tensor
 
 from jdcore.aggregation._columns import Columns
 from jdcore.errors import ParameterError, ParameterTypeError
-from jdcore.linalg import proximal_level
+from jdcore.linalg import proximal_level, rounding_shows
 from jdcore.validators import describe_tensor
 
 
@@ -56,6 +56,7 @@ class GramianSource:
     """What takes back the changes of state of methods that did not look at the Jacobian, for the
     caller to run if it turns out to hold NaN or infinite values."""
     _gramian: Tensor | None = field(default=None, init=False)
+    _on_host: Tensor | None = field(default=None, init=False)
 
     @classmethod
     def of(cls, gramian: Tensor, losses: Tensor | None = None) -> GramianSource:
@@ -111,6 +112,26 @@ class GramianSource:
                 )
             self._gramian = self.compute()
         return self._gramian
+
+    def rounding_shows(self, weights: Tensor) -> bool:
+        """Whether weights [m] need float64, see :func:`jdcore.linalg.rounding_shows`."""
+        gramian = self.peek()
+        # Where the weights are is the Gramian, too, or was, if it is an accelerator's.
+        return rounding_shows(weights, self.on_host(gramian) if weights.is_cpu else gramian)
+
+    def on_host(self, matrix: Tensor) -> Tensor:
+        """
+        A matrix that this source gave, on the CPU.
+
+        The Gramian is copied once, as the host waits for the accelerator meanwhile.
+        """
+        if matrix.is_cpu:
+            return matrix
+        if matrix is not self._gramian:
+            return matrix.cpu()
+        if self._on_host is None:
+            self._on_host = matrix.cpu()
+        return self._on_host
 
     def cross_gramian(self) -> Tensor:
         """

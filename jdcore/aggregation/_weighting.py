@@ -110,12 +110,11 @@ class GramianWeighting:
             return torch.empty(0, dtype=torch.float64, device="cpu")
         gramian = self.matrix_of(source)
         cls: Any = type(self)
-        # From some rows on it may pay to work where the Gramian is, rather than on the CPU.
-        if not gramian.is_cpu and m >= _THERE and _computes_there(cls):
+        if _stays(gramian) and _computes_there(cls):
             there = self._weigh_there(gramian, source)
             if there is not None:
                 return there
-        array: NDArray[np.float64] = gramian.numpy() if gramian.is_cpu else gramian.cpu().numpy()
+        array: NDArray[np.float64] = source.on_host(gramian).numpy()
         if _all_finite(array):
             return torch.from_numpy(np.asarray(self.answer(array, source), dtype=np.float64))
         if finite_required(self.check_finite):
@@ -140,6 +139,11 @@ def _computes_there(cls: Any) -> bool:
         if not vars(base).keys().isdisjoint(("compute", "answer")):
             return False
     return False
+
+
+def _stays(gramian: Tensor) -> bool:
+    """Whether it may pay to work where the Gramian is, rather than on the CPU."""
+    return not gramian.is_cpu and len(gramian) >= _THERE
 
 
 def _all_finite(gramian: NDArray[np.float64]) -> bool:

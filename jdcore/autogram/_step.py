@@ -14,7 +14,6 @@ from jdcore.autogram._losses import refuse_unusable
 from jdcore.autogram._rules import RULES_IN_USE
 from jdcore.errors import ParameterError, UnservedGraphError
 from jdcore.graph import Jacobian, Objectives, Plans
-from jdcore.linalg import rounding_shows
 
 
 @frozen(eq=False)
@@ -105,7 +104,7 @@ class Step:
         if second_pass or not jacobian.computed:
             gradients = jacobian.differentiated(placed, retain_graph=retain_graph)
         else:
-            wide = rounding_shows(weights.reshape(-1), source.peek())
+            wide = source.rounding_shows(weights.reshape(-1))
             gradients = jacobian.weighted(placed, retain_graph=retain_graph, wide=wide)
         write_grads(dict(zip(gradients, disjoint(gradients.values()), strict=True)))
         return weights

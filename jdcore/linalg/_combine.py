@@ -15,6 +15,9 @@ _COLUMNS = 65536
 _LARGE = 1 << 21
 # Weights outside this range would lose digits or overflow as float32 factors.
 _SAFE = (1e-37, 1e37)
+# Entries of a block up to which it is summed together with others, and of these together: copying
+# them must cost less than the calls that it spares.
+_JOINED = {"cpu": (1 << 15, 1 << 19), "elsewhere": (1 << 20, 1 << 24)}
 # Of factors in the usual and in the wider precision.
 _FACTORS, _DTYPES = (np.float32, np.float64), (torch.float32, torch.float64)
 
@@ -66,12 +69,46 @@ def combine_blocks(
     """
     :func:`combine` for each of some blocks on one device, to which the weights are moved once.
 
+    Small blocks are copied side by side and summed by one call: biases and scales, of which a model
+    has many, would take a call each.
+
     :param weights: Vector [m].
+    :returns: One vector for each block. Those of small blocks lie behind one another in memory.
     """
     if weights.is_cpu and not blocks[0].is_cpu:
         weights = factors(weights, blocks[0].device, wide=wide)
         wide = weights.dtype == torch.float64
-    return [combine(weights, block, wide=wide) for block in blocks]
+    vectors: dict[int, Tensor] = {}
+    for group in _groups(blocks):
+        together = [blocks[i] for i in group]
+        joined = torch.cat(together, dim=1) if len(group) > 1 else together[0]
+        summed = combine(weights, joined, wide=wide)
+        parts = (
+            torch.split(summed, [block.shape[1] for block in together])
+            if len(group) > 1
+            else [summed]
+        )
+        vectors.update(zip(group, parts, strict=True))
+    return [vectors[i] for i in range(len(blocks))]
+
+
+def _groups(blocks: Sequence[Tensor]) -> list[list[int]]:
+    """Numbers of blocks that are summed by one call: small ones of one dtype, others alone."""
+    alone, joined = _JOINED["cpu" if blocks[0].is_cpu else "elsewhere"]
+    groups: list[list[int]] = []
+    open_groups: dict[torch.dtype, tuple[list[int], int]] = {}
+    for i, block in enumerate(blocks):
+        size = block.numel()
+        if size > alone or block.requires_grad:
+            groups.append([i])
+            continue
+        group, filled = open_groups.get(block.dtype, ([], 0))
+        if not group or filled + size > joined:
+            group, filled = [], 0
+            groups.append(group)
+        group.append(i)
+        open_groups[block.dtype] = group, filled + size
+    return groups
 
 
 def factors(weights: Tensor, device: torch.device, *, wide: bool) -> Tensor:

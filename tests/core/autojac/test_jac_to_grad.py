@@ -45,9 +45,18 @@ def test_a_gramian_method_aggregates_all_tensors_as_one_matrix_and_returns_its_w
 
 
 def test_a_gramian_method_never_sees_the_concatenation(monkeypatch: pytest.MonkeyPatch) -> None:
-    parameters = list(_model().parameters())
-    monkeypatch.setattr(torch, "cat", None)
+    parameters = [nn.Parameter(torch.randn(n)) for n in (3, 20_000, 5, 30_000)]
+    for parameter in parameters:
+        parameter.jac = torch.randn(2, *parameter.shape)
+    joined: list[int] = []
+
+    def cat(tensors: list[Tensor], dim: int = 0) -> Tensor:
+        joined.append(sum(tensor.numel() for tensor in tensors))
+        return torch.concat(tensors, dim)
+
+    monkeypatch.setattr(torch, "cat", cat)
     jac_to_grad(parameters, GramianAggregator(_by_norm))
+    assert joined == [16]  # of the small blocks, which are summed together
 
 
 def test_a_function_is_an_aggregator_without_weights() -> None:

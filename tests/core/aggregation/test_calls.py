@@ -1,0 +1,150 @@
+"""What one aggregation costs in calls: for a few rows, that is what takes the time."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import torch
+from attrs import define
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from jdcore.aggregation import (
+    GramianAggregator,
+    GramianSource,
+    GramianWeighting,
+    ScalarizationWeighting,
+    equal_weights,
+)
+from jdcore.linalg import combine
+from jdcore.linalg._combine import combine_blocks
+
+
+@define(eq=False)
+class Shorter(GramianWeighting):
+    """Long rows count for less."""
+
+    def compute(self, gramian: NDArray[np.float64]) -> NDArray[np.float64]:
+        return 1.0 / np.sqrt(gramian.diagonal())
+
+
+@define(eq=False)
+class Equal(ScalarizationWeighting):
+    def compute(self, m: int, dtype: torch.dtype) -> Tensor:
+        return equal_weights(1.0, m, dtype)
+
+
+class _Operations(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.counts[func._overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def _operations(step: Callable[[], Any]) -> Counter[str]:
+    step()
+    with _Operations() as operations:
+        step()
+    return operations.counts
+
+
+def _python_calls(step: Callable[[], Any]) -> int:
+    count = 0
+
+    def profile(frame: FrameType, event: str, argument: Any) -> None:
+        nonlocal count
+        count += event == "call"
+
+    step()
+    sys.setprofile(profile)
+    try:
+        step()
+    finally:
+        sys.setprofile(None)
+    return count
+
+
+def test_weights_that_ask_for_nothing_cost_a_product_and_a_look_at_its_result() -> None:
+    aggregator, matrix = GramianAggregator(Equal()), torch.randn(2, 1000)
+    counts = _operations(lambda: aggregator(matrix))
+    products = counts.pop("mv", 0) + counts.pop("mm", 0)
+    assert products == 1
+    # To see a row as a matrix, to square what was found, and to read the number.
+    assert counts.total() <= 5, counts
+    assert _python_calls(lambda: aggregator(matrix)) <= 30
+
+
+def test_a_few_rows_are_multiplied_without_an_operation_of_torch() -> None:
+    aggregator, matrix = GramianAggregator(Shorter()), torch.randn(2, 1000)
+    counts = _operations(lambda: aggregator(matrix))
+    assert not counts.keys() & {"mm", "mv", "maximum", "_to_copy", "dot"}, counts
+    assert _python_calls(lambda: aggregator(matrix)) <= 45
+
+
+def test_operations_do_not_grow_with_the_number_of_small_blocks() -> None:
+    aggregator = GramianAggregator(Shorter())
+
+    def counted(count: int) -> Counter[str]:
+        blocks = [torch.randn(3, 5) for _ in range(count)]
+        counts = _operations(lambda: aggregator.aggregate_blocks(blocks))
+        # Copies into one buffer, and views of blocks and results.
+        for name in ("copy_", "slice", "detach", "alias"):
+            counts.pop(name, None)
+        return counts
+
+    assert counted(40) == counted(4)
+
+
+def test_small_blocks_are_summed_together_and_come_back_in_their_order() -> None:
+    generator = torch.Generator().manual_seed(0)
+    sizes = [3, 40_000, 0, 5, 7, 70_000, 1]
+    dtypes = [torch.float32, torch.float64, torch.float32, torch.bfloat16]
+    blocks = [
+        torch.randn(4, n, generator=generator).to(dtypes[i % len(dtypes)])
+        for i, n in enumerate(sizes)
+    ]
+    weights = torch.tensor([0.3, -2.0, 1 / 3, 5.0], dtype=torch.float64)
+    for wide in (False, True):
+        found = combine_blocks(weights, blocks, wide=wide)
+        for vector, block in zip(found, blocks, strict=True):
+            assert vector.dtype == block.dtype
+            torch.testing.assert_close(vector, combine(weights, block, wide=wide))
+
+
+def test_non_finite_rows_and_overflow_of_a_few_rows_warn_of_nothing() -> None:
+    aggregator = GramianAggregator(Shorter())
+    broken = torch.tensor([[torch.inf, 1.0], [2.0, 3.0]])
+    assert aggregator(broken).isnan().all()
+    huge = torch.tensor([[3e38, 0.0], [3e38, 1.0]])
+    assert GramianAggregator(lambda gramian: torch.ones(2).double())(huge)[0] == torch.inf
+
+
+class _Elsewhere:
+    """A Gramian on a device, for which the host waits when it is copied."""
+
+    is_cpu = False
+
+    def __init__(self, gramian: Tensor) -> None:
+        self.gramian, self.copies = gramian, 0
+
+    def cpu(self) -> Tensor:
+        self.copies += 1
+        return self.gramian
+
+
+def test_the_host_waits_for_the_gramian_of_a_device_once() -> None:
+    elsewhere: Any = _Elsewhere(torch.eye(2, dtype=torch.float64))
+    source = GramianSource(2, torch.float32, torch.device("cpu"), lambda: elsewhere)
+    weights = Shorter().weigh(source)
+    assert not source.rounding_shows(weights)
+    assert torch.equal(weights, torch.ones(2, dtype=torch.float64))
+    assert elsewhere.copies == 1
