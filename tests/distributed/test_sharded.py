@@ -26,8 +26,8 @@ from jdcore.autojac import (
     jac_to_grad,
     mtl_backward,
 )
-from jdcore.autojac._vmap import batched_gradients
 from jdcore.distributed import global_means
+from jdcore.graph import batched_gradients
 from tests.distributed.common import (
     TASKS,
     Tasks,

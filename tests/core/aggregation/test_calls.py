@@ -136,6 +136,9 @@ class _Elsewhere:
     def __init__(self, gramian: Tensor) -> None:
         self.gramian, self.copies = gramian, 0
 
+    def __len__(self) -> int:
+        return len(self.gramian)
+
     def cpu(self) -> Tensor:
         self.copies += 1
         return self.gramian
