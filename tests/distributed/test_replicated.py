@@ -226,6 +226,33 @@ def test_parameters_stay_identical_over_twenty_steps_of_adam(two: Run) -> None:
     two(_twenty_steps)
 
 
+def _all_together() -> None:
+    """Adam, accumulation, checkpointing and autocast: the same bits on all processes."""
+    for name in ("upgrad", "graddrop"):
+        model = DistributedDataParallel(Tasks(torch.float32))
+        optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+        aggregator = jdcore.get_aggregator(name)
+        for step in range(20):
+            for part in range(2):
+                data = own_batch(2 * step + part, torch.float32)
+                with model.no_sync(), torch.autocast("cpu", torch.bfloat16):
+                    outputs = checkpoint(model, data, use_reentrant=False)[1]
+                    losses = losses_of(outputs)
+                backward([1024.0 * loss.float() for loss in losses])
+            jac_to_grad(model.parameters(), aggregator)
+            optimizer.step()
+            optimizer.zero_grad()
+        assert_identical(model.parameters())
+
+
+def test_all_of_a_training_loop_together(two: Run) -> None:
+    two(_all_together)
+
+
+def test_all_of_a_training_loop_together_on_four_processes(four: Run) -> None:
+    four(_all_together)
+
+
 def _mixed_precision() -> None:
     ours, alone = DistributedDataParallel(Tasks(torch.float32)), Tasks(torch.float32)
     for module, data in ((ours, own_batch()), (alone, whole_batch())):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
@@ -65,6 +66,7 @@ def _updates(
     step: int = 0,
     data: Any = own_batch,
     second: bool = False,
+    tolerance: float = 1e-11,
 ) -> None:
     """One step of each, with all that a method may look at."""
     found = []
@@ -79,11 +81,21 @@ def _updates(
     weights, reference = found
     if reference is not None:
         assert weights is not None
-        assert_close([weights], [reference], 1e-11)
+        assert_close([weights], [reference], tolerance)
 
 
 def _whole(data: Any) -> Any:
+    if isinstance(data, partial):
+        return partial(_in_whole, *data.args)
     return whole_batch if data is own_batch else data
+
+
+def _in(dtype: torch.dtype, step: int) -> Tensor:
+    return own_batch(step, dtype)
+
+
+def _in_whole(dtype: torch.dtype, step: int) -> Tensor:
+    return whole_batch(step, dtype)
 
 
 def _compared(ours: nn.Module, alone: nn.Module, tolerance: float = 1e-12) -> None:
@@ -152,22 +164,37 @@ def test_gramian_backward(two: Run) -> None:
     two(_without_jacobian_kept)
 
 
-def _every_method() -> None:
+def _every_method(dtype: torch.dtype = torch.float64, tolerance: float = 1e-12) -> None:
     for name in jdcore.list_aggregators():
         spec = jdcore.describe(name)
         tasks = max(TASKS, spec.min_rows)
-        ours, alone = _shard(Tasks(tasks=tasks)), Tasks(tasks=tasks)
+        ours, alone = _shard(Tasks(dtype, tasks)), Tasks(dtype, tasks)
         one, other = method_of(name, tasks), method_of(name, tasks)
+        second = spec.input == "cross_gramian"
         for step in range(2):
-            _updates(ours, alone, one, other, step, second=spec.input == "cross_gramian")
+            _updates(ours, alone, one, other, step, partial(_in, dtype), second, 10 * tolerance)
         try:
-            _compared(ours, alone)
+            _compared(ours, alone, tolerance)
         except AssertionError as error:
             raise AssertionError(name) from error
 
 
 def test_every_method(two: Run) -> None:
     two(_every_method)
+
+
+def _every_method_in_float32() -> None:
+    _every_method(torch.float32, 1e-6)
+
+
+@pytest.mark.slow
+def test_every_method_in_float32(two: Run) -> None:
+    two(_every_method_in_float32)
+
+
+@pytest.mark.slow
+def test_every_method_on_four_processes(four: Run) -> None:
+    four(_every_method)
 
 
 def _heads() -> None:
@@ -326,6 +353,13 @@ def _same_batch(step: int = 0) -> Tensor:
 def _tensor_parallelism() -> None:
     """Heads and, in the trunk, the bias of the row-wise layer are the same on all processes."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    model = _tensor_parallel(Tasks(), mesh)
+    losses = losses_of(model(_same_batch())[1])
+    absent = [torch.zeros((), dtype=torch.float64), *losses[1:]] if dist.get_rank() else losses
+    error = ParameterError if dist.get_rank() else PeerError
+    refused(error, r"0 \* output.sum", backward, absent)
+    refused(ParameterError, "parallel_chunk_size", backward, losses, parallel_chunk_size=2)
+    assert not any(hasattr(p, "jac") for p in model.parameters())
     for name in ("upgrad", "trimmed_mean", "graddrop", "mean"):
         ours, alone = _tensor_parallel(Tasks(), mesh), Tasks()
         one, other = method_of(name, TASKS), method_of(name, TASKS)
@@ -368,6 +402,32 @@ def _two_dimensions() -> None:
 
 def test_meshes_of_two_dimensions(four: Run) -> None:
     four(_two_dimensions)
+
+
+def _replicas_of_shards() -> None:
+    """Twenty steps of Adam under autocast and with accumulation: replicas have the same bits."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+    model = _shard(Tasks(torch.float32), mesh=mesh)
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    aggregator = jdcore.get_aggregator("pcgrad")  # draws numbers, on each process its own
+    for step in range(20):
+        for part in range(2):
+            with torch.autocast("cpu", torch.bfloat16):
+                losses = losses_of(model(own_batch(2 * step + part, torch.float32))[1])
+            backward([loss.float() for loss in losses])
+        jac_to_grad(model.parameters(), aggregator)
+        optimizer.step()
+        optimizer.zero_grad()
+    model.reshard()
+    for parameter in model.parameters():
+        part = parameter.to_local().detach().contiguous()
+        others = [torch.empty_like(part) for _ in range(2)]
+        dist.all_gather(others, part, group=mesh.get_group("replicate"))
+        assert torch.equal(*others)
+
+
+def test_replicas_of_shards_stay_identical(four: Run) -> None:
+    four(_replicas_of_shards)
 
 
 class _Tied(nn.Module):
