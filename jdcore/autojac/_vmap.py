@@ -12,7 +12,7 @@ from attrs import frozen
 from torch import Tensor
 
 from jdcore.errors import JDCoreError, VectorizationError, VectorizationWarning, warn
-from jdcore.graph import Reach, largest_gradient
+from jdcore.graph import Reach, is_batched, largest_gradient
 
 Result = TypeVar("Result")
 
@@ -228,7 +228,7 @@ def _check_nothing_escaped() -> None:
     gc.collect()  # they may only be in the traceback of an earlier failure
     found = _batched_tensors()
     for holder in found:
-        if not _is_batched(holder):
+        if not is_batched(holder):
             holder.grad = None
     if found:
         raise _EscapeError(
@@ -245,13 +245,9 @@ def _batched_tensors() -> list[Tensor]:
     """Tensors that are batched, or whose ``.grad`` is."""
     # type() and not isinstance(), which runs code of lazy objects.
     tensors = [thing for thing in gc.get_objects() if issubclass(type(thing), Tensor)]
-    return [t for t in tensors if _is_batched(t) or (_has_grad(t) and _is_batched(t.grad))]
+    return [t for t in tensors if is_batched(t) or (_has_grad(t) and is_batched(t.grad))]
 
 
 def _has_grad(tensor: Tensor) -> bool:
     # Asking an intermediate tensor that does not retain its gradient for it causes a warning.
     return (tensor.is_leaf or tensor.retains_grad) and tensor.grad is not None
-
-
-def _is_batched(tensor: Tensor | None) -> bool:
-    return tensor is not None and torch._C._functorch.is_batchedtensor(tensor)

@@ -13,7 +13,14 @@ from jdcore.graph._memory import Memory
 from jdcore.graph._nesting import OuterPass
 from jdcore.graph._passes import batched_gradients
 from jdcore.graph._plan import Plans
-from jdcore.graph._saved import MATRIX_PRODUCTS, Unreadable, function_of, saved, saved_as_it_is
+from jdcore.graph._saved import (
+    MATRIX_PRODUCTS,
+    Unreadable,
+    function_of,
+    is_batched,
+    saved,
+    saved_as_it_is,
+)
 from jdcore.graph._site import NoRule, Site
 from jdcore.graph._steady import note_handing_on
 from jdcore.graph._walk import Edge, Reach, edge_of, largest_gradient, reach
@@ -52,6 +59,7 @@ __all__ = [
     "edge_of",
     "function_of",
     "ignore_hooks",
+    "is_batched",
     "is_ignored",
     "largest_gradient",
     "note_handing_on",

@@ -210,6 +210,11 @@ def current_pass() -> int:
     return number
 
 
+def is_batched(tensor: Tensor | None) -> bool:
+    """Whether ``torch.vmap`` hides a dimension of a tensor."""
+    return tensor is not None and torch._C._functorch.is_batchedtensor(tensor)
+
+
 def computed_at(node: Any) -> int:
     """A number that grows from one operation to the next, in the order of the forward pass."""
     number: int = node._sequence_nr()
