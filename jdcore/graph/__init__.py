@@ -7,10 +7,11 @@ It knows no method, no module and no ``.grad``.
 from jdcore.graph._call import call, called_shares
 from jdcore.graph._graph import Graph, Place
 from jdcore.graph._hooks import ignore_hooks, is_ignored
-from jdcore.graph._jacobian import Jacobian, Objectives, Served, without_autocast
+from jdcore.graph._jacobian import Jacobian, Served, without_autocast
 from jdcore.graph._layout import Layout
 from jdcore.graph._memory import Memory
 from jdcore.graph._nesting import OuterPass
+from jdcore.graph._objectives import Objectives
 from jdcore.graph._passes import batched_gradients
 from jdcore.graph._plan import Plans
 from jdcore.graph._saved import (

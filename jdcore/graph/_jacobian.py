@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import cached_property, partial, reduce
+from functools import cached_property, reduce
 from typing import Any
 
 import torch
@@ -14,7 +14,8 @@ from jdcore.graph._call import called_shares
 from jdcore.graph._graph import Graph, Place
 from jdcore.graph._hooks import may_have_hooks
 from jdcore.graph._memory import Memory
-from jdcore.graph._passes import Grads, Listener, dense_grad, differentiate, stacked
+from jdcore.graph._objectives import Objectives, OneByOne
+from jdcore.graph._passes import Grads, Listener, dense_grad, differentiate
 from jdcore.graph._plan import Plan, Plans, plan_of_tasks
 from jdcore.graph._pull import pull, pull_rows
 from jdcore.graph._saved import Unreadable, function_of
@@ -41,79 +42,6 @@ _HOOKED = (
     "there are hooks that were made since the last call, and torch does not show whether they are "
     "on tensors of this graph"
 )
-
-
-@frozen(eq=False)
-class Objectives:
-    """
-    The losses, seen as K tasks by B samples.
-
-    :param outputs: The losses as given: one tensor where there are samples.
-    :param batch_dim: Their dimension of samples, None if there is none: then B = 1.
-    """
-
-    outputs: Sequence[Tensor]
-    batch_dim: int | None
-
-    @property
-    def rows(self) -> int:
-        """The number of losses."""
-        return sum(output.numel() for output in self.outputs)
-
-    @property
-    def samples(self) -> int:
-        """B."""
-        return 1 if self.batch_dim is None else self.outputs[0].shape[self.batch_dim]
-
-    @property
-    def tasks(self) -> int:
-        """K."""
-        return self.rows // max(1, self.samples)
-
-    def by_task(self, weights: Tensor) -> Tensor:
-        """Bring a tensor of one entry per loss, in their order, into the shape [K, B]."""
-        if self.batch_dim is None:
-            return weights.reshape(-1, 1)
-        moved = weights.reshape(self.outputs[0].shape).movedim(self.batch_dim, -1)
-        return moved.reshape(self.tasks, self.samples)
-
-    def ordered(self, total: Tensor) -> Tensor:
-        """Bring rows and columns from the order [K, B] into that of the flattened losses."""
-        if self.batch_dim is None or self.tasks == 1:
-            return total
-        output = self.outputs[0]
-        last, moved = output.ndim - 1, output.movedim(self.batch_dim, -1).shape
-        axes = self.batch_dim, last + 1 + self.batch_dim
-        return total.view(*moved, *moved).movedim((last, 2 * last + 1), axes).reshape(total.shape)
-
-    def seed(self, task: int) -> Tensor:
-        """The gradient to start with for all samples of a task."""
-        assert self.batch_dim is not None
-        moved = self.outputs[0].movedim(self.batch_dim, -1)
-        seed = torch.zeros_like(moved, memory_format=torch.contiguous_format)
-        seed.view(self.tasks, self.samples)[task] = 1
-        return seed.movedim(-1, self.batch_dim)
-
-    def seeds(self, weights: Tensor) -> list[Tensor]:
-        """The gradients to start with for weighted losses."""
-        parts = torch.split(weights.reshape(-1), [output.numel() for output in self.outputs])
-        return [
-            part.view(output.shape).to(output)
-            for part, output in zip(parts, self.outputs, strict=True)
-            if output.requires_grad
-        ]
-
-    def differentiable(self) -> list[Tensor]:
-        """The outputs that have a graph."""
-        return [output for output in self.outputs if output.requires_grad]
-
-
-class _OneByOne(Objectives):
-    """The same losses as K B tasks without samples, in the order [K, B]."""
-
-    @property
-    def samples(self) -> int:
-        return 1
 
 
 @frozen(eq=False)
@@ -231,7 +159,7 @@ class Jacobian:
         if not self._without_samples:
             self.one_by_one = reason
             warn(RowByRowWarning(self.objectives.rows, reason))
-        self.objectives = _OneByOne(self.objectives.outputs, self.objectives.batch_dim)
+        self.objectives = OneByOne(self.objectives.outputs, self.objectives.batch_dim)
         self._apart = True
         self._hooked = set(self.graph.wanted)
 
@@ -284,43 +212,57 @@ class Jacobian:
             )
 
     def _run(self, total: Accumulator, retain_graph: bool) -> None:
-        """All tasks, with samples: one backward pass each, which is listened to."""
-        plan, graph, K = self._plan, self.graph, self.objectives.tasks
-        waiting: dict[int, list[Grads]] = {node: [] for node in plan.frontier}
-        unserved: dict[int, list[int]] = {}
+        """All tasks, with samples. The last one is listened to, so that nothing need be kept."""
+        plan, objectives = self._plan, self.objectives
         # Nodes without a rule are called afterwards, and other leaves differentiated.
         retain_graph |= bool(self._others()) or plan.called is None or bool(plan.called)
         retain_graph |= bool(plan.derived)
+        first = self._all_but_the_last()
+        unserved: dict[int, tuple[Site, list[int]]] = {}
 
-        def receive(node: int, grads: Grads, k: int) -> None:
-            rows = waiting[node]
-            rows += [[None] * len(grads)] * (k - len(rows))
-            rows.append([None if g is None else dense_grad(g.detach()) for g in grads])
-            if k == K - 1 and node not in (plan.called or ()):
-                rest = self._serve(node, rows, total)
-                if rest:
-                    unserved[node] = rest
-                else:
-                    waiting[node] = []
+        def receive(node: int, grads: Grads) -> None:
+            site = self._site(
+                node,
+                [
+                    _joined(first.pop((node, i), None), grad, objectives.tasks)
+                    for i, grad in enumerate(grads)
+                ],
+            )
+            rest = self._serve(site, node, total)
+            if rest:
+                unserved[node] = site, rest
 
-        listener = Listener(graph, waiting)
-        for k in range(K):
-            seeds = [self.objectives.seed(k)]
-            retain = retain_graph or k < K - 1
-            listener.run(self.objectives.outputs, seeds, partial(receive, k=k), retain_graph=retain)
-        for node, rows in waiting.items():
-            if rows:
-                self._serve_late(node, rows, unserved, total)
+        listener = Listener(self.graph, plan.frontier)
+        seed = objectives.seeds_of_tasks([objectives.tasks - 1])[0]
+        listener.run(objectives.outputs, [seed], receive, retain_graph=retain_graph)
+        for node in dict.fromkeys(node for node, _ in list(first)):
+            receive(node, [None] * len(self.graph.results[node]))
+        for node, (site, rest) in unserved.items():
+            self._call(site, node, rest, total)
         plan.called = {*(plan.called or ()), *unserved}
+
+    def _all_but_the_last(self) -> dict[Place, Tensor]:
+        """The gradients of tasks at the operations of the frontier, shape [K - 1, ...] each."""
+        graph, objectives = self.graph, self.objectives
+        count = objectives.tasks - 1
+        if count == 0:
+            return {}
+        [start] = graph.starts
+
+        def seeds(place: Place, tasks: Sequence[int]) -> Tensor:
+            return objectives.seeds_of_tasks(tasks)
+
+        passes = Passes(graph, [start] * count, seeds, self._memory, self._apart)
+        used = {place for edges in graph.inputs for place in edges} | {start}
+        places = [place for place in sorted(used) if place[0] in self._plan.frontier]
+        found = zip(places, passes.gradients(places, retain_graph=True), strict=True)
+        return {place: grads for place, grads in found if grads is not None}
 
     def _run_tasks(self, total: Accumulator, retain_graph: bool) -> None:
         """All tasks, without samples: ordinary gradients, beside shares of products."""
         plan, graph = self._plan, self.graph
-        starts = starts_of(graph, self.objectives.outputs)
-        if self.objectives.batch_dim is not None:
-            order = torch.arange(len(starts), device="cpu")
-            starts = [starts[i] for i in self.objectives.by_task(order).flatten().tolist()]
-        passes = Passes(graph, starts, self._memory, self._apart)
+        starts = starts_of(graph, self.objectives)
+        passes = Passes(graph, starts.places, starts.seeds, self._memory, self._apart)
         # What operations saved is read afterwards, and other leaves differentiated.
         retain_graph |= bool(self._others()) or bool(plan.frontier)
         groups = [plan.ordinary] if total.keep else self._groups(plan.ordinary)
@@ -333,7 +275,7 @@ class Jacobian:
                 self._take_ordinary(place, of_place, total)
             for node in reversed(products):
                 site = self._site(node, [grads.pop()])
-                self._serve_site(site, node, total)
+                self._serve(site, node, total)
 
     def _take_ordinary(self, place: Place, grads: Tensor | None, total: Accumulator) -> None:
         if grads is not None:
@@ -380,15 +322,12 @@ class Jacobian:
         shapes = {p: graph.result(graph.inputs[node][p]).shape for p in plan.frontier[node]}
         return Site(graph.nodes[node], graph.names[node], given, layouts, shapes)
 
-    def _serve(self, node: int, rows: list[Grads], total: Accumulator) -> list[int]:
+    def _serve(self, site: Site, node: int, total: Accumulator) -> list[int]:
         """
         All gradients at an operation are there: make the shares of what enters it.
 
         :returns: Operands without a rule.
         """
-        return self._serve_site(self._site(node, _by_result(rows)), node, total)
-
-    def _serve_site(self, site: Site, node: int, total: Accumulator) -> list[int]:
         rest = list[int]()
         if all(g is None for g in site.grads):
             return []
@@ -421,16 +360,8 @@ class Jacobian:
             weight.plus = 1.0
             self._keep(edges[0], shares.pop(0), site.name, "with its weight")
 
-    def _serve_late(
-        self, node: int, rows: list[Grads], unserved: dict[int, list[int]], total: Accumulator
-    ) -> None:
-        """Operations without a rule, and those that the last task did not reach."""
-        rows += [[None] * len(rows[0])] * (self.objectives.tasks - len(rows))
-        rest = unserved.get(node) or self._serve(node, rows, total)
-        if not rest:
-            return
-        unserved[node] = rest
-        site = self._site(node, _by_result(rows))
+    def _call(self, site: Site, node: int, rest: list[int], total: Accumulator) -> None:
+        """Call an operation whose rule does not serve some of its operands."""
         masks = [
             None if g is None or layout is None else layout.masks(g[0])
             for g, layout in zip(site.grads, site.layouts, strict=True)
@@ -619,9 +550,20 @@ def sum_of(tensors: Iterable[Tensor]) -> Tensor:
     return reduce(lambda a, b: b + a if a.is_sparse else a + b, tensors)
 
 
-def _by_result(rows: Sequence[Grads]) -> list[Tensor | None]:
-    """The gradients of all tasks at each result of an operation."""
-    return [stacked(of_result) for of_result in zip(*rows, strict=True)]
+def _joined(first: Tensor | None, last: Tensor | None, tasks: int) -> Tensor | None:
+    """
+    The gradients of all tasks at a place, zero where there is none.
+
+    :param first: Of all but the last, shape [K - 1, ...].
+    :param last: Of the last one.
+    :param tasks: K.
+    """
+    if last is None:
+        return None if first is None else torch.cat([first, torch.zeros_like(first[:1])])
+    last = dense_grad(last.detach())[None]
+    if tasks == 1:
+        return last
+    return torch.cat([last.new_zeros(tasks - 1, *last.shape[1:]) if first is None else first, last])
 
 
 def without_autocast(device_type: str) -> AbstractContextManager[Any]:

@@ -8,7 +8,7 @@ for each loss, which ends where the trunk begins and meets no head of another lo
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cached_property
 from typing import TypeAlias
 
@@ -20,6 +20,7 @@ from jdcore.graph._batchable import is_batchable
 from jdcore.graph._cost import batch_beats_single_passes
 from jdcore.graph._graph import Graph, Place
 from jdcore.graph._memory import Memory, pieces
+from jdcore.graph._objectives import Objectives
 from jdcore.graph._passes import batched_gradients, dense_grad, differentiate, stacked
 
 _Kind: TypeAlias = "frozenset[tuple[str, tuple[torch.dtype, ...]]]"
@@ -33,47 +34,69 @@ _JOINS = {"StackBackward0", "CatBackward0"}
 
 
 @frozen
-class Start:
+class Starts:
     """
-    Where the gradient of a loss starts.
+    Where the gradients of losses without samples start.
 
-    :param place: The result that the loss is an entry of.
-    :param entry: Which entry.
-    :param device: Where it is.
+    :param graph: The graph.
+    :param places: By loss, the result that it is an entry of; None for a loss without a graph.
+    :param entries: By loss, which entry.
+    :param device: Where the losses are.
     """
 
-    place: Place
-    entry: int
+    graph: Graph
+    places: Sequence[Place | None]
+    entries: Sequence[int]
     device: torch.device
 
+    def seeds(self, place: Place, losses: Sequence[int]) -> Tensor:
+        """What some losses start with at a place: one at their entry, else zero."""
+        result = self.graph.result(place)
+        seeds = torch.zeros(
+            len(losses), result.shape.numel(), dtype=result.dtype, device=self.device
+        )
+        here = [(i, self.entries[k]) for i, k in enumerate(losses) if self.places[k] == place]
+        if len(losses) == 1:
+            seeds[0, here[0][1]] = 1
+        elif here == [(i, i) for i in range(seeds.shape[1])]:
+            seeds.fill_diagonal_(1)
+        elif here:
+            rows, entries = torch.tensor(here, device=self.device).T
+            seeds[rows, entries] = 1
+        return seeds.view(len(losses), *result.shape)
 
-def starts_of(graph: Graph, outputs: Sequence[Tensor]) -> list[Start | None]:
+
+def starts_of(graph: Graph, objectives: Objectives) -> Starts:
     """
-    Where each of the flattened losses starts; None for one that has no graph.
+    Where each of the losses starts, all of which count as tasks.
 
     A loss that was put into a row with others starts where it was computed.
     """
-    found: list[Start | None] = []
+    found: list[tuple[Place | None, int]] = []
     places = iter(graph.starts)
-    for output in outputs:
+    for output in objectives.outputs:
         if output.requires_grad:
-            found += _entries(graph, next(places), output.device)
+            found += _entries(graph, next(places))
         else:
-            found += [None] * output.numel()
-    return found
+            found += [(None, i) for i in range(output.numel())]
+    if objectives.batch_dim is not None:
+        order = torch.arange(len(found), device="cpu")
+        found = [found[i] for i in objectives.by_task(order).flatten().tolist()]
+    device = objectives.outputs[0].device
+    return Starts(graph, [place for place, _ in found], [entry for _, entry in found], device)
 
 
-def _entries(graph: Graph, place: Place, device: torch.device) -> list[Start]:
+def _entries(graph: Graph, place: Place) -> list[tuple[Place | None, int]]:
     whole = graph.result(place)
-    entries = [Start(place, i, device) for i in range(whole.shape.numel())]
+    entries: list[tuple[Place | None, int]] = [(place, i) for i in range(whole.shape.numel())]
     if graph.names[place[0]] not in _JOINS or len(whole.shape) != 1 or place in graph.targets:
         return entries
-    found: list[Start] = []
+    found: list[tuple[Place | None, int]] = []
     for part in graph.inputs[place[0]]:
         # What is no operation has no place to start at; another dtype would need a conversion.
         if part[0] < 0 or part[0] in graph.leaves or graph.result(part).dtype != whole.dtype:
             return entries
-        found += _entries(graph, part, device)
+        found += _entries(graph, part)
     return found if len(found) == len(entries) else entries
 
 
@@ -90,12 +113,12 @@ class Ways:
     common: frozenset[int]
 
     @classmethod
-    def of(cls, graph: Graph, starts: Sequence[Start | None]) -> Ways:
+    def of(cls, graph: Graph, starts: Sequence[Place | None]) -> Ways:
         """Follow the losses of a graph."""
         at: dict[Place, int] = {}
         for k, start in enumerate(starts):
             if start is not None:
-                at[start.place] = at.get(start.place, 0) | 1 << k
+                at[start] = at.get(start, 0) | 1 << k
         everything = sum(1 << k for k, start in enumerate(starts) if start is not None)
         losses: dict[int, int] = {}
         starting = [node for node, _ in at]
@@ -139,16 +162,18 @@ def _common(
 @frozen(eq=False, slots=False)  # slots leave no room for cached properties
 class Passes:
     """
-    The backward passes of losses without samples.
+    The backward passes of tasks: of losses without samples, or each of one loss for every sample.
 
     :param graph: The graph.
-    :param starts: Where each loss starts.
+    :param starts: Where each task starts; None for one without a graph.
+    :param seeds: Gives the gradients with which some tasks start at a place, one after the other.
     :param memory: How large temporaries may be.
-    :param apart: Whether each loss has to have a pass of its own.
+    :param apart: Whether each task has to have a pass of its own.
     """
 
     graph: Graph
-    starts: Sequence[Start | None]
+    starts: Sequence[Place | None]
+    seeds: Callable[[Place, Sequence[int]], Tensor]
     memory: Memory
     apart: bool
 
@@ -183,26 +208,10 @@ class Passes:
         if start is None:
             return [None] * len(places)
         edges = [self.graph.edge(place) for place in places]
-        seed = self._seeds(start.place, [k])[0]
+        seed = self.seeds(start, [k])[0]
         retain = retain_graph or k in self._met_again
-        found = differentiate([self.graph.edge(start.place)], edges, [seed], retain)
+        found = differentiate([self.graph.edge(start)], edges, [seed], retain)
         return [None if grad is None else dense_grad(grad.detach()) for grad in found]
-
-    def _seeds(self, place: Place, losses: Sequence[int]) -> Tensor:
-        """What some losses start with at a place: one at their entry, else zero."""
-        result = self.graph.result(place)
-        starts = [(i, s) for i, k in enumerate(losses) if (s := self.starts[k]) is not None]
-        device = starts[0][1].device
-        seeds = torch.zeros(len(losses), result.shape.numel(), dtype=result.dtype, device=device)
-        here = [(i, start.entry) for i, start in starts if start.place == place]
-        if len(losses) == 1:
-            seeds[0, here[0][1]] = 1
-        elif here == [(i, i) for i in range(seeds.shape[1])]:
-            seeds.fill_diagonal_(1)
-        elif here:
-            rows, entries = torch.tensor(here, device=device).T
-            seeds[rows, entries] = 1
-        return seeds.view(len(losses), *result.shape)
 
     @cached_property
     def _ways(self) -> Ways:
@@ -211,6 +220,8 @@ class Passes:
     @cached_property
     def _met_again(self) -> set[int]:
         """The losses that pass through an operation that a later one passes through as well."""
+        if len(set(self.starts)) == 1:
+            return set(range(len(self.starts) - 1))
         patterns = {found for found in self._ways.losses.values() if found & (found - 1)}
         again = 0
         for found in patterns:
@@ -235,7 +246,14 @@ class Passes:
     def _at_once(self) -> int:
         """How many losses go through the trunk together."""
         count, graph = len(self._present), self.graph
-        if count < 2 or self.apart or not self._ways.common or self._kind in _FAILED:
+        if count < 2 or self.apart:
+            return 1
+        weights = [leaf.numel() for leaf in graph.wanted.values()]
+        if self.memory.reused and not batch_beats_single_passes(
+            count, len(graph.nodes), 0, weights
+        ):
+            return 1  # whatever the trunk is
+        if not self._ways.common or self._kind in _FAILED:
             return 1
         if not all(is_batchable(graph.names[n], graph.nodes[n]) for n in self._ways.common):
             return 1
@@ -260,7 +278,7 @@ class Passes:
         entrances = self._entrances()
         rows = [
             [None] * (len(of_heads) + len(entrances))
-            if start is None or start.place[0] in common
+            if start is None or start[0] in common
             else self._single(k, [*of_heads, *entrances], retain_graph)
             for k, start in enumerate(self.starts)
         ]
@@ -276,16 +294,15 @@ class Passes:
     def _entrances(self) -> list[Place]:
         """Where gradients enter the trunk."""
         common, losses = self._ways.common, self._ways.losses
-        found = [start.place for start in self.starts if start is not None]
+        found = [start for start in self.starts if start is not None]
         found += [place for node in losses.keys() - common for place in self.graph.inputs[node]]
         return [place for place in dict.fromkeys(found) if place[0] in common]
 
     def _arriving(self, place: Place, rows: Sequence[Tensor | None]) -> Tensor:
         """The gradients of all losses at an entrance."""
         grads = stacked(rows)
-        starting = any(s is not None and s.place == place for s in self.starts)
-        if grads is None or starting:
-            seeds = self._seeds(place, self._present)
+        if grads is None or place in self.starts:
+            seeds = self.seeds(place, self._present)
             grads = seeds if grads is None else grads + seeds
         return grads
 

@@ -152,6 +152,11 @@ def weighted_sum(weights: Tensor, rows: Tensor) -> Tensor:
     """
     wide = torch.float64 in (weights.dtype, rows.dtype)
     dtype = torch.float64 if wide else torch.float32
+    if len(rows) > 1 and not (rows.is_cpu and rows.shape[1] > 1):
+        # One call for all tasks; on CPUs that is slower where there are samples.
+        by_sample = rows.to(dtype).flatten(2).transpose(0, 1)
+        summed = product(weights.to(dtype).T[:, None], by_sample)
+        return summed.view(rows.shape[1:])
     scale = weights.to(dtype).reshape(*weights.shape, *[1] * (rows.ndim - 2))
     total = rows[0].to(dtype) * scale[0]
     for k in range(1, len(rows)):

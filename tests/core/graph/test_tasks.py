@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from jdcore import autogram
 from jdcore.graph import _tasks
-from tests.core.autogram.oracle import explicit_jacobian, randn, relative_error
+from tests.core.autogram.oracle import explicit_jacobian, generalized, randn, relative_error
 from tests.zoo.test_operations import operations
 
 ALWAYS = 1 << 24
@@ -315,3 +315,50 @@ def test_each_further_head_costs_its_own_operations_and_no_more() -> None:
     few, more, many = (_operations_with(k, stacked) for k in (16, 20, 28))
     assert many - more == 2 * (more - few)
     assert more - few <= 4 * 9  # the seed, and the five operations of a head
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_operations_of_tasks_with_samples_do_not_grow_with_their_number(layers: int) -> None:
+    def step(tasks: int) -> int:
+        torch.manual_seed(0)
+        net = nn.Sequential(*(nn.Linear(6, 6) for _ in range(layers)), nn.Linear(6, tasks))
+        engine = autogram.Engine(net, batch_dim=0, memory_budget=ALWAYS)
+        x = randn(5, 6)
+        losses = net(x).square()
+        return operations(lambda: engine.compute_gramian(losses))
+
+    assert step(3) == step(12)
+
+
+@pytest.mark.parametrize("budget", [None, ALWAYS])
+@pytest.mark.parametrize("batch_dim", [0, 1])
+def test_tasks_with_samples_some_of_which_do_not_reach_all(
+    budget: int | None, batch_dim: int
+) -> None:
+    class Several(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.heads = nn.Linear(3, 4), nn.ModuleList(nn.Linear(4, 1) for _ in "ab")
+            self.alone = nn.Linear(3, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            hidden = self.first(x).tanh()
+            columns = [*(head(hidden) for head in self.heads), self.alone(x), hidden[:, :1]]
+            return torch.cat(columns, 1).square()
+
+    torch.manual_seed(0)
+    net, x = Several(), randn(5, 3)
+    parameters = list(net.parameters())
+    losses = net(x).movedim(0, batch_dim).contiguous()
+    jacobian = explicit_jacobian(losses, parameters)
+    weights = torch.linspace(-1, 2, losses.numel()).view(losses.shape)
+    engine = autogram.Engine(net, batch_dim=batch_dim, memory_budget=budget)
+    for _ in range(2):
+        losses = net(x).movedim(0, batch_dim).contiguous()
+        gramian = engine.compute_gramian(losses)
+        expected = generalized(jacobian @ jacobian.T, losses.shape)
+        assert relative_error(gramian, expected) <= 1e-12
+        engine.backward(losses, lambda _: weights)
+        update = torch.cat([p.grad.reshape(-1) for p in parameters])
+        assert relative_error(update, weights.reshape(-1) @ jacobian) <= 1e-12
+        net.zero_grad()

@@ -1,0 +1,91 @@
+"""The losses, as tasks and samples."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from attrs import frozen
+from torch import Tensor
+
+
+@frozen(eq=False)
+class Objectives:
+    """
+    The losses, seen as K tasks by B samples.
+
+    :param outputs: The losses as given: one tensor where there are samples.
+    :param batch_dim: Their dimension of samples, None if there is none: then B = 1.
+    """
+
+    outputs: Sequence[Tensor]
+    batch_dim: int | None
+
+    @property
+    def rows(self) -> int:
+        """The number of losses."""
+        return sum(output.numel() for output in self.outputs)
+
+    @property
+    def samples(self) -> int:
+        """B."""
+        return 1 if self.batch_dim is None else self.outputs[0].shape[self.batch_dim]
+
+    @property
+    def tasks(self) -> int:
+        """K."""
+        return self.rows // max(1, self.samples)
+
+    def by_task(self, weights: Tensor) -> Tensor:
+        """Bring a tensor of one entry per loss, in their order, into the shape [K, B]."""
+        if self.batch_dim is None:
+            return weights.reshape(-1, 1)
+        moved = weights.reshape(self.outputs[0].shape).movedim(self.batch_dim, -1)
+        return moved.reshape(self.tasks, self.samples)
+
+    def ordered(self, total: Tensor) -> Tensor:
+        """Bring rows and columns from the order [K, B] into that of the flattened losses."""
+        if self.batch_dim is None or self.tasks == 1:
+            return total
+        output = self.outputs[0]
+        last, moved = output.ndim - 1, output.movedim(self.batch_dim, -1).shape
+        axes = self.batch_dim, last + 1 + self.batch_dim
+        return total.view(*moved, *moved).movedim((last, 2 * last + 1), axes).reshape(total.shape)
+
+    def seeds_of_tasks(self, tasks: Sequence[int]) -> Tensor:
+        """
+        The gradients that tasks start with, for all their samples.
+
+        :param tasks: One task, or the first ones.
+        :returns: Shape ``[len(tasks), *output.shape]``.
+        """
+        assert self.batch_dim is not None
+        moved = self.outputs[0].movedim(self.batch_dim, -1)
+        seeds = torch.zeros(len(tasks), *moved.shape, dtype=moved.dtype, device=moved.device)
+        by_task = seeds.view(len(tasks), self.tasks, self.samples)
+        if tasks[0] == 0:
+            by_task.diagonal(dim1=0, dim2=1).fill_(1)
+        else:
+            by_task[0, tasks[0]] = 1
+        return seeds.movedim(-1, self.batch_dim + 1)
+
+    def seeds(self, weights: Tensor) -> list[Tensor]:
+        """The gradients to start with for weighted losses."""
+        parts = torch.split(weights.reshape(-1), [output.numel() for output in self.outputs])
+        return [
+            part.view(output.shape).to(output)
+            for part, output in zip(parts, self.outputs, strict=True)
+            if output.requires_grad
+        ]
+
+    def differentiable(self) -> list[Tensor]:
+        """The outputs that have a graph."""
+        return [output for output in self.outputs if output.requires_grad]
+
+
+class OneByOne(Objectives):
+    """The same losses as K B tasks without samples, in the order [K, B]."""
+
+    @property
+    def samples(self) -> int:
+        return 1
