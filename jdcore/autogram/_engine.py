@@ -42,9 +42,10 @@ class Engine:
     (:meth:`~torch.Tensor.retain_grad`) gets that of the weighted losses from :meth:`backward`, for
     one backward pass more, and stays as it is in all other calls.
 
-    Up to 64 losses, the Gramian of float32 gradients is multiplied in float64, as it is for
+    Products of float32 gradients are made in float32 and added in float64. Where the rows of up to
+    64 losses nearly cancel, they are made once more in float64, as they are for
     :func:`~jdcore.autojac.jac_to_grad`, so that near Pareto stationarity the update is that of the
-    same rows in float64. For more, products are made in float32 and added in float64: there, rows
+    same rows in float64; this takes half of a plain step to a whole one. For more losses, rows
     that cancel up to 1e-4 of their lengths are told apart by models in float64 only. Weights that
     float32 cannot carry, because the rows they multiply cancel, are summed in float64 wherever one
     pass serves.

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from jdcore.errors import JDCoreError, RowByRowWarning, UnservedGraphError, warn
 from jdcore.graph._call import called_shares
+from jdcore.graph._cancelling import rows_cancel
 from jdcore.graph._graph import Graph, Place
 from jdcore.graph._hooks import may_have_hooks
 from jdcore.graph._memory import Memory
@@ -32,9 +33,9 @@ _SMALL = 1 << 16
 # Entries of rows that are kept or held at once where there are no samples: 512 MB in float32.
 _ROWS = 1 << 27
 
-# Losses up to which the Gramian is multiplied in float64: near Pareto stationarity its smallest
-# eigenvalues matter, which float32 products drown in their rounding. Products of few rows cost
-# little beside the backward pass; those of many would cost as much as it does.
+# Losses up to which the Gramian is multiplied in float64 where their rows nearly cancel: there its
+# smallest eigenvalues matter, which float32 products drown in their rounding. For more losses that
+# would cost more than the backward pass.
 _FEW = 64
 
 
@@ -103,10 +104,7 @@ class Jacobian:
             self._take_plain_rows(_HOOKED)
         elif {n for n, _ in self.graph.starts} & self.graph.leaves.keys():
             self._take_plain_rows("a loss is a parameter itself")
-        self.shares: dict[Place, list[Share]] = {}
-        self._small = _Small()
-        self._finished: dict[int, Tensor] = {}
-        self.served: list[Served] = []
+        self._forget()
         self.computed = False
         self._plan: Plan
 
@@ -122,20 +120,44 @@ class Jacobian:
         if self.objectives.rows == 0:
             self.computed = True
             return torch.zeros(0, 0, dtype=torch.float64, device=self._device)
+        few = self.objectives.rows <= _FEW and self.graph.precision != torch.float64
+        # Without what is kept, all may have to be done once more.
+        total = self._added_up(keep, retain_graph or (few and not keep))
+        gramian = total.total
+        if few and rows_cancel(gramian):
+            gramian = self._again_in_float64(total, retain_graph).total
+        return self.objectives.ordered(gramian)
+
+    def _added_up(self, keep: bool, retain_graph: bool) -> Accumulator:
         total = Accumulator(self.objectives.rows, self._device, keep, self._memory)
-        self.add_to(total, retain_graph=retain_graph)
-        return self.objectives.ordered(total.total)
+        self._add_all(total, retain_graph)
+        return total
+
+    def _again_in_float64(self, before: Accumulator, retain_graph: bool) -> Accumulator:
+        """The same shares once more, or all over again if they were not kept."""
+        with products_in_float64():
+            if not before.keep:
+                self._forget()
+                return self._added_up(False, retain_graph)
+            total = Accumulator(self.objectives.rows, self._device, True, self._memory)
+            with torch.no_grad(), without_autocast(self._device.type):
+                for share in before.added:
+                    total.add_share(share)
+            return total
 
     def add_to(self, total: Accumulator, *, retain_graph: bool) -> None:
         """
-        Add the shares of all parameters to a Gramian.
+        Add the shares of all parameters to a Gramian, in float64 for few losses.
 
         :param total: Of the rows in the order [K, B].
         :param retain_graph: Whether the graph is needed afterwards.
         """
+        with products_in_float64(self.objectives.rows <= _FEW):
+            self._add_all(total, retain_graph)
+
+    def _add_all(self, total: Accumulator, retain_graph: bool) -> None:
         self.computed = True
-        precise = products_in_float64(self.objectives.rows <= _FEW)
-        with torch.no_grad(), without_autocast(self._device.type), precise:
+        with torch.no_grad(), without_autocast(self._device.type):
             with self.fields_unchanged():
                 self._plan = self._find_plan()
                 run = self._run_tasks if self._without_samples else self._run
@@ -144,6 +166,12 @@ class Jacobian:
                 self._add_group(group, total)
             self._add_pulled(total)
             self._small.add_gramian(total)
+
+    def _forget(self) -> None:
+        self.shares: dict[Place, list[Share]] = {}
+        self._small = _Small()
+        self._finished: dict[int, Tensor] = {}
+        self.served: list[Served] = []
 
     @property
     def memory(self) -> Memory:
@@ -512,7 +540,7 @@ class _Small:
         for shares in self._of_dtype.values():
             rows = [share.flat() for _, share in shares]
             joined = torch.cat(rows, 1) if len(rows) > 1 else rows[0]
-            total.add_rows(joined)
+            total.add_share(Dense(joined[None], joined.shape[1:]))
             if total.keep:
                 self._joined.append((joined, shares))
         self._of_dtype.clear()

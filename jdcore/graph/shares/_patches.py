@@ -49,7 +49,9 @@ class Patches(Share):
 
     def add_gramian(self, gramian: Accumulator) -> None:
         memory = gramian.memory
-        if self._ghost_is_cheaper():
+        if self._kept is not None:
+            gramian.add_rows(self._kept.flatten(2).flatten(0, 1))
+        elif self._ghost_is_cheaper():
             self._add_ghost(gramian)
         elif gramian.keep and self._worth_keeping():
             self._kept = self._all_rows(memory)

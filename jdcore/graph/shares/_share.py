@@ -108,6 +108,8 @@ class Accumulator:
         self.keep = keep
         self.memory = memory
         self._pending: list[Tensor] = []
+        self.added: list[Share] = []
+        """The shares that were added, if they are kept."""
 
     @property
     def total(self) -> Tensor:
@@ -120,6 +122,8 @@ class Accumulator:
     def add_share(self, share: Share) -> None:
         """Add the Gramian of a share."""
         share.add_gramian(self)
+        if self.keep:
+            self.added.append(share)
 
     def add(self, product: Tensor, first: int = 0) -> None:
         """
