@@ -88,6 +88,10 @@ def rounding_shows(weights: Tensor, gramian: Tensor, /) -> bool:
             if factor:
                 total += abs(factor) * math.sqrt(row[i])
                 squared += factor * sum(map(mul, row, factors))
+    elif gramian.is_cpu:
+        matrix, vector = gramian.numpy(), np.array(weights.tolist())
+        squared = float(vector @ (matrix @ vector))
+        total = float(np.abs(vector) @ np.sqrt(matrix.diagonal()))
     else:
         wide = weights.to(gramian)
         # Both at once: each number asked of an accelerator makes the host wait for it.
