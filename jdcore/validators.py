@@ -39,6 +39,8 @@ Validator = Callable[[Any, "Attribute[Any]", Any], None]
 def describe_tensor(value: object) -> str:
     """One phrase for an error message: dtype and shape of a tensor, the type of anything else."""
     if isinstance(value, Tensor):
+        if value.is_nested:  # there is no shape to tell
+            return f"a nested {str(value.dtype).removeprefix('torch.')} Tensor"
         return f"a {str(value.dtype).removeprefix('torch.')} Tensor of shape {list(value.shape)}"
     return f"a {type(value).__name__}"
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from jdcore.distributed._refusals import refuse_replicated, refuse_sharded
+from jdcore.distributed._sharding import is_dtensor
 from jdcore.errors import ParameterError, ParameterTypeError
 from jdcore.graph import Objectives, reach
 from jdcore.validators import describe_tensor
@@ -26,6 +27,14 @@ def objectives_of(
         label = parameter if isinstance(losses, Tensor) else f"{parameter}[{i}]"
         if not isinstance(output, Tensor) or not output.is_floating_point():
             raise ParameterTypeError(label, "a floating Tensor", describe_tensor(output))
+        kind = _unusable_kind(output)
+        if kind is not None:
+            raise ParameterError(
+                label,
+                "dense, in memory",
+                f"{describe_tensor(output)}, which is {kind}",
+                "Compute the losses as one dense tensor, such as torch.stack of them.",
+            )
         if any(output is other for other in outputs[:i]):
             raise ParameterError(
                 label,
@@ -144,6 +153,22 @@ def wanted_leaves(objectives: Objectives, inputs: Tensor | Iterable[Tensor] | No
     return [tensor for tensor in dict.fromkeys(given) if tensor.requires_grad]
 
 
+def refuse_divided(outputs: Sequence[Tensor]) -> None:
+    """
+    Refuse losses that are divided among processes.
+
+    :raises ParameterError: If one is a DTensor.
+    """
+    for output in outputs:
+        if is_dtensor(output):
+            raise ParameterError(
+                "output",
+                "a tensor of this process",
+                f"{describe_tensor(output)} that is a DTensor",
+                "Give losses.full_tensor(), or losses.to_local() for the samples of this process.",
+            )
+
+
 def refuse_unusable(wanted: Sequence[Tensor], parameter: str, *, together: bool) -> None:
     """
     Refuse tensors that have no dense real gradient in this process.
@@ -155,17 +180,7 @@ def refuse_unusable(wanted: Sequence[Tensor], parameter: str, *, together: bool)
         refuse_sharded(wanted, parameter)
         refuse_replicated(wanted, parameter)
     for tensor in wanted:
-        kind = (
-            "complex"
-            if tensor.is_complex()
-            else "nested"
-            if tensor.is_nested
-            else "sparse"
-            if tensor.layout != torch.strided
-            else "on the meta device"
-            if tensor.is_meta
-            else None
-        )
+        kind = _unusable_kind(tensor)
         if kind is not None:
             raise ParameterError(
                 parameter,
@@ -173,3 +188,14 @@ def refuse_unusable(wanted: Sequence[Tensor], parameter: str, *, together: bool)
                 f"{describe_tensor(tensor)}, which is {kind}",
                 "Freeze it (requires_grad_(False)), or use a dense real tensor in its place.",
             )
+
+
+def _unusable_kind(tensor: Tensor) -> str | None:
+    """What keeps a tensor from being dense and real, and in memory."""
+    if tensor.is_complex():
+        return "complex"
+    if tensor.is_nested:
+        return "nested"
+    if tensor.layout != torch.strided:
+        return f"of the layout {str(tensor.layout).removeprefix('torch.')}"
+    return "on the meta device" if tensor.is_meta else None

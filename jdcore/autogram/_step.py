@@ -10,7 +10,7 @@ from torch import Tensor
 
 from jdcore._fields import check_grads, disjoint, write_grads
 from jdcore.aggregation import GramianSource, weigh
-from jdcore.autogram._losses import refuse_unusable
+from jdcore.autogram._losses import refuse_divided, refuse_unusable
 from jdcore.autogram._rules import RULES_IN_USE
 from jdcore.errors import ParameterError, UnservedGraphError
 from jdcore.graph import Jacobian, Objectives, Plans
@@ -43,6 +43,7 @@ class Step:
         :param together: Whether the processes that hold the tensors make the step together.
         :raises UnservedGraphError: If it cannot be right.
         """
+        refuse_divided(self.objectives.outputs)
         refuse_unusable(self.wanted, self.parameter, together=together)
         jacobian = Jacobian(
             self.objectives,

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from jdcore import ParameterError, ParameterTypeError
-from jdcore.autogram import Engine
+from jdcore.autogram import Engine, backward, gramian, gramian_backward
 from tests.core.autogram.oracle import check_engine, randn
 
 B = 5
@@ -160,6 +160,64 @@ def process_group() -> Iterator[None]:
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     yield
     torch.distributed.destroy_process_group()
+
+
+UNUSABLE: dict[str, Callable[[Tensor], Tensor]] = {
+    "complex": lambda losses: losses * 1j,
+    "nested": lambda losses: torch.nested.as_nested_tensor([losses[:2], losses[2:]]),
+    "jagged": lambda losses: torch.nested.as_nested_tensor(
+        [losses[:2], losses[2:]], layout=torch.jagged
+    ),
+    "sparse": lambda losses: losses.to_sparse(),
+    "mkldnn": lambda losses: losses.float().to_mkldnn(),
+    "meta": lambda losses: losses.to("meta"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("batch_dim", [0, None])
+@pytest.mark.parametrize("kind", UNUSABLE)
+def test_losses_that_are_not_dense_and_real_in_memory(kind: str, batch_dim: int | None) -> None:
+    model = nn.Linear(6, 3)
+    engine = Engine(model, batch_dim=batch_dim)
+    losses = UNUSABLE[kind](model(randn(B, 6)).sum(1))
+    calls: list[Callable[[], object]] = [
+        lambda: engine.compute_gramian(losses),
+        lambda: engine.backward(losses, torch.diag),
+        lambda: engine.explain(losses),
+        lambda: engine.verify(losses),
+        lambda: gramian(losses, batch_dim=batch_dim),
+        lambda: backward(losses, torch.diag, batch_dim=batch_dim),
+        lambda: gramian_backward(losses, torch.diag),
+    ]
+    for call in calls:
+        with pytest.raises(ParameterError, match=r"must be (a floating Tensor|dense, in memory)"):
+            call()
+    assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("batch_dim", [0, None])
+def test_a_nested_parameter(batch_dim: int | None) -> None:
+    parts = [torch.randn(2), torch.randn(3)]
+    model = nn.Linear(6, 3)
+    model.odd = nn.Parameter(torch.nested.nested_tensor(parts, layout=torch.jagged))
+    _refused(model, lambda: model(randn(B, 6)).sum(1) + model.odd.values().sum(), "nested")
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.usefixtures("process_group")
+@pytest.mark.parametrize("batch_dim", [0, None])
+def test_losses_that_are_divided_among_processes(batch_dim: int | None) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor
+
+    model, mesh = nn.Linear(6, 3), init_device_mesh("cpu", (1,))
+
+    def losses() -> Tensor:
+        return DTensor.from_local(model(randn(B, 6)).sum(1), mesh)
+
+    _refused(model, losses, "DTensor", batch_dim)
 
 
 @pytest.mark.filterwarnings("ignore")
