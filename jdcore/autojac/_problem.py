@@ -161,7 +161,7 @@ class Problem:
             if self.accumulates:  # the rows are taken from there
                 yield
             else:
-                with guarded(self._leaves(), custom=self.kind.custom):
+                with guarded(self._leaves(), custom=bool(self.graph.functions)):
                     yield
 
     def _leaves(self) -> list[Tensor]:

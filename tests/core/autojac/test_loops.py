@@ -321,17 +321,23 @@ def test_a_head_behind_a_reversible_trunk() -> None:
 
     model = Net()
     expected = copy.deepcopy(model)
-    for k in range(2):
-        losses(expected)[k].backward()
-    features = model.trunk(X)
-    mtl_backward(
-        [head(features).square().mean() for head in model.heads],
-        features,
-        shared_params=model.trunk.parameters(),
-    )
-    jac_to_grad(model.trunk.parameters(), lambda matrix: matrix.sum(dim=0))
-    for got, wanted in zip(model.parameters(), expected.parameters(), strict=True):
-        torch.testing.assert_close(got.grad, wanted.grad)
+    for _ in range(STEPS):
+        model.zero_grad()
+        expected.zero_grad()
+        for k in range(2):
+            losses(expected)[k].backward()
+        features = model.trunk(X)
+        mtl_backward(
+            [head(features).square().mean() for head in model.heads],
+            features,
+            shared_params=model.trunk.parameters(),
+        )
+        jac_to_grad(model.trunk.parameters(), lambda matrix: matrix.sum(dim=0))
+        for got, wanted in zip(model.parameters(), expected.parameters(), strict=True):
+            torch.testing.assert_close(got.grad, wanted.grad)
+            with torch.no_grad():
+                got.sub_(got.grad, alpha=0.1)
+                wanted.sub_(wanted.grad, alpha=0.1)
 
 
 class _Checkpointed(nn.Module):
@@ -447,6 +453,47 @@ def test_autocast_around_the_whole_step_gives_the_rows_of_passes_outside(way: st
     update = torch.cat([parameter.grad.flatten() for parameter in parameters]).double()
     expected_update = _by_norm(matrix @ matrix.T) @ matrix
     torch.testing.assert_close(update, expected_update, rtol=1e-5, atol=1e-6)
+
+
+def test_a_training_inside_of_autocast_makes_the_steps_of_rows_outside() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, 3))
+    parameters, x = list(model.parameters()), torch.randn(5, 8)
+    for _ in range(STEPS):
+        with torch.autocast("cpu", torch.bfloat16):
+            losses = (model(x).float() - 1.0).square().mean(dim=0)
+        rows = [torch.autograd.grad(loss, parameters, retain_graph=True) for loss in losses]
+        matrix = torch.stack([torch.cat([g.flatten() for g in row]) for row in rows]).double()
+        expected = _by_norm(matrix @ matrix.T) @ matrix
+        with torch.autocast("cpu", torch.bfloat16):
+            backward((model(x).float() - 1.0).square().mean(dim=0))
+            jac_to_grad(parameters, GramianAggregator(_by_norm))
+        update = torch.cat([parameter.grad.flatten() for parameter in parameters])
+        torch.testing.assert_close(update.double(), expected, rtol=1e-5, atol=1e-6)
+        with torch.no_grad():
+            for parameter in parameters:
+                parameter.sub_(parameter.grad, alpha=0.1)
+        model.zero_grad()
+
+
+@pytest.mark.parametrize("make", [lambda p: torch.zeros(()).double().expand_as(p), torch.zeros])
+def test_a_training_goes_on_where_a_grad_that_cannot_be_added_to_was_refused(make: Any) -> None:
+    def step(model: nn.Module, losses: Losses, parameters: list[nn.Parameter]) -> None:
+        model.zero_grad()
+        last = parameters[-1]
+        if make is torch.zeros:
+            with torch.inference_mode():
+                last.grad = torch.zeros_like(last)
+        else:
+            last.grad = make(last)
+        backward(losses(model), inputs=parameters)
+        with pytest.raises(ParameterError, match="that can be added to"):
+            jac_to_grad(parameters, GramianAggregator(_by_norm))
+        assert all(parameter.grad is None for parameter in parameters[:-1])
+        last.grad = None
+        jac_to_grad(parameters, GramianAggregator(_by_norm))
+
+    trains_as_plain_rows(_net(), lambda model: model(X).square().mean(dim=0), step)
 
 
 def test_gradients_made_in_inference_mode_can_be_added_to_later() -> None:
