@@ -80,7 +80,10 @@ class GramianSource:
         """The source of a Jacobian that is there itself."""
         rows = columns.rows
         return cls(
-            *(rows, columns.precision, columns.device, columns.gramian),
+            rows,
+            columns.precision,
+            columns.device,
+            columns.gramian,
             losses=None if losses is None else check_losses(losses, rows),
             compute_cross=None if columns.second is None else columns.cross_gramian,
             scale=lambda: columns.scale,

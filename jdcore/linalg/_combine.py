@@ -60,7 +60,7 @@ def combine(
         return torch.cat([(vector @ piece.to(vector.dtype)).to(dtype) for piece in pieces])
     if block.numel() >= _LARGE and not block.requires_grad:
         return torch.mv(block.T, vector, out=new_tensor(block, block.shape[1]))
-    return vector.matmul(block)  # less overhead than the operator: 1 us of 6
+    return block.T.mv(vector)  # costs less to call than `matmul`
 
 
 def combine_blocks(
