@@ -74,7 +74,7 @@ PAIRS = (
     Pair("mgda", "MGDA"),
     Pair("cagrad", "CAGrad", lambda m: {"c": 0.5}, lambda m: (0.5,)),
     Pair("nash_mtl", "NashMTL", lambda m: {"n_tasks": m}, lambda m: (m,), sizes=(2, 4, 8, 32)),
-    Pair("fairgrad", "FairGrad"),
+    Pair("fairgrad", "FairGrad", lambda m: {"alpha": 2.0}, lambda m: (2.0,)),
     Pair("pcgrad", "PCGrad"),
     Pair("gradvac", "GradVac"),
     Pair("imtl_g", "IMTLG"),
