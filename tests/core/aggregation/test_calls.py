@@ -9,6 +9,7 @@ from types import FrameType
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from attrs import define
 from numpy.typing import NDArray
@@ -126,6 +127,23 @@ def test_non_finite_rows_and_overflow_of_a_few_rows_warn_of_nothing() -> None:
     assert aggregator(broken).isnan().all()
     huge = torch.tensor([[3e38, 0.0], [3e38, 1.0]])
     assert GramianAggregator(lambda gramian: torch.ones(2).double())(huge)[0] == torch.inf
+
+
+@pytest.mark.parametrize("method", [Shorter(), Equal()])
+def test_a_few_rows_may_lie_in_memory_in_any_way(method: Any) -> None:
+    generator = torch.Generator().manual_seed(0)
+    complex_ = torch.randn(3, 5, dtype=torch.complex64, generator=generator)
+    wide = torch.randn(6, 10, generator=generator)
+    views = [
+        complex_.conj().imag,
+        complex_.real,
+        wide[::2, ::3],
+        wide.T[:4],
+        wide[:1].expand(3, 10),
+    ]
+    for view in [*views, wide[:0]]:
+        aggregator = GramianAggregator(method)
+        torch.testing.assert_close(aggregator(view), aggregator(view.clone().contiguous()))
 
 
 class _Elsewhere:
