@@ -9,6 +9,7 @@ import torch
 from attrs import frozen
 from torch import Tensor
 
+from jdcore._fields import through_tensor_hooks
 from jdcore.errors import JDCoreError, RowByRowWarning, UnservedGraphError, warn
 from jdcore.graph._call import called_shares
 from jdcore.graph._cancelling import rows_cancel
@@ -455,7 +456,7 @@ class Jacobian:
             return
         for leaf, found in pull_rows(self.graph, self._plan, rows, self._memory).items():
             if leaf in self._hooked:
-                found = self._finished[leaf] = hooked_rows(self.graph.wanted[leaf], found)
+                found = self._finished[leaf] = _through_hooks(self.graph.wanted[leaf], found)
             by_task = found.reshape(self.objectives.tasks, -1, *found.shape[1:])
             total.add_share(Dense(by_task, self.graph.wanted[leaf].shape))
 
@@ -557,18 +558,9 @@ class _Small:
         return grads
 
 
-def hooked_rows(leaf: Tensor, rows: Tensor) -> Tensor:
-    """
-    What the hooks of a parameter make of each row, as they would in a backward pass of its own.
-
-    :param rows: Shape ``[R, *leaf.shape]``.
-    """
-    changed = []
-    for row in rows.to(leaf.dtype):
-        for hook in (leaf._backward_hooks or {}).values():
-            result = hook(row)
-            row = row if result is None else result
-        changed.append(row)
+def _through_hooks(leaf: Tensor, rows: Tensor) -> Tensor:
+    """What the hooks of a parameter make of each row, as in a backward pass of its own."""
+    changed = [through_tensor_hooks({leaf: row})[leaf] for row in rows.to(leaf.dtype)]
     return torch.stack(changed)
 
 
