@@ -10,6 +10,7 @@ from jdcore.autojac import _checks as checks
 from jdcore.autojac._hidden import is_reentrant, may_reach, refuse_default
 from jdcore.autojac._initial import initial_jacobians, rows_of
 from jdcore.autojac.transform import AccumulateJac, Transform, jac_of
+from jdcore.distributed._passes import telling_holders
 from jdcore.distributed._refusals import refuse_flat
 from jdcore.distributed._replicas import check_replicas
 from jdcore.distributed._sharding import Gathered
@@ -64,26 +65,27 @@ def backward(
             [2., 4.]])
     """
     outputs = checks.tensor_list(tensors, "tensors")
-    checks.check_outputs(outputs, "tensors")
-    initial = initial_jacobians(jac_tensors, outputs, "jac_tensors")
-    checks.check_flag(retain_graph, "retain_graph")
-    checks.check_chunk_size(parallel_chunk_size)
-    found = reach(outputs)
-    given = None if inputs is None else checks.tensor_list(inputs, "inputs")
-    targets = reached(found, given)
-    m = len(initial[0]) if initial else sum(output.numel() for output in outputs)
-    check_jacs(targets, m)
-    jac = jac_of(
-        outputs,
-        targets,
-        found,
-        watched=given or (),
-        retain_graph=retain_graph,
-        chunk_size=parallel_chunk_size,
-    )
-    graph = rows_of(outputs, initial) >> jac >> AccumulateJac(targets)
-    with plain_modes([*outputs, *targets]):
-        graph()
+    with telling_holders(outputs, inputs):
+        checks.check_outputs(outputs, "tensors")
+        initial = initial_jacobians(jac_tensors, outputs, "jac_tensors")
+        checks.check_flag(retain_graph, "retain_graph")
+        checks.check_chunk_size(parallel_chunk_size)
+        found = reach(outputs)
+        given = None if inputs is None else checks.tensor_list(inputs, "inputs")
+        targets = reached(found, given)
+        m = len(initial[0]) if initial else sum(output.numel() for output in outputs)
+        check_jacs(targets, m)
+        jac = jac_of(
+            outputs,
+            targets,
+            found,
+            watched=given or (),
+            retain_graph=retain_graph,
+            chunk_size=parallel_chunk_size,
+        )
+        graph = rows_of(outputs, initial) >> jac >> AccumulateJac(targets)
+        with plain_modes([*outputs, *targets]):
+            graph()
 
 
 def jacobian_of(outputs: list[Tensor], targets: list[Tensor], *, retain_graph: bool) -> Transform:

@@ -9,7 +9,7 @@ from jdcore.autojac import _checks as checks
 from jdcore.autojac._hidden import is_reentrant, refuse_default
 from jdcore.autojac._initial import initial_jacobians, rows_of
 from jdcore.autojac.transform import jac_of
-from jdcore.distributed._passes import is_spread
+from jdcore.distributed._passes import is_spread, telling_holders
 from jdcore.distributed._refusals import refuse_flat
 from jdcore.distributed._sharding import Gathered
 from jdcore.errors import ParameterError
@@ -57,22 +57,23 @@ def jac(
             [0., 4.]]),)
     """
     differentiated = checks.tensor_list(outputs, "outputs")
-    checks.check_outputs(differentiated, "outputs")
-    initial = initial_jacobians(jac_outputs, differentiated, "jac_outputs")
-    checks.check_flag(retain_graph, "retain_graph")
-    checks.check_chunk_size(parallel_chunk_size)
-    found = reach(differentiated)
-    targets = _targets(found, inputs)
-    step = jac_of(
-        differentiated,
-        targets,
-        found,
-        retain_graph=retain_graph,
-        chunk_size=parallel_chunk_size,
-    )
-    graph = rows_of(differentiated, initial) >> step
-    with plain_modes([*differentiated, *targets]):
-        results = graph()
+    with telling_holders(differentiated, inputs):
+        checks.check_outputs(differentiated, "outputs")
+        initial = initial_jacobians(jac_outputs, differentiated, "jac_outputs")
+        checks.check_flag(retain_graph, "retain_graph")
+        checks.check_chunk_size(parallel_chunk_size)
+        found = reach(differentiated)
+        targets = _targets(found, inputs)
+        step = jac_of(
+            differentiated,
+            targets,
+            found,
+            retain_graph=retain_graph,
+            chunk_size=parallel_chunk_size,
+        )
+        graph = rows_of(differentiated, initial) >> step
+        with plain_modes([*differentiated, *targets]):
+            results = graph()
     return tuple(results[target] for target in targets)
 
 

@@ -21,7 +21,7 @@ from jdcore.autojac.transform import (
     Transform,
 )
 from jdcore.distributed._heads import note_local_gradients
-from jdcore.distributed._passes import is_spread
+from jdcore.distributed._passes import is_spread, telling_holders
 from jdcore.distributed._sharding import Gathered
 
 
@@ -80,41 +80,42 @@ def mtl_backward(
     (tensor(5.), tensor(1.))
     """
     losses = checks.tensor_list(tensors, "tensors")
-    checks.check_outputs(losses, "tensors")
-    initial = initial_gradients(grad_tensors, losses, "grad_tensors")
-    checks.check_flag(retain_graph, "retain_graph")
-    checks.check_chunk_size(parallel_chunk_size)
-    cut, trunk = find_trunk(features)
-    plan = make_plan(losses, cut, trunk, shared_params, tasks_params)
-    shards = Gathered().shards
-    shared, private = shards(plan.shared), shards(plan.private)
-    check_jacs(shared, len(losses))
-    check_grads(private)
-    gradients = _task_gradients(plan, losses, initial, retain_graph)
-    if plan.rows_from_features:
-        jac = Jac(
-            cut,
-            plan.shared,
-            retain_graph=retain_graph,
-            chunk_size=parallel_chunk_size,
-            graph=trunk,
-            watched=plan.given,
-        )
-        gradients = gradients >> (jac | Keep(plan.private))
-    spread = is_spread([*shared, *private])
-    if spread:
-        gradients = Init(losses, initial) >> ShardedTasks(
-            losses,
-            shared,
-            list(map(shards, plan.tasks)),
-            gradients,
-            (plan.shared, plan.private),
-            retain_graph=retain_graph,
-            chunk_size=parallel_chunk_size,
-        )
-    graph = gradients >> (AccumulateJac(shared) | AccumulateGrad(private))
-    with plain_modes([*losses, *shared, *private]):
-        graph()
+    with telling_holders(losses, shared_params):
+        checks.check_outputs(losses, "tensors")
+        initial = initial_gradients(grad_tensors, losses, "grad_tensors")
+        checks.check_flag(retain_graph, "retain_graph")
+        checks.check_chunk_size(parallel_chunk_size)
+        cut, trunk = find_trunk(features)
+        plan = make_plan(losses, cut, trunk, shared_params, tasks_params)
+        shards = Gathered().shards
+        shared, private = shards(plan.shared), shards(plan.private)
+        check_jacs(shared, len(losses))
+        check_grads(private)
+        gradients = _task_gradients(plan, losses, initial, retain_graph)
+        if plan.rows_from_features:
+            jac = Jac(
+                cut,
+                plan.shared,
+                retain_graph=retain_graph,
+                chunk_size=parallel_chunk_size,
+                graph=trunk,
+                watched=plan.given,
+            )
+            gradients = gradients >> (jac | Keep(plan.private))
+        spread = is_spread([*shared, *private])
+        if spread:
+            gradients = Init(losses, initial) >> ShardedTasks(
+                losses,
+                shared,
+                list(map(shards, plan.tasks)),
+                gradients,
+                (plan.shared, plan.private),
+                retain_graph=retain_graph,
+                chunk_size=parallel_chunk_size,
+            )
+        graph = gradients >> (AccumulateJac(shared) | AccumulateGrad(private))
+        with plain_modes([*losses, *shared, *private]):
+            graph()
     if not spread:
         note_local_gradients(private)
 

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from enum import IntEnum
 from types import TracebackType
 from typing import Any, TypeAlias
@@ -20,6 +22,29 @@ Group: TypeAlias = "dist.ProcessGroup"
 _NUMBERS = 12
 _TEXT = 400
 _UNKNOWN = -(1 << 40)
+
+
+_MET: ContextVar[bool] = ContextVar("met", default=False)
+
+
+@contextmanager
+def telling(meeting: Callable[[], Meeting | None]) -> Iterator[None]:
+    """
+    Tell others of an error in a ``with`` block that happens before the first meeting in it.
+
+    :param meeting: Finds with whom this process is to meet, None if with nobody. Only called after
+        an error.
+    """
+    token = _MET.set(False)
+    try:
+        yield
+    except Exception as error:
+        others = None if _MET.get() else meeting()
+        if others is not None:
+            others.tell(error)
+        raise
+    finally:
+        _MET.reset(token)
 
 
 class Stage(IntEnum):
@@ -65,6 +90,7 @@ class Meeting:
     _told: bool = field(default=False, init=False)
 
     def __enter__(self) -> Meeting:
+        _MET.set(True)
         return self
 
     def __exit__(
@@ -77,12 +103,13 @@ class Meeting:
             try:
                 self.agree(Stage.END)
             except Exception as late:
-                self._tell(late)
+                self.tell(late)
                 raise
         elif isinstance(error, Exception):
-            self._tell(error)
+            self.tell(error)
 
-    def _tell(self, error: Exception) -> None:
+    def tell(self, error: Exception) -> None:
+        """Tell the other processes of an error on this one, if they do not know."""
         if not self._told:
             self._agree(Stage.FAILED, (), error)
 

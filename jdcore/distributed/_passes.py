@@ -8,8 +8,8 @@ FSDP2 reduce what such a pass accumulates; those of DTensor compute on gradients
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor
 from jdcore._fields import set_aside
 from jdcore.distributed._gathering import can_be_gathered, divided_means, kept_gathered
 from jdcore.distributed._grid import Grid
-from jdcore.distributed._meeting import Meeting, Stage
+from jdcore.distributed._meeting import Meeting, Stage, telling
 from jdcore.distributed._sharding import Gathered, is_dtensor, local_part
 from jdcore.errors import ParameterError
 from jdcore.graph import reach
@@ -42,6 +42,24 @@ def is_spread(tensors: Sequence[Tensor]) -> bool:
     """Whether some tensors, or what stands for them in a graph, are divided among processes."""
     gathered = Gathered()
     return any(is_dtensor(gathered.shard(tensor)) for tensor in tensors)
+
+
+def telling_holders(outputs: Sequence[Tensor], given: object) -> AbstractContextManager[None]:
+    """
+    Tell the processes with which this one holds parameters of an error before they meet.
+
+    :param outputs: What is to be differentiated.
+    :param given: What parameters were named, if any, not yet checked.
+    """
+
+    def meeting() -> Meeting | None:
+        named = given if isinstance(given, Iterable) else ()
+        computed = [output for output in outputs if output.grad_fn is not None]
+        tensors = [t for t in (*reach(computed).leaves, *named) if isinstance(t, Tensor)]
+        shards = [t for t in Gathered().shards(tensors) if is_dtensor(t)]
+        return Meeting(Grid.of(shards).groups, shards[0].device) if shards else None
+
+    return telling(meeting)
 
 
 @frozen(eq=False)

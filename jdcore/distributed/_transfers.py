@@ -1,13 +1,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from jdcore.distributed._meeting import Group, Meeting, Stage
+
+# Torch 2.13 gave these other names, and warns of the ones before.
+_all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 # As much as DistributedDataParallel sends at once.
 _BYTES = 25 << 20
@@ -109,7 +113,7 @@ def gathered(meeting: Meeting, buckets: Sequence[Bucket], parts: Sequence[Tensor
     ]
     meeting.agree(Stage.UPDATE)
     for bucket, whole, part in zip(buckets, received, sent, strict=True):
-        dist.all_gather_into_tensor(whole, part, group=bucket.group)
+        _all_gather(whole, part, group=bucket.group)
     pairs = zip(buckets, received, strict=True)
     return [vector for bucket, whole in pairs for vector in bucket.split(whole)]
 
@@ -191,9 +195,7 @@ class _Scatter:
             )
         else:
             sent = self.sent.view(-1, self.sent.shape[2])
-            self.work = dist.reduce_scatter_tensor(
-                self.received, sent, group=self.group, async_op=True
-            )
+            self.work = _reduce_scatter(self.received, sent, group=self.group, async_op=True)
 
     def result(self) -> Tensor:
         self.work.wait()

@@ -7,8 +7,10 @@ again, and each time another of these operations fails as if there were no memor
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -19,9 +21,9 @@ from torch.distributed.fsdp import fully_shard
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import jdcore
-from jdcore import PeerError
+from jdcore import ParameterError, PeerError
 from jdcore.autogram import Engine
-from jdcore.autojac import backward, gramian_backward, jac_to_grad, mtl_backward
+from jdcore.autojac import backward, gramian_backward, jac, jac_to_grad, mtl_backward
 from jdcore.errors import RowByRowWarning
 from tests.distributed.common import Tasks, gradients, losses_of, own_batch
 from tests.distributed.conftest import Run
@@ -43,11 +45,21 @@ class _Broken(TorchDispatchMode):
     ) -> Any:
         if "c10d" in str(operation):
             self.before_last = self.count
-        else:
+        elif not _in_fsdp():
             self.count += 1
             if self.count == self.place:
                 raise RuntimeError(f"no memory for {operation}")
         return operation(*arguments, **(keywords or {}))
+
+
+def _in_fsdp() -> bool:
+    """Whether the operation is of an exchange of torch's own, which no meeting can precede."""
+    frame: Any = sys._getframe()
+    while frame is not None:
+        if "_fully_shard" in frame.f_code.co_filename:
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _interrupted(
@@ -154,6 +166,57 @@ def _differentiations() -> None:
 
 def test_steps_that_compute_their_rows(two: Run) -> None:
     two(_differentiations)
+
+
+def _rows_of_shards() -> None:
+    model = _sharded(Tasks())
+
+    def prepare(differentiate: Any) -> Callable[[], None]:
+        model.zero_grad()
+        for parameter in model.parameters():
+            parameter.__dict__.pop("jac", None)
+        features, outputs = model(own_batch())
+        losses = losses_of(outputs)
+        return lambda: differentiate(features, losses)
+
+    def untouched() -> None:
+        assert not gradients(model)
+        assert not any(hasattr(p, "jac") for p in model.parameters())
+
+    for differentiate in (
+        lambda features, losses: backward(losses),
+        lambda features, losses: mtl_backward(losses, features),
+    ):
+        _interrupted(partial(prepare, differentiate), untouched, all_places=False)
+
+
+def test_the_rows_of_sharded_parameters(two: Run) -> None:
+    two(_rows_of_shards)
+
+
+def _arguments_of_shards() -> None:
+    """What is wrong on one process before it meets the others."""
+    me, model = dist.get_rank() == CULPRIT, _sharded(Tasks())
+
+    def refused(call: Callable[[Tensor, list[Tensor]], object]) -> None:
+        features, outputs = model(own_batch())
+        with pytest.raises(ParameterError if me else PeerError):
+            call(features, losses_of(outputs))
+
+    refused(lambda features, losses: backward(losses, parallel_chunk_size=0 if me else None))
+    refused(lambda features, losses: jac(losses, features if me else [*model.parameters()]))
+    wrong = {"grad_tensors": []} if me else {}
+    refused(lambda features, losses: mtl_backward(losses, features, **wrong))
+    nothing = [torch.zeros(())] * 3
+    parameters = list(model.parameters())
+    refused(lambda features, losses: backward(nothing if me else losses, inputs=parameters))
+    backward(losses_of(model(own_batch())[1]))
+    jac_to_grad(model.parameters(), jdcore.get_aggregator("upgrad"))
+    assert gradients(model)
+
+
+def test_arguments_that_are_wrong_on_one_process_of_shards(two: Run) -> None:
+    two(_arguments_of_shards)
 
 
 def _stopped(gradient: Tensor) -> Tensor:
