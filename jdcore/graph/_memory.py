@@ -8,8 +8,8 @@ import torch
 from attrs import define, field
 from torch import Tensor
 
-CAPACITY = 4 << 20
-"""Entries (16 MB of float32) that a temporary should not exceed on a CPU: caches are small."""
+CAPACITY = 1 << 20
+"""Entries (4 MB of float32) that a temporary should not exceed on a CPU: caches are small."""
 
 _ENTRY = 4  # bytes
 _FRACTION = 8  # of the free memory of an accelerator

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from torch import Tensor
 
 from jdcore.graph._cost import conv_ghost_beats_direct
-from jdcore.graph._memory import CAPACITY, Memory
+from jdcore.graph._memory import Memory
 from jdcore.graph.shares._geometry import Geometry, patch_gram, patches
 from jdcore.graph.shares._ghost import add_contracted
 from jdcore.graph.shares._product import combined, product, weighted_sum, widened
@@ -15,6 +15,10 @@ from jdcore.graph.shares._share import Accumulator, Share
 # Rows kept for the weighted gradient may take this many times the memory of the gradients they
 # replace.
 _KEEP = 2.5
+
+
+# Entries of the gradients of a sample from which on, on CPUs, each has a call of its own.
+_ONE_IMAGE = 1 << 16
 
 
 class Patches(Share):
@@ -135,7 +139,7 @@ class Patches(Share):
         """Rows by ordinary weight gradients."""
         K, B, r = self._sizes
         for k in range(K):
-            if memory.reused and self._grads[0, 0].numel() * B > CAPACITY // 64:
+            if memory.reused and self._grads[0, 0].numel() * B > _ONE_IMAGE:
                 for b in range(B):
                     one = slice(b * r, (b + 1) * r)
                     gradient = self._weight_gradient(self._grads[k, one], self._images[one])
