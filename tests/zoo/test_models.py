@@ -9,7 +9,10 @@ from jdcore import JDCoreError
 from tests.zoo.models import MODELS
 from tests.zoo.specimen import IWRM, KINDS, MTL, Kind, check, check_against, losses_of, rows_of
 
-pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:LSTM with projections is not supported"),
+    pytest.mark.filterwarnings("ignore::jdcore.RowByRowWarning"),  # some have hooks
+]
 
 APART = [name for name in MODELS if not MODELS[name]().mixes]
 MIXED = [name for name in MODELS if name not in APART]
