@@ -81,7 +81,7 @@ def refine_lcp(
             break
         sets = torch.from_numpy(passive[rows])
         q, centre = torch.from_numpy(Q[rows]), torch.from_numpy(best[rows])
-        found = pivot(matrix, q, sets, delta=delta, centre=centre, rounds=_ROUNDS).numpy()
+        found = pivot(matrix, q, sets, delta=delta, centre=centre, rounds=_ROUNDS)[0].numpy()
         passive[rows] = sets.numpy()
         achieved = lcp_residual(C, Q[rows], found)
         better = achieved < residuals[rows]

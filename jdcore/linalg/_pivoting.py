@@ -4,7 +4,7 @@ Block principal pivoting: the one loop that finds which entries of a solution ar
 For a linear complementarity problem (LCP), find z >= 0 with ``y = C z + q >= 0`` and ``zᵀ y = 0``.
 If F is the set of positive entries, ``C_FF z_F = -q_F`` gives their values; where these or the y
 outside F are negative, F is wrong there, and is exchanged (Júdice and Pires). All right-hand sides
-go together. Everything is a Tensor, on any device.
+go together. Everything is a Tensor, on any device; the host asks for two numbers per row and round.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 from attrs import frozen
+from numpy.typing import NDArray
 from torch import Tensor
 
 from jdcore.linalg._blas import one_thread
@@ -21,18 +22,26 @@ EPS = 2.0**-52
 _SMALL = 32
 # Rounds of small problems in which all rows go on: telling them apart would take longer.
 _TOGETHER = 6
-_CREDIT = 4  # block exchanges that may fail to reduce the number of wrong entries
+_CREDIT = 2  # block exchanges that may fail to reduce the number of wrong entries
 _REFINEMENTS = 2
 _SLIGHT = 1e-8  # an entry of z that is negative by so little is zero in the solution
 # Entries of the blocks that are factorised at once: caches of CPUs are small, and an accelerator
 # wants few calls.
 _ENTRIES, _ENTRIES_ELSEWHERE = 1 << 18, 1 << 26
 
+# Square of the smallest pivot from which a matrix can be inverted.
+_DEPENDENT = 1e-9
+
+Integers = NDArray[np.int64]
+
 
 def natural_residual(C: Tensor, Q: Tensor, Z: Tensor) -> Tensor:
     """``max |min(z, C z + q)|`` relative to ``1 + max z`` for every row, [k]; 0 if solved."""
-    violations = torch.minimum(Z, torch.addmm(Q, Z, C)).abs_()
-    return violations.amax(1) / (1.0 + Z.amax(1))
+    return _residual(Z, torch.addmm(Q, Z, C))
+
+
+def _residual(Z: Tensor, Y: Tensor) -> Tensor:
+    return torch.minimum(Z, Y).abs_().amax(1) / (1.0 + Z.amax(1))
 
 
 def pivot(
@@ -43,7 +52,7 @@ def pivot(
     delta: float = 0.0,
     centre: Tensor | None = None,
     rounds: int = 30,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """
     Solve the LCPs of C and the rows of Q, as far as exchanges find the positive entries.
 
@@ -53,48 +62,21 @@ def pivot(
     :param C: Positive semi-definite matrix [m, m] with a diagonal of order one, float64.
     :param Q: Vectors q, one problem per row [k, m], float64.
     :param passive: Where z is thought to be positive, bool [k, m]. Replaced by the sets found.
-    :param delta: The proximal term. 0 where C is safely positive definite.
+    :param delta: The proximal term. 0 where C is positive definite.
     :param centre: Where z is thought to be [k, m]; None for zero.
     :param rounds: Number of factorisations of a set, at most.
-    :returns: z >= 0 [k, m]. Only its residual tells whether it is the solution.
+    :returns: z >= 0 [k, m], and how well it solves the problem: the :func:`natural_residual` [k],
+        which is NaN where a block was singular.
     """
-    k, m = Q.shape
     b = -Q if centre is None else torch.sub(centre * delta, Q)
-    if m <= _SMALL and C.is_cpu and rounds >= _TOGETHER:
+    if len(C) <= _SMALL and C.is_cpu and rounds >= _TOGETHER:
         try:
             together = _exchange_together(C, Q, b, passive, delta)
         except np.linalg.LinAlgError:
             together = None
         if together is not None:
-            return together
-    sets = PassiveSets(C, delta)
-    Z = torch.zeros_like(Q)
-    rows = torch.arange(k, device=Q.device)
-    fewest = torch.full_like(rows, m + 1)
-    credit = torch.full_like(rows, _CREDIT)
-    for _ in range(rounds):
-        f, rhs = passive[rows], b[rows]
-        factors = sets.factors(f)
-        z = factors.solve(rhs)
-        y = torch.addmm(rhs, z, C, beta=-1.0)
-        y += _tolerance(m) * (1.0 + z.abs().amax(1, keepdim=True))
-        wrong = torch.where(f, z, y) < 0.0
-        count = wrong.sum(1)
-        going = count.nonzero()[:, 0]
-        if delta and len(going) < len(rows):
-            z = _refined(C, Q[rows], z, factors)
-        Z[rows] = z
-        if not len(going):
-            break
-        rows, wrong, count = rows[going], wrong[going], count[going]
-        fewer = count < fewest[rows]
-        fewest[rows] = torch.minimum(count, fewest[rows])
-        credit[rows] = torch.where(fewer, _CREDIT, credit[rows] - 1)
-        passive[rows] ^= wrong
-        rows = rows[credit[rows] >= 0]
-        if not len(rows):
-            break
-    return Z.clamp_min_(0.0)
+            return together, natural_residual(C, Q, together)
+    return _Exchange(C, Q, b, passive, delta).run(rounds)
 
 
 def _tolerance(m: int) -> float:
@@ -132,12 +114,62 @@ def _exchange_together(
     return None
 
 
-def _refined(C: Tensor, Q: Tensor, z: Tensor, factors: Factors) -> Tensor:
-    """Steps towards the solution without the proximal term, as far as no sign would change much."""
-    for _ in range(_REFINEMENTS):
-        new = z - factors.solve(torch.addmm(Q, z, C))
-        z = torch.where(new.amin(1, keepdim=True) < -_SLIGHT, z, new)
-    return z
+@frozen
+class _Exchange:
+    """:func:`pivot` of any number of rows, of which those that are done leave."""
+
+    C: Tensor
+    Q: Tensor
+    b: Tensor
+    passive: Tensor
+    delta: float
+
+    def run(self, rounds: int) -> tuple[Tensor, Tensor]:
+        k, m = self.Q.shape
+        Z, residuals = torch.zeros_like(self.Q), self.Q.new_full((k,), torch.inf)
+        sets = PassiveSets(self.C, self.delta)
+        rows = np.arange(k)
+        sizes = np.array(self.passive.sum(1).tolist(), dtype=np.int64)
+        fewest, credit = np.full(k, m + 1), np.full(k, _CREDIT)
+        for number in range(rounds):
+            at = index(rows, Z)
+            f, rhs = self.passive[at], self.b[at]
+            factors = sets.factors(f, sizes)
+            z = factors.solve(rhs)
+            y = torch.addmm(rhs, z, self.C, beta=-1.0)
+            slack = (1.0 + z.abs().amax(1, keepdim=True)).mul_(-_tolerance(m))
+            wrong = torch.where(f, z, y - slack) < 0.0
+            f ^= wrong
+            self.passive[at] = f
+            asked = torch.stack((wrong.sum(1), f.sum(1))).tolist()  # the host waits here alone
+            count, sizes = np.array(asked, dtype=np.int64)
+            credit[rows] = np.where(count < fewest[rows], _CREDIT, credit[rows] - 1)
+            fewest[rows] = np.minimum(count, fewest[rows])
+            going = (count > 0) & (credit[rows] >= 0) & (number < rounds - 1)
+            if not going.all():
+                if self.delta:
+                    z = self._refined(self.Q[at], z, factors)
+                leaving = index(np.flatnonzero(~going), Z)
+                at, found = at[leaving], z[leaving].clamp_min_(0.0)
+                changed = bool(self.delta or count[~going].any())
+                y = torch.addmm(self.Q[at], found, self.C) if changed else y[leaving]
+                Z[at], residuals[at] = found, _residual(found, y)
+            rows, sizes = rows[going], sizes[going]
+            if not rows.size:
+                break
+        return Z, residuals
+
+    def _refined(self, q: Tensor, z: Tensor, factors: Factors) -> Tensor:
+        """Steps towards the solution without the proximal term, if no sign would change much."""
+        for _ in range(_REFINEMENTS):
+            new = z - factors.solve(torch.addmm(q, z, self.C))
+            z = torch.where(new.amin(1, keepdim=True) < -_SLIGHT, z, new)
+        return z
+
+
+def index(positions: Integers, like: Tensor) -> Tensor:
+    """Positions that the host knows, for the device of a Tensor."""
+    return torch.from_numpy(positions).to(like.device, non_blocking=True)
 
 
 class Factors:
@@ -156,45 +188,73 @@ class PassiveSets:
         self._shifted: Tensor | None = None
         self._inverse: Tensor | None = None
 
-    def factors(self, passive: Tensor) -> Factors:
-        """Factors on index sets F, bool [k, m]."""
+    def factors(self, passive: Tensor, sizes: Integers) -> Factors:
+        """
+        Factors on index sets F.
+
+        :param passive: The sets, bool [k, m].
+        :param sizes: Their sizes [k].
+        """
+        m = len(self._C)
         with one_thread(self._C.is_cpu):
-            if len(passive) == 1:
-                return _Single(self._C, self._delta, passive[0])
-            many = passive.sum(1) * 2 > len(self._C)
+            if len(sizes) == 1:
+                return _Single(self._C, self._delta, passive, int(sizes[0]))
             # Where most indices are in, their complement is factorised instead.
-            large, small = many.nonzero()[:, 0], (~many).nonzero()[:, 0]
+            many = sizes * 2 > m
+            if many.any() and not self._invertible():
+                many[:] = False
             parts: list[tuple[Tensor, Factors]] = []
-            if len(small):
-                shifted = self._padded(inverse=False)
-                parts.append((small, _Gathered(shifted, passive[small])))
-            if len(large):
-                inverse = self._padded(inverse=True)
-                parts.append((large, _Complement(inverse, passive[large])))
+            if not many.all():
+                small = np.flatnonzero(~many)
+                at = index(small, passive)
+                parts.append((at, _Gathered(self._padded(), passive[at], sizes[small])))
+            if many.any():
+                large = np.flatnonzero(many)
+                at = index(large, passive)
+                assert self._inverse is not None
+                parts.append((at, _Complement(self._inverse, passive[at], m - sizes[large])))
         return parts[0][1] if len(parts) == 1 else _Parts(parts)
 
-    def _padded(self, *, inverse: bool) -> Tensor:
-        """The matrix or its inverse, with one more row and column of zeros."""
+    def _padded(self) -> Tensor:
+        """The matrix with one more row and column of zeros."""
         if self._shifted is None:
             self._shifted = torch.nn.functional.pad(self._C, (0, 1, 0, 1))
             self._shifted.diagonal()[:-1].add_(self._delta)
-        if not inverse:
-            return self._shifted
+        return self._shifted
+
+    def _invertible(self) -> bool:
+        """Whether the inverse has digits, which is then there, likewise."""
         if self._inverse is None:
-            factor = torch.linalg.cholesky_ex(self._shifted[:-1, :-1])[0]
-            unit = torch.eye(len(factor), dtype=factor.dtype, device=factor.device)
-            # Unlike an inversion, this does not raise where the factor has a zero: it gives NaN.
-            inverse_matrix = torch.cholesky_solve(unit, factor)
-            self._inverse = torch.nn.functional.pad(inverse_matrix, (0, 1, 0, 1))
-        return self._inverse
+            factor, failed = torch.linalg.cholesky_ex(self._padded()[:-1, :-1])
+            if smallest_pivot(factor, failed) < _DEPENDENT:
+                self._inverse = factor.new_empty(0)
+            else:
+                inverse = torch.cholesky_inverse(factor)
+                self._inverse = torch.nn.functional.pad(inverse, (0, 1, 0, 1))
+        return self._inverse.numel() > 0
+
+
+def smallest_pivot(factor: Tensor, failed: Tensor) -> float:
+    """The smallest square on the diagonal of a Cholesky factor; 0 if there is no such factor."""
+    return float(torch.where(failed == 0, factor.diagonal().min() ** 2, 0.0))
+
+
+def _indices(sets: Tensor, width: int) -> Tensor:
+    """The members of sets [k, m] in order [k, width], filled up with m."""
+    k, m = sets.shape
+    # What is no member goes to a column that is cut off: no size has to be asked of the device.
+    places = torch.where(sets, sets.cumsum(1) - 1, width)
+    members = torch.arange(m, device=sets.device).expand(k, m)
+    filled = torch.full((k, width + 1), m, device=sets.device)
+    return filled.scatter_(1, places, members)[:, :width]
 
 
 class _Single(Factors):
     """The factor of one set."""
 
-    def __init__(self, C: Tensor, delta: float, passive: Tensor) -> None:
-        self._indices = passive.nonzero()[:, 0]
-        whole = len(self._indices) == len(C)
+    def __init__(self, C: Tensor, delta: float, passive: Tensor, size: int) -> None:
+        self._indices = _indices(passive, size)[0]
+        whole = size == len(C)
         block = C.clone() if whole else C[self._indices[:, None], self._indices]
         block.diagonal().add_(delta)
         self._factor = torch.linalg.cholesky_ex(block)[0]
@@ -225,40 +285,37 @@ class _Gathered(Factors):
     :param M: Matrix with one more row and column of zeros, which pad the shorter sets of a batch.
     """
 
-    def __init__(self, M: Tensor, sets: Tensor) -> None:
-        m = sets.shape[1]
-        self._m, self._batches = m, []
-        ascending, order = sets.sum(1).sort()
-        rows, columns = sets.nonzero(as_tuple=True)
-        sizes = ascending.tolist()
-        index = torch.full((len(sets), max(sizes, default=0)), m, device=M.device)
-        index[rows, sets.cumsum(1)[rows, columns] - 1] = columns
+    def __init__(self, M: Tensor, sets: Tensor, sizes: Integers) -> None:
+        self._batches: list[tuple[Tensor, Tensor, Tensor]] = []
+        order = np.argsort(sizes)
+        ascending = sizes[order].tolist()
+        indices = _indices(sets, ascending[-1])
         entries = _ENTRIES if M.is_cpu else _ENTRIES_ELSEWHERE
-        end = len(sizes)
-        while end and sizes[end - 1]:
-            size = sizes[end - 1]
+        end = len(ascending)
+        while end and ascending[end - 1]:
+            size = ascending[end - 1]
             start = max(0, end - max(1, entries // (size * size)))
-            batch = order[start:end]
-            self._batches.append((batch, *_factorised(M, index[batch, :size])))
+            batch = index(order[start:end], M)
+            self._batches.append((batch, *_factorised(M, indices[batch, :size])))
             end = start
 
     def solve(self, b: Tensor) -> Tensor:
-        z = b.new_zeros((len(b), self._m + 1))
+        z = b.new_zeros((len(b), b.shape[1] + 1))
         padded = torch.nn.functional.pad(b, (0, 1))
         with one_thread(b.is_cpu):
-            for batch, index, factor in self._batches:
-                x = torch.cholesky_solve(padded[batch].gather(1, index)[:, :, None], factor)
-                z[batch] = z[batch].scatter_(1, index, x[:, :, 0])
+            for batch, indices, factor in self._batches:
+                x = torch.cholesky_solve(padded[batch].gather(1, indices)[:, :, None], factor)
+                z[batch] = z[batch].scatter_(1, indices, x[:, :, 0])
         return z[:, :-1]
 
 
-def _factorised(M: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+def _factorised(M: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
     """Factors of the blocks of M at some indices, and these."""
-    m, size = len(M), index.shape[1]
-    entries = (index[:, :, None] * m + index[:, None, :]).view(-1)
+    m, size = len(M), indices.shape[1]
+    entries = (indices[:, :, None] * m + indices[:, None, :]).view(-1)
     A = M.view(-1).index_select(0, entries).view(-1, size, size)
-    A.diagonal(dim1=1, dim2=2).add_(index == m - 1)
-    return index, torch.linalg.cholesky_ex(A)[0]
+    A.diagonal(dim1=1, dim2=2).add_(indices == m - 1)
+    return indices, torch.linalg.cholesky_ex(A)[0]
 
 
 class _Complement(Factors):
@@ -268,9 +325,9 @@ class _Complement(Factors):
     The z of ``P b`` that is zero outside of F is ``P b - P_A (P_AA)⁻¹ (P b)_A``.
     """
 
-    def __init__(self, P: Tensor, passive: Tensor) -> None:
+    def __init__(self, P: Tensor, passive: Tensor, sizes: Integers) -> None:
         self._P, self._passive = P[:-1, :-1], passive
-        self._outside = _Gathered(P, ~passive)
+        self._outside = _Gathered(P, ~passive, sizes)
 
     def solve(self, b: Tensor) -> Tensor:
         z = (b * self._passive) @ self._P

@@ -111,9 +111,10 @@ def test_pivoting_takes_any_diagonal_and_number_of_rows(m: int, delta: float) ->
     for q in (Q, Q[:1]):
         passive = q < 0.0
 
-        Z = pivot(C, q, passive, delta=delta)
+        Z, residuals = pivot(C, q, passive, delta=delta)
 
         assert float(natural_residual(C, q, Z).max()) <= 1e-13
+        assert float(residuals.max()) <= 1e-13
         assert torch.equal(passive, Z > 0.0)
 
 

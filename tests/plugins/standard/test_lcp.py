@@ -36,7 +36,9 @@ def unit_rows(name: str, m: int, n: int = 200, seed: int = 0) -> np.ndarray:
 
 def cosines(name: str, m: int, n: int = 200, seed: int = 0) -> np.ndarray:
     J = unit_rows(name, m, n, seed)
-    return equilibrate(J @ J.T)[0]
+    C = equilibrate(J @ J.T)[0]
+    np.fill_diagonal(C, 1.0)  # for zero rows too
+    return C
 
 
 def tiny(C: np.ndarray, q: np.ndarray) -> np.ndarray | None:
@@ -59,7 +61,11 @@ def solve_all(C: np.ndarray, Q: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def interior(C: np.ndarray, Q: np.ndarray) -> np.ndarray:
     """By the interior-point method alone."""
-    return interior_point(torch.from_numpy(C), torch.from_numpy(Q)).numpy()
+    Z, residuals = interior_point(
+        torch.from_numpy(C), torch.from_numpy(Q), torch.ones(Q.shape, dtype=torch.float64)
+    )
+    assert float(residuals.max()) <= 1e-10
+    return Z.numpy()
 
 
 def distance(J: np.ndarray, Z: np.ndarray, other: np.ndarray) -> float:

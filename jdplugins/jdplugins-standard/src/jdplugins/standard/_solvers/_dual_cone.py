@@ -56,7 +56,7 @@ class NativeDualConeSolver:
         inverses = torch.where(norms > 0.0, 1.0 / norms, 0.0)
         # Two products rather than one with the outer product, which would overflow for tiny norms.
         cosines = (gramian * inverses[:, None]).mul_(inverses)
-        cosines.diagonal().copy_(norms > 0.0)
+        cosines.diagonal().fill_(1.0)  # for zero rows too, which are left alone then
         scaled = references * norms
         scales = scaled.abs().amax(1, keepdim=True) if scaled.numel() else scaled.sum(1, True)
         scaled /= torch.where(scales > 0.0, scales, 1.0)
