@@ -10,7 +10,7 @@ _STEPS = 60
 _SOLVED, _ROUGH, _STALLS = 1e-12, 1e-11, 0.5
 _INSIDE = 1e-3  # least z and y to begin with
 _FLOOR = 1e-15
-_SHIFT = 16.0  # times m EPS: where C is singular, nothing else tells z from another
+_SHIFT = 256.0  # times m EPS: where C is singular, nothing else tells z from another
 _TO_BOUNDARY = 0.995
 _ENTRIES, _ENTRIES_ELSEWHERE = 1 << 18, 1 << 28  # of the matrices that are factorised at once
 
@@ -30,7 +30,10 @@ def interior_point(C: Tensor, Q: Tensor, start: Tensor) -> tuple[Tensor, Tensor]
     m = len(C)
     rows = max(1, (_ENTRIES if C.is_cpu else _ENTRIES_ELSEWHERE) // (m * m))
     with one_thread(C.is_cpu):
-        parts = [_solve(C, *part) for part in zip(Q.split(rows), start.split(rows), strict=True)]
+        parts = [
+            _solve(C, *part)
+            for part in zip(torch.split(Q, rows), torch.split(start, rows), strict=True)
+        ]
     return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
 
 

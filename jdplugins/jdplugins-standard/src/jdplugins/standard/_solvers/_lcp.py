@@ -32,6 +32,7 @@ _GUESSED = 48
 # combination of rows is zero.
 _REGULAR, _SINGULAR = 1e-6, 1e-10
 _PROXIMAL = 1e-11  # its size: above the rounding of C, and small beside what rows differ by
+_ZERO = 1e-6  # entries of what the interior-point method finds that count as zero
 _LARGE = 1e3  # entries of z that may come from rounding
 
 # A residual above this is handed on to the next method.
@@ -77,6 +78,10 @@ def solve_lcps(
         left, guessed = left[hard], guessed[hard]
     if len(left):
         answers.keep(left, *interior_point(C, Q[left], guessed))
+        left = answers.left()
+    if len(left):
+        centre = answers.Z[left]
+        answers.keep(left, *pivot(C, Q[left], centre > _ZERO, delta=_PROXIMAL, centre=centre))
     return answers.Z, answers.residuals
 
 
