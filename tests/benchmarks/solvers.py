@@ -12,7 +12,8 @@ own time, the rest being the way through cvxpy.
 
 The second form times the projections of all rows by the native solver, as UPGrad asks for them with
 one loss per sample: on the device that is given, for real Gramians of the losses of a perceptron
-that is trained on scikit-learn's digits, and for families of dependent rows.
+that is trained on scikit-learn's digits (one of them with few parameters, so that the rows depend
+on each other), and for families of dependent rows.
 """
 
 from __future__ import annotations
@@ -128,14 +129,16 @@ def share_of_clarabel(m: int) -> float:
     return statistics.median(shares)
 
 
-def real_gramian(m: int, steps: int) -> torch.Tensor:
+def real_gramian(m: int, steps: int, hidden: int = 64) -> torch.Tensor:
     """The Gramian of m losses of a perceptron after some steps of training on digits."""
     from sklearn.datasets import load_digits
 
     torch.manual_seed(0)
     images, labels = (torch.as_tensor(part) for part in load_digits(return_X_y=True))
     images = images.float() / 16.0
-    net = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 10))
+    net = torch.nn.Sequential(
+        torch.nn.Linear(64, hidden), torch.nn.ReLU(), torch.nn.Linear(hidden, 10)
+    )
     optimizer = torch.optim.Adam(net.parameters(), 3e-3)
     for step in range(steps):
         batch = torch.arange(step * 64, step * 64 + 64) % len(images)
@@ -161,11 +164,13 @@ def measure_upgrad(m: int, device: str) -> None:
     from jdplugins.standard._solvers._lcp import solve_lcps
 
     cases = {f"digits after {steps} steps": real_gramian(m, steps) for steps in (20, 400)}
+    cases["digits, 160 parameters"] = real_gramian(m, 400, hidden=2)
     kinds = ("gauss", "conflict", "badscale", "special", "neardup", "rank m/2", "rank m/8")
     cases |= {kind: dependent_gramian(kind, m) for kind in kinds}
     for name, G in cases.items():
         level = proximal_level(m, torch.float32)
         C = torch.from_numpy(equilibrate(add_proximal(G.numpy(), level))[0]).to(device)
+        C.diagonal().fill_(1.0)
         unit = torch.eye(m, dtype=torch.float64, device=device)
         taken = []
         for _ in range(3):

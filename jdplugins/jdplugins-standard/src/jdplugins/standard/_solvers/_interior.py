@@ -10,7 +10,7 @@ _STEPS = 60
 _SOLVED, _ROUGH, _STALLS = 1e-12, 1e-11, 0.5
 _INSIDE = 1e-3  # least z and y to begin with
 _FLOOR = 1e-15
-_SHIFT = 256.0  # times m EPS: where C is singular, nothing else tells z from another
+_SHIFT = 64.0  # times m EPS: where C is singular, nothing else tells z from another
 _TO_BOUNDARY = 0.995
 _ENTRIES, _ENTRIES_ELSEWHERE = 1 << 18, 1 << 28  # of the matrices that are factorised at once
 

@@ -78,8 +78,6 @@ def solve_lcps(
         left, guessed = left[hard], guessed[hard]
     if len(left):
         answers.keep(left, *interior_point(C, Q[left], guessed))
-        left = answers.left()
-    if len(left):
         centre = answers.Z[left]
         answers.keep(left, *pivot(C, Q[left], centre > _ZERO, delta=_PROXIMAL, centre=centre))
     return answers.Z, answers.residuals
