@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from jdcore.autojac._products import Product
-from jdcore.graph import OuterPass
+from jdcore.graph import OuterPass, own_hooks
 
 Replace = Callable[[Tensor], "Tensor | None"]
 
@@ -22,7 +22,8 @@ _WORTH_A_HOOK = 1 << 16
 def hooked(tensors: Sequence[Tensor], hooks: Sequence[Replace]) -> Iterator[None]:
     """Replace the gradients that arrive at tensors, for the time of a ``with`` block."""
     register: Callable[..., RemovableHandle] = Tensor.register_hook  # untyped in torch
-    handles = [register(tensor, hook) for tensor, hook in zip(tensors, hooks, strict=True)]
+    with own_hooks():
+        handles = [register(tensor, hook) for tensor, hook in zip(tensors, hooks, strict=True)]
     try:
         yield
     finally:
@@ -41,10 +42,11 @@ def listening(
     of: what autograd captures at its edge is its gradient. Where it is executed, what autograd
     captures is not its gradient: the hooks of the tensor come later.
     """
-    handles = [
-        product.edge.node.register_prehook(partial(_hear, listeners[i]))
-        for i, product in products.items()
-    ]
+    with own_hooks():
+        handles = [
+            product.edge.node.register_prehook(partial(_hear, listeners[i]))
+            for i, product in products.items()
+        ]
     try:
         yield
     finally:

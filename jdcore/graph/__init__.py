@@ -6,7 +6,7 @@ It knows no method, no module and no ``.grad``.
 
 from jdcore.graph._call import call, called_shares
 from jdcore.graph._graph import Graph, Place
-from jdcore.graph._hooks import ignore_hooks, is_ignored
+from jdcore.graph._hooks import ignore_hooks, is_ignored, own_hooks
 from jdcore.graph._jacobian import Jacobian, Served, without_autocast
 from jdcore.graph._layout import Layout
 from jdcore.graph._memory import Memory
@@ -64,6 +64,7 @@ __all__ = [
     "is_ignored",
     "largest_gradient",
     "note_handing_on",
+    "own_hooks",
     "reach",
     "saved",
     "saved_as_it_is",

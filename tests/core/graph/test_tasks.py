@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from jdcore import autogram
-from jdcore.graph import _tasks
+from jdcore import autogram, autojac
+from jdcore.graph import _hooks, _tasks
 from tests.core.autogram.oracle import explicit_jacobian, generalized, randn, relative_error
 from tests.zoo.test_operations import operations
 
@@ -362,3 +362,18 @@ def test_tasks_with_samples_some_of_which_do_not_reach_all(
         update = torch.cat([p.grad.reshape(-1) for p in parameters])
         assert relative_error(update, weights.reshape(-1) @ jacobian) <= 1e-12
         net.zero_grad()
+
+
+def test_hooks_that_autojac_made_and_removed_are_nobody_elses(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def look(graph: object) -> bool:
+        raise AssertionError("looked for hooks of others, which takes tens of milliseconds")
+
+    net = nn.Sequential(nn.Linear(300, 300), nn.Linear(300, 2))  # rows that are worth a hook
+    engine = autogram.Engine(net, batch_dim=None)
+    engine.compute_gramian(net(torch.randn(3, 300)).mean(0))
+    losses = net(torch.randn(3, 300)).mean(0)
+    monkeypatch.setattr(_hooks, "_hooks_anywhere", look)
+    autojac.backward(losses, inputs=list(net.parameters()), retain_graph=True)
+    engine.compute_gramian(losses)
