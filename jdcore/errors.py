@@ -96,18 +96,19 @@ class UnknownNameError(JDCoreError, LookupError):
         known: Sequence[str] = (),
         hint: str | None = None,
     ) -> None:
+        parts = [f"No {kind} is registered under the name {name!r}."]
+        if hint is not None:
+            parts.append(hint)
+        if close:
+            parts.append(f"Close matches: {', '.join(close)}.")
+        parts.append(f"Registered: {', '.join(known) or 'none'}.")
+        super().__init__(" ".join(parts))
+        # Afterwards, since from Python 3.14 on the constructor of ImportError sets `name` anew.
         self.name = name
         self.kind = kind
         self.close = tuple(close)
         self.known = tuple(known)
         self.hint = hint
-        parts = [f"No {kind} is registered under the name {name!r}."]
-        if hint is not None:
-            parts.append(hint)
-        if self.close:
-            parts.append(f"Close matches: {', '.join(self.close)}.")
-        parts.append(f"Registered: {', '.join(self.known) or 'none'}.")
-        super().__init__(" ".join(parts))
 
     def __reduce__(self) -> tuple[type, tuple[object, ...]]:
         return type(self), (self.name, self.kind, self.close, self.known, self.hint)
