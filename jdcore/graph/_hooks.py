@@ -98,7 +98,9 @@ def _fields_with_hooks(owner: object) -> list[object]:
     """The hooks of a leaf, or those that are fields of an object of Python."""
     if issubclass(type(owner), Tensor):
         assert isinstance(owner, Tensor)
-        return [owner._backward_hooks] if owner.is_leaf and owner.requires_grad else []
+        if not (owner.is_leaf and owner.requires_grad):
+            return []
+        return [owner._backward_hooks, owner._post_accumulate_grad_hooks]
     fields = owner if type(owner) is dict else getattr(owner, "__dict__", {})
     return [
         value
