@@ -118,11 +118,11 @@ def factors(weights: Tensor, device: torch.device, *, wide: bool) -> Tensor:
     That is float64 where float32 cannot hold weights that are on the CPU, where looking at them
     costs nothing.
 
-    :param weights: Vector [m] of any real floating dtype.
+    :param weights: Tensor of any shape and real floating dtype.
     :param wide: Whether it is to be float64 anyway, as :func:`rounding_shows` advises.
     """
     if not wide and weights.is_cpu and weights.dtype == torch.float64:
-        wide = _extreme(weights.tolist())
+        wide = _extreme(weights.flatten().tolist())
     return weights.to(device, torch.float64 if wide else torch.float32)
 
 

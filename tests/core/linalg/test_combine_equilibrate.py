@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jdcore.linalg import combine, equilibrate
+from jdcore.linalg import combine, equilibrate, factors
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
@@ -61,3 +61,12 @@ def test_zero_rows_have_zero_cosines_and_zero_inverse_norms() -> None:
     np.testing.assert_array_equal(cosines, [[1.0, 0.0], [0.0, 0.0]])
     np.testing.assert_array_equal(norms, [2.0, 0.0])
     np.testing.assert_array_equal(inverses, [0.5, 0.0])
+
+
+@pytest.mark.parametrize(("weight", "dtype"), [(0.5, torch.float32), (1e-60, torch.float64)])
+def test_factors_are_as_wide_as_weights_of_any_shape_need(
+    weight: float, dtype: torch.dtype
+) -> None:
+    weights = torch.tensor([[1.0, 2.0], [3.0, weight]], dtype=torch.float64)
+
+    assert factors(weights, torch.device("cpu"), wide=False).dtype == dtype
