@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch.distributed as dist
 from attrs import frozen
@@ -10,6 +10,8 @@ from torch import Tensor
 from jdcore.distributed._meeting import Group
 from jdcore.distributed._sharding import is_dtensor
 from jdcore.errors import ParameterError
+
+_Ranks: TypeAlias = "tuple[int, ...]"
 
 
 @frozen(eq=False)
@@ -29,10 +31,10 @@ class Grid:
 
         :raises ParameterError: If the meshes do not fit together.
         """
-        groups: dict[str, Group] = {}
+        groups: dict[_Ranks, Group] = {}
         for tensor in tensors:
             for group in _groups_of(tensor):
-                groups.setdefault(group.group_name, group)
+                groups.setdefault(_ranks(group), group)
         _check_orthogonal(list(groups.values()))
         return Grid(list(groups.values()))
 
@@ -42,18 +44,23 @@ class Grid:
 
         A tensor is copied along those dimensions that it is not divided along.
         """
-        divided = {group.group_name for group in _dividing(tensor)}
-        return all(dist.get_rank(g) == 0 for g in self.groups if g.group_name not in divided)
+        divided = {_ranks(group) for group in _dividing(tensor)}
+        return all(dist.get_rank(g) == 0 for g in self.groups if _ranks(g) not in divided)
 
     def copies(self, tensor: Tensor) -> list[Group]:
         """The groups of processes that hold the same part of a tensor."""
-        divided = {group.group_name for group in _dividing(tensor)}
-        return [group for group in self.groups if group.group_name not in divided]
+        divided = {_ranks(group) for group in _dividing(tensor)}
+        return [group for group in self.groups if _ranks(group) not in divided]
 
     def unknown(self, tensor: Tensor) -> list[Group]:
         """The groups of which a tensor knows nothing: no DTensor keeps its copies there equal."""
-        known = {group.group_name for group in _groups_of(tensor)}
-        return [group for group in self.groups if group.group_name not in known]
+        known = {_ranks(group) for group in _groups_of(tensor)}
+        return [group for group in self.groups if _ranks(group) not in known]
+
+
+def _ranks(group: Group) -> _Ranks:
+    # Not the group itself: torch takes one mesh for another that is equal, with groups of its own.
+    return tuple(dist.get_process_group_ranks(group))
 
 
 def _groups_of(tensor: Tensor) -> list[Group]:
