@@ -35,8 +35,8 @@ _PROXIMAL = 1e-11  # its size: above the rounding of C, and small beside what ro
 _ZERO = 1e-6  # entries of what the interior-point method finds that count as zero
 _LARGE = 1e3  # entries of z that may come from rounding
 
-# Problems of so few rows, and one alone, cost little, and are solved as far as rounding allows: where
-# opposite rows make z large, a residual that is small beside it still leaves an error in ``Jᵀ z``.
+# Problems of so few rows, and one alone, cost little, and are solved as far as rounding allows:
+# where opposite rows make z large, what is small beside it still leaves an error in ``Jᵀ z``.
 _SMALL = 8
 _POLISH = (_PROXIMAL, 1e-13)
 
