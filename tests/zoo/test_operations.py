@@ -7,55 +7,41 @@ plain step.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from jdcore.autogram import Engine
 from tests.benchmarks.autogram import group_norm, mlp, resnet18
 from tests.benchmarks.networks import Bert, VisionTransformer
+from tests.operations import Operations
 
 # They give memory, or another shape to it, or tell a dtype, and launch nothing.
 _FREE = {"_unsafe_view", "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
 _FREE |= {"promote_types"}
 
 
-class _Operations(TorchDispatchMode):
+class _Launches(Operations):
     """Counts what is dispatched, views and allocations aside."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.counts: Counter[str] = Counter()
+    def is_counted(self, name: str, function: Any) -> bool:
+        return name not in _FREE and not _is_view(function)
 
-    def __torch_dispatch__(
-        self,
-        function: Any,
-        types: Sequence[type],
-        args: Sequence[Any] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        name = function.overloadpacket.__name__
-        if name not in _FREE and not self._is_view(function):
-            self.counts[name] += 1
-        return function(*args, **(kwargs or {}))
 
-    @staticmethod
-    def _is_view(function: Any) -> bool:
-        """Whether a result shares memory with an operand that is not written to."""
-        results = [r.alias_info for r in function._schema.returns]
-        return any(info is not None and not info.is_write for info in results)
+def _is_view(function: Any) -> bool:
+    """Whether a result shares memory with an operand that is not written to."""
+    results = [r.alias_info for r in function._schema.returns]
+    return any(info is not None and not info.is_write for info in results)
 
 
 def operations(step: Callable[[], object]) -> int:
     # The first step may look at what later ones know.
     step()
-    with _Operations() as counting:
+    with _Launches() as counting:
         step()
     return counting.counts.total()
 

@@ -15,7 +15,6 @@ import torch
 from attrs import define
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from jdcore.aggregation import (
     GramianAggregator,
@@ -26,6 +25,7 @@ from jdcore.aggregation import (
 )
 from jdcore.linalg import combine
 from jdcore.linalg._combine import combine_blocks
+from tests.operations import Operations
 
 
 @define(eq=False)
@@ -42,19 +42,9 @@ class Equal(ScalarizationWeighting):
         return equal_weights(1.0, m, dtype)
 
 
-class _Operations(TorchDispatchMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.counts: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.counts[func._overloadpacket.__name__] += 1
-        return func(*args, **(kwargs or {}))
-
-
 def _operations(step: Callable[[], Any]) -> Counter[str]:
     step()
-    with _Operations() as operations:
+    with Operations() as operations:
         step()
     return operations.counts
 

@@ -17,27 +17,15 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from jdcore.autojac import _vmap, backward, jac
 from jdcore.autojac._problem import Problem
 from jdcore.autojac._vmap import Kind, choose_chunk_size
 from jdcore.autojac.transform import Diagonalize, Init
 from jdcore.graph import largest_gradient, reach
+from tests.operations import Operations
 
 M = 4
-
-
-class _Operations(TorchDispatchMode):
-    """Counts dispatched operations; under vmap, one for all rows."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.counts: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.counts[func._overloadpacket.__name__] += 1
-        return func(*args, **(kwargs or {}))
 
 
 def _python_calls(step: Callable[[], Any]) -> int:
@@ -129,7 +117,7 @@ def test_on_accelerators_the_host_never_waits_and_no_call_is_made_for_each_row(m
         # One output, so that no row passes through the loss of another.
         y = model(x).mean(dim=0)[:rows]
         start = (Init([y]) >> Diagonalize([y]))()
-        with _Operations() as operations:
+        with Operations() as operations:
             jacobians = Problem.of([y], list(model.parameters()), [start[y]]).jacobians(True)
         assert [len(jacobian) for jacobian in jacobians] == [rows] * 6
         counts.append(operations.counts.total())
@@ -145,7 +133,7 @@ def test_on_accelerators_single_rows_are_written_by_one_call_each() -> None:
         with pytest.MonkeyPatch.context() as patch:
             # Which rows are zero is asked once, before the first pass.
             patch.setattr(Problem, "usage", property(lambda self: [[True]] * m))
-            with _Operations() as operations:
+            with Operations() as operations:
                 problem.row_by_row(retain_graph=True)
             return operations.counts, _python_calls(lambda: problem.row_by_row(retain_graph=True))
 
@@ -183,7 +171,7 @@ def test_a_row_takes_the_operations_of_its_backward_pass_and_one_copy() -> None:
 
     def counted(step: Callable[[list[Tensor]], Any], m: int) -> int:
         losses = _losses(model(x), m)
-        with _Operations() as operations:
+        with Operations() as operations:
             step(losses)
         return operations.counts.total()
 
@@ -206,7 +194,7 @@ def test_a_row_takes_the_operations_of_its_backward_pass_and_one_copy() -> None:
 def test_large_weights_are_multiplied_into_their_place() -> None:
     model = _net(3, width=300)
     losses = _losses(model(torch.randn(2, 300)), 3)
-    with _Operations() as operations:
+    with Operations() as operations:
         backward(losses, parallel_chunk_size=1)
     # The weight of the first layer: torch does not show whether its transpose has hooks.
     assert operations.counts["copy_"] == 3

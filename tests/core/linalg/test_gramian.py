@@ -1,18 +1,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from jdcore import ParameterError, ParameterTypeError
 from jdcore.linalg import _gramian, gramian
 from jdcore.linalg._gramian import sum_gramians
+from tests.operations import Operations
 
 
 def longhand(matrix: Tensor) -> Tensor:
@@ -111,19 +110,10 @@ def test_pieces_of_all_widths_count_once(m: int) -> None:
 def _operations(step: Callable[[], object]) -> int:
     """Dispatched operations that are no views."""
     views = {"slice", "view", "transpose", "t", "unsafe_view", "detach", "unflatten", "as_strided"}
-    counted = 0
 
-    class Count(TorchDispatchMode):
-        def __torch_dispatch__(
-            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-        ) -> Any:
-            nonlocal counted
-            counted += func._overloadpacket.__name__ not in views
-            return func(*args, **(kwargs or {}))
-
-    with Count():
+    with Operations() as operations:
         step()
-    return counted
+    return sum(count for name, count in operations.counts.items() if name not in views)
 
 
 def test_on_accelerators_the_calls_do_not_grow_with_the_number_of_blocks() -> None:

@@ -4,7 +4,6 @@ import io
 import json
 import math
 import threading
-from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +11,6 @@ import torch
 from attrs import define
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from jdcore import monitor
 from jdcore.aggregation import (
@@ -26,6 +24,7 @@ from jdcore.aggregation import (
 from jdcore.autogram import Engine
 from jdcore.autojac import backward, gramian_backward, jac_to_grad
 from jdcore.errors import ParameterError, ParameterTypeError
+from tests.operations import Operations
 
 # Gradients [1, 0] and [-3, 4]: lengths 1 and 5, cosine -0.6.
 MATRIX = torch.tensor([[1.0, 0.0], [-3.0, 4.0]])
@@ -138,18 +137,6 @@ def test_a_flattened_weighting_bears_its_own_name() -> None:
     assert [step.method for step in history] == ["Halves"]
 
 
-class Operations(TorchDispatchMode):
-    """Counts the operations that run inside of it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += 1
-        return func(*args, **(kwargs or {}))
-
-
 def test_a_step_that_nobody_reads_costs_one_operation() -> None:
     """A copy of the weights; no value is fetched, so that no accelerator is waited for."""
     aggregator = GramianAggregator(HalvesWeighting())
@@ -158,7 +145,7 @@ def test_a_step_that_nobody_reads_costs_one_operation() -> None:
     with monitor.record() as history, Operations() as recorded:
         aggregator(MATRIX)
 
-    assert recorded.count == plain.count + 1
+    assert recorded.counts.total() == plain.counts.total() + 1
     assert history[0].products == [-1.0, 11.0]
 
 
