@@ -160,6 +160,7 @@ def test_python_calls_per_row_do_not_grow_with_the_number_of_small_parameters() 
 
         return (calls(12) - calls(4)) / 8
 
+    per_row(2)  # the first step of a process looks at what later ones know
     few, many = per_row(2), per_row(20)
     assert many == few
     assert many <= 40
