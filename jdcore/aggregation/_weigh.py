@@ -4,7 +4,7 @@ import inspect
 from collections.abc import Callable, Sequence
 from functools import cache, partial
 from time import perf_counter
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
@@ -16,6 +16,7 @@ from jdcore.linalg import unflatten_gramian
 from jdcore.validators import describe_tensor
 
 Result = tuple[list[Tensor], Tensor | None]
+_R = TypeVar("_R")
 
 
 def as_weighting(given: Any, parameter: str = "weighting") -> Any:
@@ -65,15 +66,28 @@ def weigh(weighting: Any, source: GramianSource, shape: Sequence[int] | None = N
     """
     if not observed() or source.compute is None:  # without a Gramian there is nothing to see
         return _ask(weighting, source, shape)
+    return _told(
+        partial(_ask, weighting, source, shape),
+        lambda weights, *seen: Observation(weighting, source, weights.flatten(), None, *seen),
+    )
+
+
+def _told(
+    call: Callable[[], _R], observation: Callable[[_R, float, float | None], Observation]
+) -> _R:
+    """
+    What a call returns, after the observers of this context have heard of it.
+
+    :param observation: Given what was returned, the seconds that it took, and the worst residual.
+    """
     with unobserved() as (observers, residuals):
         start = perf_counter()
-        weights = _ask(weighting, source, shape)
+        result = call()
         seconds = perf_counter() - start
-        worst = max(residuals, default=None)
-        observation = Observation(weighting, source, weights.flatten(), None, seconds, worst)
+        seen = observation(result, seconds, max(residuals, default=None))
         for observer in observers:
-            observer(observation)
-    return weights
+            observer(seen)
+    return result
 
 
 def _ask(weighting: Any, source: GramianSource, shape: Sequence[int] | None) -> Tensor:
@@ -136,13 +150,10 @@ def watched(method: Any, columns: Columns, aggregate: Callable[[], Result]) -> R
     """
     if not observed():
         return aggregate()
-    with unobserved() as (observers, residuals):
-        start = perf_counter()
-        vectors, weights = aggregate()
-        seconds = perf_counter() - start
-        source = GramianSource.of_columns(columns)
-        update = partial(columns.inner, vectors)
-        worst = max(residuals, default=None)
-        for observer in observers:
-            observer(Observation(method, source, weights, update, seconds, worst))
-    return vectors, weights
+
+    def observation(result: Result, seconds: float, residual: float | None) -> Observation:
+        vectors, weights = result
+        source, update = GramianSource.of_columns(columns), partial(columns.inner, vectors)
+        return Observation(method, source, weights, update, seconds, residual)
+
+    return _told(aggregate, observation)

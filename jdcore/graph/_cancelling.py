@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 from torch import Tensor
 
+from jdcore.linalg import cholesky, equilibrate
+
 # Products of float32 are wrong by about 1e-7 of the lengths of two rows. Where no combination of
 # rows of length one is shorter than the root of this, that is 1e-4 of the Gramian in any direction.
 _SMALLEST = 1e-3
@@ -17,15 +19,14 @@ def rows_cancel(gramian: Tensor) -> bool:
     :param gramian: Shape [m, m], float64. It is read, which waits for an accelerator.
     """
     matrix = gramian.cpu().numpy()
-    lengths = np.sqrt(np.diag(matrix).clip(0.0))
-    there = lengths > 0.0  # what is zero cancels nothing
-    matrix, lengths = matrix[np.ix_(there, there)], lengths[there]
+    there = matrix.diagonal() > 0.0  # what is zero cancels nothing
+    matrix = matrix[np.ix_(there, there)]
     if not np.isfinite(matrix).all():
         return False  # whatever the precision
-    shifted = matrix / lengths / lengths[:, None]
+    shifted, _, _ = equilibrate(matrix)
     shifted[np.diag_indices(len(shifted))] -= _SMALLEST
     try:
-        np.linalg.cholesky(shifted)
+        cholesky(shifted)
     except np.linalg.LinAlgError:
         return True
     return False
