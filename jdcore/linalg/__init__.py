@@ -2,7 +2,7 @@
 
 from jdcore.linalg._blas import cholesky, eigh, one_thread, product, solve, solve_definite
 from jdcore.linalg._combine import combine, factors
-from jdcore.linalg._complementarity import lcp_residual, refine_lcp
+from jdcore.linalg._complementarity import lcp_residual, refine, refine_lcp
 from jdcore.linalg._conflicts import alignment_score, conflicting_share, cosines
 from jdcore.linalg._distances import squared_distances
 from jdcore.linalg._equilibrate import equilibrate
@@ -32,6 +32,7 @@ __all__ = [
     "pivot",
     "product",
     "proximal_level",
+    "refine",
     "refine_lcp",
     "rounding_shows",
     "smallest_pivot",

@@ -11,9 +11,10 @@ from __future__ import annotations
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from jdcore.linalg._blas import product
-from jdcore.linalg._pivoting import EPS, pivot
+from jdcore.linalg._pivoting import EPS, natural_residual, pivot
 
 # Proximal terms: each makes singular blocks solvable, and the next one corrects its bias.
 _DELTAS = (1e-11, 1e-13)
@@ -72,18 +73,22 @@ def refine_lcp(
     """
     if not Q.size:
         return Z.copy(), np.zeros(len(Q))
-    best, residuals = Z.copy(), lcp_residual(C, Q, Z)
-    passive = product(Z, C) + Q < Z
-    matrix = torch.from_numpy(C)
+    best = refine(*map(torch.from_numpy, (C, Q, Z)))[0].numpy()
+    return best, lcp_residual(C, Q, best)
+
+
+def refine(C: Tensor, Q: Tensor, Z: Tensor) -> tuple[Tensor, Tensor]:
+    """:func:`refine_lcp` for float64 Tensors on any device."""
+    best, residuals = Z.clone(), natural_residual(C, Q, Z)
+    passive = torch.addmm(Q, Z, C) < Z
     for delta in _DELTAS:
-        rows = np.flatnonzero(residuals > 6.0 * len(C) * EPS)
-        if not rows.size:
+        rows = (residuals > 6.0 * len(C) * EPS).nonzero()[:, 0]
+        if not len(rows):
             break
-        sets = torch.from_numpy(passive[rows])
-        q, centre = torch.from_numpy(Q[rows]), torch.from_numpy(best[rows])
-        found = pivot(matrix, q, sets, delta=delta, centre=centre, rounds=_ROUNDS)[0].numpy()
-        passive[rows] = sets.numpy()
-        achieved = lcp_residual(C, Q[rows], found)
+        sets, before = passive[rows], best[rows]
+        found, achieved = pivot(C, Q[rows], sets, delta=delta, centre=before, rounds=_ROUNDS)
+        passive[rows] = sets
         better = achieved < residuals[rows]
-        best[rows[better]], residuals[rows[better]] = found[better], achieved[better]
+        best[rows] = torch.where(better[:, None], found, before)
+        residuals[rows] = torch.where(better, achieved, residuals[rows])
     return best, residuals

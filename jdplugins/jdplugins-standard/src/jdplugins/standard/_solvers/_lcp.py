@@ -19,7 +19,7 @@ from torch import Tensor
 
 from jdcore.aggregation import report_residual
 from jdcore.errors import UnsolvedWarning, warn
-from jdcore.linalg import EPS, natural_residual, pivot, smallest_pivot
+from jdcore.linalg import natural_residual, pivot, refine, smallest_pivot
 from jdplugins.standard._solvers._guess import guess
 from jdplugins.standard._solvers._interior import interior_point
 
@@ -38,7 +38,6 @@ _LARGE = 1e3  # entries of z that may come from rounding
 # Problems of so few rows, and one alone, cost little, and are solved as far as rounding allows:
 # where opposite rows make z large, what is small beside it still leaves an error in ``Jᵀ z``.
 _SMALL = 8
-_POLISH = (_PROXIMAL, 1e-13)
 
 # A residual above this is handed on to the next method.
 ROUGH = 1e-11
@@ -80,7 +79,7 @@ def solve_lcps(
         guessed = guess(C, Q[left], settled).clamp_min_(0.0).double()
         answers.keep(left, *pivot(C, Q[left], guessed > 0.0, delta=delta, centre=guessed))
         if one or len(C) <= _SMALL:
-            answers.polish(C, Q)
+            answers.keep(answers.all, *refine(C, Q, answers.Z))
         hard = answers.residuals[left] > ROUGH
         left, guessed = left[hard], guessed[hard]
     if len(left):
@@ -137,15 +136,6 @@ class _Answers:
     def left(self) -> Tensor:
         """The rows that are not solved yet."""
         return self.all[self.residuals > ROUGH]
-
-    def polish(self, C: Tensor, Q: Tensor) -> None:
-        """Solve about the answers so far, where they are not exact up to rounding."""
-        for delta in _POLISH:
-            rows = self.all[self.residuals > 8.0 * len(C) * EPS]
-            if len(rows):
-                q, centre = Q[rows], self.Z[rows]
-                start = torch.addmm(q, centre, C) < centre
-                self.keep(rows, *pivot(C, q, start, delta=delta, centre=centre))
 
     def keep(self, rows: Tensor, Z: Tensor, residuals: Tensor) -> None:
         """Take answers to some rows where they are better than those before."""
