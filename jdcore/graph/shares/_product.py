@@ -50,7 +50,7 @@ def product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
         dtype = torch.promote_types(a.dtype, b.dtype)
         a, b = a.to(dtype), b.to(dtype)
     if a.dtype in HALVES:
-        if a.is_cuda and out is None and _MIXED:
+        if a.is_cuda and out is None:
             return _mixed(a, b)
         a, b = a.float(), b.float()
     with exact_products(a):
@@ -110,34 +110,21 @@ def exact_products(tensor: Tensor) -> AbstractContextManager[None]:
 
 @contextmanager
 def _without_tf32() -> Iterator[None]:
+    # Each kind of operation has a setting of its own; one may not mix them with the older way.
     backends: Any = torch.backends
-    kinds = [backends.cuda.matmul, backends.cudnn.conv] if _BY_KIND else []
+    kinds = [backends.cuda.matmul, backends.cudnn.conv]
     before = [kind.fp32_precision for kind in kinds]
-    allowed = None if _BY_KIND else torch.backends.cuda.matmul.allow_tf32
     try:
         for kind in kinds:
             kind.fp32_precision = "ieee"
-        if allowed:
-            torch.backends.cuda.matmul.allow_tf32 = False
         yield
     finally:
         for kind, precision in zip(kinds, before, strict=True):
             kind.fp32_precision = precision
-        if allowed:
-            torch.backends.cuda.matmul.allow_tf32 = True
-
-
-# Since torch 2.9 each kind of operation has a setting of its own; one may not mix both ways.
-_BY_KIND = hasattr(torch.backends.cuda.matmul, "fp32_precision") and hasattr(
-    torch.backends.cudnn, "conv"
-)
-
-
-# Accelerators multiply halves exactly and add up in float32, without copies in float32.
-_MIXED = hasattr(torch.ops.aten.mm, "dtype") and hasattr(torch.ops.aten.bmm, "dtype")
 
 
 def _mixed(a: Tensor, b: Tensor) -> Tensor:
+    # Accelerators multiply halves exactly and add up in float32, without copies in float32.
     multiply = torch.bmm if a.ndim == 3 else torch.mm
     return multiply(a, b, out_dtype=torch.float32)
 

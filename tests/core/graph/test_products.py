@@ -20,10 +20,7 @@ def test_settings_of_tf32_are_as_before_afterwards() -> None:
     try:
         torch.set_float32_matmul_precision("high")
         with _product._without_tf32():
-            if _product._BY_KIND:
-                assert matmul.fp32_precision == "ieee"
-            else:
-                assert not matmul.allow_tf32
+            assert matmul.fp32_precision == "ieee"
         assert torch.get_float32_matmul_precision() == "high"
         assert matmul.allow_tf32
     finally:
