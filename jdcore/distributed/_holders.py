@@ -11,6 +11,7 @@ import torch.distributed as dist
 from attrs import frozen
 from torch import Tensor
 
+from jdcore._fields import dense
 from jdcore.distributed._gathering import can_be_gathered, divided_means, kept_gathered
 from jdcore.distributed._grid import Grid
 from jdcore.distributed._meeting import Group, Meeting, Stage
@@ -133,5 +134,4 @@ def _of_shards(shards: Sequence[Tensor], group: Any) -> Holders:
 
 
 def _row(gradient: Tensor) -> Tensor:
-    dense = gradient if gradient.layout == torch.strided else gradient.to_dense()
-    return dense.reshape(1, -1)
+    return dense(gradient).reshape(1, -1)

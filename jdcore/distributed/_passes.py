@@ -16,7 +16,7 @@ import torch
 from attrs import field, frozen
 from torch import Tensor
 
-from jdcore._fields import set_aside
+from jdcore._fields import dense, set_aside
 from jdcore.distributed._gathering import can_be_gathered, divided_means, kept_gathered
 from jdcore.distributed._grid import Grid
 from jdcore.distributed._meeting import Meeting, Stage, telling
@@ -176,7 +176,7 @@ class SpreadPasses:
         """
         units = self.gathered.units(self.everything)
         last_number = max((n for n, each in enumerate(self.passes) if each.outputs), default=-1)
-        with set_aside(self.everything), _kept_gathered(units) as free:
+        with set_aside(self.everything), _kept_between_passes(units) as free:
             for number, each in enumerate(self.passes):
                 if not each.outputs:
                     continue
@@ -208,9 +208,8 @@ def _check_units(units: Sequence[Any]) -> None:
 
 def _reduced(target: Tensor) -> Tensor:
     """What this process holds of the gradient of a tensor, as it holds the tensor."""
-    gradient: Any = target.grad
-    if gradient.layout != torch.strided:
-        gradient = gradient.to_dense()
+    assert target.grad is not None
+    gradient: Any = dense(target.grad)
     spread: Any = target
     if is_dtensor(target) and gradient.placements != spread.placements:
         gradient = gradient.redistribute(spread.device_mesh, spread.placements)
@@ -218,7 +217,7 @@ def _reduced(target: Tensor) -> Tensor:
 
 
 @contextmanager
-def _kept_gathered(units: Sequence[Any]) -> Iterator[Callable[[], None]]:
+def _kept_between_passes(units: Sequence[Any]) -> Iterator[Callable[[], None]]:
     """
     Keep parameters under FSDP2 gathered between passes, which gathers them once for all.
 

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from attrs import frozen
 from torch import Tensor
 
-from jdcore._fields import check_grads
+from jdcore._fields import check_grads, dense
 from jdcore.aggregation._source import check_losses, taken_by
 from jdcore.distributed._heads import check_none_left, is_local
 from jdcore.distributed._meeting import Group, Meeting, Stage
@@ -143,10 +143,7 @@ def _aggregated(
 
 def _gradient(head: Tensor) -> Tensor | None:
     """The gradient of this process, as one row."""
-    if head.grad is None:
-        return None
-    dense = head.grad if head.grad.layout == torch.strided else head.grad.to_dense()
-    return dense.reshape(1, -1)
+    return None if head.grad is None else dense(head.grad).reshape(1, -1)
 
 
 def check_group(group: object) -> Group:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from jdcore.graph._memory import Memory
-from jdcore.graph._passes import Grads
+from jdcore.graph._passes import Grads, dense_grad
 from jdcore.graph.shares import Dense, combined
 
 # Operations whose derivative cannot be batched, or not without a loop inside.
@@ -29,7 +29,7 @@ def call(node: Any, grads: Grads) -> tuple[Tensor | None, ...]:
 
 def reduced(grad: Tensor, shape: torch.Size) -> Tensor:
     """What autograd does to the results of a node: nodes leave the sums of broadcasting to it."""
-    grad = grad.to_dense() if grad.layout != torch.strided else grad
+    grad = dense_grad(grad)
     return grad if grad.shape == shape else grad.sum_to_size(shape)
 
 
