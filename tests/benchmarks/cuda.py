@@ -400,7 +400,8 @@ def run(result: Result, setting: Setting) -> None:
             del case.steps[key]
     times: dict[str, list[float]] = {key: [] for key in case.steps}
     try:
-        _alternate(case.steps, times, setting)
+        for steps in _apart(case.steps):
+            _alternate(steps, times, setting)
     finally:
         result.ms = {key: statistics.median(values) for key, values in times.items() if values}
 
@@ -416,6 +417,16 @@ def _peak(step: Step, setting: Setting) -> float:
     step()
     setting.synchronize()
     return (setting.peak() - before) / 1e6
+
+
+def _apart(steps: dict[str, Step]) -> Iterator[dict[str, Step]]:
+    """The steps of each library by themselves, each beside the plain one."""
+    # The peer makes hooks in every step: jdcore would look each time whether they are on its graph,
+    # which nobody pays who uses one of the two.
+    theirs = {key: step for key, step in steps.items() if key.startswith("torchjd")}
+    yield {key: step for key, step in steps.items() if key not in theirs}
+    if theirs:
+        yield {key: step for key, step in steps.items() if key in theirs or key == "plain"}
 
 
 def _alternate(steps: dict[str, Step], times: dict[str, list[float]], setting: Setting) -> None:
