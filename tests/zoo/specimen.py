@@ -79,7 +79,8 @@ KINDS = [IWRM, IWMTL, TASKS_FIRST, MTL]
 def losses_of(specimen: Specimen, kind: Kind = IWRM, autocast: torch.dtype | None = None) -> Tensor:
     """The losses of one forward pass; random numbers are the same in all of them."""
     torch.manual_seed(1)
-    context: Any = torch.autocast("cpu", autocast) if autocast else nullcontext()
+    device = specimen.inputs[0].device.type
+    context: Any = torch.autocast(device, autocast) if autocast else nullcontext()
     with context:
         outputs = specimen.outputs(specimen.model, *specimen.inputs)
     return kind.of(outputs.float() if autocast else outputs)
@@ -123,7 +124,8 @@ def error_of(got: Tensor, expected: Tensor) -> float:
 
 
 def weights_for(losses: Tensor) -> Tensor:
-    return torch.randn(losses.shape, generator=torch.Generator().manual_seed(2)).to(losses)
+    generator = torch.Generator("cpu").manual_seed(2)
+    return torch.randn(losses.shape, generator=generator, device="cpu").to(losses)
 
 
 def check(specimen: Specimen, kind: Kind, tolerance: float, truth: Specimen | None = None) -> None:

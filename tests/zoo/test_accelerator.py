@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from jdcore.autogram import Engine
 from jdcore.graph import saved
+from jdcore.graph.shares import product
 from tests.zoo.models import MODELS
 from tests.zoo.specimen import (
     IWMTL,
@@ -125,15 +126,31 @@ def test_fused_rms_norm_and_batch_norm_show_what_their_closed_forms_need() -> No
     assert node.name() == "FusedRmsNormBackward0"
     assert tuple(saved(node, "normalized_shape")) == (3,)
     assert torch.equal(saved(node, "input"), x)
-    inverse = (x.detach().square().mean(1, keepdim=True) + torch.finfo(x.dtype).eps).rsqrt()
-    assert error_of(saved(node, "result1").reshape(-1, 1), inverse) < 1e-6
-    node = F.batch_norm(x[..., None, None], state, state, weight, weight).grad_fn
+    x = x.detach()
+    inverse = (x.square().mean(1, keepdim=True) + torch.finfo(x.dtype).eps).rsqrt()
+    found = saved(node, "result1").detach()
+    assert error_of(found.reshape(-1, 1), inverse) < 1e-6
+    node = F.batch_norm(x.requires_grad_()[..., None, None], state, state, weight, weight).grad_fn
     assert node is not None
     for name in ("input", "running_mean", "running_var", "training"):
         saved(node, name)
 
 
 # -- products --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("left", "right"),
+    [((5, 300), (300, 4)), ((2, 5, 300), (2, 300, 4)), ((3, 2, 5, 300), (2, 300, 4))],
+)
+def test_products_of_halves_are_summed_in_float32(
+    left: tuple[int, ...], right: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    a, b = torch.randn(left, dtype=dtype), torch.randn(right, dtype=dtype)
+    got = product(a, b)
+    assert got.dtype == torch.float32
+    assert error_of(got, a.double() @ b.double()) < 1e-6
 
 
 class _Sums(nn.Module):

@@ -124,9 +124,13 @@ def _without_tf32() -> Iterator[None]:
 
 
 def _mixed(a: Tensor, b: Tensor) -> Tensor:
-    # Accelerators multiply halves exactly and add up in float32, without copies in float32.
-    multiply = torch.bmm if a.ndim == 3 else torch.mm
-    return multiply(a, b, out_dtype=torch.float32)
+    # Accelerators multiply halves exactly and add up in float32, without copies in float32. Only
+    # these two operations take the dtype of what comes out.
+    if a.ndim == b.ndim == 2:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    shape = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
+    batches = [x.expand(*shape, *x.shape[-2:]).reshape(-1, *x.shape[-2:]) for x in (a, b)]
+    return torch.bmm(*batches, out_dtype=torch.float32).view(*shape, a.shape[-2], b.shape[-1])
 
 
 def weighted_sum(weights: Tensor, rows: Tensor) -> Tensor:
