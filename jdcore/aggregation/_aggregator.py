@@ -12,7 +12,7 @@ from jdcore.aggregation._columns import Columns
 from jdcore.aggregation._differentiation import forbid_differentiation
 from jdcore.aggregation._finite import all_finite, finite_required
 from jdcore.aggregation._source import GramianSource
-from jdcore.aggregation._weigh import as_weighting, weigh
+from jdcore.aggregation._weigh import as_weighting, unscaled, weigh
 from jdcore.errors import NonFiniteError, ParameterError
 from jdcore.protocols import Weighting
 from jdcore.validators import check_blocks, check_matrix
@@ -105,8 +105,7 @@ def _aggregate(
     weights = columns.weights(partial(weigh, weighting, source))
     if source.asked:
         wide = source.compute_cross is None and source.rounding_shows(weights)
-        if columns.scale != 1.0:
-            weights = weights * columns.scale ** getattr(weighting, "scale_degree", 0)
+        weights = unscaled(weights, weighting, columns.scale)
         return columns.combine(weights, wide=wide), weights, source
     vectors = columns.combine(weights)
     if not all_finite(vectors):

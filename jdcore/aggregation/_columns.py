@@ -128,14 +128,15 @@ class Columns:
         """
         return [function(block) for block in self.blocks]
 
-    def inner(self, vectors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    def inner(self, vectors: Sequence[Tensor], scale: float = 1.0) -> tuple[Tensor, Tensor]:
         """
-        What :meth:`apply` returned, measured against the rows.
+        What :meth:`apply` returned, measured against the rows, all divided by ``scale``.
 
         :param vectors: That result.
         :returns: The inner products [m] with the rows, and the squared length, in float64.
         """
-        pairs = [(b.double(), v.double()) for b, v in zip(self.blocks, vectors, strict=True)]
+        blocks, vectors = _divided(self.blocks, scale), _divided(list(vectors), scale)
+        pairs = [(b.double(), v.double()) for b, v in zip(blocks, vectors, strict=True)]
         products = torch.stack([block @ vector for block, vector in pairs]).sum(0)
         return products, torch.stack([vector @ vector for _, vector in pairs]).sum()
 

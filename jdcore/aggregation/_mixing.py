@@ -276,8 +276,8 @@ class MixedColumns(Columns):
     def apply(self, function: Callable[[Tensor], Tensor]) -> list[Tensor]:
         return self._columns.apply(lambda block: function(self._mixed(block)).to(block.dtype))
 
-    def inner(self, vectors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        products, squared = self._columns.inner(vectors)
+    def inner(self, vectors: Sequence[Tensor], scale: float = 1.0) -> tuple[Tensor, Tensor]:
+        products, squared = self._columns.inner(vectors, scale)
         return self._mixing.to(products.device) @ products, squared
 
     def finite(self) -> bool:

@@ -40,6 +40,7 @@ class GramianSource:
         homogeneous in the rows do without it.
     :param rounded_to: Tells, if asked, which dtype the rows were rounded to before they were
         converted to float64. Not asked where ``precision`` is another one.
+    :param borrowed: Whether the Gramian is the tensor of a caller, who may overwrite it later.
     """
 
     rows: int
@@ -50,6 +51,7 @@ class GramianSource:
     compute_cross: Callable[[], Tensor] | None = field(default=None, kw_only=True)
     scale: Callable[[], float] = field(default=_one, kw_only=True)
     rounded_to: Callable[[], torch.dtype] | None = field(default=None, kw_only=True)
+    borrowed: bool = field(default=False, kw_only=True)
     asked: bool = field(default=False, init=False)
     """Whether the method asked for the Gramian, so that its weights may depend on the Jacobian."""
     undo: list[Callable[[], None]] = field(factory=list, init=False)
@@ -62,8 +64,11 @@ class GramianSource:
     def of(cls, gramian: Tensor, losses: Tensor | None = None) -> GramianSource:
         """The source of a Gramian [m, m] that is there already; its dtype is its precision."""
         wide = gramian.detach().double()
-        known = check_losses(losses, len(gramian))
-        return cls(len(gramian), gramian.dtype, gramian.device, lambda: wide, losses=known)
+        return cls(
+            *(len(gramian), gramian.dtype, gramian.device, lambda: wide),
+            losses=check_losses(losses, len(gramian)),
+            borrowed=gramian.dtype == torch.float64,  # then the conversion copies nothing
+        )
 
     @classmethod
     def of_cross(cls, cross_gramian: Tensor, losses: Tensor | None = None) -> GramianSource:

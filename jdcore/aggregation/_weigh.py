@@ -3,20 +3,18 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from functools import cache, partial
-from time import perf_counter
-from typing import Any, TypeVar
+from typing import Any
 
 from torch import Tensor
 
 from jdcore.aggregation._columns import Columns
-from jdcore.aggregation._observation import Observation, observed, unobserved
+from jdcore.aggregation._observation import Observation, Residuals, observed, told
 from jdcore.aggregation._source import GramianSource
 from jdcore.errors import ParameterError, ParameterTypeError
 from jdcore.linalg import unflatten_gramian
 from jdcore.validators import describe_tensor
 
 Result = tuple[list[Tensor], Tensor | None]
-_R = TypeVar("_R")
 
 
 def as_weighting(given: Any, parameter: str = "weighting") -> Any:
@@ -66,28 +64,26 @@ def weigh(weighting: Any, source: GramianSource, shape: Sequence[int] | None = N
     """
     if not observed() or source.compute is None:  # without a Gramian there is nothing to see
         return _ask(weighting, source, shape)
-    return _told(
-        partial(_ask, weighting, source, shape),
-        lambda weights, *seen: Observation(weighting, source, weights.flatten(), None, *seen),
-    )
+
+    def observation(weights: Tensor, seconds: float, residuals: Residuals) -> Observation:
+        of_rows = unscaled(weights, weighting, source.scale())
+        flat = of_rows if of_rows.ndim == 1 else of_rows.flatten()
+        return Observation(weighting, source, flat, None, seconds, residuals)
+
+    return told(partial(_ask, weighting, source, shape), observation)
 
 
-def _told(
-    call: Callable[[], _R], observation: Callable[[_R, float, float | None], Observation]
-) -> _R:
+def unscaled(weights: Tensor, weighting: Any, scale: float) -> Tensor:
     """
-    What a call returns, after the observers of this context have heard of it.
+    The weights of the rows of a Jacobian J.
 
-    :param observation: Given what was returned, the seconds that it took, and the worst residual.
+    :param weights: Weights of the rows of ``J / scale``.
+    :param weighting: What gave them; its ``scale_degree`` tells how they depend on the scale.
     """
-    with unobserved() as (observers, residuals):
-        start = perf_counter()
-        result = call()
-        seconds = perf_counter() - start
-        seen = observation(result, seconds, max(residuals, default=None))
-        for observer in observers:
-            observer(seen)
-    return result
+    if scale == 1.0:
+        return weights
+    factor: float = scale ** getattr(weighting, "scale_degree", 0)
+    return weights * factor
 
 
 def _ask(weighting: Any, source: GramianSource, shape: Sequence[int] | None) -> Tensor:
@@ -151,9 +147,9 @@ def watched(method: Any, columns: Columns, aggregate: Callable[[], Result]) -> R
     if not observed():
         return aggregate()
 
-    def observation(result: Result, seconds: float, residual: float | None) -> Observation:
+    def observation(result: Result, seconds: float, residuals: Residuals) -> Observation:
         vectors, weights = result
         source, update = GramianSource.of_columns(columns), partial(columns.inner, vectors)
-        return Observation(method, source, weights, update, seconds, residual)
+        return Observation(method, source, weights, update, seconds, residuals)
 
-    return _told(aggregate, observation)
+    return told(aggregate, observation)

@@ -95,8 +95,8 @@ class ReplicatedColumns(Columns):
         self._vectors = [function(block) for block in self.blocks]
         return gathered(self._meeting, self._buckets, self._vectors)
 
-    def inner(self, vectors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        products, square = super().inner(self._vectors)
+    def inner(self, vectors: Sequence[Tensor], scale: float = 1.0) -> tuple[Tensor, Tensor]:
+        products, square = super().inner(self._vectors, scale)
         both = self._meeting.total(Stage.INNER, torch.cat([products, square[None]]))
         return both[:-1], both[-1]
 

@@ -101,11 +101,11 @@ class ShardedColumns(Columns):
                 dist.broadcast(vector, src=dist.get_global_rank(group, 0), group=group)
         return vectors
 
-    def inner(self, vectors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    def inner(self, vectors: Sequence[Tensor], scale: float = 1.0) -> tuple[Tensor, Tensor]:
         counted = [
             vector[: vector.numel() * c] for vector, c in zip(vectors, self._counts, strict=True)
         ]
-        products, square = Columns(self._counted(self.blocks, 1.0)).inner(counted)
+        products, square = Columns(self._counted(self.blocks, 1.0)).inner(counted, scale)
         both = self._meeting.total(Stage.INNER, torch.cat([products, square[None]]))
         return both[:-1], both[-1]
 

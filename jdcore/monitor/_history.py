@@ -13,6 +13,9 @@ from jdcore.monitor._evidence import Evidence, Numbers
 _FEW = 16
 """Objectives up to which a log has a curve for each."""
 
+_EXCESS = 2**20
+"""Bytes of Gramians of many objectives that a history keeps."""
+
 
 @define(kw_only=True, eq=False, repr=False)
 class Step:
@@ -26,8 +29,6 @@ class Step:
     :param method: Name of the class of the method.
     :param seconds: Wall time of the weighing, that of the Gramian included.
     :param seen: What the numbers are made from.
-    :param residual: Largest relative residual of the problems that the method had to solve; None if
-        it solves none, or if a solver tells none.
     :param change: First-order changes [m] of the losses by the step of the optimizer, see
         :func:`first_order_change`; None if not asked for.
     :param raised: Share of the losses that this step raises to first order; None if not asked for.
@@ -37,7 +38,6 @@ class Step:
     method: str
     seconds: float
     _seen: Evidence | Numbers
-    residual: float | None = None
     change: list[float] | None = None
     raised: float | None = None
 
@@ -97,6 +97,20 @@ class Step:
         """
         return self.numbers.cosines
 
+    @property
+    def residual(self) -> float | None:
+        """
+        Largest relative residual of the problems that the method had to solve.
+
+        None if it solves none, or if a solver tells none.
+        """
+        return self.numbers.residual
+
+    @property
+    def excess(self) -> int:
+        """Bytes that are too many to be kept for every step, until a number is read."""
+        return self._seen.excess if isinstance(self._seen, Evidence) else 0
+
     def to_dict(self) -> dict[str, Any]:
         """All quantities by name; JSON-able."""
         return {
@@ -104,7 +118,6 @@ class Step:
             "method": self.method,
             "seconds": self.seconds,
             **attrs.asdict(self.numbers),
-            "residual": self.residual,
             "change": self.change,
             "raised": self.raised,
         }
@@ -119,17 +132,31 @@ class History:
     """
     The recorded steps, in order.
 
+    Each keeps its numbers, or the few KiB that they are made from when they are read. The Gramians
+    of steps with many objectives are kept up to 1 MiB in all: then the numbers are made.
+
     :param callbacks: Each is called with every new :class:`Step`.
     """
 
     callbacks: tuple[Callable[[Step], object], ...] = ()
     steps: list[Step] = field(factory=list, init=False)
+    _large: list[Step] = field(factory=list, init=False)
+    _excess: int = field(default=0, init=False)
 
     def append(self, step: Step) -> None:
         """Add a step and tell the callbacks."""
         self.steps.append(step)
         for callback in self.callbacks:
             callback(step)
+        if step.excess:
+            self._large.append(step)
+            self._excess += step.excess
+        # Some steps at once: their arrays then find the caches as the last has left them, not as
+        # a training step has, and take a third of the time.
+        if self._excess > _EXCESS:
+            for large in self._large:
+                _ = large.numbers
+            self._large, self._excess = [], 0
 
     def __len__(self) -> int:
         return len(self.steps)

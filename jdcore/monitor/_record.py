@@ -29,8 +29,9 @@ def record(
 
     It hears ``jac_to_grad``, ``gramian_backward``, ``Engine.backward`` and direct calls of
     weightings and aggregators, in the thread that opened the block. The Gramian is there already,
-    so a record costs little beside a step. Weightings that are plain functions are heard through
-    those calls, plain aggregators (functions of the Jacobian) are not.
+    so a record costs little beside a step: the numbers are made when they are read, from copies of
+    what a later step may overwrite. Weightings that are plain functions are heard through those
+    calls, plain aggregators (functions of the Jacobian) are not.
 
     :param callbacks: Each is called with every new :class:`Step`: a writer such as
         :class:`TensorBoardWriter`, a :class:`ProgressLine`, or any function.
@@ -123,22 +124,26 @@ class _Recorder:
 
 
 def _examine(observation: Observation, index: int, complete: bool, cosines_up_to: int) -> Step:
-    source = observation.source
-    seen = source.asked or complete
+    source, weights, update = observation.source, observation.weights, observation.update
+    gramian = source.peek() if source.asked or complete else None
+    # Copies, as a user may write into the weights that a weighting gave out. On the CPU, a list is
+    # made in less time than a tensor; on an accelerator, a list would wait for the values.
+    kept = weights if weights is None else weights.tolist() if weights.is_cpu else weights.clone()
+    if gramian is not None and source.borrowed:
+        gramian = gramian.clone()
     evidence = Evidence(
-        # Copies, as a user may write into the weights that a weighting gave out.
-        weights=None if observation.weights is None else observation.weights.clone(),
-        gramian=source.peek() if seen else None,
-        update=observation.update() if seen and observation.update is not None else None,
+        weights=kept,
+        gramian=gramian,
+        scale=source.scale(),
+        update=None if gramian is None or update is None else update(source.scale()),
         cosines=source.rows <= cosines_up_to,
+        residuals=observation.residuals,
     )
     return Step(
         index=index,
         method=_name(observation.method),
         seconds=observation.seconds,
-        residual=observation.residual,
-        # The Gramian of many objectives is too large to be kept for each step.
-        seen=evidence if evidence.cosines else evidence.numbers(),
+        seen=evidence,
     )
 
 

@@ -235,7 +235,7 @@ def test_only_the_wrapper_is_observed() -> None:
         Pairs(GramianAggregator(ByLength()))(MATRIX)
 
     assert len(heard) == 2
-    assert [t.tolist() for t in heard[0].update()] == [[33.0, 12.0, 3.0], 45.0]  # of (3, 6)
+    assert [t.tolist() for t in heard[0].update(1.0)] == [[33.0, 12.0, 3.0], 45.0]  # of (3, 6)
     assert heard[1].weights is not None
 
 

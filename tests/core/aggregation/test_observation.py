@@ -88,7 +88,7 @@ def test_a_method_without_weights_is_heard_with_its_products() -> None:
 
     assert heard[0].weights is None
     assert heard[0].update is not None
-    products, square = heard[0].update()
+    products, square = heard[0].update(1.0)
     assert products.tolist() == [1.0, 1.0]
     assert square.item() == 1.0
 

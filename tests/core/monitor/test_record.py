@@ -137,15 +137,14 @@ def test_a_flattened_weighting_bears_its_own_name() -> None:
     assert [step.method for step in history] == ["Halves"]
 
 
-def test_a_step_that_nobody_reads_costs_one_operation() -> None:
-    """A copy of the weights; no value is fetched, so that no accelerator is waited for."""
+def test_a_step_that_nobody_reads_costs_no_operation() -> None:
     aggregator = GramianAggregator(HalvesWeighting())
     with Operations() as plain:
         aggregator(MATRIX)
     with monitor.record() as history, Operations() as recorded:
         aggregator(MATRIX)
 
-    assert recorded.counts.total() == plain.counts.total() + 1
+    assert recorded.counts.total() == plain.counts.total()
     assert history[0].products == [-1.0, 11.0]
 
 
@@ -155,6 +154,95 @@ def test_weights_that_are_overwritten_later_are_recorded_as_they_were() -> None:
         weighting(MATRIX @ MATRIX.T).zero_()
 
     assert history[0].weights == [0.5, 0.5]
+
+
+def test_a_gramian_that_is_overwritten_later_is_recorded_as_it_was() -> None:
+    gramian = (MATRIX @ MATRIX.T).double()
+    with monitor.record() as history:
+        HalvesWeighting()(gramian)
+        gramian.fill_(1.0)
+        HalvesWeighting()(gramian)
+
+    assert [step.norms for step in history] == [[1.0, 5.0], [1.0, 1.0]]
+
+
+@define(eq=False)
+class ReusingWeighting(GramianWeighting):
+    """Its solver answers in an array that it keeps, and measures the largest entry of it."""
+
+    buffer: NDArray[np.float64]
+    measured: int = 0
+
+    def compute(self, gramian: NDArray[np.float64]) -> NDArray[np.float64]:
+        self.buffer += 1.0
+        report_residual(self.measure, self.buffer)
+        return self.buffer[: len(gramian)]
+
+    def measure(self, answer: NDArray[np.float64]) -> float:
+        self.measured += 1
+        return float(answer.max())
+
+
+def test_a_residual_is_measured_when_it_is_read_of_the_answer_as_it_was() -> None:
+    weighting = ReusingWeighting(np.zeros(2))
+    with monitor.record() as history:
+        for _ in range(3):
+            GramianAggregator(weighting)(MATRIX)
+
+    assert weighting.measured == 0
+    assert [step.residual for step in history] == [1.0, 2.0, 3.0]
+
+
+def test_a_residual_of_many_entries_is_measured_at_once() -> None:
+    weighting = ReusingWeighting(np.zeros(1000))
+    with monitor.record() as history:
+        for _ in range(3):
+            GramianAggregator(weighting)(MATRIX)
+
+    assert weighting.measured == 3
+    assert [step.residual for step in history] == [1.0, 2.0, 3.0]
+
+
+def test_gramians_of_many_objectives_are_kept_up_to_a_limit() -> None:
+    matrix = torch.randn(200, 3, generator=torch.Generator().manual_seed(0))
+    with monitor.record() as history:
+        for i in range(8):  # of 320 kB
+            GramianAggregator(HalvesWeighting())(matrix * 2.0**i)
+            assert sum(step.excess for step in history) <= 2**20
+
+    first = history[0].norms
+    assert first == pytest.approx(matrix.norm(dim=1).tolist())
+    assert [step.norms for step in history] == [[x * 2.0**i for x in first] for i in range(8)]
+
+
+@pytest.mark.parametrize("scale", [2.0**-900, 2.0**900])
+@pytest.mark.parametrize("method", [GramianAggregator(HalvesWeighting()), Largest()])
+def test_numbers_that_do_not_depend_on_the_scale_are_right_at_any_scale(
+    method: object, scale: float
+) -> None:
+    """The squares of these entries are not in the range of float64."""
+    plain = recorded(method, MATRIX.double(), complete=True)
+    scaled = recorded(method, MATRIX.double() * scale, complete=True)
+
+    assert scaled.norms == [scale * 1.0, scale * 5.0]
+    assert (scaled.weights, scaled.conflicts) == (plain.weights, plain.conflicts)
+    assert (scaled.cosines, scaled.alignment) == (plain.cosines, plain.alignment)
+    assert scaled.products == [x * scale * scale for x in plain.products or ()]
+
+
+@define(eq=False)
+class InverseWeighting(GramianWeighting):
+    scale_degree = -1
+
+    def compute(self, gramian: NDArray[np.float64]) -> NDArray[np.float64]:
+        return 1.0 / np.sqrt(gramian.diagonal())
+
+
+def test_weights_that_depend_on_the_scale_are_those_of_the_rows() -> None:
+    step = recorded(GramianAggregator(InverseWeighting()), MATRIX.double() * 2.0**900)
+
+    assert step.weights == [2.0**-900, 0.2 * 2.0**-900]
+    assert step.products == pytest.approx([0.4 * 2.0**900, 2.0 * 2.0**900])  # of (0.4, 0.8)
 
 
 def test_every_so_manieth_weighing_is_recorded() -> None:

@@ -39,7 +39,7 @@ class NativeDualConeSolver:
             few = project_few(gramian.tolist(), references.tolist())
             if few is not None:
                 found = np.array(few, dtype=np.float64).reshape(references.shape)
-                report_residual(lambda: _residual(gramian, references, found))
+                report_residual(_residual, gramian, references, found)
                 return found
         # In the cone already, as the mean of the rows often is: told without numpy's reductions,
         # which would take longer than the rest.

@@ -36,7 +36,7 @@ class NativeMinNormSolver:
             few = _shortest_of_two(rows) if len(rows) == 2 else _shortest_tiny(rows)
             if few is not None:
                 found = np.array(few)
-                report_residual(lambda: _residual(gramian, found))
+                report_residual(_residual, gramian, found)
                 return found
         zero = np.diagonal(gramian) <= 0.0
         if zero.any():

@@ -37,6 +37,11 @@ class NativeNashBargainingSolver:
             few = bargain_few(gramian.tolist())
             if few is not None:
                 found = np.array(few)
-                report_residual(lambda: float(np.abs(found * (gramian @ found) - 1.0).max()))
+                report_residual(_residual, gramian, found)
                 return found
         return _GAINS.solve(gramian, np.ones(len(gramian)))
+
+
+def _residual(gramian: NDArray[np.float64], weights: NDArray[np.float64]) -> float:
+    """By how much the gains of the rows differ from the ones that the equation asks for."""
+    return float(np.abs(weights * (gramian @ weights) - 1.0).max())
