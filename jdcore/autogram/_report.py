@@ -58,7 +58,7 @@ class Verification:
 
 def explained(step: Step, names: Mapping[Tensor, str]) -> str:
     """A table of what serves each parameter."""
-    jacobian = step.jacobian()
+    jacobian = step.jacobian(report=True)
     jacobian.gramian(keep=False, retain_graph=True)
     entries = _by_parameter(jacobian, names)
     rows = [(c.parameter, c.operation, c.share, c.rule) for c in entries.values()]
@@ -70,7 +70,7 @@ def explained(step: Step, names: Mapping[Tensor, str]) -> str:
 
 def verified(step: Step, names: Mapping[Tensor, str]) -> Verification:
     """Each parameter against its rows."""
-    whole = step.jacobian()
+    whole = step.jacobian(report=True)
     whole.gramian(keep=False, retain_graph=True)
     entries = _by_parameter(whole, names)
     with whole.fields_unchanged():

@@ -36,11 +36,12 @@ class Step:
     budget: int | None
     all_leaves: bool
 
-    def jacobian(self, *, together: bool = False) -> Jacobian:
+    def jacobian(self, *, together: bool = False, report: bool = False) -> Jacobian:
         """
         The Jacobian, not yet computed.
 
         :param together: Whether the processes that hold the tensors make the step together.
+        :param report: Whether it notes what serves each operand.
         :raises UnservedGraphError: If it cannot be right.
         """
         refuse_divided(self.objectives.outputs)
@@ -52,6 +53,7 @@ class Step:
             rules=RULES_IN_USE,
             budget=self.budget,
             all_leaves=self.all_leaves,
+            report=report,
         )
         if not jacobian.graph.leading:
             raise UnservedGraphError(

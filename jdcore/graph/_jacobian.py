@@ -73,6 +73,7 @@ class Jacobian:
     :param rules: What is known of operations.
     :param budget: Bytes that a temporary may have; None lets the library choose.
     :param all_leaves: Whether weighted gradients are wanted for all leaves behind the losses.
+    :param report: Whether to note in :attr:`served` what served each operand.
     :raises UnservedGraphError: If it cannot be right.
     """
 
@@ -85,7 +86,9 @@ class Jacobian:
         rules: Rules | None = None,
         budget: int | None = None,
         all_leaves: bool = False,
+        report: bool = False,
     ) -> None:
+        self._report = report
         self._plans, self._rules = plans, rules or Rules()
         self._device = objectives.outputs[0].device
         self._all_leaves = all_leaves
@@ -402,8 +405,12 @@ class Jacobian:
             root = self.graph.inputs[node][operand]
             self._take(root, share, total, site.name, "called for each sample")
 
+    def _note(self, root: Place, share: Share, operation: str, how: str) -> None:
+        if self._report:
+            self.served.append(Served(operation, root, repr(share), how))
+
     def _keep(self, root: Place, share: Share, operation: str, how: str) -> None:
-        self.served.append(Served(operation, root, repr(share), how))
+        self._note(root, share, operation, how)
         if isinstance(share, Outer):
             share.lies_transposed = self.graph.names[root[0]] == "TBackward0"
         self.shares.setdefault(root, []).append(share)
@@ -413,12 +420,12 @@ class Jacobian:
     ) -> None:
         if root in self._plan.alone:
             if isinstance(share, Dense) and share.shape.numel() < _SMALL:
-                self.served.append(Served(operation, root, repr(share), how))
+                self._note(root, share, operation, how)
                 self._small.add(root, share)
                 return
             total.add_share(share)
             if not total.keep:
-                self.served.append(Served(operation, root, repr(share), how))
+                self._note(root, share, operation, how)
                 return
         self._keep(root, share, operation, how)
 

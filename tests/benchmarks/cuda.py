@@ -6,7 +6,8 @@ Right or not, milliseconds and peak memory of training steps on an accelerator, 
 
 Three steps alternate: a plain one, that of jdcore and that of TorchJD 0.18, if it is installed;
 each from the forward pass to the ``.grad`` of all parameters, float32 products in full precision.
-Medians are compared. Memory is the peak during a step above what is alive before it. First comes
+Medians are compared. Memory is the peak during a step above what is alive before it, without
+``.grad``: of activations, gradients and temporaries. First comes
 what says most; a case that fails or is out of time leaves the others alone. All networks are of
 torch alone. ``--tests`` runs the tests that need a device first; ``--device cpu --tiny`` shows on
 any machine that everything runs.
@@ -95,10 +96,17 @@ Step = Callable[[], object]
 
 @define
 class Case:
-    """Steps by name, plain first, and a check that gives what is wrong, and by how much."""
+    """
+    Steps by name, plain first.
+
+    :param check: Gives what is wrong, and by how much.
+    :param clear: Takes the ``.grad`` of the last step away.
+    :param tolerance: By how much it may be wrong.
+    """
 
     steps: dict[str, Step]
     check: Callable[[], dict[str, float]]
+    clear: Step
     tolerance: float
 
 
@@ -167,16 +175,22 @@ def autogram(problem: Problem) -> Case:
         return {"G": error_of(gramian[:few, :few], rows @ rows.T), "gradient": gradient}
 
     steps: dict[str, Step] = {"plain": plain, "jdcore": ours}
-    return Case(steps | _peer_of(problem, weights), check, problem.tolerance)
+    # The peer attaches hooks, which are not to hear the steps of the others.
+    apart = copy.deepcopy(problem.model)
+
+    def clear() -> None:
+        problem.clear()
+        apart.zero_grad()
+
+    steps |= _peer_of(problem, apart, weights)
+    return Case(steps, check, clear, problem.tolerance)
 
 
-def _peer_of(problem: Problem, weights: Tensor) -> dict[str, Step]:
+def _peer_of(problem: Problem, model: nn.Module, weights: Tensor) -> dict[str, Step]:
     try:
         from torchjd.autogram import Engine as PeerEngine
     except ImportError:
         return {}
-    # It attaches hooks, which are not to hear the steps of the others.
-    model = copy.deepcopy(problem.model)
     engine = PeerEngine(*problem.shared(model), batch_dim=problem.batch_dim)
 
     def theirs() -> None:
@@ -228,9 +242,12 @@ def autojac(setting: Setting, body: nn.Module, x: Tensor, width: int, tasks: int
     y = torch.randn(tasks, len(x), 1, device=setting.device)
     shared, own = list(body.parameters()), list(heads.parameters())
 
-    def forward() -> tuple[Tensor, list[Tensor]]:
+    def clear() -> None:
         for p in [*shared, *own]:
             p.grad = None
+
+    def forward() -> tuple[Tensor, list[Tensor]]:
+        clear()
         hidden = body(x).relu()
         pairs = zip(heads, y, strict=True)
         return hidden, [(head(hidden) - target).square().mean() for head, target in pairs]
@@ -268,7 +285,7 @@ def autojac(setting: Setting, body: nn.Module, x: Tensor, width: int, tasks: int
 
     steps: dict[str, Step] = {"plain": plain, "gramian_backward": gramian}
     steps |= {"backward": jacobian, "mtl_backward": multitask}
-    return Case(steps | _peers_of(forward, shared, own), check, 1e-4)
+    return Case(steps | _peers_of(forward, shared, own), check, clear, 1e-4)
 
 
 def _peers_of(
@@ -393,6 +410,7 @@ def run(result: Result, setting: Setting) -> None:
         try:
             for _ in range(WARM_UP):
                 step()
+            case.clear()
             setting.free()
             result.mb[key] = _peak(step, setting)
         except Exception as failure:

@@ -171,7 +171,7 @@ class _Sums(nn.Module):
         return torch.stack(parts).sum(0)
 
 
-@pytest.mark.parametrize("precision", ["tf32"], indirect=True)
+@pytest.mark.parametrize("precision", ["tf32", "none"], indirect=True)
 @pytest.mark.parametrize("budget", [None, 1 << 12, 1 << 30])
 def test_tf32_does_not_enter_our_own_products(precision: str, budget: int | None) -> None:
     torch.manual_seed(0)

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from jdcore.graph.shares._ghost import Gram, linear_gram
-from jdcore.graph.shares._product import exact_products, widened
+from jdcore.graph.shares._product import CONVOLUTIONS, exact_products, widened
 
 __all__ = ["Geometry", "patch_gram", "patches"]
 
@@ -42,7 +42,7 @@ class Geometry:
         weight = weight.to(dtype)
         if samples > 1:
             weight = weight.expand(samples, *weight.shape).flatten(0, 1)
-        with exact_products(grads):
+        with exact_products(grads, CONVOLUTIONS):
             gradient: Tensor = torch.ops.aten.convolution_backward(
                 grads.to(dtype),
                 images.to(dtype),
@@ -121,7 +121,7 @@ def _sum_of_shifts(
     total = pixels.new_zeros(shape)
     ends, sources = total.movedim(places, (0, 1)), pixels.movedim(places, (0, 1))
     for to, source in _shifts(geometry, dim, kernel, len(sources), output):
-        ends[to, to] += sources[source, source]
+        ends[to, to].add_(sources[source, source])  # `+=` would copy the sum to where it is
     return total
 
 

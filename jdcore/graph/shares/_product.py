@@ -13,6 +13,10 @@ COLUMNS = 16384
 
 HALVES = (torch.bfloat16, torch.float16)
 
+# Each kind of operation has a setting of its own; one may not mix them with the older way.
+MATRIX_PRODUCTS: Any = torch.backends.cuda.matmul
+CONVOLUTIONS: Any = torch.backends.cudnn.conv  # type: ignore[attr-defined]
+
 _IN_FLOAT64: ContextVar[bool] = ContextVar("in_float64", default=False)
 
 
@@ -97,30 +101,31 @@ def long_product(a: Tensor, b: Tensor) -> Tensor:
     return total
 
 
-def exact_products(tensor: Tensor) -> AbstractContextManager[None]:
+def exact_products(
+    tensor: Tensor, backend: Any = torch.backends.cuda.matmul
+) -> AbstractContextManager[None]:
     """
     Keep TF32, which rounds float32 to three digits, out of our own products.
 
     The settings of the user are as before afterwards.
 
     :param tensor: One of the factors.
+    :param backend: The settings of what makes the products.
     """
-    return _without_tf32() if tensor.is_cuda else nullcontext()
+    # To ask takes a fifth of the time that setting takes, and most users leave matrix products
+    # exact ("none" is what nobody set; only "tf32" rounds).
+    rounds = tensor.is_cuda and backend.fp32_precision == "tf32"
+    return _without_tf32(backend) if rounds else nullcontext()
 
 
 @contextmanager
-def _without_tf32() -> Iterator[None]:
-    # Each kind of operation has a setting of its own; one may not mix them with the older way.
-    backends: Any = torch.backends
-    kinds = [backends.cuda.matmul, backends.cudnn.conv]
-    before = [kind.fp32_precision for kind in kinds]
+def _without_tf32(backend: Any) -> Iterator[None]:
+    before = backend.fp32_precision
     try:
-        for kind in kinds:
-            kind.fp32_precision = "ieee"
+        backend.fp32_precision = "ieee"
         yield
     finally:
-        for kind, precision in zip(kinds, before, strict=True):
-            kind.fp32_precision = precision
+        backend.fp32_precision = before
 
 
 def _mixed(a: Tensor, b: Tensor) -> Tensor:
@@ -128,9 +133,9 @@ def _mixed(a: Tensor, b: Tensor) -> Tensor:
     # these two operations take the dtype of what comes out.
     if a.ndim == b.ndim == 2:
         return torch.mm(a, b, out_dtype=torch.float32)
-    shape = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
-    batches = [x.expand(*shape, *x.shape[-2:]).reshape(-1, *x.shape[-2:]) for x in (a, b)]
-    return torch.bmm(*batches, out_dtype=torch.float32).view(*shape, a.shape[-2], b.shape[-1])
+    shape = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])  # type: ignore[no-untyped-call]
+    a, b = (x.expand(*shape, *x.shape[-2:]).reshape(-1, *x.shape[-2:]) for x in (a, b))
+    return torch.bmm(a, b, out_dtype=torch.float32).view(*shape, a.shape[-2], b.shape[-1])
 
 
 def weighted_sum(weights: Tensor, rows: Tensor) -> Tensor:

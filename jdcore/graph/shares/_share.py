@@ -108,6 +108,7 @@ class Accumulator:
         self.keep = keep
         self.memory = memory
         self._pending: list[Tensor] = []
+        self._entries_pending = 0
         self.added: list[Share] = []
         """The shares that were added, if they are kept."""
 
@@ -143,7 +144,8 @@ class Accumulator:
     def _pend(self, products: Tensor) -> None:
         """Add Gramians [n, R, R] later, all at once: on accelerators each addition is a kernel."""
         self._pending.append(products)
-        if sum(len(pending) for pending in self._pending) * self.rows**2 > _PENDING:
+        self._entries_pending += products.numel()
+        if self._entries_pending > _PENDING:
             self._add_pending()
 
     def _add_pending(self) -> None:
@@ -151,6 +153,7 @@ class Accumulator:
             same = [pending for pending in self._pending if pending.dtype == dtype]
             self._lower += torch.cat(same).sum(0, dtype=torch.float64)
         self._pending.clear()
+        self._entries_pending = 0
 
     def add_rows(self, rows: Tensor) -> None:
         """Add the Gramian of rows [R, n]."""

@@ -19,7 +19,7 @@ def test_settings_of_tf32_are_as_before_afterwards() -> None:
     before = torch.get_float32_matmul_precision()
     try:
         torch.set_float32_matmul_precision("high")
-        with _product._without_tf32():
+        with _product._without_tf32(matmul):
             assert matmul.fp32_precision == "ieee"
         assert torch.get_float32_matmul_precision() == "high"
         assert matmul.allow_tf32
