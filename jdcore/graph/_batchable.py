@@ -33,9 +33,12 @@ def is_batchable(name: str, node: Any) -> bool:
 
     A checkpoint, or tensors that are moved away and back, would run Python code inside of the pass.
     """
+    # The name of a Python function's node ends with "Backward", that of torch's operations with the
+    # number of an overload.
     base, _, version = name.partition("Backward")
     if base not in BATCHABLE or not version.isdigit() or has_unpack_hooks(node):
         return False
+    # A sparse gradient cannot be batched.
     return base != "Embedding" or not _is_sparse(node)
 
 

@@ -23,6 +23,8 @@ def call(node: Any, grads: Grads) -> tuple[Tensor | None, ...]:
 
     Not inside of a backward pass, where a node computes only what that pass needs.
     """
+    # Nodes of torch's own operations can be called; those of Python functions cannot, and have
+    # `apply`, which runs the backward of the user.
     found = (node.apply if hasattr(node, "apply") else node)(*grads)
     return found if isinstance(found, tuple) else (found,)
 
@@ -51,6 +53,7 @@ def called_shares(
     :param memory: How many samples may be called at once: each has gradients of all results.
     :returns: By operand, its share.
     """
+    # A result without gradients, or on which no loss depends, is nothing to the operation either.
     given = [(g, m) for g, m in zip(grads, masks, strict=True) if g is not None and m is not None]
     tasks, samples = len(given[0][0]), len(given[0][1])
     positions = [g is not None and m is not None for g, m in zip(grads, masks, strict=True)]
@@ -111,6 +114,8 @@ def called_for_rows(
         if len(parts) == 1:
             return found, batched
         if not results:
+            # One tensor that is filled part by part: torch.cat would hold all rows twice for a
+            # while.
             results += [of.new_empty(parts[-1][1], *of.shape[1:]) for of in found]
         for whole, of_part in zip(results, found, strict=True):
             whole[start:stop] = of_part
@@ -132,6 +137,7 @@ def _batched(
     found = _vmapped(one, rows)
     if found is None or not check:
         return found
+    # All different and none of them zero, so that rows in a wrong order, or a missing one, show.
     factors = torch.linspace(0.5, 1.5, len(rows[0]), dtype=torch.float64, device=rows[0].device)
     expected = one(*(_combined(factors, of_operand) for of_operand in rows))
     pairs = zip(found, expected, strict=True)
@@ -144,9 +150,12 @@ def _combined(factors: Tensor, rows: Tensor) -> Tensor:
 
 def _agree(factors: Tensor, rows: Tensor, expected: Tensor) -> bool:
     if rows.is_complex():
+        # Torch conjugates lazily, and refuses to view such a tensor as real.
         rows, expected = (torch.view_as_real(t.resolve_conj()) for t in (rows, expected))
     wide = rows.reshape(len(rows), -1).double()
     error = (combined(factors, wide) - expected.reshape(-1).double()).abs()
+    # Two orders of summing differ by some eps of the sum of magnitudes. The root of eps is far
+    # above that and far below what a wrong derivative is wrong by.
     tolerance = torch.finfo(rows.dtype).eps ** 0.5 * wide.abs().sum(0).max() if wide.numel() else 0
     return not bool((error > tolerance).any())  # what is not finite cannot be told
 
@@ -159,6 +168,7 @@ def _vmapped(
             # Some operations are batched by a loop; that is what would be done otherwise.
             warnings.filterwarnings("ignore", message="There is a performance drop")
             return torch.vmap(one)(*rows)
+    # vmap raises it for what it cannot batch, such as Python code that asks for a value.
     except RuntimeError:
         return None
 

@@ -26,6 +26,8 @@ def rows_cancel(gramian: Tensor) -> bool:
     shifted, _, _ = equilibrate(matrix)
     shifted[np.diag_indices(len(shifted))] -= _SMALLEST
     try:
+        # Positive definite, and so factored, is what has no eigenvalue below the limit; that costs
+        # a fraction of the eigenvalues.
         cholesky(shifted)
     except np.linalg.LinAlgError:
         return True

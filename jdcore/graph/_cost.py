@@ -44,10 +44,13 @@ def _half(K: int, N: int) -> float:
 def _contraction(K: int, B: int, T: int, o: int, A: float) -> float:
     """<D_r, A D_s> for all rows r, s, with A an [N, N] matrix."""
     N = B * T
+    # Of one task: the products of its gradients, up to the diagonal, times A entry by entry.
     if K == 1:
         return _half(K, N) * _time(2 * N * N * o, 2 * A)
+    # Of one sample, A is multiplied with the gradients of each task, and those with all others.
     if B == 1:
         return _time(2 * K * N * N * o + 2 * K * K * T * o, A + 2 * K * N * o)
+    # Of several of both, each pair of tasks has an [N, N] product of its own.
     return _time(K * (K + 1) * N * N * o, K * (K + 1) * A)
 
 

@@ -11,15 +11,17 @@ from torch.autograd.graph import GradientEdge, Node
 from jdcore.errors import UnservedGraphError
 from jdcore.graph._retained import retaining
 from jdcore.graph._saved import Result, plain_attributes, results_of
-from jdcore.graph._walk import edge_of
-
-LEAF = "torch::autograd::AccumulateGrad"
+from jdcore.graph._walk import LEAF, edge_of
 
 Place = tuple[int, int]
 """The number of a node, and one of its results."""
 
+# The backward of a reentrant checkpoint runs the forward pass again and differentiates that by a
+# pass of its own, so that torch's graph ends at this node.
 _REENTRANT = "CheckpointFunctionBackward"
 
+# torch numbers the overloads of an operation in the names of nodes: `squeeze()` has 0,
+# `squeeze(dim)` 1, and `squeeze(dims)` 2.
 ISOMETRIES = frozenset(
     f"{name}Backward0"
     for name in (
@@ -35,7 +37,7 @@ ISOMETRIES = frozenset(
         "Clone",
         "Alias",
     )
-) | {"SqueezeBackward1", "SqueezeBackward2", "UnsqueezeBackward0"}
+) | {"SqueezeBackward1", "SqueezeBackward2"}
 """Operations that only rearrange what they are given, so that inner products stay as they are."""
 
 PARTS = frozenset(
@@ -67,12 +69,14 @@ class Graph:
             node, number = edge_of(output)
             self.starts.append((self._number(node), number))
         position = 0
+        # A list that grows rather than recursion: graphs are deeper than Python's stack.
         while position < len(self.nodes):
             edges: list[Place] = []
             for child, number in self.nodes[position].next_functions:
                 edges.append((-1 if child is None else self._number(child), number))
             self.inputs.append(tuple(edges))
             position += 1
+        # By identity, since `==` of tensors compares their entries.
         asked = {id(tensor) for tensor in wanted}
         self.wanted = {i: leaf for i, leaf in self.leaves.items() if id(leaf) in asked}
         self.targets: dict[Place, Tensor] = {(i, 0): leaf for i, leaf in self.wanted.items()}
@@ -135,6 +139,8 @@ class Graph:
         """All nodes, operands before what is computed from them."""
         done: set[int] = set()
         order: list[int] = []
+        # A node stays on the stack until all its operands are done, so no recursion is needed here
+        # either.
         stack = [start for start, _ in reversed(self.starts)]
         while stack:
             node = stack[-1]

@@ -57,7 +57,9 @@ class _Watch:
 
 def _hooks_anywhere(graph: Graph) -> bool:
     """Whether there are hooks that neither modules and optimizers have, nor parameters."""
-    # All kinds of hooks lie in such dictionaries, by the number of their handle.
+    # All kinds of hooks lie in such dictionaries, by the number of their handle. They are looked at
+    # by type() and not by isinstance(), which runs code of lazy objects, and copied, since another
+    # thread may add a hook meanwhile.
     dictionaries = [d for d in gc.get_objects() if type(d) is OrderedDict and _by_number(d)]
     found = {id(d): d for d in dictionaries if any(map(_matters, list(d.values())))}
     for leaf in graph.leaves.values():

@@ -95,6 +95,7 @@ class Jacobian:
         self._memory = Memory.of(self._device, budget, objectives.outputs[0].dtype)
         self.graph = Graph(objectives.outputs, wanted)
         self._given = [tensor for tensor in wanted if tensor.is_leaf]
+        # Torch has no public way to ask whether a tensor has hooks.
         self._hooked = {i for i, leaf in self.graph.wanted.items() if leaf._backward_hooks}
         self._apart = any(t._backward_hooks for t in self.graph.leaves.values()) or any(
             not t.is_leaf for t in [*self.graph.targets.values(), *self.graph.retained]
@@ -201,6 +202,8 @@ class Jacobian:
             output = objectives.outputs[0]
             try:
                 return self._plans.find(self.graph, output, batch_dim, self._hooked, self._rules)
+            # An error that says what to do about a graph is not a sign of a function that stops at
+            # NaN.
             except JDCoreError:
                 raise
             except Exception:
@@ -225,10 +228,12 @@ class Jacobian:
         tensors = [t for t in self.graph.targets.values() if not t.is_leaf]  # they retain it
         tensors += self.graph.retained
         kept = len(tensors)
+        # Only the backward of a Python function can accumulate into parameters behind torch's back.
         if any(hasattr(node, "apply") for node in self.graph.nodes):
             tensors += self._given
         before = [tensor.grad for tensor in tensors]
         for tensor in tensors:
+            # Where there is no gradient, nothing can be added to one in place, and a new one shows.
             tensor.grad = None
         try:
             yield
@@ -267,6 +272,7 @@ class Jacobian:
         listener = Listener(self.graph, plan.frontier)
         seed = objectives.seeds_of_tasks([objectives.tasks - 1])[0]
         listener.run(objectives.outputs, [seed], receive, retain_graph=retain_graph)
+        # What is left arrived from earlier tasks alone: the last one does not reach these nodes.
         for node in dict.fromkeys(node for node, _ in list(first)):
             receive(node, [None] * len(self.graph.results[node]))
         for node, (site, rest) in unserved.items():
@@ -318,6 +324,7 @@ class Jacobian:
     def _groups(self, places: list[Place]) -> list[list[Place]]:
         """Such that the rows of a group are not larger than allowed, or than those of one place."""
         sizes = [self.graph.result(place).shape.numel() for place in places]
+        # A place whose rows alone exceed the limit makes a group of its own.
         largest = max([_ROWS // max(1, self.objectives.rows), *sizes])
         groups: list[list[Place]] = [[]]
         filled = 0
@@ -388,6 +395,8 @@ class Jacobian:
         # One bias may be added to all outputs, or more of it than of the product.
         if not alone or positions > 1 or bias.shape.numel() != outputs:
             return
+        # Only then do both have the same gradient: that of the product times alpha, that of the
+        # bias times beta.
         if site.saved("alpha") == site.saved("beta"):
             weight.plus = 1.0
             self._keep(edges[0], shares.pop(0), site.name, "with its weight")
@@ -441,6 +450,7 @@ class Jacobian:
             if isinstance(share, Outer) and group[root] is not None
         ]
         if len(outer) == len(pairs):
+            # Factored uses are multiplied pairwise; none of them needs its rows written out.
             total.add_share(Uses(outer))
         elif len(group) == 1:
             rows = sum_of(share.rows() for _, share in pairs)

@@ -37,6 +37,8 @@ class Layout:
             return None
         if n % samples == 0:
             size = n // samples
+            # The usual orders first: each sample in one run of entries, then entry by entry in
+            # turn.
             steps = [size, 1, *(a for a in range(2, size) if size % a == 0)]
             for after in dict.fromkeys(steps):
                 if all(i // after % samples == owner for i, owner in known):
@@ -71,6 +73,7 @@ class Layout:
             split = tensor.reshape(*tensor.shape[:dim], *sizes, *tensor.shape[dim + 1 :])
             return split.movedim(dim + 1, lead)
         index = self.index.to(tensor.device)
+        # A missing entry (-1) chooses any other one here, and is set to zero below.
         chosen = tensor.index_select(dim, index.clamp(min=0).flatten())
         chosen = chosen.view(*tensor.shape[:dim], *index.shape, 1, *tensor.shape[dim + 1 :])
         chosen = chosen.movedim(dim, lead)

@@ -102,6 +102,8 @@ def pieces(length: int, largest: int) -> list[tuple[int, int]]:
 @cache
 def _share_of_free_memory(device: torch.device) -> int:
     if device.type == "cuda":
+        # Asked once per device: the driver counts what torch's allocator keeps for reuse as taken,
+        # so that later answers would shrink as a training goes on.
         free, _ = torch.cuda.mem_get_info(device)
         return free // _FRACTION // _ENTRY
     return 1 << 28

@@ -47,5 +47,6 @@ class OuterPass:
 
     def _note(self, gradients: tuple[Tensor | None, ...]) -> None:
         del gradients
+        # Later passes that reach this node are inner ones: they start while ours runs.
         if self._number is None:
             self._number = current_pass()

@@ -49,6 +49,7 @@ class Objectives:
             return total
         output = self.outputs[0]
         last, moved = output.ndim - 1, output.movedim(self.batch_dim, -1).shape
+        # The samples go back to their place in the first half of the dimensions and in the second.
         axes = self.batch_dim, last + 1 + self.batch_dim
         return total.view(*moved, *moved).movedim((last, 2 * last + 1), axes).reshape(total.shape)
 
@@ -63,6 +64,7 @@ class Objectives:
         moved = self.outputs[0].movedim(self.batch_dim, -1)
         seeds = torch.zeros(len(tasks), *moved.shape, dtype=moved.dtype, device=moved.device)
         by_task = seeds.view(len(tasks), self.tasks, self.samples)
+        # The first tasks are a unit matrix over the tasks, the last one alone is one row of it.
         if tasks[0] == 0:
             by_task.diagonal(dim1=0, dim2=1).fill_(1)
         else:

@@ -85,6 +85,7 @@ class Listener:
                 results = number_of_results(graph.nodes[node])
                 of_node.setdefault(node, [None] * results)[number] = grad
         rest = found[len(ends) :]
+        # From here on, each gradient is freed as soon as its receiver is done with it.
         del found
         for node in list(of_node):
             receive(node, of_node.pop(node))
@@ -107,6 +108,7 @@ def differentiate(
             outputs, inputs, seeds, retain_graph=retain_graph, allow_unused=True
         )
     except RuntimeError as error:
+        # Torch has no class of its own for this error, so its text has to tell.
         if "donated buffers" in str(error):
             raise SinglePassError(
                 "a compiled region reuses the memory of what it saved (donated buffers)",
@@ -136,6 +138,8 @@ def batched_gradients(
         results = torch.autograd.grad(
             outputs, inputs, gradients, retain_graph=retain_graph, allow_unused=True
         )
+        # vmap calls this function once, and lets it return tensors only: their places are noted
+        # beside.
         reached.extend(i for i, result in enumerate(results) if result is not None)
         return [result for result in results if result is not None]
 

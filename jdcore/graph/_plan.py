@@ -107,9 +107,12 @@ def _classify(
     for node in plan.below:
         if node in reached:
             reached.update(c for c, _ in graph.inputs[node] if c >= 0 and c not in apart)
+    # Hooks of a parameter have to see its whole rows, which only the way by rows gives.
     pulled = (reached & graph.wanted.keys()) | hooked
     for leaf, roots in of_leaf.items():
         parts = {descent.part for _, descent in roots}
+        # Parts of one splitting do not overlap, so that their rows are orthogonal. A part beside
+        # the whole, or parts of two splittings, may overlap.
         whole = len(parts) == 1 or (None not in parts and len({p[0] for p in parts if p}) == 1)
         if leaf in pulled or not whole:
             pulled.add(leaf)
@@ -117,6 +120,7 @@ def _classify(
             continue
         for part in parts:
             group = {root: descent.turned for root, descent in roots if descent.part == part}
+            # The Gramian of a sum of several uses is not the sum of their Gramians.
             if sum(uses[root] for root in group) == 1:
                 plan.alone.update(group)
             else:
@@ -180,6 +184,8 @@ def _refuse_mixing(graph: Graph, plan: Plan, node: int, operand: int) -> None:
     if layout is None or root[0] in graph.rearranged or not _goes_along(name, operand, layout):
         return
     shape, whole = graph.result(root).shape, graph.result((node, 0)).shape
+    # Something else than the samples themselves, as it has not as many entries along their
+    # dimension.
     if len(shape) != len(whole) or shape[layout.dim] != whole[layout.dim]:
         return
     norm = "BatchNorm" in name
@@ -227,6 +233,7 @@ def plan_of_tasks(graph: Graph, tasks: int, hooked: set[int]) -> Plan:
         node, operand = found[0]
         if len(found) == 1 and leaf not in hooked and _is_cheap(graph, tasks, leaf, node, operand):
             plan.frontier[node] = [operand]
+            # One sample that has all positions: the share is that of one row per task.
             plan.layouts[node, 0] = Layout(0, 1, graph.result((node, 0)).shape[0])
             plan.alone.add(graph.inputs[node][operand])
     served = {_leaf_of(graph, root) for root in plan.alone}
@@ -283,6 +290,8 @@ class Plans:
         if found.sure and _is_fixed(graph, plan, rules):
             self._kept[kind] = plan
             if len(self._kept) > _KINDS:
+                # The one that was not used for longest: sequences of ever new lengths make ever new
+                # kinds.
                 self._kept.popitem(last=False)
         return plan
 

@@ -65,6 +65,7 @@ def find_layouts(graph: Graph, output: Tensor, batch_dim: int) -> Findings:
         seed = torch.where(poisoned.view(shape), torch.nan, 0.0).to(output).expand_as(output)
         run(seed, partial(_note, seen, bit))
 
+    # About log2 of the samples as many passes, in place of one for each sample.
     codes = _codes(samples)
     words = torch.tensor(codes, device=output.device)
     for bit in range(max(codes).bit_length()):
@@ -95,6 +96,7 @@ def find_layouts(graph: Graph, output: Tensor, batch_dim: int) -> Findings:
     return Findings(_whole(layouts, found), reached, sure)
 
 
+# The highest bit of an int64 beside its sign: no code is that long.
 _BY_ITSELF = 62
 
 
@@ -102,6 +104,7 @@ def _note(seen: dict[Place, list[Tensor]], bit: int, node: int, grads: Grads) ->
     for number, grad in enumerate(grads):
         if grad is None:
             continue
+        # Gradients of tables may be sparse, and such tensors have no `any` by dimension.
         bad = torch.isnan(grad.detach().to_dense())
         hit = []
         for dim in range(bad.ndim):
@@ -122,6 +125,7 @@ def _notice(reached: set[Place], node: int, grads: Grads) -> None:
 def _layout(of_dims: Sequence[list[int]], sample_of: dict[int, int], samples: int) -> Layout | None:
     irregular = None
     for dim, words in enumerate(of_dims):
+        # A word that is no code (-2) is that of an entry on which several samples depend.
         owners = [-1 if w == 0 or w >> _BY_ITSELF else sample_of.get(w, -2) for w in words]
         if -2 in owners:
             continue

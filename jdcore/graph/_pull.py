@@ -29,6 +29,7 @@ def pull(graph: Graph, plan: Plan, grads: dict[Place, Tensor]) -> dict[int, Tens
             if found is None or place[0] not in allowed:
                 continue
             result = graph.result(place)
+            # Autograd does the same between nodes: the gradient of a real tensor is real.
             if found.is_complex() and not result.dtype.is_complex:
                 found = found.real
             found = reduced(found, result.shape).to(result.dtype)

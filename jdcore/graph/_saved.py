@@ -89,6 +89,7 @@ def _put_back(raw: Any, value: Tensor) -> None:
     # A checkpoint keeps what it computed anew under a handle for each backward pass, which it drops
     # as soon as the tensor was handed out.
     holder, task = getattr(raw, "data", None), current_pass()
+    # Outside of a backward pass (a negative number), a checkpoint computes anew for every question.
     if task < 0 or not isinstance(holder, checkpoint._Holder):
         return
     if holder.handles.get(task) is None:
@@ -187,6 +188,7 @@ def plain_attributes(node: Any) -> tuple[Any, ...]:
 
 
 def _is_plain(value: Any) -> bool:
+    # Floats (a slope, a threshold, an epsilon) scale entries or choose among them, and move none.
     return value is None or isinstance(value, (int, str, tuple))
 
 
@@ -194,6 +196,8 @@ def _is_plain(value: Any) -> bool:
 def _plain_names(kind: Hashable) -> tuple[str, ...]:
     names = [name for name in dir(kind) if name.startswith("_saved_")]
     raw = {name.removeprefix("_raw") for name in _raw_names(kind)}
+    # Tensors have a raw form, too, and are left out, as are the sizes of operands
+    # (`_saved_self_sym_sizes`): shapes are compared by themselves.
     return tuple(n for n in names if n not in raw and "_sym_" not in n)
 
 

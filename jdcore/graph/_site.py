@@ -105,6 +105,7 @@ class Site:
         :raises NoRule: If the operand has samples of its own.
         """
         shape, dim = self.shapes[operand], self.layout.dim
+        # Broadcasting puts missing dimensions in front.
         full = (1,) * (grads.ndim - 1 - len(shape)) + tuple(shape)
         if full[dim] != 1:
             raise NoRule

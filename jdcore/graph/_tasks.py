@@ -80,6 +80,7 @@ def starts_of(graph: Graph, objectives: Objectives) -> Starts:
         else:
             found += [(None, i) for i in range(output.numel())]
     if objectives.batch_dim is not None:
+        # The losses come in the order of their tensor; tasks are in the order [K, B].
         order = torch.arange(len(found), device="cpu")
         found = [found[i] for i in objectives.by_task(order).flatten().tolist()]
     device = objectives.outputs[0].device
@@ -189,6 +190,8 @@ class Passes:
         known = self._kind in _PASSED
         try:
             return self._batched(places, retain_graph or not known)
+        # An operation may refuse to be batched in spite of its name (by a hook, or in a newer
+        # torch).
         except RuntimeError:
             if known and not retain_graph:
                 raise
@@ -220,11 +223,14 @@ class Passes:
     @cached_property
     def _met_again(self) -> set[int]:
         """The losses that pass through an operation that a later one passes through as well."""
+        # Entries of one result: each loss passes through everything that the others pass through.
         if len(set(self.starts)) == 1:
             return set(range(len(self.starts) - 1))
+        # With more than one bit: operations that several losses pass through.
         patterns = {found for found in self._ways.losses.values() if found & (found - 1)}
         again = 0
         for found in patterns:
+            # All of them but the last, after which nobody needs what the operation saved.
             again |= found & ~(1 << found.bit_length() - 1)
         return {k for k in range(len(self.starts)) if again >> k & 1}
 
@@ -303,6 +309,7 @@ class Passes:
     def _arriving(self, place: Place, rows: Sequence[Tensor | None]) -> Tensor:
         """The gradients of all losses at an entrance."""
         grads = stacked(rows)
+        # A loss may itself be a result of the trunk, beside those that enter there from a head.
         if grads is None or place in self.starts:
             seeds = self.seeds(place, self._present)
             grads = seeds if grads is None else grads + seeds

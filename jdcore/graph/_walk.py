@@ -13,7 +13,7 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 Edge: TypeAlias = "tuple[Node, int]"
 
 # A custom function may keep anything under the name `variable`, so leaves are told by this name.
-_LEAF = "torch::autograd::AccumulateGrad"
+LEAF = "torch::autograd::AccumulateGrad"
 
 
 @frozen(eq=False, slots=False)  # slots leave no room for cached properties
@@ -100,11 +100,14 @@ def _walk(starts: list[Edge], barrier: set[Edge]) -> Reach:
         if node in names or node in leaves:
             continue
         name = node.name()
-        if name == _LEAF:
+        if name == LEAF:
             leaves[node] = node.variable  # type: ignore[attr-defined]  # nodes of leaves have it
             continue
         names[node] = name
+        # The base class of nodes whose backward is Python; nodes of torch's own operations are C++
+        # objects.
         if isinstance(node, BackwardCFunction):
             functions.append(node)
+        # Reversed, so that the first operand is the next one to be expanded.
         stack.extend(reversed([(n, i) for n, i in node.next_functions if n is not None]))
     return Reach(edges, names, tuple(leaves.values()), tuple(functions))

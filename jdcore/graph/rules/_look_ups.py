@@ -13,6 +13,7 @@ _NO_PADDING = 1 << 62  # torch shows -1 unsigned
 @rule("EmbeddingBackward0")
 def embedding(site: Site, operand: int) -> Share:
     """Rows of a table."""
+    # How often an index occurs in the whole batch scales its gradient: no sample stands for itself.
     if site.saved("scale_grad_by_freq"):
         raise NoRule
     index, grads, shape = site.saved("indices"), site.grad, site.shapes[operand]
@@ -35,6 +36,8 @@ _MEAN, _MAX = 1, 2
 def embedding_bag(site: Site, operand: int) -> Share:
     """Sums and means of rows of a table, bags of several of which may belong to a sample."""
     mode = site.saved("mode")
+    # A maximum takes each feature from another row of the table, so one index does not tell the
+    # row.
     if operand != 0 or mode == _MAX or site.saved("scale_grad_by_freq") or site.layout.dim != 0:
         raise NoRule
     index, grads, factors = site.saved("indices"), site.grad, site.saved("per_sample_weights")
@@ -58,6 +61,8 @@ def _bags(site: Site, entries: int, bags: int) -> Tensor:
         return found[:entries]
     # The fast way of sums on CPUs does not make a list of them.
     offsets = site.saved("offsets")
+    # With include_last_offset, one more offset tells where the last bag ends: entries behind it
+    # belong to none.
     if len(offsets) > bags and int(offsets[-1]) != entries:
         raise NoRule
     places = torch.arange(entries, dtype=offsets.dtype, device=offsets.device)
@@ -66,6 +71,7 @@ def _bags(site: Site, entries: int, bags: int) -> Tensor:
 
 def _by_sample(owners: Tensor, samples: int) -> Tensor:
     """The entries of each sample, shape [B, T]; their number stands for none."""
+    # Stable, so that the sums over a sample are taken in the same order every time.
     order = owners.argsort(stable=True)
     order = order[owners[order] >= 0]
     counts = torch.bincount(owners[order], minlength=samples)

@@ -22,6 +22,8 @@ def layer_norm(site: Site, operand: int) -> Share:
         return Dense(_summed(grads), site.shapes[2])
     if operand != 1:
         raise NoRule
+    # The results behind the first are what was measured: mean and reciprocal deviation, or for an
+    # RMS norm the reciprocal root mean square alone.
     images, first = widened(site.saved("input")), site.saved("result1")
     if site.name == "FusedRmsNormBackward0":
         normalized = images * first
@@ -54,6 +56,7 @@ def _group_norm_rows(site: Site) -> tuple[Tensor, Tensor]:
             images,
             mean.view(1, -1),
             deviation.view(1, -1),
+            # The weight is read for the gradient of the images alone, which is not asked for.
             images.new_empty(N * C),
             1,
             N * C,
@@ -72,6 +75,7 @@ def _group_norm_rows(site: Site) -> tuple[Tensor, Tensor]:
 @rule("NativeBatchNormBackward0", "CudnnBatchNormBackward0")
 def running_norm(site: Site, operand: int) -> Share:
     """A batch normalization in eval mode."""
+    # In training mode the statistics are those of all samples, and the losses mix them.
     if site.saved("training") or not site.samples_lead or operand not in (1, 2):
         raise NoRule
     grads = widened(site.grad)
@@ -79,6 +83,7 @@ def running_norm(site: Site, operand: int) -> Share:
         return Dense(_by_channel(site, grads), site.shapes[2])
     mean, variance = site.saved("running_mean"), site.saved("running_var")
     images = widened(site.saved("input"))
+    # Torch's formulas for the two kernels name it differently.
     epsilon = site.saved("epsilon" if site.name.startswith("Cudnn") else "eps")
     # Centred first: afterwards digits would cancel.
     centred = images - mean.view(-1, *[1] * (images.ndim - 2))

@@ -36,6 +36,8 @@ def _factor(site: Site, operand: int, first: bool, other: Tensor, grads: Tensor)
     if not first:
         inputs, varied = site.positions(other), site.positions(grads, 1)
     else:
+        # The rows of the first factor are those of the result, whose samples have to be in the
+        # columns.
         if site.layout.dim != 1:
             raise NoRule
         site = site.turned(0)
@@ -55,6 +57,8 @@ def batched_matrix_product(site: Site, operand: int) -> Share:
         other = site.saved("batch1" if first else "batch2")
     else:
         other = site.saved("self" if first else "mat2")
+    # As for single matrices: samples in the columns for the first factor, in the rows for the
+    # second.
     if site.layout.dim != 2 - first:
         raise NoRule
     if first == 0:

@@ -17,6 +17,7 @@ from jdcore.graph._site import NoRule, Site
 from jdcore.graph.rules._table import rule
 from jdcore.graph.shares import Dense, Outer, Share, product, widened
 
+# As cuDNN numbers them: 0 and 1 are plain networks (ReLU, tanh), 2 is LSTM, 3 is GRU.
 _LSTM_MODE = 2
 
 
@@ -93,6 +94,7 @@ def _factors(gates: Tensor, cell: Tensor) -> _Factors:
     for t, step in enumerate(i * g):
         before[t] = cell
         cell = torch.addcmul(step, f[t], cell, out=cells[t])
+    # One call for all steps: only the recursion of the cells has to be a loop.
     squashed = cells.tanh()
     return _Factors(
         forget=f,
@@ -114,6 +116,7 @@ def _backward(
     K = len(next(g for g in (of_outputs, of_state, of_cell) if g is not None))
     state = recurrent.new_zeros(K, N, h) if of_state is None else of_state.reshape(K, N, h)
     cell = recurrent.new_zeros(K, N, h) if of_cell is None else of_cell.reshape(K, N, h)
+    # In the order of the kernel's weights: input, forget, cell and output gate.
     at_gates = recurrent.new_empty(K, T, N, 4 * h)
     for t in reversed(range(T)):
         state = state if of_outputs is None else state + of_outputs[:, t]

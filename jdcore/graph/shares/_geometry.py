@@ -41,6 +41,7 @@ class Geometry:
         dtype = torch.promote_types(grads.dtype, images.dtype)
         weight = weight.to(dtype)
         if samples > 1:
+            # Its entries are not read, only its shape.
             weight = weight.expand(samples, *weight.shape).flatten(0, 1)
         with exact_products(grads, CONVOLUTIONS):
             gradient: Tensor = torch.ops.aten.convolution_backward(
@@ -120,6 +121,7 @@ def _sum_of_shifts(
         shape[place] = output
     total = pixels.new_zeros(shape)
     ends, sources = total.movedim(places, (0, 1)), pixels.movedim(places, (0, 1))
+    # One dimension after the other: height plus width as many additions, not height times width.
     for to, source in _shifts(geometry, dim, kernel, len(sources), output):
         ends[to, to].add_(sources[source, source])  # `+=` would copy the sum to where it is
     return total

@@ -54,6 +54,7 @@ def _contracted(gram: Gram, grads: Tensor, total: Accumulator) -> Iterator[tuple
         yield from _contract_one_task(gram, grads[0], total)
     elif T == 1:
         flat = grads.reshape(K * B, o)
+        # One product of all tasks; the Gram matrix of the inputs is the same for each pair of them.
         found = product(flat, flat.T).view(K, B, K, B)
         yield found.mul_(gram(0, B).view(1, B, 1, B)).view(K * B, K * B), 0
     elif B == 1:
@@ -71,6 +72,8 @@ def _contract_one_task(
     if T == 1:
         parts = total.halves()
     elif memory.reused:
+        # Eight pieces up to the diagonal compute 9/16 of the square. More of them would be slow
+        # products.
         parts = pieces(B, max(_POSITIONS // T, -(-B // 8)))
     else:
         parts = memory.pieces(B, T * B * T)
@@ -96,6 +99,7 @@ def _contract_samples(gram: Tensor, grads: Tensor) -> Tensor:
     by_task = grads.reshape(K, B * T, o)
     total = gram.new_zeros((K, B, K, B), dtype=torch.float64)
     for k in range(K):
+        # Pairs of tasks up to the diagonal: the rest is symmetric.
         for earlier in range(k + 1):
             found = product(by_task[k], by_task[earlier].T).mul_(gram)
             total[k, :, earlier] = found.view(B, T, B, T).sum((1, 3), dtype=torch.float64)

@@ -68,6 +68,7 @@ class Outer(Share):
             self._add_looked_up(self.inputs, gramian)
             return
         K, B, T, o = self.grads.shape
+        # With one position per sample, the matrices of the ghost are no larger than the Gramian.
         if T == 1 or outer_ghost_beats_direct(K, B, T, self.inputs.shape[2], o):
             add_contracted(linear_gram(self.inputs, self.plus), self.grads, gramian)
         else:
@@ -94,6 +95,8 @@ class Outer(Share):
         if T == 1 and memory.entries >= B * B:
             add_contracted(_same(inputs.index), self.grads, gramian)
             return
+        # Only rows of the table that are used have gradients; most of a vocabulary has none in a
+        # batch.
         used, place = torch.unique(inputs.index, return_inverse=True)
         if R * len(used) < B * T * T or R * len(used) * o <= memory.entries:
             for start, stop in memory.pieces(o, R * len(used)):
@@ -143,6 +146,7 @@ class Outer(Share):
         rows = super().flat_rows()
         if not self.plus:
             return rows
+        # The product of two such columns adds `plus` times the product of the gradients.
         bias = widened(self.grads).sum(2) * math.sqrt(self.plus)
         return torch.cat([rows, bias], 2)
 
@@ -224,6 +228,8 @@ def add_uses(shares: Sequence[Outer], gramian: Accumulator) -> None:
     inputs = [s.inputs for s in shares if isinstance(s.inputs, Tensor)]
     if len(inputs) == len(shares) and all(s.grads_first == first.grads_first for s in others):
         grads = torch.cat([s.grads for s in shares], 2)
+        # A sum over positions does not mind where they come from, so the uses are positions of one
+        # share.
         together = torch.cat(inputs, 1)
         whole = Outer(together, grads, grads_first=first.grads_first, shape=first.shape)
         whole.add_gramian(gramian)

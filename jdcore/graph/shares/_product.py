@@ -54,6 +54,7 @@ def product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
         dtype = torch.promote_types(a.dtype, b.dtype)
         a, b = a.to(dtype), b.to(dtype)
     if a.dtype in HALVES:
+        # Only torch's products on CUDA have `out_dtype`.
         if a.is_cuda and out is None:
             return _mixed(a, b)
         a, b = a.float(), b.float()
