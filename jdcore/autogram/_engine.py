@@ -138,6 +138,7 @@ class Engine:
             if losses.ndim != 1:
                 raise ParameterError(name, "a vector of losses", describe_tensor(losses))
         objectives = objectives_of([output, other], None, "output")
+        # The losses of both batches as one vector: what is wanted lies above the diagonal blocks.
         total = self._step_of(objectives).gramian()
         dtype = torch.promote_types(result_dtype(output), result_dtype(other))
         return total[: len(output), len(output) :].to(dtype, copy=True)
@@ -232,6 +233,7 @@ class Engine:
         for i, module in enumerate(self._modules):
             prefix = f"{i}." if len(self._modules) > 1 else ""
             for name, parameter in module.named_parameters():
+                # A parameter that several modules share has the name of its first place.
                 names.setdefault(parameter, prefix + name)
         return names
 

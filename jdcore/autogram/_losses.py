@@ -42,6 +42,7 @@ def objectives_of(
                 "one that came already",
                 "If an objective is really meant twice, give a copy: tensor.clone().",
             )
+    # With samples, a leaf as losses has no operation that could show where the samples are.
     one = isinstance(losses, Tensor) and batch_dim is not None and losses.grad_fn is None
     if one or not any(output.requires_grad for output in outputs):
         raise ParameterError(

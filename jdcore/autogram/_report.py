@@ -87,6 +87,7 @@ def _by_parameter(jacobian: Jacobian, names: Mapping[Tensor, str]) -> dict[Tenso
     for entry in jacobian.served:
         for tensor in _behind(jacobian.graph, entry.root):
             served.setdefault(tensor, []).append(entry)
+    # In the order of the modules; tensors without a name come last.
     order = [tensor for tensor in names if tensor in served]
     order += [tensor for tensor in served if tensor not in names]
     return {
@@ -136,6 +137,7 @@ def _rows(step: Step, tensors: list[Tensor]) -> list[Tensor]:
 def _error(step: Step, rows: Tensor) -> float:
     jacobian = step.jacobian()
     gramian = jacobian.gramian(keep=True, retain_graph=True)
+    # All different and of both signs, so that rows in a wrong order show.
     weights = torch.linspace(-1.0, 2.0, len(rows), dtype=torch.float64, device=rows.device)
     [tensor] = step.wanted
     gradient = jacobian.weighted(weights, retain_graph=True)[tensor]

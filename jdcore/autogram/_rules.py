@@ -74,6 +74,7 @@ class InstalledRules(Rules):
         return rule
 
     def _warn(self, message: str) -> None:
+        # Once for each reason, not at every step.
         if message not in self._warned:
             self._warned.add(message)
             warn(PluginWarning(message))

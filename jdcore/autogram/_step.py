@@ -90,6 +90,8 @@ class Step:
         second_pass |= jacobian.too_large or self.objectives.rows == 0
         changed = jacobian.graph.leaves if self.all_leaves else jacobian.graph.targets
         fields = [*changed.values(), *jacobian.graph.retained]
+        # Whether a sparse `.grad` fits shows when its gradient is there, which may be sparse as
+        # well; `write_grads` then checks before it writes.
         check_grads(t for t in fields if t.grad is None or not t.grad.is_sparse)
 
         def compute() -> Tensor:
@@ -104,11 +106,14 @@ class Step:
         )
         weights = weights_of(weighting, source, shape)
         placed = weights.to(outputs[0].device)
+        # A weighting that asked for no Gramian, such as the mean, left no pass to take gradients
+        # from.
         if second_pass or not jacobian.computed:
             gradients = jacobian.differentiated(placed, retain_graph=retain_graph)
         else:
             wide = source.rounding_shows(weights.reshape(-1))
             gradients = jacobian.weighted(placed, retain_graph=retain_graph, wide=wide)
+        # Two leaves may have got the same tensor, as both terms of a sum do.
         write_grads(dict(zip(gradients, disjoint(gradients.values()), strict=True)))
         return weights
 

@@ -83,6 +83,8 @@ def backward(
             retain_graph=retain_graph,
             chunk_size=parallel_chunk_size,
         )
+        # The keys are checked as the graph is put together; nothing is computed before it is
+        # called.
         graph = rows_of(outputs, initial) >> jac >> AccumulateJac(targets)
         with plain_modes([*outputs, *targets]):
             graph()

@@ -21,6 +21,7 @@ def tensor_list(value: Tensor | Iterable[Tensor], parameter: str) -> list[Tensor
         return [value]
     if isinstance(value, (str, bytes)) or not isinstance(value, Iterable):
         raise ParameterTypeError(parameter, "a Tensor or a sequence of Tensors", _word(value))
+    # Once, as it may be an iterator such as model.parameters().
     tensors = list(value)
     for i, tensor in enumerate(tensors):
         if not isinstance(tensor, Tensor):
@@ -102,6 +103,7 @@ def check_distinct(tensors: Sequence[Tensor], parameter: str) -> None:
 
     :raises ParameterError: Naming the first repetition.
     """
+    # Tensors are told apart by identity here: their hash is that of the object.
     first: dict[Tensor, int] = {}
     for i, tensor in enumerate(tensors):
         if tensor in first:

@@ -50,6 +50,7 @@ def kept_parameters(graph: Reach) -> list[Tensor]:
     found: dict[Tensor, None] = {}
     seen: set[int] = set()
     for node in graph.functions:
+        # The node of a custom function is the `ctx` of its forward, with all that was set there.
         _collect(vars(node), found, seen, _DEPTH)
     return list(found)
 
@@ -183,6 +184,7 @@ class AccumulatedRows:
         torch.autograd.backward(outputs, cotangents, retain_graph=retain_graph)
         gradients: list[Tensor | None] = [None] * self._count
         for i, leaf in self._leaves:
+            # Taken away, as torch would add the next row to the same tensor.
             gradients[i], leaf.grad = leaf.grad, None
         for i, _ in self._others:
             gradients[i] = self._heard.pop(i, None)

@@ -85,6 +85,7 @@ def jac_to_grad(
             update = _alone(local(), aggregator, losses)
         else:
             update = team.aggregate(local, aggregator, losses, aggregate_blocks)
+    # Before the gradients are written: optimizers that step in hooks find this memory free.
     if not retain_jac:
         for tensor in given:
             if get_jac(tensor) is not None:
@@ -220,6 +221,7 @@ def _check_vectors(vectors: Sequence[Tensor], blocks: Sequence[Tensor]) -> None:
 
 def _own(vector: Tensor, block: Tensor) -> Tensor:
     """The vector in dtype and on the device of its block, but not in its memory."""
+    # A method that picks a row may return a view of the Jacobian, which must not become a `.grad`.
     shared = vector.untyped_storage().data_ptr() == block.untyped_storage().data_ptr()
     return vector.to(block, copy=shared)
 

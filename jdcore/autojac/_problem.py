@@ -101,6 +101,7 @@ class Problem:
             masks = [c != 0 for c in self.cotangents]
         else:
             masks = [(as_matrix(c) != 0).any(dim=1) for c in self.cotangents]
+        # One transfer for all rows, as each one would wait for an accelerator.
         usage: list[list[bool]] = torch.stack(masks, dim=1).tolist()
         return usage
 
@@ -179,6 +180,7 @@ class Problem:
         usage = self.usage
         results = self._new_results()
         starts = range(0, self.m, chunk_size)
+        # A chunk that uses no output makes no pass: the graph is freed by the last one that does.
         last = max((s for s in starts if any(map(any, usage[s : s + chunk_size]))), default=-1)
         for start in starts:
             rows = slice(start, min(start + chunk_size, self.m))

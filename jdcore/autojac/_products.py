@@ -35,6 +35,7 @@ class Product:
     def write_row(self, row: Tensor, gradient: Tensor) -> None:
         """Write the row that belongs to the gradient d of one objective."""
         left, right = (gradient, self.factor) if self.transposed else (self.factor, gradient)
+        # `out=` refuses what requires grad, hence the detached factor.
         torch.mm(left.T, right, out=row)
 
 
@@ -62,6 +63,8 @@ def find_products(graph: Reach, inputs: Mapping[int, Tensor]) -> dict[int, Produ
         edge: Any = node.next_functions[position]
         behind = _behind_transposition(edge) if graph.edges.get(edge) == 1 else None
         end = edge if behind is None else behind
+        # Used once, and by nothing else: the gradient of this product is all that arrives at the
+        # weight.
         if end in positions and graph.edges[end] == 1:
             product = _product(node, name, transposed=behind is not None)
             if product is not None:
@@ -90,6 +93,7 @@ def _may_have_hooks(transpose: Any) -> bool:
 
 def _product(node: Node, name: str, *, transposed: bool) -> Product | None:
     try:
+        # `beta` scales the bias alone.
         if node.name() == "AddmmBackward0" and saved(node, "alpha") != 1:
             return None
         if transposed and _may_have_hooks(saved_as_it_is(node, "mat2")):

@@ -120,6 +120,7 @@ class RowTaps:
             return None
         self._row[i].copy_(gradient)
         self.taken.add(i)
+        # What autograd goes on with instead, so that it does not hold the row as well.
         return placeholder(gradient)
 
     def _multiply(self, i: int, gradient: Tensor) -> None:

@@ -82,6 +82,7 @@ def choose_chunk_size(
     :param usage: Tells for each row which outputs it differentiates.
     :param graph: What lies behind the outputs.
     """
+    # A hook would be called with a batched tensor, which its author need not expect.
     if kind.custom or kind.failed or any(tensor._backward_hooks for tensor in inputs):
         return 1
     if any(tensor.is_cpu for tensor in inputs):
@@ -200,6 +201,7 @@ def insist(kind: Kind, solve: Callable[[bool], Result], retain_graph: bool) -> R
 
 
 def _blames_vmap(error: Exception) -> bool:
+    # Errors of ours say themselves what is wrong.
     if isinstance(error, JDCoreError):
         return False
     text = str(error)

@@ -31,6 +31,7 @@ class Collected(Accumulator):
     """Keeps shares until those of all processes can be brought together."""
 
     def __init__(self, objectives: Objectives, device: torch.device, memory: Memory) -> None:
+        # Without a matrix: nothing is added up before the shares of all processes have met.
         super().__init__(0, device, True, memory)
         self.rows = objectives.rows
         self.device = device
@@ -84,6 +85,7 @@ class Union:
     def values(self, own: Tensor) -> Tensor:
         """The values of all losses, flattened, from those of this process."""
         moved = own.detach().movedim(self._dimension, 0)
+        # An all-gather takes equal sizes; what fills up is cut off again below.
         sent = moved.new_zeros(max(self.samples), *moved.shape[1:])
         sent[: len(moved)] = moved
         received = [torch.empty_like(sent) for _ in self.samples]
@@ -117,6 +119,8 @@ class Union:
             )
         own = torch.tensor([_costs(share) for share in shares], dtype=torch.int64, device="cpu")
         layouts, factors, rows = own.reshape(-1, 3).unbind(1)
+        # The largest of a number and of its negative are opposite only if all processes said the
+        # same.
         agreed = torch.stack([layouts, -layouts, factors, rows], 1).to(self.meeting.device)
         items: list[_Item] = []
         loads = [0] * len(self.samples)
@@ -125,6 +129,7 @@ class Union:
         ):
             # Factors of different shapes, such as sentences of different lengths, stay apart.
             if least == -most and 0 < in_factors <= in_rows:
+                # The numbers are the same on all processes, so all of them choose the same one.
                 owner = loads.index(min(loads))
                 loads[owner] += in_factors
                 items.append(_Item(share, owner, in_factors))
@@ -240,6 +245,7 @@ def _rounds(items: Sequence[_Item]) -> Iterator[list[_Item]]:
     chosen: list[_Item] = []
     filled = 0
     for item in items:
+        # The agreed sizes, not those of this process, so that all of them cut at the same places.
         if chosen and filled + item.size > _BYTES:
             yield chosen
             chosen, filled = [], 0

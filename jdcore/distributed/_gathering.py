@@ -97,6 +97,7 @@ def can_be_gathered(gathered: Gathered, tensors: Sequence[Tensor]) -> bool:
 
 def _is_ordinary(unit: Any) -> bool:
     """Whether gradients are reduced as FSDP2 does it without being told otherwise."""
+    # By its name, as torch promises no place to import these classes from.
     collective = type(getattr(unit, "_reduce_scatter_comm", None)).__name__
     return (
         unit.gradient_divide_factor is None
@@ -136,6 +137,8 @@ class Spread:
 
     def pieces(self, rows: Tensor) -> list[Tensor]:
         """The rows [m, k] of what each process holds, given those of the parameter [m, *S]."""
+        # As torch divides a dimension: the last processes may have less than the others, or
+        # nothing.
         parts = list(torch.chunk(rows, self.size, dim=self.dimension + 1))
         flat = [part.reshape(len(rows), -1) for part in parts]
         return flat + [flat[0][:, :0]] * (self.size - len(flat))

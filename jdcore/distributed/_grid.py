@@ -81,6 +81,7 @@ def _check_orthogonal(groups: list[Group]) -> None:
     me = dist.get_rank() if groups else 0
     seen: set[int] = set()
     for group in groups:
+        # Two dimensions of one grid have this process in common, and no other.
         others = set(dist.get_process_group_ranks(group)) - {me}
         if others & seen:
             raise ParameterError(

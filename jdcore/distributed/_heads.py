@@ -29,6 +29,7 @@ def note_local_gradients(tensors: Iterable[Tensor]) -> None:
 def write_means(means: Mapping[Tensor, Tensor]) -> None:
     """Make the ``.grad`` of tensors the mean over the processes, the same bits on all of them."""
     for tensor, mean in means.items():
+        # In place, since optimizers and buckets of reducers may hold the tensor.
         if tensor.grad is not None and tensor.grad.layout == torch.strided:
             tensor.grad.copy_(mean)
         else:

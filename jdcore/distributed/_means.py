@@ -72,6 +72,7 @@ def _checked(sums: Tensor | Sequence[Tensor], counts: Tensor | Sequence[float]) 
 
 
 def _scaled(losses: list[Tensor], total: Tensor, size: int) -> list[Tensor]:
+    # A task without a sample anywhere has a factor that is finite and not used.
     factors = (size / total.clamp_min(torch.finfo(total.dtype).tiny)).tolist()
     present = (total > 0).tolist()
     pairs = zip(losses, factors, present, strict=True)

@@ -140,8 +140,11 @@ class Meeting:
     def _agree(
         self, stage: Stage, values: Sequence[int | None], error: Exception | None
     ) -> list[int | None]:
+        # Zero stands for no error; where several processes fail, the last of them is heard.
         failed = 0 if error is None else dist.get_rank() + 1
         said = [_UNKNOWN if value is None else value for value in values]
+        # All are at the same stage if the largest stage is the opposite of the largest negative
+        # one.
         numbers = [failed, int(stage), -int(stage), *said]
         heard = self._reduced(_padded(numbers, self.device), dist.ReduceOp.MAX).tolist()
         if heard[0] or (error is None and heard[1] != -heard[2]):
@@ -156,6 +159,8 @@ class Meeting:
             )
         own = culprit == dist.get_rank()
         reason = f"{type(error).__name__}: {error}".encode()[:_TEXT] if own else b""
+        # Zeros everywhere but on the process that failed, so that the largest of all are its
+        # letters.
         letters = torch.zeros(_TEXT, dtype=torch.int64, device="cpu")
         letters[: len(reason)] = torch.tensor(list(reason), dtype=torch.int64, device="cpu")
         heard = self._reduced(letters.to(self.device), dist.ReduceOp.MAX).tolist()
@@ -193,6 +198,7 @@ class Meeting:
 
 def number_of(*things: object) -> int:
     """A number that tells things apart, to be compared between processes."""
+    # Not hash(), by which each process has numbers of its own for texts.
     return zlib.crc32(repr(things).encode())
 
 

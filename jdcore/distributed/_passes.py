@@ -175,6 +175,7 @@ class SpreadPasses:
             what this process holds of it, in the placement of the target.
         """
         units = self.gathered.units(self.everything)
+        # A row of zeros makes no pass: the graph is freed by the last one that does.
         last_number = max((n for n, each in enumerate(self.passes) if each.outputs), default=-1)
         with set_aside(self.everything), _kept_between_passes(units) as free:
             for number, each in enumerate(self.passes):
@@ -191,6 +192,7 @@ class SpreadPasses:
                     if target.grad is not None:
                         collect(number, place, _reduced(target))
                 for tensor in self.everything:
+                    # The next pass is to start from nothing, as what is collected is one row.
                     tensor.grad = None
 
 

@@ -52,6 +52,8 @@ class _Wrappers:
     def replica_of(self, tensor: Tensor) -> DistributedDataParallel | None:
         """The wrapper of a parameter."""
         if not self.searched:
+            # Before the search, so that a wrapper made by another thread meanwhile is not missed. A
+            # wrapper registers the module that it wraps.
             register_module_module_registration_hook(self._notice)
             self.modules.update(_search())
             self.searched = True
@@ -72,6 +74,7 @@ class _Wrappers:
         del name, submodule
         if isinstance(module, DistributedDataParallel):
             self.modules.add(module)
+            # A parameter that had no wrapper may have this one.
             self.owners.clear()
 
 

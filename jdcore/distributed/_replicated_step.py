@@ -96,6 +96,8 @@ class Replicas:
         lacks = len(own.matrices) < len(self.given) or any(map(is_local, self.members))
         layout = self._layout()
         count, some = start(meeting, own, aggregator, layout, losses, lacks=lacks)
+        # The usual case, in which no process has anything to add, is told without a second
+        # exchange.
         if not some:
             return count, list(self.given), []
         present = [[tensor in own.matrices, is_local(tensor)] for tensor in self.members]

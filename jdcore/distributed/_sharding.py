@@ -148,6 +148,7 @@ def like(tensor: Tensor, part: Tensor) -> Tensor:
     from torch.distributed.tensor import DTensor  # loaded by whoever made the tensor
 
     spread: Any = tensor
+    # A check would communicate; without the shape, all parts would be taken to be equally large.
     result: Tensor = DTensor.from_local(
         part,
         spread.device_mesh,

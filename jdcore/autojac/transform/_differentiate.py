@@ -36,6 +36,7 @@ class Grad(Transform):
         self.watched = tuple(watched)
 
     def apply(self, values: dict[Tensor, Tensor], /) -> Values:
+        # One row. The order of the values is that of `needs`, see Transform.__call__.
         rows = [value.unsqueeze(0) for value in values.values()]
         problem = Problem.of(self.needs, self.gives, rows, self.graph, self.watched)
         return dict(zip(self.gives, problem.gradients(self.retain_graph), strict=True))
