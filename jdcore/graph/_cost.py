@@ -21,9 +21,11 @@ _BYTES = 8.0
 _ENTRY = 4.0  # bytes
 _CACHE = 2 << 20  # bytes
 _CALL = 8000.0
-_GHOST_LIMIT = 8 << 20  # entries of an [N, N] matrix that are still worth having
+GHOST_LIMIT = 8 << 20
+"""Entries of an [N, N] matrix that are still worth having on a CPU."""
 
 __all__ = [
+    "GHOST_LIMIT",
     "batch_beats_single_passes",
     "conv_ghost_beats_direct",
     "outer_ghost_beats_direct",
@@ -73,11 +75,11 @@ def outer_ghost_beats_rows(K: int, N: int, i: int, o: int) -> bool:
     """For one sample with N positions: K tasks over a whole batch."""
     # K weight gradients into fresh memory, then their products.
     rows = _time(2 * K * N * i * o + 4 * K * K * i * o, 4 * K * i * o)
-    return N * N <= _GHOST_LIMIT and _outer_ghost(K, 1, N, i, o) < rows
+    return N * N <= GHOST_LIMIT and _outer_ghost(K, 1, N, i, o) < rows
 
 
 def conv_ghost_beats_direct(
-    K: int, B: int, r: int, C: int, o: int, kernel: Sequence[int], pixels: int, T: int
+    K: int, B: int, r: int, C: int, o: int, kernel: Sequence[int], pixels: int, T: int, limit: int
 ) -> bool:
     """
     For a plain 2-D convolution over B samples of r images each.
@@ -87,9 +89,10 @@ def conv_ghost_beats_direct(
     :param kernel: Height and width.
     :param pixels: Input positions of an image.
     :param T: Output positions of an image.
+    :param limit: Entries that the matrix [N, N] may have.
     """
     M, N = B * r * pixels, B * r * T
-    if N * N > _GHOST_LIMIT or M * M > 2 * _GHOST_LIMIT:
+    if N * N > limit or M * M > 2 * limit:
         return False
     height, width = kernel
     shifts = 3 * (width * M * N + height * N * N)

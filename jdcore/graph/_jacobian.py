@@ -253,7 +253,6 @@ class Jacobian:
         plan, objectives = self._plan, self.objectives
         # Nodes without a rule are called afterwards, and other leaves differentiated.
         retain_graph |= bool(self._others()) or plan.called is None or bool(plan.called)
-        retain_graph |= bool(plan.derived)
         first = self._all_but_the_last()
         unserved: dict[int, tuple[Site, list[int]]] = {}
 

@@ -12,7 +12,11 @@ CAPACITY = 1 << 20
 """Entries (4 MB of float32) that a temporary should not exceed on a CPU: caches are small."""
 
 _ENTRY = 4  # bytes
-_FRACTION = 8  # of the free memory of an accelerator
+
+# Of an accelerator: enough that its kernels take longer than their launches. More would not make
+# them faster, and would lie on top of the activations of a model.
+_ELSEWHERE = 256 << 20  # bytes
+_FRACTION = 8  # of its free memory, should that be less
 
 # Rows that are powers of two apart evict each other from the cache: their products take up to half
 # as long again.
@@ -105,5 +109,5 @@ def _share_of_free_memory(device: torch.device) -> int:
         # Asked once per device: the driver counts what torch's allocator keeps for reuse as taken,
         # so that later answers would shrink as a training goes on.
         free, _ = torch.cuda.mem_get_info(device)
-        return free // _FRACTION // _ENTRY
-    return 1 << 28
+        return min(_ELSEWHERE, free // _FRACTION) // _ENTRY
+    return _ELSEWHERE // _ENTRY

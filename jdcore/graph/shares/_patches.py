@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 
 from torch import Tensor
 
-from jdcore.graph._cost import conv_ghost_beats_direct
+from jdcore.graph._cost import GHOST_LIMIT, conv_ghost_beats_direct
 from jdcore.graph._memory import Memory
 from jdcore.graph.shares._geometry import Geometry, patch_gram, patches
 from jdcore.graph.shares._ghost import add_contracted
@@ -55,7 +55,7 @@ class Patches(Share):
         memory = gramian.memory
         if self._kept is not None:
             gramian.add_rows(self._kept.flatten(2).flatten(0, 1))
-        elif self._ghost_is_cheaper():
+        elif self._ghost_is_cheaper(memory):
             self._add_ghost(gramian)
         elif gramian.keep and self._worth_keeping():
             self._kept = self._all_rows(memory)
@@ -65,13 +65,15 @@ class Patches(Share):
             for rows in self._pieces(memory):
                 gramian.add_rows(rows.flatten(2).flatten(0, 1))
 
-    def _ghost_is_cheaper(self) -> bool:
+    def _ghost_is_cheaper(self, memory: Memory) -> bool:
         if not self._geometry.plain:
             return False
         K, B, r = self._sizes
         o, C, *kernel = self.shape
         pixels, T = self._images[0, 0].numel(), self._grads[0, 0, 0].numel()
-        return conv_ghost_beats_direct(K, B, r, C, o, kernel, pixels, T)
+        # About four matrices of positions are there at once.
+        limit = max(GHOST_LIMIT, memory.entries // 4)
+        return conv_ghost_beats_direct(K, B, r, C, o, kernel, pixels, T, limit)
 
     def _worth_keeping(self) -> bool:
         size = self._grads.shape[0] * self._samples * self.shape.numel()

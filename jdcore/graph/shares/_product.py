@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-COLUMNS = 16384
-"""Entries of float32 inner products: shorter ones are no more exact, and slower."""
+_COLUMNS = 16384
+_COLUMNS_ELSEWHERE = 2048
 
 HALVES = (torch.bfloat16, torch.float16)
 
@@ -33,6 +33,17 @@ def products_in_float64(on: bool = True) -> Iterator[None]:
         yield
     finally:
         _IN_FLOAT64.reset(token)
+
+
+def columns_at_once(rows: Tensor) -> int:
+    """
+    Entries of float32 inner products of rows [R, n]: more of them lose digits.
+
+    On CPUs shorter ones are slower, on accelerators longer ones: the kernels for few long rows keep
+    most of the device waiting. The matrices [R, R] that have to be added up there are to be small
+    beside the rows.
+    """
+    return _COLUMNS if rows.is_cpu else max(_COLUMNS_ELSEWHERE, 16 * len(rows))
 
 
 def widened(tensor: Tensor) -> Tensor:
@@ -88,11 +99,10 @@ def long_product(a: Tensor, b: Tensor) -> Tensor:
     """
     ``a @ b.T`` of two matrices with long rows, float64.
 
-    In pieces: float32 inner products of more than :data:`COLUMNS` entries lose digits (1e-3 for
-    rows of 1e7 entries).
+    In pieces, since long inner products lose digits in float32 (1e-3 for rows of 1e7 entries).
     """
     length = a.shape[1]
-    count = length // COLUMNS
+    count = length // columns_at_once(a)
     width = length // count if count else 0
     total = product(a[:, count * width :], b[:, count * width :].T).double()
     if count:

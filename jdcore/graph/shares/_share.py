@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from jdcore.graph._memory import Memory, pieces
-from jdcore.graph.shares._product import COLUMNS, combined, product, widened
+from jdcore.graph.shares._product import columns_at_once, combined, product, widened
 
 # Products of fewer rows are slow.
 _ROWS = 128
@@ -157,16 +157,17 @@ class Accumulator:
 
     def add_rows(self, rows: Tensor) -> None:
         """Add the Gramian of rows [R, n]."""
-        if not self.memory.reused and rows.shape[1] > 2 * COLUMNS:
-            rows = self._add_most(rows)
+        width = columns_at_once(rows)
+        if not self.memory.reused and rows.shape[1] > 2 * width:
+            rows = self._add_most(rows, width)
         parts = self.halves()
-        for columns in torch.split(rows, COLUMNS, dim=1):
+        for columns in torch.split(rows, width, dim=1):
             for start, stop in parts:
                 self.add(lower_product(columns, start, stop), start)
 
-    def _add_most(self, rows: Tensor) -> Tensor:
-        """Add whole pieces of the columns by one product, and return the rest."""
-        count = _even(rows.shape[1])
+    def _add_most(self, rows: Tensor, width: int) -> Tensor:
+        """Add pieces of about that many columns by one product, and return the rest."""
+        count = _even(rows.shape[1], width)
         width = rows.shape[1] // count
         head = rows[:, : count * width].reshape(len(rows), count, width).transpose(0, 1)
         self._pend(product(head, head.mT))
@@ -180,9 +181,9 @@ class Accumulator:
         return pieces(rows, max(least, -(-rows // 8)))
 
 
-def _even(length: int) -> int:
-    """Into how many pieces to cut a length, so that nothing is left over if possible."""
-    least = length // COLUMNS
+def _even(length: int, width: int) -> int:
+    """Into how many pieces of about a width to cut a length, with nothing left over if possible."""
+    least = length // width
     return next((n for n in range(least, 2 * least) if length % n == 0), least)
 
 

@@ -195,3 +195,31 @@ def test_two_engines_on_one_module() -> None:
     ):
         jacobian = explicit_jacobian(losses, parameters)
         assert relative_error(engine.compute_gramian(losses), jacobian @ jacobian.T) < 1e-12
+
+
+class _Position(nn.Module):
+    """Adds a table that all samples share to what they are, before anything else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.layer = nn.Embedding(6, 3), nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.layer((x + self.table(torch.arange(4))[None]).tanh())
+        return hidden.square().mean((1, 2))
+
+
+def test_the_graph_above_derived_parameters_is_freed_as_it_is_passed() -> None:
+    """Gradients of the table come later, from an operation that the pass does not reach."""
+    torch.manual_seed(0)
+    model, x = _Position(), torch.randn(5, 4, 3)
+    engine = Engine(model, batch_dim=0)
+    for _ in range(2):  # where the samples are is shown by passes that keep the graph
+        losses = model(x)
+        engine.backward(losses, lambda gramian: torch.ones(len(gramian)))
+    with pytest.raises(RuntimeError, match="second time"):
+        losses.sum().backward()
+    found = [p.grad / 2 for p in model.parameters() if p.grad is not None]
+    expected = torch.autograd.grad(model(x).sum(), list(model.parameters()))
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other)
