@@ -76,11 +76,13 @@ class Columns:
         if not len(result) or narrow:
             return result
         # A Gramian has its largest entry on its diagonal.
+        # Squares of entries that matter beside the largest one did not leave the range then.
         if 1e-250 < float(result.abs().max()) < 1e250:
             return result
         largest = self.largest()
         if not 0.0 < largest < math.inf:
             return result
+        # A power of two: to divide by it rounds nothing.
         self.scale = 2.0 ** math.frexp(largest)[1]
         return product(self.scale)
 
@@ -173,6 +175,7 @@ def rounded_to(block: Tensor) -> torch.dtype:
     if block.dtype != torch.float64 or not (_are_narrow(block[:1, :16]) and _are_narrow(block)):
         return block.dtype
     narrow = block.float()
+    # The last 8 of the 24 bits: numbers of a few digits (0.5, 3, 1e2) have zeros there.
     filled = torch.count_nonzero(narrow.view(torch.int32) & 0xFF)
     return torch.float32 if 2 * filled > torch.count_nonzero(narrow) else torch.float64
 

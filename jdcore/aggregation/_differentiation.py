@@ -13,6 +13,7 @@ class _Barrier(torch.autograd.Function):
     def forward(ctx: Any, method: object, source: Tensor, result: Tensor) -> Tensor:
         del source  # only there to make the result depend on it
         ctx.method = repr(method)
+        # A view, so that the detached tensor of the caller stays outside of the graph.
         return result.view_as(result)
 
     @staticmethod

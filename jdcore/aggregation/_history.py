@@ -154,6 +154,7 @@ class HistoryAggregator(StateFields):
     def _advanced(self, rows: list[Tensor], losses: Tensor | None) -> Tensor:
         widths = [block.shape[1] for block in rows]
         old = self._old(len(rows[0]), sum(widths), rows[0])
+        # New memory, as the old history must stay if the call fails.
         new = new_tensor(rows[0], len(rows[0]), sum(widths))
         olds = [None] * len(rows) if old is None else list(torch.split(old, widths, dim=1))
         for part, piece, before in zip(torch.split(new, widths, dim=1), rows, olds, strict=True):

@@ -36,6 +36,8 @@ class AggregationModule(torch.nn.Module):
     def extra_repr(self) -> str:
         return "" if isinstance(self.wrapped, torch.nn.Module) else repr(self.wrapped)
 
+    # `to`, `cuda`, `half` and the like all come down to this method of torch, which has no public
+    # hook.
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AggregationModule:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # untyped in torch
         for part in _chain(self.wrapped):

@@ -47,6 +47,8 @@ class NestedState(StateFields):
             if not isinstance(state.get(key), Mapping):
                 expected = f"a mapping with a state under the key {key!r}"
                 raise ParameterError("state", expected, f"the keys {sorted(map(str, state))}")
+        # Each part checks and takes its own state, so those before one that refuses have to go
+        # back.
         before = self.state_dict()
         try:
             self._load(state, parts)

@@ -39,4 +39,5 @@ def find_solver(problem: str, solver: Any) -> Any:
     :raises UnknownNameError: If no backend for this problem has the name.
     :raises PluginError: If the backend cannot be loaded.
     """
+    # Looked up at each call, so that a solver that is registered anew is used from then on.
     return shared_solver(problem, solver) if isinstance(solver, str) else solver

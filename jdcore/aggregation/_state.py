@@ -131,6 +131,7 @@ def _check_range(name: str, current: Tensor, value: Tensor) -> None:
 
 def _restore_number(name: str, current: Any, value: Any) -> Any:
     kind = type(current)
+    # Numbers of numpy, as some loaders of checkpoints give, are real without being floats.
     accepted = numbers.Real if kind is float else kind
     if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
         raise ParameterTypeError(name, f"a plain {kind.__name__}", repr(value))

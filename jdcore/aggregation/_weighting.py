@@ -114,6 +114,7 @@ class GramianWeighting:
             there = self._weigh_there(gramian, source)
             if there is not None:
                 return there
+        # No copy where the Gramian is on the CPU: `compute` must not modify it.
         array: NDArray[np.float64] = source.on_host(gramian).numpy()
         if _all_finite(array):
             return torch.from_numpy(np.asarray(self.answer(array, source), dtype=np.float64))

@@ -24,5 +24,6 @@ def equilibrate(
     # Two products rather than one with the outer product, which would overflow for tiny norms.
     cosines = gramian * inverses[:, None]
     cosines *= inverses
+    # Rounding would leave 1 - 1e-16 in some places, which factorisations take for a difference.
     cosines.flat[:: m + 1] = nonzero
     return cosines, norms, inverses

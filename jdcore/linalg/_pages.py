@@ -34,6 +34,7 @@ def _advised(tensor: Tensor) -> Tensor:
         advise = _madvise()
         if advise is not None:
             address = tensor.data_ptr()
+            # The kernel takes advice from the beginning of a page on.
             start = -(-address // _PAGE) * _PAGE
             # Mere advice: whether it is taken makes no difference but in time.
             advise(start, (address + size) // _PAGE * _PAGE - start, _MADV_HUGEPAGE)

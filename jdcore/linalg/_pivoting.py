@@ -81,6 +81,7 @@ def pivot(
 
 def _tolerance(m: int) -> float:
     """Entries of y above minus this (times ``1 + max z``) count as non-negative."""
+    # An inner product of m terms is rounded by some m eps of them.
     return 16.0 * m * EPS
 
 
@@ -99,6 +100,8 @@ def _exchange_together(
     for _ in range(_TOGETHER):
         A = c * sets[:, :, None]
         A *= sets[:, None, :]
+        # Outside of its set, a row is that of the unit matrix: so all systems of the batch have one
+        # size.
         A[:, diagonal, diagonal] = np.where(sets, own, 1.0)
         z = np.linalg.solve(A, (rhs * sets)[:, :, None])[:, :, 0]
         y = z.dot(c)

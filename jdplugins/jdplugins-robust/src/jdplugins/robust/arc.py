@@ -39,5 +39,6 @@ class ARC(RowMixing):
         m, f = source.rows, self.n_byzantine
         require_majority(m, f)
         lengths = row_lengths(source)
+        # In integers, since the rounding of floats would decide how many rows are clipped.
         limit = np.sort(lengths)[m - 1 - 2 * f * (m - f) // m]
         return np.diag(clipping_factors(lengths, float(limit)))

@@ -61,6 +61,7 @@ def _widest(
     """The largest weighted variance, and multiples of the squared deviations in its direction."""
     products = gramian @ weights
     centred = gramian - products[:, None] - products + weights @ products
+    # The m x m matrix has the same eigenvalues as the covariance of as many columns as J has.
     roots = np.sqrt(weights)
     variances, directions = eigh(centred * roots[:, None] * roots)
     along = centred @ (roots * directions[:, -1])

@@ -62,9 +62,7 @@ class CenteredClipping(StateFields, MatrixAggregator):
         center = self._previous(columns)
         gramian = columns.gramian().cpu().numpy()  # of the rows in units of the scale
         scale = columns.scale
-        shrunk = [piece.double() / scale for piece in center]
-        products, squared = (found.cpu().numpy() for found in columns.inner(shrunk))
-        products = products / scale
+        products, squared = (found.cpu().numpy() for found in columns.inner(center, scale))
         bordered = np.block([[gramian, products[:, None]], [products, squared]])
         coefficients = self._clipped(bordered, self.tau / scale)
         moved = columns.combine(torch.from_numpy(coefficients[:-1]))

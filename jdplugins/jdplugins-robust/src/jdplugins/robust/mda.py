@@ -70,6 +70,7 @@ def _covers(pairs: NDArray[np.bool_], budget: int) -> Iterator[list[int]]:
     :param pairs: Symmetric array [m, m].
     """
     degrees = pairs.sum(axis=1)
+    # The row in most pairs: to leave it out, or not, decides most at once.
     row = int(np.argmax(degrees))
     if not degrees[row]:
         yield []

@@ -30,10 +30,13 @@ def maximize_on_simplex(objective: Floats, rows: Floats, bounds: Floats) -> Floa
     table = np.zeros((k + 1, m + k + k + 2))
     table[:k, :m], table[:k, m : m + k], table[:k, -1] = rows, -np.eye(k), bounds
     table[k, :m], table[k, -1] = 1.0, 1.0
+    # The simplex method starts from right-hand sides that are not negative.
     table[table[:, -1] < 0.0] *= -1.0
     table[:, m + k : -1] = np.eye(k + 1)
     basis = np.arange(m + k, m + k + k + 1)
     costs = np.zeros(table.shape[1] - 1)
+    # First of all, as little as possible of the artificial variables: none, if the conditions can
+    # be satisfied.
     costs[m + k :] = 1.0
     _minimize(table, basis, costs, m + k + k + 1)
     infeasibility = float(table[basis >= m + k, -1].sum())
@@ -54,6 +57,7 @@ def _minimize(table: Floats, basis: NDArray[np.intp], costs: Floats, columns: in
         entering = np.flatnonzero(reduced < -_TOLERANCE * max(1.0, float(np.abs(costs).max())))
         if not entering.size:
             return
+        # The first one of all, not the best: this is what keeps the rule of Bland from cycling.
         column = int(entering[0])
         pivots = table[:, column]
         candidates = np.flatnonzero(pivots > _TOLERANCE)

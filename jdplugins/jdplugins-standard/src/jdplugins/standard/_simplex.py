@@ -39,6 +39,7 @@ def descend(
     :param rate: Step size >= 0, also infinite; entries of the result may be minus infinity.
     """
     with np.errstate(over="ignore"):
+        # An infinite rate times zero would be NaN.
         above = (gradient - gradient.min()) * min(rate, sys.float_info.max)
         result: NDArray[np.float64] = vector - above
     return result

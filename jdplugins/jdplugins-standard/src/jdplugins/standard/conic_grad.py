@@ -65,6 +65,7 @@ class ConicGradWeighting(GramianWeighting):
         weights, excess = self._at(0.0, gramian, length)
         if excess < 0.0:
             weights = self._search(gramian, length, excess)
+        # At a stationary point the products are zero but for that.
         rounding = _ROUNDING * len(weights) * (np.abs(gramian) @ np.abs(weights))
         return weights if bool((gramian @ weights > rounding).all()) else None
 

@@ -73,6 +73,7 @@ class GradVacWeighting(StateFields, GramianWeighting):
         cosines, norms, inverses = equilibrate(gramian)
         rows = np.arange(m)[:, None]
         orders = permutations(m, m - 1, self.generator)
+        # Numbers from the row itself on are one more, which leaves it out.
         orders += orders >= rows
         targets = phi[rows, orders]
         coefficients, measured = _vaccinate(cosines, orders, targets)
@@ -122,6 +123,7 @@ def _vaccinate(
         found = np.zeros(m)
         np.divide(products, lengths, out=found, where=lengths > 0.0)
         found = np.minimum(np.maximum(found, -1.0), 1.0)
+        # Not 1 - φ², which loses digits near one.
         sine = np.sqrt((1.0 - found) * (1.0 + found))
         below = (found < target) & eligible[:, k]
         stretch = np.where(below, lengths / target_sine, 0.0)

@@ -76,6 +76,7 @@ class MoCo(HistoryAggregator):
         old = np.full(len(gramian), 1.0 / len(gramian)) if old is None else old
         gamma = self.gamma / (self.calls + 1) ** self.gamma_sigma
         shrunk = (1.0 - gamma * self.rho) * old
+        # The Gramian is that of the tracked rows divided by the scale.
         lowered = descend(shrunk, gramian @ old, gamma * scale * scale)
         new = softmax(lowered) if self.onto == "softmax" else project_onto_simplex(lowered)
         weights = torch.from_numpy(new)

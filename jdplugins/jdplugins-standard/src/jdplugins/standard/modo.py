@@ -50,6 +50,7 @@ class MoDoWeighting(StateFields, CrossGramianWeighting):
         old = kept_weights(self.weights, m)
         old = np.full(m, 1.0 / m) if old is None else old
         shrunk = (1.0 - self.gamma * self.rho) * old
+        # The matrix is that of rows divided by the scale.
         new = project_onto_simplex(descend(shrunk, matrix @ old, self.gamma * scale * scale))
         self.weights = torch.from_numpy(new)
         return np.array(new)

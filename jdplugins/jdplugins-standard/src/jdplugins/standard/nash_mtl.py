@@ -19,15 +19,12 @@ from jdcore.aggregation import (
 from jdcore.errors import ParameterError
 from jdcore.protocols import NashBargainingSolver
 from jdcore.validators import integer, real
+from jdplugins.standard._simplex import no_weights
 
 
 def _integer_or_none(instance: object, attribute: Attribute[int | None], value: int | None) -> None:
     if value is not None:
         integer(1)(instance, attribute, value)
-
-
-def _no_weights() -> Tensor:
-    return torch.zeros(0, dtype=torch.float64, device="cpu")
 
 
 @define(eq=False)
@@ -73,7 +70,7 @@ class NashMTLWeighting(StateFields, GramianWeighting):
     update_weights_every: int = field(default=1, validator=integer(1))
     solver: NashBargainingSolver | str = solver_field("nash_bargaining")
     calls: int = state_field(int, validator=integer(0))
-    alpha: Tensor = state_field(_no_weights)
+    alpha: Tensor = state_field(no_weights)
 
     def compute(self, gramian: NDArray[np.float64]) -> NDArray[np.float64]:
         m = len(gramian)

@@ -114,6 +114,7 @@ def _shares(cosines: NDArray[np.float64], demands: NDArray[np.float64]) -> NDArr
     if q.min(initial=0.0) >= 0.0:
         return shares
     z, residual = solve_one(cosines[np.ix_(rows, rows)], q / scale)
+    # Conditions that cannot be satisfied have multipliers without bound.
     if residual <= _UNSOLVED and z.max() < _INFEASIBLE:
         shares[rows] = z * scale
     return shares

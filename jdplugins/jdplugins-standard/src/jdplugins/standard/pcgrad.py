@@ -61,5 +61,6 @@ def _project(cosines: NDArray[np.float64], orders: NDArray[np.int64]) -> NDArray
     for others in np.ascontiguousarray(orders.T):
         np.take(cosines, others, axis=0, out=visited)
         products = np.einsum("ij,ij->i", coefficients, visited)
+        # Each row is visited once, so its coefficient was zero before.
         coefficients[rows, others] = np.maximum(-products, 0.0)
     return coefficients

@@ -53,6 +53,7 @@ class PresentTasks(RowMixing):
     def mix(self, source: GramianSource) -> NDArray[np.float64]:
         kept = self._kept(source)
         if not kept.any():
+            # One row of zeros, since wrapped methods are asked about one row at least.
             return np.zeros((1, source.rows))
         return np.eye(source.rows)[kept]
 

@@ -59,6 +59,7 @@ class SDMGradWeighting(StateFields, CrossGramianWeighting):
         towards = self.lambda_ * row_weights(self.pref_vector, m)
         size = np.sqrt(np.maximum(np.diagonal(gramian), 0.0)).mean()
         if size > 0.0:
+            # One division after the other, as the square of the size may leave the range.
             weights = self._descend(gramian / size / size, weights, towards)
         self.weights = torch.from_numpy(weights)
         return (weights + towards) / (1.0 + self.lambda_)

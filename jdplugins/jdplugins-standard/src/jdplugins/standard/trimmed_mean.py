@@ -54,6 +54,7 @@ class TrimmedMean(CoordinatewiseAggregator):
     def compute(self, columns: Tensor) -> Tensor:
         m, t = len(columns), self.trim_number
         if t > _MAX_PASSES or t * m > _MAX_ENTRIES:
+            # What is sorted lies side by side in memory then.
             kept = columns.T.contiguous().sort(dim=1).values[:, t : m - t].T
         else:
             kept = columns

@@ -118,6 +118,7 @@ class _Levels:
                 break
             # A closed formula that was wrong for its own passive set suffers from rounding.
             level = bracket.interpolate() if same else bracket.clip(self._level_of(passive))
+        # An answer that is too long or too short is brought to the radius, and its residual tells.
         if abs(best_excess) > _ROUGH_NORM and best_excess > -1.0:
             best = best / (1.0 + best_excess)
         residual = lcp_residual(self.C, self.b - best_level * self.a, best)
@@ -131,6 +132,7 @@ class _Levels:
             return math.nan
         a, b = self.a[indices], self.b[indices]
         block = self.C[indices[:, None], indices]
+        # Dependent rows can be solved for then; the level is a guess, which the next LCP corrects.
         block.flat[:: len(indices) + 1] += 1e-14
         solved = solve_definite(block, np.stack([a, b], axis=1))
         aa, ab, bb = float(a @ solved[:, 0]), float(a @ solved[:, 1]), float(b @ solved[:, 1])

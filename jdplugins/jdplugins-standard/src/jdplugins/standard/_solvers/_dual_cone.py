@@ -80,6 +80,7 @@ def _solve(C: Tensor, U: Tensor) -> Tensor:
     Z, residuals = solve_lcps(C, _products(C, U), references=U)
     worst = float(residuals.max())
     if worst > ROUGH:
+        # Not before, as eigenvalues take longer than most solutions.
         definite = nearest_semidefinite(C)
         if definite is not C:
             return _solve(definite, U)

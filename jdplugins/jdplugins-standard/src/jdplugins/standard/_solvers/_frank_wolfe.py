@@ -43,6 +43,8 @@ class FrankWolfeSolver:
             )
             weights *= 1.0 - step
             weights[towards] += step
+            # Brought up to date by the row that was moved towards: no product with the whole
+            # Gramian.
             products *= 1.0 - step
             products += step * gramian[towards]
             if step < self.epsilon:

@@ -63,6 +63,7 @@ class Gains:
         scaled = factors[rows] * norms[rows] ** (self.exponent - 1.0)
         largest = float(scaled.max())
         shares = self._shares(cosines, scaled / largest)
+        # The factors were divided by the largest, of which the shares are that power.
         weights[rows] = shares * largest ** (1.0 / (1.0 + self.exponent)) * inverses[rows]
         return weights
 
@@ -184,6 +185,7 @@ class _Game:
             full = decrement <= 0.25
             size = 1.0 if full else self._step_size(gradient, step, spent, decrement)
             shares = shares * (1.0 - size * step)
+            # Converged, or down to rounding: Newton's decrement would have been squared otherwise.
             if decrement < 1e-7 or 0.5 * previous < decrement < 1e-4:
                 break
             previous = decrement

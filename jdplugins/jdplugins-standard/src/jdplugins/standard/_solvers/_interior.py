@@ -47,6 +47,7 @@ def _solve(C: Tensor, Q: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
     y = torch.addmm(Q, z, C).clamp_min_(_INSIDE)
     failed = torch.zeros_like(rows)
     for _ in range(_STEPS):
+        # In a solution one of each pair is zero: the smaller one, near it.
         found = torch.where(z > y, z, 0.0)
         residual = torch.minimum(found, torch.addmm(q, found, C)).abs_().amax(1)
         residual /= 1.0 + found.amax(1)
@@ -76,6 +77,7 @@ def _step(C: Tensor, q: Tensor, z: Tensor, y: Tensor) -> tuple[Tensor, Tensor, T
     dz, dy = _direction(C, z, -z * y, infeasible, factor)
     size = _room(z, dz, y, dy, 1.0)
     predicted = ((z + size * dz) * (y + size * dy)).mean(1, keepdim=True)
+    # Mehrotra's rule: the further the step without centring gets, the less of it is needed.
     centring = (predicted / gap).clamp(0.0, 1.0) ** 3
     target = centring * gap - z * y - dz * dy
     dz, dy = _direction(C, z, target, infeasible, factor)

@@ -49,6 +49,7 @@ def _newton(C: list[list[float]], shares: list[float]) -> list[float] | None:
             return shares if solved else None
         if largest > _FAR:
             return None
+        # The Hessian is C plus the diagonal matrix of 1/b², and C has a unit diagonal.
         step = solve_ldl(C, residual, everyone, [1.0 + x * x for x in inverse], 0.0)
         if step is None:
             return None

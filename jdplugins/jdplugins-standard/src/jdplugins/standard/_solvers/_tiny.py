@@ -58,6 +58,7 @@ def solve_tiny(C: Rows, q: Sequence[float]) -> dict[int, float] | None:
         bad += [i for i in indices if i not in z and _slack(C[i], q[i], z) < -tolerance]
         if not bad:
             return None if dependent and _is_rough(C, q, z) else z
+        # Entries with a wrong sign change sides, all at once.
         passive = [j for j in indices if (j in z) != (j in bad)]
     return None
 
