@@ -9,6 +9,9 @@ go together. Everything is a Tensor, on any device; the host asks for two number
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cached_property
+
 import numpy as np
 import torch
 from attrs import frozen
@@ -22,15 +25,17 @@ EPS = 2.0**-52
 _SMALL = 32
 # Rounds of small problems in which all rows go on: telling them apart would take longer.
 _TOGETHER = 6
-_CREDIT = 2  # block exchanges that may fail to reduce the number of wrong entries
+# Block exchanges that may fail to reduce the number of wrong entries, before one goes at a time.
+_CREDIT = 2
 _REFINEMENTS = 2
 _SLIGHT = 1e-8  # an entry of z that is negative by so little is zero in the solution
 # Entries of the blocks that are factorised at once: caches of CPUs are small, and an accelerator
 # wants few calls.
 _ENTRIES, _ENTRIES_ELSEWHERE = 1 << 18, 1 << 26
 
-# Square of the smallest pivot from which a matrix can be inverted.
-_DEPENDENT = 1e-9
+# Squares of the smallest pivot from which a matrix can be inverted, and from which answers by the
+# inverse have all digits. Below, they take a step of refinement, without which signs are noise.
+_DEPENDENT, _CORRECTED = 1e-12, (1e-2, 1e-9)
 
 Integers = NDArray[np.int64]
 
@@ -142,13 +147,17 @@ class _Exchange:
             y = torch.addmm(rhs, z, self.C, beta=-1.0)
             slack = (1.0 + z.abs().amax(1, keepdim=True)).mul_(-_tolerance(m))
             wrong = torch.where(f, z, y - slack) < 0.0
+            counts = wrong.sum(1)
+            cycling = index(np.flatnonzero(credit[rows] <= 0), Z)
+            if len(cycling):
+                wrong[cycling] = _worst(wrong[cycling], f[cycling], z[cycling], y[cycling])
             f ^= wrong
             self.passive[at] = f
-            asked = torch.stack((wrong.sum(1), f.sum(1))).tolist()  # the host waits here alone
+            asked = torch.stack((counts, f.sum(1))).tolist()  # the host waits here alone
             count, sizes = np.array(asked, dtype=np.int64)
             credit[rows] = np.where(count < fewest[rows], _CREDIT, credit[rows] - 1)
             fewest[rows] = np.minimum(count, fewest[rows])
-            going = (count > 0) & (credit[rows] >= 0) & (number < rounds - 1)
+            going = (count > 0) & (number < rounds - 1)
             if not going.all():
                 if self.delta:
                     z = self._refined(self.Q[at], z, factors)
@@ -165,9 +174,16 @@ class _Exchange:
     def _refined(self, q: Tensor, z: Tensor, factors: Factors) -> Tensor:
         """Steps towards the solution without the proximal term, if no sign would change much."""
         for _ in range(_REFINEMENTS):
-            new = z - factors.solve(torch.addmm(q, z, self.C))
+            new = z - factors.solve_roughly(torch.addmm(q, z, self.C))
             z = torch.where(new.amin(1, keepdim=True) < -_SLIGHT, z, new)
         return z
+
+
+def _worst(wrong: Tensor, passive: Tensor, z: Tensor, y: Tensor) -> Tensor:
+    """Of the wrong entries in each row, the one that is most so."""
+    low = torch.where(passive, z / z.abs().amax(1, True), y / y.abs().amax(1, True))
+    worst = torch.where(wrong, low, torch.inf).argmin(1, keepdim=True)
+    return torch.zeros_like(wrong).scatter_(1, worst, wrong.gather(1, worst))
 
 
 def index(positions: Integers, like: Tensor) -> Tensor:
@@ -180,6 +196,10 @@ class Factors:
 
     def solve(self, b: Tensor) -> Tensor:
         """Rows z with ``(C_FF + delta I) z_F = b_F``, and zero elsewhere."""
+        return self.solve_roughly(b)
+
+    def solve_roughly(self, b: Tensor) -> Tensor:
+        """:meth:`solve` to a few digits, for a step of refinement."""
         raise NotImplementedError
 
 
@@ -187,9 +207,9 @@ class PassiveSets:
     """Makes the factors of ``C + delta I`` on any sets of indices."""
 
     def __init__(self, C: Tensor, delta: float) -> None:
-        self._C, self._delta = C, delta
-        self._shifted: Tensor | None = None
-        self._inverse: Tensor | None = None
+        self._padded = torch.nn.functional.pad(C, (0, 1, 0, 1))
+        self._padded.diagonal()[:-1].add_(delta)
+        self._whole = _Whole(self._padded[:-1, :-1])
 
     def factors(self, passive: Tensor, sizes: Integers) -> Factors:
         """
@@ -198,43 +218,59 @@ class PassiveSets:
         :param passive: The sets, bool [k, m].
         :param sizes: Their sizes [k].
         """
-        m = len(self._C)
-        with one_thread(self._C.is_cpu):
-            if len(sizes) == 1:
-                return _Single(self._C, self._delta, passive, int(sizes[0]))
+        m = passive.shape[1]
+        with one_thread(passive.is_cpu):
+            if len(sizes) == 1 and sizes[0] < m:
+                return _Single(self._padded[:-1, :-1], passive, int(sizes[0]))
+            full = sizes == m
             # Where most indices are in, their complement is factorised instead.
-            many = sizes * 2 > m
-            if many.any() and not self._invertible():
-                many[:] = False
+            many = ~full & (sizes * 2 > m) & self._whole.invertible
+            kinds: tuple[tuple[NDArray[np.bool_], Callable[[Tensor, Integers], Factors]], ...] = (
+                (full, lambda sets, sizes: self._whole),
+                (many, lambda sets, sizes: _Complement(self._whole, sets, m - sizes)),
+                (~full & ~many, lambda sets, sizes: _Gathered(self._padded, sets, sizes)),
+            )
             parts: list[tuple[Tensor, Factors]] = []
-            if not many.all():
-                small = np.flatnonzero(~many)
-                at = index(small, passive)
-                parts.append((at, _Gathered(self._padded(), passive[at], sizes[small])))
-            if many.any():
-                large = np.flatnonzero(many)
-                at = index(large, passive)
-                assert self._inverse is not None
-                parts.append((at, _Complement(self._inverse, passive[at], m - sizes[large])))
+            for which, make in kinds:
+                rows = np.flatnonzero(which)
+                if rows.size:
+                    at = index(rows, passive)
+                    parts.append((at, make(passive[at], sizes[rows])))
         return parts[0][1] if len(parts) == 1 else _Parts(parts)
 
-    def _padded(self) -> Tensor:
-        """The matrix with one more row and column of zeros."""
-        if self._shifted is None:
-            self._shifted = torch.nn.functional.pad(self._C, (0, 1, 0, 1))
-            self._shifted.diagonal()[:-1].add_(self._delta)
-        return self._shifted
 
-    def _invertible(self) -> bool:
-        """Whether the inverse has digits, which is then there, likewise."""
-        if self._inverse is None:
-            factor, failed = torch.linalg.cholesky_ex(self._padded()[:-1, :-1])
-            if smallest_pivot(factor, failed) < _DEPENDENT:
-                self._inverse = factor.new_empty(0)
-            else:
-                inverse = torch.cholesky_inverse(factor)
-                self._inverse = torch.nn.functional.pad(inverse, (0, 1, 0, 1))
-        return self._inverse.numel() > 0
+class _Whole(Factors):
+    """
+    The factor of the whole matrix, and its inverse.
+
+    :param M: The matrix [m, m].
+    """
+
+    def __init__(self, M: Tensor) -> None:
+        self.matrix = M
+
+    @cached_property
+    def _factor(self) -> tuple[Tensor, Tensor]:
+        factor, failed = torch.linalg.cholesky_ex(self.matrix)
+        return factor, failed
+
+    @cached_property
+    def pivot(self) -> float:
+        """Its smallest one, squared."""
+        return smallest_pivot(*self._factor)
+
+    @property
+    def invertible(self) -> bool:
+        """Whether the inverse has digits."""
+        return self.pivot >= _DEPENDENT
+
+    @cached_property
+    def inverse(self) -> Tensor:
+        """The inverse with one more row and column of zeros."""
+        return torch.nn.functional.pad(torch.cholesky_inverse(self._factor[0]), (0, 1, 0, 1))
+
+    def solve_roughly(self, b: Tensor) -> Tensor:
+        return torch.cholesky_solve(b.mT, self._factor[0]).mT
 
 
 def smallest_pivot(factor: Tensor, failed: Tensor) -> float:
@@ -255,14 +291,11 @@ def _indices(sets: Tensor, width: int) -> Tensor:
 class _Single(Factors):
     """The factor of one set."""
 
-    def __init__(self, C: Tensor, delta: float, passive: Tensor, size: int) -> None:
+    def __init__(self, M: Tensor, passive: Tensor, size: int) -> None:
         self._indices = _indices(passive, size)[0]
-        whole = size == len(C)
-        block = C.clone() if whole else C[self._indices[:, None], self._indices]
-        block.diagonal().add_(delta)
-        self._factor = torch.linalg.cholesky_ex(block)[0]
+        self._factor = torch.linalg.cholesky_ex(M[self._indices[:, None], self._indices])[0]
 
-    def solve(self, b: Tensor) -> Tensor:
+    def solve_roughly(self, b: Tensor) -> Tensor:
         z = torch.zeros_like(b)
         z[0, self._indices] = torch.cholesky_solve(b[0, self._indices, None], self._factor)[:, 0]
         return z
@@ -275,9 +308,15 @@ class _Parts(Factors):
     parts: list[tuple[Tensor, Factors]]
 
     def solve(self, b: Tensor) -> Tensor:
+        return self._together(b, [factors.solve for _, factors in self.parts])
+
+    def solve_roughly(self, b: Tensor) -> Tensor:
+        return self._together(b, [factors.solve_roughly for _, factors in self.parts])
+
+    def _together(self, b: Tensor, solves: list[Callable[[Tensor], Tensor]]) -> Tensor:
         z = torch.empty_like(b)
-        for rows, factors in self.parts:
-            z[rows] = factors.solve(b[rows])
+        for (rows, _), solve in zip(self.parts, solves, strict=True):
+            z[rows] = solve(b[rows])
         return z
 
 
@@ -302,7 +341,7 @@ class _Gathered(Factors):
             self._batches.append((batch, *_factorised(M, indices[batch, :size])))
             end = start
 
-    def solve(self, b: Tensor) -> Tensor:
+    def solve_roughly(self, b: Tensor) -> Tensor:
         z = b.new_zeros((len(b), b.shape[1] + 1))
         padded = torch.nn.functional.pad(b, (0, 1))
         with one_thread(b.is_cpu):
@@ -328,10 +367,17 @@ class _Complement(Factors):
     The z of ``P b`` that is zero outside of F is ``P b - P_A (P_AA)⁻¹ (P b)_A``.
     """
 
-    def __init__(self, P: Tensor, passive: Tensor, sizes: Integers) -> None:
-        self._P, self._passive = P[:-1, :-1], passive
-        self._outside = _Gathered(P, ~passive, sizes)
+    def __init__(self, whole: _Whole, passive: Tensor, sizes: Integers) -> None:
+        self._whole, self._passive = whole, passive
+        self._outside = _Gathered(whole.inverse, ~passive, sizes)
 
     def solve(self, b: Tensor) -> Tensor:
-        z = (b * self._passive) @ self._P
-        return z.addmm_(self._outside.solve(z), self._P, alpha=-1.0).mul_(self._passive)
+        z = self.solve_roughly(b)
+        for _ in range(sum(self._whole.pivot < limit for limit in _CORRECTED)):
+            z += self.solve_roughly(torch.addmm(b, z, self._whole.matrix, alpha=-1.0))
+        return z
+
+    def solve_roughly(self, b: Tensor) -> Tensor:
+        P = self._whole.inverse[:-1, :-1]
+        z = (b * self._passive) @ P
+        return z.addmm_(self._outside.solve(z), P, alpha=-1.0).mul_(self._passive)

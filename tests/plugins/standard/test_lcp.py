@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from jdcore.errors import UnsolvedWarning
 from jdcore.linalg import add_proximal, equilibrate, lcp_residual
+from jdcore.linalg._pivoting import PassiveSets
 from jdcore.testing import FAMILIES, family
-from jdplugins.standard._solvers import NativeDualConeSolver, _dual_cone
+from jdplugins.standard._solvers import NativeDualConeSolver, _dual_cone, _lcp
 from jdplugins.standard._solvers._cone_of_few import project_few
 from jdplugins.standard._solvers._interior import interior_point
 from jdplugins.standard._solvers._lcp import solve_lcps, solve_one
@@ -153,12 +154,50 @@ def test_a_family_is_solved_at_every_precision_and_size(name: str) -> None:
         J = jacobian(name, m) if rows is None else rows
         for level in (0.0, m * 2.0**-52, 3.6e-12, 1.5e-5):
             C = equilibrate(add_proximal(J @ J.T, level))[0]
-            U = np.diag(np.full(m, 1.0))
-            Z, residuals = solve_lcps(
-                torch.from_numpy(C), torch.from_numpy(C), references=torch.from_numpy(U)
-            )
-            assert float(residuals.max()) <= 1e-10
-            assert lcp_residual(C, C, Z.numpy()).max() <= 1e-10
+            Z, residuals = solve_all(C, C)
+            assert residuals.max() <= 1e-10
+            assert lcp_residual(C, C, Z).max() <= 1e-10
+
+
+def dependent_rows(kind: str, m: int) -> np.ndarray:
+    random = np.random.default_rng(m)
+    half = random.standard_normal((m // 2, 500))
+    if kind == "opposites":
+        return np.concatenate([half, 1e-4 * random.standard_normal(half.shape) - half])
+    if kind == "clusters":  # of eight rows that are nearly equal or opposite
+        centres = np.repeat(half[: m // 8], 8, axis=0) * random.choice([-1.0, 1.0], (m, 1))
+        return centres + 1e-4 * random.standard_normal(centres.shape)
+    rows = random.standard_normal((m, m // 2))
+    rows[: m // 2] -= rows[: m // 2].mean(axis=0)  # weakly Pareto-stationary
+    return rows
+
+
+@pytest.mark.parametrize("kind", ["neardup", "lowdim", "special", "opposites", "clusters", "weak"])
+def test_dependent_rows_take_few_factorisations(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    m, factorised, by_interior_point = 96, [], []
+    J = jacobian(kind, m) if kind in FAMILIES else dependent_rows(kind, m)
+    C = equilibrate(add_proximal(J @ J.T, 3.6e-12))[0]
+    np.fill_diagonal(C, 1.0)
+    make = PassiveSets.factors
+
+    def counted(self: PassiveSets, passive: torch.Tensor, sizes: np.ndarray) -> object:
+        # Those of more than half of all indices cost what their complements do.
+        factorised.append(np.minimum(sizes, m - sizes))
+        return make(self, passive, sizes)
+
+    def interior(*args: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        by_interior_point.append(len(args[1]))
+        return interior_point(*args)
+
+    monkeypatch.setattr(PassiveSets, "factors", counted)
+    monkeypatch.setattr(_lcp, "interior_point", interior)
+    _, residuals = solve_all(C, C)
+
+    assert residuals.max() <= 1e-11
+    # What a factorisation of half of the rows costs, for every one of them: 2 for random rows.
+    halves = (np.concatenate(factorised) / (m / 2)) ** 3
+    assert halves.sum() <= 8 * m
+    assert sum(by_interior_point) <= 0.05 * m
 
 
 def test_a_warm_start_does_not_change_the_solution() -> None:

@@ -77,7 +77,7 @@ def _solve(C: Tensor, U: Tensor) -> Tensor:
     """Solutions of the LCPs with ``q = C u`` for the rows u of U."""
     if not U.numel():
         return torch.zeros_like(U)
-    Z, residuals = solve_lcps(C, _products(C, U), references=U)
+    Z, residuals = solve_lcps(C, _products(C, U))
     worst = float(residuals.max())
     if worst > ROUGH:
         # Not before, as eigenvalues take longer than most solutions.

@@ -14,12 +14,13 @@ from typing import TypeAlias
 
 import numpy as np
 import torch
+from attrs import frozen
 from numpy.typing import NDArray
 from torch import Tensor
 
 from jdcore.aggregation import report_residual
 from jdcore.errors import UnsolvedWarning, warn
-from jdcore.linalg import natural_residual, pivot, refine, smallest_pivot
+from jdcore.linalg import pivot, refine, smallest_pivot
 from jdplugins.standard._solvers._guess import guess
 from jdplugins.standard._solvers._interior import interior_point
 
@@ -31,9 +32,31 @@ _GUESSED = 48
 # Smallest squared pivots of C: from the first on it needs no proximal term; below the second, some
 # combination of rows is zero.
 _REGULAR, _SINGULAR = 1e-6, 1e-10
-_PROXIMAL = 1e-11  # its size: above the rounding of C, and small beside what rows differ by
 _ZERO = 1e-6  # entries of what the interior-point method finds that count as zero
 _LARGE = 1e3  # entries of z that may come from rounding
+
+
+@frozen
+class _Way:
+    """
+    How to go about a matrix.
+
+    :param settled: Part of the signs that may still change in a guess.
+    :param deltas: Proximal terms to pivot with, one after the other.
+    :param rounds: Of pivoting with each.
+    """
+
+    settled: float
+    deltas: tuple[float, ...]
+    rounds: int
+
+
+# The last term is small beside what rows differ by. Where rows depend on each other, one that is
+# far above the rounding of C tells better which of many solutions is near the centre; what cycles
+# then will go on doing so.
+_REGULAR_WAY = _Way(5e-4, (0.0,), 30)
+_DEPENDENT_WAY = _Way(5e-4, (1e-11,), 30)
+_SINGULAR_WAY = _Way(5e-5, (1e-8, 1e-11), 6)
 
 # Problems of so few rows, and one alone, cost little, and are solved as far as rounding allows:
 # where opposite rows make z large, what is small beside it still leaves an error in ``Jᵀ z``.
@@ -46,16 +69,13 @@ UNSOLVED = 1e-10
 """Relative residual that is worth a warning."""
 
 
-def solve_lcps(
-    C: Tensor, Q: Tensor, passive: Tensor | None = None, references: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def solve_lcps(C: Tensor, Q: Tensor, passive: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """
     Solve the LCPs of all rows of Q.
 
     :param C: The matrix [m, m], float64, on any device.
     :param Q: Vectors q [k, m], float64.
     :param passive: Where z is positive, if that is known roughly, bool [k, m]; it is overwritten.
-    :param references: The rows u [k, m] with ``q = C u``, if the problems are projections.
     :returns: Solutions Z [k, m] and their natural residuals [k].
     """
     answers = _Answers(Q)
@@ -71,22 +91,35 @@ def solve_lcps(
         return answers.Z, answers.residuals
     if one:
         level = smallest_pivot(*torch.linalg.cholesky_ex(C))
-    elif references is not None and level < _SINGULAR:
-        answers.keep(answers.all, *_vanishing(C, Q, references))
+    way = _way(level)
+    centre = torch.zeros_like(Q)
+    centre[left] = guess(C, Q[left], way.settled).clamp_min_(0.0).double()
+    for delta in way.deltas:
+        around = centre[left]
+        Z, residuals = pivot(
+            C, Q[left], around > 0.0, delta=delta, centre=around, rounds=way.rounds
+        )
+        answers.keep(left, Z, residuals)
+        centre[left] = torch.where(residuals.isfinite()[:, None], Z, around)
+        left = answers.left()
+        if not len(left):
+            break
+    if one or len(C) <= _SMALL:
+        answers.keep(answers.all, *refine(C, Q, answers.Z))
         left = answers.left()
     if len(left):
-        delta, settled = (0.0, 5e-4) if level >= _REGULAR else (_PROXIMAL, 5e-5)
-        guessed = guess(C, Q[left], settled).clamp_min_(0.0).double()
-        answers.keep(left, *pivot(C, Q[left], guessed > 0.0, delta=delta, centre=guessed))
-        if one or len(C) <= _SMALL:
-            answers.keep(answers.all, *refine(C, Q, answers.Z))
-        hard = answers.residuals[left] > ROUGH
-        left, guessed = left[hard], guessed[hard]
-    if len(left):
-        answers.keep(left, *interior_point(C, Q[left], guessed))
-        centre = answers.Z[left]
-        answers.keep(left, *pivot(C, Q[left], centre > _ZERO, delta=_PROXIMAL, centre=centre))
+        answers.keep(left, *interior_point(C, Q[left], centre[left]))
+        around = answers.Z[left]
+        found = pivot(C, Q[left], around > _ZERO, delta=_DEPENDENT_WAY.deltas[0], centre=around)
+        answers.keep(left, *found)
     return answers.Z, answers.residuals
+
+
+def _way(level: float) -> _Way:
+    """For a matrix with this smallest squared pivot."""
+    if level < _SINGULAR:
+        return _SINGULAR_WAY
+    return _DEPENDENT_WAY if level < _REGULAR else _REGULAR_WAY
 
 
 def solve_one(C: Floats, q: Floats, passive: Mask | None = None) -> tuple[Floats, float]:
@@ -107,22 +140,6 @@ def _first_step(C: Tensor, Q: Tensor) -> Tensor:
     """The set after one projected gradient step: nearer the solution's than ``q < 0``."""
     Z = (-Q).clamp_min_(0.0)
     return torch.addmm(Q, Z, C) < Z
-
-
-def _vanishing(C: Tensor, Q: Tensor, references: Tensor) -> tuple[Tensor, Tensor]:
-    """
-    Answers whose projections are zero, as all are on the support of rows that cancel.
-
-    If ``v >= 0`` and ``C v = 0``, then ``z = t v - u`` solves the problem of every u that is at
-    most ``t v``: one v serves all rows of its support.
-
-    :returns: Answers Z [k, m], and the residuals [k], which tell where they are right.
-    """
-    ones = torch.full_like(Q[:1], -1.0)
-    v, _ = pivot(C + 1.0, ones, _first_step(C + 1.0, ones), delta=_PROXIMAL)
-    multiples = torch.where(references > 0.0, references / v, 0.0).amax(1, keepdim=True)
-    Z = torch.where(multiples * v.max() < _LARGE, multiples * v - references, 0.0).clamp_min_(0.0)
-    return Z, natural_residual(C, Q, Z)
 
 
 class _Answers:
