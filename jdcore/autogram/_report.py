@@ -111,7 +111,9 @@ def _behind(graph: Graph, root: Place) -> list[Tensor]:
         node = stack.pop()
         if node in graph.wanted:
             found.append(graph.wanted[node])
-        children = [c for c, _ in graph.inputs[node] if c in graph.leading and c not in seen]
+        children = [
+            c for c, _ in graph.form.inputs[node] if c in graph.form.leading and c not in seen
+        ]
         seen.update(children)
         stack += children
     return found

@@ -55,7 +55,7 @@ class Step:
             all_leaves=self.all_leaves,
             report=report,
         )
-        if not jacobian.graph.leading:
+        if not jacobian.graph.form.leading:
             raise UnservedGraphError(
                 f"none of `{self.parameter}`",
                 "the losses do not depend on it",
@@ -99,7 +99,7 @@ class Step:
 
         source = GramianSource(
             self.objectives.rows,
-            jacobian.graph.precision,
+            jacobian.graph.form.precision,
             outputs[0].device,
             compute,
             losses=torch.cat([output.detach().reshape(-1) for output in outputs]),

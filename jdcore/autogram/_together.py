@@ -82,7 +82,7 @@ def _own_weights(
     [output] = step.objectives.outputs
     source = GramianSource(
         step.objectives.rows,
-        jacobian.graph.precision,
+        jacobian.graph.form.precision,
         output.device,
         lambda: jacobian.gramian(keep=True, retain_graph=retain_graph),
         losses=output.detach().reshape(-1),
@@ -123,7 +123,7 @@ def _all_weights(
 
     source = GramianSource(
         union.objectives.rows,
-        jacobian.graph.precision,
+        jacobian.graph.form.precision,
         output.device,
         compute,
         losses=union.values(output),

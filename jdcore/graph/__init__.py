@@ -5,7 +5,8 @@ It knows no method, no module and no ``.grad``.
 """
 
 from jdcore.graph._call import call, called_shares
-from jdcore.graph._graph import Graph, Place
+from jdcore.graph._form import Place
+from jdcore.graph._graph import Graph
 from jdcore.graph._hooks import ignore_hooks, is_ignored, own_hooks
 from jdcore.graph._jacobian import Jacobian, Served, without_autocast
 from jdcore.graph._layout import Layout

@@ -13,7 +13,8 @@ from jdcore._fields import through_tensor_hooks
 from jdcore.errors import JDCoreError, RowByRowWarning, UnservedGraphError, warn
 from jdcore.graph._call import called_shares
 from jdcore.graph._cancelling import rows_cancel
-from jdcore.graph._graph import Graph, Place
+from jdcore.graph._form import Place
+from jdcore.graph._graph import Graph
 from jdcore.graph._hooks import may_have_hooks
 from jdcore.graph._memory import Memory
 from jdcore.graph._objectives import Objectives, OneByOne
@@ -107,7 +108,7 @@ class Jacobian:
         """Why each loss gets a backward pass of its own, if that is so in spite of samples."""
         if may_have_hooks(self.graph):
             self._take_plain_rows(_HOOKED)
-        elif {n for n, _ in self.graph.starts} & self.graph.leaves.keys():
+        elif {n for n, _ in self.graph.form.starts} & self.graph.leaves.keys():
             self._take_plain_rows("a loss is a parameter itself")
         self._forget()
         self.computed = False
@@ -125,7 +126,7 @@ class Jacobian:
         if self.objectives.rows == 0:
             self.computed = True
             return torch.zeros(0, 0, dtype=torch.float64, device=self._device)
-        few = self.objectives.rows <= _FEW and self.graph.precision != torch.float64
+        few = self.objectives.rows <= _FEW and self.graph.form.precision != torch.float64
         # Without what is kept, all may have to be done once more.
         total = self._added_up(keep, retain_graph or (few and not keep))
         gramian = total.total
@@ -273,7 +274,7 @@ class Jacobian:
         listener.run(objectives.outputs, [seed], receive, retain_graph=retain_graph)
         # What is left arrived from earlier tasks alone: the last one does not reach these nodes.
         for node in dict.fromkeys(node for node, _ in list(first)):
-            receive(node, [None] * len(self.graph.results[node]))
+            receive(node, [None] * len(self.graph.form.results[node]))
         for node, (site, rest) in unserved.items():
             self._call(site, node, rest, total)
         plan.called = {*(plan.called or ()), *unserved}
@@ -284,14 +285,13 @@ class Jacobian:
         count = objectives.tasks - 1
         if count == 0:
             return {}
-        [start] = graph.starts
+        [start] = graph.form.starts
 
         def seeds(place: Place, tasks: Sequence[int]) -> Tensor:
             return objectives.seeds_of_tasks(tasks)
 
         passes = Passes(graph, [start] * count, seeds, self._memory, self._apart)
-        used = {place for edges in graph.inputs for place in edges} | {start}
-        places = [place for place in sorted(used) if place[0] in self._plan.frontier]
+        places = [place for place in graph.form.used if place[0] in self._plan.frontier]
         found = zip(places, passes.gradients(places, retain_graph=True), strict=True)
         return {place: grads for place, grads in found if grads is not None}
 
@@ -322,7 +322,7 @@ class Jacobian:
 
     def _groups(self, places: list[Place]) -> list[list[Place]]:
         """Such that the rows of a group are not larger than allowed, or than those of one place."""
-        sizes = [self.graph.result(place).shape.numel() for place in places]
+        sizes = [self.graph.form.result(place).shape.numel() for place in places]
         # A place whose rows alone exceed the limit makes a group of its own.
         largest = max([_ROWS // max(1, self.objectives.rows), *sizes])
         groups: list[list[Place]] = [[]]
@@ -340,7 +340,7 @@ class Jacobian:
         """Whether the rows take more memory than should be kept."""
         if not self._without_samples:
             return False
-        size = sum(self.graph.result(place).shape.numel() for place in self._of_tasks.ordinary)
+        size = sum(self.graph.form.result(place).shape.numel() for place in self._of_tasks.ordinary)
         return self.objectives.rows * size > _ROWS
 
     # -- shares ------------------------------------------------------------------------------------
@@ -357,8 +357,10 @@ class Jacobian:
         given = [
             None if layout is None else grad for layout, grad in zip(layouts, grads, strict=True)
         ]
-        shapes = {p: graph.result(graph.inputs[node][p]).shape for p in plan.frontier[node]}
-        return Site(graph.nodes[node], graph.names[node], given, layouts, shapes)
+        shapes = {
+            p: graph.form.result(graph.form.inputs[node][p]).shape for p in plan.frontier[node]
+        }
+        return Site(graph.nodes[node], graph.form.names[node], given, layouts, shapes)
 
     def _serve(self, site: Site, node: int, total: Accumulator) -> list[int]:
         """
@@ -381,12 +383,14 @@ class Jacobian:
                 shares[operand] = share
         self._join_bias(site, node, shares)
         for operand, share in shares.items():
-            self._take(self.graph.inputs[node][operand], share, total, site.name, "closed form")
+            self._take(
+                self.graph.form.inputs[node][operand], share, total, site.name, "closed form"
+            )
         return rest
 
     def _join_bias(self, site: Site, node: int, shares: dict[int, Share]) -> None:
         """The bias of a linear layer is the weight of one more input, which is 1."""
-        weight, bias, edges = shares.get(2), shares.get(0), self.graph.inputs[node]
+        weight, bias, edges = shares.get(2), shares.get(0), self.graph.form.inputs[node]
         if site.name != "AddmmBackward0" or bias is None or not isinstance(weight, Outer):
             return
         _, _, positions, outputs = weight.grads.shape
@@ -410,7 +414,7 @@ class Jacobian:
         for operand, share in called_shares(
             site.node, site.name, site.grads, masks, shapes, self._memory
         ).items():
-            root = self.graph.inputs[node][operand]
+            root = self.graph.form.inputs[node][operand]
             self._take(root, share, total, site.name, "called for each sample")
 
     def _note(self, root: Place, share: Share, operation: str, how: str) -> None:
@@ -420,7 +424,7 @@ class Jacobian:
     def _keep(self, root: Place, share: Share, operation: str, how: str) -> None:
         self._note(root, share, operation, how)
         if isinstance(share, Outer):
-            share.lies_transposed = self.graph.names[root[0]] == "TBackward0"
+            share.lies_transposed = self.graph.form.names[root[0]] == "TBackward0"
         self.shares.setdefault(root, []).append(share)
 
     def _take(
@@ -523,7 +527,7 @@ class Jacobian:
             if root in grads:
                 found.append(grads[root])
             grads[root] = sum_of(found)
-        grads = {root: grad.to(graph.result(root).dtype) for root, grad in grads.items()}
+        grads = {root: grad.to(graph.form.result(root).dtype) for root, grad in grads.items()}
         final = {graph.targets[p]: grads.pop(p) for p in self._plan.ordinary if p in grads}
         for leaf, grad in pull(graph, self._plan, grads).items():
             final[graph.leaves[leaf]] = grad

@@ -1,21 +1,30 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Collection, Iterable, Sequence
-from functools import partial
+from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from jdcore.errors import SinglePassError
-from jdcore.graph._graph import Graph, Place
+from jdcore.graph._form import Form, Place
+from jdcore.graph._graph import Graph
 from jdcore.graph._hooks import own_hooks
 from jdcore.graph._nesting import OuterPass
-from jdcore.graph._saved import number_of_results
 
 Grads = Sequence["Tensor | None"]
 Receive = Callable[[int, Grads], None]
+
+
+@lru_cache(maxsize=256)
+def _stops(form: Form, heard: tuple[int, ...]) -> tuple[list[int], list[Place]]:
+    """Those of some nodes that others of them lie behind, and the results in use of the rest."""
+    above = form.above(heard)
+    return [n for n in heard if n in above], [
+        place for place in form.used if place[0] in heard and place[0] not in above
+    ]
 
 
 class Listener:
@@ -28,20 +37,12 @@ class Listener:
 
     :param graph: The graph.
     :param heard: The nodes.
-    :param wanted: The places of tensors whose ordinary gradients are wanted as well.
     """
 
-    def __init__(
-        self, graph: Graph, heard: Collection[int], wanted: Collection[Place] = ()
-    ) -> None:
+    def __init__(self, graph: Graph, heard: Iterable[int]) -> None:
         self._graph = graph
-        self._tensors = [graph.targets[place] for place in wanted]
-        deepest = set(heard) - graph.above({*heard, *(node for node, _ in wanted)})
-        self._inner = [node for node in heard if node not in deepest]
-        # A result that nothing uses may not even exist.
-        used = {place for edges in graph.inputs for place in edges if place[0] in deepest}
-        used |= {start for start in graph.starts if start[0] in deepest}
-        self._ends = sorted(used)
+        # A result that nothing uses may not even exist, so those in use are asked for.
+        self._inner, self._ends = _stops(graph.form, tuple(heard))
 
     def run(
         self,
@@ -51,7 +52,7 @@ class Listener:
         *,
         hooks: Iterable[tuple[int, Callable[..., Any]]] = (),
         retain_graph: bool,
-    ) -> tuple[Tensor | None, ...]:
+    ) -> None:
         """
         Run one pass.
 
@@ -59,7 +60,6 @@ class Listener:
         :param seeds: With which gradients.
         :param receive: Called with each of the nodes that has gradients, and these. May raise.
         :param hooks: Further hooks of nodes, for this pass.
-        :returns: The gradients of the wanted tensors, None where there is none.
         """
         graph, own = self._graph, OuterPass()
 
@@ -75,21 +75,19 @@ class Listener:
                 ]
                 handles += [graph.nodes[node].register_hook(hook) for node, hook in hooks]
             try:
-                found = differentiate(outputs, [*ends, *self._tensors], seeds, retain_graph)
+                found = differentiate(outputs, ends, seeds, retain_graph)
             finally:
                 for handle in handles:
                     handle.remove()
         of_node: dict[int, list[Tensor | None]] = {}
-        for (node, number), grad in zip(self._ends, found, strict=False):
+        for (node, number), grad in zip(self._ends, found, strict=True):
             if grad is not None:
-                results = number_of_results(graph.nodes[node])
-                of_node.setdefault(node, [None] * results)[number] = grad
-        rest = found[len(ends) :]
+                nothing: list[Tensor | None] = [None] * len(graph.form.results[node])
+                of_node.setdefault(node, nothing)[number] = grad
         # From here on, each gradient is freed as soon as its receiver is done with it.
         del found
         for node in list(of_node):
             receive(node, of_node.pop(node))
-        return rest
 
 
 def differentiate(

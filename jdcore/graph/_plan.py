@@ -8,11 +8,18 @@ from torch import Tensor
 
 from jdcore.errors import UnservedGraphError
 from jdcore.graph._cost import outer_ghost_beats_rows
-from jdcore.graph._graph import ISOMETRIES, PARTS, Graph, Place
+from jdcore.graph._form import ISOMETRIES, PARTS, Form, Place
+from jdcore.graph._graph import Graph
 from jdcore.graph._hooks import look
 from jdcore.graph._layout import Layout
 from jdcore.graph._probe import Findings, find_layouts
-from jdcore.graph._saved import MATRIX_PRODUCTS, Unreadable, operand_has_hooks, saved
+from jdcore.graph._saved import (
+    MATRIX_PRODUCTS,
+    Unreadable,
+    operand_has_hooks,
+    plain_attributes,
+    saved,
+)
 from jdcore.graph.rules import Rules
 
 
@@ -72,33 +79,33 @@ def plan_of_samples(graph: Graph, found: Findings, hooked: set[int]) -> Plan:
     :param hooked: Parameters whose rows have to be written out, for their hooks.
     :raises UnservedGraphError: If samples mix in a way that can be named.
     """
-    plan = Plan(found.layouts)
+    plan, form = Plan(found.layouts), graph.form
     apart = {node for node, _ in found.layouts}
     uses: dict[Place, int] = {}
-    for node in reversed(graph.upwards):
-        if node not in apart or node not in graph.leading:
+    for node in reversed(form.upwards):
+        if node not in apart or node not in form.leading:
             continue
-        for operand, root in enumerate(graph.inputs[node]):
-            if root[0] not in graph.leading or root[0] in apart:
+        for operand, root in enumerate(form.inputs[node]):
+            if root[0] not in form.leading or root[0] in apart:
                 continue
-            if root in found.reached or root[0] in graph.rearranged:
-                _refuse_mixing(graph, plan, node, operand)
+            if root in found.reached or root[0] in form.rearranged:
+                _refuse_mixing(form, plan, node, operand)
                 _refuse_hooks(graph, node, operand)
                 plan.frontier.setdefault(node, []).append(operand)
                 uses[root] = uses.get(root, 0) + 1
-    inside = apart | graph.leaves.keys()
-    plan.below = [n for n in reversed(graph.upwards) if n in graph.leading and n not in inside]
-    _classify(graph, plan, uses, apart, hooked)
+    inside = apart | form.leaves
+    plan.below = [n for n in reversed(form.upwards) if n in form.leading and n not in inside]
+    _classify(form, plan, uses, apart, hooked)
     return plan
 
 
 def _classify(
-    graph: Graph, plan: Plan, uses: dict[Place, int], apart: set[int], hooked: set[int]
+    form: Form, plan: Plan, uses: dict[Place, int], apart: set[int], hooked: set[int]
 ) -> None:
     """Tell which roots are finished by themselves, which belong together, which are pulled back."""
     of_leaf: dict[int, list[tuple[Place, Descent]]] = {}
     for root in uses:
-        descent = descend(graph, root)
+        descent = descend(form, root)
         if descent is None:
             plan.derived.append(root)
         else:
@@ -106,9 +113,9 @@ def _classify(
     reached = {root[0] for root in plan.derived}
     for node in plan.below:
         if node in reached:
-            reached.update(c for c, _ in graph.inputs[node] if c >= 0 and c not in apart)
+            reached.update(c for c, _ in form.inputs[node] if c >= 0 and c not in apart)
     # Hooks of a parameter have to see its whole rows, which only the way by rows gives.
-    pulled = (reached & graph.wanted.keys()) | hooked
+    pulled = (reached & form.wanted) | hooked
     for leaf, roots in of_leaf.items():
         parts = {descent.part for _, descent in roots}
         # Parts of one splitting do not overlap, so that their rows are orthogonal. A part beside
@@ -128,15 +135,15 @@ def _classify(
     plan.pulled = sorted(pulled)
 
 
-def descend(graph: Graph, root: Place) -> Descent | None:
+def descend(form: Form, root: Place) -> Descent | None:
     """Which parameter a root is, rearranged or in part; None if it is computed from some."""
     node, number = root
-    if graph.result(root).dtype.is_complex:
+    if form.result(root).dtype.is_complex:
         return None  # only its real part, or a turn of it, belongs to the parameter
     part: Place | None = None
     turned: bool | None = False
-    while node not in graph.leaves:
-        name = graph.names[node]
+    while node not in form.leaves:
+        name = form.names[node]
         if name in PARTS and part is None:
             part, turned = (node, number), None
         elif name not in ISOMETRIES:
@@ -145,10 +152,10 @@ def descend(graph: Graph, root: Place) -> Descent | None:
             turned = None if turned is None else not turned
         elif name not in _STRAIGHT:
             turned = None
-        node, number = graph.inputs[node][0]
+        node, number = form.inputs[node][0]
         if node < 0:
             return None
-    return Descent(node, part, turned) if node in graph.wanted else None
+    return Descent(node, part, turned) if node in form.wanted else None
 
 
 _STRAIGHT = {"ToCopyBackward0", "CloneBackward0", "AliasBackward0"}
@@ -173,17 +180,17 @@ def _goes_along(name: str, operand: int, layout: Layout) -> bool:
     return name in _ALONG_ALL or (name in _ALONG_FIRST and operand == 0)
 
 
-def _refuse_mixing(graph: Graph, plan: Plan, node: int, operand: int) -> None:
+def _refuse_mixing(form: Form, plan: Plan, node: int, operand: int) -> None:
     """
     Refuse an operation on the samples themselves, of which other losses depend on as well.
 
     Whatever else samples share (a table, prototypes, a routing) is served.
     """
-    name, root = graph.names[node], graph.inputs[node][operand]
+    name, root = form.names[node], form.inputs[node][operand]
     layout = plan.layouts.get((node, 0))
-    if layout is None or root[0] in graph.rearranged or not _goes_along(name, operand, layout):
+    if layout is None or root[0] in form.rearranged or not _goes_along(name, operand, layout):
         return
-    shape, whole = graph.result(root).shape, graph.result((node, 0)).shape
+    shape, whole = form.result(root).shape, form.result((node, 0)).shape
     # Something else than the samples themselves, as it has not as many entries along their
     # dimension.
     if len(shape) != len(whole) or shape[layout.dim] != whole[layout.dim]:
@@ -199,10 +206,10 @@ def _refuse_mixing(graph: Graph, plan: Plan, node: int, operand: int) -> None:
 
 
 def _refuse_hooks(graph: Graph, node: int, operand: int) -> None:
-    root = graph.inputs[node][operand][0]
+    root = graph.form.inputs[node][operand][0]
     if root not in graph.leaves and operand_has_hooks(graph.nodes[node], operand):
         raise UnservedGraphError(
-            f"a hook of an operand of {graph.names[node]} that is computed from parameters",
+            f"a hook of an operand of {graph.form.names[node]} that is computed from parameters",
             "it acts on sums over samples",
             "Register the hook on the parameter itself, or use batch_dim=None.",
         )
@@ -220,13 +227,13 @@ def plan_of_tasks(graph: Graph, tasks: int, hooked: set[int]) -> Plan:
     :param tasks: Number of losses.
     :param hooked: Parameters whose hooks have to see the rows.
     """
-    plan = Plan({}, called=set())
+    plan, form = Plan({}, called=set()), graph.form
     uses: dict[int, list[tuple[int, int]]] = {}
-    for node, edges in enumerate(graph.inputs):
-        if graph.names[node] in ISOMETRIES or graph.names[node] in PARTS:
+    for node, edges in enumerate(form.inputs):
+        if form.names[node] in ISOMETRIES or form.names[node] in PARTS:
             continue
         for operand, root in enumerate(edges):
-            descent = descend(graph, root) if root[0] in graph.leading else None
+            descent = descend(form, root) if root[0] in form.leading else None
             if descent is not None:
                 uses.setdefault(descent.leaf, []).append((node, operand))
     for leaf, found in uses.items():
@@ -234,22 +241,23 @@ def plan_of_tasks(graph: Graph, tasks: int, hooked: set[int]) -> Plan:
         if len(found) == 1 and leaf not in hooked and _is_cheap(graph, tasks, leaf, node, operand):
             plan.frontier[node] = [operand]
             # One sample that has all positions: the share is that of one row per task.
-            plan.layouts[node, 0] = Layout(0, 1, graph.result((node, 0)).shape[0])
-            plan.alone.add(graph.inputs[node][operand])
-    served = {_leaf_of(graph, root) for root in plan.alone}
-    plan.ordinary = [place for place in graph.targets if place[0] not in served]
-    plan.below = [n for n in reversed(graph.upwards) if n in graph.rearranged - set(graph.leaves)]
+            plan.layouts[node, 0] = Layout(0, 1, form.result((node, 0)).shape[0])
+            plan.alone.add(form.inputs[node][operand])
+    served = {_leaf_of(form, root) for root in plan.alone}
+    plan.ordinary = [place for place in form.targets if place[0] not in served]
+    plan.below = [n for n in reversed(form.upwards) if n in form.rearranged - form.leaves]
     return plan
 
 
-def _leaf_of(graph: Graph, root: Place) -> int | None:
-    descent = descend(graph, root)
+def _leaf_of(form: Form, root: Place) -> int | None:
+    descent = descend(form, root)
     return None if descent is None else descent.leaf
 
 
 def _is_cheap(graph: Graph, tasks: int, leaf: int, node: int, operand: int) -> bool:
-    expected, other = MATRIX_PRODUCTS.get(graph.names[node], (None, ""))
-    if operand != expected or graph.result((leaf, 0)).shape.numel() == 0:
+    form = graph.form
+    expected, other = MATRIX_PRODUCTS.get(form.names[node], (None, ""))
+    if operand != expected or form.result((leaf, 0)).shape.numel() == 0:
         return False
     try:
         saved(graph.nodes[node], other)
@@ -257,8 +265,8 @@ def _is_cheap(graph: Graph, tasks: int, leaf: int, node: int, operand: int) -> b
         return False
     if operand_has_hooks(graph.nodes[node], operand):  # of a transpose of the weight
         return False
-    positions, outputs = graph.result((node, 0)).shape
-    inputs = graph.result((leaf, 0)).shape.numel() // outputs
+    positions, outputs = form.result((node, 0)).shape
+    inputs = form.result((leaf, 0)).shape.numel() // outputs
     return outer_ghost_beats_rows(tasks, positions, inputs, outputs)
 
 
@@ -280,7 +288,14 @@ class Plans:
         self, graph: Graph, output: Tensor, batch_dim: int, hooked: set[int], rules: Rules
     ) -> Plan:
         """The plan of a graph with samples."""
-        kind = (graph.kind(), batch_dim, tuple(sorted(hooked)))
+        # Shapes do not suffice: dimensions and offsets tell where entries go.
+        integers = tuple(
+            [
+                () if i in graph.leaves else plain_attributes(node)
+                for i, node in enumerate(graph.nodes)
+            ]
+        )
+        kind = graph.form, integers, batch_dim, tuple(sorted(hooked))
         plan = self._kept.get(kind)
         if plan is not None:
             self._kept.move_to_end(kind)
@@ -305,7 +320,6 @@ def _is_fixed(graph: Graph, plan: Plan, rules: Rules) -> bool:
 
     Above samples that are apart again (a piece of what an index mixed), all of them decide.
     """
-    passed = graph.above({node for node, _ in plan.layouts})
-    return all(
-        rules.steady(graph.names[node], graph.nodes[node]) for node in graph.leading & passed
-    )
+    form = graph.form
+    passed = form.above({node for node, _ in plan.layouts})
+    return all(rules.steady(form.names[node], graph.nodes[node]) for node in form.leading & passed)

@@ -20,7 +20,8 @@ import torch
 from attrs import frozen
 from torch import Tensor
 
-from jdcore.graph._graph import Graph, Place
+from jdcore.graph._form import Place
+from jdcore.graph._graph import Graph
 from jdcore.graph._layout import Layout
 from jdcore.graph._passes import Grads, Listener, Receive
 from jdcore.graph._steady import spread
@@ -50,9 +51,10 @@ def find_layouts(graph: Graph, output: Tensor, batch_dim: int) -> Findings:
     :param batch_dim: Their dimension of samples.
     """
     samples = output.shape[batch_dim]
-    nodes = [n for n in graph.upwards if n in graph.leading and n not in graph.rearranged]
+    form = graph.form
+    nodes = [n for n in form.upwards if n in form.leading and n not in form.rearranged]
     listener = Listener(graph, nodes)
-    steady = [(n, hook) for n in nodes if (hook := spread(graph.names[n], graph.nodes[n]))]
+    steady = [(n, hook) for n in nodes if (hook := spread(form.names[n], graph.nodes[n]))]
     seen: dict[Place, list[Tensor]] = {}
     shape = [-1 if d == batch_dim else 1 for d in range(output.ndim)]
 
@@ -78,7 +80,7 @@ def find_layouts(graph: Graph, output: Tensor, batch_dim: int) -> Findings:
         poison(torch.zeros(samples, dtype=torch.bool, device=output.device), _BY_ITSELF)
         found = {place: [h.tolist() for h in of_dims] for place, of_dims in seen.items()}
     sure = not any(word >> _BY_ITSELF for dims in found.values() for h in dims for word in h)
-    start = graph.starts[0]
+    start = form.starts[0]
     layouts = {start: Layout(batch_dim, samples)}
     for place, of_dims in found.items():
         layout = _layout(of_dims, sample_of, samples)

@@ -3,10 +3,10 @@ from __future__ import annotations
 from torch import Tensor
 
 from jdcore.graph._call import call, called_for_rows, reduced
-from jdcore.graph._graph import Graph, Place
+from jdcore.graph._form import Place
+from jdcore.graph._graph import Graph
 from jdcore.graph._memory import Memory
 from jdcore.graph._plan import Plan
-from jdcore.graph._saved import number_of_results
 
 
 def pull(graph: Graph, plan: Plan, grads: dict[Place, Tensor]) -> dict[int, Tensor]:
@@ -18,17 +18,17 @@ def pull(graph: Graph, plan: Plan, grads: dict[Place, Tensor]) -> dict[int, Tens
 
     :returns: Gradient by the node of the leaf.
     """
-    arrived = dict(grads)
+    arrived, form = dict(grads), graph.form
     allowed = graph.wanted.keys() | set(plan.below)
     for node in plan.below:
-        results = number_of_results(graph.nodes[node])
-        given = [arrived.pop((node, number), None) for number in range(results)]
+        results = form.results[node]
+        given = [arrived.pop((node, number), None) for number in range(len(results))]
         if all(g is None for g in given):
             continue
-        for place, found in zip(graph.inputs[node], call(graph.nodes[node], given), strict=False):
+        for place, found in zip(form.inputs[node], call(graph.nodes[node], given), strict=False):
             if found is None or place[0] not in allowed:
                 continue
-            result = graph.result(place)
+            result = form.result(place)
             # Autograd does the same between nodes: the gradient of a real tensor is real.
             if found.is_complex() and not result.dtype.is_complex:
                 found = found.real
@@ -50,13 +50,13 @@ def pull_rows(
     places, reached = list(rows), list[int]()
 
     def one(*grads: Tensor) -> tuple[Tensor, ...]:
-        given = {p: g.to(graph.result(p).dtype) for p, g in zip(places, grads, strict=True)}
+        given = {p: g.to(graph.form.result(p).dtype) for p, g in zip(places, grads, strict=True)}
         found = pull(graph, plan, given)
         reached[:] = sorted(found)
         return tuple(found[leaf] for leaf in reached)
 
     passed = {*plan.below, *plan.pulled, *(node for node, _ in places)}
-    size = max(result.shape.numel() for node in passed for result in graph.results[node])
+    size = max(result.shape.numel() for node in passed for result in graph.form.results[node])
     parts = memory.pieces(len(rows[places[0]]), size)
     found, _ = called_for_rows(one, lambda a, b: [rows[p][a:b] for p in places], parts)
     return dict(zip(reached, found, strict=True))

@@ -10,10 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterator
 from functools import cache
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
-from attrs import frozen
 from torch import Tensor
 from torch.utils import checkpoint
 from torch.utils.hooks import RemovableHandle
@@ -28,7 +27,6 @@ __all__ = [
     "has_unpack_hooks",
     "hooks_made",
     "next_computed_at",
-    "number_of_results",
     "operand_has_hooks",
     "plain_attributes",
     "results_of",
@@ -147,14 +145,8 @@ def _raw_names(kind: Hashable) -> tuple[str, ...]:
     return tuple(name for name in dir(kind) if name.startswith("_raw_saved_"))
 
 
-@frozen(eq=False)
-class Result:
-    """
-    What is known of a result of an operation without having it.
-
-    :param shape: Its shape.
-    :param dtype: Its dtype.
-    """
+class Result(NamedTuple):
+    """What is known of a result of an operation without having it."""
 
     shape: torch.Size
     dtype: torch.dtype
@@ -164,11 +156,6 @@ def results_of(node: Any) -> tuple[Result, ...]:
     """The results of an operation."""
     # The shape is a list for operations that were written in Python.
     return tuple([Result(torch.Size(m.shape), m.dtype) for m in node._input_metadata])
-
-
-def number_of_results(node: Any) -> int:
-    """How many gradients the operation takes."""
-    return len(node._input_metadata)
 
 
 def plain_attributes(node: Any) -> tuple[Any, ...]:

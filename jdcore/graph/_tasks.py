@@ -9,7 +9,7 @@ for each loss, which ends where the trunk begins and meets no head of another lo
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import TypeAlias
 
 import torch
@@ -18,7 +18,8 @@ from torch import Tensor
 
 from jdcore.graph._batchable import is_batchable
 from jdcore.graph._cost import batch_beats_single_passes
-from jdcore.graph._graph import Graph, Place
+from jdcore.graph._form import Form, Place
+from jdcore.graph._graph import Graph
 from jdcore.graph._memory import Memory, pieces
 from jdcore.graph._objectives import Objectives
 from jdcore.graph._passes import batched_gradients, dense_grad, differentiate, stacked
@@ -51,7 +52,7 @@ class Starts:
 
     def seeds(self, place: Place, losses: Sequence[int]) -> Tensor:
         """What some losses start with at a place: one at their entry, else zero."""
-        result = self.graph.result(place)
+        result = self.graph.form.result(place)
         seeds = torch.zeros(
             len(losses), result.shape.numel(), dtype=result.dtype, device=self.device
         )
@@ -73,7 +74,7 @@ def starts_of(graph: Graph, objectives: Objectives) -> Starts:
     A loss that was put into a row with others starts where it was computed.
     """
     found: list[tuple[Place | None, int]] = []
-    places = iter(graph.starts)
+    places = iter(graph.form.starts)
     for output in objectives.outputs:
         if output.requires_grad:
             found += _entries(graph, next(places))
@@ -88,56 +89,90 @@ def starts_of(graph: Graph, objectives: Objectives) -> Starts:
 
 
 def _entries(graph: Graph, place: Place) -> list[tuple[Place | None, int]]:
-    whole = graph.result(place)
+    whole = graph.form.result(place)
     entries: list[tuple[Place | None, int]] = [(place, i) for i in range(whole.shape.numel())]
-    if graph.names[place[0]] not in _JOINS or len(whole.shape) != 1 or place in graph.targets:
+    if graph.form.names[place[0]] not in _JOINS or len(whole.shape) != 1 or place in graph.targets:
         return entries
     found: list[tuple[Place | None, int]] = []
-    for part in graph.inputs[place[0]]:
+    for part in graph.form.inputs[place[0]]:
         # What is no operation has no place to start at; another dtype would need a conversion.
-        if part[0] < 0 or part[0] in graph.leaves or graph.result(part).dtype != whole.dtype:
+        if part[0] < 0 or part[0] in graph.leaves or graph.form.result(part).dtype != whole.dtype:
             return entries
         found += _entries(graph, part)
     return found if len(found) == len(entries) else entries
 
 
-@frozen
+@frozen(eq=False, slots=False)  # slots leave no room for cached properties
 class Ways:
     """
     Which losses pass through which operations on their way to the wanted tensors.
 
+    :param form: The form of the graph.
+    :param starts: Where each loss starts; None for one without a graph.
     :param losses: By operation, the losses as bits of a number.
     :param common: The operations that all losses pass through, and behind which only such follow.
     """
 
+    form: Form
+    starts: tuple[Place | None, ...]
     losses: Mapping[int, int]
     common: frozenset[int]
 
-    @classmethod
-    def of(cls, graph: Graph, starts: Sequence[Place | None]) -> Ways:
-        """Follow the losses of a graph."""
-        at: dict[Place, int] = {}
-        for k, start in enumerate(starts):
-            if start is not None:
-                at[start] = at.get(start, 0) | 1 << k
-        everything = sum(1 << k for k, start in enumerate(starts) if start is not None)
-        losses: dict[int, int] = {}
-        starting = [node for node, _ in at]
-        for place, found in at.items():
-            losses[place[0]] = losses.get(place[0], 0) | found
-        for node in reversed(graph.upwards):
-            passing = losses.get(node, 0)
-            for child in graph.inputs[node] if passing else ():
-                if child[0] in graph.leading:
-                    losses[child[0]] = losses.get(child[0], 0) | passing
-                    at[child] = at.get(child, 0) | passing
-        # Each result, not only one of several: what a loss does not reach is not zero but nothing.
-        partly = {n for (n, _), found in at.items() if found != everything} - graph.leaves.keys()
-        return cls(losses, _common(graph, losses, starting, partly))
+    @cached_property
+    def kind(self) -> _Kind:
+        """Names and dtypes of what all losses pass through."""
+        return frozenset(
+            (self.form.names[node], tuple([result.dtype for result in self.form.results[node]]))
+            for node in self.common
+        )
+
+    @cached_property
+    def met_again(self) -> set[int]:
+        """The losses that pass through an operation that a later one passes through as well."""
+        # Entries of one result: each loss passes through everything that the others pass through.
+        if len(set(self.starts)) == 1:
+            return set(range(len(self.starts) - 1))
+        # With more than one bit: operations that several losses pass through.
+        patterns = {found for found in self.losses.values() if found & (found - 1)}
+        again = 0
+        for found in patterns:
+            # All of them but the last, after which nobody needs what the operation saved.
+            again |= found & ~(1 << found.bit_length() - 1)
+        return {k for k in range(len(self.starts)) if again >> k & 1}
+
+    @cached_property
+    def entrances(self) -> list[Place]:
+        """Where gradients enter the trunk."""
+        found = [start for start in self.starts if start is not None]
+        found += [p for node in self.losses.keys() - self.common for p in self.form.inputs[node]]
+        return [place for place in dict.fromkeys(found) if place[0] in self.common]
+
+
+@lru_cache(maxsize=256)
+def _ways(form: Form, starts: tuple[Place | None, ...]) -> Ways:
+    """Follow losses, given by where they start, through graphs of a form."""
+    at: dict[Place, int] = {}
+    for k, start in enumerate(starts):
+        if start is not None:
+            at[start] = at.get(start, 0) | 1 << k
+    everything = sum(1 << k for k, start in enumerate(starts) if start is not None)
+    losses: dict[int, int] = {}
+    starting = [node for node, _ in at]
+    for place, found in at.items():
+        losses[place[0]] = losses.get(place[0], 0) | found
+    for node in reversed(form.upwards):
+        passing = losses.get(node, 0)
+        for child in form.inputs[node] if passing else ():
+            if child[0] in form.leading:
+                losses[child[0]] = losses.get(child[0], 0) | passing
+                at[child] = at.get(child, 0) | passing
+    # Each result, not only one of several: what a loss does not reach is not zero but nothing.
+    partly = {n for (n, _), found in at.items() if found != everything} - form.leaves
+    return Ways(form, starts, losses, _common(form, losses, starting, partly))
 
 
 def _common(
-    graph: Graph, losses: Mapping[int, int], starts: Collection[int], partly: Collection[int]
+    form: Form, losses: Mapping[int, int], starts: Collection[int], partly: Collection[int]
 ) -> frozenset[int]:
     """
     The operations of the trunk.
@@ -146,15 +181,15 @@ def _common(
     :param starts: The operations that losses are results of.
     :param partly: Those that not all losses pass through in the same way.
     """
-    inner = [node for node in graph.upwards if node in losses and node not in graph.leaves]
-    found = set(inner) - graph.above(partly) - set(partly)
+    inner = [node for node in form.upwards if node in losses and node not in form.leaves]
+    found = set(inner) - form.above(partly) - set(partly)
     # The pass of a head ends where it enters the trunk. It must not go on through the trunk to
     # another such place, or to a parameter that both of them use.
     while True:
         heads = [node for node in inner if node not in found]
-        met = {child for node in heads for child, _ in graph.inputs[node]}
-        both = {n for n in found if any(c in met and c in graph.wanted for c, _ in graph.inputs[n])}
-        wrong = found & (graph.above((met | set(starts)) & found | both) | both)
+        met = {child for node in heads for child, _ in form.inputs[node]}
+        both = {n for n in found if any(c in met and c in form.wanted for c, _ in form.inputs[n])}
+        wrong = found & (form.above((met | set(starts)) & found | both) | both)
         if not wrong:
             return frozenset(found)
         found -= wrong
@@ -187,7 +222,7 @@ class Passes:
         if self._at_once == 1:
             return self._one_by_one(places, retain_graph)
         # Nothing is freed before operations of this kind are known to pass.
-        known = self._kind in _PASSED
+        known = self._ways.kind in _PASSED
         try:
             return self._batched(places, retain_graph or not known)
         # An operation may refuse to be batched in spite of its name (by a hook, or in a newer
@@ -196,7 +231,7 @@ class Passes:
             if known and not retain_graph:
                 raise
         found = self._one_by_one(places, retain_graph)
-        _FAILED.add(self._kind)
+        _FAILED.add(self._ways.kind)
         return found
 
     def _one_by_one(self, places: Sequence[Place], retain_graph: bool) -> list[Tensor | None]:
@@ -212,41 +247,19 @@ class Passes:
             return [None] * len(places)
         edges = [self.graph.edge(place) for place in places]
         seed = self.seeds(start, [k])[0]
-        retain = retain_graph or k in self._met_again
+        retain = retain_graph or k in self._ways.met_again
         found = differentiate([self.graph.edge(start)], edges, [seed], retain)
         return [None if grad is None else dense_grad(grad.detach()) for grad in found]
 
     @cached_property
     def _ways(self) -> Ways:
-        return Ways.of(self.graph, self.starts)
-
-    @cached_property
-    def _met_again(self) -> set[int]:
-        """The losses that pass through an operation that a later one passes through as well."""
-        # Entries of one result: each loss passes through everything that the others pass through.
-        if len(set(self.starts)) == 1:
-            return set(range(len(self.starts) - 1))
-        # With more than one bit: operations that several losses pass through.
-        patterns = {found for found in self._ways.losses.values() if found & (found - 1)}
-        again = 0
-        for found in patterns:
-            # All of them but the last, after which nobody needs what the operation saved.
-            again |= found & ~(1 << found.bit_length() - 1)
-        return {k for k in range(len(self.starts)) if again >> k & 1}
+        return _ways(self.graph.form, tuple(self.starts))
 
     # -- all at once -------------------------------------------------------------------------------
 
     @cached_property
     def _present(self) -> list[int]:
         return [k for k, start in enumerate(self.starts) if start is not None]
-
-    @cached_property
-    def _kind(self) -> _Kind:
-        graph = self.graph
-        return frozenset(
-            (graph.names[node], tuple([result.dtype for result in graph.results[node]]))
-            for node in self._ways.common
-        )
 
     @cached_property
     def _at_once(self) -> int:
@@ -259,16 +272,16 @@ class Passes:
             count, len(graph.nodes), 0, weights
         ):
             return 1  # whatever the trunk is
-        if not self._ways.common or self._kind in _FAILED:
+        if not self._ways.common or self._ways.kind in _FAILED:
             return 1
-        if not all(is_batchable(graph.names[n], graph.nodes[n]) for n in self._ways.common):
+        if not all(is_batchable(graph.form.names[n], graph.nodes[n]) for n in self._ways.common):
             return 1
         # What only rearranges parameters is not met by gradients.
-        inner = self._ways.common - graph.rearranged
-        sizes = [r.shape.numel() for node in inner for r in graph.results[node]]
+        inner = self._ways.common - graph.form.rearranged
+        sizes = [r.shape.numel() for node in inner for r in graph.form.results[node]]
         if self.memory.reused:
             leaves = {
-                c for n in self._ways.common for c, _ in graph.inputs[n]
+                c for n in self._ways.common for c, _ in graph.form.inputs[n]
             } & graph.wanted.keys()
             weights = [graph.wanted[leaf].numel() for leaf in leaves]
             if not batch_beats_single_passes(count, len(inner), sum(sizes), weights):
@@ -280,10 +293,10 @@ class Passes:
 
     def _batched(self, places: Sequence[Place], retain_graph: bool) -> list[Tensor | None]:
         common, graph = self._ways.common, self.graph
-        behind = {place for node in common for place in graph.inputs[node]}
+        behind = {place for node in common for place in graph.form.inputs[node]}
         of_trunk = [p for p in places if p[0] in common or p in behind]
         of_heads = [p for p in places if p[0] not in common and p not in behind]
-        entrances = self._entrances()
+        entrances = self._ways.entrances
         rows = [
             [None] * (len(of_heads) + len(entrances))
             if start is None or start[0] in common
@@ -298,13 +311,6 @@ class Passes:
         grads = {place: stacked(found[place]) for place in of_heads}
         grads |= self._through_trunk(arriving, of_trunk, retain_graph)
         return [grads[place] for place in places]
-
-    def _entrances(self) -> list[Place]:
-        """Where gradients enter the trunk."""
-        common, losses = self._ways.common, self._ways.losses
-        found = [start for start in self.starts if start is not None]
-        found += [place for node in losses.keys() - common for place in self.graph.inputs[node]]
-        return [place for place in dict.fromkeys(found) if place[0] in common]
 
     def _arriving(self, place: Place, rows: Sequence[Tensor | None]) -> Tensor:
         """The gradients of all losses at an entrance."""
@@ -332,7 +338,7 @@ class Passes:
             )
             for start, stop in bounds
         ]
-        _PASSED.add(self._kind)
+        _PASSED.add(self._ways.kind)
         found = (self._joined(of_place) for of_place in zip(*parts, strict=True))
         return dict(zip(places, found, strict=True))
 

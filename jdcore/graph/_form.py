@@ -1,0 +1,148 @@
+from __future__ import annotations
+
+from collections.abc import Collection
+from functools import cached_property, lru_cache
+from typing import TypeAlias
+
+import torch
+from attrs import frozen
+
+from jdcore.graph._saved import Result
+from jdcore.graph._walk import LEAF
+
+Place: TypeAlias = "tuple[int, int]"
+"""The number of a node, and one of its results."""
+
+# torch numbers the overloads of an operation in the names of nodes: `squeeze()` has 0,
+# `squeeze(dim)` 1, and `squeeze(dims)` 2.
+ISOMETRIES = frozenset(
+    f"{name}Backward0"
+    for name in (
+        "T",
+        "Transpose",
+        "Permute",
+        "View",
+        "UnsafeView",
+        "ReshapeAlias",
+        "Unsqueeze",
+        "Squeeze",
+        "ToCopy",
+        "Clone",
+        "Alias",
+    )
+) | {"SqueezeBackward1", "SqueezeBackward2"}
+"""Operations that only rearrange what they are given, so that inner products stay as they are."""
+
+PARTS = frozenset(
+    {"SplitBackward0", "UnsafeSplitBackward0", "SplitWithSizesBackward0", "UnbindBackward0"}
+)
+"""Operations whose results are parts of what they are given that do not overlap."""
+
+
+@frozen(eq=False, slots=False)  # slots leave no room for cached properties
+class Form:
+    """
+    What the graphs of all steps of a training have in common, and what follows from it.
+
+    Equal forms are one object (see :func:`form_of`), so what was found out once is known for all
+    later graphs of this form.
+
+    :param names: By node, that of its operation.
+    :param inputs: By node, where its operands come from; node -1 for what is not differentiated.
+    :param starts: The outputs.
+    :param results: By node, the shapes and dtypes of its results.
+    :param targets: The places of the wanted tensors, leaves or not.
+    """
+
+    names: tuple[str, ...]
+    inputs: tuple[tuple[Place, ...], ...]
+    starts: tuple[Place, ...]
+    results: tuple[tuple[Result, ...], ...]
+    targets: tuple[Place, ...]
+
+    @cached_property
+    def leaves(self) -> frozenset[int]:
+        """The nodes of leaves."""
+        return frozenset(node for node, name in enumerate(self.names) if name == LEAF)
+
+    @cached_property
+    def wanted(self) -> frozenset[int]:
+        """The nodes of leaves that are wanted."""
+        return frozenset(node for node, _ in self.targets if node in self.leaves)
+
+    @cached_property
+    def upwards(self) -> list[int]:
+        """All nodes, operands before what is computed from them."""
+        done: set[int] = set()
+        order: list[int] = []
+        # A node stays on the stack until all its operands are done, so no recursion is needed.
+        stack = [start for start, _ in reversed(self.starts)]
+        while stack:
+            node = stack[-1]
+            todo = [c for c, _ in self.inputs[node] if c >= 0 and c not in done]
+            if todo and node not in done:
+                stack += todo
+                continue
+            stack.pop()
+            if node not in done:
+                done.add(node)
+                order.append(node)
+        return order
+
+    def above(self, nodes: Collection[int]) -> set[int]:
+        """The nodes from which another one of some nodes can be reached."""
+        found: set[int] = set()
+        for node in self.upwards:
+            if any(child in found or child in nodes for child, _ in self.inputs[node]):
+                found.add(node)
+        return found
+
+    @cached_property
+    def leading(self) -> set[int]:
+        """The nodes that a wanted tensor can be reached from, and those of these tensors."""
+        found = {node for node, _ in self.targets}
+        return found | self.above(found)
+
+    @cached_property
+    def rearranged(self) -> set[int]:
+        """The leaves, and what does nothing but rearrange one of them."""
+        found = set(self.leaves)
+        starts = {node for node, _ in self.starts}
+        for node in self.upwards:
+            if self.names[node] not in ISOMETRIES and self.names[node] not in PARTS:
+                continue
+            if node not in starts and all(c < 0 or c in found for c, _ in self.inputs[node]):
+                found.add(node)
+        return found
+
+    @cached_property
+    def used(self) -> list[Place]:
+        """The results that something is computed from, and the outputs, in order."""
+        return sorted({place for edges in self.inputs for place in edges} | {*self.starts})
+
+    @cached_property
+    def precision(self) -> torch.dtype:
+        """The narrowest floating dtype that gradients pass through on their way to the leaves."""
+        dtypes = {
+            result.dtype
+            for node in self.leading
+            for result in self.results[node]
+            if result.dtype.is_floating_point
+        }
+        return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
+
+    def result(self, place: Place) -> Result:
+        """What is known of a result."""
+        return self.results[place[0]][place[1]]
+
+
+@lru_cache(maxsize=256)
+def form_of(
+    names: tuple[str, ...],
+    inputs: tuple[tuple[Place, ...], ...],
+    starts: tuple[Place, ...],
+    results: tuple[tuple[Result, ...], ...],
+    targets: tuple[Place, ...],
+) -> Form:
+    """The one form with these properties."""
+    return Form(names, inputs, starts, results, targets)
