@@ -104,7 +104,7 @@ class Engine:
         :raises ParameterTypeError: If the output is no floating Tensor.
         :raises ParameterError: If what was asked for cannot be right: see the class.
         """
-        return shaped(self._step(output).gramian(), output)
+        return shaped(self._step(output, self._trainable()).gramian(), output)
 
     def cross_gramian(self, output: Tensor, other: Tensor, /) -> Tensor:
         """
@@ -139,7 +139,7 @@ class Engine:
                 raise ParameterError(name, "a vector of losses", describe_tensor(losses))
         objectives = objectives_of([output, other], None, "output")
         # The losses of both batches as one vector: what is wanted lies above the diagonal blocks.
-        total = self._step_of(objectives).gramian()
+        total = self._step_of(objectives, self._trainable()).gramian()
         dtype = torch.promote_types(result_dtype(output), result_dtype(other))
         return total[: len(output), len(output) :].to(dtype, copy=True)
 
@@ -189,17 +189,18 @@ class Engine:
             anything.
         """
         chosen = as_weighting(weighting)
-        holders = find_holders(self._trainable(), group)
+        trainable = self._trainable()
+        holders = find_holders(trainable, group)
         if holders is not None:
             weights = backward_together(
-                lambda: self._step(output),
+                lambda: self._step(output, trainable),
                 holders,
                 chosen,
                 per_process=per_process,
                 retain_graph=retain_graph,
             )
             return weights.to(result_dtype(output))
-        weights = self._step(output).backward(
+        weights = self._step(output, trainable).backward(
             chosen,
             None if output.ndim == 1 else output.shape,
             retain_graph=retain_graph,
@@ -215,7 +216,7 @@ class Engine:
 
         :param output: As for :meth:`compute_gramian`.
         """
-        return explained(self._step(output), self._names())
+        return explained(self._step(output, self._trainable()), self._names())
 
     def verify(self, output: Tensor, /) -> Verification:
         """
@@ -226,7 +227,7 @@ class Engine:
         :param output: As for :meth:`compute_gramian`.
         :returns: One entry for each parameter behind the losses; printed, a table.
         """
-        return verified(self._step(output), self._names())
+        return verified(self._step(output, self._trainable()), self._names())
 
     def _names(self) -> dict[Tensor, str]:
         names: dict[Tensor, str] = {}
@@ -238,15 +239,16 @@ class Engine:
         return names
 
     def _trainable(self) -> list[Tensor]:
-        return [parameter for parameter in self._names() if parameter.requires_grad]
+        found = dict.fromkeys(p for module in self._modules for p in module.parameters())
+        return [parameter for parameter in found if parameter.requires_grad]
 
-    def _step(self, output: Any) -> Step:
+    def _step(self, output: Any, trainable: list[Tensor]) -> Step:
         if not isinstance(output, Tensor):
             raise ParameterTypeError("output", "a floating Tensor", repr(output))
-        return self._step_of(objectives_of(output, self._batch_dim, "output"))
+        return self._step_of(objectives_of(output, self._batch_dim, "output"), trainable)
 
-    def _step_of(self, objectives: Objectives) -> Step:
-        wanted = Gathered().leaves(self._trainable())
+    def _step_of(self, objectives: Objectives, trainable: list[Tensor]) -> Step:
+        wanted = Gathered().leaves(trainable)
         for parameter in wanted:
             if isinstance(parameter, UninitializedParameter):
                 raise ParameterError(

@@ -1,15 +1,18 @@
 from __future__ import annotations
 
 import math
+import threading
+from collections.abc import Iterator, Sequence
 from functools import cache
 from itertools import pairwise
+from typing import TypeAlias
 
 import torch
 from attrs import define, field
 from torch import Tensor
 
-CAPACITY = 1 << 20
-"""Entries (4 MB of float32) that a temporary should not exceed on a CPU: caches are small."""
+CAPACITY = 1 << 19
+"""Entries (2 MB of float32) that a temporary should not exceed on a CPU: caches are small."""
 
 _ENTRY = 4  # bytes
 
@@ -18,9 +21,29 @@ _ENTRY = 4  # bytes
 _ELSEWHERE = 256 << 20  # bytes
 _FRACTION = 8  # of its free memory, should that be less
 
+# Temporaries of the capacity and the gaps between their rows.
+_KEPT_ENTRIES = CAPACITY + CAPACITY // 8
+
 # Rows that are powers of two apart evict each other from the cache: their products take up to half
 # as long again.
 _GAP = 16
+
+
+_Slot: TypeAlias = "tuple[int, torch.dtype]"
+
+
+class _Kept(threading.local):
+    """
+    Buffers that outlive a step.
+
+    Memory that is new in each step costs more than what is computed in it: its pages are cleared.
+    """
+
+    def __init__(self) -> None:
+        self.buffers: dict[_Slot, Tensor] = {}
+
+
+_KEPT = _Kept()
 
 
 @define(eq=False)
@@ -33,12 +56,13 @@ class Memory:
     operations. This is all that depends on the device.
 
     :param entries: Entries that a temporary may have.
-    :param reused: Whether temporaries lie in memory that is kept for the next one.
+    :param reused: Whether temporaries lie in memory that is kept for the next one, also of later
+        steps: for each thread two of about :data:`CAPACITY` entries.
     """
 
     entries: int
     reused: bool
-    _buffers: dict[tuple[int, torch.dtype], Tensor] = field(factory=dict, init=False)
+    _large: dict[_Slot, Tensor] = field(factory=dict, init=False)
 
     @classmethod
     def of(
@@ -67,11 +91,14 @@ class Memory:
         if not self.reused:
             return like.new_empty(shape)
         size, key = math.prod(shape), (slot, like.dtype)
-        buffer = self._buffers.get(key)
+        buffers = _KEPT.buffers if size <= _KEPT_ENTRIES else self._large
+        buffer = buffers.get(key)
         if buffer is None or buffer.numel() < size:
-            # Grown in steps of two, never beyond what a layer needs: a small model stays small.
-            buffer = like.new_empty(max(size, min(CAPACITY, 2 * size)))
-            self._buffers[key] = buffer
+            # Grown in steps of two: a small model stays small.
+            length = max(size, min(CAPACITY, 2 * size))
+            with torch.inference_mode(False):
+                buffer = torch.empty(length, dtype=like.dtype, device=like.device)
+            buffers[key] = buffer
         return buffer[:size].view(shape)
 
     def rows(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
@@ -94,6 +121,19 @@ class Memory:
         :param least: Indices that a piece has at least.
         """
         return pieces(length, max(least, self.entries // max(1, size)))
+
+
+def blocks(shape: Sequence[int], largest: int) -> Iterator[tuple[slice, ...]]:
+    """Cut an array into blocks of at most so many entries, each as long a run of it as possible."""
+    if not shape:
+        yield ()
+        return
+    rest = math.prod(shape[1:])
+    whole = [slice(0, length) for length in shape[1:]]
+    for start, stop in pieces(shape[0], largest // max(1, rest)):
+        inner = [whole] if rest <= largest else blocks(shape[1:], largest)
+        for block in inner:
+            yield slice(start, stop), *block
 
 
 def pieces(length: int, largest: int) -> list[tuple[int, int]]:

@@ -2,11 +2,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from torch import Tensor
 
 from jdcore.graph._cost import GHOST_LIMIT, conv_ghost_beats_direct
-from jdcore.graph._memory import Memory
+from jdcore.graph._memory import Memory, blocks
 from jdcore.graph.shares._geometry import Geometry, patch_gram, patches
 from jdcore.graph.shares._ghost import add_contracted
 from jdcore.graph.shares._product import combined, product, weighted_sum, widened
@@ -37,17 +38,13 @@ class Patches(Share):
         self, weight: Tensor, geometry: Geometry, images: Tensor, grads: Tensor, samples: int
     ) -> None:
         self._weight, self._geometry, self.shape = weight, geometry, weight.shape
-        self._images, self._grads, self._samples = images, grads, samples
+        self._images, self._grads = images, grads
+        self._sizes = grads.shape[0], samples, grads.shape[1] // samples
         self._kept: Tensor | None = None
 
     def __repr__(self) -> str:
         K, B, r = self._sizes
         return f"Patches({K} x {B} rows of {list(self.shape)}, {r} images each)"
-
-    @property
-    def _sizes(self) -> tuple[int, int, int]:
-        B = self._samples
-        return self._grads.shape[0], B, self._grads.shape[1] // B
 
     # -- the Gramian -------------------------------------------------------------------------------
 
@@ -60,7 +57,8 @@ class Patches(Share):
         elif gramian.keep and self._worth_keeping():
             self._kept = self._all_rows(memory)
             gramian.add_rows(self._kept.flatten(2).flatten(0, 1))
-            self._images = self._images[:0]
+            # Slices of them would keep their memory.
+            self._images, self._grads = self._images.new_empty(0), self._grads.new_empty(0)
         else:
             for rows in self._pieces(memory):
                 gramian.add_rows(rows.flatten(2).flatten(0, 1))
@@ -76,12 +74,13 @@ class Patches(Share):
         return conv_ghost_beats_direct(K, B, r, C, o, kernel, pixels, T, limit)
 
     def _worth_keeping(self) -> bool:
-        size = self._grads.shape[0] * self._samples * self.shape.numel()
-        return size <= _KEEP * self._grads.numel()
+        K, B, _ = self._sizes
+        return K * B * self.shape.numel() <= _KEEP * self._grads.numel()
 
-    def _row_shape(self, channels: int) -> tuple[int, ...]:
-        o, _, *kernel = self.shape
-        return self._grads.shape[0], self._samples, o, *kernel, channels
+    def _rows_of(self, features: Sequence[int]) -> tuple[int, ...]:
+        """The shape of rows of some of the features of the patches."""
+        K, B, _ = self._sizes
+        return K, B, self.shape[0], *features
 
     def _add_ghost(self, gramian: Accumulator) -> None:
         K, B, r = self._sizes
@@ -91,8 +90,13 @@ class Patches(Share):
 
     # Rows have the input channels last, in which order patches are copied fastest.
 
+    @property
+    def _features(self) -> tuple[int, ...]:
+        _, channels, *kernel = self.shape
+        return *kernel, channels
+
     def _all_rows(self, memory: Memory) -> Tensor:
-        rows = widened(self._grads[:0]).new_empty(self._row_shape(self.shape[1]))
+        rows = widened(self._grads[:0]).new_empty(self._rows_of(self._features))
         if self._geometry.plain:
             self._multiply(self._all_patches(), rows, memory)
         else:
@@ -100,22 +104,24 @@ class Patches(Share):
         return rows
 
     def _pieces(self, memory: Memory) -> Iterator[Tensor]:
-        """Rows of some input channels after the other, in reused memory."""
-        channels, like = self.shape[1], widened(self._grads[:0])
+        """Rows of some features after the other, in reused memory."""
+        features, like = self._features, widened(self._grads[:0])
         if not self._geometry.plain:
-            rows = memory.rows(self._row_shape(channels), like)
+            rows = memory.rows(self._rows_of(features), like)
             self._differentiate(rows, memory)
             yield rows
             return
         all_patches = self._all_patches()
-        for start, stop in memory.pieces(channels, math.prod(self._row_shape(1))):
-            rows = memory.rows(self._row_shape(stop - start), like)
-            self._multiply(all_patches[..., start:stop], rows, memory)
+        for block in blocks(features, memory.entries // math.prod(self._rows_of(()))):
+            index: tuple[Any, ...] = (..., *block)
+            chosen = all_patches[index]
+            rows = memory.rows(self._rows_of(chosen.shape[4:]), like)
+            self._multiply(chosen, rows, memory)
             yield rows
 
     def _all_patches(self) -> Tensor:
         found = patches(self._images, self._geometry, self.shape[2:])
-        return found.view(self._samples, -1, *found.shape[1:])
+        return found.view(self._sizes[1], -1, *found.shape[1:])
 
     def _multiply(self, of_samples: Tensor, rows: Tensor, memory: Memory) -> None:
         """
@@ -190,4 +196,4 @@ class Patches(Share):
     def rows(self) -> Tensor:
         if self._kept is None:
             self._kept = self._all_rows(Memory.of(self._grads.device, None))
-        return self._kept.movedim(-1, 3).reshape(*self._grads.shape[:1], -1, *self.shape)
+        return self._kept.movedim(-1, 3).reshape(*self._sizes[:2], *self.shape)

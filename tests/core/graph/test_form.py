@@ -1,0 +1,64 @@
+"""What follows from the form of a graph is kept for graphs of this form, and for no others."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from jdcore.graph import Graph
+
+
+def _graph(model: nn.Module, samples: int = 3, *, frozen: bool = False) -> Graph:
+    losses = model(torch.ones(samples, 4)).square().sum(1)
+    parameters = list(model.parameters())
+    return Graph([losses], parameters[:-1] if frozen else parameters)
+
+
+def test_graphs_of_all_steps_have_one_form() -> None:
+    model = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2))
+    first, second = _graph(model), _graph(model)
+    assert first.form is second.form
+    assert first.nodes != second.nodes
+    assert _graph(nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2))).form is first.form
+
+
+def test_shapes_dtypes_operations_and_what_is_wanted_tell_forms_apart() -> None:
+    model = nn.Linear(4, 3)
+    form = _graph(model).form
+    assert _graph(model, 5).form is not form
+    assert _graph(model, frozen=True).form is not form
+    assert _graph(nn.Linear(4, 2)).form is not form
+    assert _graph(nn.Sequential(nn.Linear(4, 3), nn.Tanh())).form is not form
+    single = torch.ones(4, requires_grad=True)
+    double = single.detach().double().requires_grad_()
+    one, two = (Graph([(x * 2).sum()], [x]).form for x in (single, double))
+    assert one is not two
+    assert (one.precision, two.precision) == (torch.float32, torch.float64)
+
+
+def test_a_parameter_whose_data_was_replaced_has_its_new_shape() -> None:
+    parameter = nn.Parameter(torch.ones(2))
+    kept = parameter * 2  # whose node of the leaf is that of later graphs, too
+    parameter.data = torch.ones(5)
+    [leaf] = Graph([(parameter * 2).sum()], [parameter]).form.leaves
+    assert Graph([(parameter * 2).sum()], [parameter]).form.results[leaf][0].shape == (5,)
+    assert kept.shape == (2,)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_the_order_leads_from_operands_to_results(shared: bool) -> None:
+    first = nn.Linear(4, 4)
+    second = first if shared else nn.Linear(4, 4)
+
+    def losses(x: Tensor) -> Tensor:
+        return second(first(x).tanh()).sum(1)
+
+    graph = Graph([losses(torch.ones(3, 4))], list(first.parameters()))
+    order, form = graph.form.upwards, graph.form
+    assert sorted(order) == list(range(len(graph.nodes)))
+    place = {node: i for i, node in enumerate(order)}
+    for node, edges in enumerate(form.inputs):
+        assert all(place[child] < place[node] for child, _ in edges if child >= 0)
+    assert form.wanted == {i for i, leaf in graph.leaves.items() if leaf in {*first.parameters()}}
+    assert all(node in form.leading for node in form.wanted)
