@@ -92,7 +92,7 @@ def conv_ghost_beats_direct(
     :param limit: Entries that the matrix [N, N] may have.
     """
     M, N = B * r * pixels, B * r * T
-    if N * N > limit or M * M > 2 * limit:
+    if max(2 * N * N, M * M) > 2 * limit:
         return False
     height, width = kernel
     shifts = 3 * (width * M * N + height * N * N)
