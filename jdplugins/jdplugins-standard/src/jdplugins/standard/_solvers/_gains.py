@@ -29,6 +29,8 @@ Floats = NDArray[np.float64]
 
 _PROXIMAL = 1e-12
 _STEPS = 100
+# From this number of rows on, a factorisation takes longer than a product for every 8 of them.
+_MANY, _ROWS_PER_PRODUCT = 96, 8
 _NEARBY = 0.1  # Newton decrement from which convergence is certain and quadratic
 # How well combinations of stationary rows vanish; what rounding rows to float32 leaves is less.
 _STATIONARY = 1e-6
@@ -166,17 +168,15 @@ class _Game:
         self, shares: Floats, shift: float, give_up: float = math.inf
     ) -> tuple[Floats, float]:
         """Minimise with C + shift I; stop at the first decrement above ``give_up``."""
-        diagonal = np.arange(len(shares))
         previous = decrement = math.inf
+        products = len(shares) // _ROWS_PER_PRODUCT if len(shares) >= _MANY else 0
         for _ in range(_STEPS):
-            hessian = self.cosines * shares[:, None]
-            hessian *= shares
-            if shift:
-                hessian[diagonal, diagonal] += shift * shares * shares
             spent = self.spent(shares)
-            gradient = hessian.sum(axis=1) - spent
-            hessian[diagonal, diagonal] += self.exponent * spent
-            step = _solved(hessian, gradient)
+            gradient = shares * (product(self.cosines, shares) + shift * shares) - spent
+            system = self._system(shares, shift, spent)
+            step = system.approximate(gradient, 0.1 * min(previous, 1.0), products)
+            if step is None:  # as it will be for the next one, too
+                products, step = 0, system.solve(gradient)
             # Relative to how fast the Hessian may change: the decrement itself for Nash bargaining.
             change = (self.exponent + 1.0) / (2.0 * math.sqrt(self.exponent * float(spent.min())))
             decrement = change * math.sqrt(max(float(gradient @ step), 0.0))
@@ -185,11 +185,18 @@ class _Game:
             full = decrement <= 0.25
             size = 1.0 if full else self._step_size(gradient, step, spent, decrement)
             shares = shares * (1.0 - size * step)
-            # Converged, or down to rounding: Newton's decrement would have been squared otherwise.
             if decrement < 1e-7 or 0.5 * previous < decrement < 1e-4:
                 break
             previous = decrement
         return shares, decrement
+
+    def _system(self, shares: Floats, shift: float, spent: Floats) -> _System:
+        """The Hessian relative to the shares."""
+        added = shift * shares * shares + self.exponent * spent
+        # Rows differ by what is spent on them, which no solver must take for importance.
+        inverse_roots = 1.0 / np.sqrt(self.cosines.diagonal() * shares * shares + added)
+        factors = shares * inverse_roots
+        return _System(self.cosines, factors, added * inverse_roots**2, inverse_roots)
 
     def _step_size(self, gradient: Floats, step: Floats, spent: Floats, decrement: float) -> float:
         """
@@ -218,12 +225,39 @@ class _Game:
         return size
 
 
-def _solved(hessian: Floats, gradient: Floats) -> Floats:
-    # Rows differ by what is spent on them, which the elimination must not take for importance.
-    inverse_roots = 1.0 / np.sqrt(hessian.diagonal())
-    scaled = hessian * inverse_roots[:, None] * inverse_roots
-    step: Floats = solve_definite(scaled, gradient * inverse_roots) * inverse_roots
-    return step
+@frozen
+class _System:
+    """``R⁻¹ (F C F + A) R⁻¹`` for diagonal matrices R, F and A, with a diagonal of ones inside."""
+
+    cosines: Floats
+    factors: Floats
+    added: Floats
+    inverse_roots: Floats
+
+    def solve(self, right: Floats) -> Floats:
+        matrix = self.cosines * self.factors[:, None]
+        matrix *= self.factors
+        matrix.flat[:: len(right) + 1] += self.added
+        solution: Floats = solve_definite(matrix, right * self.inverse_roots) * self.inverse_roots
+        return solution
+
+    def approximate(self, right: Floats, accuracy: float, products: int) -> Floats | None:
+        """Conjugate gradients to a relative accuracy; None if that takes more products."""
+        residual = direction = right * self.inverse_roots
+        solution = np.zeros_like(right)
+        squared = float(residual @ residual)
+        enough = accuracy * accuracy * squared
+        for _ in range(products):
+            if squared <= enough:
+                return solution * self.inverse_roots
+            image = self.factors * product(self.cosines, self.factors * direction)
+            image += self.added * direction
+            size = squared / float(direction @ image)
+            solution += size * direction
+            residual = residual - size * image
+            before, squared = squared, float(residual @ residual)
+            direction = residual + (squared / before) * direction
+        return None
 
 
 def _stationary_rows(cosines: Floats, shares: Floats) -> NDArray[np.bool_]:
