@@ -207,9 +207,18 @@ class PassiveSets:
     """Makes the factors of ``C + delta I`` on any sets of indices."""
 
     def __init__(self, C: Tensor, delta: float) -> None:
-        self._padded = torch.nn.functional.pad(C, (0, 1, 0, 1))
-        self._padded.diagonal()[:-1].add_(delta)
-        self._whole = _Whole(self._padded[:-1, :-1])
+        self._C, self._delta = C, delta
+
+    @cached_property
+    def _padded(self) -> Tensor:
+        """The matrix with one more row and column of zeros."""
+        padded = torch.nn.functional.pad(self._C, (0, 1, 0, 1))
+        padded.diagonal()[:-1].add_(self._delta)
+        return padded
+
+    @cached_property
+    def _whole(self) -> _Whole:
+        return _Whole(self._padded[:-1, :-1])
 
     def factors(self, passive: Tensor, sizes: Integers) -> Factors:
         """
@@ -221,7 +230,7 @@ class PassiveSets:
         m = passive.shape[1]
         with one_thread(passive.is_cpu):
             if len(sizes) == 1 and sizes[0] < m:
-                return _Single(self._padded[:-1, :-1], passive, int(sizes[0]))
+                return _Single(self._C, self._delta, passive, int(sizes[0]))
             full = sizes == m
             # Where most indices are in, their complement is factorised instead.
             many = ~full & (sizes * 2 > m) & self._whole.invertible
@@ -291,9 +300,11 @@ def _indices(sets: Tensor, width: int) -> Tensor:
 class _Single(Factors):
     """The factor of one set."""
 
-    def __init__(self, M: Tensor, passive: Tensor, size: int) -> None:
+    def __init__(self, C: Tensor, delta: float, passive: Tensor, size: int) -> None:
         self._indices = _indices(passive, size)[0]
-        self._factor = torch.linalg.cholesky_ex(M[self._indices[:, None], self._indices])[0]
+        block = C[self._indices[:, None], self._indices]
+        block.diagonal().add_(delta)
+        self._factor = torch.linalg.cholesky_ex(block)[0]
 
     def solve_roughly(self, b: Tensor) -> Tensor:
         z = torch.zeros_like(b)

@@ -6,6 +6,7 @@ import numpy as np
 from attrs import define, frozen
 
 from jdcore.linalg import EPS, equilibrate, lcp_residual, product, solve_definite
+from jdplugins.standard._solvers._guess import descend
 from jdplugins.standard._solvers._lcp import Floats, Mask, solve_one, warn_if_unsolved
 from jdplugins.standard._solvers._min_norm import shortest
 
@@ -14,6 +15,7 @@ _MAX_LEVELS = 60
 # Rescaling v to remove the latter would disturb the levels by as much, so they are left.
 _EXACT_NORM, _ROUGH_NORM = 1e-14, 1e-8
 _STATIONARY = 256.0 * EPS
+_EXACT = 1e-14  # residual of a solution
 
 
 @frozen
@@ -76,60 +78,76 @@ class _Levels:
 
     def solve(self) -> Floats:
         """The v of ``d = g0 + Jᵀ v`` [m]."""
-        v, excess = self._at(0.0, None)
+        v, excess = self._at(0.0, np.zeros_like(self.b))
         if abs(excess) <= _ROUGH_NORM:
             return v
         if excess > 0.0:
             lowest = min(float((self.b / self.a).min()), 0.0)  # v is zero there
-            return self._search(Bracket(lowest, 0.0, -1.0, excess), v > 0.0)
+            return self._search(Bracket(lowest, 0.0, -1.0, excess), v, v > 0.0)
         if self._stationary():
             return v
         uppermost = (self.b + self.radius) / self.a
         passive = v > 0.0
         if not passive.any():
             passive[int(uppermost.argmin())] = True
-        return self._search(Bracket(0.0, float(uppermost.min()), excess, math.inf), passive)
+        return self._search(Bracket(0.0, float(uppermost.min()), excess, math.inf), v, passive)
 
-    def _at(self, level: float, passive: Mask | None) -> tuple[Floats, float]:
+    def _at(self, level: float, start: Floats) -> tuple[Floats, float]:
         """The v of a level, and by how much the norm of its ``Jᵀ v`` exceeds the radius."""
-        v, _ = solve_one(self.C, self.b - level * self.a, passive)
+        q = self.b - level * self.a
+        v, _ = solve_one(self.C, q, descend(self.C, q, start) > 0.0)
         norm = math.sqrt(max(float(v @ product(self.C, v)), 0.0))
         return v, norm / self.radius - 1.0
 
     def _stationary(self) -> bool:
         """Whether zero is in the convex hull of the rows, to working precision."""
+        z = descend(self.C, -self.a, np.zeros_like(self.a)).clip(min=0.0)
+        image = product(self.C, z)
+        # The inner products of Jᵀ z with all points of the hull are at least that with a row.
+        least = float((image / self.a).min())
+        if least > 0.0 and least * least > _STATIONARY * len(z) * float(z @ image):
+            return False
         z = shortest(self.C, self.a)
         squared = float(z @ product(self.C, z)) / float(self.a @ z) ** 2
         return squared <= _STATIONARY * len(z)
 
-    def _search(self, bracket: Bracket, passive: Mask) -> Floats:
+    def _search(self, bracket: Bracket, v: Floats, passive: Mask) -> Floats:
         """Find the level where the norm is the radius."""
-        level = bracket.clip(self._level_of(passive))
+        level = bracket.clip(self._on(passive)[0])
         best, best_excess, best_level = np.zeros_like(self.b), math.inf, level
         for _ in range(_MAX_LEVELS):
             before = passive
-            v, excess = self._at(level, before)
+            v, excess = self._at(level, v)
             passive = v > 0.0
-            same = bool((passive == before).all())
             stuck = abs(excess) <= _ROUGH_NORM and abs(excess) > 0.1 * abs(best_excess)
             if abs(excess) < abs(best_excess):
                 best, best_excess, best_level = v, excess, level
             if abs(excess) <= _EXACT_NORM or stuck or not bracket.tighten(level, excess):
                 break
-            # A closed formula that was wrong for its own passive set suffers from rounding.
-            level = bracket.interpolate() if same else bracket.clip(self._level_of(passive))
+            if (passive == before).all():
+                # A closed formula that was wrong for its own passive set suffers from rounding.
+                level = bracket.interpolate()
+                continue
+            level, on = self._on(passive)
+            if self._residual(level, on) <= _EXACT:  # the set of the solution, then
+                best, best_excess, best_level = on, 0.0, level
+                break
+            level = bracket.clip(level)
         # An answer that is too long or too short is brought to the radius, and its residual tells.
         if abs(best_excess) > _ROUGH_NORM and best_excess > -1.0:
             best = best / (1.0 + best_excess)
-        residual = lcp_residual(self.C, self.b - best_level * self.a, best)
-        warn_if_unsolved("conflict_averse", float(residual))
+        warn_if_unsolved("conflict_averse", self._residual(best_level, best))
         return best
 
-    def _level_of(self, passive: Mask) -> float:
-        """The level at which the norm is the radius, if the passive set is that; else NaN."""
+    def _residual(self, level: float, v: Floats) -> float:
+        return float(lcp_residual(self.C, self.b - level * self.a, v))
+
+    def _on(self, passive: Mask) -> tuple[float, Floats]:
+        """The level at which the norm is the radius if the passive set is that, and v; or NaN."""
+        v = np.full_like(self.b, math.nan)
         indices = passive.nonzero()[0]
         if indices.size == 0:
-            return math.nan
+            return math.nan, v
         a, b = self.a[indices], self.b[indices]
         block = self.C[indices[:, None], indices]
         # Dependent rows can be solved for then; the level is a guess, which the next LCP corrects.
@@ -137,7 +155,12 @@ class _Levels:
         solved = solve_definite(block, np.stack([a, b], axis=1))
         aa, ab, bb = float(a @ solved[:, 0]), float(a @ solved[:, 1]), float(b @ solved[:, 1])
         discriminant = ab * ab - aa * (bb - self.radius * self.radius)
-        return (ab + math.sqrt(discriminant)) / aa if discriminant >= 0.0 else math.nan
+        if discriminant < 0.0:
+            return math.nan, v
+        level = (ab + math.sqrt(discriminant)) / aa
+        v.fill(0.0)
+        v[indices] = level * solved[:, 0] - solved[:, 1]
+        return level, v
 
 
 @define

@@ -7,6 +7,7 @@ from attrs import frozen
 
 from jdcore.aggregation import report_residual
 from jdcore.linalg import equilibrate, lcp_residual, product
+from jdplugins.standard._solvers._guess import descend
 from jdplugins.standard._solvers._lcp import Floats, solve_one, warn_if_unsolved
 from jdplugins.standard._solvers._tiny import equilibrate_tiny, solve_tiny
 
@@ -52,7 +53,12 @@ class NativeMinNormSolver:
 
 def shortest(cosines: Floats, ratios: Floats) -> Floats:
     """The z of the class docstring, for rows that are not zero."""
-    z, residual = solve_one(cosines + np.multiply.outer(ratios, ratios), -ratios)
+    # The solution for C alone is a multiple of that for C + a aᵀ, whose one large eigenvalue would
+    # make descent slow. If rows cancel there is none, but the start may be wrong.
+    passive = descend(cosines, -ratios, np.zeros_like(ratios)) > 0.0
+    matrix = np.multiply.outer(ratios, ratios)
+    matrix += cosines
+    z, residual = solve_one(matrix, -ratios, passive)
     warn_if_unsolved("min_norm", residual)
     return z
 
