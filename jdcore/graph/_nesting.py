@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from torch import Tensor
+from torch.autograd.graph import GradientEdge
 
 from jdcore.graph._hooks import own_hooks
 from jdcore.graph._saved import current_pass
@@ -22,13 +23,15 @@ class OuterPass:
         self._number: int | None = None
 
     @contextmanager
-    def starting_at(self, outputs: Sequence[Tensor]) -> Iterator[None]:
+    def starting_at(self, outputs: Sequence[Tensor | GradientEdge]) -> Iterator[None]:
         """
-        Notice passes that start at some outputs, for the time of a ``with`` block.
+        Notice passes that start at some outputs or places, for the time of a ``with`` block.
 
         Of all nodes, one of theirs is executed first, so what it notes is the number of our pass.
         """
-        nodes = dict.fromkeys(edge_of(output)[0] for output in outputs)
+        nodes = dict.fromkeys(
+            edge_of(output)[0] if isinstance(output, Tensor) else output.node for output in outputs
+        )
         with own_hooks():
             handles = [node.register_prehook(self._note) for node in nodes]
         try:

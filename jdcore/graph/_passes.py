@@ -158,9 +158,13 @@ def dense_grad(grad: Tensor) -> Tensor:
 
 def stacked(rows: Sequence[Tensor | None]) -> Tensor | None:
     """Gradients of all losses at one place, zero where there is none; None if there is none."""
-    present = next((row for row in rows if row is not None), None)
-    if present is None:
+    present = [(k, row) for k, row in enumerate(rows) if row is not None]
+    if not present:
         return None
-    if len(rows) == 1:
-        return present[None]
-    return torch.stack([torch.zeros_like(present) if r is None else r for r in rows])
+    if len(present) == len(rows):
+        return torch.stack([row for _, row in present]) if len(rows) > 1 else present[0][1][None]
+    # Of a head, which one of many losses passes through, there is one row.
+    whole = present[0][1].new_zeros(len(rows), *present[0][1].shape)
+    for k, row in present:
+        whole[k].copy_(row)
+    return whole

@@ -8,21 +8,25 @@ for each loss, which ends where the trunk begins and meets no head of another lo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
-from functools import cached_property, lru_cache
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cached_property, lru_cache, partial
 from typing import TypeAlias
 
 import torch
 from attrs import frozen
 from torch import Tensor
+from torch.autograd.graph import GradientEdge
 
 from jdcore.graph._batchable import is_batchable
 from jdcore.graph._cost import batch_beats_single_passes
 from jdcore.graph._form import Form, Place
 from jdcore.graph._graph import Graph
+from jdcore.graph._hooks import own_hooks
 from jdcore.graph._memory import Memory, pieces
+from jdcore.graph._nesting import OuterPass
 from jdcore.graph._objectives import Objectives
-from jdcore.graph._passes import batched_gradients, dense_grad, differentiate, stacked
+from jdcore.graph._passes import Grads, batched_gradients, dense_grad, differentiate, stacked
 
 _Kind: TypeAlias = "frozenset[tuple[str, tuple[torch.dtype, ...]]]"
 
@@ -53,12 +57,13 @@ class Starts:
     def seeds(self, place: Place, losses: Sequence[int]) -> Tensor:
         """What some losses start with at a place: one at their entry, else zero."""
         result = self.graph.form.result(place)
-        seeds = torch.zeros(
-            len(losses), result.shape.numel(), dtype=result.dtype, device=self.device
-        )
+        length = result.shape.numel()
+        if len(losses) == length == 1:
+            return torch.ones(1, *result.shape, dtype=result.dtype, device=self.device)
+        seeds = torch.zeros(len(losses), length, dtype=result.dtype, device=self.device)
         here = [(i, self.entries[k]) for i, k in enumerate(losses) if self.places[k] == place]
         if len(losses) == 1:
-            seeds[0, here[0][1]] = 1
+            seeds[0].narrow(0, here[0][1], 1).fill_(1)  # an assignment would wait for a device
         elif here == [(i, i) for i in range(seeds.shape[1])]:
             seeds.fill_diagonal_(1)
         elif here:
@@ -139,6 +144,20 @@ class Ways:
             # All of them but the last, after which nobody needs what the operation saved.
             again |= found & ~(1 << found.bit_length() - 1)
         return {k for k in range(len(self.starts)) if again >> k & 1}
+
+    @cached_property
+    def owners(self) -> Mapping[int, int] | None:
+        """
+        The loss of each operation and parameter of the heads.
+
+        None if several losses pass through one of them.
+        """
+        inputs, outside = self.form.inputs, self.losses.keys() - self.common
+        heads = [node for node in outside if node not in self.form.leaves]
+        heads += {child for node in heads for child, _ in inputs[node] if child in outside}
+        if any(self.losses[node] & (self.losses[node] - 1) for node in heads):
+            return None
+        return {node: self.losses[node].bit_length() - 1 for node in heads}
 
     @cached_property
     def entrances(self) -> list[Place]:
@@ -296,21 +315,46 @@ class Passes:
         behind = {place for node in common for place in graph.form.inputs[node]}
         of_trunk = [p for p in places if p[0] in common or p in behind]
         of_heads = [p for p in places if p[0] not in common and p not in behind]
-        entrances = self._ways.entrances
-        rows = [
-            [None] * (len(of_heads) + len(entrances))
-            if start is None or start[0] in common
-            else self._single(k, [*of_heads, *entrances], retain_graph)
-            for k, start in enumerate(self.starts)
-        ]
-        found = dict(zip([*of_heads, *entrances], zip(*rows, strict=True), strict=True))
+        through = self._head_after_head if self._ways.owners is None else self._all_heads
+        found = through(of_heads, retain_graph)
         arriving = {
             place: self._arriving(place, [found[place][k] for k in self._present])
-            for place in entrances
+            for place in self._ways.entrances
         }
         grads = {place: stacked(found[place]) for place in of_heads}
         grads |= self._through_trunk(arriving, of_trunk, retain_graph)
         return [grads[place] for place in places]
+
+    def _head_after_head(
+        self, of_heads: Sequence[Place], retain_graph: bool
+    ) -> Mapping[Place, Sequence[Tensor | None]]:
+        """The gradient of each loss at places of heads and where it enters the trunk."""
+        places = [*of_heads, *self._ways.entrances]
+        rows = [
+            [None] * len(places)
+            if start is None or start[0] in self._ways.common
+            else self._single(k, places, retain_graph)
+            for k, start in enumerate(self.starts)
+        ]
+        return dict(zip(places, zip(*rows, strict=True), strict=True))
+
+    def _all_heads(
+        self, of_heads: Sequence[Place], retain_graph: bool
+    ) -> Mapping[Place, Sequence[Tensor | None]]:
+        """The same by one pass, for heads that have nothing in common."""
+        owners, entering = self._ways.owners or {}, _Entering(self.graph, self._ways)
+        found: dict[Place, list[Tensor | None]] = {p: [None] * len(self.starts) for p in of_heads}
+        starts = [(k, start) for k, start in enumerate(self.starts) if start and start[0] in owners]
+        if starts:
+            outputs = [self.graph.edge(start) for _, start in starts]
+            seeds = [self.seeds(start, [k])[0] for k, start in starts]
+            edges = [self.graph.edge(place) for place in [*of_heads, *self._ways.entrances]]
+            with entering.heard(outputs):
+                grads = differentiate(outputs, edges, seeds, retain_graph)
+            for place, grad in zip(of_heads, grads, strict=False):
+                if grad is not None:
+                    found[place][owners[place[0]]] = dense_grad(grad.detach())
+        return found | entering.found
 
     def _arriving(self, place: Place, rows: Sequence[Tensor | None]) -> Tensor:
         """The gradients of all losses at an entrance."""
@@ -353,3 +397,42 @@ class Passes:
         whole = grads.new_zeros(len(self.starts), *grads.shape[1:])
         whole[self._present] = grads
         return whole
+
+
+class _Entering:
+    """
+    What each loss sends into the trunk, in a pass through all heads at once.
+
+    Where they enter, autograd adds them up. So each is heard on its way out of its head.
+    """
+
+    def __init__(self, graph: Graph, ways: Ways) -> None:
+        self._graph, self._owners, self._pass = graph, ways.owners or {}, OuterPass()
+        self.found: dict[Place, list[Tensor | None]] = {
+            place: [None] * len(ways.starts) for place in ways.entrances
+        }
+        """By entrance, the gradient of each loss."""
+
+    @contextmanager
+    def heard(self, outputs: Sequence[GradientEdge]) -> Iterator[None]:
+        """Listen for the time of a ``with`` block, to passes that start at some places."""
+        inputs, nodes = self._graph.form.inputs, self._graph.nodes
+        last = [node for node in self._owners if not self.found.keys().isdisjoint(inputs[node])]
+        with self._pass.starting_at(outputs):
+            with own_hooks():
+                handles = [nodes[node].register_hook(partial(self._hear, node)) for node in last]
+            try:
+                yield
+            finally:
+                for handle in handles:
+                    handle.remove()
+
+    def _hear(self, node: int, grads: Grads, _: Grads) -> None:
+        if not self._pass.is_running():
+            return
+        for place, grad in zip(self._graph.form.inputs[node], grads, strict=True):
+            rows = self.found.get(place)
+            if rows is not None and grad is not None:
+                k, grad = self._owners[node], dense_grad(grad.detach())
+                former = rows[k]
+                rows[k] = grad if former is None else former + grad

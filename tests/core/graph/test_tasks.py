@@ -178,12 +178,44 @@ def _retained() -> tuple[list[Tensor], list[Tensor]]:
     return _heads(net, net.second(hidden)), [product, hidden, net.second.weight]
 
 
+class _Root(torch.autograd.Function):
+    """A square root that is found by iteration, whose backward differentiates a step of it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.sqrt()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        [x] = ctx.saved_tensors
+        with torch.enable_grad():
+            at = x.detach().requires_grad_()
+            [found] = torch.autograd.grad(at.sqrt(), at, grad)
+        return found
+
+
+def _heads_of_all_kinds() -> tuple[list[Tensor], list[Tensor]]:
+    """One enters the trunk by several ways, one differentiates inside its own backward, and one has
+    a sparse gradient."""
+    net = _Net()
+    hidden = net.trunk(randn(7, 4)) + 1.0
+    table = nn.Embedding(9, 6, sparse=True)
+    losses = [
+        (net.heads[0](hidden) + net.heads[1](hidden * hidden) * hidden.sum()).square().mean(),
+        net.heads[2](_Root.apply(hidden)).sum(),  # type: ignore[no-untyped-call]
+        (table(torch.tensor([3, 1, 3])) @ net.heads[3].weight.T).mean() * hidden.mean(),
+        net.heads[4](hidden.square()).square().mean(),
+    ]
+    return losses, [*net.parameters(), *table.parameters()]
+
+
 MODELS = {
     function.__name__.removeprefix("_"): function
     for function in (
         *(_separate, _in_a_row, _in_rows_of_rows, _one_vector, _norms, _samples_mix),
         *(_some_reach_little, _deep_and_shallow, _tied, _recurrent, _parts_of_one_result),
-        *(_infinite_elsewhere, _retained),
+        *(_infinite_elsewhere, _retained, _heads_of_all_kinds),
     )
 }
 
@@ -206,6 +238,25 @@ def test_what_all_losses_pass_through_is_passed_once(
 ) -> None:
     _check(MODELS[name])
     assert passes == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("separate", 1), ("heads_of_all_kinds", 1), ("tied", 0), ("some_reach_little", 0)],
+)
+def test_heads_that_have_nothing_in_common_are_passed_together(
+    name: str, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+    original = _tasks.differentiate
+
+    def noting(outputs: Sequence[Any], *rest: Any) -> Any:
+        seen.append(len(outputs))
+        return original(outputs, *rest)
+
+    monkeypatch.setattr(_tasks, "differentiate", noting)
+    _check(MODELS[name])
+    assert sum(count > 1 for count in seen) == expected
 
 
 def test_a_budget_bounds_the_losses_of_a_pass(passes: list[int]) -> None:
