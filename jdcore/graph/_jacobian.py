@@ -32,7 +32,7 @@ from jdcore.linalg import factors
 # Rows that are shorter are collected and multiplied together: few large products, no small ones.
 _SMALL = 1 << 16
 
-# Entries of rows that are kept or held at once where there are no samples: 512 MB in float32.
+# Entries of rows that may be kept where there are no samples, at least: 512 MB in float32.
 _ROWS = 1 << 27
 
 # Losses up to which the Gramian is multiplied in float64 where their rows nearly cancel: there its
@@ -324,7 +324,7 @@ class Jacobian:
         """Such that the rows of a group are not larger than allowed, or than those of one place."""
         sizes = [self.graph.form.result(place).shape.numel() for place in places]
         # A place whose rows alone exceed the limit makes a group of its own.
-        largest = max([_ROWS // max(1, self.objectives.rows), *sizes])
+        largest = max([self._most_rows // max(1, self.objectives.rows), *sizes])
         groups: list[list[Place]] = [[]]
         filled = 0
         for place, size in zip(places, sizes, strict=True):
@@ -341,7 +341,12 @@ class Jacobian:
         if not self._without_samples:
             return False
         size = sum(self.graph.form.result(place).shape.numel() for place in self._of_tasks.ordinary)
-        return self.objectives.rows * size > _ROWS
+        return self.objectives.rows * size > self._most_rows
+
+    @property
+    def _most_rows(self) -> int:
+        """Entries of rows that are kept or held at once where there are no samples."""
+        return max(_ROWS, self._memory.gradients)
 
     # -- shares ------------------------------------------------------------------------------------
 

@@ -19,7 +19,7 @@ _ENTRY = 4  # bytes
 # Of an accelerator: enough that its kernels take longer than their launches. More would not make
 # them faster, and would lie on top of the activations of a model.
 _ELSEWHERE = 256 << 20  # bytes
-_FRACTION = 8  # of its free memory, should that be less
+_FRACTION = 8  # of its free memory: should that be less, and for rows
 
 # Temporaries of the capacity and the gaps between their rows.
 _KEPT_ENTRIES = CAPACITY + CAPACITY // 8
@@ -56,11 +56,13 @@ class Memory:
     operations. This is all that depends on the device.
 
     :param entries: Entries that a temporary may have.
+    :param gradients: Entries that the gradients of several losses at one place may have.
     :param reused: Whether temporaries lie in memory that is kept for the next one, also of later
         steps: for each thread two of about :data:`CAPACITY` entries.
     """
 
     entries: int
+    gradients: int
     reused: bool
     _large: dict[_Slot, Tensor] = field(factory=dict, init=False)
 
@@ -75,10 +77,13 @@ class Memory:
         :param dtype: That of the losses. Temporaries have float32 at least.
         """
         if budget is not None:
-            return cls(max(1, budget // max(_ENTRY, dtype.itemsize)), False)
+            entries = max(1, budget // max(_ENTRY, dtype.itemsize))
+            return cls(entries, entries, reused=False)
         if device.type == "cpu":
-            return cls(CAPACITY, True)
-        return cls(_share_of_free_memory(device), False)
+            # Weights that are read once count for more than gradients that leave the cache.
+            return cls(CAPACITY, 4 * CAPACITY, reused=True)
+        share = _share_of_free_memory(device)
+        return cls(min(_ELSEWHERE, share) // _ENTRY, share // _ENTRY, reused=False)
 
     def take(self, shape: tuple[int, ...], like: Tensor, slot: int = 0) -> Tensor:
         """
@@ -145,9 +150,10 @@ def pieces(length: int, largest: int) -> list[tuple[int, int]]:
 
 @cache
 def _share_of_free_memory(device: torch.device) -> int:
+    """In bytes."""
     if device.type == "cuda":
         # Asked once per device: the driver counts what torch's allocator keeps for reuse as taken,
         # so that later answers would shrink as a training goes on.
         free, _ = torch.cuda.mem_get_info(device)
-        return min(_ELSEWHERE, free // _FRACTION) // _ENTRY
-    return _ELSEWHERE // _ENTRY
+        return free // _FRACTION
+    return 1 << 30

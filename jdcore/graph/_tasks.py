@@ -306,9 +306,7 @@ class Passes:
             if not batch_beats_single_passes(count, len(inner), sum(sizes), weights):
                 return 1
         largest = max(sizes, default=1)
-        # On a CPU, weights that are read once count for more than gradients that leave the cache.
-        room = self.memory.entries * (4 if self.memory.reused else 1)
-        return max(1, min(count, room // max(1, largest)))
+        return max(1, min(count, self.memory.gradients // max(1, largest)))
 
     def _batched(self, places: Sequence[Place], retain_graph: bool) -> list[Tensor | None]:
         common, graph = self._ways.common, self.graph
