@@ -23,6 +23,7 @@ __all__ = [
     "Validator",
     "boolean",
     "check_blocks",
+    "check_flag",
     "check_gramian",
     "check_matrix",
     "describe_tensor",
@@ -57,16 +58,22 @@ def integer(minimum: int) -> Validator:
     return validate
 
 
-def real(minimum: float, maximum: float = float("inf")) -> Validator:
-    """A finite real number in [minimum, maximum]."""
+def real(
+    minimum: float, maximum: float = float("inf"), *, below: float = float("inf")
+) -> Validator:
+    """A finite real number in [minimum, maximum], and less than ``below``."""
+    if below != float("inf"):
+        expected = f"in [{minimum}, {below})"
+    else:
+        bounded = maximum != float("inf")
+        expected = f"in [{minimum}, {maximum}]" if bounded else f">= {minimum} and finite"
 
     def validate(_: Any, attribute: Attribute[Any], value: Any) -> None:
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise ParameterTypeError(attribute.name, "a real number", repr(value))
-        bounded = maximum != float("inf")
         # Integers of Python may lie beyond all floats, and cannot even be made one then.
-        if not minimum <= value <= maximum or abs(value) > sys.float_info.max:
-            expected = f"in [{minimum}, {maximum}]" if bounded else f">= {minimum} and finite"
+        inside = minimum <= value <= maximum and value < below
+        if not inside or abs(value) > sys.float_info.max:
             raise ParameterError(attribute.name, expected, _shown(value))
 
     return validate
@@ -76,6 +83,18 @@ def _shown(number: float) -> object:
     if isinstance(number, int) and number.bit_length() > 100:
         return f"an integer of {number.bit_length()} bits"
     return number
+
+
+def check_flag(value: bool, parameter: str) -> bool:
+    """
+    Check a switch.
+
+    :returns: The switch.
+    :raises ParameterTypeError: If it is not a bool.
+    """
+    if not isinstance(value, bool):
+        raise ParameterTypeError(parameter, "a bool", repr(value))
+    return value
 
 
 def one_of(*options: str) -> Validator:

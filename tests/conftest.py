@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -18,3 +19,12 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "steady"))
 def _same_numbers_in_any_order() -> None:
     """What a test draws without a seed depends neither on other tests nor on their order."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def one_thread() -> Iterator[None]:
+    """For tests of tiny tensors: with more threads than idle cores, most of the time is waiting."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

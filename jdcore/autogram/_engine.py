@@ -18,7 +18,7 @@ from jdcore.distributed._sharding import Gathered
 from jdcore.errors import ParameterError, ParameterTypeError
 from jdcore.graph import Objectives, Plans
 from jdcore.linalg import unflatten_gramian
-from jdcore.validators import describe_tensor
+from jdcore.validators import check_flag, describe_tensor
 
 
 class Engine:
@@ -189,6 +189,8 @@ class Engine:
             anything.
         """
         chosen = as_weighting(weighting)
+        check_flag(retain_graph, "retain_graph")
+        check_flag(second_pass, "second_pass")
         trainable = self._trainable()
         holders = find_holders(trainable, group)
         if holders is not None:

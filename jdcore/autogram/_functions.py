@@ -12,7 +12,6 @@ from jdcore.autogram._engine import result_dtype, shaped
 from jdcore.autogram._losses import (
     checked_batch_dim,
     checked_budget,
-    checked_flag,
     objectives_of,
     wanted_leaves,
 )
@@ -22,6 +21,7 @@ from jdcore.distributed._holders import find_holders
 from jdcore.distributed._sharding import Gathered
 from jdcore.distributed._teams import find_team
 from jdcore.graph import Plans
+from jdcore.validators import check_flag
 
 _PLANS = Plans()
 
@@ -84,8 +84,8 @@ def backward(
     weights = step.backward(
         chosen,
         losses.shape if isinstance(losses, Tensor) and shaped_losses else None,
-        retain_graph=checked_flag(retain_graph, "retain_graph"),
-        second_pass=checked_flag(second_pass, "second_pass"),
+        retain_graph=check_flag(retain_graph, "retain_graph"),
+        second_pass=check_flag(second_pass, "second_pass"),
     )
     return weights.to(result_dtype(step.objectives.outputs[0]))
 
@@ -151,7 +151,7 @@ def gramian_backward(
     """
     chosen = as_weighting(weighting)
     step = _step(tensors, inputs, None, None, "tensors")
-    flag = checked_flag(retain_graph, "retain_graph")
+    flag = check_flag(retain_graph, "retain_graph")
     team = find_team(Gathered().shards(step.wanted), group)
     if team is not None:
         from jdcore.autojac._together import gramian_step  # autojac has this function, too

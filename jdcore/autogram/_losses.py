@@ -106,17 +106,6 @@ def checked_budget(budget: int | None) -> int | None:
     return budget
 
 
-def checked_flag(value: bool, parameter: str) -> bool:
-    """
-    Check a switch.
-
-    :raises ParameterTypeError: If it is no bool.
-    """
-    if not isinstance(value, bool):
-        raise ParameterTypeError(parameter, "a bool", repr(value))
-    return value
-
-
 def wanted_leaves(objectives: Objectives, inputs: Tensor | Iterable[Tensor] | None) -> list[Tensor]:
     """
     The tensors of a function call: those given, or all leaves behind the losses.

@@ -66,10 +66,8 @@ def backward(
     """
     outputs = checks.tensor_list(tensors, "tensors")
     with telling_holders(outputs, inputs):
-        checks.check_outputs(outputs, "tensors")
+        checks.check_call(outputs, "tensors", retain_graph, parallel_chunk_size)
         initial = initial_jacobians(jac_tensors, outputs, "jac_tensors")
-        checks.check_flag(retain_graph, "retain_graph")
-        checks.check_chunk_size(parallel_chunk_size)
         found = reach(outputs)
         given = None if inputs is None else checks.tensor_list(inputs, "inputs")
         targets = reached(found, given)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from jdcore.errors import ParameterError, ParameterTypeError
-from jdcore.validators import describe_tensor
+from jdcore.validators import check_flag, describe_tensor
 
 
 def tensor_list(value: Tensor | Iterable[Tensor], parameter: str) -> list[Tensor]:
@@ -53,6 +53,22 @@ def check_outputs(tensors: Sequence[Tensor], parameter: str) -> None:
             describe_all(tensors) + " without grad_fn",
             "Were they computed under torch.no_grad(), detached, or from frozen parameters only?",
         )
+
+
+def check_call(
+    outputs: Sequence[Tensor], parameter: str, retain_graph: bool, chunk_size: int | None
+) -> None:
+    """
+    Check what all calls that differentiate have in common.
+
+    :param outputs: What is to be differentiated, see :func:`check_outputs`.
+    :param parameter: What it is called.
+    :param chunk_size: ``parallel_chunk_size``, see :func:`check_chunk_size`.
+    :raises ParameterError: If one of these does not fit.
+    """
+    check_outputs(outputs, parameter)
+    check_flag(retain_graph, "retain_graph")
+    check_chunk_size(chunk_size)
 
 
 def check_real(tensors: Sequence[Tensor], parameter: str) -> None:
@@ -165,16 +181,6 @@ def check_chunk_size(value: int | None) -> None:
         raise ParameterError(
             "parallel_chunk_size", ">= 1 or None", value, "None lets the library choose."
         )
-
-
-def check_flag(value: bool, parameter: str) -> None:
-    """
-    Check a switch.
-
-    :raises ParameterTypeError: If it is not a bool.
-    """
-    if not isinstance(value, bool):
-        raise ParameterTypeError(parameter, "a bool", repr(value))
 
 
 def describe_all(tensors: Sequence[Tensor]) -> str:

@@ -19,16 +19,15 @@ from torch import Tensor, nn
 
 from jdcore._fields import grad_versions, set_aside
 from jdcore.errors import ParameterError
-from jdcore.graph import OuterPass, Reach, edge_of
+from jdcore.graph import REENTRANT, OuterPass, Reach, edge_of
 
-_CHECKPOINT = "CheckpointFunctionBackward"
 # How deep attributes, containers and closures are searched for modules.
 _DEPTH = 5
 
 
 def is_reentrant(graph: Reach) -> bool:
     """Whether a graph passes through a reentrant checkpoint."""
-    return any(node.name() == _CHECKPOINT for node in graph.functions)
+    return any(node.name() == REENTRANT for node in graph.functions)
 
 
 def refuse_default(parameter: str) -> ParameterError:

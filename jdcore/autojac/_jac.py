@@ -58,10 +58,8 @@ def jac(
     """
     differentiated = checks.tensor_list(outputs, "outputs")
     with telling_holders(differentiated, inputs):
-        checks.check_outputs(differentiated, "outputs")
+        checks.check_call(differentiated, "outputs", retain_graph, parallel_chunk_size)
         initial = initial_jacobians(jac_outputs, differentiated, "jac_outputs")
-        checks.check_flag(retain_graph, "retain_graph")
-        checks.check_chunk_size(parallel_chunk_size)
         found = reach(differentiated)
         targets = _targets(found, inputs)
         step = jac_of(

@@ -18,7 +18,7 @@ from jdcore.distributed._step import LocalRows, Update, no_jacobians
 from jdcore.distributed._teams import find_team
 from jdcore.errors import ParameterError, ParameterTypeError
 from jdcore.protocols import Aggregator, BlockwiseAggregator
-from jdcore.validators import describe_tensor
+from jdcore.validators import check_flag, describe_tensor
 
 
 @torch.no_grad()
@@ -104,7 +104,7 @@ def _local(
     """What this process has, checked."""
     if not callable(aggregator):
         raise ParameterTypeError("aggregator", "an Aggregator or a function", repr(aggregator))
-    checks.check_flag(retain_jac, "retain_jac")
+    check_flag(retain_jac, "retain_jac")
     jacobians = _jacobians(given)
     check_grads(jacobians)
     matrices = {tensor: as_matrix(local_part(jac)) for tensor, jac in jacobians.items()}

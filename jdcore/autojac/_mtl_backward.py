@@ -81,10 +81,8 @@ def mtl_backward(
     """
     losses = checks.tensor_list(tensors, "tensors")
     with telling_holders(losses, shared_params):
-        checks.check_outputs(losses, "tensors")
+        checks.check_call(losses, "tensors", retain_graph, parallel_chunk_size)
         initial = initial_gradients(grad_tensors, losses, "grad_tensors")
-        checks.check_flag(retain_graph, "retain_graph")
-        checks.check_chunk_size(parallel_chunk_size)
         cut, trunk = find_trunk(features)
         plan = make_plan(losses, cut, trunk, shared_params, tasks_params)
         shards = Gathered().shards

@@ -16,8 +16,8 @@ from jdcore.autojac._hidden import AccumulatedRows, guarded, hides, kept_paramet
 from jdcore.autojac._products import Product, find_products
 from jdcore.autojac._taps import RowTaps, is_worth_a_hook
 from jdcore.autojac._vmap import Kind, attempt, choose_chunk_size, insist
-from jdcore.errors import SinglePassError, VectorizationError
-from jdcore.graph import Reach, batched_gradients, reach
+from jdcore.errors import VectorizationError
+from jdcore.graph import Reach, batched_gradients, reach, single_passes_explained
 from jdcore.linalg._pages import new_tensor
 
 Gradients = list["Tensor | None"]
@@ -158,7 +158,7 @@ class Problem:
     @contextmanager
     def _checked(self) -> Iterator[None]:
         """Refuse what would make rows incomplete, and explain what torch refuses."""
-        with _explained():
+        with single_passes_explained():
             if self.accumulates:  # the rows are taken from there
                 yield
             else:
@@ -278,22 +278,3 @@ class Problem:
         products = self.products
         ends = [products[i].edge if i in products else t for i, t in enumerate(self.inputs)]
         return cast("list[Tensor]", ends)  # torch takes mixed lists, its annotations do not
-
-
-@contextmanager
-def _explained() -> Iterator[None]:
-    """
-    Say what to do where a compiled graph allows a single pass.
-
-    :raises SinglePassError: Instead of torch's error.
-    """
-    try:
-        yield
-    except RuntimeError as error:
-        if "donated buffers" in str(error):
-            raise SinglePassError(
-                "a compiled region reuses the memory of what it saved (donated buffers)",
-                "Set torch._functorch.config.donated_buffer = False before the first backward "
-                "pass of the compiled model.",
-            ) from error
-        raise

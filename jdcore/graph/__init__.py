@@ -13,7 +13,7 @@ from jdcore.graph._layout import Layout
 from jdcore.graph._memory import Memory
 from jdcore.graph._nesting import OuterPass
 from jdcore.graph._objectives import Objectives
-from jdcore.graph._passes import batched_gradients
+from jdcore.graph._passes import batched_gradients, single_passes_explained
 from jdcore.graph._plan import Plans
 from jdcore.graph._saved import (
     MATRIX_PRODUCTS,
@@ -25,12 +25,13 @@ from jdcore.graph._saved import (
 )
 from jdcore.graph._site import NoRule, Site
 from jdcore.graph._steady import note_handing_on
-from jdcore.graph._walk import Edge, Reach, edge_of, largest_gradient, reach
+from jdcore.graph._walk import REENTRANT, Edge, Reach, edge_of, largest_gradient, reach
 from jdcore.graph.rules import RULES, GramianRule, Rule, Rules
 from jdcore.graph.shares import Accumulator, Dense, OneHot, Outer, Patches, Share
 
 __all__ = [
     "MATRIX_PRODUCTS",
+    "REENTRANT",
     "RULES",
     "Accumulator",
     "Dense",
@@ -69,5 +70,6 @@ __all__ = [
     "reach",
     "saved",
     "saved_as_it_is",
+    "single_passes_explained",
     "without_autocast",
 ]

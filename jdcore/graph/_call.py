@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from jdcore._fields import dense
 from jdcore.graph._memory import Memory
-from jdcore.graph._passes import Grads, dense_grad
+from jdcore.graph._passes import Grads
 from jdcore.graph.shares import Dense, combined
 
 # Operations whose derivative cannot be batched, or not without a loop inside.
@@ -31,7 +32,7 @@ def call(node: Any, grads: Grads) -> tuple[Tensor | None, ...]:
 
 def reduced(grad: Tensor, shape: torch.Size) -> Tensor:
     """What autograd does to the results of a node: nodes leave the sums of broadcasting to it."""
-    grad = dense_grad(grad)
+    grad = dense(grad)
     return grad if grad.shape == shape else grad.sum_to_size(shape)
 
 

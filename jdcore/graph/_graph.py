@@ -10,11 +10,7 @@ from jdcore.errors import UnservedGraphError
 from jdcore.graph._form import Form, Place, form_of
 from jdcore.graph._retained import retaining
 from jdcore.graph._saved import Result, results_of
-from jdcore.graph._walk import LEAF, edge_of
-
-# The backward of a reentrant checkpoint runs the forward pass again and differentiates that by a
-# pass of its own, so that torch's graph ends at this node.
-_REENTRANT = "CheckpointFunctionBackward"
+from jdcore.graph._walk import LEAF, REENTRANT, edge_of
 
 
 class Graph:
@@ -71,7 +67,7 @@ class Graph:
         if found is not None:
             return found
         name = node.name()
-        if name == _REENTRANT:
+        if name == REENTRANT:
             raise UnservedGraphError(
                 "a reentrant checkpoint",
                 "it hides the operations and the parameters inside it",

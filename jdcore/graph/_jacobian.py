@@ -9,7 +9,7 @@ import torch
 from attrs import frozen
 from torch import Tensor
 
-from jdcore._fields import through_tensor_hooks
+from jdcore._fields import dense, through_tensor_hooks
 from jdcore.errors import JDCoreError, RowByRowWarning, UnservedGraphError, warn
 from jdcore.graph._call import called_shares
 from jdcore.graph._cancelling import rows_cancel
@@ -18,7 +18,7 @@ from jdcore.graph._graph import Graph
 from jdcore.graph._hooks import may_have_hooks
 from jdcore.graph._memory import Memory
 from jdcore.graph._objectives import Objectives, OneByOne
-from jdcore.graph._passes import Grads, Listener, dense_grad, differentiate
+from jdcore.graph._passes import Grads, Listener, differentiate
 from jdcore.graph._plan import Plan, Plans, plan_of_tasks
 from jdcore.graph._pull import pull, pull_rows
 from jdcore.graph._saved import Unreadable, function_of
@@ -605,7 +605,7 @@ def _joined(first: Tensor | None, last: Tensor | None, tasks: int) -> Tensor | N
     """
     if last is None:
         return None if first is None else torch.cat([first, torch.zeros_like(first[:1])])
-    last = dense_grad(last.detach())[None]
+    last = dense(last.detach())[None]
     if tasks == 1:
         return last
     return torch.cat([last.new_zeros(tasks - 1, *last.shape[1:]) if first is None else first, last])

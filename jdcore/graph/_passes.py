@@ -1,7 +1,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache, partial
 from typing import Any
 
@@ -101,10 +102,21 @@ def differentiate(
     """
     if not inputs:
         return ()
-    try:
+    with single_passes_explained():
         return torch.autograd.grad(
             outputs, inputs, seeds, retain_graph=retain_graph, allow_unused=True
         )
+
+
+@contextmanager
+def single_passes_explained() -> Iterator[None]:
+    """
+    Say what to do where a compiled graph allows one pass only.
+
+    :raises SinglePassError: Instead of torch's error.
+    """
+    try:
+        yield
     except RuntimeError as error:
         # Torch has no class of its own for this error, so its text has to tell.
         if "donated buffers" in str(error):
@@ -149,11 +161,6 @@ def batched_gradients(
     for i, result in zip(reached, results, strict=True):
         found[i] = result
     return found
-
-
-def dense_grad(grad: Tensor) -> Tensor:
-    """A gradient that is not sparse."""
-    return grad if grad.layout == torch.strided else grad.to_dense()
 
 
 def stacked(rows: Sequence[Tensor | None]) -> Tensor | None:

@@ -18,6 +18,7 @@ from attrs import frozen
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
+from jdcore._fields import dense
 from jdcore.graph._batchable import is_batchable
 from jdcore.graph._cost import batch_beats_single_passes
 from jdcore.graph._form import Form, Place
@@ -26,7 +27,7 @@ from jdcore.graph._hooks import own_hooks
 from jdcore.graph._memory import Memory, pieces
 from jdcore.graph._nesting import OuterPass
 from jdcore.graph._objectives import Objectives
-from jdcore.graph._passes import Grads, batched_gradients, dense_grad, differentiate, stacked
+from jdcore.graph._passes import Grads, batched_gradients, differentiate, stacked
 
 _Kind: TypeAlias = "frozenset[tuple[str, tuple[torch.dtype, ...]]]"
 
@@ -268,7 +269,7 @@ class Passes:
         seed = self.seeds(start, [k])[0]
         retain = retain_graph or k in self._ways.met_again
         found = differentiate([self.graph.edge(start)], edges, [seed], retain)
-        return [None if grad is None else dense_grad(grad.detach()) for grad in found]
+        return [None if grad is None else dense(grad.detach()) for grad in found]
 
     @cached_property
     def _ways(self) -> Ways:
@@ -351,7 +352,7 @@ class Passes:
                 grads = differentiate(outputs, edges, seeds, retain_graph)
             for place, grad in zip(of_heads, grads, strict=False):
                 if grad is not None:
-                    found[place][owners[place[0]]] = dense_grad(grad.detach())
+                    found[place][owners[place[0]]] = dense(grad.detach())
         return found | entering.found
 
     def _arriving(self, place: Place, rows: Sequence[Tensor | None]) -> Tensor:
@@ -431,6 +432,6 @@ class _Entering:
         for place, grad in zip(self._graph.form.inputs[node], grads, strict=True):
             rows = self.found.get(place)
             if rows is not None and grad is not None:
-                k, grad = self._owners[node], dense_grad(grad.detach())
+                k, grad = self._owners[node], dense(grad.detach())
                 former = rows[k]
                 rows[k] = grad if former is None else former + grad

@@ -15,6 +15,10 @@ Edge: TypeAlias = "tuple[Node, int]"
 # A custom function may keep anything under the name `variable`, so leaves are told by this name.
 LEAF = "torch::autograd::AccumulateGrad"
 
+# The backward of a reentrant checkpoint runs the forward pass again and differentiates that by a
+# pass of its own, so that torch's graph ends at this node.
+REENTRANT = "CheckpointFunctionBackward"
+
 
 @frozen(eq=False, slots=False)  # slots leave no room for cached properties
 class Reach:

@@ -27,6 +27,7 @@ from attrs import define
 from torch import Tensor, nn
 
 from jdcore.autogram import Engine
+from tests.memory import peak_bytes
 
 try:
     from torchjd.autogram import Engine as PeerEngine
@@ -236,15 +237,7 @@ def measure(name: str, repetitions: int | None, peer: bool) -> dict[str, Any]:
 def peak_memory(case: Case, run: Callable[[], float]) -> float:
     """Largest sum of tensor allocations during one call, in megabytes."""
     clear(case)
-    with torch.profiler.profile(profile_memory=True) as profile:
-        run()
-    events: Any = profile.profiler.kineto_results.events()  # type: ignore[union-attr]  # has run
-    sizes = [(e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"]
-    peak = total = 0
-    for _, size in sorted(sizes, key=lambda pair: pair[0]):
-        total += size
-        peak = max(peak, total)
-    return peak / 1e6
+    return peak_bytes(run) / 1e6
 
 
 COLUMNS = ["case", "plain", "gramian", "peer G", "G ratio", "fused", "of plain", "peer step"]

@@ -34,6 +34,7 @@ from torch.nn.functional import cross_entropy, relu
 import jdcore
 from jdcore.autogram import Engine
 from jdcore.autojac import backward, gramian_backward, jac_to_grad, mtl_backward
+from tests.memory import peak_bytes
 
 
 class Block(nn.Module):
@@ -213,17 +214,7 @@ def peak_megabytes(step: Step, problem: Problem, device: str) -> float:
         torch.cuda.reset_peak_memory_stats()
         step(problem)
         return (torch.cuda.max_memory_allocated() - before) / 2**20
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-    ) as profile:
-        step(problem)
-    events = profile.profiler.kineto_results.events()
-    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
-    level = peak = 0
-    for _, change in changes:
-        level += change
-        peak = max(peak, level)
-    return peak / 2**20
+    return peak_bytes(lambda: step(problem)) / 2**20
 
 
 def measure(model: str, m: int, steps: dict[str, Step], reps: int, device: str) -> list[Result]:

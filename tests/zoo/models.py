@@ -13,6 +13,7 @@ from torch.nn.utils import parametrizations, parametrize
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from torch.utils.checkpoint import checkpoint
 
+from tests.functions import Scale
 from tests.zoo.specimen import Specimen
 
 B = 5
@@ -814,18 +815,6 @@ def _checkpoint_of_nameless_operations() -> Specimen:
     return Specimen(model, (_randn(B, 4),), outputs=outputs)
 
 
-class _Scale(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor) -> Tensor:
-        ctx.save_for_backward(x, scale)
-        return x * scale
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        x, scale = ctx.saved_tensors
-        return grad * scale, (grad * x).sum(0)
-
-
 class _ScaleWithVmap(torch.autograd.Function):
     generate_vmap_rule = True
 
@@ -846,7 +835,7 @@ class _ScaleWithVmap(torch.autograd.Function):
 @_keep
 def _custom_functions() -> Specimen:
     def outputs(model: Any, x: Tensor) -> Tensor:
-        y = _Scale.apply(x @ model.weight, model.scale)
+        y = Scale.apply(x @ model.weight, model.scale)
         y = _ScaleWithVmap.apply(y.tanh(), model.other)
         return y * _ScaleWithVmap.apply(model.scale[None], model.other)
 

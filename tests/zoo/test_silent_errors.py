@@ -18,6 +18,7 @@ from jdcore.aggregation import (
     UPGradWeighting,
 )
 from jdcore.autogram import Engine
+from tests.functions import Redone, RedoneOnTheParameter
 from tests.zoo.specimen import error_of, gathered, rows_of
 
 
@@ -301,39 +302,8 @@ def test_models_stay_as_they_were() -> None:
 # -- functions that differentiate by themselves ---------------------------------------------------
 
 
-class _Inner(torch.autograd.Function):
-    """x * w, with another backward pass inside of its own."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, w: Tensor) -> Tensor:
-        ctx.save_for_backward(x, w)
-        return x * w
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        x, w = ctx.saved_tensors
-        with torch.enable_grad():
-            a, b = x.detach().requires_grad_(), w.detach().requires_grad_()
-            return torch.autograd.grad((a * b), (a, b), grad)  # type: ignore[return-value]
-
-
-class _InnerOnTheParameter(torch.autograd.Function):
-    """The same, with the graph inside ending in the very parameter."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, w: nn.Parameter) -> Tensor:
-        ctx.x, ctx.w = x.detach(), w
-        return x * w
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
-        with torch.enable_grad():
-            [inner] = torch.autograd.grad((ctx.x * ctx.w), [ctx.w], grad)
-        return None, inner
-
-
 @pytest.mark.parametrize("batch_dim", [0, None])
-@pytest.mark.parametrize("function", [_Inner, _InnerOnTheParameter])
+@pytest.mark.parametrize("function", [Redone, RedoneOnTheParameter])
 def test_passes_inside_of_a_backward_count_once(
     function: type[torch.autograd.Function], batch_dim: int | None
 ) -> None:

@@ -10,12 +10,8 @@ from jdcore.graph import _jacobian
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _one_thread() -> Iterator[None]:
-    # Tensors are tiny: with more threads than idle cores, most of the time is waiting.
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+def _one_thread(one_thread: None) -> None:
+    pass
 
 
 @pytest.fixture(autouse=True)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -137,6 +138,18 @@ def test_an_output_that_is_no_floating_tensor(output: object) -> None:
 def test_a_batch_dim_of_the_wrong_type(batch_dim: object) -> None:
     with pytest.raises(ParameterTypeError, match="`batch_dim`"):
         Engine(nn.Linear(6, 3), batch_dim=batch_dim)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("flag", ["retain_graph", "second_pass"])
+def test_flags_are_bools(flag: str) -> None:
+    net = nn.Linear(3, 1)
+    losses = net(randn(4, 3)).squeeze(1)
+    arguments: dict[str, Any] = {flag: 1}
+    with pytest.raises(ParameterTypeError, match=f"`{flag}` must be a bool, got 1"):
+        Engine(net, batch_dim=0).backward(losses, torch.ones_like, **arguments)
+    with pytest.raises(ParameterTypeError, match=f"`{flag}` must be a bool, got 1"):
+        backward(losses, torch.ones_like, batch_dim=0, **arguments)
+    assert net.weight.grad is None
 
 
 def test_something_that_is_no_module() -> None:

@@ -17,6 +17,7 @@ from jdcore.aggregation import GramianAggregator
 from jdcore.autogram import Engine, backward, gramian
 from jdcore.errors import UnservedGraphError
 from tests.core.autogram.oracle import explicit_jacobian, randn, relative_error
+from tests.functions import Redone
 
 B = 4
 
@@ -254,28 +255,11 @@ def test_models_with_a_live_engine_can_be_saved_copied_and_scripted() -> None:
 # -- functions that differentiate inside -----------------------------------------------------------
 
 
-class _Inner(torch.autograd.Function):
-    """x * w, differentiated inside of its backward."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, w: Tensor) -> Tensor:
-        ctx.save_for_backward(x, w)
-        return x * w
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
-        x, w = (t.detach().requires_grad_() for t in ctx.saved_tensors)
-        with torch.enable_grad():
-            y = x * w
-        gx, gw = torch.autograd.grad(y, (x, w), grads[0])
-        return gx, gw
-
-
 @pytest.mark.parametrize("batch_dim", [0, None])
 def test_functions_that_differentiate_in_their_backward(batch_dim: int | None) -> None:
     net, w = nn.Linear(3, 4), nn.Parameter(torch.randn(4))
     net.register_parameter("w", w)
-    losses = _Inner.apply(net(randn(B, 3)), w).square().sum(1)
+    losses = Redone.apply(net(randn(B, 3)), w).square().sum(1)
     engine = Engine(net, batch_dim=batch_dim)
     for _ in range(2):
         _right(engine, losses, [net.weight, net.bias, w])

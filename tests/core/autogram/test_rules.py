@@ -15,22 +15,9 @@ from jdcore._registry import Registry
 from jdcore.autogram import Engine, GramianRule, NoRule, Share, Site
 from jdcore.graph import RULES
 from tests.core.autogram.oracle import check_engine, randn
+from tests.functions import Scale
 
 B = 5
-
-
-class Scale(torch.autograd.Function):
-    """Multiplies features by a parameter."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor) -> Tensor:
-        ctx.save_for_backward(x, scale)
-        return x * scale
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
-        x, scale = ctx.saved_tensors
-        return grads[0] * scale, (grads[0] * x).flatten(0, -2).sum(0)
 
 
 class Renamed(Scale):

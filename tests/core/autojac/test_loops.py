@@ -15,6 +15,7 @@ from jdcore import ParameterError
 from jdcore.aggregation import GramianAggregator
 from jdcore.autojac import backward, jac, jac_to_grad, mtl_backward
 from jdcore.errors import SinglePassError, VectorizationError
+from tests.functions import RedoneOnTheParameter
 
 STEPS = 3
 Losses = Callable[[nn.Module], "list[Tensor] | Tensor"]
@@ -74,29 +75,13 @@ X = torch.linspace(-1.0, 1.0, 12, dtype=torch.float64).view(4, 3)
 # -- functions that differentiate in their own backward --------------------------------------------
 
 
-class _Redone(torch.autograd.Function):
-    """x * w, whose backward differentiates it anew."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, w: Tensor) -> Tensor:
-        ctx.save_for_backward(x, w)
-        return x * w
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor]:
-        x, w = ctx.saved_tensors
-        with torch.enable_grad():
-            [result] = torch.autograd.grad(x * w, w, gradient)
-        return None, result
-
-
 class _Redoing(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.w = nn.Parameter(torch.randn(3, dtype=torch.float64))
 
     def forward(self, x: Tensor) -> Tensor:
-        return _Redone.apply(x, self.w).sin()
+        return RedoneOnTheParameter.apply(x, self.w).sin()
 
 
 class _Adjoint(torch.autograd.Function):
@@ -175,7 +160,7 @@ def test_functions_that_differentiate_in_their_own_backward(make: type[nn.Module
 def test_a_large_leaf_does_not_hear_passes_inside_its_own(size: int) -> None:
     w = torch.randn(size, 300, dtype=torch.float64, requires_grad=True)
     x = torch.full_like(w, 3.0)
-    losses = [_Redone.apply(x, w).sum(), (_Redone.apply(x, w) * w).sum()]
+    losses = [RedoneOnTheParameter.apply(x, w).sum(), (RedoneOnTheParameter.apply(x, w) * w).sum()]
     [rows] = jac(losses, w)
     torch.testing.assert_close(rows, torch.stack([x, 2 * x * w.detach()]))
 

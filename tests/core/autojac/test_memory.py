@@ -1,8 +1,6 @@
-"""Peaks of tensor allocations, from the events of the profiler: exact, and the same on each run."""
+"""No call holds more at once than the Jacobian that it makes, and little beside it."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import pytest
 import torch
@@ -10,26 +8,13 @@ from torch import Tensor, nn
 
 from jdcore.aggregation import GramianAggregator
 from jdcore.autojac import backward, gramian_backward, jac_to_grad, mtl_backward
+from tests.memory import peak_bytes
 
 M = 6
 
 
 def _mean(gramian: Tensor) -> Tensor:
     return torch.full((len(gramian),), 1.0 / len(gramian), dtype=gramian.dtype)
-
-
-def _peak(step: Callable[[], None]) -> int:
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-    ) as profile:
-        step()
-    events = profile.profiler.kineto_results.events()
-    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
-    level = peak = 0
-    for _, change in changes:
-        level += change
-        peak = max(peak, level)
-    return peak
 
 
 class _Setting:
@@ -72,7 +57,7 @@ def test_backward_and_jac_to_grad_take_a_jacobian_above_plain_backward(
         setting.clear()
 
     step()
-    assert _peak(step) - _peak(setting.plain) <= 1.1 * setting.jacobian
+    assert peak_bytes(step) - peak_bytes(setting.plain) <= 1.1 * setting.jacobian
 
 
 def test_no_row_exists_as_a_whole_beside_the_jacobian(setting: _Setting) -> None:
@@ -85,7 +70,7 @@ def test_no_row_exists_as_a_whole_beside_the_jacobian(setting: _Setting) -> None
     row = setting.jacobian // M
     largest = 4 * 400 * 400
     # Plain backward holds a whole gradient; the rows are taken one parameter at a time.
-    assert _peak(step) - _peak(setting.plain) <= setting.jacobian - row + 2 * largest
+    assert peak_bytes(step) - peak_bytes(setting.plain) <= setting.jacobian - row + 2 * largest
 
 
 def test_mtl_backward_and_jac_to_grad_take_a_jacobian_above_plain_backward(
@@ -97,7 +82,7 @@ def test_mtl_backward_and_jac_to_grad_take_a_jacobian_above_plain_backward(
         setting.clear()
 
     step()
-    assert _peak(step) - _peak(setting.plain) <= 1.1 * setting.jacobian
+    assert peak_bytes(step) - peak_bytes(setting.plain) <= 1.1 * setting.jacobian
 
 
 def test_the_lean_step_takes_the_rows_of_the_largest_parameter_above_plain_backward(
@@ -131,7 +116,7 @@ def test_the_lean_step_takes_the_rows_of_the_largest_parameter_above_plain_backw
     largest = M * 4 * 400 * 400
     # What flows backwards is as large as the rows here, and one more of them is in the making. The
     # Gramian is made of float64 pieces of 2 ** 17 entries.
-    assert _peak(step) - _peak(plain) <= 3.1 * largest + 8 * 2**17
+    assert peak_bytes(step) - peak_bytes(plain) <= 3.1 * largest + 8 * 2**17
     assert 3.1 * largest + 8 * 2**17 < M * largest
 
 
@@ -146,4 +131,4 @@ def test_the_lean_step_takes_no_rows_of_linear_layers(
 
     step()
     # What is above plain backward is a bias, and the gradients [6, 2, 400] at the layers.
-    assert _peak(step) - _peak(setting.plain) <= 0.05 * setting.jacobian
+    assert peak_bytes(step) - peak_bytes(setting.plain) <= 0.05 * setting.jacobian

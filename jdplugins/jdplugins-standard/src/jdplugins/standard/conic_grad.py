@@ -11,7 +11,6 @@ from jdcore.protocols import MinNormSolver
 from jdcore.validators import real
 from jdplugins.standard._solvers import Bracket
 
-_BELOW_ONE = 1.0 - 2.0**-53
 _ZERO = 1e-7  # relative length of a mean that counts as zero
 _ROUNDING = 64.0 * 2.0**-52
 _STEPS = 100
@@ -44,7 +43,7 @@ class ConicGradWeighting(GramianWeighting):
     tensor([1., 1.])
     """
 
-    c: float = field(default=0.5, validator=real(0.0, _BELOW_ONE))
+    c: float = field(default=0.5, validator=real(0.0, below=1.0))
     solver: MinNormSolver | str = solver_field("min_norm")
 
     def compute(self, gramian: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -10,8 +10,6 @@ from jdcore.aggregation import Columns, HistoryAggregator, state_field
 from jdcore.errors import ParameterError
 from jdcore.validators import integer, real
 
-_BELOW_ONE = 1.0 - 2.0**-53
-
 
 @define(eq=False)
 class DBMTL(HistoryAggregator):
@@ -40,7 +38,7 @@ class DBMTL(HistoryAggregator):
 
     looks_at_losses: ClassVar[bool] = True
 
-    beta: float = field(default=0.9, validator=real(0.0, _BELOW_ONE))
+    beta: float = field(default=0.9, validator=real(0.0, below=1.0))
     beta_sigma: float = field(default=0.0, validator=real(0.0))
     calls: int = state_field(int, validator=integer(0))
 

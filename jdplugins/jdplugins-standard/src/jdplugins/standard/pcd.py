@@ -16,7 +16,6 @@ from jdcore.validators import describe_tensor, real
 from jdplugins.standard._simplex import kept_weights, no_weights
 from jdplugins.standard._solvers import solve_one
 
-_BELOW_ONE = 1.0 - 2.0**-53
 _INFEASIBLE = 1e7  # multipliers of unit rows that stand for none
 _UNSOLVED = 1e-9
 _ZERO = 1e-14  # squared length, relative to that of what is summed, that rounding leaves
@@ -66,7 +65,7 @@ class PCDWeighting(StateFields, GramianWeighting):
     """
 
     tau: float | Tensor = field(default=0.02, validator=_fraction)
-    beta: float = field(default=0.999, validator=real(0.0, _BELOW_ONE))
+    beta: float = field(default=0.999, validator=real(0.0, below=1.0))
     lengths: Tensor = state_field(no_weights)
 
     def answer(self, matrix: NDArray[np.float64], source: GramianSource) -> NDArray[np.float64]:

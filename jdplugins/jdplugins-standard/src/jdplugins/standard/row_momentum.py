@@ -17,8 +17,6 @@ from jdcore.aggregation import (
 from jdcore.protocols import Weighting
 from jdcore.validators import real
 
-_BELOW_ONE = 1.0 - 2.0**-53
-
 
 @define(eq=False)
 class RowMomentum(NestedState, HistoryAggregator):
@@ -48,7 +46,7 @@ class RowMomentum(NestedState, HistoryAggregator):
 
     # The fields of the base are no positional arguments, which the type checker does not see.
     weighting: Weighting = field(converter=as_weighting)  # type: ignore[misc]
-    beta: float = field(default=0.9, validator=real(0.0, _BELOW_ONE))
+    beta: float = field(default=0.9, validator=real(0.0, below=1.0))
 
     def inner_parts(self) -> dict[str, Any]:
         """The wrapped method."""

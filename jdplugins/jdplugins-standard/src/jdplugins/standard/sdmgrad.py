@@ -10,8 +10,6 @@ from jdcore.aggregation import CrossGramianWeighting, StateFields, row_weights, 
 from jdcore.validators import integer, real, row_vector
 from jdplugins.standard._simplex import descend, kept_weights, no_weights, project_onto_simplex
 
-_BELOW_ONE = 1.0 - 2.0**-53
-
 
 @define(eq=False)
 class SDMGradWeighting(StateFields, CrossGramianWeighting):
@@ -46,7 +44,7 @@ class SDMGradWeighting(StateFields, CrossGramianWeighting):
     """
 
     lr: float = field(default=10.0, validator=real(0.0))
-    momentum: float = field(default=0.5, validator=real(0.0, _BELOW_ONE))
+    momentum: float = field(default=0.5, validator=real(0.0, below=1.0))
     n_iter: int = field(default=20, validator=integer(1))
     lambda_: float = field(default=0.3, validator=real(0.0))
     pref_vector: Tensor | None = field(default=None, validator=row_vector)
