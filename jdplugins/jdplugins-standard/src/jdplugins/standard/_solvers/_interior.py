@@ -12,6 +12,7 @@ _INSIDE = 1e-3  # least z and y to begin with
 _FLOOR = 1e-15
 _SHIFT = 64.0  # times m EPS: where C is singular, nothing else tells z from another
 _TO_BOUNDARY = 0.995
+_SHORT = 0.25
 _ENTRIES, _ENTRIES_ELSEWHERE = 1 << 18, 1 << 28  # of the matrices that are factorised at once
 
 
@@ -79,7 +80,10 @@ def _step(C: Tensor, q: Tensor, z: Tensor, y: Tensor) -> tuple[Tensor, Tensor, T
     predicted = ((z + size * dz) * (y + size * dy)).mean(1, keepdim=True)
     # Mehrotra's rule: the further the step without centring gets, the less of it is needed.
     centring = (predicted / gap).clamp(0.0, 1.0) ** 3
-    target = centring * gap - z * y - dz * dy
+    # Of a step that the boundary cuts short, the second-order term is as much smaller: corrected by
+    # all of it, the next steps would be as short.
+    corrected = torch.where(size < _SHORT, size * size, 1.0)
+    target = centring * gap - z * y - corrected * dz * dy
     dz, dy = _direction(C, z, target, infeasible, factor)
     size = _room(z, dz, y, dy, _TO_BOUNDARY)
     return z + size * dz, y + size * dy, failed
