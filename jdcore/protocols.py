@@ -228,10 +228,15 @@ class ConflictAverseSolver(Protocol):
     less accurate than promised comes with an :class:`~jdcore.errors.UnsolvedWarning`.
     """
 
-    def __call__(self, gramian: NDArray[np.float64], c: float, /) -> NDArray[np.float64]:
+    def __call__(
+        self, gramian: NDArray[np.float64], c: float, level: float = 0.0, /
+    ) -> NDArray[np.float64]:
         """
         :param gramian: Finite Gramian, float64, shape [m, m].
         :param c: Radius of the ball relative to the norm of g0, >= 0.
+        :param level: The proximal term that G contains, relative to its diagonal, see
+            :func:`jdcore.linalg.proximal_level`. Combinations of rows that are shorter than it
+            explains count as zero.
         :returns: Weights w, float64, shape [m].
         """
 
@@ -247,10 +252,13 @@ class FairAllocationSolver(Protocol):
     :class:`NashBargainingSolver`.
     """
 
-    def __call__(self, gramian: NDArray[np.float64], alpha: float, /) -> NDArray[np.float64]:
+    def __call__(
+        self, gramian: NDArray[np.float64], alpha: float, level: float = 0.0, /
+    ) -> NDArray[np.float64]:
         """
         :param gramian: Finite Gramian, float64, shape [m, m].
         :param alpha: Degree of fairness, > 0.
+        :param level: As for :class:`NashBargainingSolver`.
         :returns: Weights w, float64, shape [m].
         """
 
@@ -271,11 +279,17 @@ class NashBargainingSolver(Protocol):
     """
 
     def __call__(
-        self, gramian: NDArray[np.float64], start: NDArray[np.float64] | None = None, /
+        self,
+        gramian: NDArray[np.float64],
+        start: NDArray[np.float64] | None = None,
+        level: float = 0.0,
+        /,
     ) -> NDArray[np.float64]:
         """
         :param gramian: Finite Gramian, float64, shape [m, m].
         :param start: Weights of an earlier call, float64, shape [m], from which an iteration may
             start. Not modified.
+        :param level: Squared length, relative to that of the rows, of combinations that are
+            rounding, see :func:`jdcore.linalg.proximal_level`. G contains no such term.
         :returns: Weights α, float64, shape [m].
         """

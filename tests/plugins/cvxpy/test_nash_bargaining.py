@@ -146,7 +146,7 @@ def test_any_start_will_do(start: list[float]) -> None:
 def test_the_method_starts_from_the_weights_of_its_previous_call() -> None:
     starts = []
 
-    def recording(gramian: Array, start: Array | None = None) -> Array:
+    def recording(gramian: Array, start: Array | None, level: float) -> Array:
         starts.append(start)
         alpha: Array = backend("ecos")(gramian, start)
         return alpha
@@ -168,7 +168,7 @@ def test_the_method_starts_from_the_weights_of_its_previous_call() -> None:
 def test_the_weights_are_solved_for_at_every_kth_call() -> None:
     solved = []
 
-    def counting(gramian: Array, start: Array | None = None) -> Array:
+    def counting(gramian: Array, start: Array | None, level: float) -> Array:
         solved.append(gramian)
         alpha: Array = backend("ecos")(gramian, start)
         return alpha

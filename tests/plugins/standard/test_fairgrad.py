@@ -120,7 +120,7 @@ def test_weights_have_the_degree_that_they_say(scale: float, alpha: float) -> No
 
 
 def test_another_solver_takes_the_place_of_the_native_one() -> None:
-    def first_only(gramian: np.ndarray, alpha: float) -> np.ndarray:
+    def first_only(gramian: np.ndarray, alpha: float, level: float) -> np.ndarray:
         assert alpha == 3.0
         return np.eye(len(gramian))[0]
 

@@ -232,7 +232,7 @@ def test_n_tasks_may_be_given_as_first_argument_and_is_then_checked() -> None:
 def test_another_solver_takes_the_place_of_the_native_one() -> None:
     starts: list[np.ndarray | None] = []
 
-    def first_only(gramian: np.ndarray, start: np.ndarray | None) -> np.ndarray:
+    def first_only(gramian: np.ndarray, start: np.ndarray | None, level: float) -> np.ndarray:
         starts.append(start)
         return np.eye(len(gramian))[0]
 
@@ -248,7 +248,7 @@ def test_another_solver_takes_the_place_of_the_native_one() -> None:
 
 
 def test_a_solver_that_raises_leaves_the_state_alone() -> None:
-    def broken(gramian: np.ndarray, start: np.ndarray | None) -> np.ndarray:
+    def broken(gramian: np.ndarray, start: np.ndarray | None, level: float) -> np.ndarray:
         raise RuntimeError("no licence")
 
     aggregator = get_aggregator("nash_mtl", solver=broken)

@@ -71,10 +71,11 @@ class CvxpySolver:
     tolerance: float = field(default=1e-4, validator=real(0.0))
     fallback: str | None = solver_field("conflict_averse", default=None)
 
-    def __call__(self, gramian: Floats, c: float, /) -> Floats:
+    def __call__(self, gramian: Floats, c: float, level: float = 0.0, /) -> Floats:
         """
         :param gramian: Finite Gramian [m, m].
         :param c: Radius of the ball relative to the norm of g0, >= 0.
+        :param level: For the fallback: the proximal term that the Gramian contains.
         :returns: Weights w [m].
         """
         m = len(gramian)
@@ -91,7 +92,7 @@ class CvxpySolver:
         added, residual, reason = self._solve(cosines, cosines @ shares / radius, slopes)
         if residual > self.tolerance:
             if self.fallback is not None:
-                fallen: Floats = find_solver("conflict_averse", self.fallback)(gramian, c)
+                fallen: Floats = find_solver("conflict_averse", self.fallback)(gramian, c, level)
                 return fallen
             warn(UnsolvedWarning("conflict_averse", residual, reason))
         report_residual(lambda: residual)

@@ -56,10 +56,13 @@ class EcosSolver:
     tolerance: float = field(default=1e-3, validator=real(0.0))
     fallback: str | None = solver_field("nash_bargaining", default=None)
 
-    def __call__(self, gramian: Floats, start: Floats | None = None, /) -> Floats:
+    def __call__(
+        self, gramian: Floats, start: Floats | None = None, level: float = 0.0, /
+    ) -> Floats:
         """
         :param gramian: Finite Gramian [m, m].
         :param start: Weights α [m] to begin with, e.g. those of the previous call.
+        :param level: For the fallback: what counts as rounding of the rows.
         :returns: Weights α [m], zero for zero rows.
         """
         alpha = np.zeros(len(gramian))
@@ -73,7 +76,8 @@ class EcosSolver:
         residual = float(np.abs(solution * (matrix @ solution) - 1.0).max())
         if residual > self.tolerance:
             if self.fallback is not None:
-                fallen: Floats = find_solver("nash_bargaining", self.fallback)(gramian, start)
+                solve = find_solver("nash_bargaining", self.fallback)
+                fallen: Floats = solve(gramian, start, level)
                 return fallen
             warn(UnsolvedWarning("nash_bargaining", residual, reason))
         report_residual(lambda: residual)

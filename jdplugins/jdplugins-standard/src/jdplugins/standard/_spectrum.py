@@ -40,7 +40,7 @@ def pseudo_solve(
     matrix: NDArray[np.float64], right: NDArray[np.float64], level: float
 ) -> NDArray[np.float64]:
     """
-    Least-squares solution z of least norm of ``matrix @ z = right``.
+    Least-squares solution z of least norm of ``matrix @ z = right``, zero where that is rounding.
 
     :param matrix: Positive semi-definite matrix of cosines [m, m].
     :param right: Vector [m].
@@ -52,18 +52,25 @@ def pseudo_solve(
             return solve(matrix, right)
     except np.linalg.LinAlgError:
         pass  # singular: to be solved in the range of the matrix
-    return spectrum(matrix, level).pseudo_solve(right)
+    components = spectrum(matrix, level)
+    # What mixes an eigenvector with the null space is what the rows are known to, relative to its
+    # singular value. Where all of ``right`` in the range may come from there, nothing is left.
+    shares = (right @ components.vectors) ** 2 * components.values
+    if shares.max(initial=0.0) <= max(level, _RANK_TOLERANCE * len(matrix)) * float(right @ right):
+        return np.zeros_like(right)
+    return components.pseudo_solve(right)
 
 
-def spectrum(matrix: NDArray[np.float64], /, level: float = 0.0) -> Spectrum:
+def spectrum(matrix: NDArray[np.float64], /, level: float | NDArray[np.float64] = 0.0) -> Spectrum:
     """
     Eigenvalues that are not rounding, their eigenvectors, and a basis of the null space.
 
     :param matrix: Positive semi-definite float64 array [m, m].
-    :param level: What counts as rounding of the rows, see :func:`jdcore.linalg.proximal_level`.
+    :param level: What counts as rounding of the rows, see :func:`jdcore.linalg.proximal_level`, for
+        all of them or for each [m].
     """
     values, vectors = eigh(matrix)
-    noise = _ROUNDED * level * (np.diagonal(matrix) @ (vectors * vectors))
+    noise = _ROUNDED * ((level * np.diagonal(matrix)) @ (vectors * vectors))
     rounding = np.maximum(noise, _RANK_TOLERANCE * len(matrix) * values[-1])
     kept = values > rounding
     return Spectrum(values[kept], vectors[:, kept], vectors[:, ~kept])

@@ -1,12 +1,11 @@
 from __future__ import annotations
 
-from typing import ClassVar
-
 import numpy as np
 from attrs import define, field
 from numpy.typing import NDArray
 
-from jdcore.aggregation import GramianWeighting, find_solver, solver_field
+from jdcore.aggregation import GramianSource, GramianWeighting, find_solver, solver_field
+from jdcore.linalg import add_proximal
 from jdcore.protocols import ConflictAverseSolver
 from jdcore.validators import real
 
@@ -34,11 +33,13 @@ class CAGradWeighting(GramianWeighting):
     tensor([0.1835, 1.2041, 1.2041])
     """
 
-    proximal: ClassVar[bool] = True
-
     c: float = field(validator=real(0.0))
     solver: ConflictAverseSolver | str = solver_field("conflict_averse")
 
-    def compute(self, gramian: NDArray[np.float64]) -> NDArray[np.float64]:
+    def answer(self, matrix: NDArray[np.float64], source: GramianSource) -> NDArray[np.float64]:
+        level = source.proximal_level
+        return self.compute(add_proximal(matrix, level), level)
+
+    def compute(self, gramian: NDArray[np.float64], level: float = 0.0) -> NDArray[np.float64]:
         solve: ConflictAverseSolver = find_solver("conflict_averse", self.solver)
-        return solve(gramian, self.c)
+        return solve(gramian, self.c, level)

@@ -4,7 +4,7 @@ import numpy as np
 from attrs import define, field
 from numpy.typing import NDArray
 
-from jdcore.aggregation import GramianWeighting, find_solver, solver_field
+from jdcore.aggregation import GramianSource, GramianWeighting, find_solver, solver_field
 from jdcore.protocols import FairAllocationSolver
 from jdcore.validators import real
 
@@ -44,8 +44,11 @@ class FairGradWeighting(GramianWeighting):
         """D such that the weights of ``s * J`` are ``s**d`` times those of J."""
         return -2.0 * self.alpha / (1.0 + self.alpha)
 
-    def compute(self, gramian: NDArray[np.float64]) -> NDArray[np.float64]:
+    def answer(self, matrix: NDArray[np.float64], source: GramianSource) -> NDArray[np.float64]:
+        return self.compute(matrix, source.proximal_level)
+
+    def compute(self, gramian: NDArray[np.float64], level: float = 0.0) -> NDArray[np.float64]:
         if self.alpha == 0.0:
             return np.full(len(gramian), 1.0 / len(gramian))
         solve: FairAllocationSolver = find_solver("fair_allocation", self.solver)
-        return solve(gramian, self.alpha)
+        return solve(gramian, self.alpha, level)

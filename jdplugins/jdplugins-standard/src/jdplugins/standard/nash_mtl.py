@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from jdcore.aggregation import (
+    GramianSource,
     GramianWeighting,
     StateFields,
     find_solver,
@@ -72,7 +73,10 @@ class NashMTLWeighting(StateFields, GramianWeighting):
     calls: int = state_field(int, validator=integer(0))
     alpha: Tensor = state_field(no_weights)
 
-    def compute(self, gramian: NDArray[np.float64]) -> NDArray[np.float64]:
+    def answer(self, matrix: NDArray[np.float64], source: GramianSource) -> NDArray[np.float64]:
+        return self.compute(matrix, source.proximal_level)
+
+    def compute(self, gramian: NDArray[np.float64], level: float = 0.0) -> NDArray[np.float64]:
         m = len(gramian)
         if self.n_tasks not in (None, m):
             raise ParameterError(
@@ -80,7 +84,8 @@ class NashMTLWeighting(StateFields, GramianWeighting):
             )
         if self.calls % self.update_weights_every == 0:
             solve: NashBargainingSolver = find_solver("nash_bargaining", self.solver)
-            alpha = solve(gramian, self.alpha.numpy() if len(self.alpha) == m else None)
+            start = self.alpha.numpy() if len(self.alpha) == m else None
+            alpha = solve(gramian, start, level)
         else:
             alpha = self._reused(m)
         self.calls += 1

@@ -34,10 +34,11 @@ class NativeConflictAverseSolver:
     digits only where rows are nearly opposite.
     """
 
-    def __call__(self, gramian: Floats, c: float, /) -> Floats:
+    def __call__(self, gramian: Floats, c: float, level: float = 0.0, /) -> Floats:
         """
         :param gramian: Finite Gramian [m, m].
         :param c: Radius of the ball relative to the norm of g0, >= 0.
+        :param level: The proximal term that the Gramian contains, relative to its diagonal.
         :returns: Weights w [m], ``>= 1 / m`` up to rounding.
         """
         m = len(gramian)
@@ -58,6 +59,7 @@ class NativeConflictAverseSolver:
             norms[rows].min() * inverses[rows],
             towards[rows] * unit,
             c * length * unit,
+            level,
         )
         weights[rows] += problem.solve() * (largest / unit) * inverses[rows]
         return weights
@@ -71,10 +73,11 @@ class _Levels:
     :param a: ``min(d) / d`` for the row norms d [m]: the level of row i is ``l * a_i``.
     :param b: Inner products of the unit rows with g0 [m].
     :param radius: Radius of the ball.
+    :param level: The proximal term that C contains.
     """
 
-    def __init__(self, C: Floats, a: Floats, b: Floats, radius: float) -> None:
-        self.C, self.a, self.b, self.radius = C, a, b, radius
+    def __init__(self, C: Floats, a: Floats, b: Floats, radius: float, level: float) -> None:
+        self.C, self.a, self.b, self.radius, self.level = C, a, b, radius, level
 
     def solve(self) -> Floats:
         """The v of ``d = g0 + Jᵀ v`` [m]."""
@@ -100,16 +103,24 @@ class _Levels:
         return v, norm / self.radius - 1.0
 
     def _stationary(self) -> bool:
-        """Whether zero is in the convex hull of the rows, to working precision."""
+        """
+        Whether zero is in the convex hull of the rows, to working precision.
+
+        It is to theirs if most of what their shortest combination seems to be comes from the
+        proximal term: the ball would be spent on a direction that is rounding.
+        """
+        rounding = _STATIONARY * len(self.a)
         z = descend(self.C, -self.a, np.zeros_like(self.a)).clip(min=0.0)
         image = product(self.C, z)
         # The inner products of Jᵀ z with all points of the hull are at least that with a row.
         least = float((image / self.a).min())
-        if least > 0.0 and least * least > _STATIONARY * len(z) * float(z @ image):
+        most = max(rounding, 2.0 * self.level / float(self.a.min()) ** 2)
+        if least > 0.0 and least * least > most * float(z @ image):
             return False
         z = shortest(self.C, self.a)
-        squared = float(z @ product(self.C, z)) / float(self.a @ z) ** 2
-        return squared <= _STATIONARY * len(z)
+        squared = float(z @ product(self.C, z))
+        proximal = 2.0 * self.level * float(z @ z)
+        return squared <= max(rounding * float(self.a @ z) ** 2, proximal)
 
     def _search(self, bracket: Bracket, v: Floats, passive: Mask) -> Floats:
         """Find the level where the norm is the radius."""

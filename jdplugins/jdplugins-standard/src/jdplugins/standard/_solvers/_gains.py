@@ -8,9 +8,9 @@ Damped Newton steps relative to b solve it: with B the diagonal matrix of b and 
 their matrix is ``B C B + e S``, which is positive definite even where C is singular, and no step
 leaves ``b > 0``. A proximal term makes a first stage solvable for every C; a second does without.
 
-Where that fails, 0 lies in the convex hull of some rows, to about 1e-6 of their norms. These rows
-are found in the null space of C and leave the game, see
-:class:`~jdcore.protocols.NashBargainingSolver`.
+Where that fails, 0 lies in the convex hull of some rows, to about 1e-6 of their norms or to the
+precision at which they are known. These rows are found in the null space of C and leave the game,
+see :class:`~jdcore.protocols.NashBargainingSolver`.
 """
 
 from __future__ import annotations
@@ -32,8 +32,9 @@ _STEPS = 100
 # From this number of rows on, a factorisation takes longer than a product for every 8 of them.
 _MANY, _ROWS_PER_PRODUCT = 96, 8
 _NEARBY = 0.1  # Newton decrement from which convergence is certain and quadratic
-# How well combinations of stationary rows vanish; what rounding rows to float32 leaves is less.
-_STATIONARY = 1e-6
+# Combinations of stationary rows vanish to 1e-6, which is more than rounding to float32 leaves, or
+# to some multiple of their rounding.
+_STATIONARY, _ROUNDED = 1e-6, 4.0
 
 
 @frozen
@@ -48,12 +49,14 @@ class Gains:
     exponent: float
     problem: str
 
-    def solve(self, gramian: Floats, factors: Floats) -> Floats:
+    def solve(self, gramian: Floats, factors: Floats, level: float | Floats) -> Floats:
         """
         The weights a [m], zero for zero rows.
 
         :param gramian: Finite Gramian [m, m].
         :param factors: h > 0, array [m].
+        :param level: Squared length of a combination of unit rows that is rounding, for all rows or
+            for each [m].
         """
         cosines, norms, inverses = equilibrate(gramian)
         rows = np.flatnonzero(norms)
@@ -64,12 +67,13 @@ class Gains:
             cosines = cosines[np.ix_(rows, rows)]
         scaled = factors[rows] * norms[rows] ** (self.exponent - 1.0)
         largest = float(scaled.max())
-        shares = self._shares(cosines, scaled / largest)
+        levels = np.broadcast_to(level, norms.shape)[rows]
+        shares = self._shares(cosines, scaled / largest, levels)
         # The factors were divided by the largest, of which the shares are that power.
         weights[rows] = shares * largest ** (1.0 / (1.0 + self.exponent)) * inverses[rows]
         return weights
 
-    def _shares(self, cosines: Floats, factors: Floats) -> Floats:
+    def _shares(self, cosines: Floats, factors: Floats, levels: Floats) -> Floats:
         """The b above for a matrix of cosines."""
         game = _Game(cosines, factors, self.exponent)
         nash = game if game.is_nash else _Game(cosines, np.ones_like(factors), 1.0)
@@ -79,7 +83,7 @@ class Gains:
             # Which rows are stationary does not depend on what the others bargain for.
             stationary = _stationary_rows(cosines, near)
             if stationary.any():
-                return self._beside(game, near, stationary)
+                return self._beside(game, near, stationary, levels)
             shares, decrement = nash.newton(near, 0.0)
         if game is not nash:
             shares, decrement = game.newton(game.start(), _PROXIMAL)
@@ -87,19 +91,22 @@ class Gains:
         self._warn_if_inexact(game, shares, solved=decrement < _NEARBY)
         return shares
 
-    def _beside(self, game: _Game, near: Floats, stationary: NDArray[np.bool_]) -> Floats:
+    def _beside(
+        self, game: _Game, near: Floats, stationary: NDArray[np.bool_], levels: Floats
+    ) -> Floats:
         """Shares of the other rows orthogonally to the stationary ones, and what cancels them."""
         cosines = game.cosines
         while True:
             inside, outside = np.flatnonzero(stationary), np.flatnonzero(~stationary)
-            span = spectrum(cosines[np.ix_(inside, inside)])
+            span = spectrum(cosines[np.ix_(inside, inside)], levels[inside])
             shadows = span.pseudo_solve(cosines[np.ix_(inside, outside)])
             remaining = cosines[np.ix_(outside, outside)] - product(
                 cosines[np.ix_(outside, inside)], shadows
             )
             # Rows in the span of a positive combination that is zero take part in another such one.
-            rounding = 1e-15 * len(inside) * (1e3 + (shadows * shadows).sum(axis=0))
-            gone = np.diagonal(remaining) < rounding
+            left = np.diagonal(remaining)
+            rounding = levels[outside] + levels[inside] @ (shadows * shadows)
+            gone = left < np.maximum(_ROUNDED * rounding, _PROXIMAL * len(inside))
             if not gone.any():
                 break
             stationary[outside[gone]] = True
@@ -109,14 +116,15 @@ class Gains:
             return near
         combination /= combination.max()
         shares = np.zeros(len(cosines))
-        shares[outside] = self.solve(remaining, game.factors[outside])
+        shares[outside] = self.solve(remaining, game.factors[outside], rounding / left)
         cancelling = -shadows @ shares[outside]
         # Multiples of the combination are free: the least that leaves no share negative, and one
         # more.
         deficit = -cancelling / np.maximum(combination, 1e-9)
         cancelling += (1.0 + max(float(deficit.max()), 0.0)) * combination
         shares[inside] = np.maximum(cancelling, 0.0)
-        self._warn_if_inexact(game, shares, stationary)
+        limit = max(_STATIONARY, _ROUNDED * math.sqrt(float(levels.max())))
+        self._warn_if_inexact(game, shares, stationary, limit=limit)
         return shares
 
     def _warn_if_inexact(
@@ -126,6 +134,7 @@ class Gains:
         stationary: NDArray[np.bool_] | None = None,
         *,
         solved: bool = True,
+        limit: float = UNSOLVED,
     ) -> None:
         wanted = game.spent(shares)
         scale = wanted + shares * product(np.abs(game.cosines), shares) if solved else 1.0
@@ -133,7 +142,7 @@ class Gains:
             scale = np.where(stationary, 1.0 + scale, scale)
             wanted = np.where(stationary, 0.0, wanted)
         residual = float((np.abs(shares * product(game.cosines, shares) - wanted) / scale).max())
-        warn_if_unsolved(self.problem, residual, UNSOLVED if stationary is None else _STATIONARY)
+        warn_if_unsolved(self.problem, residual, limit)
 
 
 @frozen

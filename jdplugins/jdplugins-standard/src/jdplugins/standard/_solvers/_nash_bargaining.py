@@ -21,16 +21,22 @@ class NativeNashBargainingSolver:
     ``C b = 1/b`` says that b minimises the self-concordant ``½ bᵀ C b - Σ log b``. Damped Newton
     steps relative to b solve it, for singular C too.
 
-    Where there is no solution, 0 lies in the convex hull of some rows, to about 1e-6 of their
-    norms. These rows leave the game, see :class:`~jdcore.protocols.NashBargainingSolver`.
+    Where there is no solution, 0 lies in the convex hull of some rows, to about 1e-6 of their norms
+    or to the precision at which they are known. These rows leave the game, see
+    :class:`~jdcore.protocols.NashBargainingSolver`.
     """
 
     def __call__(
-        self, gramian: NDArray[np.float64], start: NDArray[np.float64] | None = None, /
+        self,
+        gramian: NDArray[np.float64],
+        start: NDArray[np.float64] | None = None,
+        level: float = 0.0,
+        /,
     ) -> NDArray[np.float64]:
         """
         :param gramian: Finite Gramian [m, m].
         :param start: Not used: the answer is exact from any start.
+        :param level: Squared length of a combination of unit rows that is rounding.
         :returns: Weights α [m], zero for zero rows.
         """
         if 0 < len(gramian) <= _FEW:
@@ -39,7 +45,7 @@ class NativeNashBargainingSolver:
                 found = np.array(few)
                 report_residual(_residual, gramian, found)
                 return found
-        return _GAINS.solve(gramian, np.ones(len(gramian)))
+        return _GAINS.solve(gramian, np.ones(len(gramian)), level)
 
 
 def _residual(gramian: NDArray[np.float64], weights: NDArray[np.float64]) -> float:
