@@ -23,6 +23,7 @@ def finite_required(check_finite: bool | None) -> bool:
 
 def refuse_gramian(gramian: NDArray[np.float64]) -> NonFiniteError:
     """The error for a Gramian with non-finite entries, naming the rows that cause them."""
+    # A row with such an entry has no finite square; products of finite rows may still overflow.
     rows = np.flatnonzero(~np.isfinite(np.diagonal(gramian)))
     if rows.size == 0:
         rows = np.flatnonzero(~np.isfinite(gramian).all(axis=1))

@@ -130,6 +130,7 @@ def _all_weights(
     )
     shape = None if output.ndim == 1 else union.shape
     weights = weights_of_first(meeting, weights_of(weighting, source, shape), output.device)
+    # What is written is the mean over processes, but the update is a sum over the samples of all.
     return weights, union.own(weights).to(output.device, torch.float64) * meeting.size, rows
 
 

@@ -72,6 +72,7 @@ def backward(
         given = None if inputs is None else checks.tensor_list(inputs, "inputs")
         targets = reached(found, given)
         m = len(initial[0]) if initial else sum(output.numel() for output in outputs)
+        # Before the passes, which take the time and may free the graph.
         check_jacs(targets, m)
         jac = jac_of(
             outputs,

@@ -117,6 +117,7 @@ def guarded(leaves: Iterable[Tensor], *, custom: bool) -> Iterator[None]:
     """
     watched = list(leaves)
     with set_aside(watched) if custom else nullcontext():
+        # Versions, as an addition in place leaves the same tensor there.
         before = grad_versions(watched)
         yield
         changed = _changed(watched, before)

@@ -77,6 +77,7 @@ def jac_to_grad(
     >>> w.grad
     tensor([1.5000, 2.5000])
     """
+    # In the form that optimizers know, to which `.jac` and `.grad` belong.
     given = list(dict.fromkeys(Gathered().shards(checks.tensor_list(tensors, "tensors"))))
     team = find_team(given, group)
     local = partial(_local, given, aggregator, retain_jac, second)
@@ -90,6 +91,7 @@ def jac_to_grad(
         for tensor in given:
             if get_jac(tensor) is not None:
                 free_jac(tensor)
+    # First, since the hooks that follow the others may step an optimizer over these as well.
     write_means(update.means)
     write_grads(update.gradients)
     return update.weights

@@ -150,6 +150,7 @@ class Problem:
 
     def gradients(self, retain_graph: bool) -> list[Tensor]:
         """The only row, without its first dimension; gradients may share memory."""
+        # No taps: the only row is kept as autograd returns it.
         with self._checked(), self._passes(RowTaps([], {})) as gradients_of:
             found = gradients_of(0, [*range(len(self.outputs))], retain_graph)
         pairs = zip(found, self.inputs, strict=True)
@@ -174,6 +175,7 @@ class Problem:
         gradients = batched_gradients(self.outputs, self.inputs, self.cotangents, retain_graph)
         pairs = zip(gradients, self.inputs, strict=True)
         rows = [zeros(tensor, self.m) if g is None else dense(g) for g, tensor in pairs]
+        # An input that is an output itself gets the initial Jacobian as its own.
         return disjoint(rows, self.cotangents)
 
     def _in_chunks(self, chunk_size: int, retain_graph: bool) -> list[Tensor]:
@@ -189,6 +191,7 @@ class Problem:
             for result, gradient in zip(results, gradients, strict=True):
                 if gradient is not None:
                     result[rows] = dense(gradient)
+            # The results are uninitialised memory so far.
             missing = [r[rows] for r, g in zip(results, gradients, strict=True) if g is None]
             if missing:
                 torch._foreach_zero_(missing)
@@ -206,6 +209,7 @@ class Problem:
         results = self._new_results()
         # All views at once: to index each row would take as many calls as there are rows.
         rows = list(zip(*(result.unbind() for result in results), strict=True))
+        # A row that uses no output makes no pass: the graph is freed by the last one that does.
         last = max((k for k, uses in enumerate(usage) if any(uses)), default=-1)
         taps = RowTaps(self.inputs, self.products)
         missing: list[Tensor] = []

@@ -136,6 +136,7 @@ class Form:
         return self.results[place[0]][place[1]]
 
 
+# Of sequences of ever new lengths there are ever new forms: the oldest ones are forgotten.
 @lru_cache(maxsize=256)
 def form_of(
     names: tuple[str, ...],

@@ -101,6 +101,7 @@ class Memory:
         if buffer is None or buffer.numel() < size:
             # Grown in steps of two: a small model stays small.
             length = max(size, min(CAPACITY, 2 * size))
+            # A tensor that was made in inference mode could not be written to outside of it later.
             with torch.inference_mode(False):
                 buffer = torch.empty(length, dtype=like.dtype, device=like.device)
             buffers[key] = buffer

@@ -416,6 +416,8 @@ class _Entering:
     def heard(self, outputs: Sequence[GradientEdge]) -> Iterator[None]:
         """Listen for the time of a ``with`` block, to passes that start at some places."""
         inputs, nodes = self._graph.form.inputs, self._graph.nodes
+        # Hooks of the nodes before the entrance, not of the entrance itself: what arrives there is
+        # a sum already.
         last = [node for node in self._owners if not self.found.keys().isdisjoint(inputs[node])]
         with self._pass.starting_at(outputs):
             with own_hooks():

@@ -44,9 +44,12 @@ def first_order_change(
     present = {p: p.detach().clone() for p in before} if before else {}
     try:
         _assign(before or {})
+        # The generators go on as if nothing had been evaluated, so that the training is the same
+        # with a record.
         with torch.enable_grad(), torch.random.fork_rng(devices=_cuda_devices(parameters)):
             values = losses()
             _check(values)
+            # Any v will do, as (Jᵀ v)·Δθ is linear in it.
             directions = torch.zeros_like(values, requires_grad=True)
             gradients = torch.autograd.grad(
                 values, parameters, directions, create_graph=True, allow_unused=True

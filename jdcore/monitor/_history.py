@@ -45,6 +45,8 @@ class Step:
     def numbers(self) -> Numbers:
         """All numbers that are made when they are read."""
         if isinstance(self._seen, Evidence):
+            # Kept in place of what they were made from, which is larger where there are many
+            # objectives.
             self._seen = self._seen.numbers()
         return self._seen
 

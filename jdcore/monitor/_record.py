@@ -110,6 +110,7 @@ class _Recorder:
     def before_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         if self.pending is not None:
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            # An optimizer skips parameters without a gradient.
             self.before = {p: p.detach().clone() for p in parameters if p.grad is not None}
 
     def after_step(self, *_: Any) -> None:
