@@ -67,6 +67,9 @@ class Layout:
             those after it in place of the dots.
         """
         dim = self.dim + lead
+        if self.leads(tensor.shape[lead]):
+            shape = tensor.shape
+            return tensor.reshape(*shape[:lead], self.samples, 1, self.after, *shape[lead + 1 :])
         if self.index is None:
             before = tensor.shape[dim] // (self.samples * self.after)
             sizes = (before, self.samples, self.after)
