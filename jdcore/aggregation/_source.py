@@ -14,6 +14,9 @@ from jdcore.errors import ParameterError, ParameterTypeError
 from jdcore.linalg import proximal_level, rounding_shows
 from jdcore.validators import describe_tensor
 
+# Rows whose Gramian an accelerator copies in less time than it is told what to compute.
+_COPIED = 64
+
 
 def _one() -> float:
     return 1.0
@@ -125,7 +128,8 @@ class GramianSource:
         """Whether weights [m] need float64, see :func:`jdcore.linalg.rounding_shows`."""
         gramian = self.peek()
         # Where the weights are is the Gramian, too, or was, if it is an accelerator's.
-        return rounding_shows(weights, self.on_host(gramian) if weights.is_cpu else gramian)
+        here = weights.is_cpu or len(gramian) <= _COPIED
+        return rounding_shows(weights, self.on_host(gramian) if here else gramian)
 
     def on_host(self, matrix: Tensor) -> Tensor:
         """

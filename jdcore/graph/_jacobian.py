@@ -396,7 +396,9 @@ class Jacobian:
     def _join_bias(self, site: Site, node: int, shares: dict[int, Share]) -> None:
         """The bias of a linear layer is the weight of one more input, which is 1."""
         weight, bias, edges = shares.get(2), shares.get(0), self.graph.form.inputs[node]
-        if site.name != "AddmmBackward0" or bias is None or not isinstance(weight, Outer):
+        if not (
+            site.name == "AddmmBackward0" and isinstance(bias, Dense) and isinstance(weight, Outer)
+        ):
             return
         _, _, positions, outputs = weight.grads.shape
         alone = {edges[0], edges[2]} <= self._plan.alone
@@ -407,7 +409,8 @@ class Jacobian:
         # bias times beta.
         if site.saved("alpha") == site.saved("beta"):
             weight.plus = 1.0
-            self._keep(edges[0], shares.pop(0), site.name, "with its weight")
+            self._note(edges[0], shares.pop(0), site.name, "with its weight")
+            self._small.add(edges[0], bias, counted=True)
 
     def _call(self, site: Site, node: int, rest: list[int], total: Accumulator) -> None:
         """Call an operation whose rule does not serve some of its operands."""
@@ -556,28 +559,37 @@ class _Small:
     """Short rows of many parameters, multiplied together."""
 
     def __init__(self) -> None:
-        self._of_dtype: dict[torch.dtype, list[tuple[Place, Dense]]] = {}
-        self._joined: list[tuple[Tensor, list[tuple[Place, Dense]]]] = []
+        self._groups: dict[tuple[torch.dtype, bool], list[tuple[Place, Tensor, torch.Size]]] = {}
+        self._joined: list[tuple[Tensor, list[tuple[Place, torch.Size]]]] = []
 
-    def add(self, root: Place, share: Dense) -> None:
-        self._of_dtype.setdefault(share.flat().dtype, []).append((root, share))
+    def add(self, root: Place, share: Dense, counted: bool = False) -> None:
+        """
+        Add the rows of a share.
+
+        :param counted: Whether their Gramian is in that of another share.
+        """
+        rows = share.flat()
+        self._groups.setdefault((rows.dtype, counted), []).append((root, rows, share.shape))
 
     def add_gramian(self, total: Accumulator) -> None:
-        for shares in self._of_dtype.values():
-            rows = [share.flat() for _, share in shares]
+        for (_, counted), parts in self._groups.items():
+            if counted and not total.keep:
+                continue
+            rows = [of_root for _, of_root, _ in parts]
             joined = torch.cat(rows, 1) if len(rows) > 1 else rows[0]
-            total.add_share(Dense(joined[None], joined.shape[1:]))
+            if not counted:
+                total.add_share(Dense(joined[None], joined.shape[1:]))
             if total.keep:
-                self._joined.append((joined, shares))
-        self._of_dtype.clear()
+                self._joined.append((joined, [(root, shape) for root, _, shape in parts]))
+        self._groups.clear()
 
     def weighted(self, weights: Tensor) -> dict[Place, Tensor]:
         grads: dict[Place, Tensor] = {}
-        for rows, shares in self._joined:
+        for rows, places in self._joined:
             summed = combined(weights.reshape(-1), rows)
-            parts = torch.split(summed, [share.shape.numel() for _, share in shares])
-            for (root, share), part in zip(shares, parts, strict=True):
-                part = part.view(share.shape)
+            parts = torch.split(summed, [shape.numel() for _, shape in places])
+            for (root, shape), part in zip(places, parts, strict=True):
+                part = part.view(shape)
                 grads[root] = grads[root] + part if root in grads else part
         self._joined.clear()
         return grads

@@ -8,7 +8,7 @@ from torch import Size, Tensor
 
 from jdcore.graph._layout import Layout
 from jdcore.graph._saved import saved
-from jdcore.graph.shares import Dense
+from jdcore.graph.shares import Dense, sum_over
 
 
 class NoRule(Exception):  # noqa: N818 - no error of anybody
@@ -115,7 +115,7 @@ class Site:
             axes = [axis, axis + 1] if d == dim else [axis]
             summed += [a for a in axes if n == 1 and split.shape[a] != 1]
             axis += len(axes)
-        return Dense(split.sum(summed) if summed else split, shape)
+        return Dense(sum_over(split, summed) if summed else split, shape)
 
     def turned(self, dim: int) -> Site:
         """The same site, with the samples of the first result in another dimension."""

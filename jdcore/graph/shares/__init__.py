@@ -3,7 +3,7 @@
 from jdcore.graph.shares._geometry import Geometry
 from jdcore.graph.shares._outer import OneHot, Outer, Uses
 from jdcore.graph.shares._patches import Patches
-from jdcore.graph.shares._product import HALVES, combined, outer, product, widened
+from jdcore.graph.shares._product import HALVES, combined, outer, product, sum_over, widened
 from jdcore.graph.shares._share import Accumulator, Dense, Share
 
 __all__ = [
@@ -19,5 +19,6 @@ __all__ = [
     "combined",
     "outer",
     "product",
+    "sum_over",
     "widened",
 ]

@@ -76,17 +76,20 @@ class Outer(Share):
 
     def _add_direct(self, inputs: Tensor, gramian: Accumulator) -> None:
         K, B, T, o = self.grads.shape
-        memory, like = gramian.memory, widened(self.grads[:0])
-        # One call copies the inputs for each task, many calls write to memory that is reused.
-        size = K * B * (o if memory.reused else max(o, T))
-        for start, stop in memory.pieces(inputs.shape[2], size):
-            factor = inputs[..., start:stop].transpose(1, 2)
-            if not memory.reused:
-                rows = product(factor, self.grads)
-            else:
-                rows = memory.rows((K, B, stop - start, o), like)
-                for k in range(K):
-                    product(factor, self.grads[k], rows[k])
+        memory, grads = gramian.memory, self.grads
+        if not memory.reused:
+            # One call for all tasks, which copies the inputs for each.
+            for start, stop in memory.pieces(inputs.shape[2], K * B * max(o, T)):
+                factor = inputs[..., start:stop].mT
+                rows = product(factor, grads[0] if K == 1 else grads)
+                gramian.add_rows(rows.reshape(K * B, -1))
+            return
+        like = widened(grads[:0])
+        for start, stop in memory.pieces(inputs.shape[2], K * B * o):
+            factor = inputs[..., start:stop].mT
+            rows = memory.rows((K, B, stop - start, o), like)
+            for k in range(K):
+                product(factor, grads[k], rows[k])
             gramian.add_rows(rows.flatten(2).flatten(0, 1))
 
     def _add_looked_up(self, inputs: OneHot, gramian: Accumulator) -> None:

@@ -46,6 +46,11 @@ def columns_at_once(rows: Tensor) -> int:
     return _COLUMNS if rows.is_cpu else max(_COLUMNS_ELSEWHERE, 16 * len(rows))
 
 
+def sum_over(tensor: Tensor, dims: list[int]) -> Tensor:
+    """The sum over some dimensions, in at least float32."""
+    return tensor.sum(dims, dtype=torch.float32 if tensor.dtype in HALVES else None)
+
+
 def widened(tensor: Tensor) -> Tensor:
     """A tensor in at least float32."""
     return tensor.float() if tensor.dtype in HALVES else tensor
@@ -164,8 +169,8 @@ def weighted_sum(weights: Tensor, rows: Tensor) -> Tensor:
         by_sample = rows.to(dtype).flatten(2).transpose(0, 1)
         summed = product(weights.to(dtype).T[:, None], by_sample)
         return summed.view(rows.shape[1:])
-    scale = weights.to(dtype).reshape(*weights.shape, *[1] * (rows.ndim - 2))
-    total = rows[0].to(dtype) * scale[0]
+    scale = weights.to(dtype).view(*weights.shape, *[1] * (rows.ndim - 2))
+    total = rows[0] * scale[0]  # in the wider one of their dtypes
     for k in range(1, len(rows)):
         total.addcmul_(rows[k].to(dtype), scale[k])
     return total

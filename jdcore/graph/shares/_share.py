@@ -160,6 +160,8 @@ class Accumulator:
         width = columns_at_once(rows)
         if not self.memory.reused and rows.shape[1] > 2 * width:
             rows = self._add_most(rows, width)
+            if rows.shape[1] == 0:
+                return
         parts = self.halves()
         for columns in torch.split(rows, width, dim=1):
             for start, stop in parts:
