@@ -107,7 +107,7 @@ def _aggregate(
         wide = source.compute_cross is None and source.rounding_shows(weights)
         weights = unscaled(weights, weighting, columns.scale)
         return columns.combine(weights, wide=wide), weights, source
-    # The weights depend on no row, so whether the rows are finite shows in their sum alone.
+    # Nobody has looked at the rows: whether they are finite shows in their weighted sum.
     vectors = columns.combine(weights)
     if not all_finite(vectors):
         vectors, weights = _examine(weighting, columns, source, vectors, weights)

@@ -8,7 +8,7 @@ import attrs
 from attrs import define, field
 
 from jdcore.errors import JDCoreError
-from jdcore.monitor._evidence import Evidence, Numbers
+from jdcore.monitor._numbers import Numbers
 
 _FEW = 16
 """Objectives up to which a log has a curve for each."""
@@ -28,7 +28,8 @@ class Step:
     :param index: Number of the weighing, from 0.
     :param method: Name of the class of the method.
     :param seconds: Wall time of the weighing, that of the Gramian included.
-    :param seen: What the numbers are made from.
+    :param seen: The numbers, or what makes them.
+    :param held: Bytes of what that holds, if they are too many to be kept for every step.
     :param change: First-order changes [m] of the losses by the step of the optimizer, see
         :func:`first_order_change`; None if not asked for.
     :param raised: Share of the losses that this step raises to first order; None if not asked for.
@@ -37,17 +38,16 @@ class Step:
     index: int
     method: str
     seconds: float
-    _seen: Evidence | Numbers
+    _seen: Callable[[], Numbers] | Numbers
+    held: int = 0
     change: list[float] | None = None
     raised: float | None = None
 
     @property
     def numbers(self) -> Numbers:
         """All numbers that are made when they are read."""
-        if isinstance(self._seen, Evidence):
-            # Kept in place of what they were made from, which is larger where there are many
-            # objectives.
-            self._seen = self._seen.numbers()
+        if not isinstance(self._seen, Numbers):
+            self._seen, self.held = self._seen(), 0
         return self._seen
 
     @property
@@ -108,11 +108,6 @@ class Step:
         """
         return self.numbers.residual
 
-    @property
-    def excess(self) -> int:
-        """Bytes that are too many to be kept for every step, until a number is read."""
-        return self._seen.excess if isinstance(self._seen, Evidence) else 0
-
     def to_dict(self) -> dict[str, Any]:
         """All quantities by name; JSON-able."""
         return {
@@ -150,9 +145,9 @@ class History:
         self.steps.append(step)
         for callback in self.callbacks:
             callback(step)
-        if step.excess:
+        if step.held:
             self._large.append(step)
-            self._excess += step.excess
+            self._excess += step.held
         # Some steps at once: their arrays then find the caches as the last has left them, not as
         # a training step has, and take a third of the time.
         if self._excess > _EXCESS:

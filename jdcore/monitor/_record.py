@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,8 +12,8 @@ from torch import Tensor
 from jdcore.aggregation._observation import Observation, observing
 from jdcore.errors import ParameterError, ParameterTypeError
 from jdcore.monitor._change import first_order_change
-from jdcore.monitor._evidence import Evidence
 from jdcore.monitor._history import History, Step
+from jdcore.monitor._numbers import numbers_of
 
 
 @contextmanager
@@ -132,19 +133,14 @@ def _examine(observation: Observation, index: int, complete: bool, cosines_up_to
     kept = weights if weights is None else weights.tolist() if weights.is_cpu else weights.clone()
     if gramian is not None and source.borrowed:
         gramian = gramian.clone()
-    evidence = Evidence(
-        weights=kept,
-        gramian=gramian,
-        scale=source.scale(),
-        update=None if gramian is None or update is None else update(source.scale()),
-        cosines=source.rows <= cosines_up_to,
-        residuals=observation.residuals,
-    )
+    scale, cosines = source.scale(), source.rows <= cosines_up_to
+    told = None if gramian is None or update is None else update(scale)
     return Step(
         index=index,
         method=_name(observation.method),
         seconds=observation.seconds,
-        seen=evidence,
+        seen=partial(numbers_of, kept, gramian, told, scale, cosines, observation.residuals),
+        held=0 if cosines or gramian is None else 8 * gramian.numel(),
     )
 
 

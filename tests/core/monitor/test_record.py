@@ -208,7 +208,7 @@ def test_gramians_of_many_objectives_are_kept_up_to_a_limit() -> None:
     with monitor.record() as history:
         for i in range(8):  # of 320 kB
             GramianAggregator(HalvesWeighting())(matrix * 2.0**i)
-            assert sum(step.excess for step in history) <= 2**20
+            assert sum(step.held for step in history) <= 2**20
 
     first = history[0].norms
     assert first == pytest.approx(matrix.norm(dim=1).tolist())
