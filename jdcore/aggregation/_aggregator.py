@@ -104,7 +104,8 @@ def _aggregate(
     source = GramianSource.of_columns(columns, losses)
     weights = columns.weights(partial(weigh, weighting, source))
     if source.asked:
-        wide = source.compute_cross is None and source.rounding_shows(weights)
+        known = columns.wide or source.compute_cross is not None
+        wide = not known and source.rounding_shows(weights)
         weights = unscaled(weights, weighting, columns.scale)
         return columns.combine(weights, wide=wide), weights, source
     # Nobody has looked at the rows: whether they are finite shows in their weighted sum.

@@ -3,11 +3,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from attrs import define, field
+from numpy.typing import NDArray
 from torch import Tensor
 
 from jdcore.aggregation._finite import all_finite, nonfinite_rows
+from jdcore.linalg._blas import is_small, small_combination, small_gramian, widened
 from jdcore.linalg._combine import combine, combine_blocks
 from jdcore.linalg._gramian import sum_cross_gramians, sum_gramians
 
@@ -29,6 +32,8 @@ class Columns:
     second: list[Tensor] | None = None
     scale: float = field(default=1.0, init=False)
     """A power of two by which rows are divided before they are multiplied."""
+    _few: NDArray[np.float64] | None = field(default=None, init=False)
+    """The rows in float64, once their Gramian was asked for, if they are small."""
 
     @property
     def rows(self) -> int:
@@ -39,6 +44,11 @@ class Columns:
     def device(self) -> torch.device:
         """Device of the Jacobian."""
         return self.blocks[0].device
+
+    @property
+    def wide(self) -> bool:
+        """Whether sums with weights in float64 are made in float64 anyway."""
+        return self._few is not None
 
     @property
     def local(self) -> bool:
@@ -90,6 +100,9 @@ class Columns:
         """The Gramian of the rows divided by ``scale``."""
         blocks = self.blocks
         if scale == 1.0 and len(blocks) == 1 and not blocks[0].requires_grad:
+            if is_small(blocks[0]):
+                self._few = widened(blocks[0])
+                return small_gramian(self._few)
             return sum_gramians(blocks)
         return sum_gramians(_divided(blocks, scale))
 
@@ -117,6 +130,9 @@ class Columns:
 
         :param wide: Whether to multiply in float64, whatever the dtypes of the blocks.
         """
+        few = self._few
+        if few is not None and weights.is_cpu and weights.dtype == torch.float64:
+            return [small_combination(weights.numpy(), few, self.blocks[0].dtype)]
         if len(self.blocks) == 1:
             return [combine(weights, self.blocks[0], wide=wide)]
         return combine_blocks(weights, self.blocks, wide=wide)

@@ -21,7 +21,7 @@ from torch import Tensor
 _PRODUCT = 64 * 64
 # Up to these sizes numpy multiplies rows by one another, or by weights, without threads.
 _ENTRIES, _ROWS = 9216, 8
-_SHARED = (torch.float32, torch.float64)
+_ARRAYS = {torch.float32: np.dtype(np.float32), torch.float64: np.dtype(np.float64)}
 _SOLVE = 96
 _EIGH = 24
 
@@ -35,7 +35,7 @@ def is_small(matrix: Tensor) -> bool:
     return (
         matrix.numel() <= _ENTRIES
         and matrix.is_cpu
-        and matrix.dtype in _SHARED
+        and matrix.dtype in _ARRAYS
         and matrix.shape[0] <= _ROWS
         and type(matrix) is Tensor
         and not matrix.requires_grad
@@ -43,20 +43,29 @@ def is_small(matrix: Tensor) -> bool:
     )
 
 
+def widened(matrix: Tensor) -> NDArray[np.float64]:
+    """The entries of a small matrix, as a new array."""
+    return matrix.numpy().astype(np.float64)
+
+
 # What overflows or is not finite is told from the results, not by warnings of numpy.
 @np.errstate(over="ignore", invalid="ignore")
-def small_gramian(matrix: Tensor) -> Tensor:
-    """``A Aᵀ`` of a small matrix, in float64, exactly symmetric."""
-    rows = matrix.numpy().astype(np.float64)
+def small_gramian(rows: NDArray[np.float64]) -> Tensor:
+    """``A Aᵀ``, exactly symmetric."""
     # Of a matrix times its transpose numpy computes one triangle.
     return torch.from_numpy(rows.dot(rows.T))
 
 
 @np.errstate(over="ignore", invalid="ignore")
-def small_combination(weights: NDArray[np.floating[Any]], matrix: Tensor) -> Tensor:
-    """``w A`` for a small matrix, in its dtype, multiplied in the wider one of the two."""
-    rows = matrix.numpy()
-    return torch.from_numpy(weights.dot(rows).astype(rows.dtype, copy=False))
+def small_combination(
+    weights: NDArray[np.floating[Any]], rows: NDArray[np.floating[Any]], dtype: torch.dtype
+) -> Tensor:
+    """
+    ``w A``, multiplied in the wider dtype of the two.
+
+    :param dtype: float32 or float64, to which the result is rounded.
+    """
+    return torch.from_numpy(weights.dot(rows).astype(_ARRAYS[dtype], copy=False))
 
 
 @contextmanager

@@ -19,7 +19,7 @@ _SAFE = (1e-37, 1e37)
 # them must cost less than the calls that it spares.
 _JOINED = {"cpu": (1 << 15, 1 << 19), "elsewhere": (1 << 20, 1 << 24)}
 # Of factors in the usual and in the wider precision.
-_FACTORS, _DTYPES = (np.float32, np.float64), (torch.float32, torch.float64)
+_DTYPES = (torch.float32, torch.float64)
 
 
 def combine(
@@ -42,9 +42,7 @@ def combine(
         # Asking a device would cost a synchronisation; narrower dtypes cannot hold extreme weights.
         if weights.is_cpu and weights.dtype == torch.float64:
             if is_small(block):
-                entries = weights.tolist()
-                exact = exact or _extreme(entries)
-                return small_combination(np.array(entries, _FACTORS[exact]), block)
+                return small_combination(weights.detach().numpy(), block.numpy(), dtype)
             exact = exact or _extreme(weights.tolist())
         vector = weights
         if vector.dtype != _DTYPES[exact]:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from jdcore.errors import ParameterError
-from jdcore.linalg._blas import is_small, small_gramian
+from jdcore.linalg._blas import is_small, small_gramian, widened
 from jdcore.validators import check_blocks
 
 # Float64 entries of the pieces that are multiplied: 1 MB is large enough for the product to run at
@@ -40,7 +40,7 @@ def sum_gramians(blocks: Sequence[Tensor]) -> Tensor:
     """:func:`gramian` of blocks that have been checked."""
     if len(blocks) == 1 and blocks[0].numel() <= _ENTRIES:
         if is_small(blocks[0]):
-            return small_gramian(blocks[0])
+            return small_gramian(widened(blocks[0]))
         return symmetric(_product(blocks[0].double()))
     m = blocks[0].shape[0]
     entries = _ENTRIES if blocks[0].is_cpu else _ENTRIES_ELSEWHERE

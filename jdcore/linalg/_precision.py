@@ -33,19 +33,15 @@ _VISIBLE = 2e-5
 _ROUNDING = 2.0**-24
 
 
+@cache
 def proximal_level(m: int, precision: torch.dtype) -> float:
     """
     The δ above for m rows that were rounded to a dtype.
 
     It is at least what rounding an m x m Gramian in float64 leaves: m * 2**-52.
     """
-    return max(_known_to(precision), m * _EPS)
-
-
-@cache
-def _known_to(precision: torch.dtype) -> float:
     margin = _MARGINS.get(precision, 1.0) * 0.5 * torch.finfo(precision).eps
-    return margin * margin
+    return max(margin * margin, m * _EPS)
 
 
 def add_proximal(gramian: NDArray[np.float64], level: float, /) -> NDArray[np.float64]:

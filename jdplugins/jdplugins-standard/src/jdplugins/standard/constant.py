@@ -29,4 +29,4 @@ class ConstantWeighting(ScalarizationWeighting):
 
     def compute(self, m: int, dtype: torch.dtype) -> Tensor:
         weights = self.weights.detach() if self.weights.requires_grad else self.weights
-        return weights.to(dtype)
+        return weights if weights.dtype == dtype else weights.to(dtype)
