@@ -35,6 +35,7 @@ def objectives_of(
                 f"{describe_tensor(output)}, which is {kind}",
                 "Compute the losses as one dense tensor, such as torch.stack of them.",
             )
+        # By identity, since `in` would compare the entries of tensors.
         if any(output is other for other in outputs[:i]):
             raise ParameterError(
                 label,

@@ -142,6 +142,8 @@ def trainable(tensors: Iterable[Tensor], parameter: str) -> list[Tensor]:
     given = list(tensors)
     check_differentiable(given, parameter)
     for i, tensor in enumerate(given):
+        # A parameter that does not require grad was frozen on purpose; any other tensor is a
+        # mistake.
         if not tensor.requires_grad and not isinstance(tensor, torch.nn.Parameter):
             raise ParameterError(
                 f"{parameter}[{i}]",
@@ -175,6 +177,7 @@ def check_chunk_size(value: int | None) -> None:
     """
     if value is None:
         return
+    # A bool is an int to Python, and an integer of numpy is none.
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise ParameterTypeError("parallel_chunk_size", "an int or None", repr(value))
     if value < 1:

@@ -99,6 +99,7 @@ def mtl_backward(
                 graph=trunk,
                 watched=plan.given,
             )
+            # The rows go on through the trunk; the gradients of the heads are done and pass by it.
             gradients = gradients >> (jac | Keep(plan.private))
         spread = is_spread([*shared, *private])
         if spread:
@@ -132,6 +133,7 @@ def _task_gradients(
             )
             tasks.append(start >> grad)
         else:
+            # A task that gives nothing, so that the others keep the numbers of their rows.
             tasks.append(Keep([]))
     return PerTask(tasks, plan.rows)
 
@@ -139,7 +141,9 @@ def _task_gradients(
 def _retained(plan: Plan, retain_graph: bool) -> list[bool]:
     """Whether the graph of each task must outlive its gradient: another pass comes by later."""
     retained = []
+    # The passes of such tasks go through the trunk, which the Jacobian needs afterwards.
     later = set(plan.trunk.nodes) if plan.deep else set()
+    # From the last task backwards: the graph of a task must stay as long as a later one needs it.
     for head in reversed(plan.heads):
         retained.append(retain_graph or not later.isdisjoint(head.nodes))
         later.update(head.nodes)

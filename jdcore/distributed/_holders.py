@@ -84,6 +84,7 @@ class Holders:
                 "computed by the same parameters on all processes",
                 f"losses of {len(own)} parameters here, others elsewhere",
             )
+        # Copies are averaged as they are, parts by the processes that hold them.
         copies = {t: _row(g) for t, g in own.items() if not is_dtensor(t)}
         rows = mean_rows(meeting, buckets_of(copies, 1, self.group), list(copies.values()), 1)
         means = {t: row.view(t.shape) for t, row in zip(copies, rows, strict=True)}

@@ -53,6 +53,7 @@ def telling_holders(outputs: Sequence[Tensor], given: object) -> AbstractContext
     """
 
     def meeting() -> Meeting | None:
+        # Not checked yet: it may be anything.
         named = given if isinstance(given, Iterable) else ()
         computed = [output for output in outputs if output.grad_fn is not None]
         tensors = [t for t in (*reach(computed).leaves, *named) if isinstance(t, Tensor)]

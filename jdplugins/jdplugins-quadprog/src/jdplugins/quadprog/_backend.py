@@ -82,6 +82,7 @@ class DualConeBackend:
         minimise = self.minimiser(C + _SHIFT * np.eye(len(C)))
         answers = np.zeros_like(Q)
         failures: dict[int, str] = {}
+        # Where q is nowhere negative, z = 0 solves the problem.
         for row in np.flatnonzero(Q.min(axis=1, initial=0.0) < 0.0).tolist():
             answer = _attempt(minimise, Q[row])
             if isinstance(answer, str):

@@ -50,6 +50,7 @@ class AlignedMTLWeighting(GramianWeighting):
         preferences = row_weights(self.pref_vector, len(gramian))
         components = spectrum(gramian, level)
         values, vectors = components.values, components.vectors
+        # All rows are zero.
         if not len(values):
             return np.zeros_like(preferences)
         common = self._common_eigenvalue(values)

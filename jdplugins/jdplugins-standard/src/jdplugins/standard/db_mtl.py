@@ -47,6 +47,7 @@ class DBMTL(HistoryAggregator):
         return self.beta > 0.0
 
     def advance(self, rows: Tensor, history: Tensor | None, losses: Tensor | None) -> Tensor:
+        # Calls are counted from one.
         past = self.beta / (self.calls + 1) ** self.beta_sigma
         fresh: Tensor = (1.0 - past) * (rows / _positive(losses)[:, None].to(rows))
         return fresh if history is None else fresh + past * history

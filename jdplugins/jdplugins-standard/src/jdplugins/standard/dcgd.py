@@ -52,6 +52,7 @@ class DCGDWeighting(GramianWeighting):
         first = np.arange(m) < self.n_residuals
         groups = np.stack([first, ~first]).astype(np.float64)
         (rr, rb), (_, bb) = (groups @ gramian @ groups.T).tolist()
+        # Without two directions there is no cone: the update is t.
         if not (rr > 0.0 and bb > 0.0):
             return np.ones(m)
         of_first, of_second = self._weights(rr, rb, bb)

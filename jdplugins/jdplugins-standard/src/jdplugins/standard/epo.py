@@ -56,6 +56,8 @@ class EPOWeighting(LossWeighting):
         largest = float(np.diagonal(gramian).max())
         if not largest > 0.0:
             return np.full(m, 1.0 / m)
+        # The linear program wants numbers of order one; its solution does not depend on their
+        # scale.
         products = gramian / largest
         weighted = preferences * losses
         shares = weighted / weighted.sum()

@@ -68,6 +68,8 @@ class GradNormWeighting(StateFields, LossWeighting):
         ratios = losses / first
         norms = np.sqrt(np.diagonal(gramian))
         new = self._moved(old, norms, (ratios / ratios.mean()) ** self.alpha)
+        # As the paper does after each step, so that the sum of the weights is no learning rate in
+        # disguise.
         new *= m / new.sum()
         self.weights, self.first_losses = torch.from_numpy(new), torch.from_numpy(first.copy())
         return np.array(new)

@@ -56,7 +56,9 @@ class FAMO(StateFields, LossScalarizer):
         logarithms = self._logarithms(losses)
         values = logarithms.detach().double().cpu()
         shares = self._xi(len(values)).softmax(0)
+        # Detached, as are the shares: c and z are constants of the gradient.
         scale = 1.0 / (shares * torch.exp(-values)).sum()
+        # A step on losses that are not finite leaves no state, as if it had not been.
         if torch.isfinite(values).all():
             self.before = values
         return (scale * shares).to(losses) @ logarithms

@@ -39,5 +39,7 @@ class PBI(LossScalarizer):
         ray = torch.nn.functional.normalize(preferred(losses, self.pref_vector), dim=0, eps=0.0)
         offsets = above(losses, self.reference)
         progress = offsets @ ray
+        # Torch takes the gradient of the norm of a zero vector to be zero, where sqrt would give
+        # NaN.
         distance: Tensor = torch.linalg.vector_norm(offsets - progress * ray)
         return progress + self.theta * distance
