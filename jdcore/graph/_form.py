@@ -2,12 +2,11 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from functools import cached_property, lru_cache
-from typing import TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from attrs import frozen
 
-from jdcore.graph._saved import Result
 from jdcore.graph._walk import LEAF
 
 Place: TypeAlias = "tuple[int, int]"
@@ -39,6 +38,13 @@ PARTS = frozenset(
 """Operations whose results are parts of what they are given that do not overlap."""
 
 
+class Result(NamedTuple):
+    """What is known of a result of an operation without having it."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+
+
 @frozen(eq=False, slots=False)  # slots leave no room for cached properties
 class Form:
     """
@@ -50,15 +56,23 @@ class Form:
     :param names: By node, that of its operation.
     :param inputs: By node, where its operands come from; node -1 for what is not differentiated.
     :param starts: The outputs.
-    :param results: By node, the shapes and dtypes of its results.
+    :param described: By node, the sizes of each of its results, and its dtype behind them.
     :param targets: The places of the wanted tensors, leaves or not.
     """
 
     names: tuple[str, ...]
     inputs: tuple[tuple[Place, ...], ...]
     starts: tuple[Place, ...]
-    results: tuple[tuple[Result, ...], ...]
+    described: tuple[tuple[tuple[Any, ...], ...], ...]
     targets: tuple[Place, ...]
+
+    @cached_property
+    def results(self) -> list[list[Result]]:
+        """By node, its results."""
+        return [
+            [Result(torch.Size(sizes), dtype) for *sizes, dtype in of_node]
+            for of_node in self.described
+        ]
 
     @cached_property
     def leaves(self) -> frozenset[int]:
@@ -142,8 +156,8 @@ def form_of(
     names: tuple[str, ...],
     inputs: tuple[tuple[Place, ...], ...],
     starts: tuple[Place, ...],
-    results: tuple[tuple[Result, ...], ...],
+    described: tuple[tuple[tuple[Any, ...], ...], ...],
     targets: tuple[Place, ...],
 ) -> Form:
     """The one form with these properties."""
-    return Form(names, inputs, starts, results, targets)
+    return Form(names, inputs, starts, described, targets)

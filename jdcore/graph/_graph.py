@@ -9,7 +9,7 @@ from torch.autograd.graph import GradientEdge, Node
 from jdcore.errors import UnservedGraphError
 from jdcore.graph._form import Form, Place, form_of
 from jdcore.graph._retained import retaining
-from jdcore.graph._saved import Result, results_of
+from jdcore.graph._saved import results_of
 from jdcore.graph._walk import LEAF, REENTRANT, edge_of
 
 
@@ -33,7 +33,7 @@ class Graph:
                 node, number = edge_of(output)
                 starts.append((self._number(node), number))
         inputs: list[tuple[Place, ...]] = []
-        results: list[tuple[Result, ...]] = []
+        described: list[tuple[tuple[Any, ...], ...]] = []
         # A list that grows rather than recursion: graphs are deeper than Python's stack.
         for node in self.nodes:
             edges = [
@@ -41,8 +41,9 @@ class Graph:
                 for child, number in node.next_functions
             ]
             inputs.append(tuple(edges))
-            leaf = self.leaves.get(len(results))
-            results.append(results_of(node) if leaf is None else (Result(leaf.shape, leaf.dtype),))
+            leaf = self.leaves.get(len(described))
+            # The node of a leaf does not know when its data are replaced.
+            described.append(results_of(node) if leaf is None else ((*leaf.shape, leaf.dtype),))
         # By identity, since `==` of tensors compares their entries.
         asked = {id(tensor) for tensor in wanted}
         self.wanted = {i: leaf for i, leaf in self.leaves.items() if id(leaf) in asked}
@@ -56,7 +57,7 @@ class Graph:
         self.retained = [t for t in retaining() if self._computes(t) and id(t) not in asked]
         """Further results of operations whose ``.grad`` backward passes write."""
         self.form: Form = form_of(
-            tuple(self._names), tuple(inputs), tuple(starts), tuple(results), tuple(self.targets)
+            tuple(self._names), tuple(inputs), tuple(starts), tuple(described), tuple(self.targets)
         )
 
     def _computes(self, tensor: Tensor) -> bool:

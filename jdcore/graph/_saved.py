@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterator
 from functools import cache
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -19,7 +19,6 @@ from torch.utils.hooks import RemovableHandle
 
 __all__ = [
     "MATRIX_PRODUCTS",
-    "Result",
     "Unreadable",
     "computed_at",
     "current_pass",
@@ -145,17 +144,10 @@ def _raw_names(kind: Hashable) -> tuple[str, ...]:
     return tuple(name for name in dir(kind) if name.startswith("_raw_saved_"))
 
 
-class Result(NamedTuple):
-    """What is known of a result of an operation without having it."""
-
-    shape: torch.Size
-    dtype: torch.dtype
-
-
-def results_of(node: Any) -> tuple[Result, ...]:
-    """The results of an operation."""
-    # The shape is a list for operations that were written in Python.
-    return tuple([Result(torch.Size(m.shape), m.dtype) for m in node._input_metadata])
+def results_of(node: Any) -> tuple[tuple[Any, ...], ...]:
+    """The results of an operation: the sizes of each, and its dtype behind them."""
+    # Plain tuples, since this is asked of each operation in each step.
+    return tuple([(*m.shape, m.dtype) for m in node._input_metadata])
 
 
 def plain_attributes(node: Any) -> tuple[Any, ...]:

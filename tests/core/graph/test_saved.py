@@ -177,9 +177,9 @@ def test_no_padding_is_told() -> None:
 def test_shapes_and_dtypes_of_results_are_shown(name: str) -> None:
     node, _result = _node(name)
     results = reader.results_of(node)
-    assert all(result.dtype == torch.float32 for result in results[:1])
+    assert all(dtype == torch.float32 for *_sizes, dtype in results[:1])
     if node is _result.grad_fn:
-        assert results[_result.output_nr].shape == _result.shape
+        assert results[_result.output_nr] == (*_result.shape, _result.dtype)
 
 
 def test_what_is_not_shown_is_unreadable() -> None:
