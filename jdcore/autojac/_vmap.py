@@ -95,21 +95,28 @@ def choose_chunk_size(
 
 
 def _rows_that_fit(m: int, inputs: Sequence[Tensor], graph: Reach) -> int:
-    available = free_memory(inputs[0].device)
-    if available is None:
-        return min(m, _MOST_ROWS)
     jacobian = m * sum(tensor.numel() * tensor.itemsize for tensor in inputs)
     row = _ALIVE * max(1, largest_gradient(graph))
+    available = free_memory(inputs[0].device, enough=jacobian + m * row)
+    if available is None:
+        return min(m, _MOST_ROWS)
     return max(1, min(m, (available - jacobian) // row))
 
 
-def free_memory(device: torch.device) -> int | None:
-    """Bytes that can still be allocated on a device, None if it does not tell."""
+def free_memory(device: torch.device, *, enough: int | None = None) -> int | None:
+    """
+    Bytes that can still be allocated on a device, None if it does not tell.
+
+    :param enough: Of how many it need not be told whether there are more.
+    """
     module: Any = getattr(torch, device.type, None)
     if not hasattr(module, "mem_get_info"):
         return None
     free: int = module.mem_get_info(device)[0]
-    # What torch holds in reserve, freed by earlier steps, is free as well.
+    if enough is not None and free >= enough:
+        return free
+    # What torch holds in reserve, freed by earlier steps, is free as well. To count that takes
+    # longer than to differentiate a small network.
     reserve: int = module.memory_reserved(device) - module.memory_allocated(device)
     return free + reserve
 

@@ -346,7 +346,7 @@ class Jacobian:
     @property
     def _most_rows(self) -> int:
         """Entries of rows that are kept or held at once where there are no samples."""
-        return max(_ROWS, self._memory.gradients)
+        return _ROWS if self._device.type == "cpu" else max(_ROWS, self._memory.gradients)
 
     # -- shares ------------------------------------------------------------------------------------
 

@@ -83,7 +83,7 @@ def _chosen(model: nn.Module, x: Tensor, m: int, free: int | None) -> int:
         raise AssertionError("reads values, for which the host would wait")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_vmap, "free_memory", lambda device: free)
+        patch.setattr(_vmap, "free_memory", lambda device, enough: free)
         return choose_chunk_size(Kind.of(graph), inputs, m, usage, graph)
 
 
