@@ -5,16 +5,18 @@ import math
 import numpy as np
 from attrs import define, frozen
 
+from jdcore.aggregation import report_residual
 from jdcore.linalg import EPS, equilibrate, lcp_residual, product, solve_definite
+from jdplugins.standard._solvers._averse_of_few import STATIONARY, avert_few
 from jdplugins.standard._solvers._guess import descend
 from jdplugins.standard._solvers._lcp import Floats, Mask, solve_one, warn_if_unsolved
 from jdplugins.standard._solvers._min_norm import shortest
 
+_FEW = 8  # rows, up to which a call of numpy takes longer than the arithmetic
 _MAX_LEVELS = 60
 # Relative errors of the norm: as good as can be, and such as nearly dependent rows may force.
 # Rescaling v to remove the latter would disturb the levels by as much, so they are left.
 _EXACT_NORM, _ROUGH_NORM = 1e-14, 1e-8
-_STATIONARY = 256.0 * EPS
 _EXACT = 1e-14  # residual of a solution
 
 
@@ -42,6 +44,12 @@ class NativeConflictAverseSolver:
         :returns: Weights w [m], ``>= 1 / m`` up to rounding.
         """
         m = len(gramian)
+        if m <= _FEW and c > 0.0:
+            few = avert_few(gramian.tolist(), c, level)
+            if few is not None:
+                found, residual = few
+                report_residual(lambda: residual)
+                return np.array(found)
         weights = np.full(m, 1.0 / m)
         cosines, norms, inverses = equilibrate(gramian)
         largest = norms.max()
@@ -109,7 +117,7 @@ class _Levels:
         It is to theirs if most of what their shortest combination seems to be comes from the
         proximal term: the ball would be spent on a direction that is rounding.
         """
-        rounding = _STATIONARY * len(self.a)
+        rounding = STATIONARY * len(self.a)
         z = descend(self.C, -self.a, np.zeros_like(self.a)).clip(min=0.0)
         image = product(self.C, z)
         # The inner products of Jᵀ z with all points of the hull are at least that with a row.
