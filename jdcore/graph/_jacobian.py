@@ -535,8 +535,11 @@ class Jacobian:
             if root in grads:
                 found.append(grads[root])
             grads[root] = sum_of(found)
-        grads = {root: grad.to(graph.form.result(root).dtype) for root, grad in grads.items()}
-        final = {graph.targets[p]: grads.pop(p) for p in self._plan.ordinary if p in grads}
+        ordinary = [place for place in self._plan.ordinary if place in grads]
+        final = {
+            graph.targets[place]: grads.pop(place).to(graph.form.result(place).dtype)
+            for place in ordinary
+        }
         for leaf, grad in pull(graph, self._plan, grads).items():
             final[graph.leaves[leaf]] = grad
         for leaf, rows in self._finished.items():

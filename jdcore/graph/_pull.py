@@ -3,10 +3,13 @@ from __future__ import annotations
 from torch import Tensor
 
 from jdcore.graph._call import call, called_for_rows, reduced
-from jdcore.graph._form import Place
+from jdcore.graph._form import ISOMETRIES, Place
 from jdcore.graph._graph import Graph
 from jdcore.graph._memory import Memory
+from jdcore.graph._passes import Grads
 from jdcore.graph._plan import Plan
+
+_CAST = "ToCopyBackward0"
 
 
 def pull(graph: Graph, plan: Plan, grads: dict[Place, Tensor]) -> dict[int, Tensor]:
@@ -16,7 +19,8 @@ def pull(graph: Graph, plan: Plan, grads: dict[Place, Tensor]) -> dict[int, Tens
     Where samples are apart again below (behind a routing of tokens to experts), the backward pass
     went on by itself.
 
-    :returns: Gradient by the node of the leaf.
+    :param grads: By root, in its dtype or a wider one.
+    :returns: Gradient by the node of the leaf, in its dtype.
     """
     arrived, form = dict(grads), graph.form
     allowed = graph.wanted.keys() | set(plan.below)
@@ -25,16 +29,34 @@ def pull(graph: Graph, plan: Plan, grads: dict[Place, Tensor]) -> dict[int, Tens
         given = [arrived.pop((node, number), None) for number in range(len(results))]
         if all(g is None for g in given):
             continue
-        for place, found in zip(form.inputs[node], call(graph.nodes[node], given), strict=False):
+        for place, found in zip(form.inputs[node], _passed(graph, node, given), strict=False):
             if found is None or place[0] not in allowed:
                 continue
             result = form.result(place)
             # Autograd does the same between nodes: the gradient of a real tensor is real.
             if found.is_complex() and not result.dtype.is_complex:
                 found = found.real
-            found = reduced(found, result.shape).to(result.dtype)
+            found = reduced(found, result.shape)
             arrived[place] = arrived[place] + found if place in arrived else found
-    return {node: grad for (node, _), grad in arrived.items()}
+    return {place[0]: grad.to(form.result(place).dtype) for place, grad in arrived.items()}
+
+
+def _passed(graph: Graph, node: int, given: Grads) -> Grads:
+    """The gradients at the operands of an operation, in the dtypes that it gives."""
+    form = graph.form
+    name, [child, *others] = form.names[node], form.inputs[node]
+    if name not in ISOMETRIES:
+        given = [
+            None if g is None else g.to(result.dtype)
+            for g, result in zip(given, form.results[node], strict=True)
+        ]
+    elif name == _CAST and not others and child[0] in graph.leaves:
+        # A conversion to half precision (by autocast) and back would cost two kernels for each
+        # parameter, and digits. What moves a tensor to another device has this name as well.
+        [grad], leaf = given, graph.leaves[child[0]]
+        if grad is not None and grad.device == leaf.device and not grad.is_complex():
+            return given
+    return call(graph.nodes[node], given)
 
 
 def pull_rows(

@@ -149,6 +149,8 @@ def _mixed(a: Tensor, b: Tensor) -> Tensor:
     # these two operations take the dtype of what comes out.
     if a.ndim == b.ndim == 2:
         return torch.mm(a, b, out_dtype=torch.float32)
+    if a.ndim == b.ndim == 3 and len(a) == len(b):
+        return torch.bmm(a, b, out_dtype=torch.float32)
     shape = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])  # type: ignore[no-untyped-call]
     a, b = (x.expand(*shape, *x.shape[-2:]).reshape(-1, *x.shape[-2:]) for x in (a, b))
     return torch.bmm(a, b, out_dtype=torch.float32).view(*shape, a.shape[-2], b.shape[-1])
