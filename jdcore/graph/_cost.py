@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 
 _FLOPS = 90.0  # multiply-adds count as two
 _BYTES = 8.0
@@ -66,11 +67,13 @@ def _direct(R: int, T: int, P: int) -> float:
     return _time(2 * R * T * P + 4 * R * R * P, 2 * R * P)
 
 
+@lru_cache(maxsize=1024)
 def outer_ghost_beats_direct(K: int, B: int, T: int, i: int, o: int) -> bool:
     """For a batch of samples with T > 1 positions each."""
     return _outer_ghost(K, B, T, i, o) < _direct(K * B, T, i * o)
 
 
+@lru_cache(maxsize=1024)
 def outer_ghost_beats_rows(K: int, N: int, i: int, o: int) -> bool:
     """For one sample with N positions: K tasks over a whole batch."""
     # K weight gradients into fresh memory, then their products.
@@ -78,8 +81,9 @@ def outer_ghost_beats_rows(K: int, N: int, i: int, o: int) -> bool:
     return N * N <= GHOST_LIMIT and _outer_ghost(K, 1, N, i, o) < rows
 
 
+@lru_cache(maxsize=1024)
 def conv_ghost_beats_direct(
-    K: int, B: int, r: int, C: int, o: int, kernel: Sequence[int], pixels: int, T: int, limit: int
+    K: int, B: int, r: int, C: int, o: int, kernel: tuple[int, ...], pixels: int, T: int, limit: int
 ) -> bool:
     """
     For a plain 2-D convolution over B samples of r images each.

@@ -3,7 +3,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Iterator, Sequence
-from functools import cache
+from functools import cache, lru_cache
 from itertools import pairwise
 from typing import TypeAlias
 
@@ -119,7 +119,7 @@ class Memory:
         rows = self.take((shape[0] * shape[1], length + _GAP), like)[:, :length]
         return rows.view(shape)
 
-    def pieces(self, length: int, size: int, least: int = 1) -> list[tuple[int, int]]:
+    def pieces(self, length: int, size: int, least: int = 1) -> Sequence[tuple[int, int]]:
         """
         Cut ``range(length)``.
 
@@ -142,11 +142,12 @@ def blocks(shape: Sequence[int], largest: int) -> Iterator[tuple[slice, ...]]:
             yield slice(start, stop), *block
 
 
-def pieces(length: int, largest: int) -> list[tuple[int, int]]:
+@lru_cache(maxsize=1024)  # the same for each step
+def pieces(length: int, largest: int) -> Sequence[tuple[int, int]]:
     """Split ``range(length)`` into pieces of about equal size, none above ``largest``."""
     count = -(-length // max(1, min(length, largest))) if length else 0
     bounds = [length * i // count for i in range(count + 1)] if count else [0]
-    return list(pairwise(bounds))
+    return tuple(pairwise(bounds))
 
 
 @cache

@@ -71,7 +71,7 @@ class Patches(Share):
         pixels, T = self._images[0, 0].numel(), self._grads[0, 0, 0].numel()
         # About four matrices of positions are there at once.
         limit = max(GHOST_LIMIT, memory.entries // 4)
-        return conv_ghost_beats_direct(K, B, r, C, o, kernel, pixels, T, limit)
+        return conv_ghost_beats_direct(K, B, r, C, o, tuple(kernel), pixels, T, limit)
 
     def _worth_keeping(self) -> bool:
         K, B, _ = self._sizes

@@ -172,6 +172,8 @@ def weighted_sum(weights: Tensor, rows: Tensor) -> Tensor:
         summed = product(weights.to(dtype).T[:, None], by_sample)
         return summed.view(rows.shape[1:])
     scale = weights.to(dtype).view(*weights.shape, *[1] * (rows.ndim - 2))
+    if len(rows) == 1:
+        return (rows * scale)[0]
     total = rows[0] * scale[0]  # in the wider one of their dtypes
     for k in range(1, len(rows)):
         total.addcmul_(rows[k].to(dtype), scale[k])

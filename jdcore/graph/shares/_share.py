@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -175,7 +176,7 @@ class Accumulator:
         self._pend(product(head, head.mT))
         return rows[:, count * width :]
 
-    def halves(self, least: int = _ROWS) -> list[tuple[int, int]]:
+    def halves(self, least: int = _ROWS) -> Sequence[tuple[int, int]]:
         """Pieces of the rows of a symmetric product, few of which cost little more than a half."""
         rows = self.rows
         if rows <= least or not self.memory.reused:
@@ -183,6 +184,7 @@ class Accumulator:
         return pieces(rows, max(least, -(-rows // 8)))
 
 
+@lru_cache(maxsize=1024)
 def _even(length: int, width: int) -> int:
     """Into how many pieces of about a width to cut a length, with nothing left over if possible."""
     least = length // width
