@@ -68,6 +68,8 @@ def kept_gathered(gathered: Gathered, tensors: Sequence[Tensor]) -> Iterator[Non
     :param tensors: The parameters, in the form that optimizers know.
     """
     units = gathered.units_of_pass(tensors)
+    # Fields that `set_reshard_after_backward` and `set_requires_gradient_sync` of a module set,
+    # which it does not let one read.
     before = [(unit, unit.reshard_after_backward, unit.reduce_grads) for unit in units]
     for unit in units:
         unit.unshard(async_op=False)

@@ -25,6 +25,7 @@ def _is_dtensor_class(cls: type) -> bool:
 
 def is_flat(tensor: Tensor) -> bool:
     """Whether a tensor is a flat parameter of FSDP1, alone or behind the original parameters."""
+    # FSDP1 marks its parameters so.
     return getattr(tensor, "_is_flat_param", False)
 
 
@@ -122,6 +123,7 @@ class Gathered:
         Otherwise later passes take themselves for parts of this one.
         """
         for state in self._states:
+            # The flag that keeps torch from queueing the callback twice in a pass.
             if state._state_ctx.post_backward_final_callback_queued:
                 state._root_post_backward_final_callback()
 

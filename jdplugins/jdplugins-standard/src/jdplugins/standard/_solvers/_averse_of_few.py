@@ -64,6 +64,8 @@ def _search(C: Rows, a: Floats, b: Floats, radius: float) -> tuple[Floats, float
     """The v of ``d = g0 + Jᵀ v``, its level, and its residual."""
     uppermost = [(x + radius) / y for x, y in zip(b, a, strict=True)]
     highest = min(uppermost)
+    # No level is above the least of what each row can be lifted to by the whole radius; that row is
+    # active near there.
     passive = [uppermost.index(highest)]
     for _ in range(_ROUNDS):
         found = _on(C, a, b, passive, radius)
@@ -71,11 +73,13 @@ def _search(C: Rows, a: Floats, b: Floats, radius: float) -> tuple[Floats, float
             return None
         level, v = found
         q = [x - level * y for x, y in zip(b, a, strict=True)]
+        # Of z and C z + q, the smaller one has to be zero.
         gaps = [min(z, sum(map(mul, row, v)) + y) for z, row, y in zip(v, C, q, strict=True)]
         residual = max(map(abs, gaps)) / (1.0 + max(v))
         if residual <= _EXACT:
             return [max(z, 0.0) for z in v], level, residual
         solved = solve_tiny(C, q)
+        # The set of this level again, whose formula has just been found wrong: rounding decides.
         if solved is None or sorted(solved) == passive:
             return None
         passive = sorted(solved)
