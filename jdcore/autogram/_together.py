@@ -111,14 +111,20 @@ def _all_weights(
     few = step.objectives.samples < 2 or jacobian.one_by_one is not None
     plain = meeting.agree(Stage.SAMPLES, int(few)) != [0]
     rows: dict[Tensor, Dense] = {}
+    places = {tensor: i for i, tensor in enumerate(step.wanted)}
 
     def compute() -> Tensor:
         if plain:
             found = _plain_shares(step, jacobian)
             collected.shares.extend(found.values())
+            collected.names.extend(places[tensor] for tensor in found)
             rows.update(found if step.objectives.samples else {})
         else:
             jacobian.add_to(collected, retain_graph=retain_graph)
+            leaves = jacobian.graph.leaves
+            for roots in jacobian.sources:
+                ways = dict.fromkeys(map(jacobian.graph.way, roots))
+                collected.names.append([(places[leaves[leaf]], way) for leaf, way in ways])
         return union.gramian(collected)
 
     source = GramianSource(

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -36,6 +37,8 @@ class Collected(Accumulator):
         self.rows = objectives.rows
         self.device = device
         self.shares: list[Share] = []
+        self.names: list[Any] = []
+        """What tells each share from the others, the same on all processes."""
         self._tasks = objectives.tasks
 
     def add_share(self, share: Share) -> None:
@@ -102,20 +105,21 @@ class Union:
         :raises ParameterError: If the processes have shares of different graphs.
         """
         total = Accumulator(self.objectives.rows, collected.device, False, collected.memory)
-        for items in _rounds(self._items(collected.shares)):
+        for items in _rounds(self._items(collected.shares, collected.names)):
             for share in self._exchanged(items):
                 total.add_share(share)
         # Sums of three processes need not be taken in the same order in both triangles.
         return self.objectives.ordered(symmetric(self.meeting.total(Stage.GRAMIAN, total.total)))
 
-    def _items(self, shares: Sequence[Share]) -> list[_Item]:
+    def _items(self, shares: Sequence[Share], names: Sequence[Any]) -> list[_Item]:
         """The shares, and how each is to be exchanged: the same on all processes."""
         words = [(type(share).__name__, tuple(share.shape)) for share in shares]
-        if not self.meeting.agree_on(Stage.GRAMIAN, words):
+        if not self.meeting.agree_on(Stage.GRAMIAN, words, names):
             raise ParameterError(
                 "output",
-                "computed by the same operations on all processes",
-                f"{len(shares)} shares of operations here that other processes do not have",
+                "computed by the same operations of the same parameters on all processes",
+                f"{len(shares)} shares of operations here that other processes do not have, or "
+                "have in another order",
             )
         own = torch.tensor([_costs(share) for share in shares], dtype=torch.int64, device="cpu")
         layouts, factors, rows = own.reshape(-1, 3).unbind(1)

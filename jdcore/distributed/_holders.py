@@ -78,7 +78,9 @@ class Holders:
         found = {shard(leaf): gradient for leaf, gradient in gradients.items()}
         # In the order of the parameters first: graphs of few samples may be walked in another one.
         own = {t: found[t] for t in dict.fromkeys([*self.tensors, *found]) if t in found}
-        if not meeting.agree_on(Stage.UPDATE, [(tuple(t.shape), t.dtype) for t in own]):
+        places = {t: i for i, t in enumerate(self.tensors)}
+        words = [(places.get(t), tuple(t.shape), t.dtype) for t in own]
+        if not meeting.agree_on(Stage.UPDATE, words):
             raise ParameterError(
                 "output",
                 "computed by the same parameters on all processes",

@@ -9,7 +9,7 @@ from torch.autograd.graph import GradientEdge, Node
 from jdcore.errors import UnservedGraphError
 from jdcore.graph._form import Form, Place, form_of
 from jdcore.graph._retained import retaining
-from jdcore.graph._saved import results_of
+from jdcore.graph._saved import plain_attributes, results_of
 from jdcore.graph._walk import LEAF, REENTRANT, edge_of
 
 
@@ -81,6 +81,19 @@ class Graph:
         if name == LEAF:
             self.leaves[number] = node.variable
         return number
+
+    def way(self, root: Place) -> tuple[int, tuple[Any, ...]]:
+        """
+        How an operand is made of a tensor by nothing but rearranging it, or taking a part.
+
+        :returns: The node of the tensor, and what tells this way from others to the same tensor.
+        """
+        (node, number), steps = root, []
+        while self.form.inputs[node]:
+            name, integers = self.form.names[node], plain_attributes(self.nodes[node])
+            steps.append((name, number, integers))
+            node, number = self.form.inputs[node][0]
+        return node, tuple(steps)
 
     def edge(self, place: Place) -> GradientEdge:
         """Where autograd can be asked for the gradient at a place."""

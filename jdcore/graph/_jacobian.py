@@ -171,13 +171,16 @@ class Jacobian:
             for group in self._plan.groups:
                 self._add_group(group, total)
             self._add_pulled(total)
-            self._small.add_gramian(total)
+            for share, roots in self._small.shares(total.keep):
+                self._add(share, total, roots)
 
     def _forget(self) -> None:
         self.shares: dict[Place, list[Share]] = {}
         self._small = _Small()
         self._finished: dict[int, Tensor] = {}
         self.served: list[Served] = []
+        self.sources: list[list[Place]] = []
+        """The roots that each of the shares was made for, in the order in which they were added."""
 
     @property
     def memory(self) -> Memory:
@@ -429,6 +432,10 @@ class Jacobian:
         if self._report:
             self.served.append(Served(operation, root, repr(share), how))
 
+    def _add(self, share: Share, total: Accumulator, roots: list[Place]) -> None:
+        total.add_share(share)
+        self.sources.append(roots)
+
     def _keep(self, root: Place, share: Share, operation: str, how: str) -> None:
         self._note(root, share, operation, how)
         if isinstance(share, Outer):
@@ -443,7 +450,7 @@ class Jacobian:
                 self._note(root, share, operation, how)
                 self._small.add(root, share)
                 return
-            total.add_share(share)
+            self._add(share, total, [root])
             if not total.keep:
                 self._note(root, share, operation, how)
                 return
@@ -462,10 +469,10 @@ class Jacobian:
         ]
         if len(outer) == len(pairs):
             # Factored uses are multiplied pairwise; none of them needs its rows written out.
-            total.add_share(Uses(outer))
+            self._add(Uses(outer), total, list(group))
         elif len(group) == 1:
             rows = sum_of(share.rows() for _, share in pairs)
-            total.add_share(Dense(rows, pairs[0][1].shape))
+            self._add(Dense(rows, pairs[0][1].shape), total, list(group))
         else:
             self._add_rows(list(group), total)
 
@@ -486,7 +493,7 @@ class Jacobian:
             if leaf in self._hooked:
                 found = self._finished[leaf] = _through_hooks(self.graph.wanted[leaf], found)
             by_task = found.reshape(self.objectives.tasks, -1, *found.shape[1:])
-            total.add_share(Dense(by_task, self.graph.wanted[leaf].shape))
+            self._add(Dense(by_task, self.graph.wanted[leaf].shape), total, [(leaf, 0)])
 
     # -- the weighted gradient ---------------------------------------------------------------------
 
@@ -574,15 +581,20 @@ class _Small:
         rows = share.flat()
         self._groups.setdefault((rows.dtype, counted), []).append((root, rows, share.shape))
 
-    def add_gramian(self, total: Accumulator) -> None:
+    def shares(self, keep: bool) -> Iterator[tuple[Dense, list[Place]]]:
+        """
+        What is to be added to the Gramian, and the roots whose rows it is made of.
+
+        :param keep: Whether :meth:`weighted` will be called.
+        """
         for (_, counted), parts in self._groups.items():
-            if counted and not total.keep:
+            if counted and not keep:
                 continue
             rows = [of_root for _, of_root, _ in parts]
             joined = torch.cat(rows, 1) if len(rows) > 1 else rows[0]
             if not counted:
-                total.add_share(Dense(joined[None], joined.shape[1:]))
-            if total.keep:
+                yield Dense(joined[None], joined.shape[1:]), [root for root, _, _ in parts]
+            if keep:
                 self._joined.append((joined, [(root, shape) for root, _, shape in parts]))
         self._groups.clear()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -266,3 +267,56 @@ def test_layers_of_all_kinds(two: Run) -> None:
 
 def test_also_on_four_processes(four: Run) -> None:
     four(_layers)
+
+
+class _Dropping(nn.Module):
+    """Layers of one shape, of which each process may use others, or in another way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(5, 9), nn.Linear(9, 1)
+        self.layers = nn.ParameterList(nn.Parameter(torch.randn(9, 9)) for _ in range(2))
+
+    def forward(self, x: Tensor, way: list[str]) -> Tensor:
+        hidden = self.first(x).tanh()
+        for layer in way:
+            weight = self.layers[int(layer[0])]
+            hidden = (hidden @ (weight.T if layer[1:] else weight)).tanh()
+        return self.last(hidden).squeeze(1).square()
+
+
+def _other_ways() -> None:
+    """Each process goes through other layers, or through the same in another way."""
+    rank, group = dist.get_rank(), dist.group.WORLD
+    weighting = jdcore.get_weighting("upgrad")
+    same = ["0", "1T", "0"]
+    others = [["0"], ["1"]], [["0", "1"], ["1", "0"]], [["0"], ["0T"]], [["0", "1"], ["1"]]
+    for ways, sizes in itertools.product(([same, same], *others), ([3, 4], [1, 4])):
+        parts = _numbers(sizes, 5)
+        torch.manual_seed(0)
+        ours = _Dropping().double()
+        alone = copy.deepcopy(ours)
+        engine = Engine(ours, batch_dim=0)
+        try:
+            engine.backward(ours(parts[rank], ways[rank]), weighting, group=group)
+        except ParameterError:
+            assert ways != [same, same]
+            assert not gradients(ours)
+            continue
+        whole = [alone(part, way) for part, way in zip(parts, ways, strict=True)]
+        Engine(alone, batch_dim=0).backward(torch.cat(whole), weighting)
+        assert_close(gradients(ours), gradients(alone), 1e-9)
+    losses = ours(_numbers([3, 4], 5)[rank], str(rank))
+    refused(
+        ParameterError,
+        "same parameters",
+        engine.backward,
+        losses,
+        weighting,
+        per_process=True,
+        group=group,
+    )
+
+
+def test_other_layers_on_each_process_are_right_or_refused(two: Run) -> None:
+    two(_other_ways)
