@@ -9,7 +9,6 @@ accepted: all steps on the way may be as wrong as they like.
 
 from __future__ import annotations
 
-import math
 from typing import TypeAlias
 
 import numpy as np
@@ -20,18 +19,19 @@ from torch import Tensor
 
 from jdcore.aggregation import report_residual
 from jdcore.errors import UnsolvedWarning, warn
-from jdcore.linalg import pivot, refine, smallest_pivot
+from jdcore.linalg import pivot, refine
 from jdplugins.standard._solvers._guess import descend, guess
-from jdplugins.standard._solvers._interior import interior_point
+from jdplugins.standard._solvers._interior import FEWER, interior_point
 
 Floats: TypeAlias = NDArray[np.float64]
 Mask: TypeAlias = NDArray[np.bool_]
 
 # Fewer rows than this are solved before a guess would be made.
 _GUESSED = 48
-# Smallest squared pivots of C: from the first on it needs no proximal term; below the second, some
-# combination of rows is zero.
-_REGULAR, _SINGULAR = 1e-6, 1e-10
+# Squared pivots of C: with all of them from the first on, it needs no proximal term; below the
+# second, some combination of rows is zero. Where more than this part of them lies in between, what
+# is known of the others does not help.
+_REGULAR, _SINGULAR, _BETWEEN = 1e-6, 1e-10, 1 / 16
 _ZERO = 1e-6  # entries of what the interior-point method finds that count as zero
 _LARGE = 1e3  # entries of z that may come from rounding
 
@@ -42,21 +42,24 @@ class _Way:
     How to go about a matrix.
 
     :param settled: Part of the signs that may still change in a guess.
-    :param deltas: Proximal terms to pivot with, one after the other.
-    :param rounds: Of pivoting with each.
+    :param delta: Proximal term to pivot with.
+    :param rounds: Of pivoting, at most.
+    :param accuracies: To which the interior-point method solves what is left, if need be.
     """
 
     settled: float
-    deltas: tuple[float, ...]
+    delta: float
     rounds: int
+    accuracies: tuple[float, ...]
 
 
-# The last term is small beside what rows differ by. Where rows depend on each other, one that is
-# far above the rounding of C tells better which of many solutions is near the centre; what cycles
-# then will go on doing so.
-_REGULAR_WAY = _Way(5e-4, (0.0,), 30)
-_DEPENDENT_WAY = _Way(5e-4, (1e-11,), 30)
-_SINGULAR_WAY = _Way(5e-5, (1e-8, 1e-11), 6)
+_REGULAR_WAY = _Way(5e-4, 0.0, 30, (1e-12,))
+# The term is above the rounding of C, and small beside what rows differ by.
+_DEPENDENT_WAY = _Way(5e-4, 1e-11, 30, (1e-12,))
+# Of many solutions, a larger term chooses one near the guess. What cycles then goes on doing so;
+# the face of the solutions is found by other means, which are cheap where C has a low rank.
+_SINGULAR_WAY = _Way(5e-5, 1e-8, 6, (1e-6, 1e-12))
+_LOW_RANK_WAY = _Way(5e-5, 1e-8, 2, (1e-6, 1e-12))
 
 # Problems of so few rows, and one alone, cost little, and are solved as far as rounding allows:
 # where opposite rows make z large, what is small beside it still leaves an error in ``Jᵀ z``.
@@ -80,8 +83,8 @@ def solve_lcps(C: Tensor, Q: Tensor, passive: Tensor | None = None) -> tuple[Ten
     """
     answers = _Answers(Q)
     one = len(Q) == 1 or passive is not None
-    level = math.inf if one else smallest_pivot(*torch.linalg.cholesky_ex(C))
-    if one or (len(C) < _GUESSED and level >= _SINGULAR):
+    way = _REGULAR_WAY if one else _way(C)
+    if one or (len(C) < _GUESSED and way.delta < _SINGULAR):
         Z, residuals = pivot(C, Q, _likely(C, Q) if passive is None else passive)
         # A block that turns out to be singular gives a large z, whose residual says little.
         answers.keep(answers.all, Z, torch.where(Z.amax(1) <= _LARGE, residuals, torch.inf))
@@ -89,36 +92,46 @@ def solve_lcps(C: Tensor, Q: Tensor, passive: Tensor | None = None) -> tuple[Ten
     if not len(left):
         return answers.Z, answers.residuals
     if one:
-        level = smallest_pivot(*torch.linalg.cholesky_ex(C))
-    way = _way(level)
+        way = _way(C)
     centre = torch.zeros_like(Q)
     centre[left] = guess(C, Q[left], way.settled).clamp_min_(0.0).double()
-    for delta in way.deltas:
-        around = centre[left]
-        Z, residuals = pivot(
-            C, Q[left], around > 0.0, delta=delta, centre=around, rounds=way.rounds
-        )
-        answers.keep(left, Z, residuals)
-        centre[left] = torch.where(residuals.isfinite()[:, None], Z, around)
-        left = answers.left()
-        if not len(left):
-            break
+    _pivot_about(answers, C, Q, left, centre[left], way)
     if one or len(C) <= _SMALL:
         answers.keep(answers.all, *refine(C, Q, answers.Z))
+    for accuracy in way.accuracies:
         left = answers.left()
-    if len(left):
-        answers.keep(left, *interior_point(C, Q[left], centre[left]))
-        around = answers.Z[left]
-        found = pivot(C, Q[left], around > _ZERO, delta=_DEPENDENT_WAY.deltas[0], centre=around)
-        answers.keep(left, *found)
+        if len(left):
+            Z, residuals = interior_point(C, Q[left], centre[left], accuracy)
+            answers.keep(left, Z, residuals)
+            _pivot_about(answers, C, Q, left, torch.where(Z > _ZERO, Z, 0.0), way)
     return answers.Z, answers.residuals
 
 
-def _way(level: float) -> _Way:
-    """For a matrix with this smallest squared pivot."""
-    if level < _SINGULAR:
-        return _SINGULAR_WAY
-    return _DEPENDENT_WAY if level < _REGULAR else _REGULAR_WAY
+def _pivot_about(
+    answers: _Answers, C: Tensor, Q: Tensor, rows: Tensor, centre: Tensor, way: _Way
+) -> None:
+    found = pivot(C, Q[rows], centre > 0.0, delta=way.delta, centre=centre, rounds=way.rounds)
+    answers.keep(rows, *found)
+    # What is left of a large term, though the signs were right, shows between rows that are alike.
+    left = answers.residuals[rows]
+    rows = rows[(left > ROUGH) & (left < 10.0 * way.delta)]
+    if len(rows):
+        fine, centre = _DEPENDENT_WAY, answers.Z[rows]
+        found = pivot(C, Q[rows], centre > 0.0, delta=fine.delta, centre=centre, rounds=fine.rounds)
+        answers.keep(rows, *found)
+
+
+def _way(C: Tensor) -> _Way:
+    factor, failed = torch.linalg.cholesky_ex(C)
+    pivots = torch.where(failed == 0, factor.diagonal() ** 2, 0.0)
+    between = ((pivots > _SINGULAR) & (pivots < _REGULAR)).sum()
+    asked = torch.stack((pivots.min(), (pivots > _SINGULAR).sum(), between))
+    smallest, rank, between = asked.tolist()
+    if smallest >= _REGULAR:
+        return _REGULAR_WAY
+    if smallest >= _SINGULAR or between > _BETWEEN * len(C):
+        return _DEPENDENT_WAY
+    return _LOW_RANK_WAY if rank * FEWER <= len(C) else _SINGULAR_WAY
 
 
 def solve_one(C: Floats, q: Floats, passive: Mask | None = None) -> tuple[Floats, float]:
