@@ -233,7 +233,8 @@ class PassiveSets:
                 return _Single(self._C, self._delta, passive, int(sizes[0]))
             full = sizes == m
             # Where most indices are in, their complement is factorised instead.
-            many = ~full & (sizes * 2 > m) & self._whole.invertible
+            many = ~full & (sizes * 2 > m)
+            many &= bool(many.any()) and self._whole.invertible
             kinds: tuple[tuple[NDArray[np.bool_], Callable[[Tensor, Integers], Factors]], ...] = (
                 (full, lambda sets, sizes: self._whole),
                 (many, lambda sets, sizes: _Complement(self._whole, sets, m - sizes)),

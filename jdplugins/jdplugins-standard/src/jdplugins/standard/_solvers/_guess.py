@@ -35,13 +35,12 @@ def guess(C: Tensor, Q: Tensor, settled: float) -> Tensor:
     :param settled: Part of the signs that may still change in a step.
     :returns: X [k, m] in float32.
     """
-    shifted = C.clone()
+    shifted = C.float()
     shifted.diagonal().add_(_RHO)
-    N = torch.cholesky_inverse(torch.linalg.cholesky_ex(shifted)[0])
-    B = (Q @ N).mul_(-_RELAXATION).float()
-    N.mul_(_RELAXATION * _RHO).diagonal().sub_(0.5 * _RELAXATION)
-    N = N.float()
     X = Q.neg().float()
+    N = torch.cholesky_inverse(torch.linalg.cholesky_ex(shifted)[0])
+    B = (X @ N).mul_(_RELAXATION)
+    N.mul_(_RELAXATION * _RHO).diagonal().sub_(0.5 * _RELAXATION)
     A = torch.empty_like(X)
     before = X.numel()
     for step in range(1, (_STEPS if C.is_cpu else _STEPS_ELSEWHERE) + 1):
