@@ -9,11 +9,12 @@ accepted: all steps on the way may be as wrong as they like.
 
 from __future__ import annotations
 
+import math
 from typing import TypeAlias
 
 import numpy as np
 import torch
-from attrs import frozen
+from attrs import evolve, frozen
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -28,10 +29,9 @@ Mask: TypeAlias = NDArray[np.bool_]
 
 # Fewer rows than this are solved before a guess would be made.
 _GUESSED = 48
-# Squared pivots of C: with all of them from the first on, it needs no proximal term; below the
-# second, some combination of rows is zero. Where more than this part of them lies in between, what
-# is known of the others does not help.
-_REGULAR, _SINGULAR, _BETWEEN = 1e-6, 1e-10, 1 / 16
+# Squared pivots of C. Below the first one, some combination of rows is zero. Where more of them lie
+# between both than rounding explains, rows are nearly dependent too, which a proximal term hides.
+_SINGULAR, _DISTINCT, _BETWEEN = 1e-10, 1e-6, (2, 1 / 16)
 _ZERO = 1e-6  # entries of what the interior-point method finds that count as zero
 _LARGE = 1e3  # entries of z that may come from rounding
 
@@ -45,21 +45,23 @@ class _Way:
     :param delta: Proximal term to pivot with.
     :param rounds: Of pivoting, at most.
     :param accuracies: To which the interior-point method solves what is left, if need be.
+    :param largest: Sets of more indices, as of fewer outside, are left to it at once.
     """
 
     settled: float
     delta: float
     rounds: int
     accuracies: tuple[float, ...]
+    largest: float = math.inf
 
 
-_REGULAR_WAY = _Way(5e-4, 0.0, 30, (1e-12,))
-# The term is above the rounding of C, and small beside what rows differ by.
-_DEPENDENT_WAY = _Way(5e-4, 1e-11, 30, (1e-12,))
-# Of many solutions, a larger term chooses one near the guess. What cycles then goes on doing so;
-# the face of the solutions is found by other means, which are cheap where C has a low rank.
-_SINGULAR_WAY = _Way(5e-5, 1e-8, 6, (1e-6, 1e-12))
-_LOW_RANK_WAY = _Way(5e-5, 1e-8, 2, (1e-6, 1e-12))
+_REGULAR = _Way(5e-4, 0.0, 30, (1e-12,))
+_MIXED = _Way(5e-4, 1e-11, 30, (1e-12,))  # a term above rounding, below what rows differ by
+# Of many solutions, a proximal term chooses one near the guess. What cycles then goes on doing so;
+# the interior-point method finds the face of the solutions, and need not do more.
+_CANCELLING = _Way(5e-5, 1e-8, 6, (1e-6, 1e-12))
+# That method costs little where the rank of C is low; larger sets than that have many solutions.
+_LOW_RANK = _Way(5e-5, 1e-8, 6, (1e-12,))
 
 # Problems of so few rows, and one alone, cost little, and are solved as far as rounding allows:
 # where opposite rows make z large, what is small beside it still leaves an error in ``Jᵀ z``.
@@ -83,8 +85,8 @@ def solve_lcps(C: Tensor, Q: Tensor, passive: Tensor | None = None) -> tuple[Ten
     """
     answers = _Answers(Q)
     one = len(Q) == 1 or passive is not None
-    way = _REGULAR_WAY if one else _way(C)
-    if one or (len(C) < _GUESSED and way.delta < _SINGULAR):
+    way = _REGULAR if one else _way(C)
+    if one or (len(C) < _GUESSED and way is _REGULAR):
         Z, residuals = pivot(C, Q, _likely(C, Q) if passive is None else passive)
         # A block that turns out to be singular gives a large z, whose residual says little.
         answers.keep(answers.all, Z, torch.where(Z.amax(1) <= _LARGE, residuals, torch.inf))
@@ -95,14 +97,17 @@ def solve_lcps(C: Tensor, Q: Tensor, passive: Tensor | None = None) -> tuple[Ten
         way = _way(C)
     centre = torch.zeros_like(Q)
     centre[left] = guess(C, Q[left], way.settled).clamp_min_(0.0).double()
-    _pivot_about(answers, C, Q, left, centre[left], way)
+    sizes = (centre[left] > 0.0).sum(1)
+    easy = left[torch.minimum(sizes, len(C) - sizes) <= way.largest]
+    _pivot_about(answers, C, Q, easy, centre[easy], way)
     if one or len(C) <= _SMALL:
         answers.keep(answers.all, *refine(C, Q, answers.Z))
     for accuracy in way.accuracies:
         left = answers.left()
         if len(left):
-            Z, residuals = interior_point(C, Q[left], centre[left], accuracy)
-            answers.keep(left, Z, residuals)
+            answers.keep(left, *interior_point(C, Q[left], centre[left], accuracy))
+            left = answers.left()
+            Z = answers.Z[left]
             _pivot_about(answers, C, Q, left, torch.where(Z > _ZERO, Z, 0.0), way)
     return answers.Z, answers.residuals
 
@@ -110,28 +115,35 @@ def solve_lcps(C: Tensor, Q: Tensor, passive: Tensor | None = None) -> tuple[Ten
 def _pivot_about(
     answers: _Answers, C: Tensor, Q: Tensor, rows: Tensor, centre: Tensor, way: _Way
 ) -> None:
+    if not len(rows):
+        return
     found = pivot(C, Q[rows], centre > 0.0, delta=way.delta, centre=centre, rounds=way.rounds)
     answers.keep(rows, *found)
-    # What is left of a large term, though the signs were right, shows between rows that are alike.
+    # What is left of a proximal term, though the signs were right, shows between rows that are
+    # alike.
     left = answers.residuals[rows]
     rows = rows[(left > ROUGH) & (left < 10.0 * way.delta)]
     if len(rows):
-        fine, centre = _DEPENDENT_WAY, answers.Z[rows]
-        found = pivot(C, Q[rows], centre > 0.0, delta=fine.delta, centre=centre, rounds=fine.rounds)
-        answers.keep(rows, *found)
+        centre = answers.Z[rows]
+        answers.keep(rows, *pivot(C, Q[rows], centre > 0.0, delta=_MIXED.delta, centre=centre))
 
 
 def _way(C: Tensor) -> _Way:
-    factor, failed = torch.linalg.cholesky_ex(C)
+    """What the pivots of a factorisation tell about the dependence of rows."""
+    shifted = C.clone()
+    shifted.diagonal().add_(0.1 * _SINGULAR)  # so that only an indefinite matrix has no factor
+    factor, failed = torch.linalg.cholesky_ex(shifted)
     pivots = torch.where(failed == 0, factor.diagonal() ** 2, 0.0)
-    between = ((pivots > _SINGULAR) & (pivots < _REGULAR)).sum()
+    between = ((pivots > _SINGULAR) & (pivots < _DISTINCT)).sum()
     asked = torch.stack((pivots.min(), (pivots > _SINGULAR).sum(), between))
     smallest, rank, between = asked.tolist()
-    if smallest >= _REGULAR:
-        return _REGULAR_WAY
-    if smallest >= _SINGULAR or between > _BETWEEN * len(C):
-        return _DEPENDENT_WAY
-    return _LOW_RANK_WAY if rank * FEWER <= len(C) else _SINGULAR_WAY
+    if smallest >= _SINGULAR:
+        return _REGULAR
+    if between > _BETWEEN[0] + _BETWEEN[1] * len(C):
+        return _MIXED
+    if smallest == 0.0 or rank * FEWER > len(C):
+        return _CANCELLING
+    return evolve(_LOW_RANK, largest=2.0 * rank)
 
 
 def solve_one(C: Floats, q: Floats, passive: Mask | None = None) -> tuple[Floats, float]:
