@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from torch import Tensor
 
@@ -9,17 +9,8 @@ from jdcore.autojac.transform._base import Transform, Values
 from jdcore.graph import Reach
 
 
-class Grad(Transform):
-    """
-    Gradients of the inputs from gradients of the outputs: one vector-Jacobian product.
-
-    :param outputs: Keys needed; they must require grad.
-    :param inputs: Keys given. The gradient of an input that no output depends on is zero.
-    :param retain_graph: Whether the graph can be differentiated again afterwards.
-    :param graph: What lies behind the outputs, if it is known.
-    :param watched: Tensors among which are leaves whose ``.grad`` must not change meanwhile,
-        besides those of the graph.
-    """
+class _Differentiation(Transform):
+    """What :class:`Grad` and :class:`Jac` have in common."""
 
     def __init__(
         self,
@@ -35,14 +26,30 @@ class Grad(Transform):
         self.graph = graph
         self.watched = tuple(watched)
 
+    def problem(self, rows: Sequence[Tensor]) -> Problem:
+        """The rows to be differentiated, one Tensor ``[m, *S]`` for each output."""
+        return Problem.of(self.needs, self.gives, rows, self.graph, self.watched)
+
+
+class Grad(_Differentiation):
+    """
+    Gradients of the inputs from gradients of the outputs: one vector-Jacobian product.
+
+    :param outputs: Keys needed; they must require grad.
+    :param inputs: Keys given. The gradient of an input that no output depends on is zero.
+    :param retain_graph: Whether the graph can be differentiated again afterwards.
+    :param graph: What lies behind the outputs, if it is known.
+    :param watched: Tensors among which are leaves whose ``.grad`` must not change meanwhile,
+        besides those of the graph.
+    """
+
     def apply(self, values: dict[Tensor, Tensor], /) -> Values:
         # One row. The order of the values is that of `needs`, see Transform.__call__.
-        rows = [value.unsqueeze(0) for value in values.values()]
-        problem = Problem.of(self.needs, self.gives, rows, self.graph, self.watched)
+        problem = self.problem([value.unsqueeze(0) for value in values.values()])
         return dict(zip(self.gives, problem.gradients(self.retain_graph), strict=True))
 
 
-class Jac(Transform):
+class Jac(_Differentiation):
     """
     Jacobians of the inputs from Jacobians of the outputs.
 
@@ -68,14 +75,9 @@ class Jac(Transform):
         graph: Reach | None = None,
         watched: Iterable[Tensor] = (),
     ) -> None:
-        super().__init__(needs=outputs, gives=inputs)
-        self.retain_graph = retain_graph
+        super().__init__(outputs, inputs, retain_graph=retain_graph, graph=graph, watched=watched)
         self.chunk_size = chunk_size
-        self.graph = graph
-        self.watched = tuple(watched)
 
     def apply(self, values: dict[Tensor, Tensor], /) -> Values:
-        start = list(values.values())
-        problem = Problem.of(self.needs, self.gives, start, self.graph, self.watched)
-        jacobians = problem.jacobians(self.retain_graph, self.chunk_size)
+        jacobians = self.problem([*values.values()]).jacobians(self.retain_graph, self.chunk_size)
         return dict(zip(self.gives, jacobians, strict=True))

@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from jdcore.aggregation import (
-    CoordinatewiseAggregator,
     Flattening,
     GramianAggregator,
     GramianSource,
@@ -34,6 +33,7 @@ from jdcore.errors import (
     ParameterError,
     ParameterTypeError,
 )
+from tests.core.methods import Largest
 
 MATRIX = torch.tensor([[3.0, 4.0], [0.0, 2.0], [1.0, 0.0]])
 
@@ -78,12 +78,6 @@ class InverseLength(GramianWeighting):
     def compute(self, gramian: NDArray[np.float64]) -> NDArray[np.float64]:
         lengths: NDArray[np.float64] = np.sqrt(np.diagonal(gramian))
         return 1.0 / lengths
-
-
-@define(eq=False)
-class Largest(CoordinatewiseAggregator):
-    def compute(self, columns: Tensor) -> Tensor:
-        return columns.amax(0)
 
 
 @define(eq=False)

@@ -4,44 +4,24 @@ import numpy as np
 import torch
 from attrs import define
 from numpy.typing import NDArray
-from torch import Tensor
 
 from jdcore.aggregation import (
-    CoordinatewiseAggregator,
     Flattening,
     GramianAggregator,
     GramianWeighting,
-    ScalarizationWeighting,
     report_residual,
 )
 from jdcore.aggregation._observation import Observation, observing
+from tests.core.methods import EqualWeighting, HalvesWeighting, Largest
 
 MATRIX = torch.tensor([[1.0, 0.0], [1.0, -2.0]])
-
-
-@define(eq=False)
-class Halves(GramianWeighting):
-    def compute(self, gramian: NDArray[np.float64]) -> NDArray[np.float64]:
-        return np.full(len(gramian), 0.5)
-
-
-@define(eq=False)
-class Equal(ScalarizationWeighting):
-    def compute(self, m: int, dtype: torch.dtype) -> Tensor:
-        return torch.full((m,), 1 / m, dtype=dtype)
-
-
-@define(eq=False)
-class Largest(CoordinatewiseAggregator):
-    def compute(self, columns: Tensor) -> Tensor:
-        return columns.amax(0)
 
 
 def test_an_observer_hears_of_weights_and_gramian() -> None:
     heard: list[Observation] = []
 
     with observing(heard.append):
-        GramianAggregator(Halves())(MATRIX)
+        GramianAggregator(HalvesWeighting())(MATRIX)
 
     [observation] = heard
     assert observation.weights is not None
@@ -54,7 +34,7 @@ def test_what_weighs_inside_of_another_is_not_heard_again() -> None:
     heard: list[Observation] = []
 
     with observing(heard.append):
-        Flattening(Halves())(torch.ones(1, 2, 2, 1))
+        Flattening(HalvesWeighting())(torch.ones(1, 2, 2, 1))
 
     assert [type(observation.method) for observation in heard] == [Flattening]
 
@@ -64,7 +44,7 @@ def test_nothing_is_heard_after_the_block() -> None:
 
     with observing(heard.append):
         pass
-    GramianAggregator(Halves())(MATRIX)
+    GramianAggregator(HalvesWeighting())(MATRIX)
 
     assert heard == []
 
@@ -73,7 +53,7 @@ def test_a_mean_stays_differentiable_although_the_observer_looks_at_the_gramian(
     matrix = MATRIX.clone().requires_grad_()
 
     with observing(lambda observation: observation.source.peek()):
-        update = GramianAggregator(Equal())(matrix)
+        update = GramianAggregator(EqualWeighting())(matrix)
     update.sum().backward()
 
     assert matrix.grad is not None
@@ -109,7 +89,7 @@ def test_an_observer_hears_of_the_largest_residual_that_solvers_report() -> None
     with observing(heard.append):
         GramianAggregator(Solving((1e-12, 3e-11)))(MATRIX)
         Flattening(Solving((2e-13,)))(torch.ones(1, 2, 2, 1))
-        GramianAggregator(Halves())(MATRIX)
+        GramianAggregator(HalvesWeighting())(MATRIX)
 
     assert [observation.residual for observation in heard] == [3e-11, 2e-13, None]
 

@@ -14,38 +14,19 @@ from torch import Tensor
 
 from jdcore import monitor
 from jdcore.aggregation import (
-    CoordinatewiseAggregator,
     Flattening,
     GramianAggregator,
     GramianWeighting,
-    ScalarizationWeighting,
     report_residual,
 )
 from jdcore.autogram import Engine
 from jdcore.autojac import backward, gramian_backward, jac_to_grad
 from jdcore.errors import ParameterError, ParameterTypeError
+from tests.core.methods import EqualWeighting, HalvesWeighting, Largest
 from tests.operations import Operations
 
 # Gradients [1, 0] and [-3, 4]: lengths 1 and 5, cosine -0.6.
 MATRIX = torch.tensor([[1.0, 0.0], [-3.0, 4.0]])
-
-
-@define(eq=False)
-class HalvesWeighting(GramianWeighting):
-    def compute(self, gramian: NDArray[np.float64]) -> NDArray[np.float64]:
-        return np.full(len(gramian), 0.5)
-
-
-@define(eq=False)
-class EqualWeighting(ScalarizationWeighting):
-    def compute(self, m: int, dtype: torch.dtype) -> Tensor:
-        return torch.full((m,), 1 / m, dtype=dtype)
-
-
-@define(eq=False)
-class Largest(CoordinatewiseAggregator):
-    def compute(self, columns: Tensor) -> Tensor:
-        return columns.amax(0)
 
 
 def recorded(aggregator: object, matrix: Tensor = MATRIX, **options: object) -> monitor.Step:
