@@ -121,15 +121,30 @@ def guarded(leaves: Iterable[Tensor], *, custom: bool) -> Iterator[None]:
         before = grad_versions(watched)
         yield
         changed = _changed(watched, before)
-    if changed:
-        raise ParameterError(
-            "inputs",
-            "all parameters where a function of the graph accumulates into their .grad by itself "
-            "(as reversible blocks do)",
-            "an incomplete list, or parameters that the function does not keep in its context",
-            "Pass all parameters, and let the function take its parameters as arguments or keep "
-            "its modules as attributes of ctx.",
-        )
+    if changed:  # raised where the fields are as before
+        raise _incomplete()
+
+
+def check_unchanged(leaves: list[Tensor], before: list[tuple[Tensor | None, int]]) -> None:
+    """
+    Refuse a pass after which the ``.grad`` of leaves is not as before, as :func:`guarded` does.
+
+    :param before: Their :func:`~jdcore._fields.grad_versions` before the pass.
+    :raises ParameterError: If one of them changed.
+    """
+    if _changed(leaves, before):
+        raise _incomplete()
+
+
+def _incomplete() -> ParameterError:
+    return ParameterError(
+        "inputs",
+        "all parameters where a function of the graph accumulates into their .grad by itself "
+        "(as reversible blocks do)",
+        "an incomplete list, or parameters that the function does not keep in its context",
+        "Pass all parameters, and let the function take its parameters as arguments or keep "
+        "its modules as attributes of ctx.",
+    )
 
 
 def _changed(leaves: list[Tensor], before: list[tuple[Tensor | None, int]]) -> bool:

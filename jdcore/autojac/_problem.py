@@ -10,14 +10,26 @@ from attrs import evolve, field, frozen
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from jdcore._fields import dense, disjoint
+from jdcore._fields import dense, disjoint, grad_versions
 from jdcore.autojac._gradients import as_matrix, same_grad, zeros
-from jdcore.autojac._hidden import AccumulatedRows, guarded, hides, kept_parameters
+from jdcore.autojac._hidden import (
+    AccumulatedRows,
+    check_unchanged,
+    guarded,
+    hides,
+    kept_parameters,
+)
 from jdcore.autojac._products import Product, find_products
 from jdcore.autojac._taps import RowTaps, is_worth_a_hook
 from jdcore.autojac._vmap import Kind, attempt, choose_chunk_size, insist
 from jdcore.errors import VectorizationError
-from jdcore.graph import Reach, batched_gradients, reach, single_passes_explained
+from jdcore.graph import (
+    Reach,
+    batched_gradients,
+    differentiate,
+    reach,
+    single_passes_explained,
+)
 from jdcore.linalg._pages import new_tensor
 
 Gradients = list["Tensor | None"]
@@ -150,11 +162,23 @@ class Problem:
 
     def gradients(self, retain_graph: bool) -> list[Tensor]:
         """The only row, without its first dimension; gradients may share memory."""
-        # No taps: the only row is kept as autograd returns it.
-        with self._checked(), self._passes(RowTaps([], {})) as gradients_of:
-            found = gradients_of(0, [*range(len(self.outputs))], retain_graph)
+        if not self.graph.functions:
+            found = self._plain_gradients(retain_graph)
+        else:
+            # No taps: the only row is kept as autograd returns it.
+            with self._checked(), self._passes(RowTaps([], {})) as gradients_of:
+                found = gradients_of(0, [*range(len(self.outputs))], retain_graph)
         pairs = zip(found, self.inputs, strict=True)
         return [zeros(t, 1)[0] if g is None else dense(g) for g, t in pairs]
+
+    def _plain_gradients(self, retain_graph: bool) -> Gradients:
+        # Heads are small, and there may be many: what a pass needs besides itself is kept short.
+        leaves = self._leaves()
+        before = grad_versions(leaves)
+        cotangents = [cotangent[0] for cotangent in self.cotangents]
+        found = differentiate(self.outputs, self.inputs, cotangents, retain_graph)
+        check_unchanged(leaves, before)
+        return list(found)
 
     @contextmanager
     def _checked(self) -> Iterator[None]:

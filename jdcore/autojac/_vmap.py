@@ -19,6 +19,8 @@ Result = TypeVar("Result")
 # On CPUs: enough rows to make the calls cheap, few enough to bound the m-fold gradients of
 # activations. Also where a device does not tell how much memory it has.
 _MOST_ROWS = 64
+# Also on CPUs: two small rows take as long one by one, or less where vmap is not in the cache yet.
+_FEWEST_ROWS = 3
 # Mean number of parameters per operator up to which the calls cost more than the arithmetic.
 _SMALL = 4096
 # How many gradients as large as the largest are alive at once in a backward pass.
@@ -86,6 +88,8 @@ def choose_chunk_size(
     if kind.custom or kind.failed or any(tensor._backward_hooks for tensor in inputs):
         return 1
     if any(tensor.is_cpu for tensor in inputs):
+        if m < _FEWEST_ROWS:
+            return 1
         small = sum(tensor.numel() for tensor in inputs) <= _SMALL * kind.size
         # An output that a row does not use may have an infinite derivative, which gives NaN under
         # vmap. Rows that use all outputs have it themselves, as on accelerators the Jacobian does.

@@ -13,7 +13,7 @@ from jdcore.graph._layout import Layout
 from jdcore.graph._memory import Memory
 from jdcore.graph._nesting import OuterPass
 from jdcore.graph._objectives import Objectives
-from jdcore.graph._passes import batched_gradients, single_passes_explained
+from jdcore.graph._passes import batched_gradients, differentiate, single_passes_explained
 from jdcore.graph._plan import Plans
 from jdcore.graph._saved import (
     MATRIX_PRODUCTS,
@@ -59,6 +59,7 @@ __all__ = [
     "batched_gradients",
     "call",
     "called_shares",
+    "differentiate",
     "edge_of",
     "function_of",
     "ignore_hooks",

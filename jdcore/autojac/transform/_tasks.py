@@ -28,21 +28,23 @@ class PerTask(Transform):
     def apply(self, values: dict[Tensor, Tensor], /) -> Values:
         m = len(self.tasks)
         rows = {key: _zeros((m, *key.shape), key) for key in self.rows}
+        # All views at once: to index each row would take as many calls as there are rows.
+        places = {key: row.unbind() for key, row in rows.items()}
         sums: dict[Tensor, Tensor] = {}
         for i, task in enumerate(self.tasks):
-            gradients = dict(task(values))
-            places = [rows[key][i] for key in self.rows if key in gradients]
-            if places:
-                own = [gradients.pop(key) for key in self.rows if key in gradients]
-                # One call, and on accelerators few kernels, for all of them.
-                torch._foreach_copy_(places, own)
-            for key, value in gradients.items():
-                if key in sums:
+            own: dict[Tensor, Tensor] = {}
+            for key, value in task(values).items():
+                if key in places:
+                    own[places[key][i]] = value
+                elif key in sums:
                     sums[key].add_(value)
                 else:
                     # A gradient can share its memory with another one (as those of a + b do), or
                     # with what it was computed from.
                     sums[key] = value.clone()
+            if own:
+                # One call, and on accelerators few kernels, for all of them.
+                torch._foreach_copy_(list(own), list(own.values()))
         return rows | sums
 
     def __repr__(self) -> str:

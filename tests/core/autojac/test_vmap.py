@@ -45,6 +45,8 @@ def test_small_graphs_are_vmapped_on_cpu_in_bounded_chunks() -> None:
     out = layer(torch.randn(8)).tanh()
     assert _chosen([out], list(layer.parameters()), _dense(8)) == 8
     assert _chosen([out], list(layer.parameters()), _dense(1000)) == 64
+    assert _chosen([out], list(layer.parameters()), _dense(3)) == 3
+    assert _chosen([out], list(layer.parameters()), _dense(2)) == 1
 
 
 def test_large_layers_are_differentiated_row_by_row_on_cpu() -> None:
