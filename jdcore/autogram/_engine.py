@@ -9,6 +9,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.parameter import UninitializedParameter
 
 from jdcore.aggregation import as_weighting
+from jdcore.autogram._cross import crossed
 from jdcore.autogram._losses import checked_batch_dim, checked_budget, objectives_of
 from jdcore.autogram._report import Verification, explained, verified
 from jdcore.autogram._step import Step
@@ -116,32 +117,30 @@ class Engine:
         ``losses.backward(weights)``, or better the losses of a third batch.
 
         Leaves all ``.grad`` fields and the graphs as they are. It takes the time of
-        :meth:`compute_gramian` for both batches at once.
+        :meth:`compute_gramian` for both batches at once. With a ``batch_dim``, batches that do not
+        go through the same operations, or of fewer than two losses, take one backward pass for each
+        loss.
 
         :param output: The losses of one batch, a vector [m].
         :param other: The losses of another one, a vector [l], usually of as many.
         :returns: Cross-Gramian [m, l]. float64 for float64 losses, else float32.
         :raises ParameterTypeError: If one of them is no floating Tensor.
-        :raises ParameterError: If this engine has a ``batch_dim``, they are no vectors, or what was
-            asked for cannot be right: see the class.
+        :raises ParameterError: If they are no vectors, or what was asked for cannot be right: see
+            the class.
         """
-        if self._batch_dim is not None:
-            raise ParameterError(
-                "batch_dim",
-                "None for losses of two batches, each of which may depend on its whole batch",
-                self._batch_dim,
-                "Make another engine: Engine(*modules, batch_dim=None).",
-            )
         for name, losses in (("output", output), ("other", other)):
             if not isinstance(losses, Tensor):
                 raise ParameterTypeError(name, "a floating Tensor", repr(losses))
             if losses.ndim != 1:
                 raise ParameterError(name, "a vector of losses", describe_tensor(losses))
-        objectives = objectives_of([output, other], None, "output")
-        # The losses of both batches as one vector: what is wanted lies above the diagonal blocks.
-        total = self._step_of(objectives, self._trainable()).gramian()
+        trainable, both = self._trainable(), objectives_of([output, other], None, "output")
+        if self._batch_dim is None:
+            # The losses of both batches as one vector: what is wanted is above the diagonal blocks.
+            total = self._step_of(both, trainable).gramian()[: len(output), len(output) :]
+        else:
+            total = crossed(self._step(output, trainable), self._step(other, trainable))
         dtype = torch.promote_types(result_dtype(output), result_dtype(other))
-        return total[: len(output), len(output) :].to(dtype, copy=True)
+        return total.to(dtype, copy=True)
 
     def backward(
         self,

@@ -111,20 +111,15 @@ def _all_weights(
     few = step.objectives.samples < 2 or jacobian.one_by_one is not None
     plain = meeting.agree(Stage.SAMPLES, int(few)) != [0]
     rows: dict[Tensor, Dense] = {}
-    places = {tensor: i for i, tensor in enumerate(step.wanted)}
 
     def compute() -> Tensor:
         if plain:
-            found = _plain_shares(step, jacobian)
+            found = plain_shares(step, jacobian)
             collected.shares.extend(found.values())
-            collected.names.extend(places[tensor] for tensor in found)
+            collected.names.extend(i for i, tensor in enumerate(step.wanted) if tensor in found)
             rows.update(found if step.objectives.samples else {})
         else:
-            jacobian.add_to(collected, retain_graph=retain_graph)
-            leaves = jacobian.graph.leaves
-            for roots in jacobian.sources:
-                ways = dict.fromkeys(map(jacobian.graph.way, roots))
-                collected.names.append([(places[leaves[leaf]], way) for leaf, way in ways])
+            collect(step, jacobian, collected, retain_graph=retain_graph)
         return union.gramian(collected)
 
     source = GramianSource(
@@ -140,7 +135,17 @@ def _all_weights(
     return weights, union.own(weights).to(output.device, torch.float64) * meeting.size, rows
 
 
-def _plain_shares(step: Step, jacobian: Jacobian) -> dict[Tensor, Dense]:
+def collect(step: Step, jacobian: Jacobian, collected: Collected, *, retain_graph: bool) -> None:
+    """Collect the shares of a Jacobian with samples, and what tells each from the others."""
+    jacobian.add_to(collected, retain_graph=retain_graph)
+    places = {tensor: i for i, tensor in enumerate(step.wanted)}
+    for roots in jacobian.sources:
+        ways = dict.fromkeys(map(jacobian.graph.way, roots))
+        names = [(places[jacobian.graph.leaves[leaf]], way) for leaf, way in ways]
+        collected.names.append(names)
+
+
+def plain_shares(step: Step, jacobian: Jacobian) -> dict[Tensor, Dense]:
     """The rows of every parameter by backward passes of this process, zero for one not reached."""
     # Not above: autojac has functions of autogram, too.
     from jdcore.autojac.transform import Diagonalize, Init, Jac

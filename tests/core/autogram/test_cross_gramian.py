@@ -89,12 +89,83 @@ def test_weights_of_it_and_the_losses_of_a_third_batch_make_an_update() -> None:
     torch.testing.assert_close(gradient, expected)
 
 
-def test_an_engine_of_samples_says_which_engine_to_make() -> None:
-    model = model_of("dense").double()
-    losses = losses_of(model, "dense", 1, 6)
+class _Sentences(nn.Module):
+    """A table that is also the output layer, a weight that is derived, and a fused recurrence."""
 
-    with pytest.raises(ParameterError, match=r"`batch_dim` must be None.*batch_dim=None\)"):
-        Engine(model, batch_dim=0).cross_gramian(losses, losses.clone())
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.scale = nn.Embedding(7, 4), nn.Parameter(torch.rand(4))
+        self.recurrent = nn.LSTM(4, 4, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        states = self.recurrent(self.table(x) * self.scale.exp())[0]
+        return (states @ self.table.weight.T).logsumexp(2).mean(1)
+
+
+def _sentences(model: nn.Module, seed: int, size: int, length: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return model(torch.randint(0, 7, (size, length), generator=generator))
+
+
+def _images(model: nn.Module, seed: int, size: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return model(torch.randn(size, 2, 6, 6, generator=generator, dtype=torch.float64)).sum(1).sin()
+
+
+def _convolutions() -> nn.Module:
+    layers = [nn.Conv2d(2, 4, 3), nn.GroupNorm(2, 4), nn.Tanh(), nn.Conv2d(4, 3, 3, stride=2)]
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(3, 2))
+
+
+def _checked(engine: Engine, one: Tensor, two: Tensor, model: nn.Module) -> None:
+    cross = engine.cross_gramian(one, two)
+    torch.testing.assert_close(cross, rows(one, model) @ rows(two, model).T, rtol=0, atol=1e-12)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("sizes", [(3, 3), (4, 2), (1, 3), (1, 1)])
+def test_batches_of_one_loss_for_each_sample(
+    sizes: tuple[int, int], recwarn: pytest.WarningsRecorder
+) -> None:
+    torch.manual_seed(0)
+    model, sentences = _convolutions().double(), _Sentences().double()
+    for _ in range(2):  # the second time, where the samples are is known
+        one, two = (_images(model, seed, size) for seed, size in enumerate(sizes))
+        _checked(Engine(model, batch_dim=0), one, two, model)
+    for lengths in ((3, 3), (3, 5)):
+        one, two = (
+            _sentences(sentences, seed, size, length)
+            for seed, (size, length) in enumerate(zip(sizes, lengths, strict=True))
+        )
+        _checked(Engine(sentences, batch_dim=-1), one, two, sentences)
+    assert not recwarn.list
+
+
+def test_batches_that_go_through_other_layers_of_the_same_shape() -> None:
+    torch.manual_seed(0)
+    model = nn.ModuleList([nn.Linear(5, 5), nn.Linear(5, 5), nn.Linear(5, 1)]).double()
+    head, x = model[2], torch.randn(3, 5, dtype=torch.float64)
+
+    def losses(*layers: int) -> Tensor:
+        hidden = x * (1 + len(layers))
+        for layer in layers:
+            hidden = model[layer](hidden).tanh()
+        return head(hidden)[:, 0].square()
+
+    engine = Engine(model, batch_dim=0)
+    for one, two in (((0,), (1,)), ((0, 1), (1, 0)), ((0, 1), (1,)), ((0, 1), (0, 1))):
+        _checked(engine, losses(*one), losses(*two), model)
+    # Of the weight as it is, and transposed.
+    square = nn.Parameter(torch.randn(5, 5, dtype=torch.float64))
+    holder = nn.ParameterList([square])
+    one, two = ((x @ weight).square().sum(1) for weight in (square, square.T))
+    _checked(Engine(holder, batch_dim=0), one, two, holder)
+
+
+def test_batches_without_a_parameter_in_common_have_nothing_to_do_with_one_another() -> None:
+    model = nn.ModuleList([nn.Linear(2, 1), nn.Linear(2, 1)])
+    one, two = (layer(torch.ones(size, 2))[:, 0] for layer, size in zip(model, (2, 3), strict=True))
+    assert torch.equal(Engine(model, batch_dim=0).cross_gramian(one, two), torch.zeros(2, 3))
 
 
 @pytest.mark.parametrize(

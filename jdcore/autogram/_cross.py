@@ -1,0 +1,73 @@
+"""The inner products of the gradients of the losses of two batches, each of one sample."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from jdcore.autogram._step import Step
+from jdcore.autogram._together import collect, plain_shares
+from jdcore.distributed._exchange import Collected
+from jdcore.graph import Accumulator, Dense, Share, without_autocast
+from jdcore.linalg._gramian import sum_cross_gramians
+
+
+def crossed(one: Step, other: Step) -> Tensor:
+    """
+    The inner products of the rows of two Jacobians, float64 [m, l].
+
+    The shares of both batches are brought together as those of several processes are: the Gramian
+    of all their samples has the products of one with the other.
+
+    :param one: Of a vector of m losses, with samples.
+    :param other: Of a vector of l losses, with samples, of the same parameters.
+    """
+    steps, jacobians = (one, other), (one.jacobian(), other.jacobian())
+    alone = [j.one_by_one is not None or j.objectives.samples < 2 for j in jacobians]
+    # The shares of one sample alone are others than those of several.
+    if any(alone):
+        return _by_rows(one, other)
+    device, memory = one.objectives.outputs[0].device, jacobians[0].memory
+    found = [Collected(step.objectives, device, memory) for step in steps]
+    for step, jacobian, collected in zip(steps, jacobians, found, strict=True):
+        collect(step, jacobian, collected, retain_graph=True)
+    if _kinds(found[0]) != _kinds(found[1]):
+        return _by_rows(one, other)
+    m = found[0].rows
+    total = Accumulator(m + found[1].rows, device, False, memory)
+    with torch.no_grad(), without_autocast(device.type):
+        for pair in zip(found[0].shares, found[1].shares, strict=True):
+            total.add_share(_joined(*pair))
+    return total.total[:m, m:]
+
+
+def _kinds(collected: Collected) -> list[object]:
+    """What the shares of two batches have to have in common."""
+    shapes = [(type(share), share.shape) for share in collected.shares]
+    return [*zip(shapes, collected.names, strict=True)]
+
+
+def _joined(share: Share, other: Share) -> Share:
+    """The share of the samples of both batches."""
+    ours, theirs = share.factors_of_samples(), other.factors_of_samples()
+    if ours is None or theirs is None or _forms(ours) != _forms(theirs):
+        # Such as sentences of different lengths, which cannot lie side by side.
+        rows = torch.cat([share.flat_rows(), other.flat_rows()], 1)
+        return Dense(rows, rows.shape[2:])
+    pairs = zip(ours, theirs, strict=True)
+    return share.of([torch.cat([a, b], dimension) for (a, dimension), (b, _) in pairs])
+
+
+def _forms(factors: list[tuple[Tensor, int]]) -> list[object]:
+    return [(*t.shape[:dimension], *t.shape[dimension + 1 :], t.dtype) for t, dimension in factors]
+
+
+def _by_rows(one: Step, other: Step) -> Tensor:
+    """By one backward pass for each loss."""
+    rows = [plain_shares(step, step.jacobian()) for step in (one, other)]
+    both = [tensor for tensor in rows[0] if tensor in rows[1]]
+    blocks = [[of_batch[tensor].flat() for tensor in both] for of_batch in rows]
+    if not both:
+        output = one.objectives.outputs[0]
+        return output.new_zeros(len(output), other.objectives.rows, dtype=torch.float64)
+    return sum_cross_gramians(*blocks)
