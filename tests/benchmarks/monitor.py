@@ -67,6 +67,7 @@ def samples(width: int, batch: int) -> Step:
 CASES: dict[str, Callable[[], Step]] = {
     "2 tasks, width 64, batch 64": lambda: tasks(2, 64, 64),
     "2 tasks, width 512, batch 64": lambda: tasks(2, 512, 64),
+    "8 tasks, width 64, batch 64": lambda: tasks(8, 64, 64),
     "8 tasks, width 512, batch 64": lambda: tasks(8, 512, 64),
     "32 samples, width 512": lambda: samples(512, 32),
     "64 samples, width 512": lambda: samples(512, 64),
