@@ -38,6 +38,7 @@ def crossed(one: Step, other: Step) -> Tensor:
     with torch.no_grad(), without_autocast(device.type):
         for pair in zip(found[0].shares, found[1].shares, strict=True):
             total.add_share(_joined(*pair))
+    # Of the Gramian of all samples, the products of one batch with the other.
     return total.total[:m, m:]
 
 

@@ -90,6 +90,18 @@ class Case:
         ).double()
 
 
+def accelerators() -> list[str]:
+    """
+    The kinds of accelerators that this machine has.
+
+    :raises NotApplicable: If it has none.
+    """
+    found = [kind for kind in ("cuda", "mps", "xpu") if getattr(torch, kind).is_available()]
+    if not found:
+        raise NotApplicable("this machine has no accelerator")
+    return found
+
+
 def quietly(call: Callable[[], Tensor]) -> Tensor:
     """Call a method; being told that a problem is ill-posed is no failure of the method."""
     with warnings.catch_warnings():

@@ -12,7 +12,7 @@ from jdcore.errors import NonFiniteError
 from jdcore.protocols import BlockwiseAggregator
 from jdcore.testing._case import (
     Case,
-    NotApplicable,
+    accelerators,
     demand,
     demand_close,
     demand_refusal,
@@ -36,6 +36,7 @@ def agrees_between_dtypes(case: Case) -> None:
         matrix = case.gauss().to(dtype)
         narrow = case.call(case.make(case.rows), matrix)
         wide = case.call(case.make(case.rows), matrix.double())
+        # The input is the same, so that only the rounding of the result is left.
         tolerance = 8 * torch.finfo(dtype).eps
         demand_close(
             narrow, wide.to(dtype), tolerance, f"{dtype} against float64 of the same input"
@@ -45,18 +46,11 @@ def agrees_between_dtypes(case: Case) -> None:
 def works_on_accelerators(case: Case) -> None:
     matrix = case.gauss().float()
     expected = case.call(case.make(case.rows), matrix)
-    for device in _accelerators():
+    for device in accelerators():
         vector = case.call(as_module(case.make(case.rows)).to(device), matrix.to(device))
         demand(vector.device.type == device, f"{device} in, {vector.device} out")
         if not case.spec.stochastic:
             demand_close(vector.cpu(), expected, 1e-4, f"{device} against the CPU")
-
-
-def _accelerators() -> list[str]:
-    found = [kind for kind in ("cuda", "mps", "xpu") if getattr(torch, kind).is_available()]
-    if not found:
-        raise NotApplicable("this machine has no accelerator")
-    return found
 
 
 def leaves_its_input_alone(case: Case) -> None:
@@ -189,6 +183,7 @@ def gives_the_same_by_blocks(case: Case) -> None:
     if case.spec.input == "matrix" and case.spec.stochastic:
         return  # the order in which blocks draw random numbers is not promised
     matrix = case.gauss()
+    # What the blocks hold, of which the second is float32.
     rounded = torch.cat([matrix[:, :7], matrix[:, 7:].float().double()], dim=1)
     inputs = case.inputs(rounded)
     if "second" in inputs:

@@ -22,6 +22,7 @@ def survives_pickling_and_copying(case: Case) -> None:
     matrix = case.gauss()
     original = case.make(case.rows)
     case.call(original, matrix)
+    # After a call, so that there is a state to be carried over.
     copies = pickle.loads(pickle.dumps(original)), copy.deepcopy(original)
     expected = case.call(original, matrix)
     for other in copies:

@@ -59,6 +59,7 @@ def is_permutation_invariant(case: Case) -> None:
 def is_scale_equivariant(case: Case) -> None:
     matrix = case.gauss().float()
     expected = case.call(case.make(case.rows), matrix.double())
+    # Squares of such entries leave the range of float32, those below that of float64.
     for scale in (1e-30, 1e-15, 1e15, 1e30):
         vector = case.call(case.make(case.rows), matrix * scale).double() / scale
         demand_close(vector, expected, 1e-6, f"float32 at scale {scale:.0e}")
@@ -90,6 +91,7 @@ def withstands_an_adversary(case: Case) -> None:
     radius = (honest - mean).norm(dim=1).max()
     for size in (1e1, 1e4, 1e10, 1e20):
         for direction in (-mean, case.gauss(1, seed=1)[0]):
+            # Towards the opposite of the honest rows, and anywhere.
             matrix = torch.cat([honest, size * direction[None]])
             distance = float((case.call(case.make(m), matrix) - mean).norm() / radius)
             demand(distance <= 2.0, f"an adversary at {size:.0e} moves it by {distance:.1f} radii")

@@ -22,6 +22,7 @@ from jdcore.testing._trial import (
 
 _EXACT = 1e-12
 _SINGLE = 1e-6
+# All different in most, so that dimensions that are taken for one another show.
 _SIZES = ((1, 5, 1), (3, 4, 1), (2, 3, 2), (2, 2, 4))
 """Tasks, samples, and entries of the first dimension per sample."""
 
@@ -126,6 +127,7 @@ def has_no_state(case: RuleCase) -> None:
     for use in rules.uses:
         with torch.no_grad():
             first = case.rule(_fresh(use.site), use.operand).rows()
+            # Another call in between, whose numbers a rule with a state would mix in.
             other.served(case.recording())
             again = case.rule(_fresh(use.site), use.operand).rows()
         demand(torch.equal(first, again), "the same site gives another share later")
@@ -145,6 +147,7 @@ def is_as_steady_as_declared(case: RuleCase) -> None:
             layout = use.site.layouts[number]
             if grad is None or layout is None:
                 continue
+            # Where samples are is found by NaN: a backward that hides it would hide them.
             poisoned = torch.where(layout.masks(grad[0])[0], torch.nan, torch.zeros_like(grad[0]))
             grads = [None] * len(use.site.grads)
             grads[number] = poisoned  # type: ignore[call-overload]  # a list of either

@@ -24,7 +24,7 @@ from jdcore.config._arguments import arguments_of
 from jdcore.protocols import Stateful
 from jdcore.registry import get_scalarizer
 from jdcore.spec import ScalarizerSpec
-from jdcore.testing._case import NotApplicable, demand, demand_close, demand_refusal
+from jdcore.testing._case import accelerators, demand, demand_close, demand_refusal
 from jdcore.testing._check import ConformanceCheck, checks_by, distribution_test
 from jdcore.testing._description import Names, modules_after_listing
 from jdcore.testing._lifecycle import foreign_states
@@ -52,6 +52,8 @@ class ScalarizerCase:
     def losses(self, m: int = 4, seed: int = 0) -> Tensor:
         """Positive losses, float64 Tensor [m]."""
         generator = torch.Generator().manual_seed(seed)
+        # Away from zero, as some scalarizers take logarithms, and their derivatives are compared
+        # with finite differences.
         return 0.5 + torch.rand(m, generator=generator, dtype=torch.float64, device="cpu")
 
     def advance(self, scalarizer: Any, seed: int) -> None:
@@ -60,6 +62,7 @@ class ScalarizerCase:
         if self.spec.advanced_by is not None:
             method = getattr(scalarizer, self.spec.advanced_by)
             takes = len(inspect.signature(method).parameters)
+            # Losses after the step, for those that want them: somewhat smaller.
             method(*[0.9 * self.losses(seed=seed + 100)][:takes])
 
 
@@ -79,10 +82,7 @@ def makes_one_loss_of_the_same_dtype(case: ScalarizerCase) -> None:
 
 
 def works_on_accelerators(case: ScalarizerCase) -> None:
-    kinds = [kind for kind in ("cuda", "mps", "xpu") if getattr(torch, kind).is_available()]
-    if not kinds:
-        raise NotApplicable("this machine has no accelerator")
-    for kind in kinds:
+    for kind in accelerators():
         arguments = {
             name: value.to(kind)
             for name, value in case.spec.example(4).items()
