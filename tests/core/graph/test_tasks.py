@@ -205,7 +205,8 @@ def _heads_of_all_kinds() -> tuple[list[Tensor], list[Tensor]]:
         (net.heads[0](hidden) + net.heads[1](hidden * hidden) * hidden.sum()).square().mean(),
         net.heads[2](_Root.apply(hidden)).sum(),  # type: ignore[no-untyped-call]
         (table(torch.tensor([3, 1, 3])) @ net.heads[3].weight.T).mean() * hidden.mean(),
-        net.heads[4](hidden.square()).square().mean(),
+        net.heads[4](hidden.square() * randn(3, 1, 1)).square().mean(),
+        (hidden * randn(3, 7, 1)).tanh().sum(),  # broadcast on its way out of the trunk
     ]
     return losses, [*net.parameters(), *table.parameters()]
 
