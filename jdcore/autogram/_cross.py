@@ -8,7 +8,15 @@ from torch import Tensor
 from jdcore.autogram._step import Step
 from jdcore.autogram._together import collect, plain_shares
 from jdcore.distributed._exchange import Collected
-from jdcore.graph import Accumulator, Dense, Share, without_autocast
+from jdcore.graph import (
+    Accumulator,
+    Dense,
+    Share,
+    may_need_float64,
+    products_in_float64,
+    rows_cancel,
+    without_autocast,
+)
 from jdcore.linalg._gramian import sum_cross_gramians
 
 
@@ -33,13 +41,22 @@ def crossed(one: Step, other: Step) -> Tensor:
         collect(step, jacobian, collected, retain_graph=True)
     if _kinds(found[0]) != _kinds(found[1]):
         return _by_rows(one, other)
-    m = found[0].rows
-    total = Accumulator(m + found[1].rows, device, False, memory)
-    with torch.no_grad(), without_autocast(device.type):
-        for pair in zip(found[0].shares, found[1].shares, strict=True):
-            total.add_share(_joined(*pair))
+    m, rows = found[0].rows, found[0].rows + found[1].rows
+    shares = [_joined(*pair) for pair in zip(found[0].shares, found[1].shares, strict=True)]
+
+    def added_up() -> Tensor:
+        total = Accumulator(rows, device, False, memory)
+        with torch.no_grad(), without_autocast(device.type):
+            for share in shares:
+                total.add_share(share)
+        return total.total
+
+    gramian = added_up()
+    if may_need_float64(rows, jacobians[0].graph.form.precision) and rows_cancel(gramian):
+        with products_in_float64():
+            gramian = added_up()
     # Of the Gramian of all samples, the products of one batch with the other.
-    return total.total[:m, m:]
+    return gramian[:m, m:]
 
 
 def _kinds(collected: Collected) -> list[object]:

@@ -120,7 +120,7 @@ def _all_weights(
             rows.update(found if step.objectives.samples else {})
         else:
             collect(step, jacobian, collected, retain_graph=retain_graph)
-        return union.gramian(collected)
+        return union.gramian(collected, jacobian.graph.form.precision)
 
     source = GramianSource(
         union.objectives.rows,

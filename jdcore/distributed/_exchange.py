@@ -20,7 +20,15 @@ from torch import Tensor
 
 from jdcore.distributed._meeting import Group, Meeting, Stage, number_of
 from jdcore.errors import ParameterError
-from jdcore.graph import Accumulator, Dense, Objectives, Share
+from jdcore.graph import (
+    Accumulator,
+    Dense,
+    Objectives,
+    Share,
+    may_need_float64,
+    products_in_float64,
+    rows_cancel,
+)
 from jdcore.graph._memory import Memory
 from jdcore.linalg._gramian import symmetric
 
@@ -97,19 +105,28 @@ class Union:
         parts = [part[:count] for part, count in zip(received, self.samples, strict=True)]
         return torch.cat(parts).movedim(0, self._dimension).reshape(-1)
 
-    def gramian(self, collected: Collected) -> Tensor:
+    def gramian(self, collected: Collected, precision: torch.dtype) -> Tensor:
         """
         The Gramian of all losses, float64.
 
         :param collected: The shares of this process.
+        :param precision: What their rows were rounded to.
         :raises ParameterError: If the processes have shares of different graphs.
         """
+        gramian = self._added_up(collected)
+        cancel = may_need_float64(len(gramian), precision) and rows_cancel(gramian)
+        if self.meeting.agree(Stage.GRAMIAN, int(cancel)) != [0]:  # if one of them finds so
+            with products_in_float64():
+                gramian = self._added_up(collected)
+        return self.objectives.ordered(gramian)
+
+    def _added_up(self, collected: Collected) -> Tensor:
         total = Accumulator(self.objectives.rows, collected.device, False, collected.memory)
         for items in _rounds(self._items(collected.shares, collected.names)):
             for share in self._exchanged(items):
                 total.add_share(share)
         # Sums of three processes need not be taken in the same order in both triangles.
-        return self.objectives.ordered(symmetric(self.meeting.total(Stage.GRAMIAN, total.total)))
+        return symmetric(self.meeting.total(Stage.GRAMIAN, total.total))
 
     def _items(self, shares: Sequence[Share], names: Sequence[Any]) -> list[_Item]:
         """The shares, and how each is to be exchanged: the same on all processes."""

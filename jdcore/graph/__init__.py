@@ -5,6 +5,7 @@ It knows no method, no module and no ``.grad``.
 """
 
 from jdcore.graph._call import call, called_shares
+from jdcore.graph._cancelling import may_need_float64, rows_cancel
 from jdcore.graph._form import Place
 from jdcore.graph._graph import Graph
 from jdcore.graph._hooks import ignore_hooks, is_ignored, own_hooks
@@ -28,6 +29,7 @@ from jdcore.graph._steady import note_handing_on
 from jdcore.graph._walk import REENTRANT, Edge, Reach, edge_of, largest_gradient, reach
 from jdcore.graph.rules import RULES, GramianRule, Rule, Rules
 from jdcore.graph.shares import Accumulator, Dense, OneHot, Outer, Patches, Share
+from jdcore.graph.shares._product import products_in_float64
 
 __all__ = [
     "MATRIX_PRODUCTS",
@@ -66,9 +68,12 @@ __all__ = [
     "is_batched",
     "is_ignored",
     "largest_gradient",
+    "may_need_float64",
     "note_handing_on",
     "own_hooks",
+    "products_in_float64",
     "reach",
+    "rows_cancel",
     "saved",
     "saved_as_it_is",
     "single_passes_explained",

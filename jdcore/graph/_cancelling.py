@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from jdcore.linalg import cholesky
@@ -10,6 +11,20 @@ from jdcore.linalg import cholesky
 # Products of float32 are wrong by about 1e-7 of the lengths of two rows. Where no combination of
 # rows of length one is shorter than the root of this, that is 1e-4 of the Gramian in any direction.
 _SMALLEST = 1e-3
+
+# Losses up to which the Gramian is multiplied in float64 where their rows nearly cancel: there its
+# smallest eigenvalues matter, which float32 products drown in their rounding. For more losses that
+# would cost more than the backward pass.
+_FEW = 64
+
+
+def may_need_float64(rows: int, precision: torch.dtype) -> bool:
+    """
+    Whether a Gramian is to be multiplied in float64 if its rows nearly cancel.
+
+    :param precision: What the rows were rounded to.
+    """
+    return rows <= _FEW and precision != torch.float64
 
 
 def rows_cancel(gramian: Tensor) -> bool:

@@ -12,7 +12,7 @@ from torch import Tensor
 from jdcore._fields import dense, through_tensor_hooks
 from jdcore.errors import JDCoreError, RowByRowWarning, UnservedGraphError, warn
 from jdcore.graph._call import called_shares
-from jdcore.graph._cancelling import rows_cancel
+from jdcore.graph._cancelling import may_need_float64, rows_cancel
 from jdcore.graph._form import Place
 from jdcore.graph._graph import Graph
 from jdcore.graph._hooks import may_have_hooks
@@ -34,11 +34,6 @@ _SMALL = 1 << 16
 
 # Entries of rows that may be kept where there are no samples, at least: 512 MB in float32.
 _ROWS = 1 << 27
-
-# Losses up to which the Gramian is multiplied in float64 where their rows nearly cancel: there its
-# smallest eigenvalues matter, which float32 products drown in their rounding. For more losses that
-# would cost more than the backward pass.
-_FEW = 64
 
 
 _HOOKED = (
@@ -126,7 +121,7 @@ class Jacobian:
         if self.objectives.rows == 0:
             self.computed = True
             return torch.zeros(0, 0, dtype=torch.float64, device=self._device)
-        few = self.objectives.rows <= _FEW and self.graph.form.precision != torch.float64
+        few = may_need_float64(self.objectives.rows, self.graph.form.precision)
         # Without what is kept, all may have to be done once more.
         total = self._added_up(keep, retain_graph or (few and not keep))
         gramian = total.total
@@ -153,13 +148,12 @@ class Jacobian:
 
     def add_to(self, total: Accumulator, *, retain_graph: bool) -> None:
         """
-        Add the shares of all parameters to a Gramian, in float64 for few losses.
+        Add the shares of all parameters to a Gramian.
 
         :param total: Of the rows in the order [K, B].
         :param retain_graph: Whether the graph is needed afterwards.
         """
-        with products_in_float64(self.objectives.rows <= _FEW):
-            self._add_all(total, retain_graph)
+        self._add_all(total, retain_graph)
 
     def _add_all(self, total: Accumulator, retain_graph: bool) -> None:
         self.computed = True

@@ -320,3 +320,36 @@ def _other_ways() -> None:
 
 def test_other_layers_on_each_process_are_right_or_refused(two: Run) -> None:
     two(_other_ways)
+
+
+def _cancelling() -> None:
+    """Samples on different processes whose rows are almost the same."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 30), nn.Tanh(), nn.Linear(30, 8))
+    x = torch.randn(6, 8)
+    x[4] = x[0] * (1 + 1e-3)
+
+    def losses(samples: Tensor) -> Tensor:
+        return (model(samples) * torch.linspace(-1, 2, 8)).sin().sum(1)
+
+    seen: list[Tensor] = []
+
+    def weighting(gramian: Tensor) -> Tensor:
+        seen.append(gramian.double())
+        return torch.ones(len(gramian))
+
+    own = losses(x[3 * dist.get_rank() :][:3])
+    Engine(model, batch_dim=0).backward(own, weighting, group=dist.group.WORLD)
+    parameters = list(model.parameters())
+    rows = torch.stack(
+        [
+            torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters)])
+            for loss in (losses(x)[i] for i in range(6))
+        ]
+    ).double()
+    expected, got = (torch.linalg.eigvalsh(g)[:1] for g in (rows @ rows.T, seen[0]))
+    assert_close([got], [expected], 2e-2)
+
+
+def test_rows_that_nearly_cancel(two: Run) -> None:
+    two(_cancelling)

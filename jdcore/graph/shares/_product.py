@@ -21,14 +21,14 @@ _IN_FLOAT64: ContextVar[bool] = ContextVar("in_float64", default=False)
 
 
 @contextmanager
-def products_in_float64(on: bool = True) -> Iterator[None]:
+def products_in_float64() -> Iterator[None]:
     """
     Make products of this context in float64, whatever the dtypes of their factors.
 
     Those that are written to a given place are rows, which are as exact as those of a backward pass
     anyway.
     """
-    token = _IN_FLOAT64.set(on)
+    token = _IN_FLOAT64.set(True)
     try:
         yield
     finally:
