@@ -89,7 +89,7 @@ def mtl_backward(
         shared, private = shards(plan.shared), shards(plan.private)
         check_jacs(shared, len(losses))
         check_grads(private)
-        gradients = _task_gradients(plan, losses, initial, retain_graph)
+        gradients: Transform = _task_gradients(plan, losses, retain_graph)
         if plan.rows_from_features:
             jac = Jac(
                 cut,
@@ -103,7 +103,7 @@ def mtl_backward(
             gradients = gradients >> (jac | Keep(plan.private))
         spread = is_spread([*shared, *private])
         if spread:
-            gradients = Init(losses, initial) >> ShardedTasks(
+            gradients = ShardedTasks(
                 losses,
                 shared,
                 list(map(shards, plan.tasks)),
@@ -112,26 +112,24 @@ def mtl_backward(
                 retain_graph=retain_graph,
                 chunk_size=parallel_chunk_size,
             )
-        graph = gradients >> (AccumulateJac(shared) | AccumulateGrad(private))
+        end = AccumulateJac(shared) | AccumulateGrad(private)
+        graph = Init(losses, initial) >> gradients >> end
         with plain_modes([*losses, *shared, *private]):
             graph()
     if not spread:
         note_local_gradients(private)
 
 
-def _task_gradients(
-    plan: Plan, losses: list[Tensor], initial: list[Tensor] | None, retain_graph: bool
-) -> Transform:
+def _task_gradients(plan: Plan, losses: list[Tensor], retain_graph: bool) -> PerTask:
     retain = _retained(plan, retain_graph)
     tasks: list[Transform] = []
     for i, loss in enumerate(losses):
         targets = [*plan.tasks[i], *plan.rows]
-        start = Init([loss], None if initial is None else [initial[i]])
         if loss.requires_grad and targets:
-            grad = Grad(
-                [loss], targets, retain_graph=retain[i], graph=plan.heads[i], watched=plan.given
+            graph = plan.heads[i]
+            tasks.append(
+                Grad([loss], targets, retain_graph=retain[i], graph=graph, watched=plan.given)
             )
-            tasks.append(start >> grad)
         else:
             # A task that gives nothing, so that the others keep the numbers of their rows.
             tasks.append(Keep([]))

@@ -161,24 +161,28 @@ class Problem:
             return self._in_chunks(chunk_size, retain_graph)
 
     def gradients(self, retain_graph: bool) -> list[Tensor]:
-        """The only row, without its first dimension; gradients may share memory."""
+        """
+        The only row, given and returned without a first dimension; gradients may share memory.
+
+        Heads are small, and there may be many: what a pass needs besides itself is kept short.
+        """
+        found: Sequence[Tensor | None]
         if not self.graph.functions:
-            found = self._plain_gradients(retain_graph)
+            leaves = self._leaves()
+            before = grad_versions(leaves)
+            found = differentiate(self.outputs, self.inputs, self.cotangents, retain_graph)
+            check_unchanged(leaves, before)
         else:
-            # No taps: the only row is kept as autograd returns it.
-            with self._checked(), self._passes(RowTaps([], {})) as gradients_of:
-                found = gradients_of(0, [*range(len(self.outputs))], retain_graph)
+            found = self._hidden_gradients(retain_graph)
         pairs = zip(found, self.inputs, strict=True)
         return [zeros(t, 1)[0] if g is None else dense(g) for g, t in pairs]
 
-    def _plain_gradients(self, retain_graph: bool) -> Gradients:
-        # Heads are small, and there may be many: what a pass needs besides itself is kept short.
-        leaves = self._leaves()
-        before = grad_versions(leaves)
-        cotangents = [cotangent[0] for cotangent in self.cotangents]
-        found = differentiate(self.outputs, self.inputs, cotangents, retain_graph)
-        check_unchanged(leaves, before)
-        return list(found)
+    def _hidden_gradients(self, retain_graph: bool) -> Gradients:
+        """The only row where functions of the graph may accumulate by themselves."""
+        only = evolve(self, cotangents=[cotangent[None] for cotangent in self.cotangents])
+        # No taps: the only row is kept as autograd returns it.
+        with only._checked(), only._passes(RowTaps([], {})) as gradients_of:
+            return gradients_of(0, [*range(len(self.outputs))], retain_graph)
 
     @contextmanager
     def _checked(self) -> Iterator[None]:

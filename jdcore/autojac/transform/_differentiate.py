@@ -44,8 +44,8 @@ class Grad(_Differentiation):
     """
 
     def apply(self, values: dict[Tensor, Tensor], /) -> Values:
-        # One row. The order of the values is that of `needs`, see Transform.__call__.
-        problem = self.problem([value.unsqueeze(0) for value in values.values()])
+        # The order of the values is that of `needs`, see Transform.__call__.
+        problem = self.problem([*values.values()])
         return dict(zip(self.gives, problem.gradients(self.retain_graph), strict=True))
 
 

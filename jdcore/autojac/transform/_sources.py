@@ -27,6 +27,12 @@ class Init(Transform):
     def apply(self, values: dict[Tensor, Tensor], /) -> Values:
         del values
         if self._values is None:
+            kinds = {(key.ndim, key.dtype, key.device) for key in self.gives}
+            if len(kinds) == 1:
+                [(ndim, dtype, device)] = kinds
+                if ndim == 0:  # as usual: one call for all losses
+                    ones = torch.ones(len(self.gives), dtype=dtype, device=device)
+                    return dict(zip(self.gives, ones.unbind(), strict=True))
             return {key: torch.ones_like(key.detach()) for key in self.gives}
         pairs = zip(self.gives, self._values, strict=True)
         return {key: value.detach().to(key.dtype) for key, value in pairs}
