@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
 from time import perf_counter
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 from attrs import define
@@ -53,26 +53,32 @@ class Observation:
 
 Observer = Callable[[Observation], None]
 
-# Of this context, so that one thread does not watch the training of another. Wrappers ask what they
-# wrap through the same door: while the outermost weighs, nobody watches.
-_OBSERVERS: ContextVar[tuple[Observer, ...]] = ContextVar("observers", default=())
-# What solvers report while somebody observes.
-_RESIDUALS: ContextVar[list[Callable[[], float]] | None] = ContextVar("residuals", default=None)
+_Watch: TypeAlias = "tuple[Observer, ...] | list[Callable[[], float]]"
+
+# Who watches this context, so that one thread does not watch the training of another. Wrappers ask
+# what they wrap through the same door: while the outermost weighs, nobody watches, and in the place
+# of the observers stands the list of what solvers report to them.
+_WATCH: ContextVar[_Watch] = ContextVar("watch", default=())
 
 
 @contextmanager
 def observing(observer: Observer) -> Iterator[None]:
     """Tell an observer of every weighing of this context, the outermost where weightings nest."""
-    token = _OBSERVERS.set((*_OBSERVERS.get(), observer))
+    token = _WATCH.set((*_observers(), observer))
     try:
         yield
     finally:
-        _OBSERVERS.reset(token)
+        _WATCH.reset(token)
+
+
+def _observers() -> tuple[Observer, ...]:
+    watch = _WATCH.get()
+    return watch if isinstance(watch, tuple) else ()
 
 
 def observed() -> bool:
     """Whether anybody watches."""
-    return bool(_OBSERVERS.get())
+    return _observers() != ()
 
 
 def told(
@@ -86,9 +92,9 @@ def told(
 
     :param observation: Given what was returned, the seconds that it took, and the residuals.
     """
-    observers, residuals = _OBSERVERS.get(), list[Callable[[], float]]()
+    observers, residuals = _observers(), list[Callable[[], float]]()
     # No context manager: entering one takes longer than the rest of this function.
-    token, collecting = _OBSERVERS.set(()), _RESIDUALS.set(residuals)
+    token = _WATCH.set(residuals)
     try:
         start = perf_counter()
         result = call()
@@ -96,8 +102,7 @@ def told(
         for observer in observers:
             observer(seen)
     finally:
-        _OBSERVERS.reset(token)
-        _RESIDUALS.reset(collecting)
+        _WATCH.reset(token)
     return result
 
 
@@ -114,8 +119,8 @@ def report_residual(measure: Callable[..., float], *arrays: NDArray[np.float64])
     :param arrays: Arguments of ``measure``. Copies of up to 4 KiB in all are kept, and measured
         when somebody reads the residual. Larger ones, or none, mean that it is measured at once.
     """
-    residuals = _RESIDUALS.get()
-    if residuals is None:
+    residuals = _WATCH.get()
+    if not isinstance(residuals, list):
         return
     if arrays and sum([array.nbytes for array in arrays]) <= _KEPT:
         # Copies, because the arrays may be those of the Gramian and the weights of a user.
