@@ -80,6 +80,7 @@ class Network(nn.Module):
             nn.init.xavier_normal_(linear.weight)
             nn.init.constant_(linear.bias, 0.001)
             layers += [linear, nn.Tanh()]
+        # Without the last tanh: the values of u are not bounded by it.
         self.layers = nn.Sequential(*layers[:-1])
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
@@ -116,6 +117,8 @@ class Points:
 def residual(network: Callable[[Tensor, Tensor], Tensor], x: Tensor, t: Tensor) -> Tensor:
     """What is left of the equation at points [k] that require grad."""
     u = network(x, t)
+    # A value depends on its own point alone, so the sum of all has their derivatives as its
+    # gradient.
     u_x, u_t = torch.autograd.grad(u.sum(), (x, t), create_graph=True)
     [u_xx] = torch.autograd.grad(u_x.sum(), x, create_graph=True)
     return u_t + u * u_x - VISCOSITY * u_xx

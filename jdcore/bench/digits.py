@@ -112,6 +112,7 @@ def _single_digits(
     train, test = order[500:], order[:500]
     given = labels[train].clone()
     wrong = torch.rand(len(given), generator=generator) < noise
+    # Of all labels, so that a tenth of these are right all the same.
     given[wrong] = torch.randint(10, (int(wrong.sum()),), generator=generator)
     return images[train], given, images[test], labels[test]
 
@@ -174,6 +175,7 @@ def compare(
         losses = {}
         for rate in plan.rates:
             total = sum(result.loss for result in results(name, rate, plan.tuning_seeds))
+            # A rate that diverges must not win, as NaN would in `min` if it came first.
             losses[rate] = total if math.isfinite(total) else math.inf
         return min(losses, key=lambda rate: losses[rate])
 

@@ -67,6 +67,7 @@ class Problem:
 
     def pareto_set(self, count: int = 2001) -> Tensor:
         """Points [count, 2] at which some convex combination of the gradients is zero."""
+        # Not zero and one, where the matrix of EWQ is singular.
         w = torch.linspace(1e-9, 1.0 - 1e-9, count, dtype=torch.float64)
         weights = torch.stack([w, 1.0 - w], 1)
         total = torch.einsum("ki,iab->kab", weights, self.matrices)

@@ -68,6 +68,7 @@ def cone_limits(rows: NDArray[np.float64]) -> tuple[float, float] | None:
     """First and last angle of the dual cone in degrees; None if it is a point."""
     angles = [math.degrees(math.atan2(y, x)) for x, y in rows if x or y]
     centre = angles[0] if angles else 0.0
+    # Relative to the first gradient, so that the jump from 180 to -180 degrees lies opposite of it.
     turns = [(angle - centre + 180.0) % 360.0 - 180.0 for angle in angles]  # in [-180, 180)
     start, end = centre + max(turns, default=0.0) - 90.0, centre + min(turns, default=0.0) + 90.0
     return None if end < start or not angles else (start, end)

@@ -29,6 +29,7 @@ def weights_over_time(history: History, /, *, axes: Axes | None = None) -> Axes:
     shares = weights / np.where(sums == 0.0, 1.0, sums)
     index = np.array([step.index for step in steps])
     window = max(1, len(steps) // 50)
+    # The moving average is shorter than the steps, by half a window at both ends.
     middle = index[(window - 1) // 2 : len(index) - window // 2]
     for i, (column, (dashes, colour)) in enumerate(zip(shares.T, STYLES, strict=False)):
         average = np.convolve(column, np.full(window, 1.0 / window), mode="valid")
@@ -54,6 +55,7 @@ def conflicts_over_time(history: History, /, *, axes: Axes | None = None) -> Axe
     m = len(cubes[0]) if cubes else 0
     pairs = np.triu_indices(m, 1)
     table = _table([cube[pairs].tolist() for cube in cubes if len(cube) == m], "cosines")
+    # Means of neighbouring steps, since a picture drops columns that it has no pixels for.
     groups = np.array_split(table, min(_CELLS, len(table)))
     cells = np.stack([group.mean(0) for group in groups], 1)
     names = [f"{i + 1}, {j + 1}" for i, j in zip(*pairs, strict=True)]
