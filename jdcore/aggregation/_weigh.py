@@ -132,6 +132,7 @@ def _takes_source(cls: Any) -> bool:
 def _takes_shape(cls: Any) -> bool:
     parameters = inspect.signature(cls.weigh).parameters.values()
     positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    # The object itself, the source, and the shape.
     return sum(parameter.kind in positional for parameter in parameters) >= 3
 
 

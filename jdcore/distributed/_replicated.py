@@ -92,6 +92,7 @@ class ReplicatedColumns(Columns):
 
     def apply(self, function: Callable[[Tensor], Tensor]) -> list[Tensor]:
         self._divide()
+        # Kept for `inner`: the columns of this process, of which the whole vectors are no part.
         self._vectors = [function(block) for block in self.blocks]
         return gathered(self._meeting, self._buckets, self._vectors)
 

@@ -89,10 +89,8 @@ class ShardedColumns(Columns):
     def rounded_to(self) -> torch.dtype:
         return self.precision  # what the parts tell need not be the same on all processes
 
-    def combine(self, weights: Tensor, *, wide: bool = False) -> list[Tensor]:
-        return super().combine(weights, wide=wide)
-
     def apply(self, function: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        # What is sent has to lie in one piece.
         vectors = [function(block).contiguous() for block in self.blocks]
         self._meeting.agree(Stage.UPDATE)
         # A method of a third party may draw random numbers without saying so.
