@@ -7,6 +7,7 @@ from torch import Tensor
 
 from jdcore.aggregation import report_residual
 from jdcore.linalg import equilibrate, lcp_residual, product
+from jdplugins.standard._solvers._alone import MOST, solve_alone
 from jdplugins.standard._solvers._cone_of_few import project_few
 from jdplugins.standard._solvers._lcp import ROUGH, UNSOLVED, Floats, solve_lcps, warn_if_unsolved
 from jdplugins.standard._solvers._semidefinite import nearest_semidefinite
@@ -46,6 +47,11 @@ class NativeDualConeSolver:
         if len(references) == 1 and min(product(gramian, references[0]).tolist()) >= 0.0:
             report_residual(lambda: 0.0)
             return np.array(references)
+        if len(references) == 1 and len(gramian) <= MOST:
+            alone = _project_alone(gramian, references[0])
+            if alone is not None:
+                report_residual(_residual, gramian, references, alone)
+                return alone
         projected = self.project(torch.from_numpy(gramian), torch.from_numpy(references))
         array: Floats = projected.numpy()
         return array
@@ -61,6 +67,20 @@ class NativeDualConeSolver:
         scales = scaled.abs().amax(1, keepdim=True) if scaled.numel() else scaled.sum(1, True)
         scaled /= torch.where(scales > 0.0, scales, 1.0)
         return _solve(cosines, scaled).mul_(scales).mul_(inverses).add_(references)
+
+
+def _project_alone(gramian: Floats, reference: Floats) -> Floats | None:
+    """One projection [1, m]; None for zero rows, or where that takes more."""
+    cosines, norms, inverses = equilibrate(gramian)
+    scaled = reference * norms
+    scale = float(np.abs(scaled).max())
+    if not float(norms.min()) > 0.0 or scale == 0.0:
+        return None
+    alone = solve_alone(cosines, product(cosines, scaled / scale), None)
+    if alone is None:
+        return None
+    projected: Floats = reference + alone[0] * inverses * scale
+    return projected[None]
 
 
 def _residual(gramian: Floats, references: Floats, found: Floats) -> float:

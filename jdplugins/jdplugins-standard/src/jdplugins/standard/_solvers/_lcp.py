@@ -21,6 +21,7 @@ from torch import Tensor
 from jdcore.aggregation import report_residual
 from jdcore.errors import UnsolvedWarning, warn
 from jdcore.linalg import pivot, refine
+from jdplugins.standard._solvers._alone import MOST, solve_alone
 from jdplugins.standard._solvers._guess import descend, guess
 from jdplugins.standard._solvers._interior import FEWER, interior_point
 
@@ -148,6 +149,9 @@ def _way(C: Tensor) -> _Way:
 
 def solve_one(C: Floats, q: Floats, passive: Mask | None = None) -> tuple[Floats, float]:
     """:func:`solve_lcps` of one vector q [m], with arrays."""
+    alone = solve_alone(C, q, passive) if len(q) <= MOST else None
+    if alone is not None:
+        return alone
     start = None if passive is None else torch.from_numpy(passive.copy())[None]
     Z, residuals = solve_lcps(torch.from_numpy(C), torch.from_numpy(q)[None], start)
     return Z[0].numpy(), float(residuals[0])

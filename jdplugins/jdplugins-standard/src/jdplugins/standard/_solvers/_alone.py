@@ -1,0 +1,52 @@
+"""
+One right-hand side of some dozens of rows, in numpy, whose calls take half as long as torch's.
+
+Block pivoting as in :func:`jdcore.linalg.pivot`, from the set that gradient steps suggest, as far
+as it gets without a proximal term. What cycles or is singular is left to the others.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from jdcore.linalg import EPS
+from jdplugins.standard._solvers._guess import descend
+
+Floats = NDArray[np.float64]
+
+MOST = 64  # rows
+_ROUNDS = 8
+_LARGE = 1e3  # entries of z that may come from rounding
+_EXACT = 1e-13
+
+
+def solve_alone(
+    C: Floats, q: Floats, passive: NDArray[np.bool_] | None
+) -> tuple[Floats, float] | None:
+    """
+    Solve one linear complementarity problem.
+
+    :param C: Positive semi-definite matrix [m, m] with a diagonal of order one.
+    :param q: Vector [m].
+    :param passive: Where z is positive, if that is known roughly. Not modified.
+    :returns: z >= 0 [m] and its natural residual; None where that was not exact.
+    """
+    tolerance = 16.0 * len(q) * EPS
+    start = descend(C, q, np.zeros_like(q)) > 0.0 if passive is None else passive
+    for _ in range(_ROUNDS):
+        indices = start.nonzero()[0]
+        z = np.zeros_like(q)
+        try:
+            z[indices] = np.linalg.solve(C[indices[:, None], indices], -q[indices])
+        except np.linalg.LinAlgError:
+            return None
+        y = C.dot(z)
+        y += q
+        largest = float(z.max())
+        wrong = np.where(start, z, y + tolerance * (1.0 + largest)) < 0.0
+        if not wrong.any():
+            residual = float(np.abs(np.minimum(z, y)).max()) / (1.0 + largest)
+            return (z, residual) if residual <= _EXACT and largest <= _LARGE else None
+        start = start ^ wrong
+    return None
