@@ -13,7 +13,7 @@ from jdcore.errors import UnsolvedWarning
 from jdcore.linalg import add_proximal, equilibrate, lcp_residual
 from jdcore.linalg._pivoting import PassiveSets
 from jdcore.testing import FAMILIES, family
-from jdplugins.standard._solvers import NativeDualConeSolver, _dual_cone, _lcp
+from jdplugins.standard._solvers import NativeDualConeSolver, _dual_cone, _interior, _lcp
 from jdplugins.standard._solvers._cone_of_few import project_few
 from jdplugins.standard._solvers._interior import interior_point
 from jdplugins.standard._solvers._lcp import solve_lcps, solve_one
@@ -198,6 +198,47 @@ def test_dependent_rows_take_few_factorisations(kind: str, monkeypatch: pytest.M
     halves = (np.concatenate(factorised) / (m / 2)) ** 3
     assert halves.sum() <= 8 * m
     assert sum(by_interior_point) <= 0.05 * m
+
+
+def low_rank(m: int, rank: int) -> np.ndarray:
+    """Cosines of more rows than their number of columns, some of which span a part only."""
+    random = np.random.default_rng(m)
+    rows = random.standard_normal((m, rank))
+    rows[: m // 2, rank // 2 :] = 0.0  # these cancel among themselves
+    rows[:, -1] = 2.0 * np.abs(rows[:, -1]) + 1.0 * (np.arange(m) >= m // 2)
+    return equilibrate(add_proximal(rows @ rows.T, 3.6e-12))[0]
+
+
+def test_steps_of_low_rank_are_those_of_the_whole_matrix() -> None:
+    C = torch.from_numpy(low_rank(90, 12))
+    D = torch.rand((4, 90), dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    b = torch.from_numpy(np.random.default_rng(0).standard_normal((4, 90)))
+    newton = _interior._newton(C)
+    assert isinstance(newton, _interior._LowRank)
+    for scale in (1.0, 1e-6):
+        solve, failed = newton.factorised(scale * D)
+        whole, _ = _interior._Newton(C).factorised(scale * D)
+        assert not failed.any()
+        torch.testing.assert_close(solve(b), whole(b), rtol=1e-6, atol=1e-6)
+
+
+def test_the_interior_point_method_takes_the_rank_of_rows_for_their_number(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    C = low_rank(150, 12)
+    monkeypatch.setattr(_interior._Newton, "factorised", None)  # of blocks of all rows
+    rows = []
+
+    def counted(*args: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        rows.append(len(args[1]))
+        return interior_point(*args)
+
+    monkeypatch.setattr(_lcp, "interior_point", counted)
+    Z, residuals = solve_all(C, C)
+
+    assert sum(rows) > 0
+    assert residuals.max() <= 1e-11
+    assert lcp_residual(C, C, Z).max() <= 1e-11
 
 
 def test_a_warm_start_does_not_change_the_solution() -> None:

@@ -13,7 +13,6 @@ _ROUGH, _STALLS = 1e-11, 0.5  # residual that is enough where a step does not im
 _INSIDE = 1e-3  # least z and y to begin with
 _FLOOR = 1e-15
 _SHIFT = 64.0  # times m EPS
-_MORE_ROWS = 8
 FEWER = 3  # times as many rows as their rank make it pay to factorise blocks of its size
 _TO_BOUNDARY = 0.995
 _SHORT = 0.25
@@ -42,17 +41,17 @@ def interior_point(
     rows = max(1, (_ENTRIES if C.is_cpu else _ENTRIES_ELSEWHERE) // newton.entries)
     with one_thread(C.is_cpu):
         parts = [
-            _solve(newton, *part, accuracy)
+            _solve(C, newton, *part, accuracy)
             for part in zip(torch.split(Q, rows), torch.split(start, rows), strict=True)
         ]
     return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
 
 
-def _solve(newton: _Newton, Q: Tensor, start: Tensor, accuracy: float) -> tuple[Tensor, Tensor]:
-    C = newton.C
-    k = len(Q)
+def _solve(
+    C: Tensor, newton: _Newton, Q: Tensor, start: Tensor, accuracy: float
+) -> tuple[Tensor, Tensor]:
     best, residuals = torch.zeros_like(Q), Q.amin(1).neg_().clamp_min_(0.0)
-    rows, q = torch.arange(k, device=Q.device), Q
+    rows, q = torch.arange(len(Q), device=Q.device), Q
     z = start.clamp_min(_INSIDE)
     y = torch.addmm(Q, z, C).clamp_min_(_INSIDE)
     failed = torch.zeros_like(rows)
@@ -137,8 +136,8 @@ class _LowRank(_Newton):
 
     @property
     def entries(self) -> int:
-        # Products with matrices are most of the work, and want many rows.
-        return max(1, self._J.numel() // _MORE_ROWS)
+        # An eighth of those of Jᵀ E: products with C are most of the work, and want many rows.
+        return max(1, self._J.numel() // 8)
 
     def factorised(self, D: Tensor) -> tuple[_Solve, Tensor]:
         J, E = self._J, 1.0 / (D + self._s)
@@ -158,10 +157,12 @@ class _LowRank(_Newton):
 
 
 def _newton(C: Tensor) -> _Newton:
+    """By the rank of C."""
     m = len(C)
     values, vectors = torch.linalg.eigh(C)
-    kept = values > values[0] + _SHIFT * m * EPS
-    if int(kept.sum()) * FEWER > m:
+    rounding = _SHIFT * m * EPS
+    kept = values > values[0] + rounding
+    if int(kept.sum()) * FEWER > m or float(values[0]) < -rounding:
         return _Newton(C)
     rest = float(values[~kept].mean())
     return _LowRank(C, vectors[:, kept] * (values[kept] - rest).sqrt(), rest)

@@ -59,11 +59,9 @@ class _Way:
 _REGULAR = _Way(5e-4, 0.0, 30, (1e-12,))
 _MIXED = _Way(5e-4, 1e-11, 30, (1e-12,))  # a term above rounding, below what rows differ by
 # Of many solutions, a proximal term chooses one near the guess. What cycles then goes on doing so;
-# the interior-point method finds the face of the solutions, and need not do more.
+# the interior-point method finds the face of the solutions, and need not do more. It costs little
+# where the rank of C is low, and sets of many more indices than that have many solutions.
 _CANCELLING = _Way(5e-5, 1e-8, 6, (1e-6, 1e-12))
-# That method costs little where the rank of C is low; larger sets than that have many solutions.
-_LOW_RANK = _Way(5e-5, 1e-8, 6, (1e-12,))
-
 # Problems of so few rows, and one alone, cost little, and are solved as far as rounding allows:
 # where opposite rows make z large, what is small beside it still leaves an error in ``Jᵀ z``.
 _SMALL = 8
@@ -142,9 +140,8 @@ def _way(C: Tensor) -> _Way:
         return _REGULAR
     if between > _BETWEEN[0] + _BETWEEN[1] * len(C):
         return _MIXED
-    if smallest == 0.0 or rank * FEWER > len(C):
-        return _CANCELLING
-    return evolve(_LOW_RANK, largest=2.0 * rank)
+    low = smallest > 0.0 and rank * FEWER <= len(C)
+    return evolve(_CANCELLING, largest=2.0 * rank) if low else _CANCELLING
 
 
 def solve_one(C: Floats, q: Floats, passive: Mask | None = None) -> tuple[Floats, float]:
