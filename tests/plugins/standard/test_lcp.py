@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from typing import Any
 
 import numpy as np
 import pytest
@@ -63,7 +64,7 @@ def solve_all(C: np.ndarray, Q: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def interior(C: np.ndarray, Q: np.ndarray) -> np.ndarray:
     """By the interior-point method alone."""
     Z, residuals = interior_point(
-        torch.from_numpy(C), torch.from_numpy(Q), torch.ones(Q.shape, dtype=torch.float64)
+        torch.from_numpy(C), torch.from_numpy(Q), torch.ones(Q.shape, dtype=torch.float64), 1e-12
     )
     assert float(residuals.max()) <= 1e-10
     return Z.numpy()
@@ -185,9 +186,9 @@ def test_dependent_rows_take_few_factorisations(kind: str, monkeypatch: pytest.M
         factorised.append(np.minimum(sizes, m - sizes))
         return make(self, passive, sizes)
 
-    def interior(*args: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        by_interior_point.append(len(args[1]))
-        return interior_point(*args)
+    def interior(C: torch.Tensor, Q: torch.Tensor, *how: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        by_interior_point.append(len(Q))
+        return interior_point(C, Q, *how)
 
     monkeypatch.setattr(PassiveSets, "factors", counted)
     monkeypatch.setattr(_lcp, "interior_point", interior)
@@ -198,6 +199,21 @@ def test_dependent_rows_take_few_factorisations(kind: str, monkeypatch: pytest.M
     halves = (np.concatenate(factorised) / (m / 2)) ** 3
     assert halves.sum() <= 8 * m
     assert sum(by_interior_point) <= 0.05 * m
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [*FAMILIES, "opposites", "clusters", "weak", "low rank"])
+def test_hundreds_of_rows_of_any_kind_are_solved(kind: str) -> None:
+    m = 256
+    if kind == "low rank":
+        C = low_rank(m, 20)
+    else:
+        J = jacobian(kind, m, 1000) if kind in FAMILIES else dependent_rows(kind, m)
+        C = equilibrate(add_proximal(J @ J.T, 3.6e-12))[0]
+        np.fill_diagonal(C, 1.0)
+    for Z, residuals in (solve_all(C, C), solve_one(C, C.mean(axis=0))):
+        assert np.max(residuals) <= 1e-11
+        assert (Z >= 0.0).all()
 
 
 def low_rank(m: int, rank: int) -> np.ndarray:
@@ -229,9 +245,9 @@ def test_the_interior_point_method_takes_the_rank_of_rows_for_their_number(
     monkeypatch.setattr(_interior._Newton, "factorised", None)  # of blocks of all rows
     rows = []
 
-    def counted(*args: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        rows.append(len(args[1]))
-        return interior_point(*args)
+    def counted(C: torch.Tensor, Q: torch.Tensor, *how: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        rows.append(len(Q))
+        return interior_point(C, Q, *how)
 
     monkeypatch.setattr(_lcp, "interior_point", counted)
     Z, residuals = solve_all(C, C)

@@ -22,9 +22,7 @@ _ENTRIES, _ENTRIES_ELSEWHERE = 1 << 18, 1 << 28  # of the matrices that are fact
 _Solve: TypeAlias = Callable[[Tensor], Tensor]
 
 
-def interior_point(
-    C: Tensor, Q: Tensor, start: Tensor, accuracy: float = 1e-12
-) -> tuple[Tensor, Tensor]:
+def interior_point(C: Tensor, Q: Tensor, start: Tensor, accuracy: float) -> tuple[Tensor, Tensor]:
     """
     Solve linear complementarity problems by Mehrotra's predictor-corrector method.
 
@@ -33,7 +31,7 @@ def interior_point(
 
     :param C: Positive semi-definite matrix [m, m], float64.
     :param Q: Vectors q [k, m], float64.
-    :param start: About where z is [k, m].
+    :param start: About where z is [k, m]; from ones, it takes more steps, and never stalls.
     :param accuracy: Residual at which it stops.
     :returns: The best z >= 0 on the way [k, m], and their natural residuals [k].
     """

@@ -32,7 +32,8 @@ Mask: TypeAlias = NDArray[np.bool_]
 _GUESSED = 48
 # Squared pivots of C. Below the first one, some combination of rows is zero. Where more of them lie
 # between both than rounding explains, rows are nearly dependent too, which a proximal term hides.
-_SINGULAR, _DISTINCT, _BETWEEN = 1e-10, 1e-6, (2, 1 / 16)
+_SINGULAR, _DISTINCT, _BETWEEN = 1e-10, 1e-6, (2, 1 / 6)
+_QUICK, _THOROUGH = 1e-6, 1e-12  # accuracies of the interior-point method
 _ZERO = 1e-6  # entries of what the interior-point method finds that count as zero
 _LARGE = 1e3  # entries of z that may come from rounding
 
@@ -45,23 +46,23 @@ class _Way:
     :param settled: Part of the signs that may still change in a guess.
     :param delta: Proximal term to pivot with.
     :param rounds: Of pivoting, at most.
-    :param accuracies: To which the interior-point method solves what is left, if need be.
+    :param singular: Whether the interior-point method first goes as far as pivoting needs only.
     :param largest: Sets of more indices, as of fewer outside, are left to it at once.
     """
 
     settled: float
     delta: float
     rounds: int
-    accuracies: tuple[float, ...]
+    singular: bool = False
     largest: float = math.inf
 
 
-_REGULAR = _Way(5e-4, 0.0, 30, (1e-12,))
-_MIXED = _Way(5e-4, 1e-11, 30, (1e-12,))  # a term above rounding, below what rows differ by
+_REGULAR = _Way(5e-4, 0.0, 30)
+_MIXED = _Way(5e-4, 1e-11, 30)  # a term above rounding, below what rows differ by
 # Of many solutions, a proximal term chooses one near the guess. What cycles then goes on doing so;
 # the interior-point method finds the face of the solutions, and need not do more. It costs little
 # where the rank of C is low, and sets of many more indices than that have many solutions.
-_CANCELLING = _Way(5e-5, 1e-8, 6, (1e-6, 1e-12))
+_CANCELLING = _Way(5e-5, 1e-8, 6, singular=True)
 # Problems of so few rows, and one alone, cost little, and are solved as far as rounding allows:
 # where opposite rows make z large, what is small beside it still leaves an error in ``Jᵀ z``.
 _SMALL = 8
@@ -101,10 +102,12 @@ def solve_lcps(C: Tensor, Q: Tensor, passive: Tensor | None = None) -> tuple[Ten
     _pivot_about(answers, C, Q, easy, centre[easy], way)
     if one or len(C) <= _SMALL:
         answers.keep(answers.all, *refine(C, Q, answers.Z))
-    for accuracy in way.accuracies:
+    for quick in (True, False) if way.singular else (False,):
         left = answers.left()
         if len(left):
-            answers.keep(left, *interior_point(C, Q[left], centre[left], accuracy))
+            start = centre[left] if quick else torch.ones_like(Q[left])
+            accuracy = _QUICK if quick else _THOROUGH
+            answers.keep(left, *interior_point(C, Q[left], start, accuracy))
             left = answers.left()
             Z = answers.Z[left]
             _pivot_about(answers, C, Q, left, torch.where(Z > _ZERO, Z, 0.0), way)
