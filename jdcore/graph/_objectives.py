@@ -61,6 +61,8 @@ class Objectives:
         :returns: Shape ``[len(tasks), *output.shape]``.
         """
         assert self.batch_dim is not None
+        if self.tasks == 1:
+            return torch.ones_like(self.outputs[0])[None]
         moved = self.outputs[0].movedim(self.batch_dim, -1)
         seeds = torch.zeros(len(tasks), *moved.shape, dtype=moved.dtype, device=moved.device)
         by_task = seeds.view(len(tasks), self.tasks, self.samples)

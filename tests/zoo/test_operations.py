@@ -59,7 +59,7 @@ class _Encoder(nn.Module):
 
 CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
     "mlp": (lambda: mlp(256, 512, 512, 512, 10), lambda: torch.randn(64, 256)),
-    "resnet18": (lambda: resnet18(group_norm), lambda: torch.randn(16, 3, 32, 32)),
+    "resnet18": (lambda: resnet18(group_norm), lambda: torch.randn(4, 3, 32, 32)),
     "transformer": (_Encoder, lambda: torch.randn(16, 32, 128)),
     "vit": (lambda: VisionTransformer(96, depth=3), lambda: torch.randn(8, 3, 96, 96)),
     "bert": (lambda: Bert(2000, 256, 4, 4), lambda: torch.randint(2000, (8, 64))),

@@ -113,10 +113,17 @@ class Outer(Share):
     # -- rows and their sums -----------------------------------------------------------------------
 
     def weighted(self, weights: Tensor) -> Tensor:
-        grads = weighted_sum(weights, self.grads).flatten(0, 1)
-        if isinstance(self.inputs, OneHot):
-            return self._looked_up_sum(self.inputs, grads)
-        inputs = self.inputs.flatten(0, 1)
+        inputs, grads = self.inputs, self.grads
+        if isinstance(inputs, OneHot):
+            return self._looked_up_sum(inputs, weighted_sum(weights, grads).flatten(0, 1))
+        if len(grads) == 1 and inputs.shape[2] < grads.shape[3]:
+            inputs, grads = weighted_sum(weights, inputs[None]), grads[0]  # the smaller one
+        else:
+            grads = weighted_sum(weights, grads)
+        if grads.stride(0) < grads.stride(1):
+            # Positions lie before samples. In which order both are summed up is the same.
+            inputs, grads = inputs.transpose(0, 1), grads.transpose(0, 1)
+        inputs, grads = inputs.flatten(0, 1), grads.flatten(0, 1)
         if self.lies_transposed:
             pair = (inputs.T, grads) if self.grads_first else (grads.T, inputs)
             return product(*pair).T.reshape(self.shape)
