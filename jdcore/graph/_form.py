@@ -1,13 +1,18 @@
 from __future__ import annotations
 
-from collections.abc import Collection
-from functools import cached_property, lru_cache
-from typing import Any, NamedTuple, TypeAlias
+from collections import deque
+from collections.abc import Callable, Collection
+from functools import cached_property, wraps
+from typing import Any, NamedTuple, ParamSpec, TypeAlias, TypeVar
+from weakref import WeakValueDictionary
 
 import torch
-from attrs import frozen
+from attrs import field, frozen
 
 from jdcore.graph._walk import LEAF
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 Place: TypeAlias = "tuple[int, int]"
 """The number of a node, and one of its results."""
@@ -65,6 +70,8 @@ class Form:
     starts: tuple[Place, ...]
     described: tuple[tuple[tuple[Any, ...], ...], ...]
     targets: tuple[Place, ...]
+    known: dict[Any, Any] = field(factory=dict, init=False)
+    """What others found out about it, see :func:`once_for_each_form`."""
 
     @cached_property
     def results(self) -> list[list[Result]]:
@@ -151,7 +158,13 @@ class Form:
 
 
 # Of sequences of ever new lengths there are ever new forms: the oldest ones are forgotten.
-@lru_cache(maxsize=256)
+_FORMS: WeakValueDictionary[tuple[Any, ...], Form] = WeakValueDictionary()
+
+# Large graphs of ever new lengths take memory: besides those of plans, forms of the last steps are
+# kept.
+_RECENT: deque[Form] = deque(maxlen=32)
+
+
 def form_of(
     names: tuple[str, ...],
     inputs: tuple[tuple[Place, ...], ...],
@@ -160,4 +173,28 @@ def form_of(
     targets: tuple[Place, ...],
 ) -> Form:
     """The one form with these properties."""
-    return Form(names, inputs, starts, described, targets)
+    key = names, inputs, starts, described, targets
+    form = _FORMS.get(key)
+    if form is None:
+        form = _FORMS[key] = Form(*key)
+    _RECENT.append(form)
+    return form
+
+
+def once_for_each_form(function: Callable[P, R]) -> Callable[P, R]:
+    """
+    Let a function of a form keep what it returns, for as long as there is the form.
+
+    :param function: Its first argument is the form, the others can be hashed.
+    """
+
+    @wraps(function)
+    def known(*arguments: P.args, **options: P.kwargs) -> R:
+        form: Any = arguments[0]
+        key = (function, *arguments[1:])
+        if key not in form.known:
+            form.known[key] = function(*arguments, **options)
+        found: R = form.known[key]
+        return found
+
+    return known

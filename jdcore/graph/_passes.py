@@ -3,14 +3,14 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from jdcore.errors import SinglePassError
-from jdcore.graph._form import Form, Place
+from jdcore.graph._form import Form, Place, once_for_each_form
 from jdcore.graph._graph import Graph
 from jdcore.graph._hooks import own_hooks
 from jdcore.graph._nesting import OuterPass
@@ -19,7 +19,7 @@ Grads = Sequence["Tensor | None"]
 Receive = Callable[[int, Grads], None]
 
 
-@lru_cache(maxsize=256)
+@once_for_each_form
 def _stops(form: Form, heard: tuple[int, ...]) -> tuple[list[int], list[Place]]:
     """Those of some nodes that others of them lie behind, and the results in use of the rest."""
     above = form.above(heard)

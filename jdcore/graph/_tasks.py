@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cached_property, lru_cache, partial
+from functools import cached_property, partial
 from typing import TypeAlias
 
 import torch
@@ -21,7 +21,7 @@ from torch.autograd.graph import GradientEdge
 from jdcore._fields import dense
 from jdcore.graph._batchable import is_batchable
 from jdcore.graph._cost import batch_beats_single_passes
-from jdcore.graph._form import Form, Place
+from jdcore.graph._form import Form, Place, once_for_each_form
 from jdcore.graph._graph import Graph
 from jdcore.graph._hooks import own_hooks
 from jdcore.graph._memory import Memory, pieces
@@ -168,7 +168,7 @@ class Ways:
         return [place for place in dict.fromkeys(found) if place[0] in self.common]
 
 
-@lru_cache(maxsize=256)
+@once_for_each_form
 def _ways(form: Form, starts: tuple[Place | None, ...]) -> Ways:
     """Follow losses, given by where they start, through graphs of a form."""
     at: dict[Place, int] = {}

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import gc
+from weakref import ref
+
 import pytest
 import torch
 from torch import Tensor, nn
 
+from jdcore.autogram import Engine
 from jdcore.graph import Graph
+from jdcore.graph._form import Form
 
 
 def _graph(model: nn.Module, samples: int = 3, *, frozen: bool = False) -> Graph:
@@ -35,6 +40,22 @@ def test_shapes_dtypes_operations_and_what_is_wanted_tell_forms_apart() -> None:
     one, two = (Graph([(x * 2).sum()], [x]).form for x in (single, double))
     assert one is not two
     assert (one.precision, two.precision) == (torch.float32, torch.float64)
+
+
+def test_forms_of_ever_new_lengths_are_forgotten_but_for_those_of_plans() -> None:
+    model = nn.Linear(4, 3)
+
+    def form_of(samples: int) -> ref[Form]:
+        return ref(_graph(model, samples).form)
+
+    kept = Engine(model, batch_dim=0)
+    kept.compute_gramian(model(torch.ones(101, 4)).square().sum(1))
+    planned, first = form_of(101), form_of(102)
+    last = [form_of(3 + i) for i in range(40)][-1]
+    gc.collect()
+    assert planned() is not None
+    assert first() is None
+    assert last() is not None
 
 
 def test_a_parameter_whose_data_was_replaced_has_its_new_shape() -> None:
