@@ -112,6 +112,7 @@ class Step:
             gradients = jacobian.differentiated(placed, retain_graph=retain_graph)
         else:
             wide = source.rounding_shows(weights.reshape(-1))
+            del source  # and the Gramian, which is as large as a layer where there are many losses
             gradients = jacobian.weighted(placed, retain_graph=retain_graph, wide=wide)
         # Two leaves may have got the same tensor, as both terms of a sum do.
         write_grads(dict(zip(gradients, disjoint(gradients.values()), strict=True)))

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from jdcore.autogram import Engine
-from jdcore.graph import RULES, Outer
+from jdcore.graph import RULES, Jacobian, Outer
 from tests.core.autogram.oracle import explicit_jacobian, parameters_of, randn, relative_error
 
 B = 4
@@ -70,6 +71,23 @@ def test_the_gradients_of_a_layer_go_before_those_of_the_next_come(
     monkeypatch.setattr(Outer, "add_gramian", counting)
     engine.compute_gramian(_losses(model))
     assert alive == [1] * 12
+
+
+def test_the_gramian_goes_before_the_gradients_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, seen, gone = _deep(), list[weakref.ref[Tensor]](), list[bool]()
+    weighted = Jacobian.weighted
+
+    def weighting(gramian: Tensor) -> Tensor:
+        seen.append(weakref.ref(gramian))
+        return torch.ones(B)
+
+    def noting(jacobian: Jacobian, *arguments: Any, **options: Any) -> dict[Tensor, Tensor]:
+        gone.append(seen[0]() is None)
+        return weighted(jacobian, *arguments, **options)
+
+    monkeypatch.setattr(Jacobian, "weighted", noting)
+    Engine(model, batch_dim=0).backward(_losses(model), weighting)
+    assert gone == [True]
 
 
 def test_an_error_of_a_rule_leaves_no_hooks(monkeypatch: pytest.MonkeyPatch) -> None:
