@@ -229,8 +229,6 @@ class PassiveSets:
         """
         m = passive.shape[1]
         with one_thread(passive.is_cpu):
-            if len(sizes) == 1 and sizes[0] < m:
-                return _Single(self._C, self._delta, passive, int(sizes[0]))
             full = sizes == m
             # Where most indices are in, their complement is factorised instead.
             many = ~full & (sizes * 2 > m)
@@ -296,21 +294,6 @@ def _indices(sets: Tensor, width: int) -> Tensor:
     members = torch.arange(m, device=sets.device).expand(k, m)
     filled = torch.full((k, width + 1), m, device=sets.device)
     return filled.scatter_(1, places, members)[:, :width]
-
-
-class _Single(Factors):
-    """The factor of one set."""
-
-    def __init__(self, C: Tensor, delta: float, passive: Tensor, size: int) -> None:
-        self._indices = _indices(passive, size)[0]
-        block = C[self._indices[:, None], self._indices]
-        block.diagonal().add_(delta)
-        self._factor = torch.linalg.cholesky_ex(block)[0]
-
-    def solve_roughly(self, b: Tensor) -> Tensor:
-        z = torch.zeros_like(b)
-        z[0, self._indices] = torch.cholesky_solve(b[0, self._indices, None], self._factor)[:, 0]
-        return z
 
 
 @frozen

@@ -61,9 +61,11 @@ class NativeConflictAverseSolver:
         if length <= math.sqrt(m * EPS):  # zero to working precision: the ball is a point
             return weights
         rows = np.flatnonzero(norms)  # the zero rows constrain nothing
+        if rows.size < m:
+            cosines = cosines[np.ix_(rows, rows)]
         unit = 1.0 / (max(1.0, c) * length)
         problem = _Levels(
-            cosines[np.ix_(rows, rows)],
+            cosines,
             norms[rows].min() * inverses[rows],
             towards[rows] * unit,
             c * length * unit,

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from jdcore.aggregation import report_residual
 from jdcore.linalg import equilibrate, lcp_residual, product
-from jdplugins.standard._solvers._alone import MOST, solve_alone
+from jdplugins.standard._solvers._alone import solve_alone
 from jdplugins.standard._solvers._cone_of_few import project_few
 from jdplugins.standard._solvers._lcp import ROUGH, UNSOLVED, Floats, solve_lcps, warn_if_unsolved
 from jdplugins.standard._solvers._semidefinite import nearest_semidefinite
@@ -47,7 +47,7 @@ class NativeDualConeSolver:
         if len(references) == 1 and min(product(gramian, references[0]).tolist()) >= 0.0:
             report_residual(lambda: 0.0)
             return np.array(references)
-        if len(references) == 1 and len(gramian) <= MOST:
+        if len(references) == 1:
             alone = _project_alone(gramian, references[0])
             if alone is not None:
                 report_residual(_residual, gramian, references, alone)

@@ -21,7 +21,7 @@ from torch import Tensor
 from jdcore.aggregation import report_residual
 from jdcore.errors import UnsolvedWarning, warn
 from jdcore.linalg import pivot, refine
-from jdplugins.standard._solvers._alone import MOST, solve_alone
+from jdplugins.standard._solvers._alone import solve_alone
 from jdplugins.standard._solvers._guess import descend, guess
 from jdplugins.standard._solvers._interior import FEWER, interior_point
 
@@ -74,27 +74,24 @@ UNSOLVED = 1e-10
 """Relative residual that is worth a warning."""
 
 
-def solve_lcps(C: Tensor, Q: Tensor, passive: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def solve_lcps(C: Tensor, Q: Tensor) -> tuple[Tensor, Tensor]:
     """
     Solve the LCPs of all rows of Q.
 
     :param C: The matrix [m, m], float64, on any device.
     :param Q: Vectors q [k, m], float64.
-    :param passive: Where z is positive, if that is known roughly, bool [k, m]; it is overwritten.
     :returns: Solutions Z [k, m] and their natural residuals [k].
     """
     answers = _Answers(Q)
-    one = len(Q) == 1 or passive is not None
-    way = _REGULAR if one else _way(C)
-    if one or (len(C) < _GUESSED and way is _REGULAR):
-        Z, residuals = pivot(C, Q, _likely(C, Q) if passive is None else passive)
+    one, way = len(Q) == 1, _way(C)
+    # On CPUs, what comes alone was pivoted before, in numpy.
+    if (len(C) < _GUESSED and way is _REGULAR) or (one and not C.is_cpu):
+        Z, residuals = pivot(C, Q, _likely(C, Q))
         # A block that turns out to be singular gives a large z, whose residual says little.
         answers.keep(answers.all, Z, torch.where(Z.amax(1) <= _LARGE, residuals, torch.inf))
     left = answers.left()
     if not len(left):
         return answers.Z, answers.residuals
-    if one:
-        way = _way(C)
     centre = torch.zeros_like(Q)
     centre[left] = guess(C, Q[left], way.settled).clamp_min_(0.0).double()
     sizes = (centre[left] > 0.0).sum(1)
@@ -148,12 +145,15 @@ def _way(C: Tensor) -> _Way:
 
 
 def solve_one(C: Floats, q: Floats, passive: Mask | None = None) -> tuple[Floats, float]:
-    """:func:`solve_lcps` of one vector q [m], with arrays."""
-    alone = solve_alone(C, q, passive) if len(q) <= MOST else None
+    """
+    :func:`solve_lcps` of one vector q [m], with arrays.
+
+    :param passive: Where z is positive, if that is known roughly. Not modified.
+    """
+    alone = solve_alone(C, q, passive)
     if alone is not None:
         return alone
-    start = None if passive is None else torch.from_numpy(passive.copy())[None]
-    Z, residuals = solve_lcps(torch.from_numpy(C), torch.from_numpy(q)[None], start)
+    Z, residuals = solve_lcps(torch.from_numpy(C), torch.from_numpy(q)[None])
     return Z[0].numpy(), float(residuals[0])
 
 
@@ -166,14 +166,10 @@ def warn_if_unsolved(problem: str, residual: float, limit: float = UNSOLVED) -> 
 
 def _likely(C: Tensor, Q: Tensor) -> Tensor:
     """Where z is likely to be positive."""
-    if len(Q) > 1:  # after one projected gradient step, nearer the truth than ``q < 0``
-        Z = (-Q).clamp_min_(0.0)
-        return torch.addmm(Q, Z, C) < Z
-    if C.is_cpu:  # numpy takes half the time of torch for a product with a vector
-        descended = torch.from_numpy(descend(C.numpy(), Q[0].numpy(), np.zeros(len(C))))
-    else:
-        descended = descend(C, Q[0], torch.zeros_like(Q[0]))
-    return (descended > 0.0)[None]
+    if len(Q) == 1:
+        return (descend(C, Q[0], torch.zeros_like(Q[0])) > 0.0)[None]
+    Z = (-Q).clamp_min_(0.0)  # after one projected gradient step, nearer the truth than ``q < 0``
+    return torch.addmm(Q, Z, C) < Z
 
 
 class _Answers:
