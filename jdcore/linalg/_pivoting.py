@@ -3,8 +3,9 @@ Block principal pivoting: the one loop that finds which entries of a solution ar
 
 For a linear complementarity problem (LCP), find z >= 0 with ``y = C z + q >= 0`` and ``zᵀ y = 0``.
 If F is the set of positive entries, ``C_FF z_F = -q_F`` gives their values; where these or the y
-outside F are negative, F is wrong there, and is exchanged (Júdice and Pires). All right-hand sides
-go together. Everything is a Tensor, on any device; the host asks for two numbers per row and round.
+outside F are negative, F is wrong there, and is exchanged (Júdice and Pires): all of it while that
+helps, then one entry at a time. All right-hand sides go together. Everything is a Tensor, on any
+device; the host asks for two numbers per row and round.
 """
 
 from __future__ import annotations
@@ -33,8 +34,8 @@ _SLIGHT = 1e-8  # an entry of z that is negative by so little is zero in the sol
 # wants few calls.
 _ENTRIES, _ENTRIES_ELSEWHERE = 1 << 18, 1 << 26
 
-# Squares of the smallest pivot from which a matrix can be inverted, and from which answers by the
-# inverse have all digits. Below, they take a step of refinement, without which signs are noise.
+# Square of the smallest pivot from which a matrix can be inverted, and of those below each of which
+# answers by the inverse take one more step of refinement, without which signs are noise.
 _DEPENDENT, _CORRECTED = 1e-12, (1e-2, 1e-9)
 
 Integers = NDArray[np.int64]
@@ -264,8 +265,9 @@ class _Whole(Factors):
 
     @cached_property
     def pivot(self) -> float:
-        """Its smallest one, squared."""
-        return smallest_pivot(*self._factor)
+        """The smallest one, squared; 0 if there is no factor."""
+        factor, failed = self._factor
+        return float(torch.where(failed == 0, factor.diagonal().min() ** 2, 0.0))
 
     @property
     def invertible(self) -> bool:
@@ -279,11 +281,6 @@ class _Whole(Factors):
 
     def solve_roughly(self, b: Tensor) -> Tensor:
         return torch.cholesky_solve(b.mT, self._factor[0]).mT
-
-
-def smallest_pivot(factor: Tensor, failed: Tensor) -> float:
-    """The smallest square on the diagonal of a Cholesky factor; 0 if there is no such factor."""
-    return float(torch.where(failed == 0, factor.diagonal().min() ** 2, 0.0))
 
 
 def _indices(sets: Tensor, width: int) -> Tensor:

@@ -27,7 +27,8 @@ def interior_point(C: Tensor, Q: Tensor, start: Tensor, accuracy: float) -> tupl
     Solve linear complementarity problems by Mehrotra's predictor-corrector method.
 
     It takes 10 to 40 steps, whatever the size and however the rows depend on each other, but each
-    costs several of block pivoting: it is for problems on which that cycles.
+    costs several of block pivoting: it is for problems on which that cycles. Where C has a low
+    rank, systems of that many unknowns are solved in place of those of m.
 
     :param C: Positive semi-definite matrix [m, m], float64.
     :param Q: Vectors q [k, m], float64.
