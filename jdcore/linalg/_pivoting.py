@@ -146,8 +146,8 @@ class _Exchange:
             factors = sets.factors(f, sizes)
             z = factors.solve(rhs)
             y = torch.addmm(rhs, z, self.C, beta=-1.0)
-            slack = (1.0 + z.abs().amax(1, keepdim=True)).mul_(-_tolerance(m))
-            wrong = torch.where(f, z, y - slack) < 0.0
+            largest = torch.linalg.vector_norm(z, torch.inf, 1, keepdim=True)
+            wrong = torch.where(f, z < 0.0, y < -_tolerance(m) * (1.0 + largest))
             counts = wrong.sum(1)
             cycling = index(np.flatnonzero(credit[rows] <= 0), Z)
             if len(cycling):
