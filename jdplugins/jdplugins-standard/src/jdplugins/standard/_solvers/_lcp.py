@@ -34,7 +34,7 @@ _GUESSED = 48
 # between both than rounding explains, rows are nearly dependent too, which a proximal term hides.
 _SINGULAR, _DISTINCT, _BETWEEN = 1e-10, 1e-6, (2, 1 / 6)
 _QUICK, _THOROUGH = 1e-6, 1e-12  # accuracies of the interior-point method
-_ZERO = 1e-6  # entries of what the interior-point method finds that count as zero
+_ZERO = 1e-4  # entries of what the interior-point method finds that count as zero
 _LARGE = 1e3  # entries of z that may come from rounding
 
 
