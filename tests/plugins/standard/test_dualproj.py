@@ -68,3 +68,11 @@ def test_arguments() -> None:
     assert isinstance(jdcore.get_aggregator("dualproj"), DualProj)
     with pytest.raises(UnknownNameError):
         DualProj(solver="frank_wolfe")
+
+
+@pytest.mark.parametrize(("m", "seed"), [(45, 148), (56, 192), (60, 420), (53, 604)])
+def test_rows_that_are_nearly_dependent_are_projected_exactly(m: int, seed: int) -> None:
+    """Interior-point steps stall on their way from afar; a warning would be an error here."""
+    rows = family("neardup", m, m // 2, generator=torch.Generator().manual_seed(seed))
+    update = DualProj()(rows)
+    assert float((rows @ update / rows.norm(dim=1)).min()) >= -1e-4 * float(rows.mean(0).norm())

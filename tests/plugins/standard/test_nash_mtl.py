@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import jdcore
 from jdcore import (
     ParameterError,
     ParameterTypeError,
@@ -341,3 +342,14 @@ def test_stationary_rows_are_not_taken_for_rows_far_out() -> None:
     opposite = np.array([[1.0, -1.0 + 1e-16], [-1.0 + 1e-16, 1.0]])
     assert bargain_few(opposite.tolist()) is None
     assert bargain_few([[0.0, 0.0], [0.0, 1.0]]) is None
+
+
+@pytest.mark.filterwarnings("ignore::jdcore.errors.UnsolvedWarning")
+@pytest.mark.parametrize("name", ["nash_mtl", "fairgrad"])
+@pytest.mark.parametrize("m", [20, 70])
+def test_rows_of_three_hundred_decades_raise_nothing(name: str, m: int) -> None:
+    scales = 10.0 ** torch.linspace(-150.0, 150.0, m, dtype=torch.float64)
+    for seed in range(5):
+        generator = torch.Generator().manual_seed(seed)
+        rows = torch.randn(m, 1, dtype=torch.float64, generator=generator) * scales[:, None]
+        assert jdcore.get_aggregator(name)(rows).isfinite().all()

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+
 import numpy as np
 from attrs import frozen
 from numpy.typing import NDArray
@@ -46,12 +48,8 @@ def pseudo_solve(
     :param right: Vector [m].
     :param level: See :func:`spectrum`.
     """
-    try:
-        pivots = np.diagonal(cholesky(matrix))
-        if pivots.min() ** 2 > max(_REGULAR_PIVOT**2, 1e3 * level):
-            return solve(matrix, right)
-    except np.linalg.LinAlgError:
-        pass  # singular: to be solved in the range of the matrix
+    if _is_regular(matrix, level):
+        return solve(matrix, right)
     components = spectrum(matrix, level)
     # What mixes an eigenvector with the null space is what the rows are known to, relative to its
     # singular value. Where all of ``right`` in the range may come from there, nothing is left.
@@ -59,6 +57,27 @@ def pseudo_solve(
     if shares.max(initial=0.0) <= max(level, _RANK_TOLERANCE * len(matrix)) * float(right @ right):
         return np.zeros_like(right)
     return components.pseudo_solve(right)
+
+
+def _is_regular(matrix: NDArray[np.float64], level: float) -> bool:
+    """Whether :func:`spectrum` would keep all eigenvalues, told by less than all of these."""
+    try:
+        factor = cholesky(matrix)
+    except np.linalg.LinAlgError:
+        return False
+    m, pivots = len(matrix), np.diagonal(factor)
+    # Pivots depend on the order of the rows, so they alone must not decide: what they say for one
+    # order has to hold for all.
+    if pivots.min(initial=1.0) <= _REGULAR_PIVOT:
+        return False
+    limit = max(_ROUNDED * level, _RANK_TOLERANCE * m * m)
+    # The smallest eigenvalue of a matrix with a unit diagonal is above its determinant by e, since
+    # the mean of the others is at most m / (m - 1); and above the reciprocal of the trace of the
+    # inverse.
+    if math.exp(2.0 * float(np.log(pivots).sum()) - 1.0) > limit:
+        return True
+    inverse = np.linalg.inv(factor)
+    return bool(np.vdot(inverse, inverse) * limit < 1.0)
 
 
 def spectrum(matrix: NDArray[np.float64], /, level: float | NDArray[np.float64] = 0.0) -> Spectrum:

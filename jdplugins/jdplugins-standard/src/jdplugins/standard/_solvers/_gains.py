@@ -173,6 +173,8 @@ class _Game:
         started: Floats = shares * min(scale, 1e6)
         return started
 
+    # What overflows makes a decrement that is no number, and ends the search before a step is made.
+    @np.errstate(over="ignore", invalid="ignore")
     def newton(
         self, shares: Floats, shift: float, give_up: float = math.inf
     ) -> tuple[Floats, float]:
@@ -185,7 +187,11 @@ class _Game:
             system = self._system(shares, shift, spent)
             step = system.approximate(gradient, 0.1 * min(previous, 1.0), products)
             if step is None:  # as it will be for the next one, too
-                products, step = 0, system.solve(gradient)
+                products = 0
+                try:
+                    step = system.solve(gradient)
+                except np.linalg.LinAlgError:  # shares whose squares leave the range of float64
+                    return shares, math.inf
             # Relative to how fast the Hessian may change: the decrement itself for Nash bargaining.
             change = (self.exponent + 1.0) / (2.0 * math.sqrt(self.exponent * float(spent.min())))
             decrement = change * math.sqrt(max(float(gradient @ step), 0.0))

@@ -32,7 +32,7 @@ def interior_point(C: Tensor, Q: Tensor, start: Tensor, accuracy: float) -> tupl
 
     :param C: Positive semi-definite matrix [m, m], float64.
     :param Q: Vectors q [k, m], float64.
-    :param start: About where z is [k, m]; from ones, it takes more steps, and never stalls.
+    :param start: About where z is [k, m]; from ones, it takes more steps, and stalls less often.
     :param accuracy: Residual at which it stops.
     :returns: The best z >= 0 on the way [k, m], and their natural residuals [k].
     """

@@ -99,16 +99,26 @@ def solve_lcps(C: Tensor, Q: Tensor) -> tuple[Tensor, Tensor]:
     _pivot_about(answers, C, Q, easy, centre[easy], way)
     if one or len(C) <= _SMALL:
         answers.keep(answers.all, *refine(C, Q, answers.Z))
-    for quick in (True, False) if way.singular else (False,):
-        left = answers.left()
-        if len(left):
-            start = centre[left] if quick else torch.ones_like(Q[left])
-            accuracy = _QUICK if quick else _THOROUGH
-            answers.keep(left, *interior_point(C, Q[left], start, accuracy))
-            left = answers.left()
-            Z = answers.Z[left]
-            _pivot_about(answers, C, Q, left, torch.where(Z > _ZERO, Z, 0.0), way)
+    if way.singular:
+        _from_inside(answers, C, Q, answers.left(), centre, _QUICK, way)
+    _from_inside(answers, C, Q, answers.left(), torch.ones_like(Q), _THOROUGH, way)
+    # What stalls on its way from ones gets further from where it stalled. And a proximal term that
+    # chooses among solutions hides what rows differ by that nearly cancel beside those that do.
+    unsolved = answers.all[answers.residuals > UNSOLVED]
+    _from_inside(answers, C, Q, unsolved, answers.Z.clone(), _THOROUGH, _MIXED)
     return answers.Z, answers.residuals
+
+
+def _from_inside(
+    answers: _Answers, C: Tensor, Q: Tensor, rows: Tensor, start: Tensor, accuracy: float, way: _Way
+) -> None:
+    """Interior-point steps for some rows, and pivots about what they find."""
+    if not len(rows):
+        return
+    answers.keep(rows, *interior_point(C, Q[rows], start[rows], accuracy))
+    rows = rows[answers.residuals[rows] > ROUGH]
+    Z = answers.Z[rows]
+    _pivot_about(answers, C, Q, rows, torch.where(Z > _ZERO, Z, 0.0), way)
 
 
 def _pivot_about(
