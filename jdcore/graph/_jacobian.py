@@ -596,7 +596,9 @@ class _Small:
         grads: dict[Place, Tensor] = {}
         for rows, places in self._joined:
             summed = combined(weights.reshape(-1), rows)
-            parts = torch.split(summed, [shape.numel() for _, shape in places])
+            views = torch.split(summed, [shape.numel() for _, shape in places])
+            # In memory of their own, by one call: whoever keeps one of them is not to keep all.
+            parts = torch._foreach_mul(views, 1.0)
             for (root, shape), part in zip(places, parts, strict=True):
                 part = part.view(shape)
                 grads[root] = grads[root] + part if root in grads else part

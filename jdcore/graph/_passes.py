@@ -3,6 +3,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import copy_context
 from functools import partial
 from typing import Any
 
@@ -62,11 +63,13 @@ class Listener:
         :param receive: Called with each of the nodes that has gradients, and these. May raise.
         :param hooks: Further hooks of nodes, for this pass.
         """
-        graph, own = self._graph, OuterPass()
+        graph, own, context = self._graph, OuterPass(), copy_context()
 
         def hear(node: int, grads: Grads) -> None:
             if own.is_running():
-                receive(node, grads)
+                # Threads of autograd, of which each accelerator has one, know nothing of variables
+                # that were set here, such as that products are to be made in float64.
+                context.copy().run(receive, node, grads)
 
         ends = [graph.edge(end) for end in self._ends]
         with own.starting_at(outputs):  # first of all, since the start may be heard itself

@@ -113,24 +113,21 @@ class Ways:
     """
     Which losses pass through which operations on their way to the wanted tensors.
 
-    :param form: The form of the graph.
     :param starts: Where each loss starts; None for one without a graph.
     :param losses: By operation, the losses as bits of a number.
     :param common: The operations that all losses pass through, and behind which only such follow.
+    :param kind: Names and dtypes of these.
+    :param owners: The loss of each operation and parameter of the heads; None if several losses
+        pass through one of them.
+    :param entrances: Where gradients enter the trunk.
     """
 
-    form: Form
     starts: tuple[Place | None, ...]
     losses: Mapping[int, int]
     common: frozenset[int]
-
-    @cached_property
-    def kind(self) -> _Kind:
-        """Names and dtypes of what all losses pass through."""
-        return frozenset(
-            (self.form.names[node], tuple([result.dtype for result in self.form.results[node]]))
-            for node in self.common
-        )
+    kind: _Kind
+    owners: Mapping[int, int] | None
+    entrances: Sequence[Place]
 
     @cached_property
     def met_again(self) -> set[int]:
@@ -145,27 +142,6 @@ class Ways:
             # All of them but the last, after which nobody needs what the operation saved.
             again |= found & ~(1 << found.bit_length() - 1)
         return {k for k in range(len(self.starts)) if again >> k & 1}
-
-    @cached_property
-    def owners(self) -> Mapping[int, int] | None:
-        """
-        The loss of each operation and parameter of the heads.
-
-        None if several losses pass through one of them.
-        """
-        inputs, outside = self.form.inputs, self.losses.keys() - self.common
-        heads = [node for node in outside if node not in self.form.leaves]
-        heads += {child for node in heads for child, _ in inputs[node] if child in outside}
-        if any(self.losses[node] & (self.losses[node] - 1) for node in heads):
-            return None
-        return {node: self.losses[node].bit_length() - 1 for node in heads}
-
-    @cached_property
-    def entrances(self) -> list[Place]:
-        """Where gradients enter the trunk."""
-        found = [start for start in self.starts if start is not None]
-        found += [p for node in self.losses.keys() - self.common for p in self.form.inputs[node]]
-        return [place for place in dict.fromkeys(found) if place[0] in self.common]
 
 
 @once_for_each_form
@@ -188,7 +164,26 @@ def _ways(form: Form, starts: tuple[Place | None, ...]) -> Ways:
                 at[child] = at.get(child, 0) | passing
     # Each result, not only one of several: what a loss does not reach is not zero but nothing.
     partly = {n for (n, _), found in at.items() if found != everything} - form.leaves
-    return Ways(form, starts, losses, _common(form, losses, starting, partly))
+    common = _common(form, losses, starting, partly)
+    kind = frozenset(
+        (form.names[node], tuple([result.dtype for result in form.results[node]]))
+        for node in common
+    )
+    entering = [start for start in starts if start is not None]
+    entering += [place for node in losses.keys() - common for place in form.inputs[node]]
+    entrances = [place for place in dict.fromkeys(entering) if place[0] in common]
+    return Ways(starts, losses, common, kind, _owners(form, losses, common), entrances)
+
+
+def _owners(
+    form: Form, losses: Mapping[int, int], common: Collection[int]
+) -> Mapping[int, int] | None:
+    outside = losses.keys() - common
+    heads = [node for node in outside if node not in form.leaves]
+    heads += {child for node in heads for child, _ in form.inputs[node] if child in outside}
+    if any(losses[node] & (losses[node] - 1) for node in heads):
+        return None
+    return {node: losses[node].bit_length() - 1 for node in heads}
 
 
 def _common(

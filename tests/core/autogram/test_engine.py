@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 from jdcore.autogram import Engine
+from jdcore.graph import _passes
 from tests.core.autogram.oracle import (
     check_engine,
     explicit_jacobian,
@@ -223,3 +225,48 @@ def test_the_graph_above_derived_parameters_is_freed_as_it_is_passed() -> None:
     expected = torch.autograd.grad(model(x).sum(), list(model.parameters()))
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other)
+
+
+def test_gradients_of_small_parameters_have_memory_of_their_own() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
+    Engine(model, batch_dim=0).backward(model(randn(3, 4)).sum(1), lambda g: g.diagonal())
+    for p in model.parameters():
+        assert p.grad is not None
+        assert p.grad.untyped_storage().nbytes() == p.grad.numel() * p.grad.itemsize
+
+
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_rows_that_cancel_are_multiplied_in_float64_in_any_thread(
+    elsewhere: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each accelerator has a thread of its own, in which hooks run."""
+    if elsewhere:
+        original = _passes.differentiate
+
+        def in_a_thread(*arguments: Any) -> Any:
+            with ThreadPoolExecutor(1) as pool:
+                return pool.submit(original, *arguments).result()
+
+        monkeypatch.setattr(_passes, "differentiate", in_a_thread)
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Linear(64, 64, bias=False), nn.Tanh(), nn.Linear(64, 80, bias=False)
+    ).float()
+    x, mixture = torch.randn(4, 64, dtype=torch.float32), torch.randn(80, dtype=torch.float32)
+    x[1] = -x[0] + 3e-6 * torch.randn(64, dtype=torch.float32)
+    seen: list[Tensor] = []
+
+    def weighting(gramian: Tensor) -> Tensor:
+        seen.append(gramian)
+        return torch.ones(4)
+
+    # Nothing is kept for a second pass, so the first one is repeated as a whole.
+    Engine(model, batch_dim=0).backward(model(x) @ mixture, weighting, second_pass=True)
+    [gramian] = seen
+    jacobian = explicit_jacobian(model(x) @ mixture, list(model.parameters())).double()
+    scale = jacobian.norm(dim=1)
+    smallest = [
+        float(torch.linalg.eigvalsh(g.double() / scale / scale[:, None])[0])
+        for g in (gramian, jacobian @ jacobian.T)
+    ]
+    assert abs(smallest[0] - smallest[1]) < 1e-12

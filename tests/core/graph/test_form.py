@@ -58,6 +58,23 @@ def test_forms_of_ever_new_lengths_are_forgotten_but_for_those_of_plans() -> Non
     assert last() is not None
 
 
+def test_forms_are_forgotten_without_the_collector_of_cycles() -> None:
+    model = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2))
+    engine = Engine(model, batch_dim=None, memory_budget=1 << 20)
+    gc.collect()
+    gc.disable()
+    try:
+        forms = []
+        for samples in range(3, 83):
+            losses = model(torch.ones(samples, 4)).square().mean(0)
+            forms.append(ref(Graph([losses], list(model.parameters())).form))
+            engine.compute_gramian(losses)
+            del losses
+    finally:
+        gc.enable()
+    assert all(form() is None for form in forms[:20])
+
+
 def test_a_parameter_whose_data_was_replaced_has_its_new_shape() -> None:
     parameter = nn.Parameter(torch.ones(2))
     kept = parameter * 2  # whose node of the leaf is that of later graphs, too
