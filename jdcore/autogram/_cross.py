@@ -61,8 +61,8 @@ def crossed(one: Step, other: Step) -> Tensor:
 
 def _kinds(collected: Collected) -> list[object]:
     """What the shares of two batches have to have in common."""
-    shapes = [(type(share), share.shape) for share in collected.shares]
-    return [*zip(shapes, collected.names, strict=True)]
+    kinds = [(type(share), share.shape, share.setting) for share in collected.shares]
+    return [*zip(kinds, collected.names, strict=True)]
 
 
 def _joined(share: Share, other: Share) -> Share:

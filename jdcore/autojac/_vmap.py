@@ -12,7 +12,7 @@ from attrs import frozen
 from torch import Tensor
 
 from jdcore.errors import JDCoreError, VectorizationError, VectorizationWarning, warn
-from jdcore.graph import Reach, is_batched, largest_gradient
+from jdcore.graph import Reach, is_batched, is_sparse, largest_gradient
 
 Result = TypeVar("Result")
 
@@ -46,7 +46,11 @@ class Kind:
     def of(graph: Reach) -> Kind:
         """The kind of the graph that was walked."""
         nodes = graph.nodes
-        return Kind(frozenset(nodes.values()), len(nodes), bool(graph.functions))
+        operations = set(nodes.values())
+        # What failed for sparse gradients works for dense ones of the same operation.
+        if any(is_sparse(name, node) for node, name in nodes.items()):
+            operations.add("sparse")
+        return Kind(frozenset(operations), len(nodes), bool(graph.functions))
 
     @property
     def convolves(self) -> bool:
@@ -148,14 +152,14 @@ def attempt(
     """
     known = kind.operations in _WORKED
     try:
-        # Once it is known to work there is no way back: what the pass went through is freed.
+        # Once it is known to work, what the pass goes through may be freed, and no way leads back.
         results = solve(retain_graph if known else True)
     except Exception as error:
         # Any exception: what a broken batching rule raises is not specified.
         if known and not _blames_vmap(error):
             raise
         reason = describe_failure(error)
-        if known:
+        if known and not retain_graph:
             _give_up(kind)
             raise VectorizationError(
                 f"{reason} It worked for earlier graphs of the same operations, so a hook may read "

@@ -161,7 +161,11 @@ class Union:
     def _exchanged(self, items: Sequence[_Item]) -> Iterator[Share]:
         """The shares of all samples, or some of their columns, that fall to this process."""
         size = len(self.samples)
-        sent = [torch.cat([b for item in items for b in item.sent(r, size)]) for r in range(size)]
+        nothing = torch.empty(0, dtype=torch.uint8, device=self.meeting.device)
+        sent = [  # a process may own no share of those that are sent as factors
+            torch.cat([nothing, *(part for item in items for part in item.sent(r, size))])
+            for r in range(size)
+        ]
         expected = [
             [n for item in items for n in item.sizes(count, self.rank, size)]
             for count in self.samples
@@ -245,7 +249,7 @@ class _Item:
 
 
 def _costs(share: Share) -> tuple[int, int, int]:
-    """A number for the shapes of its factors without samples, and the bytes of factors and rows."""
+    """A number for what its factors must have in common, and the bytes of factors and rows."""
     factors = share.factors_of_samples()
     if factors is None:
         rows = share.flat_rows()
@@ -258,7 +262,7 @@ def _costs(share: Share) -> tuple[int, int, int]:
     grads, dimension = factors[1]
     K, B = grads.shape[0], grads.shape[dimension]
     width = max(4, grads.itemsize)
-    return number_of(words), size, K * B * share.shape.numel() * width
+    return number_of(words, share.setting), size, K * B * share.shape.numel() * width
 
 
 def _rounds(items: Sequence[_Item]) -> Iterator[list[_Item]]:

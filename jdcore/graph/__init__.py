@@ -4,6 +4,7 @@ Reading the autograd graph: what lies behind losses, where the samples are, and 
 It knows no method, no module and no ``.grad``.
 """
 
+from jdcore.graph._batchable import is_sparse
 from jdcore.graph._call import call, called_shares
 from jdcore.graph._cancelling import may_need_float64, rows_cancel
 from jdcore.graph._form import Place
@@ -67,6 +68,7 @@ __all__ = [
     "ignore_hooks",
     "is_batched",
     "is_ignored",
+    "is_sparse",
     "largest_gradient",
     "may_need_float64",
     "note_handing_on",

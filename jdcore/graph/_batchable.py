@@ -38,11 +38,13 @@ def is_batchable(name: str, node: Any) -> bool:
     base, _, version = name.partition("Backward")
     if base not in BATCHABLE or not version.isdigit() or has_unpack_hooks(node):
         return False
-    # A sparse gradient cannot be batched.
-    return base != "Embedding" or not _is_sparse(node)
+    return not is_sparse(name, node)
 
 
-def _is_sparse(node: Any) -> bool:
+def is_sparse(name: str, node: Any) -> bool:
+    """Whether an operation gives a sparse gradient, which cannot be batched."""
+    if name != "EmbeddingBackward0":
+        return False
     try:
         return bool(saved(node, "sparse"))
     except Unreadable:

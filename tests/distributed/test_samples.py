@@ -117,6 +117,15 @@ def test_samples_of_different_shapes(two: Run) -> None:
     two(_other_lengths)
 
 
+def _one_layer() -> None:
+    """Fewer shares than processes: some of them own none of those that are sent as factors."""
+    _compared(lambda: nn.Linear(5, 1), _numbers([4] * dist.get_world_size(), 5), "upgrad")
+
+
+def test_fewer_layers_than_processes(two: Run) -> None:
+    two(_one_layer)
+
+
 def _few() -> None:
     """One sample, or none at all, on some of the processes."""
     size = dist.get_world_size()

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 import torch
 from attrs import evolve, frozen
@@ -174,6 +174,12 @@ class Outer(Share):
             plus=self.plus,
         )
 
+    @property
+    def setting(self) -> tuple[Hashable, ...]:
+        looked_up = isinstance(self.inputs, OneHot)
+        table = (self.inputs.size, self.inputs.sparse) if isinstance(self.inputs, OneHot) else ()
+        return self.grads_first, self.plus, looked_up, *table
+
     # -- several uses of one operand ---------------------------------------------------------------
 
     def turned(self) -> Outer:
@@ -214,6 +220,10 @@ class Uses(Share):
     def of(self, factors: Sequence[Tensor]) -> Uses:
         pairs = zip(factors[::2], factors[1::2], strict=True)
         return Uses([share.of(pair) for share, pair in zip(self._shares, pairs, strict=True)])
+
+    @property
+    def setting(self) -> tuple[Hashable, ...]:
+        return tuple(share.setting for share in self._shares)
 
 
 def _same(index: Tensor) -> Gram:

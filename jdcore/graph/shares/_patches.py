@@ -1,9 +1,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from typing import Any
 
+from attrs import astuple
 from torch import Tensor
 
 from jdcore.graph._cost import GHOST_LIMIT, conv_ghost_beats_direct
@@ -181,6 +182,10 @@ class Patches(Share):
         images, grads = factors
         flat = images.flatten(0, 1), grads.flatten(1, 2)
         return Patches(self._weight, self._geometry, *flat, samples=len(images))
+
+    @property
+    def setting(self) -> tuple[Hashable, ...]:
+        return astuple(self._geometry)
 
     # -- rows and their sums -----------------------------------------------------------------------
 

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from functools import lru_cache
 
 import torch
@@ -59,6 +59,11 @@ class Share(ABC):
     def of(self, factors: Sequence[Tensor]) -> Share:
         """The same with other samples: factors in place of those that it is made of."""
         raise NotImplementedError
+
+    @property
+    def setting(self) -> tuple[Hashable, ...]:
+        """What :meth:`of` keeps: only shares that agree in it may be brought together."""
+        return ()
 
 
 class Dense(Share):

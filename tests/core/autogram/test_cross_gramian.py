@@ -222,3 +222,19 @@ def test_losses_reach_a_weighting_of_the_engine() -> None:
     weights = Engine(model, batch_dim=None).backward(losses, Losses())
 
     torch.testing.assert_close(weights, losses.detach())
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_bias_that_one_batch_uses_alone_has_no_product(first: bool) -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(5, 5).double()
+    x, y = torch.randn(2, 4, 5, dtype=torch.float64)
+    losses = [layer(x).square().sum(1), nn.functional.linear(y, layer.weight).square().sum(1)]
+    one, two = losses if first else losses[::-1]
+
+    cross = Engine(layer, batch_dim=0).cross_gramian(one, two)
+
+    expected = [torch.autograd.grad(loss, layer.weight, retain_graph=True)[0] for loss in one]
+    others = [torch.autograd.grad(loss, layer.weight, retain_graph=True)[0] for loss in two]
+    of_weights = torch.stack(expected).flatten(1) @ torch.stack(others).flatten(1).T
+    torch.testing.assert_close(cross, of_weights)

@@ -222,3 +222,15 @@ def test_no_batched_tensor_is_left_anywhere() -> None:
     for parameter in model.parameters():
         assert parameter.jac.is_contiguous()
         assert parameter.jac.data_ptr() != 0
+
+
+def test_sparse_gradients_of_operations_that_were_batched_before_are_dense_rows() -> None:
+    tokens = torch.randint(0, 11, (4, 7), generator=torch.Generator().manual_seed(0))
+    tables = [nn.Embedding(11, 6, sparse=sparse) for sparse in (False, True)]
+    for table in tables:
+        table.weight.data = torch.linspace(-1.0, 1.0, 66).view(11, 6)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", VectorizationWarning)
+            backward(table(tokens).tanh().square().flatten(1).sum(1))
+    dense, sparse = (table.weight.jac for table in tables)
+    torch.testing.assert_close(dense, sparse)
