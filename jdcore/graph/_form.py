@@ -157,7 +157,7 @@ class Form:
         return self.results[place[0]][place[1]]
 
 
-# Of sequences of ever new lengths there are ever new forms: the oldest ones are forgotten.
+# Of sequences of ever new lengths there are ever new forms: those that nobody has are forgotten.
 _FORMS: WeakValueDictionary[tuple[Any, ...], Form] = WeakValueDictionary()
 
 # Large graphs of ever new lengths take memory: besides those of plans, forms of the last steps are

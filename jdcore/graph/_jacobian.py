@@ -98,11 +98,11 @@ class Jacobian:
         )
         """Whether somebody hears the gradients of passes, who must not meet several in one."""
         self.objectives = objectives
-        # A loss that is a parameter itself is behind no operation.
         self.one_by_one: str | None = None
         """Why each loss gets a backward pass of its own, if that is so in spite of samples."""
         if may_have_hooks(self.graph):
             self._take_plain_rows(_HOOKED)
+        # Such a loss is behind no operation.
         elif {n for n, _ in self.graph.form.starts} & self.graph.leaves.keys():
             self._take_plain_rows("a loss is a parameter itself")
         self._forget()

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from contextlib import suppress
 from typing import Any
 
 from attrs import define, field, frozen
@@ -298,7 +299,8 @@ class Plans:
         kind = graph.form, integers, batch_dim, tuple(sorted(hooked))
         plan = self._kept.get(kind)
         if plan is not None:
-            self._kept.move_to_end(kind)
+            with suppress(KeyError):  # another thread may have let it go meanwhile
+                self._kept.move_to_end(kind)
             return plan
         found = find_layouts(graph, output, batch_dim)
         plan = plan_of_samples(graph, found, hooked)

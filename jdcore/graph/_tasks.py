@@ -336,7 +336,9 @@ class Passes:
         self, of_heads: Sequence[Place], retain_graph: bool
     ) -> Mapping[Place, Sequence[Tensor | None]]:
         """The same by one pass, for heads that have nothing in common."""
-        owners, entering = self._ways.owners or {}, _Entering(self.graph, self._ways)
+        owners = self._ways.owners
+        assert owners is not None
+        entering = _Entering(self.graph, self._ways, owners)
         found: dict[Place, list[Tensor | None]] = {p: [None] * len(self.starts) for p in of_heads}
         starts = [(k, start) for k, start in enumerate(self.starts) if start and start[0] in owners]
         if starts:
@@ -400,8 +402,8 @@ class _Entering:
     Where they enter, autograd adds them up. So each is heard on its way out of its head.
     """
 
-    def __init__(self, graph: Graph, ways: Ways) -> None:
-        self._graph, self._owners, self._pass = graph, ways.owners or {}, OuterPass()
+    def __init__(self, graph: Graph, ways: Ways, owners: Mapping[int, int]) -> None:
+        self._graph, self._owners, self._pass = graph, owners, OuterPass()
         self.found: dict[Place, list[Tensor | None]] = {
             place: [None] * len(ways.starts) for place in ways.entrances
         }

@@ -200,7 +200,7 @@ class Factors:
         return self.solve_roughly(b)
 
     def solve_roughly(self, b: Tensor) -> Tensor:
-        """:meth:`solve` to a few digits, for a step of refinement."""
+        """:meth:`solve`, maybe to a few digits only, as a step of refinement needs."""
         raise NotImplementedError
 
 
