@@ -21,7 +21,7 @@ from torch import Tensor
 from jdcore.aggregation import report_residual
 from jdcore.errors import UnsolvedWarning, warn
 from jdcore.linalg import pivot, refine
-from jdplugins.standard._solvers._alone import solve_alone
+from jdplugins.standard._solvers._alone import LARGE, solve_alone
 from jdplugins.standard._solvers._guess import descend, guess
 from jdplugins.standard._solvers._interior import FEWER, interior_point
 
@@ -35,7 +35,6 @@ _GUESSED = 48
 _SINGULAR, _DISTINCT, _BETWEEN = 1e-10, 1e-6, (2, 1 / 6)
 _QUICK, _THOROUGH = 1e-6, 1e-12  # accuracies of the interior-point method
 _ZERO = 1e-4  # entries of what the interior-point method finds that count as zero
-_LARGE = 1e3  # entries of z that may come from rounding
 
 
 @frozen
@@ -88,7 +87,7 @@ def solve_lcps(C: Tensor, Q: Tensor) -> tuple[Tensor, Tensor]:
     if (len(C) < _GUESSED and way is _REGULAR) or (one and not C.is_cpu):
         Z, residuals = pivot(C, Q, _likely(C, Q))
         # A block that turns out to be singular gives a large z, whose residual says little.
-        answers.keep(answers.all, Z, torch.where(Z.amax(1) <= _LARGE, residuals, torch.inf))
+        answers.keep(answers.all, Z, torch.where(Z.amax(1) <= LARGE, residuals, torch.inf))
     left = answers.left()
     if not len(left):
         return answers.Z, answers.residuals
@@ -100,22 +99,24 @@ def solve_lcps(C: Tensor, Q: Tensor) -> tuple[Tensor, Tensor]:
     if one or len(C) <= _SMALL:
         answers.keep(answers.all, *refine(C, Q, answers.Z))
     if way.singular:
-        _from_inside(answers, C, Q, answers.left(), centre, _QUICK, way)
-    _from_inside(answers, C, Q, answers.left(), torch.ones_like(Q), _THOROUGH, way)
+        left = answers.left()
+        _from_inside(answers, C, Q, left, centre[left], _QUICK, way)
+    left = answers.left()
+    _from_inside(answers, C, Q, left, torch.ones_like(Q[left]), _THOROUGH, way)
     # What stalls on its way from ones gets further from where it stalled. And a proximal term that
     # chooses among solutions hides what rows differ by that nearly cancel beside those that do.
-    unsolved = answers.all[answers.residuals > UNSOLVED]
-    _from_inside(answers, C, Q, unsolved, answers.Z.clone(), _THOROUGH, _MIXED)
+    left = answers.left(UNSOLVED)
+    _from_inside(answers, C, Q, left, answers.Z[left], _THOROUGH, _MIXED)
     return answers.Z, answers.residuals
 
 
 def _from_inside(
     answers: _Answers, C: Tensor, Q: Tensor, rows: Tensor, start: Tensor, accuracy: float, way: _Way
 ) -> None:
-    """Interior-point steps for some rows, and pivots about what they find."""
+    """Interior-point steps for some rows, each from its start, and pivots about what they find."""
     if not len(rows):
         return
-    answers.keep(rows, *interior_point(C, Q[rows], start[rows], accuracy))
+    answers.keep(rows, *interior_point(C, Q[rows], start, accuracy))
     rows = rows[answers.residuals[rows] > ROUGH]
     Z = answers.Z[rows]
     _pivot_about(answers, C, Q, rows, torch.where(Z > _ZERO, Z, 0.0), way)
@@ -190,9 +191,9 @@ class _Answers:
         self.residuals = Q.amin(1).neg_().clamp_min_(0.0)
         self.all = torch.arange(len(Q), device=Q.device)
 
-    def left(self) -> Tensor:
-        """The rows that are not solved yet."""
-        return self.all[self.residuals > ROUGH]
+    def left(self, residual: float = ROUGH) -> Tensor:
+        """The rows that are not solved yet: those of larger residuals."""
+        return self.all[self.residuals > residual]
 
     def keep(self, rows: Tensor, Z: Tensor, residuals: Tensor) -> None:
         """Take answers to some rows where they are better than those before."""
