@@ -32,9 +32,6 @@ from jdcore.linalg import factors
 # Rows that are shorter are collected and multiplied together: few large products, no small ones.
 _SMALL = 1 << 16
 
-# Entries of rows that may be kept where there are no samples, at least: 512 MB in float32.
-_ROWS = 1 << 27
-
 
 _HOOKED = (
     "there are hooks that were made since the last call, and torch does not show whether they are "
@@ -321,7 +318,7 @@ class Jacobian:
         """Such that the rows of a group are not larger than allowed, or than those of one place."""
         sizes = [self.graph.form.result(place).shape.numel() for place in places]
         # A place whose rows alone exceed the limit makes a group of its own.
-        largest = max([self._most_rows // max(1, self.objectives.rows), *sizes])
+        largest = max([self._memory.held // max(1, self.objectives.rows), *sizes])
         groups: list[list[Place]] = [[]]
         filled = 0
         for place, size in zip(places, sizes, strict=True):
@@ -338,12 +335,7 @@ class Jacobian:
         if not self._without_samples:
             return False
         size = sum(self.graph.form.result(place).shape.numel() for place in self._of_tasks.ordinary)
-        return self.objectives.rows * size > self._most_rows
-
-    @property
-    def _most_rows(self) -> int:
-        """Entries of rows that are kept or held at once where there are no samples."""
-        return _ROWS if self._device.type == "cpu" else max(_ROWS, self._memory.gradients)
+        return self.objectives.rows * size > self._memory.held
 
     # -- shares ------------------------------------------------------------------------------------
 

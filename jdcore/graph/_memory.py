@@ -21,6 +21,9 @@ _ENTRY = 4  # bytes
 _ELSEWHERE = 256 << 20  # bytes
 _FRACTION = 8  # of its free memory: should that be less, and for rows
 
+# Entries of rows that may always be kept: 512 MB in float32.
+_ROWS = 1 << 27
+
 # Temporaries of the capacity and the gaps between their rows.
 _KEPT_ENTRIES = CAPACITY + CAPACITY // 8
 
@@ -57,12 +60,14 @@ class Memory:
 
     :param entries: Entries that a temporary may have.
     :param gradients: Entries that the gradients of several losses at one place may have.
+    :param held: Entries of rows that may be held at once, or kept, where there are no samples.
     :param reused: Whether temporaries lie in memory that is kept for the next one, also of later
         steps: for each thread two of about :data:`CAPACITY` entries.
     """
 
     entries: int
     gradients: int
+    held: int
     reused: bool
     _large: dict[_Slot, Tensor] = field(factory=dict, init=False)
 
@@ -78,12 +83,14 @@ class Memory:
         """
         if budget is not None:
             entries = max(1, budget // max(_ENTRY, dtype.itemsize))
-            return cls(entries, entries, reused=False)
+            held = _ROWS if device.type == "cpu" else max(_ROWS, entries)
+            return cls(entries, entries, held, reused=False)
         if device.type == "cpu":
             # Weights that are read once count for more than gradients that leave the cache.
-            return cls(CAPACITY, 4 * CAPACITY, reused=True)
+            return cls(CAPACITY, 4 * CAPACITY, _ROWS, reused=True)
         share = _share_of_free_memory(device)
-        return cls(min(_ELSEWHERE, share) // _ENTRY, share // _ENTRY, reused=False)
+        entries, gradients = min(_ELSEWHERE, share) // _ENTRY, share // _ENTRY
+        return cls(entries, gradients, max(_ROWS, gradients), reused=False)
 
     def take(self, shape: tuple[int, ...], like: Tensor, slot: int = 0) -> Tensor:
         """

@@ -151,7 +151,7 @@ def explicit_rows(use: Use) -> Tensor:
     pairs = zip(site.grads, site.layouts, strict=True)
     masks = [None if g is None or layout is None else layout.masks(g[0]) for g, layout in pairs]
     shapes = {use.operand: site.shapes[use.operand]}
-    memory = Memory(1 << 30, 1 << 30, reused=False)
+    memory = Memory(1 << 30, 1 << 30, 1 << 30, reused=False)
     found = called_shares(site.node, site.name, site.grads, masks, shapes, memory)
     return found[use.operand].rows()
 

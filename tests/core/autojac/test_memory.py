@@ -88,7 +88,7 @@ def test_mtl_backward_and_jac_to_grad_take_a_jacobian_above_plain_backward(
 def test_the_lean_step_takes_the_rows_of_the_largest_parameter_above_plain_backward(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("jdcore.graph._jacobian._ROWS", 1)  # no rows are few enough to be kept
+    monkeypatch.setattr("jdcore.graph._memory._ROWS", 1)  # no rows are few enough to be kept
     # Elementwise products with a parameter, so that there are rows to be held.
     scales = [nn.Parameter(torch.randn(400, 400)) for _ in range(6)]
     y = torch.randn(400, 400)
@@ -123,7 +123,7 @@ def test_the_lean_step_takes_the_rows_of_the_largest_parameter_above_plain_backw
 def test_the_lean_step_takes_no_rows_of_linear_layers(
     setting: _Setting, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("jdcore.graph._jacobian._ROWS", 1)
+    monkeypatch.setattr("jdcore.graph._memory._ROWS", 1)
 
     def step() -> None:
         gramian_backward(setting.forward()[0], _mean, inputs=setting.shared)
