@@ -31,23 +31,18 @@ class Redone(torch.autograd.Function):
         return x * w
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor]:
         x, w = (t.detach().requires_grad_() for t in ctx.saved_tensors)
         with torch.enable_grad():
             gx, gw = torch.autograd.grad(x * w, (x, w), grads[0])
         return gx, gw
 
 
-class RedoneOnTheParameter(torch.autograd.Function):
+class RedoneOnTheParameter(Redone):
     """The same, but for w alone, and down to the very tensor that the pass outside reaches."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, w: Tensor) -> Tensor:
-        ctx.save_for_backward(x, w)
-        return x * w
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor]:
         x, w = ctx.saved_tensors
         with torch.enable_grad():
             [gw] = torch.autograd.grad(x * w, w, grads[0])

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from jdcore.autogram._step import Step
 from jdcore.autogram._together import collect, plain_shares
-from jdcore.distributed._exchange import Collected
+from jdcore.distributed._exchange import Collected, forms_of
 from jdcore.graph import (
     Accumulator,
     Dense,
@@ -68,16 +68,12 @@ def _kinds(collected: Collected) -> list[object]:
 def _joined(share: Share, other: Share) -> Share:
     """The share of the samples of both batches."""
     ours, theirs = share.factors_of_samples(), other.factors_of_samples()
-    if ours is None or theirs is None or _forms(ours) != _forms(theirs):
+    if ours is None or theirs is None or forms_of(ours) != forms_of(theirs):
         # Such as sentences of different lengths, which cannot lie side by side.
         rows = torch.cat([share.flat_rows(), other.flat_rows()], 1)
         return Dense(rows, rows.shape[2:])
     pairs = zip(ours, theirs, strict=True)
     return share.of([torch.cat([a, b], dimension) for (a, dimension), (b, _) in pairs])
-
-
-def _forms(factors: list[tuple[Tensor, int]]) -> list[object]:
-    return [(*t.shape[:dimension], *t.shape[dimension + 1 :], t.dtype) for t, dimension in factors]
 
 
 def _by_rows(one: Step, other: Step) -> Tensor:

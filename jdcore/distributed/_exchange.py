@@ -248,21 +248,25 @@ class _Item:
         return self.share.of(whole)
 
 
+def forms_of(factors: Sequence[tuple[Tensor, int]]) -> list[tuple[object, ...]]:
+    """What factors of samples must have in common to lie side by side: shapes without samples."""
+    return [
+        (*tensor.shape[:dimension], *tensor.shape[dimension + 1 :], str(tensor.dtype))
+        for tensor, dimension in factors
+    ]
+
+
 def _costs(share: Share) -> tuple[int, int, int]:
     """A number for what its factors must have in common, and the bytes of factors and rows."""
     factors = share.factors_of_samples()
     if factors is None:
         rows = share.flat_rows()
         return 0, 0, rows.numel() * rows.itemsize
-    words = [
-        (*tensor.shape[:dimension], *tensor.shape[dimension + 1 :], str(tensor.dtype))
-        for tensor, dimension in factors
-    ]
     size = sum(tensor.numel() * tensor.itemsize for tensor, _ in factors)
     grads, dimension = factors[1]
     K, B = grads.shape[0], grads.shape[dimension]
     width = max(4, grads.itemsize)
-    return number_of(words, share.setting), size, K * B * share.shape.numel() * width
+    return number_of(forms_of(factors), share.setting), size, K * B * share.shape.numel() * width
 
 
 def _rounds(items: Sequence[_Item]) -> Iterator[list[_Item]]:

@@ -176,9 +176,9 @@ class Outer(Share):
 
     @property
     def setting(self) -> tuple[Hashable, ...]:
-        looked_up = isinstance(self.inputs, OneHot)
-        table = (self.inputs.size, self.inputs.sparse) if isinstance(self.inputs, OneHot) else ()
-        return self.grads_first, self.plus, looked_up, *table
+        inputs = self.inputs
+        table = (inputs.size, inputs.sparse) if isinstance(inputs, OneHot) else None
+        return self.grads_first, self.plus, table
 
     # -- several uses of one operand ---------------------------------------------------------------
 

@@ -14,7 +14,6 @@ _COLUMNS_ELSEWHERE = 2048
 HALVES = (torch.bfloat16, torch.float16)
 
 # Each kind of operation has a setting of its own; one may not mix them with the older way.
-MATRIX_PRODUCTS: Any = torch.backends.cuda.matmul
 CONVOLUTIONS: Any = torch.backends.cudnn.conv  # type: ignore[attr-defined]
 
 _IN_FLOAT64: ContextVar[bool] = ContextVar("in_float64", default=False)
