@@ -592,7 +592,8 @@ class _Small:
             # In memory of their own, by one call: whoever keeps one of them is not to keep all.
             parts = torch._foreach_mul(views, 1.0)
             for (root, shape), part in zip(places, parts, strict=True):
-                part = part.view(shape)
+                if len(shape) != 1:  # most of them are biases, and each view costs a call
+                    part = part.view(shape)
                 grads[root] = grads[root] + part if root in grads else part
         self._joined.clear()
         return grads
@@ -620,7 +621,9 @@ def _joined(first: Tensor | None, last: Tensor | None, tasks: int) -> Tensor | N
     """
     if last is None:
         return None if first is None else torch.cat([first, torch.zeros_like(first[:1])])
-    last = dense(last.detach())[None]
+    if last.requires_grad:  # which it does where somebody differentiates twice
+        last = last.detach()
+    last = dense(last)[None]
     if tasks == 1:
         return last
     return torch.cat([last.new_zeros(tasks - 1, *last.shape[1:]) if first is None else first, last])

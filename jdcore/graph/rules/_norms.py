@@ -40,9 +40,11 @@ def group_norm(site: Site, operand: int) -> Share:
         raise NoRule
     if not site.memo:
         site.memo["rows"] = _group_norm_rows(site)
-    rows = site.memo["rows"][operand - 1]
-    C = site.shapes[operand][0]
-    return Dense(_summed(rows.view(len(rows), site.samples, -1, C)), site.shapes[operand])
+    rows, shape = site.memo["rows"][operand - 1], site.shapes[operand]
+    of_sample = rows.shape[1] // site.samples  # channels, times images
+    if of_sample == shape[0]:
+        return Dense(rows.view(len(rows), site.samples, of_sample), shape)
+    return Dense(_summed(rows.view(len(rows), site.samples, -1, *shape)), shape)
 
 
 def _group_norm_rows(site: Site) -> tuple[Tensor, Tensor]:
@@ -50,26 +52,20 @@ def _group_norm_rows(site: Site) -> tuple[Tensor, Tensor]:
     images, mean, deviation = (widened(site.saved(n)) for n in ("input", "result1", "result2"))
     N, C, T, groups = (site.saved(name) for name in ("N", "C", "HxW", "group"))
     images = images.contiguous().view(1, N * C, T)
+    # The weight is read for the gradient of the images alone, which is not asked for.
+    weight, mean, deviation = images.new_empty(N * C), mean.view(1, -1), deviation.view(1, -1)
+    all_grads = site.grad.to(images.dtype).contiguous().view(-1, 1, N * C, T)
     of_tasks = [
         torch.ops.aten.native_group_norm_backward(
-            grads.to(images.dtype).contiguous().view(1, N * C, T),
-            images,
-            mean.view(1, -1),
-            deviation.view(1, -1),
-            # The weight is read for the gradient of the images alone, which is not asked for.
-            images.new_empty(N * C),
-            1,
-            N * C,
-            T,
-            N * groups,
-            [False, True, True],
-        )[1:]
-        for grads in site.grad
+            grads, images, mean, deviation, weight, 1, N * C, T, N * groups, [False, True, True]
+        )
+        for grads in all_grads
     ]
-    weights, biases = zip(*of_tasks, strict=True)
-    if len(weights) == 1:  # a view is free, a copy is not
-        return weights[0][None], biases[0][None]
-    return torch.stack(weights), torch.stack(biases)
+    if len(of_tasks) == 1:  # a view is free, a copy is not
+        _, weights, biases = of_tasks[0]
+        return weights[None], biases[None]
+    _, of_weight, of_bias = zip(*of_tasks, strict=True)
+    return torch.stack(of_weight), torch.stack(of_bias)
 
 
 @rule("NativeBatchNormBackward0", "CudnnBatchNormBackward0")

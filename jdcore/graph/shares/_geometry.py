@@ -5,7 +5,6 @@ from collections.abc import Sequence
 import torch
 from attrs import frozen
 from torch import Tensor
-from torch.nn.functional import pad
 
 from jdcore.graph.shares._ghost import Gram, linear_gram
 from jdcore.graph.shares._product import CONVOLUTIONS, exact_products, widened
@@ -71,11 +70,16 @@ def patches(images: Tensor, geometry: Geometry, kernel: Sequence[int]) -> Tensor
     :returns: Shape [N, height, width, *kernel, C], height and width those of the output.
     """
     (top, left), (down, right) = geometry.padding, geometry.stride
+    N, C, H, W = images.shape
     images = images.permute(0, 2, 3, 1)
     if top or left:
-        images = pad(images, (0, 0, left, left, top, top))
-    images = images.contiguous()
-    N, H, W, C = images.shape
+        # `pad` copies twice where the order of dimensions changes as well.
+        H, W = H + 2 * top, W + 2 * left
+        padded = images.new_zeros(N, H, W, C)
+        padded[:, top : H - top, left : W - left].copy_(images)
+        images = padded
+    else:
+        images = images.contiguous()
     spans = [d * (k - 1) for d, k in zip(geometry.dilation, kernel, strict=True)]
     output = (H - 1 - spans[0]) // down + 1, (W - 1 - spans[1]) // right + 1
     of_image, of_row, of_column, _ = images.stride()

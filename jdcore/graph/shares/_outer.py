@@ -79,10 +79,12 @@ class Outer(Share):
         memory, grads = gramian.memory, self.grads
         if not memory.reused:
             # One call for all tasks, which copies the inputs for each.
-            for start, stop in memory.pieces(inputs.shape[2], K * B * max(o, T)):
-                factor = inputs[..., start:stop].mT
-                rows = product(factor, grads[0] if K == 1 else grads)
-                gramian.add_rows(rows.reshape(K * B, -1))
+            if K == 1:
+                grads = grads[0]
+            pieces = memory.pieces(inputs.shape[2], K * B * max(o, T))
+            for start, stop in pieces:
+                factor = inputs if len(pieces) == 1 else inputs[..., start:stop]
+                gramian.add_rows(product(factor.mT, grads).reshape(K * B, -1))
             return
         like = widened(grads[:0])
         for start, stop in memory.pieces(inputs.shape[2], K * B * o):
@@ -123,12 +125,10 @@ class Outer(Share):
         if grads.stride(0) < grads.stride(1):
             # Positions lie before samples. In which order both are summed up is the same.
             inputs, grads = inputs.transpose(0, 1), grads.transpose(0, 1)
-        inputs, grads = inputs.flatten(0, 1), grads.flatten(0, 1)
-        if self.lies_transposed:
-            pair = (inputs.T, grads) if self.grads_first else (grads.T, inputs)
-            return product(*pair).T.reshape(self.shape)
-        pair = (grads.T, inputs) if self.grads_first else (inputs.T, grads)
-        return product(*pair).view(self.shape)
+        left, right = (grads, inputs) if self.grads_first else (inputs, grads)
+        left, right = left.flatten(0, 1), right.flatten(0, 1)
+        total = product(right.T, left).T if self.lies_transposed else product(left.T, right)
+        return total if total.shape == self.shape else total.reshape(self.shape)
 
     def _looked_up_sum(self, inputs: OneHot, grads: Tensor) -> Tensor:
         index, size = inputs.index.flatten(), (inputs.size, grads.shape[1])

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any
 
 from attrs import astuple
@@ -52,24 +52,28 @@ class Patches(Share):
     def add_gramian(self, gramian: Accumulator) -> None:
         memory = gramian.memory
         if self._kept is not None:
-            gramian.add_rows(self._kept.flatten(2).flatten(0, 1))
+            self._add_rows(self._kept, gramian)
         elif self._ghost_is_cheaper(memory):
             self._add_ghost(gramian)
         elif gramian.keep and self._worth_keeping():
             self._kept = self._all_rows(memory)
-            gramian.add_rows(self._kept.flatten(2).flatten(0, 1))
+            self._add_rows(self._kept, gramian)
             # Slices of them would keep their memory.
             self._images, self._grads = self._images.new_empty(0), self._grads.new_empty(0)
         else:
             for rows in self._pieces(memory):
-                gramian.add_rows(rows.flatten(2).flatten(0, 1))
+                self._add_rows(rows, gramian)
+
+    def _add_rows(self, rows: Tensor, gramian: Accumulator) -> None:
+        K, B, _ = self._sizes
+        gramian.add_rows(rows.reshape(K * B, -1))
 
     def _ghost_is_cheaper(self, memory: Memory) -> bool:
         if not self._geometry.plain:
             return False
         K, B, r = self._sizes
         o, C, *kernel = self.shape
-        pixels, T = self._images[0, 0].numel(), self._grads[0, 0, 0].numel()
+        pixels, T = self._images.shape[2:].numel(), self._grads.shape[3:].numel()
         # About four matrices of positions are there at once.
         limit = max(GHOST_LIMIT, memory.entries // 4)
         return conv_ghost_beats_direct(K, B, r, C, o, tuple(kernel), pixels, T, limit)
@@ -97,58 +101,74 @@ class Patches(Share):
         return *kernel, channels
 
     def _all_rows(self, memory: Memory) -> Tensor:
-        rows = widened(self._grads[:0]).new_empty(self._rows_of(self._features))
         if self._geometry.plain:
-            self._multiply(self._all_patches(), rows, memory)
-        else:
-            self._differentiate(rows, memory)
+            return self._multiplied(self._all_patches(), memory, self._new_rows)
+        rows = self._new_rows(self._features)
+        self._differentiate(rows, memory)
         return rows
+
+    def _new_rows(self, features: Sequence[int]) -> Tensor:
+        return widened(self._grads[:0]).new_empty(self._rows_of(features))
 
     def _pieces(self, memory: Memory) -> Iterator[Tensor]:
         """Rows of some features after the other, in reused memory."""
-        features, like = self._features, widened(self._grads[:0])
+        like = widened(self._grads[:0])
+
+        def reused(features: Sequence[int]) -> Tensor:
+            return memory.rows(self._rows_of(features), like)
+
         if not self._geometry.plain:
-            rows = memory.rows(self._rows_of(features), like)
+            rows = reused(self._features)
             self._differentiate(rows, memory)
             yield rows
             return
         all_patches = self._all_patches()
-        for block in blocks(features, memory.entries // math.prod(self._rows_of(()))):
-            index: tuple[Any, ...] = (..., *block)
-            chosen = all_patches[index]
-            rows = memory.rows(self._rows_of(chosen.shape[4:]), like)
-            self._multiply(chosen, rows, memory)
-            yield rows
+        parts = list(blocks(self._features, memory.entries // math.prod(self._rows_of(()))))
+        for part in parts:
+            index: tuple[Any, ...] = (..., *part)
+            chosen = all_patches[index] if len(parts) > 1 else all_patches
+            yield self._multiplied(chosen, memory, reused)
 
     def _all_patches(self) -> Tensor:
         found = patches(self._images, self._geometry, self.shape[2:])
         return found.view(self._sizes[1], -1, *found.shape[1:])
 
-    def _multiply(self, of_samples: Tensor, rows: Tensor, memory: Memory) -> None:
+    def _multiplied(
+        self, chosen: Tensor, memory: Memory, make: Callable[[Sequence[int]], Tensor]
+    ) -> Tensor:
         """
-        Rows as products of gradients and patches.
+        Rows as products of gradients and patches, of some of the features.
 
-        :param of_samples: Patches [B, r, height, width, *kernel, c].
-        :param rows: Where to write, shape ``[K, B, o, *kernel, c]``.
+        :param chosen: Patches [B, r, height, width, *kernel, c].
+        :param make: Makes room for rows of features ``[*kernel, c]``.
         """
         K, B, r = self._sizes
-        o, features = rows.shape[2], math.prod(rows.shape[3:])
-        rows = rows.flatten(3)
-        grads = self._grads.reshape(K, B, r, o, -1).transpose(2, 3).reshape(K, B, o, -1)
+        features, o = chosen.shape[4:], self._grads.shape[2]
+        grads = self._grads.flatten(3)
+        if r > 1:
+            grads = grads.reshape(K, B, r, o, -1).transpose(2, 3).reshape(K, B, o, -1)
+        length = features.numel()
         # Copied patches are multiplied while they are in the cache.
         scale = 4 if memory.reused else 1
-        for start, stop in memory.pieces(B, scale * grads.shape[3] * features):
-            chosen = of_samples[start:stop]
-            copied = memory.take(tuple(chosen.shape), chosen, slot=1).copy_(chosen)
-            factor = copied.view(stop - start, -1, features)
+        parts = memory.pieces(B, scale * grads.shape[3] * length)
+        if len(parts) == K == 1 and not memory.reused:
+            # A product that need not be written to a given place takes halves as they are.
+            return product(grads[0], chosen.reshape(B, -1, length)).view(self._rows_of(features))
+        rows = make(features)
+        flat = rows.flatten(3)
+        for start, stop in parts:
+            part = chosen[start:stop]
+            copied = memory.take(tuple(part.shape), part, slot=1).copy_(part)
+            factor = copied.view(stop - start, -1, length)
             for k in range(K):
-                product(grads[k, start:stop], factor, rows[k, start:stop])
+                product(grads[k, start:stop], factor, flat[k, start:stop])
+        return rows
 
     def _differentiate(self, rows: Tensor, memory: Memory) -> None:
         """Rows by ordinary weight gradients."""
         K, B, r = self._sizes
         for k in range(K):
-            if memory.reused and self._grads[0, 0].numel() * B > _ONE_IMAGE:
+            if memory.reused and self._grads.shape[2:].numel() * B > _ONE_IMAGE:
                 for b in range(B):
                     one = slice(b * r, (b + 1) * r)
                     gradient = self._weight_gradient(self._grads[k, one], self._images[one])
@@ -191,8 +211,8 @@ class Patches(Share):
 
     def weighted(self, weights: Tensor) -> Tensor:
         if self._kept is not None:
-            kept = self._kept.flatten(2).flatten(0, 1)
-            total = combined(weights.reshape(-1), kept)
+            K, B, _ = self._sizes
+            total = combined(weights.reshape(-1), self._kept.reshape(K * B, -1))
             return total.view(self._kept.shape[2:]).movedim(-1, 1).reshape(self.shape)
         K, B, r = self._sizes
         by_sample = self._grads.reshape(K, B, r, *self._grads.shape[2:])

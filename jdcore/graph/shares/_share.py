@@ -163,23 +163,24 @@ class Accumulator:
 
     def add_rows(self, rows: Tensor) -> None:
         """Add the Gramian of rows [R, n]."""
-        width = columns_at_once(rows)
-        if not self.memory.reused and rows.shape[1] > 2 * width:
-            rows = self._add_most(rows, width)
-            if rows.shape[1] == 0:
+        width, length = columns_at_once(rows), rows.shape[1]
+        if not self.memory.reused and length > 2 * width:
+            count = _even(length, width)
+            width = length // count
+            rest = length - count * width
+            self._add_pieces(rows[:, :-rest] if rest else rows, count)
+            if not rest:
                 return
+            rows = rows[:, -rest:]
         parts = self.halves()
         for columns in torch.split(rows, width, dim=1):
             for start, stop in parts:
                 self.add(lower_product(columns, start, stop), start)
 
-    def _add_most(self, rows: Tensor, width: int) -> Tensor:
-        """Add pieces of about that many columns by one product, and return the rest."""
-        count = _even(rows.shape[1], width)
-        width = rows.shape[1] // count
-        head = rows[:, : count * width].reshape(len(rows), count, width).transpose(0, 1)
-        self._pend(product(head, head.mT))
-        return rows[:, count * width :]
+    def _add_pieces(self, rows: Tensor, count: int) -> None:
+        """Add so many pieces of rows by one product."""
+        pieces = rows.reshape(len(rows), count, -1).transpose(0, 1)
+        self._pend(product(pieces, pieces.mT))
 
     def halves(self, least: int = _ROWS) -> Sequence[tuple[int, int]]:
         """Pieces of the rows of a symmetric product, few of which cost little more than a half."""
