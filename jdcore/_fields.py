@@ -145,20 +145,23 @@ def disjoint(gradients: Iterable[Tensor], others: Iterable[Tensor] = ()) -> list
 
 def _covering(gradients: Sequence[Tensor], seen: Set[int]) -> set[int]:
     """The numbers of those that fill their storages, none of which is seen, without overlap."""
-    of_storage: dict[int, dict[int, int]] = {}
+    of_storage: dict[int, list[int]] = {}
     for i, gradient in enumerate(gradients):
         if gradient.layout == torch.strided:
-            places = of_storage.setdefault(gradient.untyped_storage().data_ptr(), {})
-            places.setdefault(gradient.data_ptr(), i)
+            of_storage.setdefault(gradient.untyped_storage().data_ptr(), []).append(i)
     found: set[int] = set()
-    for start, places in of_storage.items():
-        end, storage = start, gradients[next(iter(places.values()))].untyped_storage()
-        for place, i in sorted(places.items()):
+    for start, numbers in of_storage.items():
+        places: dict[int, int] = {}
+        for i in numbers:
+            places.setdefault(gradients[i].data_ptr(), i)
+        end = start
+        for place, i in sorted(places.items()) if len(places) > 1 else places.items():
             if place != end or not gradients[i].is_contiguous():
                 break
-            end += gradients[i].numel() * gradients[i].itemsize
+            end += gradients[i].nbytes
         else:
-            if end == start + storage.nbytes() and start not in seen:
+            size = gradients[numbers[0]].untyped_storage().nbytes()
+            if end == start + size and start not in seen:
                 found.update(places.values())
     return found
 

@@ -31,17 +31,19 @@ class Graph:
         for output in outputs:
             if output.requires_grad:
                 node, number = edge_of(output)
-                starts.append((self._number(node), number))
+                found = self._index.get(node)
+                starts.append((self._number(node) if found is None else found, number))
         inputs: list[tuple[Place, ...]] = []
         described: list[tuple[tuple[Any, ...], ...]] = []
         # A list that grows rather than recursion: graphs are deeper than Python's stack.
-        for node in self.nodes:
-            edges = [
-                (-1 if child is None else self._number(child), number)
-                for child, number in node.next_functions
-            ]
+        index, number_of, leaves = self._index, self._number, self.leaves
+        for i, node in enumerate(self.nodes):
+            edges = []
+            for child, result in node.next_functions:
+                found = -1 if child is None else index.get(child)
+                edges.append((number_of(child) if found is None else found, result))
             inputs.append(tuple(edges))
-            leaf = self.leaves.get(len(described))
+            leaf = leaves.get(i)
             # The node of a leaf does not know when its data are replaced.
             described.append(results_of(node) if leaf is None else ((*leaf.shape, leaf.dtype),))
         # By identity, since `==` of tensors compares their entries.
@@ -64,9 +66,7 @@ class Graph:
         return tensor.grad_fn is not None and tensor.grad_fn in self._index
 
     def _number(self, node: Any) -> int:
-        found = self._index.get(node)
-        if found is not None:
-            return found
+        """The number of a node that has none yet."""
         name = node.name()
         if name == REENTRANT:
             raise UnservedGraphError(

@@ -345,16 +345,13 @@ class Jacobian:
 
         :param grads: At its results, shape ``[K, *result.shape]`` each.
         """
-        plan, graph = self._plan, self.graph
-        layouts = [plan.layouts.get((node, number)) for number in range(len(grads))]
-        # Where nothing depends on a result, what arrives there is zero.
-        given = [
-            None if layout is None else grad for layout, grad in zip(layouts, grads, strict=True)
-        ]
-        shapes = {
-            p: graph.form.result(graph.form.inputs[node][p]).shape for p in plan.frontier[node]
-        }
-        return Site(graph.nodes[node], graph.form.names[node], given, layouts, shapes)
+        graph, spot = self.graph, self._plan.spot(self.graph.form, node)
+        layouts = spot.layouts
+        if None in layouts:
+            # Where nothing depends on a result, what arrives there is zero.
+            pairs = zip(layouts, grads, strict=True)
+            grads = [None if layout is None else grad for layout, grad in pairs]
+        return Site(graph.nodes[node], graph.form.names[node], grads, layouts, spot.shapes)
 
     def _serve(self, site: Site, node: int, total: Accumulator) -> list[int]:
         """
@@ -367,8 +364,8 @@ class Jacobian:
             return []
         shares: dict[int, Share] = {}
         # Of complex numbers some factors are conjugated, which the node itself knows best.
-        complex_ = any(g is not None and g.is_complex() for g in site.grads)
-        make = None if complex_ else self._rules.find(site.name, site.node)
+        conjugated = self._plan.spot(self.graph.form, node).complex
+        make = None if conjugated else self._rules.find(site.name, site.node)
         for operand in site.shapes:
             share = _made(make, site, operand)
             if share is None:
@@ -384,10 +381,10 @@ class Jacobian:
 
     def _join_bias(self, site: Site, node: int, shares: dict[int, Share]) -> None:
         """The bias of a linear layer is the weight of one more input, which is 1."""
+        if site.name != "AddmmBackward0":
+            return
         weight, bias, edges = shares.get(2), shares.get(0), self.graph.form.inputs[node]
-        if not (
-            site.name == "AddmmBackward0" and isinstance(bias, Dense) and isinstance(weight, Outer)
-        ):
+        if not (isinstance(bias, Dense) and isinstance(weight, Outer)):
             return
         _, _, positions, outputs = weight.grads.shape
         alone = {edges[0], edges[2]} <= self._plan.alone

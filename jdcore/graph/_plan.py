@@ -5,7 +5,7 @@ from contextlib import suppress
 from typing import Any
 
 from attrs import define, field, frozen
-from torch import Tensor
+from torch import Size, Tensor
 
 from jdcore.errors import UnservedGraphError
 from jdcore.graph._cost import outer_ghost_beats_rows
@@ -39,6 +39,21 @@ class Descent:
     turned: bool | None
 
 
+@frozen(eq=False)
+class Spot:
+    """
+    What all graphs of one kind have in common about an operation of the frontier.
+
+    :param layouts: Where the samples are in each of its results.
+    :param shapes: By root, as numbered among the operands, its shape.
+    :param complex: Whether some of its results are.
+    """
+
+    layouts: list[Layout | None]
+    shapes: dict[int, Size]
+    complex: bool
+
+
 @define
 class Plan:
     """
@@ -67,6 +82,19 @@ class Plan:
     """Tensors whose ordinary gradients are the rows, without samples."""
     called: set[int] | None = None
     """Operations that are called after the pass; None before the first one."""
+    _spots: dict[int, Spot] = field(factory=dict, init=False)
+
+    def spot(self, form: Form, node: int) -> Spot:
+        """What is known of an operation of the frontier, found out once."""
+        spot = self._spots.get(node)
+        if spot is None:
+            results = form.results[node]
+            spot = self._spots[node] = Spot(
+                [self.layouts.get((node, number)) for number in range(len(results))],
+                {p: form.result(form.inputs[node][p]).shape for p in self.frontier[node]},
+                any(result.dtype.is_complex for result in results),
+            )
+        return spot
 
 
 # -- with samples ----------------------------------------------------------------------------------

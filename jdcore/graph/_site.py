@@ -91,10 +91,12 @@ class Site:
         layout, end = self.layout, tensor.ndim - features
         if not layout.dim + lead < end:
             raise NoRule
-        if layout.leads(tensor.shape[lead]):
-            return tensor.reshape(*tensor.shape[:lead], layout.samples, -1, *tensor.shape[end:])
+        shape = tensor.shape
+        if layout.leads(shape[lead]):
+            count = layout.after * shape[lead + 1 : end].numel()
+            return tensor.reshape(*shape[:lead], layout.samples, count, *shape[end:])
         split = layout.split(tensor, lead)
-        return split.reshape(*split.shape[: lead + 1], -1, *tensor.shape[end:])
+        return split.reshape(*split.shape[: lead + 1], -1, *shape[end:])
 
     def broadcast(self, grads: Tensor, operand: int) -> Dense:
         """
@@ -105,6 +107,11 @@ class Site:
         :raises NoRule: If the operand has samples of its own.
         """
         shape, dim = self.shapes[operand], self.layout.dim
+        lead = grads.ndim - len(shape)
+        if lead > 1 and self.samples_lead and grads.shape[lead:] == shape:
+            # All that it was broadcast to are positions of samples, as for the bias of a layer.
+            rows = self.positions(grads, 1, len(shape))
+            return Dense(sum_over(rows, [2]) if rows.shape[2] > 1 else rows, shape)
         # Broadcasting puts missing dimensions in front.
         full = (1,) * (grads.ndim - 1 - len(shape)) + tuple(shape)
         if full[dim] != 1:

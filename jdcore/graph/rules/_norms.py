@@ -16,8 +16,10 @@ def _summed(rows: Tensor) -> Tensor:
 @rule("NativeLayerNormBackward0", "FusedRmsNormBackward0")
 def layer_norm(site: Site, operand: int) -> Share:
     """Sums over positions of the gradient, for the weight times the normalized input."""
-    features = len(site.saved("normalized_shape"))
-    grads = site.positions(widened(site.grad), 1, features)
+    features = len(site.shapes[operand])
+    if not site.memo:
+        site.memo["grads"] = site.positions(widened(site.grad), 1, features)
+    grads = site.memo["grads"]
     if operand == 2:
         return Dense(_summed(grads), site.shapes[2])
     if operand != 1:
