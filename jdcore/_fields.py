@@ -23,9 +23,11 @@ def get_jac(tensor: Tensor) -> Tensor | None:
     return getattr(tensor, "jac", None)
 
 
-def free_jac(tensor: Tensor) -> None:
-    """Remove the ``.jac`` of a tensor."""
-    del tensor.jac  # type: ignore[attr-defined]  # a field that autojac adds to tensors
+def free_jacs(tensors: Iterable[Tensor]) -> None:
+    """Remove the ``.jac`` of those tensors that have one."""
+    for tensor in tensors:
+        if get_jac(tensor) is not None:
+            del tensor.jac  # type: ignore[attr-defined]  # a field that autojac adds to tensors
 
 
 def check_grads(tensors: Iterable[Tensor]) -> None:
@@ -36,13 +38,13 @@ def check_grads(tensors: Iterable[Tensor]) -> None:
         and on the device of its tensor and of the dtype that its tensor asks for.
     """
     for tensor in tensors:
-        _check_grad(tensor, torch.strided)
+        if (present := tensor.grad) is not None:
+            _check_grad(tensor, present, torch.strided)
 
 
-def _check_grad(tensor: Tensor, layout: torch.layout) -> None:
-    present = tensor.grad
+def _check_grad(tensor: Tensor, present: Tensor, layout: torch.layout) -> None:
     # Gradients of a sparse embedding add up where both are sparse, and to a dense tensor.
-    if present is not None and not layout == present.layout == torch.sparse_coo:
+    if not layout == present.layout == torch.sparse_coo:
         dtype = _grad_dtype(tensor) or present.dtype
         _check_field(".grad", present, tuple(tensor.shape), dtype, tensor.device)
 
@@ -66,7 +68,8 @@ def check_jac(tensor: Tensor, jacobian: Tensor) -> None:
 
     :raises ParameterError: If its shape, dtype, device or layout does not fit its tensor.
     """
-    m = len(jacobian) if isinstance(jacobian, Tensor) and jacobian.ndim else 0
+    # By `shape`, as the `len` of a tensor is a function of Python.
+    m = jacobian.shape[0] if isinstance(jacobian, Tensor) and jacobian.ndim else 0
     shape = (m, *tensor.shape)
     fault = _mismatch(jacobian, shape, tensor.dtype, tensor.device)
     if fault is not None:
@@ -82,11 +85,12 @@ def write_jacs(jacobians: Mapping[Tensor, Tensor]) -> None:
         share memory with nothing else.
     :raises ParameterError: As :func:`check_jacs`; nothing is written then.
     """
-    for tensor, jacobian in jacobians.items():
-        check_jacs([tensor], len(jacobian))
+    fields = [(tensor, jacobian, get_jac(tensor)) for tensor, jacobian in jacobians.items()]
+    for tensor, jacobian, present in fields:
+        if present is not None:
+            check_jacs([tensor], len(jacobian))
     with torch.no_grad():
-        for tensor, jacobian in jacobians.items():
-            present = get_jac(tensor)
+        for tensor, jacobian, present in fields:
             if present is None:
                 tensor.jac = jacobian  # type: ignore[attr-defined]  # a field of autojac
             else:
@@ -106,17 +110,22 @@ def write_grads(gradients: Mapping[Tensor, Tensor]) -> None:
         belong to this function: they share memory with nothing else.
     :raises ParameterError: As :func:`check_grads`; nothing is written then.
     """
-    for tensor, gradient in gradients.items():
-        _check_grad(tensor, gradient.layout)
+    fields = [(tensor, gradient, tensor.grad) for tensor, gradient in gradients.items()]
+    for tensor, gradient, present in fields:
+        if present is not None:
+            _check_grad(tensor, present, gradient.layout)
     with torch.no_grad():
-        for tensor, gradient in gradients.items():
-            present = tensor.grad
+        for tensor, gradient, present in fields:
             if present is not None:
                 present.add_(gradient)
             else:
                 tensor.grad = _as_field(tensor, gradient)
         for tensor in gradients:
-            _run_hooks(tensor)
+            # torch keeps the hooks in this field, None if there are none; there is no public way to
+            # ask.
+            if (hooks := tensor._post_accumulate_grad_hooks) is not None:
+                for hook in list(hooks.values()):  # a hook may remove itself
+                    hook(tensor)
 
 
 def dense(gradient: Tensor) -> Tensor:
@@ -232,14 +241,6 @@ def _through_hooks(leaf: Tensor, gradient: Tensor) -> Tensor:
                 raise ParameterError("hook", expected, describe_tensor(replaced))
             gradient = replaced
     return gradient
-
-
-def _run_hooks(tensor: Tensor) -> None:
-    # torch keeps the hooks in this field, None if there are none; there is no public way to ask.
-    hooks = tensor._post_accumulate_grad_hooks
-    if hooks:
-        for hook in list(hooks.values()):  # a hook may remove itself
-            hook(tensor)
 
 
 def _as_field(tensor: Tensor, gradient: Tensor) -> Tensor:

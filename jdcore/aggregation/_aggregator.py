@@ -79,7 +79,8 @@ class GramianAggregator:
         :raises ParameterError: If a block is no real floating matrix or the numbers of rows differ.
         """
         check_blocks(blocks)
-        columns = Columns([block.detach() for block in blocks], check_second(second, blocks))
+        detached = [block.detach() if block.requires_grad else block for block in blocks]
+        columns = Columns(detached, check_second(second, blocks))
         vectors, weights = self.aggregate_columns(columns, losses=losses)
         dtype = reduce(torch.promote_types, dict.fromkeys(block.dtype for block in blocks))
         return vectors, weights.to(blocks[0].device, dtype, copy=True)

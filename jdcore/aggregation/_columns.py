@@ -168,7 +168,8 @@ class Columns:
 
 
 def _divided(blocks: list[Tensor], scale: float) -> list[Tensor]:
-    detached = [block.detach() for block in blocks]
+    # Asked first: to detach is an operation, which costs a call for each of many blocks.
+    detached = [block.detach() if block.requires_grad else block for block in blocks]
     return detached if scale == 1.0 else [block / scale for block in detached]
 
 

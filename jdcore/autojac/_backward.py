@@ -7,15 +7,13 @@ from torch import Tensor
 from jdcore._fields import check_jacs
 from jdcore._modes import plain_modes
 from jdcore.autojac import _checks as checks
-from jdcore.autojac._hidden import is_reentrant, may_reach, refuse_default
-from jdcore.autojac._initial import initial_jacobians, rows_of
-from jdcore.autojac.transform import AccumulateJac, Transform, jac_of
-from jdcore.distributed._passes import telling_holders
-from jdcore.distributed._refusals import refuse_flat
+from jdcore.autojac._hidden import may_reach
+from jdcore.autojac._initial import begun, inputs_or_leaves
+from jdcore.autojac.transform import AccumulateJac
 from jdcore.distributed._replicas import check_replicas
 from jdcore.distributed._sharding import Gathered
 from jdcore.errors import ParameterError
-from jdcore.graph import Reach, reach
+from jdcore.graph import Reach
 
 
 def backward(
@@ -64,36 +62,26 @@ def backward(
     tensor([[1., 1.],
             [2., 4.]])
     """
-    outputs = checks.tensor_list(tensors, "tensors")
-    with telling_holders(outputs, inputs):
-        checks.check_call(outputs, "tensors", retain_graph, parallel_chunk_size)
-        initial = initial_jacobians(jac_tensors, outputs, "jac_tensors")
-        found = reach(outputs)
+    names = "tensors", "jac_tensors"
+    with begun(
+        *(tensors, jac_tensors, inputs, names),
+        retain_graph=retain_graph,
+        chunk_size=parallel_chunk_size,
+    ) as call:
         given = None if inputs is None else checks.tensor_list(inputs, "inputs")
-        targets = reached(found, given)
-        m = len(initial[0]) if initial else sum(output.numel() for output in outputs)
+        targets = reached(call.graph, given)
         # Before the passes, which take the time and may free the graph.
-        check_jacs(targets, m)
-        jac = jac_of(
-            outputs,
+        check_jacs(targets, call.m)
+        # The keys are checked as the graph is put together; nothing is computed before it is
+        # called.
+        graph = call.jacobian(
             targets,
-            found,
             watched=given or (),
             retain_graph=retain_graph,
             chunk_size=parallel_chunk_size,
-        )
-        # The keys are checked as the graph is put together; nothing is computed before it is
-        # called.
-        graph = rows_of(outputs, initial) >> jac >> AccumulateJac(targets)
-        with plain_modes([*outputs, *targets]):
+        ) >> AccumulateJac(targets)
+        with plain_modes([*call.outputs, *targets]):
             graph()
-
-
-def jacobian_of(outputs: list[Tensor], targets: list[Tensor], *, retain_graph: bool) -> Transform:
-    """The transform that makes the Jacobian of all elements of the outputs, kept nowhere."""
-    return rows_of(outputs, None) >> jac_of(
-        outputs, targets, reach(outputs), retain_graph=retain_graph
-    )
 
 
 def reached(found: Reach, inputs: Tensor | Iterable[Tensor] | None) -> list[Tensor]:
@@ -105,15 +93,12 @@ def reached(found: Reach, inputs: Tensor | Iterable[Tensor] | None) -> list[Tens
     :param found: What lies behind the outputs.
     :raises ParameterError: If there are none, or one of those given cannot.
     """
-    refuse_flat(found.leaves, "inputs")
+    targets = inputs_or_leaves(found, inputs)
     gathered = Gathered()
     if inputs is None:
-        if is_reentrant(found):
-            raise refuse_default("inputs")
-        targets = list(found.leaves)
         checks.check_differentiable(targets, "inputs")
     else:
-        given = checks.trainable(checks.tensor_list(inputs, "inputs"), "inputs")
+        given = checks.trainable(targets, "inputs")
         checks.check_accumulates(given, "inputs")
         targets = may_reach(found, [gathered.leaf(tensor) for tensor in given])
     if not targets:

@@ -12,7 +12,8 @@ from jdcore.linalg._pages import new_tensor
 def as_matrix(jacobian: Tensor) -> Tensor:
     """View a Jacobian of shape ``[m, *S]`` as a matrix [m, n]; S may be empty or hold zeros."""
     shape = jacobian.shape
-    return jacobian.reshape(shape[0], math.prod(shape[1:]))
+    # Most parameters are vectors: even a view is an operation, which costs a call.
+    return jacobian if len(shape) == 2 else jacobian.reshape(shape[0], math.prod(shape[1:]))
 
 
 def zeros(tensor: Tensor, m: int) -> Tensor:

@@ -1,20 +1,108 @@
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
+from attrs import frozen
 from torch import Tensor
 
-from jdcore.autojac._checks import check_real, tensor_list
-from jdcore.autojac.transform import Diagonalize, Init, Transform
+from jdcore.autojac import _checks as checks
+from jdcore.autojac._hidden import is_reentrant, refuse_default
+from jdcore.autojac.transform import Diagonalize, Init, Transform, jac_of
+from jdcore.distributed._passes import telling_holders
+from jdcore.distributed._refusals import refuse_flat
 from jdcore.errors import ParameterError
+from jdcore.graph import Reach, reach
 from jdcore.validators import describe_tensor
 
 
-def rows_of(outputs: Sequence[Tensor], initial: Sequence[Tensor] | None) -> Transform:
-    """Start a Jacobian: from initial Jacobians, or with one row per element of the outputs."""
-    if initial is None:
-        return Init(outputs) >> Diagonalize(outputs)
-    return Init(outputs, initial)
+@frozen(eq=False)
+class Call:
+    """
+    What ``backward`` and ``jac`` are asked to differentiate, checked.
+
+    :param outputs: The tensors to be differentiated.
+    :param initial: Initial Jacobians, None for one row per element of the outputs.
+    :param graph: What lies behind the outputs.
+    """
+
+    outputs: list[Tensor]
+    initial: list[Tensor] | None
+    graph: Reach
+
+    @property
+    def m(self) -> int:
+        """Number of rows."""
+        if self.initial is not None:
+            return len(self.initial[0])
+        return sum(output.numel() for output in self.outputs)
+
+    def jacobian(
+        self,
+        targets: Sequence[Tensor],
+        *,
+        watched: Iterable[Tensor] = (),
+        retain_graph: bool = False,
+        chunk_size: int | None = None,
+    ) -> Transform:
+        """The transform that makes the Jacobian with respect to some targets; it needs no keys."""
+        start: Transform = Init(self.outputs, self.initial)
+        uses = None
+        if self.initial is None:
+            start, uses = start >> Diagonalize(self.outputs), _one_each(self.outputs)
+        return start >> jac_of(
+            self.outputs,
+            targets,
+            self.graph,
+            watched=watched,
+            retain_graph=retain_graph,
+            chunk_size=chunk_size,
+            uses=uses,
+        )
+
+
+def _one_each(outputs: Sequence[Tensor]) -> list[list[bool]]:
+    """For each row, which outputs it differentiates, where each element has a row."""
+    return [
+        [other is output for other in outputs] for output in outputs for _ in range(output.numel())
+    ]
+
+
+@contextmanager
+def begun(
+    tensors: Tensor | Sequence[Tensor],
+    initial: Tensor | Sequence[Tensor] | None,
+    inputs: Tensor | Iterable[Tensor] | None,
+    names: tuple[str, str],
+    *,
+    retain_graph: bool,
+    chunk_size: int | None,
+) -> Iterator[Call]:
+    """
+    Check what ``backward`` and ``jac`` are given, and tell other processes of errors meanwhile.
+
+    :param names: What ``tensors`` and ``initial`` are called.
+    :raises ParameterError: If an argument does not fit.
+    """
+    outputs = checks.tensor_list(tensors, names[0])
+    with telling_holders(outputs, inputs):
+        checks.check_call(outputs, names[0], retain_graph, chunk_size)
+        yield Call(outputs, initial_jacobians(initial, outputs, names[1]), reach(outputs))
+
+
+def inputs_or_leaves(graph: Reach, inputs: Tensor | Iterable[Tensor] | None) -> list[Tensor]:
+    """
+    The inputs that a call is given, or by default all leaves behind what it differentiates.
+
+    :raises ParameterError: If a graph does not show all of its leaves, or shows others than those
+        of the user.
+    """
+    refuse_flat(graph.leaves, "inputs")
+    if inputs is not None:
+        return checks.tensor_list(inputs, "inputs")
+    if is_reentrant(graph):
+        raise refuse_default("inputs")
+    return list(graph.leaves)
 
 
 def initial_jacobians(
@@ -28,8 +116,8 @@ def initial_jacobians(
     """
     if value is None:
         return None
-    jacobians = tensor_list(value, parameter)
-    check_real(jacobians, parameter)
+    jacobians = checks.tensor_list(value, parameter)
+    checks.check_real(jacobians, parameter)
     _check_count(jacobians, outputs, parameter)
     m = jacobians[0].shape[0] if jacobians[0].ndim else 0
     for i, (jacobian, output) in enumerate(zip(jacobians, outputs, strict=True)):
@@ -68,8 +156,8 @@ def initial_gradients(
                     "Reduce it to one loss per task, or say how its elements count.",
                 )
         return None
-    gradients = tensor_list(value, parameter)
-    check_real(gradients, parameter)
+    gradients = checks.tensor_list(value, parameter)
+    checks.check_real(gradients, parameter)
     _check_count(gradients, outputs, parameter)
     for i, (gradient, output) in enumerate(zip(gradients, outputs, strict=True)):
         if gradient.shape != output.shape:

@@ -6,14 +6,11 @@ from torch import Tensor
 
 from jdcore._modes import plain_modes
 from jdcore.autojac import _checks as checks
-from jdcore.autojac._hidden import is_reentrant, refuse_default
-from jdcore.autojac._initial import initial_jacobians, rows_of
-from jdcore.autojac.transform import jac_of
-from jdcore.distributed._passes import is_spread, telling_holders
-from jdcore.distributed._refusals import refuse_flat
+from jdcore.autojac._initial import begun, inputs_or_leaves
+from jdcore.distributed._passes import is_spread
 from jdcore.distributed._sharding import Gathered
 from jdcore.errors import ParameterError
-from jdcore.graph import Reach, reach
+from jdcore.graph import Reach
 from jdcore.validators import describe_tensor
 
 
@@ -56,32 +53,22 @@ def jac(
     (tensor([[2., 0.],
             [0., 4.]]),)
     """
-    differentiated = checks.tensor_list(outputs, "outputs")
-    with telling_holders(differentiated, inputs):
-        checks.check_call(differentiated, "outputs", retain_graph, parallel_chunk_size)
-        initial = initial_jacobians(jac_outputs, differentiated, "jac_outputs")
-        found = reach(differentiated)
-        targets = _targets(found, inputs)
-        step = jac_of(
-            differentiated,
-            targets,
-            found,
-            retain_graph=retain_graph,
-            chunk_size=parallel_chunk_size,
-        )
-        graph = rows_of(differentiated, initial) >> step
-        with plain_modes([*differentiated, *targets]):
+    names = "outputs", "jac_outputs"
+    with begun(
+        *(outputs, jac_outputs, inputs, names),
+        retain_graph=retain_graph,
+        chunk_size=parallel_chunk_size,
+    ) as call:
+        targets = _targets(call.graph, inputs)
+        graph = call.jacobian(targets, retain_graph=retain_graph, chunk_size=parallel_chunk_size)
+        with plain_modes([*call.outputs, *targets]):
             results = graph()
     return tuple(results[target] for target in targets)
 
 
 def _targets(found: Reach, inputs: Tensor | Iterable[Tensor] | None) -> list[Tensor]:
     gathered = Gathered()
-    refuse_flat(found.leaves, "inputs")
-    if inputs is None and is_reentrant(found):
-        raise refuse_default("inputs")
-    targets = list(found.leaves) if inputs is None else checks.tensor_list(inputs, "inputs")
-    targets = gathered.shards(targets)
+    targets = gathered.shards(inputs_or_leaves(found, inputs))
     checks.check_differentiable(targets, "inputs")
     spread = is_spread([*targets, *found.leaves])
     for i, target in enumerate(targets):

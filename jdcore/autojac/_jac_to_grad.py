@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from jdcore._fields import check_grads, check_jac, free_jac, get_jac, write_grads
+from jdcore._fields import check_grads, check_jac, free_jacs, get_jac, write_grads
 from jdcore._modes import plain_modes
 from jdcore.aggregation._source import check_losses, taken_by
 from jdcore.autojac import _checks as checks
@@ -88,9 +88,7 @@ def jac_to_grad(
             update = team.aggregate(local, aggregator, losses, aggregate_blocks)
     # Before the gradients are written: optimizers that step in hooks find this memory free.
     if not retain_jac:
-        for tensor in given:
-            if get_jac(tensor) is not None:
-                free_jac(tensor)
+        free_jacs(given)
     # First, since the hooks that follow the others may step an optimizer over these as well.
     write_means(update.means)
     write_grads(update.gradients)
@@ -125,16 +123,26 @@ def _alone(
     )
     check_grads(local.matrices)  # again: the aggregator may have changed them
     pairs = zip(local.matrices, vectors, strict=True)
-    return Update({tensor: vector.view(tensor.shape) for tensor, vector in pairs}, weights=weights)
+    gradients = {t: vector if t.ndim == 1 else vector.view(t.shape) for t, vector in pairs}
+    return Update(gradients, weights=weights)
 
 
 def _jacobians(tensors: Iterable[Tensor]) -> dict[Tensor, Tensor]:
-    found: dict[Tensor, Tensor] = {}
-    for tensor in tensors:
-        jacobian = get_jac(tensor)
-        if jacobian is not None:
-            _check_jacobian(tensor, jacobian, found)
-            found[tensor] = jacobian
+    """The ``.jac`` of those tensors that have one, checked."""
+    fields = [(tensor, get_jac(tensor)) for tensor in tensors]
+    found = {tensor: jacobian for tensor, jacobian in fields if jacobian is not None}
+    m: int | None = None
+    for tensor, jacobian in found.items():
+        check_jac(tensor, jacobian)
+        rows = jacobian.shape[0]
+        m = rows if m is None else m
+        if rows != m:
+            raise ParameterError(
+                ".jac",
+                f"of {m} rows, as that of the first tensor",
+                describe_tensor(jacobian),
+                "Aggregate tensors of different objectives in separate calls.",
+            )
     return found
 
 
@@ -158,18 +166,6 @@ def _second(
     return matrices
 
 
-def _check_jacobian(tensor: Tensor, jacobian: Tensor, found: dict[Tensor, Tensor]) -> None:
-    check_jac(tensor, jacobian)
-    m = len(next(iter(found.values()), jacobian))
-    if len(jacobian) != m:
-        raise ParameterError(
-            ".jac",
-            f"of {m} rows, as that of the first tensor",
-            describe_tensor(jacobian),
-            "Aggregate tensors of different objectives in separate calls.",
-        )
-
-
 def aggregate_blocks(
     aggregator: Aggregator,
     blocks: Sequence[Tensor],
@@ -190,7 +186,7 @@ def aggregate_blocks(
         vectors, weights = aggregator.aggregate_blocks(blocks, **known)
         _check_vectors(vectors, blocks)
         pairs = zip(vectors, blocks, strict=True)
-        return [_own(vector.detach(), block) for vector, block in pairs], weights
+        return [_own(vector, block) for vector, block in pairs], weights
     other = None if second is None else _matrix(second)
     known = taken_by(aggregator, losses=losses, second=other)
     return _aggregate_matrix(partial(aggregator, **known), blocks), None
@@ -225,7 +221,9 @@ def _own(vector: Tensor, block: Tensor) -> Tensor:
     """The vector in dtype and on the device of its block, but not in its memory."""
     # A method that picks a row may return a view of the Jacobian, which must not become a `.grad`.
     shared = vector.untyped_storage().data_ptr() == block.untyped_storage().data_ptr()
-    return vector.to(block, copy=shared)
+    if shared or vector.dtype != block.dtype or vector.device != block.device:
+        vector = vector.to(block, copy=shared)
+    return vector.detach() if vector.requires_grad else vector
 
 
 def _word(value: object) -> str:

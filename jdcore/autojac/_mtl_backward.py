@@ -13,6 +13,7 @@ from jdcore.autojac.transform import (
     AccumulateGrad,
     AccumulateJac,
     Grad,
+    Heads,
     Init,
     Jac,
     Keep,
@@ -98,6 +99,9 @@ def mtl_backward(
                 chunk_size=parallel_chunk_size,
                 graph=trunk,
                 watched=plan.given,
+                # Values tell more: a feature that counts for nothing. An accelerator would be
+                # waited for.
+                uses=None if all(feature.is_cpu for feature in cut) else plan.uses,
             )
             # The rows go on through the trunk; the gradients of the heads are done and pass by it.
             gradients = gradients >> (jac | Keep(plan.private))
@@ -120,7 +124,10 @@ def mtl_backward(
         note_local_gradients(private)
 
 
-def _task_gradients(plan: Plan, losses: list[Tensor], retain_graph: bool) -> PerTask:
+def _task_gradients(plan: Plan, losses: list[Tensor], retain_graph: bool) -> Transform:
+    if plan.apart is not None:
+        keys = losses, plan.rows, plan.private
+        return Heads(*keys, plan.heads, plan.apart, retain_graph=retain_graph, watched=plan.given)
     retain = _retained(plan, retain_graph)
     tasks: list[Transform] = []
     for i, loss in enumerate(losses):

@@ -12,7 +12,7 @@ from jdcore.distributed._refusals import refuse_flat
 from jdcore.distributed._replicas import check_replicas, check_trunk
 from jdcore.distributed._sharding import Gathered
 from jdcore.errors import ParameterError
-from jdcore.graph import Reach, edge_of, reach
+from jdcore.graph import Reach, edge_of, reach, united
 from jdcore.validators import describe_tensor
 
 
@@ -30,6 +30,7 @@ class Plan:
         differentiated down to the shared parameters.
     :param deep: Whether the parameters of some task lie behind the features.
     :param given: All parameters that were named, also those that get nothing.
+    :param apart: What all the gradients pass through together, if one pass serves for all tasks.
     """
 
     cut: list[Tensor]
@@ -40,6 +41,7 @@ class Plan:
     rows_from_features: bool
     deep: bool
     given: list[Tensor]
+    apart: Reach | None
 
     @property
     def private(self) -> list[Tensor]:
@@ -48,6 +50,12 @@ class Plan:
     @property
     def rows(self) -> list[Tensor]:
         return self.cut if self.rows_from_features else self.shared
+
+    @property
+    def uses(self) -> list[list[bool]]:
+        """Per task, which of the features its loss depends on, as far as the graph tells."""
+        edges = [edge_of(feature) for feature in self.cut]
+        return [[edge in head.stops for edge in edges] for head in self.heads]
 
 
 def find_trunk(features: Tensor | Sequence[Tensor]) -> tuple[list[Tensor], Reach]:
@@ -106,15 +114,26 @@ def make_plan(
     # features; a hook of a feature would see its gradient twice, at the end of the heads and again
     # at the start of the trunk; a function hides parameters, so that only whole passes serve.
     whole = (
-        any(head.reaches(parameter) for head in heads for parameter in shared)
+        any(head.reaches_any(shared) for head in heads)
         or any(map(has_hooks, cut))
         or any(hides(head, [*shared, *private]) for head in heads)
         or (named_tasks is not None and not all(_shown((trunk, *heads), p) for p in private))
     )
-    deep = any(trunk.reaches(parameter) for parameter in private)
+    deep = trunk.reaches_any(private)
     if whole or deep:
         heads = [without_hooks(reach([loss])) for loss in losses]
-    return Plan(cut, trunk, shared, tasks, heads, bool(shared) and not whole, deep, given)
+    rows_from_features = bool(shared) and not whole
+    apart = _apart(losses, heads) if rows_from_features and not deep else None
+    return Plan(cut, trunk, shared, tasks, heads, rows_from_features, deep, given, apart)
+
+
+def _apart(losses: list[Tensor], heads: list[Reach]) -> Reach | None:
+    """All heads, if there are several and one pass through them can tell them apart."""
+    present = [head for loss, head in zip(losses, heads, strict=True) if loss.requires_grad]
+    # Functions of Python may differentiate, or accumulate, by themselves.
+    if len(present) < 2 or any(head.functions for head in present):
+        return None
+    return united(present)
 
 
 def _shown(graphs: Iterable[Reach], tensor: Tensor) -> bool:

@@ -45,6 +45,7 @@ class Problem:
     :param cotangents: Initial Jacobians ``[m, *S_output]``, one per output.
     :param graph: What lies behind the outputs.
     :param watched: Leaves that functions of the graph may accumulate into by themselves.
+    :param uses: For each row, which outputs it differentiates, where the caller knows.
     :param products: Inputs, by position, whose rows are computed as products. Only taken into
         account where rows are differentiated one by one.
     """
@@ -54,6 +55,7 @@ class Problem:
     cotangents: list[Tensor]
     graph: Reach
     watched: list[Tensor]
+    uses: list[list[bool]] | None = None
     products: Mapping[int, Product] = field(factory=dict)
 
     @staticmethod
@@ -63,6 +65,7 @@ class Problem:
         cotangents: Sequence[Tensor],
         graph: Reach | None = None,
         watched: Iterable[Tensor] = (),
+        uses: Sequence[Sequence[bool]] | None = None,
     ) -> Problem:
         """
         The rows of those outputs that require grad.
@@ -70,6 +73,7 @@ class Problem:
         :param graph: What lies behind the outputs, if it is known.
         :param watched: Tensors among which are leaves whose ``.grad`` must not change, besides
             those that the graph shows.
+        :param uses: For each row, which of all the outputs it differentiates, if that is known.
         """
         live = [k for k, output in enumerate(outputs) if output.requires_grad]
         differentiated = [outputs[k] for k in live]
@@ -77,12 +81,13 @@ class Problem:
         found = reach(differentiated) if graph is None else graph
         aside = kept_parameters(found)
         aside += [tensor for tensor in watched if tensor.requires_grad and tensor.is_leaf]
-        return Problem(differentiated, list(inputs), rows, found, aside)
+        live_uses = None if uses is None else [[row[k] for k in live] for row in uses]
+        return Problem(differentiated, list(inputs), rows, found, aside, live_uses)
 
     @property
     def m(self) -> int:
         """Number of rows."""
-        return len(self.cotangents[0])
+        return self.cotangents[0].shape[0]
 
     @cached_property
     def kind(self) -> Kind:
@@ -101,7 +106,7 @@ class Problem:
             return self
         return evolve(self, products=find_products(self.graph, large))
 
-    @property
+    @cached_property
     def usage(self) -> list[list[bool]]:
         """
         For each row, which outputs it differentiates.
@@ -109,10 +114,9 @@ class Problem:
         An output whose part of the row is zero is left out: passing zeros through its graph costs
         time, and gives NaN wherever that graph has an infinite derivative.
         """
-        if all(c.ndim == 1 for c in self.cotangents):
-            masks = [c != 0 for c in self.cotangents]
-        else:
-            masks = [(as_matrix(c) != 0).any(dim=1) for c in self.cotangents]
+        if self.uses is not None:
+            return self.uses
+        masks = [as_matrix(cotangent).any(dim=1) for cotangent in self.cotangents]
         # One transfer for all rows, as each one would wait for an accelerator.
         usage: list[list[bool]] = torch.stack(masks, dim=1).tolist()
         return usage
@@ -139,7 +143,10 @@ class Problem:
         return attempt(self.kind, partial(self.solve, chosen), retain_graph, one_by_one)
 
     def _chunk_size(self) -> int:
-        return choose_chunk_size(self.kind, self.inputs, self.m, lambda: self.usage, self.graph)
+        known = self.uses is not None
+        return choose_chunk_size(
+            self.kind, self.inputs, self.m, lambda: self.usage, self.graph, known=known
+        )
 
     def row_by_row(self, retain_graph: bool) -> list[Tensor]:
         """Differentiate without vmap, freeing the graph with the last row."""
@@ -302,7 +309,8 @@ class Problem:
                 yield gradients_of
 
     def _new_results(self) -> list[Tensor]:
-        return [new_tensor(tensor, self.m, *tensor.shape) for tensor in self.inputs]
+        m = self.m
+        return [new_tensor(tensor, m, *tensor.shape) for tensor in self.inputs]
 
     @property
     def ends(self) -> list[Tensor] | list[GradientEdge]:

@@ -7,8 +7,9 @@ from torch import Tensor
 from jdcore._fields import write_grads
 from jdcore._modes import plain_modes
 from jdcore.aggregation import GramianAggregator
-from jdcore.autojac._backward import jacobian_of, reached
+from jdcore.autojac._backward import reached
 from jdcore.autojac._gradients import as_matrix
+from jdcore.autojac._initial import Call
 from jdcore.autojac._jac_to_grad import aggregate_blocks
 from jdcore.distributed._sharding import local_part
 from jdcore.distributed._step import LocalRows
@@ -31,11 +32,11 @@ def gramian_step(
 
     :param team: How the processes hold the tensors.
     """
-    targets = reached(reach(outputs), inputs)
+    call = Call(list(outputs), None, reach(outputs))
+    targets = reached(call.graph, inputs)
 
     def local() -> LocalRows:
-        jacobian = jacobian_of(list(outputs), targets, retain_graph=retain_graph)
-        rows = jacobian()
+        rows = call.jacobian(targets, retain_graph=retain_graph)()
         return LocalRows({target: as_matrix(local_part(rows[target])) for target in targets})
 
     with plain_modes([*outputs, *targets]):

@@ -12,14 +12,14 @@ from attrs import frozen
 from torch import Tensor
 
 from jdcore.errors import JDCoreError, VectorizationError, VectorizationWarning, warn
-from jdcore.graph import Reach, is_batched, is_sparse, largest_gradient
+from jdcore.graph import EMBEDDING, Reach, is_batched, is_sparse, largest_gradient
 
 Result = TypeVar("Result")
 
 # On CPUs: enough rows to make the calls cheap, few enough to bound the m-fold gradients of
 # activations. Also where a device does not tell how much memory it has.
 _MOST_ROWS = 64
-# Also on CPUs: two small rows take as long one by one, or less where vmap is not in the cache yet.
+# Two rows take as long one by one, or less: vmap needs twice as many calls for each operation.
 _FEWEST_ROWS = 3
 # Mean number of parameters per operator up to which the calls cost more than the arithmetic.
 _SMALL = 4096
@@ -48,7 +48,7 @@ class Kind:
         nodes = graph.nodes
         operations = set(nodes.values())
         # What failed for sparse gradients works for dense ones of the same operation.
-        if any(is_sparse(name, node) for node, name in nodes.items()):
+        if EMBEDDING in operations and any(is_sparse(name, node) for node, name in nodes.items()):
             operations.add("sparse")
         return Kind(frozenset(operations), len(nodes), bool(graph.functions))
 
@@ -69,11 +69,14 @@ def choose_chunk_size(
     m: int,
     usage: Callable[[], Sequence[Sequence[bool]]],
     graph: Reach,
+    *,
+    known: bool = False,
 ) -> int:
     """
     How many rows to differentiate at once if the user leaves it open; 1 means without vmap.
 
-    On accelerators: all of them, as far as memory permits. Nothing is read from the device for it.
+    On accelerators: all of them, as far as memory permits, but for two, which take fewer calls one
+    by one. Nothing is read from the device for it.
 
     With one CPU thread, torch 2.13, vmap makes a vector of 32 losses of a 64-wide perceptron 3
     times faster than single rows and that of a GRU 1.7 times, where the time of a row is spent on
@@ -87,13 +90,15 @@ def choose_chunk_size(
     :param m: Number of rows.
     :param usage: Tells for each row which outputs it differentiates.
     :param graph: What lies behind the outputs.
+    :param known: Whether ``usage`` tells without reading values.
     """
     # A hook would be called with a batched tensor, which its author need not expect.
     if kind.custom or kind.failed or any(tensor._backward_hooks for tensor in inputs):
         return 1
-    if any(tensor.is_cpu for tensor in inputs):
-        if m < _FEWEST_ROWS:
-            return 1
+    on_cpu = any(tensor.is_cpu for tensor in inputs)
+    if m < _FEWEST_ROWS and (on_cpu or known):
+        return 1
+    if on_cpu:
         small = sum(tensor.numel() for tensor in inputs) <= _SMALL * kind.size
         # An output that a row does not use may have an infinite derivative, which gives NaN under
         # vmap. Rows that use all outputs have it themselves, as on accelerators the Jacobian does.

@@ -20,7 +20,7 @@ from jdcore._fields import dense, set_aside
 from jdcore.distributed._gathering import can_be_gathered, divided_means, kept_gathered
 from jdcore.distributed._grid import Grid
 from jdcore.distributed._meeting import Meeting, Stage, telling
-from jdcore.distributed._sharding import Gathered, is_dtensor, local_part
+from jdcore.distributed._sharding import Gathered, is_dtensor, local_part, some_dtensor
 from jdcore.errors import ParameterError
 from jdcore.graph import reach
 
@@ -40,8 +40,7 @@ class Pass:
 
 def is_spread(tensors: Sequence[Tensor]) -> bool:
     """Whether some tensors, or what stands for them in a graph, are divided among processes."""
-    gathered = Gathered()
-    return any(is_dtensor(gathered.shard(tensor)) for tensor in tensors)
+    return some_dtensor(Gathered().shards(tensors))
 
 
 def telling_holders(outputs: Sequence[Tensor], given: object) -> AbstractContextManager[None]:

@@ -17,6 +17,12 @@ def is_dtensor(tensor: Tensor) -> bool:
     return _is_dtensor_class(type(tensor))
 
 
+def some_dtensor(tensors: Iterable[Tensor]) -> bool:
+    """Whether one of some tensors is a DTensor."""
+    # There are fewer classes than parameters, each of which would cost a call.
+    return any(map(_is_dtensor_class, {type(tensor) for tensor in tensors}))
+
+
 @cache
 def _is_dtensor_class(cls: type) -> bool:
     # By name, through all bases: importing the class would load torch.distributed.tensor.
@@ -69,7 +75,7 @@ class Gathered:
 
     def shards(self, tensors: Iterable[Tensor]) -> list[Tensor]:
         """:meth:`shard` of each."""
-        return [self.shard(tensor) for tensor in tensors]
+        return list(map(self.shard, tensors)) if self._shards else list(tensors)
 
     def leaf(self, tensor: Tensor) -> Tensor:
         """What stands for a tensor in the graph: the gathered form of a sharded parameter."""

@@ -11,7 +11,7 @@ from jdcore.distributed._meeting import Group
 from jdcore.distributed._replicas import parameters_of, replicas_of
 from jdcore.distributed._replicated_step import Replicas, check_group
 from jdcore.distributed._sharded_step import Shards
-from jdcore.distributed._sharding import is_dtensor
+from jdcore.distributed._sharding import some_dtensor
 from jdcore.errors import ParameterError
 from jdcore.validators import describe_tensor
 
@@ -30,7 +30,7 @@ def find_team(tensors: Sequence[Tensor], group: Any = None) -> Team | None:
     if group is not None:
         check_group(group)
     replicas = replicas_of(tensors)
-    if any(map(is_dtensor, tensors)):
+    if some_dtensor(tensors):
         if group is not None or replicas:
             raise ParameterError(
                 "group" if group is not None else "tensors",

@@ -4,7 +4,7 @@ Reading the autograd graph: what lies behind losses, where the samples are, and 
 It knows no method, no module and no ``.grad``.
 """
 
-from jdcore.graph._batchable import is_sparse
+from jdcore.graph._batchable import EMBEDDING, is_sparse
 from jdcore.graph._call import call, called_shares
 from jdcore.graph._cancelling import may_need_float64, rows_cancel
 from jdcore.graph._form import Place
@@ -12,6 +12,7 @@ from jdcore.graph._graph import Graph
 from jdcore.graph._hooks import ignore_hooks, is_ignored, own_hooks
 from jdcore.graph._jacobian import Jacobian, Served, without_autocast
 from jdcore.graph._layout import Layout
+from jdcore.graph._leaving import Exit, leaving
 from jdcore.graph._memory import Memory
 from jdcore.graph._nesting import OuterPass
 from jdcore.graph._objectives import Objectives
@@ -27,18 +28,20 @@ from jdcore.graph._saved import (
 )
 from jdcore.graph._site import NoRule, Site
 from jdcore.graph._steady import note_handing_on
-from jdcore.graph._walk import REENTRANT, Edge, Reach, edge_of, largest_gradient, reach
+from jdcore.graph._walk import REENTRANT, Edge, Reach, edge_of, largest_gradient, reach, united
 from jdcore.graph.rules import RULES, GramianRule, Rule, Rules
 from jdcore.graph.shares import Accumulator, Dense, OneHot, Outer, Patches, Share
 from jdcore.graph.shares._product import products_in_float64
 
 __all__ = [
+    "EMBEDDING",
     "MATRIX_PRODUCTS",
     "REENTRANT",
     "RULES",
     "Accumulator",
     "Dense",
     "Edge",
+    "Exit",
     "GramianRule",
     "Graph",
     "Jacobian",
@@ -70,6 +73,7 @@ __all__ = [
     "is_ignored",
     "is_sparse",
     "largest_gradient",
+    "leaving",
     "may_need_float64",
     "note_handing_on",
     "own_hooks",
@@ -79,5 +83,6 @@ __all__ = [
     "saved",
     "saved_as_it_is",
     "single_passes_explained",
+    "united",
     "without_autocast",
 ]

@@ -26,6 +26,9 @@ _TEXT = """
 """
 BATCHABLE = frozenset(_TEXT.split())
 
+# An argument of this operation says whether its gradient is sparse.
+EMBEDDING = "EmbeddingBackward0"
+
 
 def is_batchable(name: str, node: Any) -> bool:
     """
@@ -43,7 +46,7 @@ def is_batchable(name: str, node: Any) -> bool:
 
 def is_sparse(name: str, node: Any) -> bool:
     """Whether an operation gives a sparse gradient, which cannot be batched."""
-    if name != "EmbeddingBackward0":
+    if name != EMBEDDING:
         return False
     try:
         return bool(saved(node, "sparse"))

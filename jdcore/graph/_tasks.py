@@ -8,26 +8,23 @@ for each loss, which ends where the trunk begins and meets no head of another lo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from functools import cached_property, partial
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import cached_property
 from typing import TypeAlias
 
 import torch
 from attrs import frozen
 from torch import Tensor
-from torch.autograd.graph import GradientEdge
 
 from jdcore._fields import dense
 from jdcore.graph._batchable import is_batchable
 from jdcore.graph._cost import batch_beats_single_passes
 from jdcore.graph._form import Form, Place, once_for_each_form
 from jdcore.graph._graph import Graph
-from jdcore.graph._hooks import own_hooks
+from jdcore.graph._leaving import Exit, leaving
 from jdcore.graph._memory import Memory, pieces
-from jdcore.graph._nesting import OuterPass
 from jdcore.graph._objectives import Objectives
-from jdcore.graph._passes import Grads, batched_gradients, differentiate, stacked
+from jdcore.graph._passes import batched_gradients, differentiate, stacked
 
 _Kind: TypeAlias = "frozenset[tuple[str, tuple[torch.dtype, ...]]]"
 
@@ -338,19 +335,32 @@ class Passes:
         """The same by one pass, for heads that have nothing in common."""
         owners = self._ways.owners
         assert owners is not None
-        entering = _Entering(self.graph, self._ways, owners)
-        found: dict[Place, list[Tensor | None]] = {p: [None] * len(self.starts) for p in of_heads}
+        inputs, nodes, entrances = self.graph.form.inputs, self.graph.nodes, self._ways.entrances
+        entering = set(entrances)
+        leading = {
+            node: {i: place for i, place in enumerate(inputs[node]) if place in entering}
+            for node in owners
+        }
+        exits = [Exit(nodes[n], owners[n], places) for n, places in leading.items() if places]
+        found: dict[Place, list[Tensor | None]] = {
+            place: [None] * len(self.starts) for place in [*of_heads, *entrances]
+        }
+
+        def receive(place: Place, k: int, grad: Tensor) -> None:
+            former = found[place][k]
+            found[place][k] = grad if former is None else former + grad
+
         starts = [(k, start) for k, start in enumerate(self.starts) if start and start[0] in owners]
         if starts:
             outputs = [self.graph.edge(start) for _, start in starts]
             seeds = [self.seeds(start, [k])[0] for k, start in starts]
-            edges = [self.graph.edge(place) for place in [*of_heads, *self._ways.entrances]]
-            with entering.heard(outputs):
+            edges = [self.graph.edge(place) for place in [*of_heads, *entrances]]
+            with leaving(exits, outputs, receive):
                 grads = differentiate(outputs, edges, seeds, retain_graph)
             for place, grad in zip(of_heads, grads, strict=False):
                 if grad is not None:
                     found[place][owners[place[0]]] = dense(grad.detach())
-        return found | entering.found
+        return found
 
     def _arriving(self, place: Place, rows: Sequence[Tensor | None]) -> Tensor:
         """The gradients of all losses at an entrance."""
@@ -393,44 +403,3 @@ class Passes:
         whole = grads.new_zeros(len(self.starts), *grads.shape[1:])
         whole[self._present] = grads
         return whole
-
-
-class _Entering:
-    """
-    What each loss sends into the trunk, in a pass through all heads at once.
-
-    Where they enter, autograd adds them up. So each is heard on its way out of its head.
-    """
-
-    def __init__(self, graph: Graph, ways: Ways, owners: Mapping[int, int]) -> None:
-        self._graph, self._owners, self._pass = graph, owners, OuterPass()
-        self.found: dict[Place, list[Tensor | None]] = {
-            place: [None] * len(ways.starts) for place in ways.entrances
-        }
-        """By entrance, the gradient of each loss."""
-
-    @contextmanager
-    def heard(self, outputs: Sequence[GradientEdge]) -> Iterator[None]:
-        """Listen for the time of a ``with`` block, to passes that start at some places."""
-        inputs, nodes = self._graph.form.inputs, self._graph.nodes
-        # Hooks of the nodes before the entrance, not of the entrance itself: what arrives there is
-        # a sum already.
-        last = [node for node in self._owners if not self.found.keys().isdisjoint(inputs[node])]
-        with self._pass.starting_at(outputs):
-            with own_hooks():
-                handles = [nodes[node].register_hook(partial(self._hear, node)) for node in last]
-            try:
-                yield
-            finally:
-                for handle in handles:
-                    handle.remove()
-
-    def _hear(self, node: int, grads: Grads, _: Grads) -> None:
-        if not self._pass.is_running():
-            return
-        for place, grad in zip(self._graph.form.inputs[node], grads, strict=True):
-            rows = self.found.get(place)
-            if rows is not None and grad is not None:
-                k, grad = self._owners[node], dense(grad.detach())
-                former = rows[k]
-                rows[k] = grad if former is None else former + grad

@@ -32,18 +32,28 @@ class Reach:
     :param leaves: Leaf tensors that require grad, in the order in which they were found.
     :param functions: Those nodes whose backward is Python code: custom functions, checkpoints,
         compiled regions.
+    :param stops: The edges at which the walk turned back.
+    :param last: The nodes before these, and by number of the operand, the edge that follows.
     """
 
     edges: dict[Edge, int]
     nodes: dict[Node, str]
     leaves: tuple[Tensor, ...]
     functions: tuple[Node, ...]
+    stops: frozenset[Edge]
+    last: dict[Node, dict[int, Edge]]
 
     def reaches(self, tensor: Tensor) -> bool:
         """Whether the outputs depend on a tensor that requires grad."""
         if tensor.is_leaf:  # ten times faster than to ask for its edge
             return id(tensor) in self._leaf_ids
         return edge_of(tensor) in self.edges
+
+    def reaches_any(self, tensors: Iterable[Tensor]) -> bool:
+        """Whether the outputs depend on one of some tensors that require grad."""
+        given = list(tensors)
+        others = [tensor for tensor in given if not tensor.is_leaf]
+        return not self._leaf_ids.isdisjoint(map(id, given)) or any(map(self.reaches, others))
 
     @cached_property
     def _leaf_ids(self) -> set[int]:
@@ -79,6 +89,32 @@ def reach(outputs: Iterable[Tensor], stop: Iterable[Tensor] = ()) -> Reach:
     return _walk([edge_of(tensor) for tensor in outputs if tensor.requires_grad], barrier)
 
 
+def united(graphs: Iterable[Reach]) -> Reach | None:
+    """
+    What lies behind the outputs of all of some graphs, if no two of them have anything in common.
+
+    :returns: None if two have an operation or a leaf in common, or a graph has no operations.
+    """
+    given = list(graphs)
+    edges: dict[Edge, int] = {}
+    nodes: dict[Node, str] = {}
+    last: dict[Node, dict[int, Edge]] = {}
+    leaves: dict[int, Tensor] = {}
+    for graph in given:
+        edges |= graph.edges
+        nodes |= graph.nodes
+        last |= graph.last
+        leaves |= {id(leaf): leaf for leaf in graph.leaves}
+    apart = len(nodes) == sum(len(graph.nodes) for graph in given) and len(leaves) == sum(
+        len(graph.leaves) for graph in given
+    )
+    if not apart or not all(graph.nodes for graph in given):
+        return None
+    functions = tuple(function for graph in given for function in graph.functions)
+    stops = frozenset().union(*(graph.stops for graph in given))
+    return Reach(edges, nodes, tuple(leaves.values()), functions, stops, last)
+
+
 def _walk(starts: list[Edge], barrier: set[Edge]) -> Reach:
     """
     Depth first, entering each edge once, expanding each node once.
@@ -90,6 +126,8 @@ def _walk(starts: list[Edge], barrier: set[Edge]) -> Reach:
     names: dict[Node, str] = {}
     leaves: dict[Node, Tensor] = {}
     functions: list[Node] = []
+    stops: set[Edge] = set()
+    last: dict[Node, dict[int, Edge]] = {}
     stack = starts[::-1]
     while stack:
         edge = stack.pop()
@@ -97,6 +135,7 @@ def _walk(starts: list[Edge], barrier: set[Edge]) -> Reach:
             edges[edge] += 1
             continue
         if edge in barrier:
+            stops.add(edge)
             continue
         # Holding the node keeps its Python wrapper, hence its identity, for the whole walk.
         edges[edge] = 1
@@ -112,6 +151,9 @@ def _walk(starts: list[Edge], barrier: set[Edge]) -> Reach:
         # objects.
         if isinstance(node, BackwardCFunction):
             functions.append(node)
+        inputs = node.next_functions
+        if barrier and not barrier.isdisjoint(inputs):
+            last[node] = {k: edge for k, edge in enumerate(inputs) if edge in barrier}
         # Reversed, so that the first operand is the next one to be expanded.
-        stack.extend(reversed([(n, i) for n, i in node.next_functions if n is not None]))
-    return Reach(edges, names, tuple(leaves.values()), tuple(functions))
+        stack.extend([(n, i) for n, i in reversed(inputs) if n is not None])
+    return Reach(edges, names, tuple(leaves.values()), tuple(functions), frozenset(stops), last)

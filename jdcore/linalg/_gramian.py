@@ -78,15 +78,16 @@ def _sum_in_batches(total: Tensor, pieces: Sequence[Tensor], columns: int) -> Te
     buffer = total.new_empty((m, columns))
     start = 0
     while start < len(pieces):
-        places: list[Tensor] = []
+        widths: list[int] = []
         filled = 0
-        while start + len(places) < len(pieces):
-            width = pieces[start + len(places)].shape[1]
+        for piece in pieces[start:]:
+            width = piece.shape[1]
             if filled + width > columns:
                 break
-            places.append(buffer[:, filled : filled + width])
+            widths.append(width)
             filled += width
-        torch._foreach_copy_(places, list(pieces[start : start + len(places)]))
+        places = torch.split(buffer[:, :filled], widths, dim=1)
+        torch._foreach_copy_(list(places), list(pieces[start : start + len(places)]))
         start += len(places)
         end = -(-filled // _BATCHED) * _BATCHED
         buffer[:, filled:end].zero_()

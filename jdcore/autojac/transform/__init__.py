@@ -22,7 +22,7 @@ from jdcore.autojac.transform._base import Chain, Transform, Union
 from jdcore.autojac.transform._differentiate import Grad, Jac
 from jdcore.autojac.transform._sharded import ShardedJac, ShardedTasks, jac_of
 from jdcore.autojac.transform._sources import Diagonalize, Init, Keep
-from jdcore.autojac.transform._tasks import PerTask
+from jdcore.autojac.transform._tasks import Heads, PerTask
 
 __all__ = [
     "AccumulateGrad",
@@ -30,6 +30,7 @@ __all__ = [
     "Chain",
     "Diagonalize",
     "Grad",
+    "Heads",
     "Init",
     "Jac",
     "Keep",

@@ -12,6 +12,8 @@ from jdcore.graph import Reach
 class _Differentiation(Transform):
     """What :class:`Grad` and :class:`Jac` have in common."""
 
+    uses: Sequence[Sequence[bool]] | None = None
+
     def __init__(
         self,
         outputs: Iterable[Tensor],
@@ -28,7 +30,7 @@ class _Differentiation(Transform):
 
     def problem(self, rows: Sequence[Tensor]) -> Problem:
         """The rows to be differentiated, one Tensor ``[m, *S]`` for each output."""
-        return Problem.of(self.needs, self.gives, rows, self.graph, self.watched)
+        return Problem.of(self.needs, self.gives, rows, self.graph, self.watched, self.uses)
 
 
 class Grad(_Differentiation):
@@ -63,6 +65,8 @@ class Jac(_Differentiation):
     :param graph: What lies behind the outputs, if it is known.
     :param watched: Tensors among which are leaves whose ``.grad`` must not change meanwhile,
         besides those of the graph.
+    :param uses: For each row, which outputs it differentiates: those for which it is not zero. Read
+        from the values if it is left out, for which an accelerator must be waited for.
     """
 
     def __init__(
@@ -74,9 +78,11 @@ class Jac(_Differentiation):
         chunk_size: int | None = None,
         graph: Reach | None = None,
         watched: Iterable[Tensor] = (),
+        uses: Sequence[Sequence[bool]] | None = None,
     ) -> None:
         super().__init__(outputs, inputs, retain_graph=retain_graph, graph=graph, watched=watched)
         self.chunk_size = chunk_size
+        self.uses = uses
 
     def apply(self, values: dict[Tensor, Tensor], /) -> Values:
         jacobians = self.problem([*values.values()]).jacobians(self.retain_graph, self.chunk_size)

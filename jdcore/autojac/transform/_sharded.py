@@ -75,6 +75,7 @@ def jac_of(
     watched: Iterable[Tensor] = (),
     retain_graph: bool = False,
     chunk_size: int | None = None,
+    uses: Sequence[Sequence[bool]] | None = None,
 ) -> Transform:
     """
     :class:`Jac`, or :class:`ShardedJac` where a process holds a part only.
@@ -89,6 +90,7 @@ def jac_of(
         chunk_size=chunk_size,
         graph=without_hooks(graph) if spread else graph,
         watched=watched,
+        uses=uses,
     )
     if not spread:
         return jac

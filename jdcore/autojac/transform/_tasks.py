@@ -5,7 +5,10 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+from jdcore._fields import disjoint
+from jdcore.autojac._problem import Problem
 from jdcore.autojac.transform._base import Transform, Values, describe_keys
+from jdcore.graph import Edge, Exit, Reach, edge_of, leaving
 
 
 class PerTask(Transform):
@@ -50,6 +53,64 @@ class PerTask(Transform):
     def __repr__(self) -> str:
         inner = "".join(f"\n  {task!r}".replace("\n>>", " >>") for task in self.tasks)
         return f"PerTask(rows of {describe_keys(self.rows)}:{inner})"
+
+
+class Heads(Transform):
+    """
+    What :class:`PerTask` gives for tasks that have nothing in common before the features.
+
+    One pass goes through the heads of all tasks: it takes a fraction of the calls of a pass each.
+
+    :param losses: Keys needed: one per task.
+    :param rows: Keys given with one row per task: features, at which the heads end.
+    :param others: Keys given, each with its gradient: those of a single task.
+    :param heads: Per task, what lies between the loss and the features.
+    :param graph: All of these, which have nothing in common and hold no functions of Python.
+    :param retain_graph: Whether the graph can be differentiated again afterwards.
+    :param watched: As for :class:`Grad`.
+    """
+
+    def __init__(
+        self,
+        losses: Sequence[Tensor],
+        rows: Iterable[Tensor],
+        others: Iterable[Tensor],
+        heads: Sequence[Reach],
+        graph: Reach,
+        *,
+        retain_graph: bool = False,
+        watched: Iterable[Tensor] = (),
+    ) -> None:
+        self.rows, self.others = tuple(rows), tuple(others)
+        super().__init__(losses, [*self.rows, *self.others])
+        self.heads, self.graph = tuple(heads), graph
+        self.retain_graph, self.watched = retain_graph, tuple(watched)
+
+    def apply(self, values: dict[Tensor, Tensor], /) -> Values:
+        losses = [loss for loss in values if loss.requires_grad]
+        rows = {key: _zeros((len(values), *key.shape), key) for key in self.rows}
+        places = {edge_of(key): row for key, row in rows.items()}
+        exits = [
+            Exit(node, task, edges)
+            for task, head in enumerate(self.heads)
+            for node, edges in head.last.items()
+        ]
+
+        def receive(edge: Edge, task: int, gradient: Tensor) -> None:
+            places[edge][task].add_(gradient)
+
+        # The features are asked for, so that the pass goes on to where it is listened to.
+        inputs = [*self.others, *self.rows]
+        starts = [values[loss] for loss in losses]
+        problem = Problem.of(losses, inputs, starts, self.graph, self.watched)
+        with leaving(exits, losses, receive):
+            gradients = problem.gradients(self.retain_graph)
+        # Without the sums over the tasks that arrived at the features.
+        own = disjoint(gradients[: len(self.others)], starts)
+        return rows | dict(zip(self.others, own, strict=True))
+
+    def __repr__(self) -> str:
+        return f"Heads({describe_keys(self.needs)} -> {describe_keys(self.gives)})"
 
 
 def _zeros(shape: tuple[int, ...], like: Tensor) -> Tensor:

@@ -18,7 +18,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from jdcore.autojac import _vmap, backward, jac
+from jdcore.aggregation import GramianAggregator
+from jdcore.autojac import _checks, _vmap, backward, jac, jac_to_grad, mtl_backward
 from jdcore.autojac._problem import Problem
 from jdcore.autojac._vmap import Kind, choose_chunk_size
 from jdcore.autojac.transform import Diagonalize, Init
@@ -70,6 +71,13 @@ def _problem(losses: list[Tensor], model: nn.Module) -> Problem:
 def _fresh() -> None:
     _vmap._WORKED.clear()
     _vmap._FAILED.clear()
+
+
+@pytest.fixture
+def _meta_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Meta tensors, which hold nothing to be differentiated, and which torch does not autocast."""
+    monkeypatch.setattr(_checks, "check_differentiable", lambda *_: None)
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)
 
 
 # -- accelerators ----------------------------------------------------------------------------------
@@ -146,6 +154,46 @@ def test_on_accelerators_single_rows_are_written_by_one_call_each() -> None:
     assert per_row <= 12
 
 
+@pytest.mark.usefixtures("_fresh", "_meta_accepted")
+def test_on_accelerators_two_rows_take_the_kernels_of_two_passes_and_the_host_never_waits() -> None:
+    model, x = _images("meta")
+    parameters = list(model.parameters())
+    views = {"view", "t", "select", "unbind", "detach", "empty", "ones", "stack", "diag_embed"}
+
+    def counted(step: Callable[[list[Tensor]], Any]) -> Counter[str]:
+        losses = _losses(model(x), 2)
+        with Operations() as operations:
+            step(losses)
+        return operations.counts
+
+    def passes(losses: list[Tensor]) -> None:
+        for loss in losses:
+            torch.autograd.grad(loss, parameters, retain_graph=True)
+
+    plain, ours = counted(passes), counted(backward)
+    assert ours["_foreach_copy_"] == 2
+    more = {name: count - plain[name] for name, count in ours.items() if name not in views}
+    assert {name for name, count in more.items() if count > 0} == {"_foreach_copy_"}
+
+
+@pytest.mark.usefixtures("_fresh", "_meta_accepted")
+@pytest.mark.parametrize("m", [2, 8])
+def test_on_accelerators_all_heads_take_one_pass_and_the_host_never_waits(
+    m: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    body = _net(2, "meta")
+    heads = [nn.Linear(8, 1, device="meta") for _ in range(m)]
+    passes, plain = [], torch.autograd.grad
+    # Only the number: batched gradients must not outlive the pass.
+    monkeypatch.setattr(
+        torch.autograd, "grad", lambda o, *a, **k: passes.append(len(o)) or plain(o, *a, **k)
+    )
+    features = body(torch.empty(5, 8, device="meta"))
+    mtl_backward([head(features).mean() for head in heads], features)
+    assert passes == ([m, 1, 1] if m == 2 else [m, 1])
+    assert body[0].weight.jac.shape == (m, 8, 8)
+
+
 # -- CPUs ------------------------------------------------------------------------------------------
 
 
@@ -210,3 +258,21 @@ def test_a_walk_over_the_graph_is_taken_once_per_call(monkeypatch: pytest.Monkey
     model = _net(2)
     backward(_losses(model(torch.randn(3, 8))))
     assert len(walks) == 1
+
+
+def test_each_of_many_parameters_costs_jac_to_grad_a_few_calls() -> None:
+    def calls(layers: int) -> tuple[int, int]:
+        model = _net(layers)
+        backward(_losses(model(torch.randn(3, 8))))
+        aggregator = GramianAggregator(lambda gramian: gramian.diagonal())
+        with Operations() as operations:
+            jac_to_grad(model.parameters(), aggregator, retain_jac=True)
+        model.zero_grad()
+        python = _python_calls(lambda: jac_to_grad(model.parameters(), aggregator))
+        return python, operations.counts.total()
+
+    calls(2)
+    (few_calls, few), (many_calls, many) = calls(2), calls(22)
+    # A weight and a bias for each layer: views as a matrix and back, and writing into the buffer.
+    assert (many - few) / 40 <= 4
+    assert (many_calls - few_calls) / 40 <= 15

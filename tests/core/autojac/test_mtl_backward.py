@@ -1,11 +1,15 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 from jdcore.autojac import mtl_backward
 from tests.core.autojac.conftest import Truth
+from tests.functions import RedoneOnTheParameter
 
 
 def _leaf(*shape: int) -> Tensor:
@@ -180,3 +184,111 @@ def test_the_grad_of_a_feature_that_retains_it_is_that_of_the_heads_alone() -> N
     features.grad = None
     mtl_backward(losses, features)
     torch.testing.assert_close(features.grad, expected)
+
+
+# -- one pass through all heads --------------------------------------------------------------------
+
+X = torch.linspace(-1.0, 1.0, 8, dtype=torch.float64).view(2, 4)
+Heads = Callable[["list[Tensor]", "list[Tensor]"], "list[Tensor]"]
+
+APART: dict[str, Heads] = {
+    "each reads both features": lambda f, w: [(f[0] @ v + f[1] @ v).square().sum() for v in w],
+    "a feature is read by several operations": lambda f, w: [
+        (f[0] * f[0]).sum() * v[0] + f[0].exp().sum() + (f[0] @ v).sum() for v in w
+    ],
+    "some read no feature, or one": lambda f, w: [
+        (f[0] @ w[0]).sum(),
+        (f[1] @ w[1]).sum(),
+        w[2].square().sum(),
+    ],
+    "a loss is a reduced feature": lambda f, w: [f[0].sum(), (f[1] @ w[1]).sum(), w[2].sum()],
+    "a loss is an entry of a weight": lambda f, w: [w[0][0].clone(), (f[0] @ w[1]).sum()],
+    "a gradient is handed on as it is": lambda f, w: [w[0][0] + f[0].sum(), w[1][0] + f[1].sum()],
+}
+TOGETHER: dict[str, Heads] = {
+    "two share a weight": lambda f, w: [(f[0] @ w[0]).sum(), (f[0] @ w[0] + f[1] @ w[1]).sum()],
+    "losses of one operation": lambda f, w: list((f[0] @ torch.stack(w, 1)).square().sum(0)),
+    "a loss is a feature": lambda f, w: [f[2], (f[0] @ w[0]).sum()],
+    "a loss is a parameter": lambda f, w: [_leaf(), (f[0] @ w[1]).sum()],
+    "a custom function": lambda f, w: [RedoneOnTheParameter.apply(f[0], v).sum() for v in w],
+}
+
+
+def _features() -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    trunk, weights = [_leaf(4, 4), _leaf(4, 4)], [_leaf(4) for _ in range(3)]
+    hidden = (X @ trunk[0]).sin()
+    return trunk, weights, [hidden.exp(), (hidden @ trunk[1]).tanh(), hidden.prod(1).sum()]
+
+
+def _passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The number of outputs of each backward pass from now on."""
+    counts, plain = [], torch.autograd.grad
+
+    def counted(outputs: Any, *args: Any, **kwargs: Any) -> Any:
+        counts.append(len(outputs))
+        return plain(outputs, *args, **kwargs)
+
+    monkeypatch.setattr(torch.autograd, "grad", counted)
+    return counts
+
+
+@pytest.mark.parametrize("initial", [False, True])
+@pytest.mark.parametrize("name", [*APART, *TOGETHER])
+def test_any_heads_give_what_a_pass_each_gives(
+    truth: Truth, monkeypatch: pytest.MonkeyPatch, name: str, initial: bool
+) -> None:
+    trunk, weights, features = _features()
+    losses = (APART | TOGETHER)[name](features, weights)
+    factors = torch.linspace(1.0, 2.0, len(losses), dtype=torch.float64).unbind()
+    starts = [factor.clone() for factor in factors] if initial else None
+    scales = torch.stack(factors) if initial else torch.ones(len(losses), dtype=torch.float64)
+    rows = [torch.einsum("k,k...->k...", scales, row) for row in truth(losses, [*trunk, *weights])]
+
+    passes = _passes(monkeypatch)
+    mtl_backward(losses, features, grad_tensors=starts)
+
+    assert (passes[0] == len(losses)) == (name in APART)
+    for parameter, expected in zip(trunk, rows, strict=False):
+        torch.testing.assert_close(parameter.jac, expected, rtol=1e-12, atol=1e-14)
+    for weight, expected in zip(weights, rows[2:], strict=True):
+        if weight.grad is None:
+            assert not expected.any()
+        else:
+            torch.testing.assert_close(weight.grad, expected.sum(0), rtol=1e-12, atol=1e-14)
+            weight.grad.zero_()  # is memory of its own
+    for given, factor in zip(starts or (), factors, strict=False):
+        assert given.equal(factor)
+
+
+def test_hooks_in_heads_act_on_what_one_pass_sends_to_the_trunk(truth: Truth) -> None:
+    trunk, weights, features = _features()
+    hidden = [features[0] * weight for weight in weights]
+    hidden[1].register_hook(lambda gradient: gradient.clamp(max=0.2))
+    hidden[2].retain_grad()
+    losses = [h.sum().square() for h in hidden]
+    losses[0].grad_fn.register_hook(lambda inputs, _: (2.0 * inputs[0],))
+    expected = truth(losses, trunk[:1])
+    [retained] = torch.autograd.grad(losses[2], hidden[2], retain_graph=True)
+    hidden[2].grad = None
+    mtl_backward(losses, features[:1])
+    torch.testing.assert_close(trunk[0].jac, expected[0])
+    torch.testing.assert_close(hidden[2].grad, retained)
+
+
+def test_passes_that_a_hook_starts_are_not_heard(truth: Truth) -> None:
+    trunk, weights, features = _features()
+    losses = [(features[0] @ weight).square().sum() for weight in weights]
+    others: list[Tensor] = []
+
+    def ask(gradient: Tensor) -> Tensor:
+        # Through the head of another task, down to the very feature.
+        others.extend(torch.autograd.grad(losses[1], features[0], retain_graph=True))
+        return gradient
+
+    expected = truth(losses, trunk[:1])
+    products = [(features[0] @ weight) for weight in weights]
+    products[0].register_hook(ask)
+    losses = [product.square().sum() for product in products]
+    mtl_backward(losses, features[:1], retain_graph=True)
+    assert len(others) == 1
+    torch.testing.assert_close(trunk[0].jac, expected[0])
