@@ -247,7 +247,8 @@ class Jacobian:
         """All tasks, with samples. The last one is listened to, so that nothing need be kept."""
         plan, objectives = self._plan, self.objectives
         # Nodes without a rule are called afterwards, and other leaves differentiated.
-        retain_graph |= bool(self._others()) or plan.called is None or bool(plan.called)
+        retain_graph |= bool(self._others()) or bool(plan.left)
+        retain_graph |= plan.called is None or bool(plan.called)
         first = self._all_but_the_last()
         unserved: dict[int, tuple[Site, list[int]]] = {}
 
@@ -496,7 +497,9 @@ class Jacobian:
             wide = wide or any(t.dtype == torch.float64 for t in self.graph.targets.values())
             placed = factors(weights, self._device, wide=wide)
             gradients = self._at_targets(self.objectives.by_task(placed))
-        gradients.update(self._differentiated(self._others(), weights, retain_graph))
+        # An ordinary pass knows whether the gradient of what no loss depends on is zero, or none.
+        left = [self.graph.targets[place] for place in self._plan.left]
+        gradients.update(self._differentiated([*self._others(), *left], weights, retain_graph))
         return gradients
 
     def differentiated(self, weights: Tensor, *, retain_graph: bool) -> dict[Tensor, Tensor]:

@@ -80,6 +80,8 @@ class Plan:
     """The operations between roots and parameters, results before operands."""
     ordinary: list[Place] = field(factory=list)
     """Tensors whose ordinary gradients are the rows, without samples."""
+    left: list[Place] = field(factory=list)
+    """Parameters that no loss depends on, such as those of an expert that no sample goes to."""
     called: set[int] | None = None
     """Operations that are called after the pass; None before the first one."""
     _spots: dict[int, Spot] = field(factory=dict, init=False)
@@ -162,6 +164,7 @@ def _classify(
             else:
                 plan.groups.append(group)
     plan.pulled = sorted(pulled)
+    plan.left = [place for place in form.targets if place[0] not in pulled | of_leaf.keys()]
 
 
 def descend(form: Form, root: Place) -> Descent | None:
@@ -286,8 +289,8 @@ def _leaf_of(form: Form, root: Place) -> int | None:
 def _is_cheap(graph: Graph, tasks: int, leaf: int, node: int, operand: int) -> bool:
     form = graph.form
     expected, other = MATRIX_PRODUCTS.get(form.names[node], (None, ""))
-    if operand != expected or form.result((leaf, 0)).shape.numel() == 0:
-        return False
+    if operand != expected or 0 in (*form.result((node, 0)).shape, *form.result((leaf, 0)).shape):
+        return False  # of nothing, gradients are zero
     try:
         saved(graph.nodes[node], other)
     except Unreadable:

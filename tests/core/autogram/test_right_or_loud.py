@@ -95,6 +95,32 @@ def test_a_gate_that_is_closed_at_first(first: float) -> None:
         _right(engine, _gated(net, bias), list(net.parameters()))
 
 
+@pytest.mark.parametrize("batch_dim", [0, None])
+@pytest.mark.parametrize("samples", [1, B])
+def test_an_expert_that_no_sample_goes_to(samples: int, batch_dim: int | None) -> None:
+    busy = nn.Linear(3, 3)
+    idle = nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3), nn.Conv1d(1, 1, 3, padding=1))
+    net = nn.ModuleList([busy, idle])
+    x, here = randn(samples, 3), torch.ones(samples, dtype=torch.bool)
+
+    def losses() -> Tensor:
+        out = x.new_empty(samples, 3)
+        out[here] = busy(x[here])
+        out[~here] = idle(x[~here][:, None])[:, 0]
+        return out.square().sum(1)
+
+    engine = Engine(net, batch_dim=batch_dim)
+    _right(engine, losses(), list(net.parameters()))
+    losses().sum().backward()
+    expected = [p.grad for p in net.parameters()]
+    net.zero_grad()
+    engine.backward(losses(), lambda _: torch.ones(samples))
+    # Zero and not None, of which optimizers with a momentum make something else.
+    assert all(grad is not None for grad in expected)
+    for parameter, grad in zip(net.parameters(), expected, strict=True):
+        assert torch.allclose(parameter.grad, grad, rtol=1e-12)  # type: ignore[arg-type]
+
+
 def test_losses_over_the_batch_after_losses_per_sample() -> None:
     net = nn.Linear(3, 2)
     engine = Engine(net, batch_dim=0)
