@@ -262,12 +262,16 @@ def row(result: dict[str, Any]) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("cases", nargs="*", help=", ".join(CASES))
+    parser.add_argument("cases", nargs="*", metavar="case", help=", ".join(CASES))
     parser.add_argument("--json", type=Path, help="write the results to this file")
     parser.add_argument("--repetitions", type=int)
     parser.add_argument("--no-peer", action="store_true", help="leave TorchJD out")
     parser.add_argument("--both-allocators", action="store_true")
     arguments = parser.parse_args()
+    # Not by `choices`, with which Python 3.11 refuses that there is none.
+    unknown = [name for name in arguments.cases if name not in CASES]
+    if unknown:
+        parser.error(f"unknown cases {', '.join(unknown)}: choose from {', '.join(CASES)}")
     torch.set_num_threads(1)
     mapped = all(os.environ.get(key) for key in KEEP_MAPPED)
     setting = "freed memory stays mapped" if mapped else "default allocator"
