@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from torch import Tensor
-
-from jdcore.linalg import cholesky
 
 # Products of float32 are wrong by about 1e-7 of the lengths of two rows. Where no combination of
 # rows of length one is shorter than the root of this, that is 1e-4 of the Gramian in any direction.
@@ -34,16 +31,14 @@ def rows_cancel(gramian: Tensor) -> bool:
     :param gramian: Shape [m, m], float64. It is read, which waits for an accelerator.
     """
     # That G - s D is definite, with D the diagonal of G, says that all eigenvalues of the cosines
-    # are above s.
-    matrix = gramian.cpu().numpy()
-    shifted = matrix.copy()
-    squares = shifted.reshape(-1)[:: len(matrix) + 1]
-    squares *= 1.0 - _SMALLEST
+    # are above s. It is so if the Cholesky factorization goes through, which costs a fraction of
+    # the eigenvalues, and by torch rather than numpy, whose code a training step has driven from
+    # the caches of the processor.
+    shifted = gramian.to("cpu", copy=True)
+    squares = shifted.diagonal().mul_(1.0 - _SMALLEST)
+    if not torch.linalg.cholesky_ex(shifted)[1].item():
+        return False
+    if not bool(gramian.isfinite().all()):
+        return False  # whatever the precision
     squares[~(squares > 0.0)] = 1.0  # a row that is zero cancels nothing
-    try:
-        # Positive definite, and so factored, is what has no eigenvalue below the limit; that costs
-        # a fraction of the eigenvalues.
-        cholesky(shifted)
-    except np.linalg.LinAlgError:
-        return bool(np.isfinite(matrix).all())  # else whatever the precision
-    return False
+    return bool(torch.linalg.cholesky_ex(shifted)[1].item())

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 from attrs import frozen
 from torch import Tensor
 
 
-@frozen(eq=False)
+@frozen(eq=False, slots=False)  # slots leave no room for cached properties
 class Objectives:
     """
     The losses, seen as K tasks by B samples.
@@ -21,17 +22,17 @@ class Objectives:
     outputs: Sequence[Tensor]
     batch_dim: int | None
 
-    @property
+    @cached_property
     def rows(self) -> int:
         """The number of losses."""
-        return sum(output.numel() for output in self.outputs)
+        return sum([output.numel() for output in self.outputs])
 
-    @property
+    @cached_property
     def samples(self) -> int:
         """B."""
         return 1 if self.batch_dim is None else self.outputs[0].shape[self.batch_dim]
 
-    @property
+    @cached_property
     def tasks(self) -> int:
         """K."""
         return self.rows // max(1, self.samples)
@@ -90,6 +91,6 @@ class Objectives:
 class OneByOne(Objectives):
     """The same losses as K B tasks without samples, in the order [K, B]."""
 
-    @property
+    @cached_property
     def samples(self) -> int:
         return 1
