@@ -22,13 +22,8 @@ _WORTH_A_HOOK = 1 << 16
 def hooked(tensors: Sequence[Tensor], hooks: Sequence[Replace]) -> Iterator[None]:
     """Replace the gradients that arrive at tensors, for the time of a ``with`` block."""
     register: Callable[..., RemovableHandle] = Tensor.register_hook  # untyped in torch
-    with own_hooks():
-        handles = [register(tensor, hook) for tensor, hook in zip(tensors, hooks, strict=True)]
-    try:
+    with own_hooks(map(register, tensors, hooks)):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager
@@ -42,16 +37,12 @@ def listening(
     of: what autograd captures at its edge is its gradient. Where it is executed, what autograd
     captures is not its gradient: the hooks of the tensor come later.
     """
-    with own_hooks():
-        handles = [
-            product.edge.node.register_prehook(partial(_hear, listeners[i]))
-            for i, product in products.items()
-        ]
-    try:
+    made = (
+        product.edge.node.register_prehook(partial(_hear, listeners[i]))
+        for i, product in products.items()
+    )
+    with own_hooks(made):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _hear(listener: Callable[[Tensor], None], gradients: tuple[Tensor | None, ...]) -> None:

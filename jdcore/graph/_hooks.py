@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import gc
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 from jdcore.graph._graph import Graph
 from jdcore.graph._saved import computed_at, hooks_made, next_computed_at
@@ -46,13 +47,19 @@ class _Watch:
         return any(computed_at(node) < self._until for node in nodes) and _hooks_anywhere(graph)
 
     @contextmanager
-    def own_hooks(self) -> Iterator[None]:
-        """Do not count what is made in a ``with`` block."""
-        before = hooks_made()
+    def own_hooks(self, made: Iterable[RemovableHandle]) -> Iterator[None]:
+        """
+        Have hooks of ours for the time of a ``with`` block, which do not count.
+
+        :param made: Makes them, one whenever the next one is asked for.
+        """
+        before, handles = hooks_made(), list(made)
+        self._own += hooks_made() - before
         try:
             yield
         finally:
-            self._own += hooks_made() - before
+            for handle in handles:
+                handle.remove()
 
 
 def _hooks_anywhere(graph: Graph) -> bool:

@@ -58,13 +58,7 @@ def leaving(
                     # next gradient to a new tensor, not to this one in place.
                     receive(place, exit_.loss, dense(grad.detach()))
 
-    with own.starting_at(outputs):
-        with own_hooks():
-            # Hooks of the operations before the end, not of the end itself: what arrives there is a
-            # sum already.
-            handles = [exit_.node.register_hook(partial(hear, exit_)) for exit_ in exits]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+    # Of the operations before the end, not of the end itself: what arrives there is a sum already.
+    made = (exit_.node.register_hook(partial(hear, exit_)) for exit_ in exits)
+    with own.starting_at(outputs), own_hooks(made):
+        yield

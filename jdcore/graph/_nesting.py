@@ -32,13 +32,8 @@ class OuterPass:
         nodes = dict.fromkeys(
             edge_of(output)[0] if isinstance(output, Tensor) else output.node for output in outputs
         )
-        with own_hooks():
-            handles = [node.register_prehook(self._note) for node in nodes]
-        try:
+        with own_hooks(node.register_prehook(self._note) for node in nodes):
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def expect(self) -> None:
         """Say that the next pass is ours."""

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import copy_context
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -72,17 +73,11 @@ class Listener:
                 context.copy().run(receive, node, grads)
 
         ends = [graph.edge(end) for end in self._ends]
-        with own.starting_at(outputs):  # first of all, since the start may be heard itself
-            with own_hooks():
-                handles = [
-                    graph.nodes[node].register_prehook(partial(hear, node)) for node in self._inner
-                ]
-                handles += [graph.nodes[node].register_hook(hook) for node, hook in hooks]
-            try:
-                found = differentiate(outputs, ends, seeds, retain_graph)
-            finally:
-                for handle in handles:
-                    handle.remove()
+        heard = (graph.nodes[node].register_prehook(partial(hear, node)) for node in self._inner)
+        others = (graph.nodes[node].register_hook(hook) for node, hook in hooks)
+        # That of the pass first of all, since its start may be heard itself.
+        with own.starting_at(outputs), own_hooks(chain(heard, others)):
+            found = differentiate(outputs, ends, seeds, retain_graph)
         of_node: dict[int, list[Tensor | None]] = {}
         for (node, number), grad in zip(self._ends, found, strict=True):
             if grad is not None:
