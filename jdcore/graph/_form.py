@@ -119,6 +119,12 @@ class Form:
         return found
 
     @cached_property
+    def has_functions(self) -> bool:
+        """Whether the backward of some node may be code of Python."""
+        # Behind "Backward", nodes of torch's own operations have the number of an overload.
+        return any(name.endswith("Backward") for name in self.names)
+
+    @cached_property
     def leading(self) -> set[int]:
         """The nodes that a wanted tensor can be reached from, and those of these tensors."""
         found = {node for node, _ in self.targets}

@@ -224,7 +224,7 @@ class Jacobian:
         tensors += self.graph.retained
         kept = len(tensors)
         # Only the backward of a Python function can accumulate into parameters behind torch's back.
-        if any(hasattr(node, "apply") for node in self.graph.nodes):
+        if self.graph.form.has_functions:
             tensors += self._given
         before = [tensor.grad for tensor in tensors]
         for tensor in tensors:

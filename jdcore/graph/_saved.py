@@ -157,18 +157,14 @@ def plain_attributes(node: Any) -> tuple[Any, ...]:
     Two operations with the same name, shapes and integers move entries in the same way, unless they
     move them by an index tensor.
     """
+    # Floats (a slope, a threshold, an epsilon) scale entries or choose among them, and move none.
     return tuple(
         [
-            v
-            for v in (getattr(node, name) for name in _plain_names(cast("Hashable", type(node))))
-            if _is_plain(v)
+            value
+            for name in _plain_names(cast("Hashable", type(node)))
+            if (value := getattr(node, name)) is None or isinstance(value, (int, str, tuple))
         ]
     )
-
-
-def _is_plain(value: Any) -> bool:
-    # Floats (a slope, a threshold, an epsilon) scale entries or choose among them, and move none.
-    return value is None or isinstance(value, (int, str, tuple))
 
 
 @cache
