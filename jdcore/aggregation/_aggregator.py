@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import partial, reduce
+from functools import reduce
 
 import torch
 from attrs import define, field
@@ -11,7 +11,7 @@ from torch import Tensor
 from jdcore.aggregation._columns import Columns
 from jdcore.aggregation._differentiation import forbid_differentiation
 from jdcore.aggregation._finite import all_finite, finite_required
-from jdcore.aggregation._source import GramianSource
+from jdcore.aggregation._source import ColumnsSource, GramianSource
 from jdcore.aggregation._weigh import as_weighting, unscaled, weigh
 from jdcore.errors import NonFiniteError, ParameterError
 from jdcore.protocols import Weighting
@@ -102,8 +102,8 @@ class GramianAggregator:
 def _aggregate(
     weighting: Weighting, columns: Columns, losses: Tensor | None
 ) -> tuple[list[Tensor], Tensor, GramianSource]:
-    source = GramianSource.of_columns(columns, losses)
-    weights = columns.weights(partial(weigh, weighting, source))
+    source = ColumnsSource(columns, losses)
+    weights = columns.agreed(weigh(weighting, source))
     if source.asked:
         known = columns.wide or source.compute_cross is not None
         wide = not known and source.rounding_shows(weights)

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from jdcore.aggregation._finite import all_finite, nonfinite_rows
-from jdcore.linalg._blas import is_small, small_combination, small_gramian, widened
+from jdcore.linalg._blas import is_small, small_combination, small_gramian
 from jdcore.linalg._combine import combine, combine_blocks
 from jdcore.linalg._gramian import sum_cross_gramians, sum_gramians
 
@@ -33,7 +33,7 @@ class Columns:
     scale: float = field(default=1.0, init=False)
     """A power of two by which rows are divided before they are multiplied."""
     _few: NDArray[np.float64] | None = field(default=None, init=False)
-    """The rows in float64, once their Gramian was asked for, if they are small."""
+    """The rows in float64, once their products were asked for, if they are few."""
 
     @property
     def rows(self) -> int:
@@ -48,7 +48,7 @@ class Columns:
     @property
     def wide(self) -> bool:
         """Whether sums with weights in float64 are made in float64 anyway."""
-        return self._few is not None
+        return self._few is not None or self.precision == torch.float64
 
     @property
     def local(self) -> bool:
@@ -64,6 +64,18 @@ class Columns:
     def rounded_to(self) -> torch.dtype:
         """The narrowest dtype that the rows were rounded to, see :func:`rounded_to`."""
         return narrowest([self.precision, *map(rounded_to, self.blocks)])
+
+    def few_products(self) -> NDArray[np.float64] | None:
+        """
+        :meth:`gramian` of a few short rows as an array, which takes less time; None for others.
+
+        Not of float64, whose squares may leave the range.
+        """
+        [block, *more] = self.blocks
+        if more or block.dtype != torch.float32 or not (is_small(block) and self.local):
+            return None
+        self._few, products = small_gramian(block)
+        return products
 
     def gramian(self) -> Tensor:
         """
@@ -100,9 +112,6 @@ class Columns:
         """The Gramian of the rows divided by ``scale``."""
         blocks = self.blocks
         if scale == 1.0 and len(blocks) == 1 and not blocks[0].requires_grad:
-            if is_small(blocks[0]):
-                self._few = widened(blocks[0])
-                return small_gramian(self._few)
             return sum_gramians(blocks)
         return sum_gramians(_divided(blocks, scale))
 
@@ -116,13 +125,9 @@ class Columns:
         blocks = [*self.blocks, *(self.second or [])]
         return max(float(block.abs().max()) if block.numel() else 0.0 for block in blocks)
 
-    def weights(self, ask: Callable[[], Tensor]) -> Tensor:
-        """
-        The weights of the rows.
-
-        :param ask: Asks the weighting, which may ask for the Gramian.
-        """
-        return ask()
+    def agreed(self, weights: Tensor) -> Tensor:
+        """The weights that all processes take, of those that each has found."""
+        return weights
 
     def combine(self, weights: Tensor, *, wide: bool = False) -> list[Tensor]:
         """
@@ -132,7 +137,7 @@ class Columns:
         """
         few = self._few
         if few is not None and weights.is_cpu and weights.dtype == torch.float64:
-            return [small_combination(weights.numpy(), few, self.blocks[0].dtype)]
+            return [small_combination(weights.numpy(), few, torch.float32)]
         if len(self.blocks) == 1:
             return [combine(weights, self.blocks[0], wide=wide)]
         return combine_blocks(weights, self.blocks, wide=wide)

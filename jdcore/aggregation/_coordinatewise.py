@@ -11,15 +11,23 @@ from jdcore.aggregation._matrix_aggregator import MatrixAggregator
 
 # Entries handled at once: few enough to stay in the cache of a CPU through several passes over
 # them, enough to occupy an accelerator.
-_ENTRIES = {"cpu": 1 << 17}
-_ENTRIES_ELSEWHERE = 1 << 24
+_ENTRIES, _ENTRIES_ELSEWHERE = 1 << 17, 1 << 24
 
 
 def portions(block: Tensor) -> Iterator[slice]:
     """Cuts of the columns of a block into portions that are handled at once."""
-    step = max(1, _ENTRIES.get(block.device.type, _ENTRIES_ELSEWHERE) // max(1, len(block)))
-    for start in range(0, block.shape[1], step):
+    rows, columns = block.shape
+    step = max(1, _at_once(block) // max(1, rows))
+    for start in range(0, columns, step):
         yield slice(start, start + step)
+
+
+def _widened(block: Tensor) -> Tensor:
+    return block if block.dtype in (torch.float32, torch.float64) else block.float()
+
+
+def _at_once(block: Tensor) -> int:
+    return _ENTRIES if block.is_cpu else _ENTRIES_ELSEWHERE
 
 
 @define(eq=False)
@@ -46,12 +54,10 @@ class CoordinatewiseAggregator(MatrixAggregator):
         return columns.apply(self._aggregate_block)
 
     def _aggregate_block(self, block: Tensor) -> Tensor:
-        n = block.shape[1]
-        wide = torch.promote_types(block.dtype, torch.float32)
-        cuts = list(portions(block))
-        if len(cuts) == 1:
-            return self.compute(block.to(wide)).to(block.dtype)
-        vector = block.new_empty(n)
-        for cut in cuts:
-            vector[cut] = self.compute(block[:, cut].to(wide))
+        if 0 < block.numel() <= _at_once(block):
+            vector = self.compute(_widened(block))
+            return vector if vector.dtype == block.dtype else vector.to(block.dtype)
+        vector = block.new_empty(block.shape[1])
+        for cut in portions(block):
+            vector[cut] = self.compute(_widened(block[:, cut]))
         return vector

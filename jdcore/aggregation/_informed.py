@@ -89,8 +89,13 @@ class CrossGramianWeighting(GramianWeighting):
 
     def matrix_of(self, source: GramianSource) -> Tensor:
         """
-        The cross-Gramian, float64 Tensor [m, m] on any device.
+        The cross-Gramian, float64 Tensor [m, m].
 
         :raises ParameterError: If there is one batch only.
         """
         return source.cross_gramian()
+
+    def array_of(self, source: GramianSource) -> NDArray[np.float64]:
+        """The cross-Gramian, float64 array [m, m]."""
+        array: NDArray[np.float64] = self.matrix_of(source).cpu().numpy()
+        return array

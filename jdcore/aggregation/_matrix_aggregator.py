@@ -62,7 +62,8 @@ class MatrixAggregator:
         :raises NonDifferentiableError: When differentiating through the aggregation.
         """
         check_matrix(matrix)
-        [vector], _ = self.aggregate_columns(Columns([matrix.detach()]))
+        rows = matrix.detach() if matrix.requires_grad else matrix
+        [vector], _ = self.aggregate_columns(Columns([rows]))
         return forbid_differentiation(self, matrix, vector)
 
     def aggregate_blocks(self, blocks: Sequence[Tensor], /) -> tuple[list[Tensor], None]:
@@ -85,7 +86,7 @@ class MatrixAggregator:
         :returns: The vectors that it puts together, and None.
         """
         m = columns.rows
-        check_row_vectors(self, m, columns.device)
+        check_row_vectors(self, m, columns)
         if m == 0:
             return columns.apply(lambda block: block.new_zeros(block.shape[1])), None
         self.check_rows(m)

@@ -16,7 +16,7 @@ from jdcore.aggregation._columns import Columns
 from jdcore.aggregation._differentiation import forbid_differentiation
 from jdcore.aggregation._finite import finite_required, refuse_gramian
 from jdcore.aggregation._row_vectors import check_row_vectors
-from jdcore.aggregation._source import GramianSource, taken_by
+from jdcore.aggregation._source import ColumnsSource, GramianSource, taken_by
 from jdcore.aggregation._weigh import Result, watched, weigh
 from jdcore.errors import NonFiniteError, ParameterError, ParameterTypeError
 from jdcore.linalg._gramian import symmetric
@@ -127,14 +127,14 @@ class RowMixing:
             return GramianAggregator(self.weighting).aggregate_columns(columns, losses=losses)
         if not columns.rows:
             return columns.apply(lambda block: block.new_zeros(block.shape[1])), None
-        source = GramianSource.of_columns(columns, losses)
+        source = ColumnsSource(columns, losses)
         return watched(self, columns, lambda: self._aggregate(columns, source))
 
     def _aggregate(self, columns: Columns, source: GramianSource) -> Result:
-        check_row_vectors(self, columns.rows, columns.device)
+        check_row_vectors(self, columns.rows, columns)
         try:
             # As weights: drawn at random, it must be the same on all processes.
-            mixing = columns.weights(lambda: torch.from_numpy(self.mix(source))).numpy()
+            mixing = columns.agreed(torch.from_numpy(self.mix(source))).numpy()
             if not source.asked and not columns.finite():
                 raise NonFiniteError(columns.nonfinite_rows())
         except NonFiniteError:
@@ -217,7 +217,7 @@ class MixedWeighting:
         :returns: The m weights, a float64 Tensor on the CPU.
         """
         m = source.rows
-        check_row_vectors(self.mixing, m, source.device)
+        check_row_vectors(self.mixing, m, source)
         if m == 0:
             return torch.empty(0, dtype=torch.float64, device="cpu")
         try:
@@ -263,8 +263,8 @@ class MixedColumns(Columns):
         self.scale = self._source.scale()
         return gramian
 
-    def weights(self, ask: Callable[[], Tensor]) -> Tensor:
-        return self._columns.weights(ask)
+    def agreed(self, weights: Tensor) -> Tensor:
+        return self._columns.agreed(weights)
 
     def combine(self, weights: Tensor, *, wide: bool = False) -> list[Tensor]:
         return self._columns.combine(self.mixed_weights(weights), wide=wide)
@@ -313,7 +313,7 @@ def finite_gramian(source: GramianSource) -> NDArray[np.float64]:
     :returns: float64 array [m, m]. Must not be modified.
     :raises NonFiniteError: If it holds NaN or infinite values.
     """
-    gramian: NDArray[np.float64] = source.gramian().cpu().numpy()
+    gramian = source.array()
     if not np.isfinite(gramian).all():
         raise refuse_gramian(gramian)
     return gramian

@@ -78,7 +78,8 @@ def _observers() -> tuple[Observer, ...]:
 
 def observed() -> bool:
     """Whether anybody watches."""
-    return _observers() != ()
+    watch = _WATCH.get()
+    return watch != () and isinstance(watch, tuple)
 
 
 def told(

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
+from typing import Any, Protocol
 
 import attrs
 import torch
@@ -10,7 +10,14 @@ from jdcore.errors import ParameterError
 from jdcore.validators import row_vector
 
 
-def check_row_vectors(method: Any, m: int, device: torch.device) -> None:
+class Placed(Protocol):
+    """What lies on some device: a Tensor, or what stands for some."""
+
+    @property
+    def device(self) -> torch.device: ...
+
+
+def check_row_vectors(method: Any, m: int, given: Placed) -> None:
     """
     Refuse an argument with one entry per objective that does not fit the input of a call.
 
@@ -18,7 +25,7 @@ def check_row_vectors(method: Any, m: int, device: torch.device) -> None:
     :func:`jdcore.validators.row_vector`.
 
     :param m: Number of objectives of the input.
-    :param device: Device of the input.
+    :param given: The input, which is asked for its device where there are such arguments.
     :raises ParameterError: If the length or the device differs.
     """
     cls: Any = type(method)
@@ -30,6 +37,7 @@ def check_row_vectors(method: Any, m: int, device: torch.device) -> None:
             raise ParameterError(
                 name, f"of length {m}, the number of objectives", f"length {len(vector)}"
             )
+        device = given.device
         if vector.device != device:
             raise ParameterError(
                 name,

@@ -5,8 +5,10 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from attrs import define, field
+from numpy.typing import NDArray
 from torch import Tensor
 
 from jdcore.aggregation._columns import Columns
@@ -61,7 +63,7 @@ class GramianSource:
     """What takes back the changes of state of methods that did not look at the Jacobian, for the
     caller to run if it turns out to hold NaN or infinite values."""
     _gramian: Tensor | None = field(default=None, init=False)
-    _on_host: Tensor | None = field(default=None, init=False)
+    _array: NDArray[np.float64] | None = field(default=None, init=False)
 
     @classmethod
     def of(cls, gramian: Tensor, losses: Tensor | None = None) -> GramianSource:
@@ -83,20 +85,10 @@ class GramianSource:
             compute_cross=lambda: wide,
         )
 
-    @classmethod
-    def of_columns(cls, columns: Columns, losses: Tensor | None = None) -> GramianSource:
+    @staticmethod
+    def of_columns(columns: Columns, losses: Tensor | None = None) -> GramianSource:
         """The source of a Jacobian that is there itself."""
-        rows = columns.rows
-        return cls(
-            rows,
-            columns.precision,
-            columns.device,
-            columns.gramian,
-            losses=None if losses is None else check_losses(losses, rows),
-            compute_cross=None if columns.second is None else columns.cross_gramian,
-            scale=lambda: columns.scale,
-            rounded_to=columns.rounded_to,
-        )
+        return ColumnsSource(columns, losses)
 
     @property
     def proximal_level(self) -> float:
@@ -126,24 +118,20 @@ class GramianSource:
 
     def rounding_shows(self, weights: Tensor) -> bool:
         """Whether weights [m] need float64, see :func:`jdcore.linalg.rounding_shows`."""
-        gramian = self.peek()
         # Where the weights are is the Gramian, too, or was, if it is an accelerator's.
-        here = weights.is_cpu or len(gramian) <= _COPIED
-        return rounding_shows(weights, self.on_host(gramian) if here else gramian)
+        here = weights.is_cpu or self.rows <= _COPIED
+        return rounding_shows(weights, torch.from_numpy(self.array()) if here else self.gramian())
 
-    def on_host(self, matrix: Tensor) -> Tensor:
+    def array(self) -> NDArray[np.float64]:
         """
-        A matrix that this source gave, on the CPU.
+        :meth:`gramian` on the host, float64 array [m, m]. Not to be modified.
 
-        The Gramian is copied once, as the host waits for the accelerator meanwhile.
+        It is copied from an accelerator once, as the host waits for that.
         """
-        if matrix.is_cpu:
-            return matrix
-        if matrix is not self._gramian:
-            return matrix.cpu()
-        if self._on_host is None:
-            self._on_host = matrix.cpu()
-        return self._on_host
+        if self._array is None:
+            self._array = self.gramian().cpu().numpy()
+        self.asked = True
+        return self._array
 
     def cross_gramian(self) -> Tensor:
         """
@@ -178,6 +166,49 @@ class GramianSource:
                 "jac_to_grad(..., losses=losses); gramian_backward and Engine.backward know them.",
             )
         return self.losses
+
+
+class ColumnsSource(GramianSource):
+    """
+    The source of a Jacobian that is there itself.
+
+    It is made at every step, and most methods ask for little of it: what can be told from the
+    columns is not copied from there.
+    """
+
+    __slots__ = ("_columns",)
+
+    def __init__(self, columns: Columns, losses: Tensor | None = None) -> None:
+        self._columns = columns
+        self.rows, self.precision = columns.rows, columns.precision
+        self.losses = losses if losses is None else check_losses(losses, self.rows)
+        self.borrowed = self.asked = False
+        self.undo = []
+        self._gramian = self._array = None
+
+    # Attributes of the base can be set, these cannot.
+    @property
+    def device(self) -> torch.device:  # type: ignore[override]
+        return self._columns.device
+
+    @property
+    def compute_cross(self) -> Callable[[], Tensor] | None:  # type: ignore[override]
+        return None if self._columns.second is None else self._columns.cross_gramian
+
+    def compute(self) -> Tensor:
+        return self._columns.gramian() if self._array is None else torch.from_numpy(self._array)
+
+    def array(self) -> NDArray[np.float64]:
+        if self._array is None and self._gramian is None:
+            self._array = self._columns.few_products()
+        self.asked = True
+        return super().array() if self._array is None else self._array
+
+    def scale(self) -> float:
+        return self._columns.scale
+
+    def rounded_to(self) -> torch.dtype:
+        return self._columns.rounded_to()
 
 
 def check_losses(

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from jdcore.aggregation._columns import Columns
 from jdcore.aggregation._observation import Observation, Residuals, observed, told
-from jdcore.aggregation._source import GramianSource
+from jdcore.aggregation._source import ColumnsSource, GramianSource
 from jdcore.errors import ParameterError, ParameterTypeError
 from jdcore.linalg import unflatten_gramian
 from jdcore.validators import describe_tensor
@@ -150,7 +150,7 @@ def watched(method: Any, columns: Columns, aggregate: Callable[[], Result]) -> R
 
     def observation(result: Result, seconds: float, residuals: Residuals) -> Observation:
         vectors, weights = result
-        source, update = GramianSource.of_columns(columns), partial(columns.inner, vectors)
+        source, update = ColumnsSource(columns), partial(columns.inner, vectors)
         return Observation(method, source, weights, update, seconds, residuals)
 
     return told(aggregate, observation)

@@ -19,7 +19,7 @@ from jdcore.linalg import add_proximal
 from jdcore.validators import boolean, check_gramian
 
 _FEW, _SMALL = 64, 4096
-_THERE = 128  # rows
+_THERE = 128  # rows from which on it may pay to work where the Gramian is
 
 
 @define(eq=False)
@@ -88,8 +88,12 @@ class GramianWeighting:
         return GramianSource.of(matrix, losses)
 
     def matrix_of(self, source: GramianSource) -> Tensor:
-        """What :meth:`compute` looks at, float64 Tensor [m, m] on any device: the Gramian, here."""
+        """What :meth:`compute_there` looks at, float64 Tensor [m, m]: the Gramian, here."""
         return source.gramian()
+
+    def array_of(self, source: GramianSource) -> NDArray[np.float64]:
+        """What :meth:`compute` looks at, float64 array [m, m]: the Gramian, here."""
+        return source.array()
 
     def answer(self, matrix: NDArray[np.float64], source: GramianSource) -> NDArray[np.float64]:
         """:meth:`compute`, for methods that look at more than one matrix, or at the precision."""
@@ -105,25 +109,27 @@ class GramianWeighting:
         :returns: The m weights, a float64 Tensor on any device.
         """
         m = source.rows
-        check_row_vectors(self, m, source.device)
+        check_row_vectors(self, m, source)
         if m == 0:
             return torch.empty(0, dtype=torch.float64, device="cpu")
-        gramian = self.matrix_of(source)
-        cls: Any = type(self)
-        if _stays(gramian) and _computes_there(cls):
-            there = self._weigh_there(gramian, source)
+        if m >= _THERE:
+            there = self._weigh_there(source)
             if there is not None:
                 return there
         # No copy where the Gramian is on the CPU: `compute` must not modify it.
-        array: NDArray[np.float64] = source.on_host(gramian).numpy()
+        array = self.array_of(source)
         if _all_finite(array):
             return torch.from_numpy(np.asarray(self.answer(array, source), dtype=np.float64))
         if finite_required(self.check_finite):
             raise refuse_gramian(array)
         return torch.full((m,), math.nan, dtype=torch.float64, device="cpu")
 
-    def _weigh_there(self, gramian: Tensor, source: GramianSource) -> Tensor | None:
-        if not bool(gramian.isfinite().all()):
+    def _weigh_there(self, source: GramianSource) -> Tensor | None:
+        cls: Any = type(self)
+        if not _computes_there(cls):
+            return None
+        gramian = self.matrix_of(source)
+        if gramian.is_cpu or not bool(gramian.isfinite().all()):
             return None
         if self.proximal:
             gramian = gramian.clone()
@@ -140,11 +146,6 @@ def _computes_there(cls: Any) -> bool:
         if not vars(base).keys().isdisjoint(("compute", "answer")):
             return False
     return False
-
-
-def _stays(gramian: Tensor) -> bool:
-    """Whether it may pay to work where the Gramian is, rather than on the CPU."""
-    return not gramian.is_cpu and len(gramian) >= _THERE
 
 
 def _all_finite(gramian: NDArray[np.float64]) -> bool:

@@ -77,7 +77,7 @@ class WeightingWrapper(NestedState):
 
     def weigh(self, source: GramianSource, /) -> Tensor:
         """See :meth:`GramianWeighting.weigh`."""
-        check_row_vectors(self, source.rows, source.device)
+        check_row_vectors(self, source.rows, source)
         if not source.rows:
             return torch.empty(0, dtype=torch.float64, device="cpu")
         before = {state.name: getattr(self, state.name) for state in state_fields(type(self))}
@@ -87,7 +87,7 @@ class WeightingWrapper(NestedState):
         if is_finite(weights):
             return weights
         if finite_required(self.check_finite):
-            raise refuse_gramian(source.peek().cpu().numpy())
+            raise refuse_gramian(source.array())
         return torch.full_like(weights, torch.nan)
 
 

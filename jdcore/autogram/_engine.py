@@ -200,14 +200,14 @@ class Engine:
                 per_process=per_process,
                 retain_graph=retain_graph,
             )
-            return weights.to(result_dtype(output))
+            return weights.to(result_dtype(output), copy=True)
         weights = self._step(output, trainable).backward(
             chosen,
             None if output.ndim == 1 else output.shape,
             retain_graph=retain_graph,
             second_pass=second_pass,
         )
-        return weights.to(result_dtype(output))
+        return weights.to(result_dtype(output), copy=True)
 
     def explain(self, output: Tensor, /) -> str:
         """

@@ -79,7 +79,7 @@ def backward(
         weights = backward_together(
             lambda: step, holders, chosen, per_process=per_process, retain_graph=retain_graph
         )
-        return weights.to(result_dtype(step.objectives.outputs[0]))
+        return weights.to(result_dtype(step.objectives.outputs[0]), copy=True)
     shaped_losses = isinstance(losses, Tensor) and losses.ndim != 1
     weights = step.backward(
         chosen,
@@ -87,7 +87,7 @@ def backward(
         retain_graph=check_flag(retain_graph, "retain_graph"),
         second_pass=check_flag(second_pass, "second_pass"),
     )
-    return weights.to(result_dtype(step.objectives.outputs[0]))
+    return weights.to(result_dtype(step.objectives.outputs[0]), copy=True)
 
 
 def gramian(
@@ -158,7 +158,8 @@ def gramian_backward(
 
         return gramian_step(step.objectives.outputs, chosen, inputs, team, retain_graph=flag)
     weights = step.backward(chosen, None, retain_graph=flag, second_pass=False)
-    return weights.to(reduce(torch.promote_types, (tensor.dtype for tensor in step.wanted)))
+    dtype = reduce(torch.promote_types, (tensor.dtype for tensor in step.wanted))
+    return weights.to(dtype, copy=True)
 
 
 def _step(

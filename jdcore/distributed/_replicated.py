@@ -78,8 +78,8 @@ class ReplicatedColumns(Columns):
         own = torch.tensor(super().largest(), dtype=torch.float64, device=self.device)
         return float(self._meeting.maximum(Stage.LARGEST, own))
 
-    def weights(self, ask: Callable[[], Tensor]) -> Tensor:
-        return weights_of_first(self._meeting, ask(), self.device)
+    def agreed(self, weights: Tensor) -> Tensor:
+        return weights_of_first(self._meeting, weights, self.device)
 
     def combine(self, weights: Tensor, *, wide: bool = False) -> list[Tensor]:
         if self.blocks:

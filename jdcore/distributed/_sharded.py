@@ -83,8 +83,8 @@ class ShardedColumns(Columns):
         own = torch.tensor(super().largest(), dtype=torch.float64, device=self.device)
         return float(self._meeting.maximum(Stage.LARGEST, own))
 
-    def weights(self, ask: Callable[[], Tensor]) -> Tensor:
-        return weights_of_first(self._meeting, ask(), self.device)
+    def agreed(self, weights: Tensor) -> Tensor:
+        return weights_of_first(self._meeting, weights, self.device)
 
     def rounded_to(self) -> torch.dtype:
         return self.precision  # what the parts tell need not be the same on all processes

@@ -43,17 +43,13 @@ def is_small(matrix: Tensor) -> bool:
     )
 
 
-def widened(matrix: Tensor) -> NDArray[np.float64]:
-    """The entries of a small matrix, as a new array."""
-    return matrix.numpy().astype(np.float64)
-
-
 # What overflows or is not finite is told from the results, not by warnings of numpy.
 @np.errstate(over="ignore", invalid="ignore")
-def small_gramian(rows: NDArray[np.float64]) -> Tensor:
-    """``A Aᵀ``, exactly symmetric."""
+def small_gramian(matrix: Tensor) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """A small matrix A in float64, and ``A Aᵀ``, exactly symmetric."""
+    rows = matrix.numpy().astype(np.float64)
     # Of a matrix times its transpose numpy computes one triangle.
-    return torch.from_numpy(rows.dot(rows.T))
+    return rows, rows.dot(rows.T)
 
 
 @np.errstate(over="ignore", invalid="ignore")

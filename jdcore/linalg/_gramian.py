@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from jdcore.errors import ParameterError
-from jdcore.linalg._blas import is_small, small_gramian, widened
+from jdcore.linalg._blas import is_small, small_gramian
 from jdcore.validators import check_blocks
 
 # Float64 entries of the pieces that are multiplied: 1 MB is large enough for the product to run at
@@ -15,6 +15,8 @@ from jdcore.validators import check_blocks
 _ENTRIES = 1 << 17
 _ENTRIES_ELSEWHERE = 1 << 24
 _NARROWEST = 1024  # columns, below which the product itself gets slow
+# Rows from which on half of a product is left out on a CPU, and how many strips it is cut into.
+_MANY, _STRIPS = 96, 4
 # Columns of one product of a batch on accelerators.
 _BATCHED = 4096
 
@@ -40,8 +42,13 @@ def sum_gramians(blocks: Sequence[Tensor]) -> Tensor:
     """:func:`gramian` of blocks that have been checked."""
     if len(blocks) == 1 and blocks[0].numel() <= _ENTRIES:
         if is_small(blocks[0]):
-            return small_gramian(widened(blocks[0]))
-        return symmetric(_product(blocks[0].double()))
+            return torch.from_numpy(small_gramian(blocks[0])[1])
+        wide = blocks[0].double()
+        if len(wide) < _MANY:
+            return symmetric(wide.mm(wide.T))
+        total = wide.new_empty((len(wide), len(wide)))
+        _add_product(total, wide, beta=0.0)
+        return _mirrored(total)
     m = blocks[0].shape[0]
     entries = _ENTRIES if blocks[0].is_cpu else _ENTRIES_ELSEWHERE
     columns = max(_NARROWEST, entries // max(1, m))
@@ -62,7 +69,7 @@ def sum_gramians(blocks: Sequence[Tensor]) -> Tensor:
         buffer[:, filled:end].copy_(piece)
         filled = end
     _add_product(total, buffer[:, :filled])
-    return symmetric(total)
+    return _mirrored(total)
 
 
 def _sum_in_batches(total: Tensor, pieces: Sequence[Tensor], columns: int) -> Tensor:
@@ -139,10 +146,6 @@ def symmetric(product: Tensor) -> Tensor:
     return torch.maximum(product, product.T) if len(product) > 1 else product
 
 
-def _product(wide: Tensor) -> Tensor:
-    return wide.matmul(wide.T)
-
-
 def _pieces(blocks: Sequence[Tensor], columns: int) -> Iterator[Tensor]:
     for block in blocks:
         n = block.shape[1]
@@ -153,5 +156,19 @@ def _pieces(blocks: Sequence[Tensor], columns: int) -> Iterator[Tensor]:
                 yield block[:, start : start + columns]
 
 
-def _add_product(total: Tensor, wide: Tensor) -> None:
-    total.addmm_(wide, wide.T)
+def _add_product(total: Tensor, wide: Tensor, *, beta: float = 1.0) -> None:
+    """Add ``A Aᵀ`` to beta times a total: of many rows to the lower triangle, strip by strip."""
+    m = len(total)
+    strip = max(1, m) if m < _MANY else -(-m // _STRIPS)
+    for start in range(0, m, strip):
+        rows = slice(start, start + strip)
+        part = total[rows, : rows.stop]
+        torch.addmm(part, wide[rows], wide[: rows.stop].T, beta=beta, out=part)
+
+
+def _mirrored(total: Tensor) -> Tensor:
+    """A total of :func:`_add_product` with both triangles."""
+    if len(total) < _MANY:
+        return symmetric(total)
+    total.tril_()
+    return total + total.tril(-1).T

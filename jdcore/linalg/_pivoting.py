@@ -38,6 +38,7 @@ _ENTRIES, _ENTRIES_ELSEWHERE = 1 << 18, 1 << 26
 # answers by the inverse take one more step of refinement, without which signs are noise.
 _DEPENDENT, _CORRECTED = 1e-12, (1e-2, 1e-9)
 
+Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
 
 
@@ -77,10 +78,12 @@ def pivot(
     b = -Q if centre is None else torch.sub(centre * delta, Q)
     if len(C) <= _SMALL and C.is_cpu and rounds >= _TOGETHER:
         try:
-            together = _exchange_together(C, Q, b, passive, delta)
+            c, q, rhs, sets = C.numpy(), Q.numpy(), b.numpy(), passive.numpy()
+            found = exchange_few(c, q, rhs, sets, delta)
         except np.linalg.LinAlgError:
-            together = None
-        if together is not None:
+            found = None
+        if found is not None:
+            together = torch.from_numpy(found)
             return together, natural_residual(C, Q, together)
     return _Exchange(C, Q, b, passive, delta).run(rounds)
 
@@ -91,36 +94,47 @@ def _tolerance(m: int) -> float:
     return 16.0 * m * EPS
 
 
-def _exchange_together(
-    C: Tensor, Q: Tensor, b: Tensor, passive: Tensor, delta: float
-) -> Tensor | None:
+def exchange_few(
+    C: Floats, Q: Floats, b: Floats, passive: NDArray[np.bool_], delta: float = 0.0
+) -> Floats | None:
     """
     :func:`pivot` of small problems, in numpy, whose calls take half as long as those of torch.
 
-    All rows go on until the last is done. None if that takes too many exchanges.
-
+    :param b: ``delta centre - Q``.
+    :param passive: As for :func:`pivot`: replaced by the sets found.
+    :returns: z >= 0 [k, m]; None if that takes too many exchanges.
     :raises numpy.linalg.LinAlgError: If a block is singular.
     """
-    c, q, rhs, sets = C.numpy(), Q.numpy(), b.numpy(), passive.numpy()
-    diagonal, own = np.arange(len(c)), c.diagonal() + delta
+    own, diagonal = C.diagonal() + delta, np.arange(len(C))
+    Z, left, sets, rhs = np.zeros_like(Q), np.arange(len(Q)), passive, b
     for _ in range(_TOGETHER):
-        A = c * sets[:, :, None]
+        A = C * sets[:, :, None]
         A *= sets[:, None, :]
         # Outside of its set, a row is that of the unit matrix: so all systems of the batch have one
         # size.
         A[:, diagonal, diagonal] = np.where(sets, own, 1.0)
-        z = np.linalg.solve(A, (rhs * sets)[:, :, None])[:, :, 0]
-        y = z.dot(c)
+        z: Floats = np.asarray(np.linalg.solve(A, (rhs * sets)[:, :, None]), np.float64)[:, :, 0]
+        y = z.dot(C)
         y -= rhs
-        y += _tolerance(len(c)) * (1.0 + np.abs(z).max(axis=1, keepdims=True))
+        y += _tolerance(len(C)) * (1.0 + np.abs(z).max(axis=1, keepdims=True))
         wrong = np.where(sets, z, y) < 0.0
-        if not wrong.any():
-            for _ in range(_REFINEMENTS if delta else 0):
-                new = z - np.linalg.solve(A, ((z.dot(c) + q) * sets)[:, :, None])[:, :, 0]
-                z = np.where(new.min(axis=1, keepdims=True) < -_SLIGHT, z, new)
-            return torch.from_numpy(np.maximum(z, 0.0))
-        sets ^= wrong
+        going = wrong.any(axis=1)
+        if delta and not going.all():
+            z[~going] = _refined_few(C, Q[left[~going]], z[~going], sets[~going], A[~going])
+        Z[left] = np.maximum(z, 0.0)
+        if not going.any():
+            return Z
+        left = left[going]
+        sets, rhs = sets[going] ^ wrong[going], rhs[going]
+        passive[left] = sets
     return None
+
+
+def _refined_few(C: Floats, Q: Floats, z: Floats, sets: NDArray[np.bool_], A: Floats) -> Floats:
+    for _ in range(_REFINEMENTS):
+        new = z - np.linalg.solve(A, ((z.dot(C) + Q) * sets)[:, :, None])[:, :, 0]
+        z = np.where(new.min(axis=1, keepdims=True) < -_SLIGHT, z, new)
+    return z
 
 
 @frozen

@@ -20,6 +20,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from jdcore.linalg._blas import product
+
 # Multiples of u whose squares are δ. Float32 can afford a distance from its rounding: 4e-12 is as
 # small for what the rows say as it is large for what they do not. Half precision cannot: a term of
 # 1e-3 would let the update conflict with some rows by as much.
@@ -85,9 +87,9 @@ def rounding_shows(weights: Tensor, gramian: Tensor, /) -> bool:
                 total += abs(factor) * math.sqrt(row[i])
                 squared += factor * sum(map(mul, row, factors))
     elif gramian.is_cpu:
-        matrix, vector = gramian.numpy(), np.array(weights.tolist())
-        squared = float(vector @ (matrix @ vector))
-        total = float(np.abs(vector) @ np.sqrt(matrix.diagonal()))
+        matrix, vector = gramian.numpy(), weights.double().cpu().numpy()
+        squared = float(vector.dot(product(matrix, vector)))
+        total = float(np.abs(vector).dot(np.sqrt(matrix.diagonal())))
     else:
         wide = weights.to(gramian)
         # Both at once: each number asked of an accelerator makes the host wait for it.

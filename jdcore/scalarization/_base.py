@@ -38,7 +38,7 @@ class LossScalarizer:
             fit them.
         """
         check_losses(losses)
-        check_row_vectors(self, len(losses), losses.device)
+        check_row_vectors(self, len(losses), losses)
         return _scalarized(self.scalarize, losses)
 
 

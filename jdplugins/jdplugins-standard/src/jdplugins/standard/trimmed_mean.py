@@ -52,7 +52,7 @@ class TrimmedMean(CoordinatewiseAggregator):
             )
 
     def compute(self, columns: Tensor) -> Tensor:
-        m, t = len(columns), self.trim_number
+        m, t = columns.shape[0], self.trim_number
         if t > _MAX_PASSES or t * m > _MAX_ENTRIES:
             # What is sorted lies side by side in memory then.
             kept = columns.T.contiguous().sort(dim=1).values[:, t : m - t].T
@@ -66,26 +66,29 @@ class TrimmedMean(CoordinatewiseAggregator):
 def _trim(rows: Tensor) -> Tensor:
     """Drop the smallest and the largest entry of each column; the order within columns is lost."""
     lows, highs, left_over = _exchange(rows)
-    if len(left_over):  # it can still be the smallest or the largest
+    if left_over is not None:  # it can still be the smallest or the largest
         lowest, highest, _ = _exchange(torch.cat([lows[-1:], left_over]))
         lows, highs = torch.cat([lows[:-1], lowest]), torch.cat([highs, highest])
     return torch.cat([*_losers(lows, smallest=True), *_losers(highs, smallest=False)])
 
 
-def _exchange(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    half = len(rows) // 2
+def _exchange(rows: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The smaller and the larger ones of pairs of rows, and the row that is left over."""
+    m = rows.shape[0]  # `len` of a Tensor is a function of Python, which takes longer
+    half = m // 2
     one, two = rows[:half], rows[half : 2 * half]
-    return torch.minimum(one, two), torch.maximum(one, two), rows[2 * half :]
+    left_over = rows[2 * half :] if m > 2 * half else None
+    return torch.minimum(one, two), torch.maximum(one, two), left_over
 
 
 def _losers(rows: Tensor, *, smallest: bool) -> list[Tensor]:
     """All entries but the extreme one of each column, by a tournament."""
     losers = []
-    while len(rows) > 2:
+    while rows.shape[0] > 2:
         lows, highs, left_over = _exchange(rows)
         winners, beaten = (lows, highs) if smallest else (highs, lows)
         losers.append(beaten)
-        rows = torch.cat([winners, left_over]) if len(left_over) else winners
-    if len(rows) == 2:
+        rows = winners if left_over is None else torch.cat([winners, left_over])
+    if rows.shape[0] == 2:
         losers.append((torch.maximum if smallest else torch.minimum)(rows[:1], rows[1:]))
     return losers

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, lru_cache
 from typing import ClassVar
 
 import numpy as np
@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from jdcore.aggregation import GramianWeighting, find_solver, row_weights, solver_field
+from jdcore.linalg import product
 from jdcore.protocols import DualConeSolver
 from jdcore.validators import row_vector
 
@@ -20,6 +21,12 @@ _FEW = 64
 def _shares_of_few(m: int) -> NDArray[np.float64]:
     """What is projected where there are no preferences; a copy is made in less time."""
     return np.diag(row_weights(None, m))
+
+
+@lru_cache(maxsize=16)
+def _ones(m: int) -> NDArray[np.float64]:
+    """Factors of a sum of rows, which a few are multiplied by in less time than summed."""
+    return np.ones(m)
 
 
 @define(eq=False)
@@ -58,8 +65,7 @@ class UPGradWeighting(GramianWeighting):
             references = _shares_of_few(m).copy()
         else:
             references = np.diag(row_weights(self.pref_vector, m))
-        weights: NDArray[np.float64] = np.add.reduce(project(gramian, references))
-        return weights
+        return product(_ones(m), project(gramian, references))
 
     def compute_there(self, gramian: Tensor) -> Tensor | None:
         project = getattr(find_solver("dual_cone", self.solver), "project", None)

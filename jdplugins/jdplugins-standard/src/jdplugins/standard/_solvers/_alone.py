@@ -16,7 +16,8 @@ from jdplugins.standard._solvers._guess import descend
 Floats = NDArray[np.float64]
 
 _ROUNDS = 12
-_EXACT = 1e-13
+EXACT = 1e-13
+"""Residual of a solution."""
 
 LARGE = 1e3
 """Entries of z that may come from rounding."""
@@ -48,6 +49,6 @@ def solve_alone(
         wrong = np.where(start, z, y + tolerance * (1.0 + largest)) < 0.0
         if not wrong.any():
             residual = float(np.abs(np.minimum(z, y)).max()) / (1.0 + largest)
-            return (z, residual) if residual <= _EXACT and largest <= LARGE else None
+            return (z, residual) if residual <= EXACT and largest <= LARGE else None
         start = start ^ wrong
     return None

@@ -6,13 +6,14 @@ from attrs import frozen
 from torch import Tensor
 
 from jdcore.aggregation import report_residual
-from jdcore.linalg import equilibrate, lcp_residual, product
-from jdplugins.standard._solvers._alone import solve_alone
+from jdcore.linalg import equilibrate, exchange_few, lcp_residual, product
+from jdplugins.standard._solvers._alone import EXACT, LARGE, solve_alone
 from jdplugins.standard._solvers._cone_of_few import project_few
 from jdplugins.standard._solvers._lcp import ROUGH, UNSOLVED, Floats, solve_lcps, warn_if_unsolved
 from jdplugins.standard._solvers._semidefinite import nearest_semidefinite
 
-_FEW = 8  # rows, up to which a call of numpy takes longer than the arithmetic
+# Rows up to which a call of numpy takes longer than the arithmetic, and one of torch.
+_FEW, _SMALL = 8, 32
 
 
 @frozen
@@ -39,7 +40,7 @@ class NativeDualConeSolver:
         if len(gramian) <= _FEW:
             few = project_few(gramian.tolist(), references.tolist())
             if few is not None:
-                found = np.array(few, dtype=np.float64).reshape(references.shape)
+                found = np.array(few) if few else references.copy()
                 report_residual(_residual, gramian, references, found)
                 return found
         # In the cone already, as the mean of the rows often is: told without numpy's reductions,
@@ -47,11 +48,11 @@ class NativeDualConeSolver:
         if len(references) == 1 and min(product(gramian, references[0]).tolist()) >= 0.0:
             report_residual(lambda: 0.0)
             return np.array(references)
-        if len(references) == 1:
-            alone = _project_alone(gramian, references[0])
-            if alone is not None:
-                report_residual(_residual, gramian, references, alone)
-                return alone
+        if len(gramian) <= _SMALL or len(references) == 1:
+            small = _project_small(gramian, references)
+            if small is not None:
+                report_residual(_residual, gramian, references, small)
+                return small
         projected = self.project(torch.from_numpy(gramian), torch.from_numpy(references))
         array: Floats = projected.numpy()
         return array
@@ -69,18 +70,38 @@ class NativeDualConeSolver:
         return _solve(cosines, scaled).mul_(scales).mul_(inverses).add_(references)
 
 
-def _project_alone(gramian: Floats, reference: Floats) -> Floats | None:
-    """One projection [1, m]; None for zero rows, or where that takes more."""
+def _project_small(gramian: Floats, references: Floats) -> Floats | None:
+    """
+    One projection, or those of few rows, in numpy, whose calls take half as long as torch's.
+
+    None for zero rows, or where that takes more.
+    """
     cosines, norms, inverses = equilibrate(gramian)
-    scaled = reference * norms
-    scale = float(np.abs(scaled).max())
-    if not float(norms.min()) > 0.0 or scale == 0.0:
+    scaled = references * norms
+    scales = np.abs(scaled).max(axis=1, initial=0.0, keepdims=True)
+    if not (norms.min() > 0.0 and scales.min(initial=1.0) > 0.0):
         return None
-    alone = solve_alone(cosines, product(cosines, scaled / scale), None)
-    if alone is None:
+    Q = product(scaled / scales, cosines)
+    if len(Q) == 1:
+        alone = solve_alone(cosines, Q[0], None)
+        Z = None if alone is None else alone[0][None]
+    else:
+        Z = _exchanged(cosines, Q)
+    return None if Z is None else references + Z * inverses * scales
+
+
+def _exchanged(C: Floats, Q: Floats) -> Floats | None:
+    """Solutions of the LCPs of all rows of Q; None where they are not exact."""
+    Z = np.maximum(-Q, 0.0)
+    # After one projected gradient step, which is nearer the truth than ``q < 0``.
+    passive = Z.dot(C) + Q < Z
+    try:
+        found = exchange_few(C, Q, -Q, passive)
+    except np.linalg.LinAlgError:
         return None
-    projected: Floats = reference + alone[0] * inverses * scale
-    return projected[None]
+    if found is None or found.max(initial=0.0) > LARGE:
+        return None
+    return found if lcp_residual(C, Q, found).max(initial=0.0) <= EXACT else None
 
 
 def _residual(gramian: Floats, references: Floats, found: Floats) -> float:
