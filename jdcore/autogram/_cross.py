@@ -49,7 +49,7 @@ def crossed(one: Step, other: Step) -> Tensor:
         with torch.no_grad(), without_autocast(device.type):
             for share in shares:
                 total.add_share(share)
-        return total.total
+            return total.total
 
     gramian = added_up()
     if may_need_float64(rows, jacobians[0].graph.form.precision) and rows_cancel(gramian):

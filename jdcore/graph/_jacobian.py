@@ -1,9 +1,9 @@
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property, reduce
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from attrs import frozen
@@ -25,7 +25,7 @@ from jdcore.graph._saved import Unreadable, function_of
 from jdcore.graph._site import NoRule, Site
 from jdcore.graph._tasks import Passes, starts_of
 from jdcore.graph.rules import Rule, Rules
-from jdcore.graph.shares import Accumulator, Dense, Outer, Share, Uses, combined
+from jdcore.graph.shares import Accumulator, Dense, Outer, Share, Sums, Uses, combined
 from jdcore.graph.shares._product import products_in_float64
 from jdcore.linalg import factors
 
@@ -141,6 +141,7 @@ class Jacobian:
             with torch.no_grad(), without_autocast(self._device.type):
                 for share in before.added:
                     total.add_share(share)
+                total.finish()
             return total
 
     def add_to(self, total: Accumulator, *, retain_graph: bool) -> None:
@@ -164,10 +165,11 @@ class Jacobian:
             self._add_pulled(total)
             for share, roots in self._small.shares(total.keep):
                 self._add(share, total, roots)
+            total.finish()
 
     def _forget(self) -> None:
         self.shares: dict[Place, list[Share]] = {}
-        self._small = _Small()
+        self._small = _Small(self._memory)
         self._finished: dict[int, Tensor] = {}
         self.served: list[Served] = []
         self.sources: list[list[Place]] = []
@@ -522,12 +524,14 @@ class Jacobian:
 
     def _at_targets(self, by_task: Tensor) -> dict[Tensor, Tensor]:
         graph, grads = self.graph, self._small.weighted(by_task)
+        for root, found in self._of_alike(by_task):
+            grads[root] = grads[root] + found if root in grads else found
         while self.shares:
             root, shares = self.shares.popitem()
-            found = [share.weighted(by_task) for share in shares]
+            of_uses = [share.weighted(by_task) for share in shares]
             if root in grads:
-                found.append(grads[root])
-            grads[root] = sum_of(found)
+                of_uses.append(grads[root])
+            grads[root] = sum_of(of_uses)
         ordinary = [place for place in self._plan.ordinary if place in grads]
         final = {
             graph.targets[place]: grads.pop(place).to(graph.form.result(place).dtype)
@@ -541,6 +545,25 @@ class Jacobian:
             final[tensor] = share.weighted(by_task.reshape(1, -1)).to(tensor.dtype)
         return final
 
+    def _of_alike(self, by_task: Tensor) -> Iterator[tuple[Place, Tensor]]:
+        """Weighted gradients of layers of one form, which accelerators compute together."""
+        alike: dict[Hashable, list[Place]] = {}
+        for root, [share, *others] in self.shares.items():
+            kind = None if self._memory.reused or others else share.alike
+            if kind is not None:
+                alike.setdefault(kind, []).append(root)
+        largest = self._memory.joined
+        room = largest // 8
+        for roots in alike.values():
+            while len(roots) > 1:
+                # Copied are the factors of layers that are small or that others made room for.
+                entries = self.shares[roots[0]][0].entries
+                count = max(1, min(room, largest) // max(1, entries))
+                some, roots = roots[:count], roots[count:]
+                room += len(some) * entries
+                shares = [self.shares.pop(root)[0] for root in some]
+                yield from zip(some, shares[0].weighted_together(shares, by_task), strict=True)
+
 
 def _made(rule: Rule | None, site: Site, operand: int) -> Share | None:
     if rule is None:
@@ -551,12 +574,18 @@ def _made(rule: Rule | None, site: Site, operand: int) -> Share | None:
         return None
 
 
+_Entry: TypeAlias = "tuple[Place, torch.Size]"
+
+
 class _Small:
     """Short rows of many parameters, multiplied together."""
 
-    def __init__(self) -> None:
-        self._groups: dict[tuple[torch.dtype, bool], list[tuple[Place, Tensor, torch.Size]]] = {}
-        self._joined: list[tuple[Tensor, list[tuple[Place, torch.Size]]]] = []
+    def __init__(self, memory: Memory) -> None:
+        self._memory = memory
+        self._waiting: dict[Hashable, list[tuple[Place, Sums]]] = {}
+        self._entries_waiting = 0
+        self._groups: dict[tuple[torch.dtype, bool], list[tuple[list[_Entry], Tensor]]] = {}
+        self._joined: list[tuple[Tensor, list[_Entry]]] = []
 
     def add(self, root: Place, share: Dense, counted: bool = False) -> None:
         """
@@ -564,8 +593,26 @@ class _Small:
 
         :param counted: Whether their Gramian is in that of another share.
         """
-        rows = share.flat()
-        self._groups.setdefault((rows.dtype, counted), []).append((root, rows, share.shape))
+        kind = share.alike if isinstance(share, Sums) and not self._memory.reused else None
+        if kind is None or counted:
+            self._put([(root, share.shape)], share.flat(), counted)
+            return
+        assert isinstance(share, Sums)
+        self._waiting.setdefault(kind, []).append((root, share))
+        self._entries_waiting += share.entries
+        if self._entries_waiting > self._memory.joined:
+            self._make_rows()
+
+    def _put(self, entries: list[_Entry], rows: Tensor, counted: bool) -> None:
+        self._groups.setdefault((rows.dtype, counted), []).append((entries, rows))
+
+    def _make_rows(self) -> None:
+        """Make those that wait for others like them: on accelerators each sum is a kernel."""
+        for pairs in self._waiting.values():
+            rows = Sums.flat_together([share for _, share in pairs])
+            self._put([(root, share.shape) for root, share in pairs], rows, False)
+        self._waiting.clear()
+        self._entries_waiting = 0
 
     def shares(self, keep: bool) -> Iterator[tuple[Dense, list[Place]]]:
         """
@@ -573,25 +620,27 @@ class _Small:
 
         :param keep: Whether :meth:`weighted` will be called.
         """
+        self._make_rows()
         for (_, counted), parts in self._groups.items():
             if counted and not keep:
                 continue
-            rows = [of_root for _, of_root, _ in parts]
+            rows = [of_roots for _, of_roots in parts]
             joined = torch.cat(rows, 1) if len(rows) > 1 else rows[0]
+            entries = [entry for of_rows, _ in parts for entry in of_rows]
             if not counted:
-                yield Dense(joined[None], joined.shape[1:]), [root for root, _, _ in parts]
+                yield Dense(joined[None], joined.shape[1:]), [root for root, _ in entries]
             if keep:
-                self._joined.append((joined, [(root, shape) for root, _, shape in parts]))
+                self._joined.append((joined, entries))
         self._groups.clear()
 
     def weighted(self, weights: Tensor) -> dict[Place, Tensor]:
         grads: dict[Place, Tensor] = {}
-        for rows, places in self._joined:
+        for rows, entries in self._joined:
             summed = combined(weights.reshape(-1), rows)
-            views = torch.split(summed, [shape.numel() for _, shape in places])
+            views = torch.split(summed, [shape.numel() for _, shape in entries])
             # In memory of their own, by one call: whoever keeps one of them is not to keep all.
             parts = torch._foreach_mul(views, 1.0)
-            for (root, shape), part in zip(places, parts, strict=True):
+            for (root, shape), part in zip(entries, parts, strict=True):
                 if len(shape) != 1:  # most of them are biases, and each view costs a call
                     part = part.view(shape)
                 grads[root] = grads[root] + part if root in grads else part

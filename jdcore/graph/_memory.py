@@ -92,6 +92,15 @@ class Memory:
         entries, gradients = min(_ELSEWHERE, share) // _ENTRY, share // _ENTRY
         return cls(entries, gradients, max(_ROWS, gradients), reused=False)
 
+    @property
+    def joined(self) -> int:
+        """
+        Entries that tensors of several layers may have that are computed together.
+
+        Larger operations take longer than their launches one by one.
+        """
+        return self.entries // 16
+
     def take(self, shape: tuple[int, ...], like: Tensor, slot: int = 0) -> Tensor:
         """
         An uninitialised tensor, valid until the same slot is taken again.

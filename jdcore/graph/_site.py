@@ -8,7 +8,7 @@ from torch import Size, Tensor
 
 from jdcore.graph._layout import Layout
 from jdcore.graph._saved import saved
-from jdcore.graph.shares import Dense, sum_over
+from jdcore.graph.shares import Dense, Sums, as_they_are, sum_over
 
 
 class NoRule(Exception):  # noqa: N818 - no error of anybody
@@ -111,7 +111,7 @@ class Site:
         if lead > 1 and self.samples_lead and grads.shape[lead:] == shape:
             # All that it was broadcast to are positions of samples, as for the bias of a layer.
             rows = self.positions(grads, 1, len(shape))
-            return Dense(sum_over(rows, [2]) if rows.shape[2] > 1 else rows, shape)
+            return Sums(as_they_are, [rows], shape) if rows.shape[2] > 1 else Dense(rows, shape)
         # Broadcasting puts missing dimensions in front.
         full = (1,) * (grads.ndim - 1 - len(shape)) + tuple(shape)
         if full[dim] != 1:

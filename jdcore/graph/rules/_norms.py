@@ -5,7 +5,7 @@ from torch import Tensor
 
 from jdcore.graph._site import NoRule, Site
 from jdcore.graph.rules._table import rule
-from jdcore.graph.shares import Dense, Share, widened
+from jdcore.graph.shares import Dense, Share, Sums, as_they_are, widened
 
 
 def _summed(rows: Tensor) -> Tensor:
@@ -16,23 +16,29 @@ def _summed(rows: Tensor) -> Tensor:
 @rule("NativeLayerNormBackward0", "FusedRmsNormBackward0")
 def layer_norm(site: Site, operand: int) -> Share:
     """Sums over positions of the gradient, for the weight times the normalized input."""
-    features = len(site.shapes[operand])
+    shape = site.shapes[operand]
+    features = len(shape)
     if not site.memo:
-        site.memo["grads"] = site.positions(widened(site.grad), 1, features)
+        site.memo["grads"] = site.positions(site.grad, 1, features)
     grads = site.memo["grads"]
     if operand == 2:
-        return Dense(_summed(grads), site.shapes[2])
+        return Sums(as_they_are, [grads], shape)
     if operand != 1:
         raise NoRule
     # The results behind the first are what was measured: mean and reciprocal deviation, or for an
     # RMS norm the reciprocal root mean square alone.
-    images, first = widened(site.saved("input")), site.saved("result1")
-    if site.name == "FusedRmsNormBackward0":
-        normalized = images * first
-    else:
-        normalized = (images - first) * site.saved("result2")
-    rows = grads * site.positions(normalized, 0, features)
-    return Dense(_summed(rows), site.shapes[1])
+    rms = site.name == "FusedRmsNormBackward0"
+    names = ("input", "result1") if rms else ("input", "result1", "result2")
+    parts = [site.positions(site.saved(name), 0, features) for name in names]
+    return Sums(_times_divided if rms else _times_normalized, [grads, *parts], shape)
+
+
+def _times_normalized(grads: Tensor, images: Tensor, mean: Tensor, deviation: Tensor) -> Tensor:
+    return widened(grads) * ((widened(images) - mean) * deviation)
+
+
+def _times_divided(grads: Tensor, images: Tensor, deviation: Tensor) -> Tensor:
+    return widened(grads) * (widened(images) * deviation)
 
 
 @rule("NativeGroupNormBackward0")

@@ -5,6 +5,7 @@ from jdcore.graph.shares._outer import OneHot, Outer, Uses
 from jdcore.graph.shares._patches import Patches
 from jdcore.graph.shares._product import HALVES, combined, outer, product, sum_over, widened
 from jdcore.graph.shares._share import Accumulator, Dense, Share
+from jdcore.graph.shares._sums import Sums, as_they_are
 
 __all__ = [
     "HALVES",
@@ -15,7 +16,9 @@ __all__ = [
     "Outer",
     "Patches",
     "Share",
+    "Sums",
     "Uses",
+    "as_they_are",
     "combined",
     "outer",
     "product",

@@ -8,9 +8,9 @@ from attrs import evolve, frozen
 from torch import Tensor
 
 from jdcore.graph._cost import outer_ghost_beats_direct
-from jdcore.graph._memory import Memory
+from jdcore.graph._memory import Memory, pieces
 from jdcore.graph.shares._ghost import Gram, add_contracted, linear_gram
-from jdcore.graph.shares._product import outer, product, weighted_sum, widened
+from jdcore.graph.shares._product import outer, product, scaled, weighted_sum, widened
 from jdcore.graph.shares._share import Accumulator, Share
 
 
@@ -81,9 +81,9 @@ class Outer(Share):
             # One call for all tasks, which copies the inputs for each.
             if K == 1:
                 grads = grads[0]
-            pieces = memory.pieces(inputs.shape[2], K * B * max(o, T))
-            for start, stop in pieces:
-                factor = inputs if len(pieces) == 1 else inputs[..., start:stop]
+            parts = memory.pieces(inputs.shape[2], K * B * max(o, T))
+            for start, stop in parts:
+                factor = inputs if len(parts) == 1 else inputs[..., start:stop]
                 gramian.add_rows(product(factor.mT, grads).reshape(K * B, -1))
             return
         like = widened(grads[:0])
@@ -150,6 +150,56 @@ class Outer(Share):
             return outer(self.inputs, grads, grads_first=self.grads_first).view(K, B, *self.shape)
         return (rows.mT if self.grads_first else rows).reshape(K, B, *self.shape)
 
+    # -- layers of one form ------------------------------------------------------------------------
+
+    @property
+    def alike(self) -> Hashable | None:
+        inputs, grads = self.inputs, self.grads
+        if isinstance(inputs, OneHot) or len(grads) > 1:
+            return None
+        forms = inputs.shape, inputs.dtype, grads.shape, grads.dtype
+        return (Outer, *forms, self.grads_first, self.shape, self.plus, self.lies_transposed)
+
+    @property
+    def entries(self) -> int:
+        assert isinstance(self.inputs, Tensor)
+        return self.inputs.numel() + self.grads.numel()
+
+    @staticmethod
+    def add_together(shares: Sequence[Outer], gramian: Accumulator) -> None:
+        memory, (_, B, T, o) = gramian.memory, shares[0].grads.shape
+        i = shares[0].shape.numel() // o if o else 0
+        ghost = T == 1 or outer_ghost_beats_direct(1, B, T, i, o)
+        # Of each layer there are the copies of its factors, and its matrices of positions or rows.
+        size = max(shares[0].entries, 2 * (B * T) ** 2 if ghost else B * i * o)
+        for start, stop in pieces(len(shares), memory.joined // size):
+            if stop - start == 1:
+                shares[start].add_gramian(gramian)
+            elif ghost:
+                _add_ghosts(shares[start:stop], gramian)
+            else:
+                _add_rows(shares[start:stop], gramian)
+
+    @staticmethod
+    def weighted_together(shares: Sequence[Outer], weights: Tensor) -> Sequence[Tensor]:
+        first = shares[0]
+        if len(shares) == 1:
+            return [first.weighted(weights)]
+        inputs, grads = _stacked(shares, 0)
+        # The same scale for all of them, of the smaller factor.
+        if inputs.shape[3] < grads.shape[3]:
+            inputs = scaled(weights, inputs)
+        else:
+            grads = scaled(weights, grads)
+        left, right = (grads, inputs) if first.grads_first else (inputs, grads)
+        left, right = left.flatten(1, 2), right.flatten(1, 2)
+        if first.lies_transposed:
+            left, right = right, left
+        # In memory of their own, by one call: whoever keeps one of them is not to keep all.
+        apart = torch._foreach_mul(product(left.mT, right).unbind(), 1.0)
+        layers = [one.T for one in apart] if first.lies_transposed else apart
+        return [one if one.shape == first.shape else one.reshape(first.shape) for one in layers]
+
     # -- samples of several processes --------------------------------------------------------------
 
     def flat_rows(self) -> Tensor:
@@ -191,6 +241,37 @@ class Outer(Share):
     def factors(self) -> tuple[Tensor | OneHot, Tensor | OneHot]:
         """What the first and what the second dimension of the operand comes from."""
         return (self.grads, self.inputs) if self.grads_first else (self.inputs, self.grads)
+
+
+def _stacked(shares: Sequence[Outer], dim: int) -> tuple[Tensor, Tensor]:
+    """
+    The factors of several layers of one task.
+
+    :param dim: Where the layers come: 0 before the samples, 1 behind them.
+    :returns: Inputs and gradients, shape ``[n, B, T, ...]`` or ``[B, n, T, ...]``.
+    """
+    inputs = torch.stack([share.inputs for share in shares], dim)  # type: ignore[misc]
+    return inputs, torch.stack([share.grads for share in shares], dim + 1)[0]
+
+
+def _add_ghosts(shares: Sequence[Outer], gramian: Accumulator) -> None:
+    """Gramians by Gram matrices over positions, of several layers at once."""
+    (n, B, T, _), (inputs, grads) = (len(shares), *shares[0].grads.shape[1:]), _stacked(shares, 0)
+    inputs, grads = inputs.flatten(1, 2), grads.flatten(1, 2)
+    gram = product(inputs, inputs.mT)
+    if shares[0].plus:
+        gram += shares[0].plus
+    found = product(grads, grads.mT).mul_(gram)
+    if T > 1:
+        found = found.view(n, B, T, B, T).sum((2, 4), dtype=torch.float64)
+    gramian.pend(found)
+
+
+def _add_rows(shares: Sequence[Outer], gramian: Accumulator) -> None:
+    """Gramians by rows, those of several layers one behind the other."""
+    inputs, grads = _stacked(shares, 1)
+    rows = product(inputs.flatten(0, 1).mT, grads.flatten(0, 1))
+    gramian.add_rows(rows.view(len(inputs), -1))
 
 
 class Uses(Share):

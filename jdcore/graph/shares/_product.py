@@ -170,17 +170,31 @@ def weighted_sum(weights: Tensor, rows: Tensor) -> Tensor:
     :param rows: Shape [K, B, ...].
     :returns: Shape [B, ...].
     """
-    wide = torch.float64 in (weights.dtype, rows.dtype)
-    dtype = torch.float64 if wide else torch.float32
-    if len(rows) > 1 and not (rows.is_cpu and rows.shape[1] > 1):
+    if len(rows) == 1:
+        return scaled(weights, rows)[0]
+    dtype = _of_sums(weights, rows)
+    if not (rows.is_cpu and rows.shape[1] > 1):
         # One call for all tasks; on CPUs that is slower where there are samples.
         by_sample = rows.to(dtype).flatten(2).transpose(0, 1)
         summed = product(weights.to(dtype).T[:, None], by_sample)
         return summed.view(rows.shape[1:])
+    total = scaled(weights[0], rows[0])
     scale = weights.to(dtype).view(*weights.shape, *[1] * (rows.ndim - 2))
-    if len(rows) == 1:
-        return (rows * scale)[0]
-    total = rows[0] * scale[0]  # in the wider one of their dtypes
     for k in range(1, len(rows)):
         total.addcmul_(rows[k].to(dtype), scale[k])
     return total
+
+
+def scaled(weights: Tensor, rows: Tensor) -> Tensor:
+    """
+    Rows times their weights, in at least float32.
+
+    :param weights: Shape [..., B], as for :func:`weighted_sum`.
+    :param rows: Shape [..., B, ...], with as many dimensions before B.
+    """
+    scale = weights.to(_of_sums(weights, rows))
+    return rows * scale.view(*weights.shape, *[1] * (rows.ndim - weights.ndim))
+
+
+def _of_sums(weights: Tensor, rows: Tensor) -> torch.dtype:
+    return torch.float64 if torch.float64 in (weights.dtype, rows.dtype) else torch.float32

@@ -3,6 +3,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Sequence
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,6 +45,30 @@ class Share(ABC):
     def rows(self) -> Tensor:
         """All rows written out, in at least float32, shape ``[K, B, *shape]``."""
 
+    # -- layers of one form ------------------------------------------------------------------------
+
+    @property
+    def alike(self) -> Hashable | None:
+        """What other shares have to agree in to be computed together with this one, if any may."""
+        return None
+
+    @property
+    def entries(self) -> int:
+        """Of the tensors that it is made of, if it may be computed together with others."""
+        raise NotImplementedError
+
+    @staticmethod
+    def add_together(shares: Sequence[Any], gramian: Accumulator) -> None:
+        """Add the Gramians of shares that are alike, by fewer and larger operations."""
+        raise NotImplementedError
+
+    @staticmethod
+    def weighted_together(shares: Sequence[Any], weights: Tensor) -> Sequence[Tensor]:
+        """:meth:`weighted` of shares that are alike."""
+        raise NotImplementedError
+
+    # -- samples of several processes --------------------------------------------------------------
+
     def flat_rows(self) -> Tensor:
         """Rows [K, B, n] whose Gramian is what :meth:`add_gramian` adds."""
         return self.rows().flatten(2)
@@ -81,10 +106,14 @@ class Dense(Share):
         K, B = self._rows.shape[:2]
         return f"Dense({K} x {B} rows of {list(self.shape)})"
 
+    def _written(self) -> Tensor:
+        return self._rows
+
     def flat(self) -> Tensor:
         """The rows as a matrix [R, n]."""
-        K, B = self._rows.shape[:2]
-        return widened(self._rows).reshape(K * B, -1)
+        rows = widened(self._written())
+        K, B = rows.shape[:2]
+        return rows.reshape(K * B, -1)
 
     def add_gramian(self, gramian: Accumulator) -> None:
         gramian.add_rows(self.flat())
@@ -93,7 +122,8 @@ class Dense(Share):
         return combined(weights.reshape(-1), self.flat()).view(self.shape)
 
     def rows(self) -> Tensor:
-        return widened(self._rows).reshape(*self._rows.shape[:2], *self.shape)
+        rows = widened(self._written())
+        return rows.reshape(*rows.shape[:2], *self.shape)
 
 
 class Accumulator:
@@ -115,22 +145,42 @@ class Accumulator:
         self.memory = memory
         self._pending: list[Tensor] = []
         self._entries_pending = 0
+        self._waiting: dict[Hashable, list[Share]] = {}
+        self._entries_waiting = 0
         self.added: list[Share] = []
         """The shares that were added, if they are kept."""
 
     @property
     def total(self) -> Tensor:
-        """What was added up, exactly symmetric."""
+        """What was added up, exactly symmetric. Products are made before :meth:`finish`."""
+        self.finish()
         self._add_pending()
         # A transposed copy is faster than adding what lies transposed.
         upper = self._lower.T.clone(memory_format=torch.contiguous_format).triu_(1)
         return upper.add_(self._lower.tril_())
 
     def add_share(self, share: Share) -> None:
-        """Add the Gramian of a share."""
-        share.add_gramian(self)
+        """Add the Gramian of a share, on accelerators later, with those that are like it."""
         if self.keep:
             self.added.append(share)
+        kind = None if self.memory.reused else share.alike
+        if kind is None:
+            share.add_gramian(self)
+            return
+        self._waiting.setdefault(kind, []).append(share)
+        self._entries_waiting += share.entries
+        if self._entries_waiting > self.memory.joined:
+            self.finish()
+
+    def finish(self) -> None:
+        """Add what waits for shares that are like it."""
+        for shares in self._waiting.values():
+            if len(shares) == 1:
+                shares[0].add_gramian(self)
+            else:
+                shares[0].add_together(shares, self)
+        self._waiting.clear()
+        self._entries_waiting = 0
 
     def add(self, product: Tensor, first: int = 0) -> None:
         """
@@ -145,9 +195,9 @@ class Accumulator:
         elif self.memory.reused:
             self._lower += product
         else:
-            self._pend(product[None])
+            self.pend(product[None])
 
-    def _pend(self, products: Tensor) -> None:
+    def pend(self, products: Tensor) -> None:
         """Add Gramians [n, R, R] later, all at once: on accelerators each addition is a kernel."""
         self._pending.append(products)
         self._entries_pending += products.numel()
@@ -180,7 +230,7 @@ class Accumulator:
     def _add_pieces(self, rows: Tensor, count: int) -> None:
         """Add so many pieces of rows by one product."""
         pieces = rows.reshape(len(rows), count, -1).transpose(0, 1)
-        self._pend(product(pieces, pieces.mT))
+        self.pend(product(pieces, pieces.mT))
 
     def halves(self, least: int = _ROWS) -> Sequence[tuple[int, int]]:
         """Pieces of the rows of a symmetric product, few of which cost little more than a half."""

@@ -52,6 +52,10 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "sequences": (lambda: nn.Sequential(nn.Linear(8, 30), nn.LayerNorm(30)), (4, 3, 8)),
     "long sequences": (lambda: nn.Linear(8, 300), (4, 40, 8)),
     "images": (lambda: nn.Sequential(nn.Conv2d(2, 9, 3), nn.GroupNorm(3, 9)), (4, 2, 6, 6)),
+    "layers of one form": (
+        lambda: nn.Sequential(*(nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8)) for _ in range(4))),
+        (4, 3, 8),
+    ),
     "used twice": (_Twice, (4, 8)),
     "derived": (_Derived, (4, 8)),
 }
@@ -67,10 +71,11 @@ def _smallest(gramian: Tensor) -> float:
     return float(torch.linalg.eigvalsh(gramian.double())[0])
 
 
+@pytest.mark.parametrize("budget", [None, 1 << 24])  # with one, as on an accelerator
 @pytest.mark.parametrize("batch_dim", [0, None])
 @pytest.mark.parametrize("name", MODELS)
 def test_what_is_left_of_rows_that_cancel_is_right(
-    name: str, batch_dim: int | None, again: list[bool]
+    name: str, batch_dim: int | None, budget: int | None, again: list[bool]
 ) -> None:
     make, shape = MODELS[name]
     torch.manual_seed(0)
@@ -87,7 +92,7 @@ def test_what_is_left_of_rows_that_cancel_is_right(
         seen.append(gramian)
         return torch.ones(len(gramian))
 
-    engine = Engine(model, batch_dim=batch_dim)
+    engine = Engine(model, batch_dim=batch_dim, memory_budget=budget)
     seen.append(engine.compute_gramian(_losses(model, x, batch_dim)).double())
     engine.backward(_losses(model, x, batch_dim), weighting)
     exact = copy.deepcopy(model).double()

@@ -1,0 +1,150 @@
+"""Layers of one form, which accelerators compute together; a budget asks for the same on a CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from jdcore.autogram import Engine
+from tests.core.autogram.oracle import explicit_jacobian, randn, relative_error
+from tests.operations import Operations
+
+B, T, D, LAYERS = 4, 6, 8, 6
+BUDGET = 1 << 24
+
+
+class _Transposed(nn.Module):
+    """A layer whose weight is multiplied as it is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(D, D) / 3), nn.Parameter(torch.randn(D))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight + self.bias
+
+
+class _Narrow(nn.Module):
+    """Few positions and wide layers: rows are cheaper than matrices of positions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(D, 2 * D), nn.Linear(2 * D, D, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.up(x).tanh())
+
+
+def _deep(make: Callable[[], nn.Module]) -> nn.Module:
+    return nn.Sequential(*(nn.Sequential(make(), nn.Tanh()) for _ in range(LAYERS)))
+
+
+def _mixed() -> nn.Module:
+    return nn.Sequential(
+        *(nn.Sequential(nn.Linear(D, D), nn.LayerNorm(D), nn.Tanh()) for _ in range(LAYERS))
+    )
+
+
+def _tied() -> nn.Module:
+    shared = nn.Linear(D, D)
+    return nn.Sequential(nn.Linear(D, D), shared, nn.Tanh(), shared, nn.Tanh(), nn.Linear(D, D))
+
+
+def _partly_frozen() -> nn.Module:
+    model = _mixed()
+    for parameter in list(model.parameters())[1::3]:
+        parameter.requires_grad_(False)
+    return model
+
+
+MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "layers": (lambda: _deep(lambda: nn.Linear(D, D)), (B, D)),
+    "layers of sequences": (lambda: _deep(lambda: nn.Linear(D, D)), (B, T, D)),
+    "layers of long sequences": (lambda: _deep(lambda: nn.Linear(D, D)), (2, 64, D)),
+    "without bias": (lambda: _deep(lambda: nn.Linear(D, D, bias=False)), (B, T, D)),
+    "weights as they are": (lambda: _deep(_Transposed), (B, T, D)),
+    "up and down": (lambda: _deep(_Narrow), (B, T, D)),
+    "norms": (_mixed, (B, T, D)),
+    "norms without positions": (_mixed, (B, D)),
+    "RMS norms": (lambda: _deep(lambda: nn.RMSNorm(D)), (B, T, D)),
+    "tied": (_tied, (B, T, D)),
+    "partly frozen": (_partly_frozen, (B, T, D)),
+    "one sample": (_mixed, (1, T, D)),
+}
+
+
+def _losses(model: nn.Module, x: Tensor, tasks: int = 1) -> Tensor:
+    squares = model(x).square().flatten(1)
+    losses = torch.stack([squares.sum(1), (squares[:, 1:] - 1).sum(1)], 1)
+    return losses if tasks == 2 else losses[:, 0]
+
+
+@pytest.mark.parametrize("tasks", [1, 2])
+@pytest.mark.parametrize("name", MODELS)
+def test_layers_of_one_form_give_the_rows_of_plain_passes(name: str, tasks: int) -> None:
+    make, shape = MODELS[name]
+    torch.manual_seed(0)
+    model, x = make(), randn(*shape)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    engine = Engine(model, batch_dim=0, memory_budget=BUDGET)
+    rows = explicit_jacobian(_losses(model, x, tasks), parameters)
+    m, seen = len(rows), list[Tensor]()
+    weights = torch.linspace(-1.0, 2.0, m)
+
+    def weighting(gramian: Tensor) -> Tensor:
+        seen.append(gramian)
+        return weights.reshape(gramian.shape[: gramian.ndim // 2])
+
+    engine.backward(_losses(model, x, tasks), weighting)
+    gramian = seen[0].permute(0, 1, 3, 2).reshape(m, m) if tasks == 2 else seen[0]
+    assert relative_error(gramian, rows @ rows.T) < 1e-12
+    found = torch.cat([p.grad.reshape(-1) for p in parameters if p.grad is not None])
+    assert relative_error(found, weights @ rows) < 1e-12
+    assert relative_error(engine.compute_gramian(_losses(model, x, tasks)), seen[0]) < 1e-12
+
+
+@pytest.mark.parametrize("name", ["layers", "layers of sequences", "norms"])
+def test_products_and_sums_do_not_grow_with_the_number_of_layers(name: str) -> None:
+    make, shape = MODELS[name]
+    model = make()
+    counted = ("mm", "bmm", "addmm", "sum", "mul", "mul_")
+
+    def operations(budget: int) -> int:
+        engine = Engine(model, batch_dim=0, memory_budget=budget)
+        engine.backward(_losses(model, randn(*shape)), lambda g: g.new_ones(len(g)))
+        losses = _losses(model, randn(*shape))
+        with Operations() as operations:
+            engine.backward(losses, lambda g: g.new_ones(len(g)))
+        return sum(operations.counts[kind] for kind in counted)
+
+    # With the smaller budget none of the layers may be copied.
+    assert operations(BUDGET) <= operations(16 * D * D) - 4 * LAYERS
+
+
+def test_gradients_of_layers_of_one_form_have_memory_of_their_own() -> None:
+    model = _mixed()
+    engine = Engine(model, batch_dim=0, memory_budget=BUDGET)
+    engine.backward(_losses(model, randn(B, T, D)), lambda g: g.new_ones(len(g)))
+    for parameter in model.parameters():
+        assert parameter.grad is not None
+        assert parameter.grad.untyped_storage().nbytes() == parameter.grad.nbytes
+        assert parameter.grad.is_contiguous()
+
+
+def test_layers_of_one_form_are_right_in_half_precision() -> None:
+    torch.manual_seed(0)
+    model, x = _mixed().float(), torch.randn(B, T, D, dtype=torch.float32)
+
+    def losses() -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return _losses(model, x)
+
+    rows = explicit_jacobian(losses(), list(model.parameters())).double()
+    engine = Engine(model, batch_dim=0, memory_budget=BUDGET)
+    assert relative_error(engine.compute_gramian(losses()), rows @ rows.T) < 1e-2
+    engine.backward(losses(), lambda g: torch.ones(B))
+    found = torch.cat([p.grad.reshape(-1) for p in model.parameters() if p.grad is not None])
+    assert relative_error(found, rows.sum(0)) < 1e-2
