@@ -8,7 +8,7 @@ from jdcore.linalg._distances import squared_distances
 from jdcore.linalg._equilibrate import equilibrate
 from jdcore.linalg._generalized import flatten_gramian, objectives_shape, unflatten_gramian
 from jdcore.linalg._gramian import cross_gramian, gramian
-from jdcore.linalg._pivoting import EPS, exchange_few, natural_residual, pivot
+from jdcore.linalg._pivoting import EPS, exchange_few, misplaced, natural_residual, pivot
 from jdcore.linalg._precision import add_proximal, proximal_level, rounding_shows
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "flatten_gramian",
     "gramian",
     "lcp_residual",
+    "misplaced",
     "natural_residual",
     "objectives_shape",
     "one_thread",

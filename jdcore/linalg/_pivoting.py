@@ -10,6 +10,7 @@ device; the host asks for two numbers per row and round.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import cached_property
 
@@ -28,6 +29,7 @@ _SMALL = 32
 _TOGETHER = 6
 # Block exchanges that may fail to reduce the number of wrong entries, before one goes at a time.
 _CREDIT = 2
+_FEW = 4  # wrong entries that are worth to go one at a time
 _REFINEMENTS = 2
 _SLIGHT = 1e-8  # an entry of z that is negative by so little is zero in the solution
 # Entries of the blocks that are factorised at once: caches of CPUs are small, and an accelerator
@@ -59,6 +61,7 @@ def pivot(
     delta: float = 0.0,
     centre: Tensor | None = None,
     rounds: int = 30,
+    hopeful: float = math.inf,
 ) -> tuple[Tensor, Tensor]:
     """
     Solve the LCPs of C and the rows of Q, as far as exchanges find the positive entries.
@@ -72,6 +75,8 @@ def pivot(
     :param delta: The proximal term. 0 where C is positive definite.
     :param centre: Where z is thought to be [k, m]; None for zero.
     :param rounds: Number of factorisations of a set, at most.
+    :param hopeful: Rows with more wrong entries than that are left alone, and so are those of which
+        exchanges of many entries no longer reduce the number.
     :returns: z >= 0 [k, m], and how well it solves the problem: the :func:`natural_residual` [k],
         which is NaN where a block was singular.
     """
@@ -85,7 +90,16 @@ def pivot(
         if found is not None:
             together = torch.from_numpy(found)
             return together, natural_residual(C, Q, together)
-    return _Exchange(C, Q, b, passive, delta).run(rounds)
+    return _Exchange(C, Q, b, passive, delta).run(rounds, hopeful)
+
+
+def misplaced(
+    C: Tensor, Q: Tensor, passive: Tensor, *, delta: float = 0.0, centre: Tensor
+) -> Tensor:
+    """Numbers of entries [k] that the first exchange of :func:`pivot` would take to be wrong."""
+    exchange = _Exchange(C, Q, torch.sub(centre * delta, Q), passive, delta)
+    factors = PassiveSets(C, delta).factors(passive, _sizes(passive))
+    return exchange.look(passive, exchange.b, factors)[2].sum(1)
 
 
 def _tolerance(m: int) -> float:
@@ -147,21 +161,18 @@ class _Exchange:
     passive: Tensor
     delta: float
 
-    def run(self, rounds: int) -> tuple[Tensor, Tensor]:
+    def run(self, rounds: int, hopeful: float) -> tuple[Tensor, Tensor]:
         k, m = self.Q.shape
         Z, residuals = torch.zeros_like(self.Q), self.Q.new_full((k,), torch.inf)
         sets = PassiveSets(self.C, self.delta)
         rows = np.arange(k)
-        sizes = np.array(self.passive.sum(1).tolist(), dtype=np.int64)
+        sizes = _sizes(self.passive)
         fewest, credit = np.full(k, m + 1), np.full(k, _CREDIT)
         for number in range(rounds):
             at = index(rows, Z)
             f, rhs = self.passive[at], self.b[at]
             factors = sets.factors(f, sizes)
-            z = factors.solve(rhs)
-            y = torch.addmm(rhs, z, self.C, beta=-1.0)
-            largest = torch.linalg.vector_norm(z, torch.inf, 1, keepdim=True)
-            wrong = torch.where(f, z < 0.0, y < -_tolerance(m) * (1.0 + largest))
+            z, y, wrong = self.look(f, rhs, factors)
             counts = wrong.sum(1)
             cycling = index(np.flatnonzero(credit[rows] <= 0), Z)
             if len(cycling):
@@ -173,8 +184,10 @@ class _Exchange:
             credit[rows] = np.where(count < fewest[rows], _CREDIT, credit[rows] - 1)
             fewest[rows] = np.minimum(count, fewest[rows])
             going = (count > 0) & (number < rounds - 1)
+            if hopeful < math.inf:
+                going &= (count <= hopeful) & ((credit[rows] > 0) | (count <= _FEW))
             if not going.all():
-                if self.delta:
+                if self.delta and not count[~going].all():
                     z = self._refined(self.Q[at], z, factors)
                 leaving = index(np.flatnonzero(~going), Z)
                 at, found = at[leaving], z[leaving].clamp_min_(0.0)
@@ -186,12 +199,24 @@ class _Exchange:
                 break
         return Z, residuals
 
+    def look(self, passive: Tensor, rhs: Tensor, factors: Factors) -> tuple[Tensor, Tensor, Tensor]:
+        """The z and y of some sets, and where they are negative."""
+        z = factors.solve(rhs)
+        y = torch.addmm(rhs, z, self.C, beta=-1.0)
+        largest = torch.linalg.vector_norm(z, torch.inf, 1, keepdim=True)
+        below = -_tolerance(len(self.C)) * (1.0 + largest)
+        return z, y, torch.where(passive, z < 0.0, y < below)
+
     def _refined(self, q: Tensor, z: Tensor, factors: Factors) -> Tensor:
         """Steps towards the solution without the proximal term, if no sign would change much."""
         for _ in range(_REFINEMENTS):
             new = z - factors.solve_roughly(torch.addmm(q, z, self.C))
             z = torch.where(new.amin(1, keepdim=True) < -_SLIGHT, z, new)
         return z
+
+
+def _sizes(sets: Tensor) -> Integers:
+    return np.array(sets.sum(1).tolist(), dtype=np.int64)
 
 
 def _worst(wrong: Tensor, passive: Tensor, z: Tensor, y: Tensor) -> Tensor:

@@ -9,8 +9,9 @@ from jdcore.aggregation import report_residual
 from jdcore.linalg import EPS, equilibrate, lcp_residual, product, solve_definite
 from jdplugins.standard._solvers._averse_of_few import STATIONARY, avert_few
 from jdplugins.standard._solvers._guess import descend
-from jdplugins.standard._solvers._lcp import Floats, Mask, solve_one, warn_if_unsolved
+from jdplugins.standard._solvers._lcp import Floats, Mask, solve_one
 from jdplugins.standard._solvers._min_norm import shortest
+from jdplugins.standard._solvers._unsolved import warn_if_unsolved
 
 _FEW = 8  # rows, up to which a call of numpy takes longer than the arithmetic
 _MAX_LEVELS = 60

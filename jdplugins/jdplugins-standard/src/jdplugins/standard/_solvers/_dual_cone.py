@@ -9,8 +9,9 @@ from jdcore.aggregation import report_residual
 from jdcore.linalg import equilibrate, exchange_few, lcp_residual, product
 from jdplugins.standard._solvers._alone import EXACT, LARGE, solve_alone
 from jdplugins.standard._solvers._cone_of_few import project_few
-from jdplugins.standard._solvers._lcp import ROUGH, UNSOLVED, Floats, solve_lcps, warn_if_unsolved
+from jdplugins.standard._solvers._lcp import ROUGH, Floats, solve_lcps
 from jdplugins.standard._solvers._semidefinite import nearest_semidefinite
+from jdplugins.standard._solvers._unsolved import UNSOLVED, warn_if_unsolved
 
 # Rows up to which a call of numpy takes longer than the arithmetic, and one of torch.
 _FEW, _SMALL = 8, 32

@@ -22,7 +22,7 @@ from attrs import frozen
 from numpy.typing import NDArray
 
 from jdcore.linalg import equilibrate, product, solve_definite
-from jdplugins.standard._solvers._lcp import UNSOLVED, warn_if_unsolved
+from jdplugins.standard._solvers._unsolved import UNSOLVED, warn_if_unsolved
 from jdplugins.standard._spectrum import spectrum
 
 Floats = NDArray[np.float64]
@@ -143,6 +143,16 @@ class Gains:
             wanted = np.where(stationary, 0.0, wanted)
         residual = float((np.abs(shares * product(game.cosines, shares) - wanted) / scale).max())
         warn_if_unsolved(self.problem, residual, limit)
+
+
+def bargain(cosines: Floats, shift: float) -> Floats:
+    """
+    Shares b > 0 of Nash bargaining with ``C + shift I``, for a matrix of cosines C [m, m].
+
+    Rows that cancel have shares of about one over the root of the shift.
+    """
+    game = _Game(cosines, np.ones(len(cosines)), 1.0)
+    return game.newton(game.start(), shift)[0]
 
 
 @frozen

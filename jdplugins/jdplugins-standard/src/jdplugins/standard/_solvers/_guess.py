@@ -9,54 +9,66 @@ from torch import Tensor
 
 Vector = TypeVar("Vector", NDArray[np.float64], Tensor)
 
-# One number fits all scales, since C has a unit diagonal.
-_RHO, _RELAXATION = 0.45, 1.85
-_STEPS, _CHECK = 256, 4
-# Where z and y both vanish, signs are rounding: guessing stops when the signs that change in a step
-# are no fewer than 32 steps before.
-_ROUND, _FALLS = 32, 0.8
-_STEPS_ELSEWHERE = 32  # without a look, for which the host would have to wait
+_RELAXATION = 1.85
+_CHECK = 4
 
 # A step of descent for one right-hand side is a product with a vector. From this size on, that many
 # of them take less time than the factorisations that they save.
 _LARGE, _DESCENTS, _CHECK_DESCENT = 96, 40, 8
 
 
-def guess(C: Tensor, Q: Tensor, settled: float) -> Tensor:
+class Splitting:
     """
     Where the solutions of the linear complementarity problems of all rows of Q are, roughly.
 
-    Over-relaxed Douglas-Rachford splitting in X, which is about z where it is positive and about
+    Over-relaxed Douglas-Rachford splitting in X, which is about z where it is positive and
     ``-y / rho`` elsewhere: one product with a fixed matrix per step for all rows, in float32, which
-    tells the signs of all but one to three per cent of the entries. Nothing relies on them.
+    tells the signs of most entries. Nothing relies on them.
+
+    How fast it goes depends on rho, which should be about the geometric mean of the eigenvalues
+    that matter: 0.45 for independent rows, less the more these depend on each other.
 
     :param C: Positive semi-definite matrix with a unit diagonal [m, m], float64.
-    :param Q: Vectors [k, m], float64.
-    :param settled: Part of the signs that may still change in a step.
-    :returns: X [k, m] in float32.
+    :param rho: The scale.
     """
-    shifted = C.float()
-    shifted.diagonal().add_(_RHO)
-    X = Q.neg().float()
-    N = torch.cholesky_inverse(torch.linalg.cholesky_ex(shifted)[0])
-    B = (X @ N).mul_(_RELAXATION)
-    N.mul_(_RELAXATION * _RHO).diagonal().sub_(0.5 * _RELAXATION)
-    A = torch.empty_like(X)
-    before = X.numel()
-    for step in range(1, (_STEPS if C.is_cpu else _STEPS_ELSEWHERE) + 1):
-        check = C.is_cpu and step % _CHECK == 0
-        positive = X > 0.0 if check else None
-        torch.abs(X, out=A)
-        X.mul_(1.0 - 0.5 * _RELAXATION).add_(B).addmm_(A, N)
-        if positive is not None:
-            changes = int(torch.count_nonzero((X > 0.0) ^ positive))
-            if changes <= settled * X.numel():
-                break
-            if step % _ROUND == 0:
-                if changes > _FALLS * before:
+
+    def __init__(self, C: Tensor, rho: float) -> None:
+        shifted = C.clone()
+        shifted.diagonal().add_(rho)
+        self._inverse = torch.cholesky_inverse(torch.linalg.cholesky_ex(shifted)[0])
+        matrix = self._inverse * (_RELAXATION * rho)
+        matrix.diagonal().sub_(0.5 * _RELAXATION)
+        self._matrix = matrix.float()
+        self.rho = rho
+
+    def run(
+        self, Q: Tensor, start: Tensor, steps: int, settled: float | None = None
+    ) -> tuple[Tensor, bool]:
+        """
+        Go some steps.
+
+        :param Q: Vectors [k, m], float64.
+        :param start: X to begin with [k, m]; that of a larger rho will do.
+        :param settled: Part of the signs that may still change in a step for it to stop earlier, as
+            is asked on CPUs alone: elsewhere, the host would have to wait.
+        :returns: X [k, m] in float32, and whether it is known to change still.
+        """
+        X = start.float()
+        X = X.clone() if X is start else X
+        B = (Q @ self._inverse).mul_(-_RELAXATION).float()
+        A = torch.empty_like(X)
+        changing = False
+        limit = -1.0 if settled is None or not Q.is_cpu else settled * X.numel()
+        for step in range(1, steps + 1):
+            check = limit >= 0.0 and step % _CHECK == 0
+            positive = X > 0.0 if check else None
+            torch.abs(X, out=A)
+            X.mul_(1.0 - 0.5 * _RELAXATION).add_(B).addmm_(A, self._matrix)
+            if positive is not None:
+                changing = bool(torch.count_nonzero((X > 0.0) ^ positive) > limit)
+                if not changing:
                     break
-                before = changes
-    return X
+        return X, changing
 
 
 def descend(C: Vector, q: Vector, start: Vector) -> Vector:

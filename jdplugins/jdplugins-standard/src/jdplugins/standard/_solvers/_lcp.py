@@ -14,16 +14,16 @@ from typing import TypeAlias
 
 import numpy as np
 import torch
-from attrs import evolve, frozen
+from attrs import frozen
 from numpy.typing import NDArray
 from torch import Tensor
 
-from jdcore.aggregation import report_residual
-from jdcore.errors import UnsolvedWarning, warn
-from jdcore.linalg import pivot, refine
+from jdcore.linalg import misplaced, natural_residual, one_thread, pivot, refine
 from jdplugins.standard._solvers._alone import LARGE, solve_alone
-from jdplugins.standard._solvers._guess import descend, guess
-from jdplugins.standard._solvers._interior import FEWER, interior_point
+from jdplugins.standard._solvers._faces import find_face
+from jdplugins.standard._solvers._guess import Splitting, descend
+from jdplugins.standard._solvers._interior import interior_point
+from jdplugins.standard._solvers._unsolved import UNSOLVED
 
 Floats: TypeAlias = NDArray[np.float64]
 Mask: TypeAlias = NDArray[np.bool_]
@@ -34,7 +34,23 @@ _GUESSED = 48
 # between both than rounding explains, rows are nearly dependent too, which a proximal term hides.
 _SINGULAR, _DISTINCT, _BETWEEN = 1e-10, 1e-6, (2, 1 / 6)
 _QUICK, _THOROUGH = 1e-6, 1e-12  # accuracies of the interior-point method
+# Rows times the cubes of their number that it may take: some 30 seconds of a CPU.
+_WORK = 4e10
 _ZERO = 1e-4  # entries of what the interior-point method finds that count as zero
+
+# The scale of the first guess, which suits independent rows, and of those that are tried after it.
+_SCALE = 0.45
+_SCALES = tuple(_SCALE / 8.0**power for power in range(1, 9))
+_STEPS, _STEPS_ELSEWHERE = 64, 32
+_MORE_STEPS = (128, 256, 512)
+_SAMPLE = 8  # rows that tell which scale is right for all
+# Parts of the entries whose signs a guess gets wrong: few enough to go on from there, and to look
+# for no better scale.
+_HOPEFUL, _GOOD = 0.06, 0.02
+# Up to this size, independent rows are pivoted however many signs are wrong.
+_PATIENT = 160
+_THREADS = 256  # rows from which on products pay for more threads than one
+_ALONE = 4  # rows that the interior-point method solves before a scale would be found
 
 
 @frozen
@@ -46,21 +62,17 @@ class _Way:
     :param delta: Proximal term to pivot with.
     :param rounds: Of pivoting, at most.
     :param singular: Whether the interior-point method first goes as far as pivoting needs only.
-    :param largest: Sets of more indices, as of fewer outside, are left to it at once.
     """
 
     settled: float
     delta: float
     rounds: int
     singular: bool = False
-    largest: float = math.inf
 
 
 _REGULAR = _Way(5e-4, 0.0, 30)
 _MIXED = _Way(5e-4, 1e-11, 30)  # a term above rounding, below what rows differ by
-# Of many solutions, a proximal term chooses one near the guess. What cycles then goes on doing so;
-# the interior-point method finds the face of the solutions, and need not do more. It costs little
-# where the rank of C is low, and sets of many more indices than that have many solutions.
+# Of many solutions, a proximal term chooses one near the guess.
 _CANCELLING = _Way(5e-5, 1e-8, 6, singular=True)
 # Problems of so few rows, and one alone, cost little, and are solved as far as rounding allows:
 # where opposite rows make z large, what is small beside it still leaves an error in ``Jᵀ z``.
@@ -68,9 +80,8 @@ _SMALL = 8
 
 # A residual above this is handed on to the next method.
 ROUGH = 1e-11
-
-UNSOLVED = 1e-10
-"""Relative residual that is worth a warning."""
+# Proximal terms that bring answers nearer, each for residuals from one to another.
+_POLISHING, _NEARLY = ((1e-11, ROUGH), (1e-5, UNSOLVED), (1e-5, UNSOLVED)), 1e-7
 
 
 def solve_lcps(C: Tensor, Q: Tensor) -> tuple[Tensor, Tensor]:
@@ -81,61 +92,173 @@ def solve_lcps(C: Tensor, Q: Tensor) -> tuple[Tensor, Tensor]:
     :param Q: Vectors q [k, m], float64.
     :returns: Solutions Z [k, m] and their natural residuals [k].
     """
-    answers = _Answers(Q)
-    one, way = len(Q) == 1, _way(C)
-    # On CPUs, what comes alone was pivoted before, in numpy.
-    if (len(C) < _GUESSED and way is _REGULAR) or (one and not C.is_cpu):
-        Z, residuals = pivot(C, Q, _likely(C, Q))
-        # A block that turns out to be singular gives a large z, whose residual says little.
-        answers.keep(answers.all, Z, torch.where(Z.amax(1) <= LARGE, residuals, torch.inf))
-    left = answers.left()
-    if not len(left):
-        return answers.Z, answers.residuals
-    centre = torch.zeros_like(Q)
-    centre[left] = guess(C, Q[left], way.settled).clamp_min_(0.0).double()
-    sizes = (centre[left] > 0.0).sum(1)
-    easy = left[torch.minimum(sizes, len(C) - sizes) <= way.largest]
-    _pivot_about(answers, C, Q, easy, centre[easy], way)
-    if one or len(C) <= _SMALL:
-        answers.keep(answers.all, *refine(C, Q, answers.Z))
-    if way.singular:
-        left = answers.left()
-        _from_inside(answers, C, Q, left, centre[left], _QUICK, way)
-    left = answers.left()
-    _from_inside(answers, C, Q, left, torch.ones_like(Q[left]), _THOROUGH, way)
-    # What stalls on its way from ones gets further from where it stalled. And a proximal term that
-    # chooses among solutions hides what rows differ by that nearly cancel beside those that do.
-    left = answers.left(UNSOLVED)
-    _from_inside(answers, C, Q, left, answers.Z[left], _THOROUGH, _MIXED)
-    return answers.Z, answers.residuals
+    # Threads would wait for each other longer than they work.
+    with one_thread(C.is_cpu and len(C) <= _THREADS):
+        search = _Search(C, Q)
+        search.run()
+    return search.Z, search.residuals
 
 
-def _from_inside(
-    answers: _Answers, C: Tensor, Q: Tensor, rows: Tensor, start: Tensor, accuracy: float, way: _Way
-) -> None:
-    """Interior-point steps for some rows, each from its start, and pivots about what they find."""
-    if not len(rows):
-        return
-    answers.keep(rows, *interior_point(C, Q[rows], start, accuracy))
-    rows = rows[answers.residuals[rows] > ROUGH]
-    Z = answers.Z[rows]
-    _pivot_about(answers, C, Q, rows, torch.where(Z > _ZERO, Z, 0.0), way)
+class _Search:
+    """
+    The best answers so far [k, m], their residuals [k], and what makes them better.
 
+    :param C: The matrix [m, m].
+    :param Q: Vectors q [k, m].
+    """
 
-def _pivot_about(
-    answers: _Answers, C: Tensor, Q: Tensor, rows: Tensor, centre: Tensor, way: _Way
-) -> None:
-    if not len(rows):
-        return
-    found = pivot(C, Q[rows], centre > 0.0, delta=way.delta, centre=centre, rounds=way.rounds)
-    answers.keep(rows, *found)
-    # What is left of a proximal term, though the signs were right, shows between rows that are
-    # alike.
-    left = answers.residuals[rows]
-    rows = rows[(left > ROUGH) & (left < 10.0 * way.delta)]
-    if len(rows):
-        centre = answers.Z[rows]
-        answers.keep(rows, *pivot(C, Q[rows], centre > 0.0, delta=_MIXED.delta, centre=centre))
+    def __init__(self, C: Tensor, Q: Tensor) -> None:
+        self.C, self.Q, self.way = C, Q, _way(C)
+        self.Z = torch.zeros_like(Q)
+        self.residuals = Q.amin(1).neg_().clamp_min_(0.0)
+        self.all = torch.arange(len(Q), device=Q.device)
+
+    def run(self) -> None:
+        one, way = len(self.Q) == 1, self.way
+        # On CPUs, what comes alone was pivoted before, in numpy.
+        if (len(self.C) < _GUESSED and way is _REGULAR) or (one and not self.C.is_cpu):
+            Z, residuals = pivot(self.C, self.Q, _likely(self.C, self.Q))
+            # A block that turns out to be singular gives a large z, whose residual says little.
+            self.keep(self.all, Z, torch.where(Z.amax(1) <= LARGE, residuals, torch.inf))
+        left = self.left()
+        if not len(left):
+            return
+        X = self._guess(left)
+        if one or len(self.C) <= _SMALL:
+            self.keep(self.all, *refine(self.C, self.Q, self.Z))
+        if way.singular:
+            self._by_face(left, X)
+        self._guess_again(left, X)
+        if way.singular:
+            left = self.left(UNSOLVED)
+            self._from_inside(left, torch.ones_like(self.Q[left]), _QUICK, way)
+        left = self.left(UNSOLVED)
+        self._from_inside(left, torch.ones_like(self.Q[left]), _THOROUGH, way)
+        # What stalls on its way from ones gets further from where it stalled. And a proximal term
+        # that chooses among solutions hides what rows differ by that nearly cancel beside those
+        # that do.
+        left = self.left(UNSOLVED)
+        self._from_inside(left, self.Z[left], _THOROUGH, _MIXED)
+
+    def left(self, residual: float = ROUGH) -> Tensor:
+        """The rows that are not solved yet: those of larger residuals."""
+        return self.all[self.residuals > residual]
+
+    def keep(self, rows: Tensor, Z: Tensor, residuals: Tensor) -> None:
+        """Take answers to some rows where they are better than those before."""
+        better = residuals < self.residuals[rows]
+        self.Z[rows] = torch.where(better[:, None], Z, self.Z[rows])
+        self.residuals[rows] = torch.where(better, residuals, self.residuals[rows])
+
+    def _guess(self, rows: Tensor) -> Tensor:
+        """Guess, and pivot from there if that is close."""
+        splitting, Q = Splitting(self.C, _SCALE), self.Q[rows]
+        steps = _STEPS if Q.is_cpu else _STEPS_ELSEWHERE
+        X, changing = splitting.run(Q, -Q, steps, self.way.settled)
+        limit = 2.0 * _HOPEFUL * len(self.C) + 2.0
+        small = len(self.C) < _GUESSED
+        if small or (not changing and self.way is _REGULAR and len(self.C) <= _PATIENT):
+            limit = math.inf
+        # To look for a better scale costs less than to pivot from far.
+        if small or not changing or self._wrong(rows, X) <= _GOOD * len(self.C) + 2.0:
+            self._pivot_about(rows, X, limit)
+        return X
+
+    def _by_face(self, rows: Tensor, X: Tensor) -> None:
+        """Solve what is left beside the rows that cancel, if there are any."""
+        going = self.residuals[rows] > ROUGH
+        rows, X = rows[going], X[going]
+        face = find_face(self.C) if len(rows) > _ALONE else None
+        if face is not None:
+            near = X.clamp_min(0.0).double()
+            Z = face.solve(self.Q[rows], near, lambda C, Q: solve_lcps(C, Q)[0])
+            self.keep(rows, Z, natural_residual(self.C, self.Q[rows], Z))
+            self._polish(rows)
+
+    def _guess_again(self, rows: Tensor, X: Tensor) -> None:
+        """Guess those that are left on the scale that suits them, and pivot from there."""
+        limit = _HOPEFUL * len(self.C) + 2.0
+        for steps in _MORE_STEPS:
+            going = self.residuals[rows] > UNSOLVED
+            rows, X = rows[going], X[going]
+            if len(rows) <= _ALONE:
+                break
+            splitting, wrong = self._scale(rows, X, steps)
+            X, _ = splitting.run(self.Q[rows], X, steps)
+            patient = self.way is _REGULAR and wrong > limit
+            self._pivot_about(rows, X, math.inf if patient else max(limit, 1.5 * wrong))
+
+    def _scale(self, rows: Tensor, X: Tensor, steps: int) -> tuple[Splitting, float]:
+        """What suits a sample of some rows best, and how many of its signs are wrong."""
+        chosen = torch.linspace(0, len(rows) - 1, min(_SAMPLE, len(rows)), device=X.device).long()
+        sample, start = rows[chosen], X[chosen]
+        best, fewest = None, math.inf
+        for rho in _SCALES:
+            splitting = Splitting(self.C, rho)
+            found, _ = splitting.run(self.Q[sample], start, steps)
+            wrong = self._wrong(sample, found)
+            if wrong < fewest:
+                best, fewest = splitting, wrong
+            if fewest <= _GOOD * len(self.C) or wrong > 2.0 * fewest + _HOPEFUL * len(self.C):
+                break
+        assert best is not None
+        return best, fewest
+
+    def _wrong(self, rows: Tensor, X: Tensor) -> float:
+        """How many signs of a guess are wrong on average, by a sample."""
+        chosen = torch.linspace(0, len(rows) - 1, min(_SAMPLE, len(rows)), device=X.device).long()
+        Q, centre = self.Q[rows[chosen]], X[chosen].clamp_min(0.0).double()
+        counts = misplaced(self.C, Q, centre > 0.0, delta=self.way.delta, centre=centre)
+        return float(counts.double().mean())
+
+    def _pivot_about(self, rows: Tensor, X: Tensor, hopeful: float) -> None:
+        if not len(rows):
+            return
+        C, Q, way = self.C, self.Q, self.way
+        centre = X.clamp_min(0.0).double()
+        sets = centre > 0.0
+        found = pivot(
+            C, Q[rows], sets, delta=way.delta, centre=centre, rounds=way.rounds, hopeful=hopeful
+        )
+        self.keep(rows, *found)
+        if way.delta:
+            self._polish(rows)
+
+    def _polish(self, rows: Tensor) -> None:
+        """
+        Bring answers that are nearly right nearer.
+
+        What is left of a proximal term, though the signs were right, shows between rows that are
+        alike; a small term removes it. Where rows cancel up to rounding, many signs are rounding:
+        a large term leaves them as they are.
+        """
+        C, Q = self.C, self.Q
+        few = len(Q) == 1 or len(C) < _GUESSED
+        rounds = _REGULAR.rounds if few else _CANCELLING.rounds
+        for delta, enough in _POLISHING:
+            residuals = self.residuals[rows]
+            rows = rows[(residuals > enough) & (residuals < _NEARLY)]
+            if not len(rows):
+                break
+            centre = self.Z[rows]
+            sets = centre > 0.0
+            self.keep(rows, *pivot(C, Q[rows], sets, delta=delta, centre=centre, rounds=rounds))
+
+    def _from_inside(self, rows: Tensor, start: Tensor, accuracy: float, way: _Way) -> None:
+        """
+        Interior-point steps for some rows, each from its start, and pivots about what they find.
+
+        If these are too many for :data:`_WORK`, the last ones are left as they are.
+        """
+        affordable = int(_WORK / len(self.C) ** 3)
+        rows, start = rows[:affordable], start[:affordable]
+        if not len(rows):
+            return
+        self.keep(rows, *interior_point(self.C, self.Q[rows], start, accuracy))
+        rows = rows[self.residuals[rows] > ROUGH]
+        Z = self.Z[rows]
+        self.way = way
+        self._pivot_about(rows, torch.where(Z > _ZERO, Z, 0.0), math.inf)
 
 
 def _way(C: Tensor) -> _Way:
@@ -145,14 +268,12 @@ def _way(C: Tensor) -> _Way:
     factor, failed = torch.linalg.cholesky_ex(shifted)
     pivots = torch.where(failed == 0, factor.diagonal() ** 2, 0.0)
     between = ((pivots > _SINGULAR) & (pivots < _DISTINCT)).sum()
-    asked = torch.stack((pivots.min(), (pivots > _SINGULAR).sum(), between))
-    smallest, rank, between = asked.tolist()
+    smallest, between = torch.stack((pivots.min(), between)).tolist()
     if smallest >= _SINGULAR:
         return _REGULAR
     if between > _BETWEEN[0] + _BETWEEN[1] * len(C):
         return _MIXED
-    low = smallest > 0.0 and rank * FEWER <= len(C)
-    return evolve(_CANCELLING, largest=2.0 * rank) if low else _CANCELLING
+    return _CANCELLING
 
 
 def solve_one(C: Floats, q: Floats, passive: Mask | None = None) -> tuple[Floats, float]:
@@ -168,35 +289,9 @@ def solve_one(C: Floats, q: Floats, passive: Mask | None = None) -> tuple[Floats
     return Z[0].numpy(), float(residuals[0])
 
 
-def warn_if_unsolved(problem: str, residual: float, limit: float = UNSOLVED) -> None:
-    """Report a residual; emit an :class:`~jdcore.errors.UnsolvedWarning` above the limit."""
-    report_residual(lambda: residual)
-    if not residual <= limit:
-        warn(UnsolvedWarning(problem, residual))
-
-
 def _likely(C: Tensor, Q: Tensor) -> Tensor:
     """Where z is likely to be positive."""
     if len(Q) == 1:
         return (descend(C, Q[0], torch.zeros_like(Q[0])) > 0.0)[None]
     Z = (-Q).clamp_min_(0.0)  # after one projected gradient step, nearer the truth than ``q < 0``
     return torch.addmm(Q, Z, C) < Z
-
-
-class _Answers:
-    """The best answers so far [k, m], and their residuals [k]."""
-
-    def __init__(self, Q: Tensor) -> None:
-        self.Z = torch.zeros_like(Q)
-        self.residuals = Q.amin(1).neg_().clamp_min_(0.0)
-        self.all = torch.arange(len(Q), device=Q.device)
-
-    def left(self, residual: float = ROUGH) -> Tensor:
-        """The rows that are not solved yet: those of larger residuals."""
-        return self.all[self.residuals > residual]
-
-    def keep(self, rows: Tensor, Z: Tensor, residuals: Tensor) -> None:
-        """Take answers to some rows where they are better than those before."""
-        better = residuals < self.residuals[rows]
-        self.Z[rows] = torch.where(better[:, None], Z, self.Z[rows])
-        self.residuals[rows] = torch.where(better, residuals, self.residuals[rows])

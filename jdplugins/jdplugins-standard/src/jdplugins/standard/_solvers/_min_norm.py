@@ -8,8 +8,9 @@ from attrs import frozen
 from jdcore.aggregation import report_residual
 from jdcore.linalg import equilibrate, lcp_residual, product
 from jdplugins.standard._solvers._guess import descend
-from jdplugins.standard._solvers._lcp import Floats, solve_one, warn_if_unsolved
+from jdplugins.standard._solvers._lcp import Floats, solve_one
 from jdplugins.standard._solvers._tiny import equilibrate_tiny, solve_tiny
+from jdplugins.standard._solvers._unsolved import warn_if_unsolved
 
 _FEW = 8  # rows, up to which a call of numpy takes longer than the arithmetic
 
