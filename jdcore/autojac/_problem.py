@@ -21,13 +21,15 @@ from jdcore.autojac._hidden import (
 )
 from jdcore.autojac._products import Product, find_products
 from jdcore.autojac._taps import RowTaps, is_worth_a_hook
-from jdcore.autojac._vmap import Kind, attempt, choose_chunk_size, insist
+from jdcore.autojac._vmap import Kind, attempt, choose_chunk_size, insist, seems_hooked
 from jdcore.errors import VectorizationError
 from jdcore.graph import (
     Reach,
     batched_gradients,
     differentiate,
+    hooks_made_lately,
     reach,
+    retains_gradients,
     single_passes_explained,
 )
 from jdcore.linalg._pages import new_tensor
@@ -134,13 +136,23 @@ class Problem:
         """
         if chunk_size == 1 or self.m == 1:
             return self.row_by_row(retain_graph)
+        # vmap would leave the gradient of all rows there, batched and of use to nobody.
+        retains = retains_gradients(self.graph, but=[*self.outputs, *self.inputs])
+        # A hook that comes later than its look may read values, which fails.
+        doubt = hooks_made_lately(self.graph.nodes)
         if chunk_size is not None:
-            return insist(self.kind, partial(self.solve, chunk_size), retain_graph)
+            if retains:
+                raise VectorizationError(
+                    "a tensor in the graph retains its gradient (retain_grad)."
+                )
+            solve = partial(self.solve, chunk_size)
+            return insist(self.kind, solve, retain_graph, doubt=doubt)
         one_by_one = partial(self.row_by_row, retain_graph)
-        chosen = 1 if self.accumulates else self._chunk_size()
-        if chosen == 1:
+        chosen = 1 if retains or self.accumulates else self._chunk_size()
+        if chosen == 1 or seems_hooked(self.kind, self.graph):
             return one_by_one()
-        return attempt(self.kind, partial(self.solve, chosen), retain_graph, one_by_one)
+        solve = partial(self.solve, chosen)
+        return attempt(self.kind, solve, retain_graph, one_by_one, doubt=doubt)
 
     def _chunk_size(self) -> int:
         known = self.uses is not None

@@ -12,7 +12,15 @@ from attrs import frozen
 from torch import Tensor
 
 from jdcore.errors import JDCoreError, VectorizationError, VectorizationWarning, warn
-from jdcore.graph import EMBEDDING, Reach, is_batched, is_sparse, largest_gradient
+from jdcore.graph import (
+    EMBEDDING,
+    Reach,
+    hooks_anywhere,
+    hooks_made_lately,
+    is_batched,
+    is_sparse,
+    largest_gradient,
+)
 
 Result = TypeVar("Result")
 
@@ -137,8 +145,27 @@ def free_memory(device: torch.device, *, enough: int | None = None) -> int | Non
 # Operations of graphs for which vmap has worked in this process, and how often, or has failed.
 _WORKED: dict[frozenset[str], int] = {}
 _FAILED: set[frozenset[str]] = set()
-# After how many calls to look for what vmap may have left behind.
+# How often such graphs were in doubt, as hooks had been made since, and whether there were any.
+_DOUBTED: dict[frozenset[str], int] = {}
+_HOOKED: dict[frozenset[str], bool] = {}
+# After how many calls to look for hooks, and for what vmap may have left behind.
 _LOOKS = frozenset(16**k for k in range(16))
+
+
+def seems_hooked(kind: Kind, graph: Reach) -> bool:
+    """
+    Whether hooks on tensors of a graph would be called with batched gradients.
+
+    torch does not show such hooks. Where hooks were made lately, be it anywhere, a look at all
+    objects tells, which takes tens of milliseconds. Libraries may make hooks in every step, so it
+    is taken after 1, 16, 256, ... such calls, and holds until the next one.
+    """
+    if not hooks_made_lately(graph.nodes):
+        return False
+    calls = _DOUBTED[kind.operations] = _DOUBTED.get(kind.operations, 0) + 1
+    if calls in _LOOKS:
+        _HOOKED[kind.operations] = hooks_anywhere(graph.leaves)
+    return _HOOKED[kind.operations]
 
 
 def attempt(
@@ -146,16 +173,19 @@ def attempt(
     solve: Callable[[bool], Result],
     retain_graph: bool,
     one_by_one: Callable[[], Result],
+    *,
+    doubt: bool = False,
 ) -> Result:
     """
     Solve with vmap if it works; else one by one, with one warning for each kind of graph.
 
     :param solve: Differentiates with vmap; its argument says whether to retain the graph.
     :param one_by_one: Differentiates without.
+    :param doubt: Whether this graph may differ from others of its kind, by hooks on its tensors.
     :raises VectorizationError: If vmap worked on graphs of this kind before and fails now, where
         the graph is freed. The next such graph is differentiated one by one.
     """
-    known = kind.operations in _WORKED
+    known = kind.operations in _WORKED and not doubt
     try:
         # Once it is known to work, what the pass goes through may be freed, and no way leads back.
         results = solve(retain_graph if known else True)
@@ -167,9 +197,8 @@ def attempt(
         if known and not retain_graph:
             _give_up(kind)
             raise VectorizationError(
-                f"{reason} It worked for earlier graphs of the same operations, so a hook may read "
-                "or keep values here. From now on, rows of such graphs are differentiated one by "
-                "one."
+                f"{reason} It worked for earlier graphs of the same operations. From now on, rows "
+                "of such graphs are differentiated one by one."
             ) from error
     else:
         return _examined(kind, results, None if known else one_by_one)
@@ -202,15 +231,18 @@ def _give_up(kind: Kind) -> None:
     _FAILED.add(kind.operations)
 
 
-def insist(kind: Kind, solve: Callable[[bool], Result], retain_graph: bool) -> Result:
+def insist(
+    kind: Kind, solve: Callable[[bool], Result], retain_graph: bool, *, doubt: bool = False
+) -> Result:
     """
     Solve with vmap because the user asked for it.
 
+    :param doubt: As for :func:`attempt`.
     :raises VectorizationError: If vmap fails.
     """
     try:
         results = solve(retain_graph)
-        if kind.operations not in _WORKED:
+        if doubt or kind.operations not in _WORKED:
             _check_nothing_escaped()
     except Exception as error:
         if _blames_vmap(error):

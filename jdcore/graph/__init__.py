@@ -9,7 +9,13 @@ from jdcore.graph._call import call, called_shares
 from jdcore.graph._cancelling import may_need_float64, rows_cancel
 from jdcore.graph._form import Place
 from jdcore.graph._graph import Graph
-from jdcore.graph._hooks import ignore_hooks, is_ignored, own_hooks
+from jdcore.graph._hooks import (
+    hooks_anywhere,
+    hooks_made_lately,
+    ignore_hooks,
+    is_ignored,
+    own_hooks,
+)
 from jdcore.graph._jacobian import Jacobian, Served, without_autocast
 from jdcore.graph._layout import Layout
 from jdcore.graph._leaving import Exit, leaving
@@ -18,6 +24,7 @@ from jdcore.graph._nesting import OuterPass
 from jdcore.graph._objectives import Objectives
 from jdcore.graph._passes import batched_gradients, differentiate, single_passes_explained
 from jdcore.graph._plan import Plans
+from jdcore.graph._retained import retains_gradients
 from jdcore.graph._saved import (
     MATRIX_PRODUCTS,
     Unreadable,
@@ -68,6 +75,8 @@ __all__ = [
     "differentiate",
     "edge_of",
     "function_of",
+    "hooks_anywhere",
+    "hooks_made_lately",
     "ignore_hooks",
     "is_batched",
     "is_ignored",
@@ -79,6 +88,7 @@ __all__ = [
     "own_hooks",
     "products_in_float64",
     "reach",
+    "retains_gradients",
     "rows_cancel",
     "saved",
     "saved_as_it_is",

@@ -42,9 +42,13 @@ class _Watch:
 
     def may_have_hooks(self, graph: Graph) -> bool:
         """Whether somebody may have put a hook on something in a graph, parameters apart."""
-        self.look()
         nodes = [node for i, node in enumerate(graph.nodes) if i not in graph.leaves]
-        return any(computed_at(node) < self._until for node in nodes) and _hooks_anywhere(graph)
+        return self.made_lately(nodes) and hooks_anywhere(graph.leaves.values())
+
+    def made_lately(self, nodes: Iterable[Any]) -> bool:
+        """Whether somebody made a hook, be it anywhere, since one of some operations ran."""
+        self.look()
+        return any(computed_at(node) < self._until for node in nodes)
 
     @contextmanager
     def own_hooks(self, made: Iterable[RemovableHandle]) -> Iterator[None]:
@@ -62,14 +66,14 @@ class _Watch:
                 handle.remove()
 
 
-def _hooks_anywhere(graph: Graph) -> bool:
-    """Whether there are hooks that neither modules and optimizers have, nor parameters."""
+def hooks_anywhere(leaves: Iterable[Tensor]) -> bool:
+    """Whether there are hooks that neither modules and optimizers have, nor some leaves."""
     # All kinds of hooks lie in such dictionaries, by the number of their handle. They are looked at
     # by type() and not by isinstance(), which runs code of lazy objects, and copied, since another
     # thread may add a hook meanwhile.
     dictionaries = [d for d in gc.get_objects() if type(d) is OrderedDict and _by_number(d)]
     found = {id(d): d for d in dictionaries if any(map(_matters, list(d.values())))}
-    for leaf in graph.leaves.values():
+    for leaf in leaves:
         found.pop(id(leaf._post_accumulate_grad_hooks), None)
     for owner in gc.get_referrers(*found.values()):
         for hooks in _fields_with_hooks(owner):
@@ -119,4 +123,5 @@ def _fields_with_hooks(owner: object) -> list[object]:
 
 
 _WATCH = _Watch()
+hooks_made_lately = _WATCH.made_lately
 look, may_have_hooks, own_hooks = _WATCH.look, _WATCH.may_have_hooks, _WATCH.own_hooks

@@ -10,10 +10,13 @@ from __future__ import annotations
 
 import functools
 import gc
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
+
+from jdcore.graph._walk import Reach
 
 
 class _Calls:
@@ -48,3 +51,9 @@ def _note_calls(noted: WeakTensorKeyDictionary) -> None:
 
 
 retaining = _Calls().retaining
+
+
+def retains_gradients(graph: Reach, but: Iterable[Tensor]) -> bool:
+    """Whether a tensor inside of a graph retains its gradient, apart from some."""
+    wanted = retaining()
+    return bool(wanted) and any(map(graph.reaches, set(wanted).difference(but)))

@@ -426,6 +426,6 @@ def test_hooks_that_autojac_made_and_removed_are_nobody_elses(
     engine = autogram.Engine(net, batch_dim=None)
     engine.compute_gramian(net(torch.randn(3, 300)).mean(0))
     losses = net(torch.randn(3, 300)).mean(0)
-    monkeypatch.setattr(_hooks, "_hooks_anywhere", look)
+    monkeypatch.setattr(_hooks, "hooks_anywhere", look)
     autojac.backward(losses, inputs=list(net.parameters()), retain_graph=True)
     engine.compute_gramian(losses)
