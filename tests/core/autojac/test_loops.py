@@ -15,7 +15,7 @@ from jdcore import ParameterError
 from jdcore.aggregation import GramianAggregator
 from jdcore.autojac import backward, jac, jac_to_grad, mtl_backward
 from jdcore.errors import SinglePassError, VectorizationError
-from tests.functions import RedoneOnTheParameter
+from tests.functions import Redone, RedoneOnTheParameter
 
 STEPS = 3
 Losses = Callable[[nn.Module], "list[Tensor] | Tensor"]
@@ -150,7 +150,35 @@ class _Equilibrium(nn.Module):
         return z
 
 
-@pytest.mark.parametrize("make", [_Redoing, _Flow, _Equilibrium])
+class _Outer(torch.autograd.Function):
+    """sin(sin(x * w)), whose backward passes through a function that differentiates in its own."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor) -> Tensor:
+        ctx.save_for_backward(x, w)
+        return (x * w).sin().sin()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        x, w = ctx.saved_tensors
+        x = x.detach().requires_grad_()
+        with torch.enable_grad():
+            result = Redone.apply(x, w).sin().sin()
+        gx, gw = torch.autograd.grad(result, (x, w), gradient)
+        return gx, gw
+
+
+class _Nested(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.before = nn.Linear(3, 3).double()
+        self.w = nn.Parameter(torch.randn(3, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _Outer.apply(self.before(x), self.w)
+
+
+@pytest.mark.parametrize("make", [_Redoing, _Flow, _Equilibrium, _Nested])
 def test_functions_that_differentiate_in_their_own_backward(make: type[nn.Module]) -> None:
     trains_as_plain_rows(make(), lambda model: [(model(X) - k).square().mean() for k in range(3)])
     trains_as_plain_rows(make(), lambda model: (model(X) - 2.0).square().mean(dim=0))
@@ -374,6 +402,24 @@ def test_reentrant_checkpoints_in_heads() -> None:
                 expected.sub_(expected.grad, alpha=0.1)
 
 
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True")  # in the outer one
+@pytest.mark.parametrize("inner", [False, True])
+@pytest.mark.parametrize("outer", [False, True])
+def test_checkpoints_inside_of_checkpoints(outer: bool, inner: bool) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(3, 4).double(), nn.Linear(4, 2).double()
+
+        def within(self, x: Tensor) -> Tensor:
+            return checkpoint(lambda h: self.second(h.sin()), 2.0 * x, use_reentrant=inner)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return checkpoint(self.within, self.first(x), use_reentrant=outer).tanh()
+
+    trains_as_plain_rows(Net(), lambda model: [(model(X) - k).square().mean() for k in range(3)])
+
+
 def test_reentrant_checkpoints_in_heads_need_the_parameters_of_the_tasks() -> None:
     with pytest.raises(ParameterError, match="`tasks_params` must be given"):
         mtl_backward(*_Checkpointed().losses())
@@ -402,6 +448,37 @@ def test_an_intermediate_input_before_a_reentrant_checkpoint_gets_its_rows() -> 
         expected = torch.autograd.grad(loss, [hidden, layer.weight], retain_graph=True)
         for jacobian, row in zip(got, expected, strict=True):
             torch.testing.assert_close(jacobian[k], row)
+
+
+def test_optimizers_that_step_in_hooks_make_the_steps_of_one_that_steps_behind() -> None:
+    def losses(model: nn.Module) -> tuple[list[Tensor], Tensor]:
+        features = model.trunk(X)
+        return [(head(features) - 1.0).square().mean() for head in model.heads], features
+
+    def train(model: nn.Module, optimizers: dict[Tensor, torch.optim.Optimizer]) -> None:
+        for _ in range(STEPS):
+            mtl_backward(*losses(model))
+            jac_to_grad(model.trunk.parameters(), GramianAggregator(_by_norm))
+            for optimizer in optimizers.values():
+                optimizer.step()
+                optimizer.zero_grad()
+
+    torch.manual_seed(0)
+    behind = _Checkpointed()
+    inside = copy.deepcopy(behind)
+    ours, others = ({p: torch.optim.Adam([p]) for p in m.parameters()} for m in (inside, behind))
+
+    def step(parameter: Tensor) -> None:
+        ours[parameter].step()
+        parameter.grad = None  # as is done to save memory
+
+    for parameter in ours:
+        parameter.register_post_accumulate_grad_hook(step)
+    train(inside, {})
+    train(behind, others)
+    for got, expected in zip(inside.parameters(), behind.parameters(), strict=True):
+        assert torch.equal(got, expected)
+        assert got.grad is None
 
 
 # -- modes -----------------------------------------------------------------------------------------
@@ -459,6 +536,28 @@ def test_a_training_inside_of_autocast_makes_the_steps_of_rows_outside() -> None
             for parameter in parameters:
                 parameter.sub_(parameter.grad, alpha=0.1)
         model.zero_grad()
+
+
+def test_a_training_with_a_scaler_inside_of_autocast_makes_the_steps_of_rows_outside() -> None:
+    torch.manual_seed(0)
+    ours = nn.Sequential(nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, 3))
+    plain, x = copy.deepcopy(ours), torch.randn(5, 8)
+    for _ in range(STEPS):
+        for model in (ours, plain):
+            scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+            with torch.autocast("cpu", torch.float16):
+                losses = scaler.scale((model(x).float() - 1.0).square().mean(dim=0))
+                if model is ours:
+                    backward(losses)
+                    jac_to_grad(model.parameters(), lambda matrix: matrix.sum(dim=0))
+            if model is plain:
+                for loss in losses:
+                    loss.backward(retain_graph=True)
+            scaler.step(optimizer)
+            optimizer.zero_grad()
+    for got, expected in zip(ours.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("make", [lambda p: torch.zeros(()).double().expand_as(p), torch.zeros])
