@@ -103,8 +103,11 @@ def _aggregate(
     weighting: Weighting, columns: Columns, losses: Tensor | None
 ) -> tuple[list[Tensor], Tensor, GramianSource]:
     source = ColumnsSource(columns, losses)
+    # Processes that hold the columns together must take the same weights.
     weights = columns.agreed(weigh(weighting, source))
     if source.asked:
+        # A cross-Gramian does not tell the lengths of the rows, so that nothing can be said of how
+        # they cancel.
         known = columns.wide or source.compute_cross is not None
         wide = not known and source.rounding_shows(weights)
         weights = unscaled(weights, weighting, columns.scale)
@@ -145,9 +148,12 @@ def _examine(
     weights: Tensor,
 ) -> tuple[list[Tensor], Tensor]:
     """What weights that do not depend on the rows answer where the vectors are not finite."""
+    # Looked for only now: to read all rows at every step would cost as much as to weigh them.
     rows = columns.nonfinite_rows()
     if not rows:
         return vectors, weights  # a finite sum that overflowed in its own dtype
+    # Methods that did not look at the rows have stepped on, which a failed call must not leave
+    # behind.
     for undo in reversed(source.undo):
         undo()
     if finite_required(getattr(weighting, "check_finite", None)):

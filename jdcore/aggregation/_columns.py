@@ -99,8 +99,10 @@ class Columns:
             return result
         # A Gramian has its largest entry on its diagonal.
         # Squares of entries that matter beside the largest one did not leave the range then.
+        # Waits for an accelerator, but for float64 rows only.
         if 1e-250 < float(result.abs().max()) < 1e250:
             return result
+        # Zero rows need no scale, and infinite ones have none: they are told elsewhere.
         largest = self.largest()
         if not 0.0 < largest < math.inf:
             return result
@@ -136,6 +138,7 @@ class Columns:
         :param wide: Whether to multiply in float64, whatever the dtypes of the blocks.
         """
         few = self._few
+        # Rows of a few KB are in the cache already, in float64, since their Gramian was made.
         if few is not None and weights.is_cpu and weights.dtype == torch.float64:
             return [small_combination(weights.numpy(), few, torch.float32)]
         if len(self.blocks) == 1:
@@ -196,6 +199,7 @@ def rounded_to(block: Tensor) -> torch.dtype:
     # The first entries tell, but for zeros and the like.
     if block.dtype != torch.float64 or not (_are_narrow(block[:1, :16]) and _are_narrow(block)):
         return block.dtype
+    # Half of the entries is enough, as zeros and round numbers occur among rounded ones.
     narrow = block.float()
     # The last 8 of the 24 bits: numbers of a few digits (0.5, 3, 1e2) have zeros there.
     filled = torch.count_nonzero(narrow.view(torch.int32) & 0xFF)

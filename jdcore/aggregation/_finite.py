@@ -46,11 +46,14 @@ def all_finite(blocks: Sequence[Tensor]) -> bool:
         return is_finite(blocks[0])
     if not blocks or blocks[0].is_cpu:
         return all(map(is_finite, blocks))
+    # By the largest entries, as norms of squares overflow for finite float32 rows; a NaN among them
+    # stays.
     largest = torch._foreach_norm([block.flatten() for block in blocks if block.numel()], math.inf)
     return not largest or bool(torch.stack([x.double() for x in largest]).isfinite().all())
 
 
 def nonfinite_rows(blocks: Sequence[Tensor]) -> list[int]:
     """Indices of the rows with a non-finite entry in any block."""
+    # On the CPU, as blocks may lie on several devices.
     bad = torch.stack([~torch.isfinite(block).all(dim=1).cpu() for block in blocks]).any(dim=0)
     return bad.nonzero().flatten().tolist()

@@ -46,5 +46,6 @@ class Flattening:
         :param shape: Shape [m1, ..., mk] of the objectives; None for a vector of them.
         :returns: Weights of that shape.
         """
+        # The order of the flattened objectives is that in which `flatten_gramian` reads them.
         weights = weigh(self.weighting, source)
         return weights if shape is None else weights.reshape(tuple(shape))

@@ -139,6 +139,7 @@ class HistoryAggregator(StateFields):
         dtype = reduce(torch.promote_types, (block.dtype for block in blocks))
         rows = [block.to(torch.promote_types(dtype, torch.float32)) for block in blocks]
         values = None if losses is None else losses.to(rows[0].device, torch.float64)
+        # Nothing of the object is written before the last step that may fail is done.
         history = self._advanced(rows, values)
         parts = list(torch.split(history, [block.shape[1] for block in blocks], dim=1))
         weights, state = self.weigh_rows(Columns(rows), Columns(parts), values)
@@ -148,6 +149,7 @@ class HistoryAggregator(StateFields):
         for name, value in state.items():
             setattr(self, name, value)
         self.history = history if self.keeps_history else _nothing()
+        # Weights of the history say nothing of the rows of this Jacobian.
         told = None if self.combines_history else weights.to(blocks[0].device, dtype)
         return [vector.to(b) for vector, b in zip(vectors, blocks, strict=True)], told
 

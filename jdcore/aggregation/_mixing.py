@@ -28,6 +28,8 @@ def aggregator_validator(_: Any, attribute: Attribute[Any], value: Any) -> None:
     """Attrs validator: an aggregator, which may be a plain function; no weighting."""
     if not callable(value) or isinstance(value, type):
         raise ParameterTypeError(attribute.name, "an aggregator", repr(value))
+    # A weighting is callable with a matrix as well, and would give k weights where a vector [n] is
+    # expected.
     if hasattr(value, "weigh"):
         hint = f"Give the aggregator of this weighting: GramianAggregator({value!r})."
         raise ParameterTypeError(attribute.name, "an aggregator", repr(value), hint)
@@ -123,6 +125,7 @@ class RowMixing:
         :raises ParameterError: If the columns lie on several processes, and the wrapped aggregator
             cannot do with them.
         """
+        # M J has the Gramian M G Mᵀ: the rows need not be combined at all.
         if self.weighting is not None:
             return GramianAggregator(self.weighting).aggregate_columns(columns, losses=losses)
         if not columns.rows:
@@ -135,6 +138,8 @@ class RowMixing:
         try:
             # As weights: drawn at random, it must be the same on all processes.
             mixing = columns.agreed(torch.from_numpy(self.mix(source))).numpy()
+            # What mixes at random has not looked at the rows, and NaN times zero would hide which
+            # of them are at fault.
             if not source.asked and not columns.finite():
                 raise NonFiniteError(columns.nonfinite_rows())
         except NonFiniteError:
@@ -229,6 +234,8 @@ class MixedWeighting:
             if finite_required(self.mixing.check_finite):
                 raise
             return torch.full((m,), math.nan, dtype=torch.float64, device="cpu")
+        # Weights of ``M J / s`` are those of ``M J`` but for a power of s, the degree of the
+        # method.
         return weights.double().cpu() @ torch.from_numpy(mixing * scale**self.scale_degree)
 
 

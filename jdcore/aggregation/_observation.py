@@ -99,6 +99,7 @@ def told(
     try:
         start = perf_counter()
         result = call()
+        # After the time is taken: what observers cost is none of the weighing's.
         seen = observation(result, perf_counter() - start, tuple(residuals))
         for observer in observers:
             observer(seen)

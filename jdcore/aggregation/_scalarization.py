@@ -81,5 +81,6 @@ class ScalarizationWeighting:
         """
         m = source.rows
         check_row_vectors(self, m, source)
+        # Float32 factors hold what rows of half precision need; they are never rounded to that.
         wide = torch.float64 if source.precision == torch.float64 else torch.float32
         return self.compute(m, wide) if m else torch.empty(0, dtype=wide, device="cpu")

@@ -31,6 +31,8 @@ def as_weighting(given: Any, parameter: str = "weighting") -> Any:
     part = given
     while hasattr(part, "wrapped"):  # as_module: its forward hooks have to run, so it is kept
         part = part.wrapped
+    # Aggregators are callable with a matrix, too: a Gramian would be aggregated as if it were a
+    # Jacobian.
     aggregates = hasattr(part, "aggregate_blocks")
     weighting = getattr(part, "weighting", None) if aggregates else part
     if not callable(weighting) or isinstance(weighting, type):

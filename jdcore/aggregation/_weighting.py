@@ -131,6 +131,7 @@ class GramianWeighting:
         gramian = self.matrix_of(source)
         if gramian.is_cpu or not bool(gramian.isfinite().all()):
             return None
+        # A copy, since the Gramian belongs to the source, which others may ask for it later.
         if self.proximal:
             gramian = gramian.clone()
             gramian.diagonal().mul_(1.0 + source.proximal_level)

@@ -80,6 +80,7 @@ class WeightingWrapper(NestedState):
         check_row_vectors(self, source.rows, source)
         if not source.rows:
             return torch.empty(0, dtype=torch.float64, device="cpu")
+        # Values, not copies: state is replaced by a step, never modified.
         before = {state.name: getattr(self, state.name) for state in state_fields(type(self))}
         weights = self.rewrite(source)
         if not source.asked:  # then nobody knows yet whether the rows are finite
@@ -87,6 +88,7 @@ class WeightingWrapper(NestedState):
         if is_finite(weights):
             return weights
         if finite_required(self.check_finite):
+            # The Gramian may be computed just for this: the error is to name the rows.
             raise refuse_gramian(source.array())
         return torch.full_like(weights, torch.nan)
 

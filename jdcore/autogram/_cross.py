@@ -39,6 +39,8 @@ def crossed(one: Step, other: Step) -> Tensor:
     found = [Collected(step.objectives, device, memory) for step in steps]
     for step, jacobian, collected in zip(steps, jacobians, found, strict=True):
         collect(step, jacobian, collected, retain_graph=True)
+    # Batches may take different branches of a model; shares are paired by their order, which then
+    # means nothing.
     if _kinds(found[0]) != _kinds(found[1]):
         return _by_rows(one, other)
     m, rows = found[0].rows, found[0].rows + found[1].rows

@@ -187,9 +187,13 @@ class Engine:
         :raises PeerError: If another process could not make this step. None of them writes
             anything.
         """
+        # Before anything is computed: an aggregator taken for a weighting would give other numbers
+        # without a word.
         chosen = as_weighting(weighting)
         check_flag(retain_graph, "retain_graph")
         check_flag(second_pass, "second_pass")
+        # Looked up at each call, since modules change: layers are replaced, parameters frozen and
+        # thawed.
         trainable = self._trainable()
         holders = find_holders(trainable, group)
         if holders is not None:
@@ -249,8 +253,12 @@ class Engine:
         return self._step_of(objectives_of(output, self._batch_dim, "output"), trainable)
 
     def _step_of(self, objectives: Objectives, trainable: list[Tensor]) -> Step:
+        # Under FSDP2 the graph ends at gathered parameters, not at those that modules have outside
+        # of their forward pass.
         wanted = Gathered().leaves(trainable)
         for parameter in wanted:
+            # A lazy parameter has no shape yet: without this, torch's error would come from deep
+            # inside.
             if isinstance(parameter, UninitializedParameter):
                 raise ParameterError(
                     "modules", "initialised", "a lazy parameter", "Run one forward pass before."

@@ -23,6 +23,8 @@ from jdcore.distributed._teams import find_team
 from jdcore.graph import Plans
 from jdcore.validators import check_flag
 
+# One for all calls, as there is no object that could keep it; graphs are told apart by their form
+# and by which tensors are wanted.
 _PLANS = Plans()
 
 
@@ -80,6 +82,7 @@ def backward(
             lambda: step, holders, chosen, per_process=per_process, retain_graph=retain_graph
         )
         return weights.to(result_dtype(step.objectives.outputs[0]), copy=True)
+    # A vector, and losses in a list, have an ordinary Gramian; all other shapes a generalized one.
     shaped_losses = isinstance(losses, Tensor) and losses.ndim != 1
     weights = step.backward(
         chosen,
@@ -152,6 +155,8 @@ def gramian_backward(
     chosen = as_weighting(weighting)
     step = _step(tensors, inputs, None, None, "tensors")
     flag = check_flag(retain_graph, "retain_graph")
+    # Losses of whole batches have no samples that could be told apart between processes: their rows
+    # are averaged, and for that they have to be there.
     team = find_team(Gathered().shards(step.wanted), group)
     if team is not None:
         from jdcore.autojac._together import gramian_step  # autojac has this function, too

@@ -114,6 +114,8 @@ def wanted_leaves(objectives: Objectives, inputs: Tensor | Iterable[Tensor] | No
     :raises ParameterTypeError: If one is no floating tensor.
     :raises ParameterError: If one cannot take a gradient.
     """
+    # Without an engine nobody says which leaves are parameters: inputs that require grad count as
+    # well.
     if inputs is None:
         return list(reach(objectives.outputs).leaves)
     given = [inputs] if isinstance(inputs, Tensor) else list(inputs)
@@ -141,6 +143,7 @@ def wanted_leaves(objectives: Objectives, inputs: Tensor | Iterable[Tensor] | No
                 describe_tensor(tensor),
                 "Call .retain_grad() on it before.",
             )
+    # Frozen parameters are skipped, as optimizers skip them: fine-tuning passes all of a model.
     return [tensor for tensor in dict.fromkeys(given) if tensor.requires_grad]
 
 
@@ -167,6 +170,8 @@ def refuse_unusable(wanted: Sequence[Tensor], parameter: str, *, together: bool)
     :param together: Whether the processes that hold the tensors make a step together.
     :raises ParameterError: Naming the kind of tensor.
     """
+    # One process alone would weigh its own samples with parameters that all hold, and the copies
+    # would drift apart.
     if not together:
         refuse_sharded(wanted, parameter)
         refuse_replicated(wanted, parameter)

@@ -59,6 +59,7 @@ class Verification:
 def explained(step: Step, names: Mapping[Tensor, str]) -> str:
     """A table of what serves each parameter."""
     jacobian = step.jacobian(report=True)
+    # What serves an operand is decided as its gradient arrives, so that a pass has to be made.
     jacobian.gramian(keep=False, retain_graph=True)
     entries = _by_parameter(jacobian, names)
     rows = [(c.parameter, c.operation, c.share, c.rule) for c in entries.values()]
@@ -73,9 +74,12 @@ def verified(step: Step, names: Mapping[Tensor, str]) -> Verification:
     whole = step.jacobian(report=True)
     whole.gramian(keep=False, retain_graph=True)
     entries = _by_parameter(whole, names)
+    # Plain passes write the `.grad` of what retains it.
     with whole.fields_unchanged():
         rows = _rows(step, list(entries))
     checks = [
+        # One parameter at a time: an error shows at the parameter that it comes from, and cannot
+        # drown in the sum over all.
         evolve(check, error=_error(evolve(step, wanted=[tensor], all_leaves=False), of_tensor))
         for (tensor, check), of_tensor in zip(entries.items(), rows, strict=True)
     ]
@@ -141,6 +145,8 @@ def _error(step: Step, rows: Tensor) -> float:
     gramian = jacobian.gramian(keep=True, retain_graph=True)
     # All different and of both signs, so that rows in a wrong order show.
     weights = torch.linspace(-1.0, 2.0, len(rows), dtype=torch.float64, device=rows.device)
+    # The Gramian does not see everything: rows that are all rotated alike have the same one, but
+    # another weighted sum.
     [tensor] = step.wanted
     gradient = jacobian.weighted(weights, retain_graph=True)[tensor]
     expected = rows @ rows.T

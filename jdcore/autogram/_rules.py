@@ -37,6 +37,7 @@ class InstalledRules(Rules):
         self._warned: set[str] = set()
 
     def find(self, name: str, node: Any) -> Rule | None:
+        # Rules of the core come first, so that no plugin can change numbers that are checked here.
         rule = super().find(name, node)
         if rule is not None:
             return rule
@@ -47,6 +48,8 @@ class InstalledRules(Rules):
         if super().steady(name, node):
             return True
         entry = self._entry(name, node)
+        # A rule that cannot be loaded does not serve, and must not be counted on before it is
+        # tried.
         return entry is not None and entry.spec.steady and self._loaded(entry) is not None
 
     @staticmethod
@@ -66,6 +69,7 @@ class InstalledRules(Rules):
         return entries[0] if entries else None
 
     def _loaded(self, entry: Entry) -> Rule | None:
+        # A broken plugin costs speed, not the step: operations without a rule are called.
         try:
             rule: Rule = get_gramian_rule(entry)
         except PluginError as error:

@@ -44,6 +44,8 @@ class Step:
         :param report: Whether it notes what serves each operand.
         :raises UnservedGraphError: If it cannot be right.
         """
+        # Refused by kind before the graph is read, where the same things fail with errors that name
+        # no argument.
         refuse_divided(self.objectives.outputs)
         refuse_unusable(self.wanted, self.parameter, together=together)
         jacobian = Jacobian(
@@ -55,6 +57,7 @@ class Step:
             all_leaves=self.all_leaves,
             report=report,
         )
+        # The Gramian would be zero, and training would do nothing without a word.
         if not jacobian.graph.form.leading:
             raise UnservedGraphError(
                 f"none of `{self.parameter}`",
@@ -87,6 +90,8 @@ class Step:
         """
         jacobian = self.jacobian()
         outputs = self.objectives.outputs
+        # Shares that do not fit into memory are added up and dropped, so that the gradients need a
+        # pass of their own.
         second_pass |= jacobian.too_large or self.objectives.rows == 0
         changed = jacobian.graph.leaves if self.all_leaves else jacobian.graph.targets
         fields = [*changed.values(), *jacobian.graph.retained]
@@ -104,6 +109,7 @@ class Step:
             compute,
             losses=torch.cat([output.detach().reshape(-1) for output in outputs]),
         )
+        # Weighings of small Gramians run on the CPU; sums of rows where the rows are.
         weights = weights_of(weighting, source, shape)
         placed = weights.to(outputs[0].device)
         # A weighting that asked for no Gramian, such as the mean, left no pass to take gradients

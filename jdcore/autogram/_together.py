@@ -42,6 +42,8 @@ def backward_together(
     :raises PeerError: If another process could not make the step.
     """
     with state_kept(weighting), holders.meeting() as meeting, holders.gathered(meeting):
+        # Inside of the meeting, so that an error in the arguments of one process is told to the
+        # others.
         step = make_step()
         if step.objectives.batch_dim is None:
             raise ParameterError(
@@ -61,6 +63,8 @@ def backward_together(
             gradients = jacobian.weighted(own, retain_graph=retain_graph)
         else:
             gradients = jacobian.differentiated(own, retain_graph=retain_graph)
+        # Rows of single passes are kept by parameter, beside the Jacobian, which has no share of
+        # them.
         for tensor, share in rows.items():
             gradients[tensor] = share.weighted(step.objectives.by_task(own)).to(tensor.dtype)
         for tensor in jacobian.graph.retained:  # those of other processes have nothing to do with
@@ -78,6 +82,7 @@ def _own_weights(
     group: Group,
     retain_graph: bool,
 ) -> tuple[Tensor, Tensor, Mapping[Tensor, Dense]]:
+    # Nothing is exchanged before the gradients: the arguments are those of the other way to weigh.
     del meeting, group
     [output] = step.objectives.outputs
     source = GramianSource(
@@ -138,6 +143,8 @@ def _all_weights(
 def collect(step: Step, jacobian: Jacobian, collected: Collected, *, retain_graph: bool) -> None:
     """Collect the shares of a Jacobian with samples, and what tells each from the others."""
     jacobian.add_to(collected, retain_graph=retain_graph)
+    # Places, since processes have no other common name for their parameters: addresses and ids
+    # differ.
     places = {tensor: i for i, tensor in enumerate(step.wanted)}
     for roots in jacobian.sources:
         ways = dict.fromkeys(map(jacobian.graph.way, roots))

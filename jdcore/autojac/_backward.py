@@ -68,6 +68,7 @@ def backward(
         retain_graph=retain_graph,
         chunk_size=parallel_chunk_size,
     ) as call:
+        # Once: it may be an iterator such as model.parameters(), and is needed twice.
         given = None if inputs is None else checks.tensor_list(inputs, "inputs")
         targets = reached(call.graph, given)
         # Before the passes, which take the time and may free the graph.

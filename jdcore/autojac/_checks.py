@@ -19,6 +19,7 @@ def tensor_list(value: Tensor | Iterable[Tensor], parameter: str) -> list[Tensor
     """
     if isinstance(value, Tensor):
         return [value]
+    # A string is iterable, too, and would be taken for a sequence of characters.
     if isinstance(value, (str, bytes)) or not isinstance(value, Iterable):
         raise ParameterTypeError(parameter, "a Tensor or a sequence of Tensors", _word(value))
     # Once, as it may be an iterator such as model.parameters().
@@ -44,6 +45,8 @@ def check_outputs(tensors: Sequence[Tensor], parameter: str) -> None:
     """
     check_differentiable(tensors, parameter)
     check_distinct(tensors, parameter)
+    # One empty tensor among others gives no row; nothing but empty ones is more likely a mistake,
+    # such as a mask that leaves no sample.
     if all(tensor.numel() == 0 for tensor in tensors):
         raise ParameterError(parameter, "tensors with at least one element", "empty tensors")
     if not any(tensor.requires_grad for tensor in tensors):
@@ -88,6 +91,7 @@ def check_real(tensors: Sequence[Tensor], parameter: str) -> None:
                 if tensor.is_complex()
                 else None,
             )
+        # autograd differentiates these, but vmap, views of rows and sums in place do not know them.
         if tensor.is_nested or tensor.layout != torch.strided:
             kind = "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")
             raise ParameterTypeError(

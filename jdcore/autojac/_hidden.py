@@ -48,6 +48,8 @@ def kept_parameters(graph: Reach) -> list[Tensor]:
     """
     found: dict[Tensor, None] = {}
     seen: set[int] = set()
+    # Only functions of Python can hide anything: torch's own operations have all of their operands
+    # as edges.
     for node in graph.functions:
         # The node of a custom function is the `ctx` of its forward, with all that was set there.
         _collect(vars(node), found, seen, _DEPTH)
@@ -56,6 +58,7 @@ def kept_parameters(graph: Reach) -> list[Tensor]:
 
 def may_reach(graph: Reach, tensors: Iterable[Tensor]) -> list[Tensor]:
     """Those of some tensors that a graph reaches or may hide."""
+    # What a checkpoint runs again is not known before it does, so that any tensor may be inside.
     if is_reentrant(graph):
         return list(tensors)
     hidden = set(map(id, kept_parameters(graph)))
@@ -70,6 +73,8 @@ def hides(graph: Reach, tensors: Iterable[Tensor]) -> bool:
 
 
 def _collect(value: Any, found: dict[Tensor, None], seen: set[int], depth: int) -> None:
+    # Contexts may refer to themselves, and to whatever else the user keeps there: a whole trainer,
+    # say.
     if id(value) in seen or depth < 0:
         return
     if isinstance(value, Tensor):
@@ -88,6 +93,8 @@ def _parts(value: Any) -> Iterable[Any]:
         return value.values()
     if isinstance(value, (list, tuple, set)):
         return value
+    # Reversible blocks often keep the forward of their halves as a bound method, a partial or a
+    # closure.
     if isinstance(value, MethodType):
         return (value.__self__, value.__func__)
     if isinstance(value, partial):
@@ -151,6 +158,7 @@ def _changed(leaves: list[Tensor], before: list[tuple[Tensor | None, int]]) -> b
     changed = False
     triples = zip(leaves, before, grad_versions(leaves), strict=True)
     for leaf, (old, old_version), (new, version) in triples:
+        # A function may add in place, which changes the version, or set another tensor.
         if new is not old or version != old_version:
             changed = True
             if old is None:

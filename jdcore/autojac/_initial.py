@@ -84,6 +84,7 @@ def begun(
     :param names: What ``tensors`` and ``initial`` are called.
     :raises ParameterError: If an argument does not fit.
     """
+    # Before the others are told of errors: which processes these are is found from the outputs.
     outputs = checks.tensor_list(tensors, names[0])
     with telling_holders(outputs, inputs):
         checks.check_call(outputs, names[0], retain_graph, chunk_size)

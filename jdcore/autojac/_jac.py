@@ -68,6 +68,8 @@ def jac(
 
 def _targets(found: Reach, inputs: Tensor | Iterable[Tensor] | None) -> list[Tensor]:
     gathered = Gathered()
+    # Leaves of a graph under FSDP2 are gathered parameters that nobody holds: the answer is given
+    # for those that optimizers know.
     targets = gathered.shards(inputs_or_leaves(found, inputs))
     checks.check_differentiable(targets, "inputs")
     spread = is_spread([*targets, *found.leaves])

@@ -121,6 +121,7 @@ def _alone(
     vectors, weights = aggregate_blocks(
         aggregator, blocks, check_losses(losses, len(blocks[0])), others
     )
+    # Everything that may fail comes before the first field is written.
     check_grads(local.matrices)  # again: the aggregator may have changed them
     pairs = zip(local.matrices, vectors, strict=True)
     gradients = {t: vector if t.ndim == 1 else vector.view(t.shape) for t, vector in pairs}
@@ -198,12 +199,15 @@ def _matrix(blocks: Sequence[Tensor]) -> Tensor:
 
 
 def _aggregate_matrix(aggregator: Aggregator, blocks: Sequence[Tensor]) -> list[Tensor]:
+    # A plain function knows no blocks: for it alone the Jacobian is put together.
     vector = aggregator(_matrix(blocks))
     n = sum(block.shape[1] for block in blocks)
     if not isinstance(vector, Tensor) or vector.shape != (n,):
         raise ParameterError(
             "aggregator", f"a function that returns a Tensor of shape [{n}]", _word(vector)
         )
+    # Copied, as the function may keep its vector or have returned a row of the matrix: optimizers
+    # write into a `.grad`.
     pieces = torch.split(vector.detach(), [block.shape[1] for block in blocks])
     return [p.to(b, copy=True) for p, b in zip(pieces, blocks, strict=True)]
 

@@ -88,6 +88,7 @@ def mtl_backward(
         plan = make_plan(losses, cut, trunk, shared_params, tasks_params)
         shards = Gathered().shards
         shared, private = shards(plan.shared), shards(plan.private)
+        # All fields that will be written, before the first pass: afterwards the graph may be gone.
         check_jacs(shared, len(losses))
         check_grads(private)
         gradients: Transform = _task_gradients(plan, losses, retain_graph)
@@ -116,6 +117,8 @@ def mtl_backward(
                 retain_graph=retain_graph,
                 chunk_size=parallel_chunk_size,
             )
+        # Both writers check all their fields before they write the first one, and what they write
+        # was checked above: neither fails after the other has written.
         end = AccumulateJac(shared) | AccumulateGrad(private)
         graph = Init(losses, initial) >> gradients >> end
         with plain_modes([*losses, *shared, *private]):
@@ -148,6 +151,7 @@ def _retained(plan: Plan, retain_graph: bool) -> list[bool]:
     retained = []
     # The passes of such tasks go through the trunk, which the Jacobian needs afterwards.
     later = set(plan.trunk.nodes) if plan.deep else set()
+    # To retain a graph longer than needed keeps its activations alive during the passes to come.
     # From the last task backwards: the graph of a task must stay as long as a later one needs it.
     for head in reversed(plan.heads):
         retained.append(retain_graph or not later.isdisjoint(head.nodes))

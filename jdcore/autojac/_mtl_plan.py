@@ -97,6 +97,8 @@ def make_plan(
     named_shared = None if shared_params is None else _named(shared_params, "shared_params")
     named_tasks = None if tasks_params is None else _named_tasks(tasks_params, len(losses))
     given = [*(named_shared or ()), *(p for task in named_tasks or () for p in task)]
+    # From each loss to the features only: walks that go on through the trunk would take m times its
+    # size.
     heads = [without_hooks(reach([loss], stop=cut)) for loss in losses]
     if is_reentrant(trunk) and shared_params is None:
         raise refuse_default("shared_params")
@@ -119,6 +121,8 @@ def make_plan(
         or any(hides(head, [*shared, *private]) for head in heads)
         or (named_tasks is not None and not all(_shown((trunk, *heads), p) for p in private))
     )
+    # A parameter that is named for a task may lie in the trunk; passes that end at the features
+    # would miss what arrives there through them.
     deep = trunk.reaches_any(private)
     if whole or deep:
         heads = [without_hooks(reach([loss])) for loss in losses]
@@ -154,6 +158,7 @@ def _tasks(
     named: list[list[Tensor]] | None,
 ) -> list[list[Tensor]]:
     if named is None:
+        # A parameter behind the features is shared, also if a head reaches it by another way.
         behind = set(trunk.leaves)
         return [[leaf for leaf in head.leaves if leaf not in behind] for head in heads]
     tasks = []

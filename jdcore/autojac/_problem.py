@@ -77,6 +77,8 @@ class Problem:
             those that the graph shows.
         :param uses: For each row, which of all the outputs it differentiates, if that is known.
         """
+        # autograd refuses outputs without a graph; the loss of an absent task has none, and its row
+        # is zero.
         live = [k for k, output in enumerate(outputs) if output.requires_grad]
         differentiated = [outputs[k] for k in live]
         rows = [cotangents[k] for k in live]
@@ -104,6 +106,8 @@ class Problem:
     def with_products(self) -> Problem:
         """The same problem, knowing which large inputs are factors of matrix products."""
         large = {i: tensor for i, tensor in enumerate(self.inputs) if is_worth_a_hook(tensor)}
+        # A function that accumulates by itself may add to the gradient of a weight, besides what
+        # its product gives.
         if self.accumulates or not large:
             return self
         return evolve(self, products=find_products(self.graph, large))
@@ -168,6 +172,8 @@ class Problem:
 
     def solve(self, chunk_size: int, retain_graph: bool) -> list[Tensor]:
         """Differentiate ``chunk_size`` rows at a time, freeing the graph with the last of them."""
+        # In this order: the fields that passes write as a side effect are put back also where the
+        # passes are refused.
         with same_grad([*self.outputs, *self.inputs]), self._checked():
             if chunk_size == 1 or self.m == 1:
                 return self._one_by_one(retain_graph)
@@ -185,6 +191,8 @@ class Problem:
 
         Heads are small, and there may be many: what a pass needs besides itself is kept short.
         """
+        # Without functions of Python nothing can accumulate but hooks, for which it is enough to
+        # compare the fields before and after.
         found: Sequence[Tensor | None]
         if not self.graph.functions:
             leaves = self._leaves()
@@ -215,6 +223,8 @@ class Problem:
 
     def _leaves(self) -> list[Tensor]:
         given = [tensor for tensor in self.inputs if tensor.is_leaf]
+        # Inputs that the outputs do not depend on are watched as well: a hidden use of them is what
+        # makes a row incomplete.
         leaves = [*self.graph.leaves, *self.watched, *given]
         return list({id(leaf): leaf for leaf in leaves}.values())
 
@@ -286,6 +296,7 @@ class Problem:
                 continue
             if gradient is None:
                 missing.append(row[i])
+            # Here the pass ended at the product, whose gradient was returned instead of heard.
             elif i in self.products:
                 self.products[i].write_row(row[i], gradient)
             else:

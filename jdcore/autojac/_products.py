@@ -60,6 +60,8 @@ def find_products(graph: Reach, inputs: Mapping[int, Tensor]) -> dict[int, Produ
     found = {}
     for node, operation in candidates:
         position, name = MATRIX_PRODUCTS[operation]
+        # A frozen weight has no edge here, and one behind a view, but for its transpose, that of
+        # the view: neither is found.
         edge: Any = node.next_functions[position]
         behind = _behind_transposition(edge) if graph.edges.get(edge) == 1 else None
         end = edge if behind is None else behind
@@ -74,6 +76,7 @@ def find_products(graph: Reach, inputs: Mapping[int, Tensor]) -> dict[int, Produ
 
 def _behind_transposition(edge: tuple[Node | None, int]) -> tuple[Node | None, int] | None:
     node = edge[0]
+    # `F.linear` multiplies by the transpose of its weight, which is an operation of its own.
     if node is None or node.name() != "TBackward0":
         return None
     behind: tuple[Node | None, int] = node.next_functions[0]

@@ -99,6 +99,8 @@ class RowTaps:
         hooks = [partial(self._take, i) for i in self._leaves]
         multiply = {i: partial(self._multiply, i) for i in self._products}
         with ExitStack() as stack:
+            # Without a listener there is nothing to tell apart, and the hook at the outputs would
+            # cost a call for each row.
             if hooks or multiply:
                 stack.enter_context(self._pass.starting_at(outputs))
                 stack.enter_context(hooked(list(self._leaves.values()), hooks))
@@ -107,6 +109,7 @@ class RowTaps:
 
     def _take(self, i: int, gradient: Tensor | None) -> Tensor | None:
         # A custom function may pass None on, and a pass inside ours needs its gradient itself.
+        # Sparse gradients are made dense where all rows are stored: here a copy would fail.
         if gradient is None or gradient.layout != torch.strided or not self._pass.is_running():
             return None
         self._row[i].copy_(gradient)

@@ -35,6 +35,8 @@ def gramian_step(
     call = Call(list(outputs), None, reach(outputs))
     targets = reached(call.graph, inputs)
 
+    # Called inside of the step of all processes, so that an error is told to the others instead of
+    # leaving them waiting.
     def local() -> LocalRows:
         rows = call.jacobian(targets, retain_graph=retain_graph)()
         return LocalRows({target: as_matrix(local_part(rows[target])) for target in targets})

@@ -130,6 +130,7 @@ def free_memory(device: torch.device, *, enough: int | None = None) -> int | Non
 
     :param enough: Of how many it need not be told whether there are more.
     """
+    # Older versions of torch.accelerator do not tell of memory, the modules of single devices do.
     module: Any = getattr(torch, device.type, None)
     if not hasattr(module, "mem_get_info"):
         return None

@@ -70,6 +70,7 @@ class Union:
     def __init__(self, meeting: Meeting, group: Group, objectives: Objectives) -> None:
         self.meeting, self.group = meeting, group
         self._dimension = objectives.batch_dim or 0
+        # One tensor: with a dimension of samples there are no several outputs.
         [output] = objectives.outputs
         shape = list(output.shape)
         shape[self._dimension] = 0
@@ -84,6 +85,8 @@ class Union:
         shape[self._dimension] = sum(self.samples)
         self.shape = torch.Size(shape)
         """Shape of all losses."""
+        # A tensor that stands for the losses of all: only its shape is asked for, and nobody has
+        # its values.
         self.objectives = Objectives([torch.empty(shape, device="meta")], self._dimension)
         self.rank = dist.get_rank(group)
 
@@ -115,6 +118,8 @@ class Union:
         """
         gramian = self._added_up(collected)
         cancel = may_need_float64(len(gramian), precision) and rows_cancel(gramian)
+        # Not each by itself: Gramians of processes may differ in their last bits, and a process
+        # that repeats the exchange alone waits for ever.
         if self.meeting.agree(Stage.GRAMIAN, int(cancel)) != [0]:  # if one of them finds so
             with products_in_float64():
                 gramian = self._added_up(collected)
@@ -123,6 +128,7 @@ class Union:
     def _added_up(self, collected: Collected) -> Tensor:
         total = Accumulator(self.objectives.rows, collected.device, False, collected.memory)
         for items in _rounds(self._items(collected.shares, collected.names)):
+            # Round by round, so that no more than what is sent at once is in memory twice.
             for share in self._exchanged(items):
                 total.add_share(share)
         # Sums of three processes need not be taken in the same order in both triangles.
@@ -170,6 +176,7 @@ class Union:
             [n for item in items for n in item.sizes(count, self.rank, size)]
             for count in self.samples
         ]
+        # The sizes follow from the numbers of samples, which all know: they need no exchange.
         received = sent[0].new_empty(sum(map(sum, expected)))
         joined = torch.cat(sent)
         self.meeting.agree(Stage.FACTORS)
@@ -265,6 +272,7 @@ def _costs(share: Share) -> tuple[int, int, int]:
     size = sum(tensor.numel() * tensor.itemsize for tensor, _ in factors)
     grads, dimension = factors[1]
     K, B = grads.shape[0], grads.shape[dimension]
+    # Rows of half precision are made in float32.
     width = max(4, grads.itemsize)
     return number_of(forms_of(factors), share.setting), size, K * B * share.shape.numel() * width
 
@@ -285,6 +293,7 @@ def _rounds(items: Sequence[_Item]) -> Iterator[list[_Item]]:
 
 
 def _bytes(tensor: Tensor) -> Tensor:
+    # As bytes, since one exchange takes one dtype, and factors may be indices beside gradients.
     return tensor.contiguous().reshape(-1).view(torch.uint8)
 
 

@@ -93,6 +93,7 @@ def can_be_gathered(gathered: Gathered, tensors: Sequence[Tensor]) -> bool:
     """
     # Not DTensors in the graph: torch 2.13 cannot batch them ("Cannot access data pointer"), and
     # the backward of operations on them communicates, which no meeting can stand in for.
+    # What a user changed of the way in which FSDP2 reduces is not repeated by our exchange.
     ordinary = all(_is_ordinary(unit) for unit in gathered.units(tensors))
     return ordinary and all(map(gathered.is_plain, filter(is_dtensor, tensors)))
 
@@ -129,6 +130,7 @@ class Spread:
         """What the placements of a parameter say."""
         mesh = tensor.device_mesh
         pairs = [(mesh.get_group(i), placement) for i, placement in enumerate(tensor.placements)]
+        # Of a mesh of two dimensions, one divides and the other one holds copies (HSDP).
         [(group, shard)] = [pair for pair in pairs if pair[1].is_shard()]
         return Spread(tensor, group, tuple(g for g, p in pairs if p is not shard), shard.dim)
 
@@ -165,6 +167,8 @@ def divided_means(meeting: Meeting, rows: Mapping[Tensor, Tensor]) -> dict[Tenso
     packed = ((_packed(bucket, rows), bucket[0].group) for bucket in buckets)
     for bucket, mine in zip(buckets, scattered(meeting, packed), strict=True):
         for group in bucket[0].copies:
+            # The parts first, then the mean over copies of the same part: that sends a fraction of
+            # what means of whole rows would.
             meeting.agree(Stage.ROWS)
             dist.all_reduce(mine, group=group)
             mine.div_(dist.get_world_size(group))
@@ -177,6 +181,7 @@ def _buckets(spreads: Sequence[Spread], rows: Mapping[Tensor, Tensor]) -> Iterat
     filled = 0
     for spread in spreads:
         size = rows[spread.tensor].numel() * spread.tensor.itemsize
+        # One exchange has one group, one dtype and one device.
         if chosen and (filled + size > _BYTES or not spread.fits(chosen[0])):
             yield chosen
             chosen, filled = [], 0

@@ -78,6 +78,8 @@ def _dividing(tensor: Tensor) -> list[Group]:
 
 
 def _check_orthogonal(groups: list[Group]) -> None:
+    # Sums over one dimension after the other are sums over all processes only if the dimensions
+    # cross.
     me = dist.get_rank() if groups else 0
     seen: set[int] = set()
     for group in groups:

@@ -16,6 +16,7 @@ from jdcore.distributed._meeting import Group
 from jdcore.distributed._replicas import replicas_of, several_processes
 from jdcore.errors import ParameterError
 
+# By identity and weakly: a parameter that is gone waits for nobody.
 _LOCAL: MutableMapping[Tensor, None] = WeakIdKeyDictionary()
 
 

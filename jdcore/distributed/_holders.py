@@ -39,6 +39,8 @@ class Holders:
 
     def meeting(self) -> Meeting:
         """A meeting of the processes."""
+        # Numbers travel on the device of the parameters: the backend of a group may know no other
+        # (NCCL).
         device = self.tensors[0].device if self.tensors else torch.device("cpu")
         return Meeting(self.groups, device)
 
@@ -123,6 +125,7 @@ def _of_shards(shards: Sequence[Tensor], group: Any) -> Holders:
         raise ParameterError(
             "group", "left out for DTensors, which know their mesh", "a process group"
         )
+    # Samples are exchanged by one collective, for which all processes have to be in one group.
     if len(groups) == 1:
         return Holders(groups[0], groups, shards)
     whole: Any = dist.group.WORLD

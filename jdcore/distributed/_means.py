@@ -43,6 +43,7 @@ def global_means(
             return _scaled(list(sums), _checked(sums, counts), 1)
         group = dist.group.WORLD
     chosen = check_group(group)
+    # The counts may be on the CPU while the backend exchanges tensors of the losses' device alone.
     losses = list(sums)
     device = losses[0].device if losses else torch.device("cpu")
     with Meeting([chosen], device) as meeting:

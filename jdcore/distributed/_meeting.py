@@ -24,6 +24,8 @@ _TEXT = 400
 _UNKNOWN = -(1 << 40)
 
 
+# Whether this process has met others since the error handler was set up: then the meeting itself
+# tells them.
 _MET: ContextVar[bool] = ContextVar("met", default=False)
 
 
@@ -105,6 +107,7 @@ class Meeting:
             except Exception as late:
                 self.tell(late)
                 raise
+        # Not KeyboardInterrupt and the like: to wait for others then would keep the user waiting.
         elif isinstance(error, Exception):
             self.tell(error)
 
@@ -157,6 +160,8 @@ class Meeting:
             raise PeerError(
                 None, "the processes do not call the same functions with the same kind of method"
             )
+        # The text goes in a second exchange, of which the first one told everybody: the usual one
+        # stays small.
         own = culprit == dist.get_rank()
         reason = f"{type(error).__name__}: {error}".encode()[:_TEXT] if own else b""
         # Zeros everywhere but on the process that failed, so that the largest of all are its
@@ -191,6 +196,7 @@ class Meeting:
         return values
 
     def _reduced(self, values: Tensor, operation: Any) -> Tensor:
+        # Over one dimension of the grid after the other: there need not be a group of all.
         for group in self.groups:
             dist.all_reduce(values, op=operation, group=group)
         return values

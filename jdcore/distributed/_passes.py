@@ -109,6 +109,8 @@ class SpreadPasses:
                 "DTensors, and communication that is not that of FSDP2, take gradients one at a "
                 "time.",
             )
+        # Before the passes: their hooks wait for the same hooks of the other processes, where no
+        # error can be told.
         self._check_same(meeting, at_once)
         tight = not able or at_once is False or not (at_once or fits)
         return meeting.agree(Stage.PASSES, int(tight)) == [0]
@@ -182,6 +184,7 @@ class SpreadPasses:
                 if not each.outputs:
                     continue
                 last = number == last_number
+                # The last pass is an ordinary one, after which FSDP2 divides the parameters again.
                 if last and not retain_graph:
                     free()
                 with torch.enable_grad():
@@ -197,6 +200,7 @@ class SpreadPasses:
 
 
 def _check_units(units: Sequence[Any]) -> None:
+    # Gradients that were accumulated without being reduced would be mixed with the first row.
     for unit in units:
         waiting = any(p.unsharded_accumulated_grad is not None for p in unit.fsdp_params)
         if waiting or not (unit.reduce_grads and unit.all_reduce_grads):
@@ -211,6 +215,7 @@ def _check_units(units: Sequence[Any]) -> None:
 def _reduced(target: Tensor) -> Tensor:
     """What this process holds of the gradient of a tensor, as it holds the tensor."""
     assert target.grad is not None
+    # DTensor leaves a gradient in the placement that its operation gave it, such as a partial sum.
     gradient: Any = dense(target.grad)
     spread: Any = target
     if is_dtensor(target) and gradient.placements != spread.placements:

@@ -36,6 +36,8 @@ class ReplicatedColumns(Columns):
         second: Sequence[Tensor | None] | None,
         rows: int,
     ) -> None:
+        # No columns yet: which of them this process gets is decided, and paid for, when somebody
+        # looks at rows.
         super().__init__([], None if second is None else [])
         self._meeting = meeting
         self._buckets = buckets
@@ -84,6 +86,8 @@ class ReplicatedColumns(Columns):
     def combine(self, weights: Tensor, *, wide: bool = False) -> list[Tensor]:
         if self.blocks:
             return gathered(self._meeting, self._buckets, super().combine(weights, wide=wide))
+        # Nobody asked for the Gramian: a weighted sum is linear, so that the mean may be taken
+        # after it, of one row instead of m.
         tensors = [tensor for bucket in self._buckets for tensor in bucket.tensors]
         pairs = zip(tensors, self._matrices, strict=True)
         own = [t.new_zeros(t.numel()) if m is None else combine(weights, m) for t, m in pairs]

@@ -135,6 +135,8 @@ def _aggregated(
         known = taken_by(aggregator.aggregate_columns, losses=losses)
         vectors, weights = aggregator.aggregate_columns(columns, **known)
         return vectors, weights
+    # An aggregator of the user knows nothing of processes: each of them aggregates the whole
+    # matrix.
     blocks, second = columns.whole()
     vectors, weights = whole(aggregator, blocks, losses, second)
     # What draws random numbers need not come to the same on all processes.

@@ -43,6 +43,7 @@ class ShardedColumns(Columns):
         self._meeting = meeting
         self._grid = grid
         self._tensors = tensors
+        # A copied column would be counted once for each process that holds it.
         self._counts = [grid.counts(tensor) for tensor in tensors]
         self._check_copies()
 
@@ -125,6 +126,8 @@ class ShardedColumns(Columns):
 
 def _differ(meeting: Meeting, blocks: list[Tensor], groups: Sequence[Group]) -> bool:
     """Whether rows differ between the processes of some groups."""
+    # Of rows that are equal up to rounding, the products are, too: m x m numbers in place of the
+    # rows.
     own = sum_gramians(blocks)
     both = torch.stack([own, -own])
     meeting.agree(Stage.PRESENCE)

@@ -32,6 +32,7 @@ class Bucket:
         self.group = group
         self.world = dist.get_world_size(group)
         self.sizes = [tensor.numel() for tensor in tensors]
+        # Collectives take parts of one size.
         self.width = max(1, -(-sum(self.sizes) // self.world))
         """Number of columns of each process; the last ones are filled up with zeros."""
 
@@ -41,6 +42,7 @@ class Bucket:
 
         :param matrices: One matrix [m, n] for each tensor; None stands for zeros.
         """
+        # Zeros, for what fills up and for tensors that this process has no rows of.
         rows = self.tensors[0].new_zeros(m, self.world * self.width)
         for columns, matrix in zip(self._pieces(rows), matrices, strict=True):
             if matrix is not None:
@@ -111,6 +113,8 @@ def gathered(meeting: Meeting, buckets: Sequence[Bucket], parts: Sequence[Tensor
         part.new_empty(bucket.world * bucket.width)
         for bucket, part in zip(buckets, sent, strict=True)
     ]
+    # Memory for everything is there before: an error in the middle of an exchange could not be
+    # told.
     meeting.agree(Stage.UPDATE)
     for bucket, whole, part in zip(buckets, received, sent, strict=True):
         _all_gather(whole, part, group=bucket.group)
@@ -144,6 +148,8 @@ def scattered(meeting: Meeting, packed: Iterable[tuple[Tensor, Group]]) -> Itera
     """
     underway: list[_Scatter] = []
     for sent, group in packed:
+        # Its memory comes before the agreement: to run out of it afterwards would leave the others
+        # waiting.
         scatter = _Scatter(sent, group)
         meeting.agree(Stage.ROWS)
         scatter.start()
@@ -199,6 +205,7 @@ class _Scatter:
 
     def result(self) -> Tensor:
         self.work.wait()
+        # Half precision would lose digits with every process that is added.
         wide = torch.promote_types(self.received.dtype, torch.float32)
         total = self.received.sum(0, dtype=wide) if self.exchanged else self.received.to(wide)
         return total.div_(self.world)

@@ -41,6 +41,7 @@ def first_order_change(
     tensor([ 0.5000, -0.5000])
     """
     parameters = list(step)
+    # The optimizer has stepped already: the change is told from where the step began.
     present = {p: p.detach().clone() for p in before} if before else {}
     try:
         _assign(before or {})
@@ -54,6 +55,8 @@ def first_order_change(
             gradients = torch.autograd.grad(
                 values, parameters, directions, create_graph=True, allow_unused=True
             )
+            # `None` for parameters that these losses do not reach; their part of the step changes
+            # nothing.
             pairs = zip(gradients, step.values(), strict=True)
             terms = [(g * delta).sum().to(values.dtype) for g, delta in pairs if g is not None]
             if not terms:
@@ -76,6 +79,8 @@ def _check(values: Tensor) -> None:
 @torch.no_grad()
 def _assign(values: Mapping[Tensor, Tensor]) -> None:
     for parameter, value in values.items():
+        # In place, as the graph of the user's closure, optimizers and views refer to this very
+        # tensor.
         parameter.copy_(value)
 
 

@@ -46,6 +46,7 @@ class Step:
     @property
     def numbers(self) -> Numbers:
         """All numbers that are made when they are read."""
+        # Once: what it is made from is let go, so that a long history keeps plain numbers only.
         if not isinstance(self._seen, Numbers):
             self._seen, self.held = self._seen(), 0
         return self._seen
@@ -143,6 +144,7 @@ class History:
     def append(self, step: Step) -> None:
         """Add a step and tell the callbacks."""
         self.steps.append(step)
+        # Callbacks that read numbers make them now; a loop without any pays nothing.
         for callback in self.callbacks:
             callback(step)
         if step.held:

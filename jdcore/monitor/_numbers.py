@@ -56,7 +56,11 @@ def numbers_of(
     matrix = gramian.cpu().numpy()
     angles, norms = angles_of(matrix), np.sqrt(matrix.diagonal())
     products, square = _products(matrix, numbers) if update is None else _on_host(*update)
+    # A product that is negative by rounding alone is no conflict: near stationarity, half of all
+    # would be.
     conflicts = products < -ROUNDING * math.sqrt(max(square, 0.0)) * norms
+    # Squares of float64 rows may leave the range although the rows do not: infinity is then what is
+    # told.
     with np.errstate(over="ignore"):
         norms, products = norms * scale, products * scale * scale
     return Numbers(

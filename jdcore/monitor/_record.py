@@ -73,6 +73,7 @@ def record(
             optimizer.register_step_post_hook(recorder.after_step),
         ]
     try:
+        # Handles are removed also if the training fails: the optimizer outlives the block.
         with observing(recorder.hear):
             yield history
         recorder.flush()
@@ -93,9 +94,11 @@ class _Recorder:
     before: dict[Tensor, Tensor] = field(factory=dict)
 
     def hear(self, observation: Observation) -> None:
+        # Counted also where nothing is recorded, so that the index is that of the weighing.
         index, self.heard = self.heard, self.heard + 1
         if index % self.every:
             return
+        # A step whose optimizer never came (a skipped one, say) is recorded without its change.
         self.flush()
         step = _examine(observation, index, self.complete, self.cosines_up_to)
         if self.losses is None:
@@ -133,6 +136,7 @@ def _examine(observation: Observation, index: int, complete: bool, cosines_up_to
     kept = weights if weights is None else weights.tolist() if weights.is_cpu else weights.clone()
     if gramian is not None and source.borrowed:
         gramian = gramian.clone()
+    # After the Gramian, whose computation decides about the scale.
     scale, cosines = source.scale(), source.rows <= cosines_up_to
     told = None if gramian is None or update is None else update(scale)
     return Step(

@@ -39,6 +39,8 @@ class MonitorCallback(Callback):  # type: ignore[misc]  # untyped where it is no
         del trainer
         if self._latest is not None:
             pl_module.log_dict(scalars(self._latest))
+            # So that a batch without a step, as under gradient accumulation, does not log the last
+            # one again.
             self._latest = None
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:

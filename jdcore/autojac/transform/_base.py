@@ -61,6 +61,8 @@ class Transform(ABC):
         :returns: Values for the keys in ``gives``.
         :raises GraphError: If keys are missing.
         """
+        # Missing keys are looked for only where one is missing: a set of all keys for each
+        # transform would cost more than most of them do.
         given = {} if values is None else values
         try:
             needed = {key: given[key] for key in self.needs}

@@ -183,6 +183,7 @@ def _at_once(chunk_size: int | None) -> bool | None:
 
 def _fit(tensors: Sequence[Tensor], m: int) -> bool:
     """Whether there is room for m rows of whole tensors."""
+    # Of the whole tensors, since each process has all of their columns for the time of the passes.
     size = m * sum(math.prod(tensor.shape) * tensor.itemsize for tensor in tensors)
     available = free_memory(tensors[0].device) if tensors else None
     return size <= (_MOST_BYTES if available is None else _PART * available)

@@ -36,6 +36,8 @@ class PerTask(Transform):
         sums: dict[Tensor, Tensor] = {}
         for i, task in enumerate(self.tasks):
             own: dict[Tensor, Tensor] = {}
+            # One task after the other, so that the gradients of one at a time are alive beside the
+            # rows.
             for key, value in task(values).items():
                 if key in places:
                     own[places[key][i]] = value
@@ -88,6 +90,8 @@ class Heads(Transform):
 
     def apply(self, values: dict[Tensor, Tensor], /) -> Values:
         losses = [loss for loss in values if loss.requires_grad]
+        # Zeros, as a task may not reach a feature, or reach it by several operations whose
+        # gradients add up.
         rows = {key: _zeros((len(values), *key.shape), key) for key in self.rows}
         places = {edge_of(key): row for key, row in rows.items()}
         exits = [
