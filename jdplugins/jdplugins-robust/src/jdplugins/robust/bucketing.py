@@ -41,6 +41,7 @@ class Bucketing(RowMixing):
 
     def mix(self, source: GramianSource) -> NDArray[np.float64]:
         m = source.rows
+        # torch draws on the device of the generator only.
         device = "cpu" if self.generator is None else self.generator.device
         order = torch.randperm(m, generator=self.generator, device=device).tolist()
         mixing = np.zeros((-(-m // self.bucket_size), m))

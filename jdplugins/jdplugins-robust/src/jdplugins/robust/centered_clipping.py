@@ -63,11 +63,14 @@ class CenteredClipping(StateFields, MatrixAggregator):
         gramian = columns.gramian().cpu().numpy()  # of the rows in units of the scale
         scale = columns.scale
         products, squared = (found.cpu().numpy() for found in columns.inner(center, scale))
+        # The Gramian of the rows and the centre: all that follows is found without a vector as long
+        # as a row.
         bordered = np.block([[gramian, products[:, None]], [products, squared]])
         coefficients = self._clipped(bordered, self.tau / scale)
         moved = columns.combine(torch.from_numpy(coefficients[:-1]))
         kept = float(coefficients[-1])
         vectors = [new.add(old, alpha=kept) for new, old in zip(moved, center, strict=True)]
+        # In memory of its own, as the caller gets the vectors.
         self.center = torch.cat(vectors) if len(vectors) > 1 else vectors[0].clone()
         return vectors
 

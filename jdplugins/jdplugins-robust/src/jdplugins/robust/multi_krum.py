@@ -49,4 +49,5 @@ class MultiKrumWeighting(GramianWeighting):
         require_rows(m, selected, "n_selected")
         # Each row is its own nearest neighbour, at distance 0.
         nearest = np.partition(squared_distances(gramian), m - f - 2, axis=1)[:, : m - f - 1]
+        # Stable, so that of equal scores the first rows are taken on every machine.
         return average_of(np.argsort(nearest.sum(axis=1), kind="stable")[:selected], m)

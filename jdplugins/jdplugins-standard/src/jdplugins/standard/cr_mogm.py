@@ -54,6 +54,7 @@ class CRMOGMWeighting(WeightingWrapper):
         else:
             past = fresh * unit
         smoothed: Tensor = self.alpha * past + (1.0 - self.alpha) * fresh * unit
+        # What is not finite would stay in the average for ever.
         if bool(torch.isfinite(smoothed).all()):
             self.smoothed = smoothed
         weights: Tensor = smoothed / unit

@@ -57,6 +57,7 @@ class DBMTL(HistoryAggregator):
     ) -> tuple[Tensor, dict[str, Any]]:
         del rows, losses
         norms = history.gramian().diagonal().sqrt()
+        # A zero row adds nothing to the update, whatever its weight.
         weights = torch.where(norms > 0.0, norms.max() / norms, 0.0)
         return weights, {"calls": self.calls + 1}
 

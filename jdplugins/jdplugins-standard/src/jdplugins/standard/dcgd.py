@@ -50,6 +50,7 @@ class DCGDWeighting(GramianWeighting):
     def compute(self, gramian: NDArray[np.float64]) -> NDArray[np.float64]:
         m = len(gramian)
         first = np.arange(m) < self.n_residuals
+        # The rows enter as two sums, of which three products are all that the method needs.
         groups = np.stack([first, ~first]).astype(np.float64)
         (rr, rb), (_, bb) = (groups @ gramian @ groups.T).tolist()
         # Without two directions there is no cone: the update is t.

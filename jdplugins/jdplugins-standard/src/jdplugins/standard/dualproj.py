@@ -42,6 +42,7 @@ class DualProjWeighting(GramianWeighting):
 
     def compute(self, gramian: NDArray[np.float64]) -> NDArray[np.float64]:
         project: DualConeSolver = find_solver("dual_cone", self.solver)
+        # One reference among the several that a solver projects at once.
         weights: NDArray[np.float64] = project(
             gramian, row_weights(self.pref_vector, len(gramian))[None]
         )[0]

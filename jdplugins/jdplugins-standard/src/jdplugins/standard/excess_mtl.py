@@ -74,6 +74,7 @@ class ExcessMTL(HistoryAggregator):
             ratios = np.divide(risks, baseline, out=np.ones_like(risks), where=baseline > 0.0)
             baseline = np.where(baseline > 0.0, baseline, risks)
             logarithms = logarithms + self.robust_step_size * ratios
+            # The softmax stays the same, and the logarithms do not grow from call to call.
             logarithms -= logarithms.max()
         return torch.from_numpy(softmax(logarithms)), {
             "logarithms": torch.from_numpy(logarithms),

@@ -49,6 +49,7 @@ class KrumWeighting(GramianWeighting):
             np.sqrt(distances, out=distances)
         # Each row is its own nearest neighbour, at distance 0.
         nearest = np.partition(distances, neighbours, axis=1)[:, : neighbours + 1]
+        # Stable, so that of equal scores the first rows are taken on every machine.
         selected = np.argsort(nearest.sum(axis=1), kind="stable")[: self.n_selected]
         weights = np.zeros(m)
         weights[selected] = 1.0 / self.n_selected

@@ -53,4 +53,5 @@ class MoDoWeighting(StateFields, CrossGramianWeighting):
         # The matrix is that of rows divided by the scale.
         new = project_onto_simplex(descend(shrunk, matrix @ old, self.gamma * scale * scale))
         self.weights = torch.from_numpy(new)
+        # A copy: the state shares the memory of the other.
         return np.array(new)

@@ -84,10 +84,12 @@ class NashMTLWeighting(StateFields, GramianWeighting):
             )
         if self.calls % self.update_weights_every == 0:
             solve: NashBargainingSolver = find_solver("nash_bargaining", self.solver)
+            # Weights of another number of objectives are nothing to start from.
             start = self.alpha.numpy() if len(self.alpha) == m else None
             alpha = solve(gramian, start, level)
         else:
             alpha = self._reused(m)
+        # Only now, so that a solver that fails leaves the state as it was.
         self.calls += 1
         self.alpha = torch.from_numpy(alpha)
         return self._shorten(alpha, gramian)
@@ -106,6 +108,7 @@ class NashMTLWeighting(StateFields, GramianWeighting):
     def _shorten(
         self, alpha: NDArray[np.float64], gramian: NDArray[np.float64]
     ) -> NDArray[np.float64]:
+        # Rounding may make the square of a length near zero negative.
         length = math.sqrt(max(float(alpha @ gramian @ alpha), 0.0))
         factor = self.max_norm / length if 0.0 < self.max_norm < length else 1.0
         # A new array: the state must not change with what the caller does to the result.

@@ -40,6 +40,8 @@ class PCGradWeighting(GramianWeighting):
     )
 
     def compute(self, gramian: NDArray[np.float64]) -> NDArray[np.float64]:
+        # What a projection removes does not depend on the length of the row visited: rows of length
+        # 1 do, whose squares cannot leave the range.
         cosines, norms, inverses = equilibrate(gramian)
         coefficients = _project(cosines, _orders_of_others(len(gramian), self.generator))
         return summed_rows(coefficients, norms, inverses)

@@ -42,6 +42,7 @@ class PeriodicWeighting(WeightingWrapper):
         known = kept_weights(self.reused, source.rows) if self.calls % self.every else None
         if known is None:
             weights = weigh(self.weighting, source).double().cpu()
+            # Neither kept nor counted: the next call asks again.
             if not bool(torch.isfinite(weights).all()):
                 return weights
             self.reused = weights * source.scale() ** self.scale_degree

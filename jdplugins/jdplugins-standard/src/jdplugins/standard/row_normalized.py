@@ -43,6 +43,7 @@ class RowNormalized(RowMixing):
             factors /= _positive_losses(source)
         if self.by in ("l2", "loss+"):
             lengths = row_lengths(source)
+            # A zero row has no direction and stays as it is.
             np.divide(factors, lengths, out=factors, where=lengths > 0.0)
         return np.diag(factors)
 

@@ -62,6 +62,7 @@ class UPGradWeighting(GramianWeighting):
         project: DualConeSolver = find_solver("dual_cone", self.solver)
         m = len(gramian)
         if self.pref_vector is None and m <= _FEW:
+            # A copy, as the solver may be anybody's and write into it.
             references = _shares_of_few(m).copy()
         else:
             references = np.diag(row_weights(self.pref_vector, m))
@@ -69,6 +70,7 @@ class UPGradWeighting(GramianWeighting):
 
     def compute_there(self, gramian: Tensor) -> Tensor | None:
         project = getattr(find_solver("dual_cone", self.solver), "project", None)
+        # Backends that were written for other libraries know arrays alone.
         if project is None:
             return None
         preferences = gramian.new_full((len(gramian),), 1.0 / len(gramian))
