@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
-from torch.nn.parameter import UninitializedParameter
+from torch.nn.parameter import is_lazy
 
 from jdcore.aggregation import as_weighting
 from jdcore.autogram._cross import crossed
@@ -259,7 +259,7 @@ class Engine:
         for parameter in wanted:
             # A lazy parameter has no shape yet: without this, torch's error would come from deep
             # inside.
-            if isinstance(parameter, UninitializedParameter):
+            if is_lazy(parameter):
                 raise ParameterError(
                     "modules", "initialised", "a lazy parameter", "Run one forward pass before."
                 )

@@ -17,7 +17,7 @@ from jdcore.distributed._grid import Grid
 from jdcore.distributed._meeting import Group, Meeting, Stage
 from jdcore.distributed._replicas import replicas_of
 from jdcore.distributed._replicated_step import check_group
-from jdcore.distributed._sharding import Gathered, is_dtensor, like
+from jdcore.distributed._sharding import Gathered, is_dtensor, like, some_dtensor
 from jdcore.distributed._teams import group_of
 from jdcore.distributed._transfers import buckets_of, mean_rows
 from jdcore.errors import ParameterError
@@ -51,7 +51,7 @@ class Holders:
 
         :raises ParameterError: If they cannot be gathered.
         """
-        if not any(map(is_dtensor, self.tensors)):
+        if not some_dtensor(self.tensors):
             yield
             return
         gathered = Gathered()
@@ -108,7 +108,7 @@ def find_holders(tensors: Sequence[Tensor], group: Any = None) -> Holders | None
     if group is not None:
         check_group(group)
     shards = Gathered().shards(tensors)
-    if any(map(is_dtensor, shards)):
+    if some_dtensor(shards):
         return _of_shards(shards, group)
     chosen = group_of(replicas_of(tensors), group)
     if chosen is None or dist.get_world_size(chosen) == 1:

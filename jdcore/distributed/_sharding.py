@@ -83,7 +83,7 @@ class Gathered:
 
     def leaves(self, tensors: Iterable[Tensor]) -> list[Tensor]:
         """:meth:`leaf` of each."""
-        return [self.leaf(tensor) for tensor in tensors]
+        return list(map(self.leaf, tensors)) if self._gathered else list(tensors)
 
     def units(self, tensors: Iterable[Tensor]) -> list[Any]:
         """What torch knows of the modules whose parameters are among some sharded ones."""

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from jdcore.graph._graph import Graph
-from jdcore.graph._saved import computed_at, hooks_made, next_computed_at
+from jdcore.graph._saved import hooks_made, next_computed_at, some_computed_before
 
 
 class _Watch:
@@ -48,7 +48,7 @@ class _Watch:
     def made_lately(self, nodes: Iterable[Any]) -> bool:
         """Whether somebody made a hook, be it anywhere, since one of some operations ran."""
         self.look()
-        return any(computed_at(node) < self._until for node in nodes)
+        return some_computed_before(nodes, self._until)
 
     @contextmanager
     def own_hooks(self, made: Iterable[RemovableHandle]) -> Iterator[None]:

@@ -8,9 +8,9 @@ This is the only place that reads them. Whoever asks for what an operation saved
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Iterable, Iterator
 from functools import cache
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +20,6 @@ from torch.utils.hooks import RemovableHandle
 __all__ = [
     "MATRIX_PRODUCTS",
     "Unreadable",
-    "computed_at",
     "current_pass",
     "function_of",
     "has_unpack_hooks",
@@ -31,6 +30,7 @@ __all__ = [
     "results_of",
     "saved",
     "saved_as_it_is",
+    "some_computed_before",
 ]
 
 MATRIX_PRODUCTS = {"AddmmBackward0": (2, "mat1"), "MmBackward0": (1, "self")}
@@ -131,7 +131,7 @@ def operand_has_hooks(node: Any, operand: int) -> bool:
 
 def has_unpack_hooks(node: Any) -> bool:
     """Whether Python code gives an operation what it saved, as checkpoints do."""
-    for name in _raw_names(cast("Hashable", type(node))):
+    for name in _raw_names(type(node)):
         raw = getattr(node, name)
         for one in raw if isinstance(raw, (tuple, list)) else (raw,):
             if getattr(one, "unpack_hook", None) is not None:
@@ -140,14 +140,18 @@ def has_unpack_hooks(node: Any) -> bool:
 
 
 @cache
-def _raw_names(kind: Hashable) -> tuple[str, ...]:
+def _raw_names(kind: Any) -> tuple[str, ...]:
     return tuple(name for name in dir(kind) if name.startswith("_raw_saved_"))
 
 
 def results_of(node: Any) -> tuple[tuple[Any, ...], ...]:
     """The results of an operation: the sizes of each, and its dtype behind them."""
-    # Plain tuples, since this is asked of each operation in each step.
-    return tuple([(*m.shape, m.dtype) for m in node._input_metadata])
+    # Plain tuples, since this is asked of each operation in each step; most have one result.
+    found = node._input_metadata
+    if len(found) == 1:
+        [result] = found
+        return ((*result.shape, result.dtype),)
+    return tuple([(*result.shape, result.dtype) for result in found])
 
 
 def plain_attributes(node: Any) -> tuple[Any, ...]:
@@ -161,14 +165,14 @@ def plain_attributes(node: Any) -> tuple[Any, ...]:
     return tuple(
         [
             value
-            for name in _plain_names(cast("Hashable", type(node)))
+            for name in _plain_names(type(node))
             if (value := getattr(node, name)) is None or isinstance(value, (int, str, tuple))
         ]
     )
 
 
 @cache
-def _plain_names(kind: Hashable) -> tuple[str, ...]:
+def _plain_names(kind: Any) -> tuple[str, ...]:
     names = [name for name in dir(kind) if name.startswith("_saved_")]
     raw = {name.removeprefix("_raw") for name in _raw_names(kind)}
     # Tensors have a raw form, too, and are left out, as are the sizes of operands
@@ -194,10 +198,10 @@ def is_batched(tensor: Tensor | None) -> bool:
     return tensor is not None and torch._C._functorch.is_batchedtensor(tensor)
 
 
-def computed_at(node: Any) -> int:
-    """A number that grows from one operation to the next, in the order of the forward pass."""
-    number: int = node._sequence_nr()
-    return number
+def some_computed_before(nodes: Iterable[Any], number: int) -> bool:
+    """Whether one of some operations was computed when :func:`next_computed_at` was a number."""
+    # It grows from one operation to the next, in the order of the forward pass.
+    return min([node._sequence_nr() for node in nodes], default=number) < number
 
 
 def next_computed_at() -> int:

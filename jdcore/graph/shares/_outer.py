@@ -118,7 +118,7 @@ class Outer(Share):
         inputs, grads = self.inputs, self.grads
         if isinstance(inputs, OneHot):
             return self._looked_up_sum(inputs, weighted_sum(weights, grads).flatten(0, 1))
-        if len(grads) == 1 and inputs.shape[2] < grads.shape[3]:
+        if grads.shape[0] == 1 and inputs.shape[2] < grads.shape[3]:
             inputs, grads = weighted_sum(weights, inputs[None]), grads[0]  # the smaller one
         else:
             grads = weighted_sum(weights, grads)

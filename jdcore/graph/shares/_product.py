@@ -73,6 +73,8 @@ def product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
         if a.is_cuda and out is None:
             return _mixed(a, b)
         a, b = a.float(), b.float()
+    if a.is_cpu:  # where nothing rounds, and a context costs as much as small products
+        return _multiplied(a, b, out)
     with exact_products(a):
         return _multiplied(a, b, out)
 
@@ -170,7 +172,8 @@ def weighted_sum(weights: Tensor, rows: Tensor) -> Tensor:
     :param rows: Shape [K, B, ...].
     :returns: Shape [B, ...].
     """
-    if len(rows) == 1:
+    tasks = rows.shape[0]
+    if tasks == 1:
         return scaled(weights, rows)[0]
     dtype = _of_sums(weights, rows)
     if not (rows.is_cpu and rows.shape[1] > 1):
@@ -180,7 +183,7 @@ def weighted_sum(weights: Tensor, rows: Tensor) -> Tensor:
         return summed.view(rows.shape[1:])
     total = scaled(weights[0], rows[0])
     scale = weights.to(dtype).view(*weights.shape, *[1] * (rows.ndim - 2))
-    for k in range(1, len(rows)):
+    for k in range(1, tasks):
         total.addcmul_(rows[k].to(dtype), scale[k])
     return total
 

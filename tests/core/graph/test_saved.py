@@ -214,9 +214,14 @@ def test_integers_tell_operations_of_one_name_apart() -> None:
 
 def test_operations_are_numbered_in_the_order_of_the_forward_pass() -> None:
     before = reader.next_computed_at()
-    first, second = V * 2, V * 3
-    assert before <= reader.computed_at(first.grad_fn) < reader.computed_at(second.grad_fn)
-    assert reader.computed_at(second.grad_fn) < reader.next_computed_at()
+    first = V * 2
+    between = reader.next_computed_at()
+    second = V * 3
+    nodes = [second.grad_fn, first.grad_fn]
+    assert not reader.some_computed_before(nodes, before)
+    assert reader.some_computed_before(nodes, between)
+    assert not reader.some_computed_before(nodes[:1], between)
+    assert reader.some_computed_before(nodes[:1], reader.next_computed_at())
 
 
 def test_hooks_of_all_kinds_are_counted() -> None:
