@@ -60,15 +60,15 @@ class Form:
 
     :param names: By node, that of its operation.
     :param inputs: By node, where its operands come from; node -1 for what is not differentiated.
-    :param starts: The outputs.
     :param described: By node, the sizes of each of its results, and its dtype behind them.
+    :param starts: The outputs.
     :param targets: The places of the wanted tensors, leaves or not.
     """
 
     names: tuple[str, ...]
     inputs: tuple[tuple[Place, ...], ...]
-    starts: tuple[Place, ...]
     described: tuple[tuple[tuple[Any, ...], ...], ...]
+    starts: tuple[Place, ...]
     targets: tuple[Place, ...]
     known: dict[Any, Any] = field(factory=dict, init=False)
     """What others found out about it, see :func:`once_for_each_form`."""
@@ -174,12 +174,12 @@ _RECENT: deque[Form] = deque(maxlen=32)
 def form_of(
     names: tuple[str, ...],
     inputs: tuple[tuple[Place, ...], ...],
-    starts: tuple[Place, ...],
     described: tuple[tuple[tuple[Any, ...], ...], ...],
+    starts: tuple[Place, ...],
     targets: tuple[Place, ...],
 ) -> Form:
     """The one form with these properties."""
-    key = names, inputs, starts, described, targets
+    key = names, inputs, described, starts, targets
     form = _FORMS.get(key)
     if form is None:
         form = _FORMS[key] = Form(*key)

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
@@ -11,6 +11,10 @@ from jdcore.graph._form import Form, Place, form_of
 from jdcore.graph._retained import retaining
 from jdcore.graph._saved import plain_attributes, results_of
 from jdcore.graph._walk import LEAF, REENTRANT, edge_of
+
+_Properties: TypeAlias = (
+    "tuple[tuple[str, ...], tuple[tuple[Place, ...], ...], tuple[tuple[tuple[Any, ...], ...], ...]]"
+)
 
 
 class Graph:
@@ -23,29 +27,12 @@ class Graph:
     """
 
     def __init__(self, outputs: Sequence[Tensor], wanted: Collection[Tensor]) -> None:
-        self.nodes: list[Any] = []
+        starts = [edge_of(output) for output in outputs if output.requires_grad]
+        # Holding the nodes keeps their Python wrappers, hence their identity.
+        self.nodes: list[Any] = list(dict.fromkeys(node for node, _ in starts))
         self.leaves: dict[int, Tensor] = {}
-        self._names: list[str] = []
-        self._index: dict[Node, int] = {}
-        starts = []
-        for output in outputs:
-            if output.requires_grad:
-                node, number = edge_of(output)
-                found = self._index.get(node)
-                starts.append((self._number(node) if found is None else found, number))
-        inputs: list[tuple[Place, ...]] = []
-        described: list[tuple[tuple[Any, ...], ...]] = []
-        # A list that grows rather than recursion: graphs are deeper than Python's stack.
-        index, number_of, leaves = self._index, self._number, self.leaves
-        for i, node in enumerate(self.nodes):
-            edges = []
-            for child, result in node.next_functions:
-                found = -1 if child is None else index.get(child)
-                edges.append((number_of(child) if found is None else found, result))
-            inputs.append(tuple(edges))
-            leaf = leaves.get(i)
-            # The node of a leaf does not know when its data are replaced.
-            described.append(results_of(node) if leaf is None else ((*leaf.shape, leaf.dtype),))
+        self._index: dict[Node, int] = {node: i for i, node in enumerate(self.nodes)}
+        properties = self._explore()
         # By identity, since `==` of tensors compares their entries.
         asked = {id(tensor) for tensor in wanted}
         self.wanted = {i: leaf for i, leaf in self.leaves.items() if id(leaf) in asked}
@@ -59,28 +46,46 @@ class Graph:
         self.retained = [t for t in retaining() if self._computes(t) and id(t) not in asked]
         """Further results of operations whose ``.grad`` backward passes write."""
         self.form: Form = form_of(
-            tuple(self._names), tuple(inputs), tuple(starts), tuple(described), tuple(self.targets)
+            *properties,
+            tuple([(self._index[node], number) for node, number in starts]),
+            tuple(self.targets),
         )
+
+    def _explore(self) -> _Properties:
+        """Number all nodes behind the first ones: their names, operands and results."""
+        names: list[str] = []
+        inputs: list[tuple[Place, ...]] = []
+        described: list[tuple[tuple[Any, ...], ...]] = []
+        nodes, index = self.nodes, self._index
+        # A list that grows rather than recursion: graphs are deeper than Python's stack.
+        for node in nodes:
+            name = node.name()
+            names.append(name)
+            if name == LEAF:
+                leaf = self.leaves[len(inputs)] = node.variable
+                inputs.append(())
+                # The node of a leaf does not know when its data are replaced.
+                described.append(((*leaf.shape, leaf.dtype),))
+                continue
+            if name == REENTRANT:
+                raise UnservedGraphError(
+                    "a reentrant checkpoint",
+                    "it hides the operations and the parameters inside it",
+                    "Call torch.utils.checkpoint.checkpoint with use_reentrant=False.",
+                )
+            edges = []
+            for child, result in node.next_functions:
+                number = -1 if child is None else index.get(child)
+                if number is None:
+                    number = index[child] = len(nodes)
+                    nodes.append(child)
+                edges.append((number, result))
+            inputs.append(tuple(edges))
+            described.append(results_of(node))
+        return tuple(names), tuple(inputs), tuple(described)
 
     def _computes(self, tensor: Tensor) -> bool:
         return tensor.grad_fn is not None and tensor.grad_fn in self._index
-
-    def _number(self, node: Any) -> int:
-        """The number of a node that has none yet."""
-        name = node.name()
-        if name == REENTRANT:
-            raise UnservedGraphError(
-                "a reentrant checkpoint",
-                "it hides the operations and the parameters inside it",
-                "Call torch.utils.checkpoint.checkpoint with use_reentrant=False.",
-            )
-        # Holding the node keeps its Python wrapper, hence its identity.
-        number = self._index[node] = len(self.nodes)
-        self.nodes.append(node)
-        self._names.append(name)
-        if name == LEAF:
-            self.leaves[number] = node.variable
-        return number
 
     def way(self, root: Place) -> tuple[int, tuple[Any, ...]]:
         """

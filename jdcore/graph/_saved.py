@@ -131,7 +131,7 @@ def operand_has_hooks(node: Any, operand: int) -> bool:
 
 def has_unpack_hooks(node: Any) -> bool:
     """Whether Python code gives an operation what it saved, as checkpoints do."""
-    for name in _raw_names(type(node)):
+    for name in _raw_names(type(node)):  # type: ignore[arg-type]  # classes can be hashed
         raw = getattr(node, name)
         for one in raw if isinstance(raw, (tuple, list)) else (raw,):
             if getattr(one, "unpack_hook", None) is not None:
@@ -165,7 +165,7 @@ def plain_attributes(node: Any) -> tuple[Any, ...]:
     return tuple(
         [
             value
-            for name in _plain_names(type(node))
+            for name in _plain_names(type(node))  # type: ignore[arg-type]  # classes can be hashed
             if (value := getattr(node, name)) is None or isinstance(value, (int, str, tuple))
         ]
     )
