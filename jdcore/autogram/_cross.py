@@ -12,9 +12,7 @@ from jdcore.graph import (
     Accumulator,
     Dense,
     Share,
-    may_need_float64,
-    products_in_float64,
-    rows_cancel,
+    multiplied,
     without_autocast,
 )
 from jdcore.linalg._gramian import sum_cross_gramians
@@ -53,10 +51,7 @@ def crossed(one: Step, other: Step) -> Tensor:
                 total.add_share(share)
             return total.total
 
-    gramian = added_up()
-    if may_need_float64(rows, jacobians[0].graph.form.precision) and rows_cancel(gramian):
-        with products_in_float64():
-            gramian = added_up()
+    gramian = multiplied(rows, jacobians[0].graph.form.precision, added_up)
     # Of the Gramian of all samples, the products of one batch with the other.
     return gramian[:m, m:]
 

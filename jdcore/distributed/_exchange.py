@@ -25,9 +25,7 @@ from jdcore.graph import (
     Dense,
     Objectives,
     Share,
-    may_need_float64,
-    products_in_float64,
-    rows_cancel,
+    multiplied,
 )
 from jdcore.graph._memory import Memory
 from jdcore.linalg._gramian import symmetric
@@ -116,13 +114,14 @@ class Union:
         :param precision: What their rows were rounded to.
         :raises ParameterError: If the processes have shares of different graphs.
         """
-        gramian = self._added_up(collected)
-        cancel = may_need_float64(len(gramian), precision) and rows_cancel(gramian)
-        # Not each by itself: Gramians of processes may differ in their last bits, and a process
-        # that repeats the exchange alone waits for ever.
-        if self.meeting.agree(Stage.GRAMIAN, int(cancel)) != [0]:  # if one of them finds so
-            with products_in_float64():
-                gramian = self._added_up(collected)
+        gramian = multiplied(
+            self.objectives.rows,
+            precision,
+            lambda: self._added_up(collected),
+            # Not each by itself: Gramians of processes may differ in their last bits, and a process
+            # that repeats the exchange alone waits for ever.
+            lambda cancel: self.meeting.agree(Stage.GRAMIAN, int(cancel)) != [0],
+        )
         return self.objectives.ordered(gramian)
 
     def _added_up(self, collected: Collected) -> Tensor:

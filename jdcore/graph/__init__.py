@@ -6,7 +6,7 @@ It knows no method, no module and no ``.grad``.
 
 from jdcore.graph._batchable import EMBEDDING, is_sparse
 from jdcore.graph._call import call, called_shares
-from jdcore.graph._cancelling import may_need_float64, rows_cancel
+from jdcore.graph._cancelling import multiplied
 from jdcore.graph._form import Place
 from jdcore.graph._graph import Graph
 from jdcore.graph._hooks import (
@@ -38,7 +38,6 @@ from jdcore.graph._steady import note_handing_on
 from jdcore.graph._walk import REENTRANT, Edge, Reach, edge_of, largest_gradient, reach, united
 from jdcore.graph.rules import RULES, GramianRule, Rule, Rules
 from jdcore.graph.shares import Accumulator, Dense, OneHot, Outer, Patches, Share
-from jdcore.graph.shares._product import products_in_float64
 
 __all__ = [
     "EMBEDDING",
@@ -83,13 +82,11 @@ __all__ = [
     "is_sparse",
     "largest_gradient",
     "leaving",
-    "may_need_float64",
+    "multiplied",
     "note_handing_on",
     "own_hooks",
-    "products_in_float64",
     "reach",
     "retains_gradients",
-    "rows_cancel",
     "saved",
     "saved_as_it_is",
     "single_passes_explained",

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
+
+from jdcore.graph.shares._product import products_in_float64
 
 # Products of float32 are wrong by about 1e-7 of the lengths of two rows. Where no combination of
 # rows of length one is shorter than the root of this, that is 1e-4 of the Gramian in any direction.
@@ -22,6 +26,28 @@ def may_need_float64(rows: int, precision: torch.dtype) -> bool:
     :param precision: What the rows were rounded to.
     """
     return rows <= _FEW and precision != torch.float64
+
+
+def multiplied(
+    rows: int,
+    precision: torch.dtype,
+    added_up: Callable[[], Tensor],
+    agreed: Callable[[bool], bool] = bool,
+) -> Tensor:
+    """
+    Make a Gramian, and once more with products in float64 if its rows nearly cancel.
+
+    :param rows: The number of losses m.
+    :param precision: What the rows were rounded to.
+    :param added_up: Makes it, float64 [m, m].
+    :param agreed: Tells from what is found here what is done: where several processes make it, all
+        of them make it again if one finds that its rows cancel.
+    """
+    gramian = added_up()
+    if agreed(may_need_float64(rows, precision) and rows_cancel(gramian)):
+        with products_in_float64():
+            gramian = added_up()
+    return gramian
 
 
 def rows_cancel(gramian: Tensor) -> bool:

@@ -12,7 +12,7 @@ from torch import Tensor
 from jdcore._fields import dense, through_tensor_hooks
 from jdcore.errors import JDCoreError, RowByRowWarning, UnservedGraphError, warn
 from jdcore.graph._call import called_shares
-from jdcore.graph._cancelling import may_need_float64, rows_cancel
+from jdcore.graph._cancelling import may_need_float64, multiplied
 from jdcore.graph._form import Place
 from jdcore.graph._graph import Graph
 from jdcore.graph._hooks import may_have_hooks
@@ -26,7 +26,6 @@ from jdcore.graph._site import NoRule, Site
 from jdcore.graph._tasks import Passes, starts_of
 from jdcore.graph.rules import Rule, Rules
 from jdcore.graph.shares import Accumulator, Dense, Outer, Share, Sums, Uses, combined
-from jdcore.graph.shares._product import products_in_float64
 from jdcore.linalg import factors
 
 # Rows that are shorter are collected and multiplied together: few large products, no small ones.
@@ -115,34 +114,39 @@ class Jacobian:
         :param keep: Whether :meth:`weighted` will be called.
         :param retain_graph: Whether the graph is needed afterwards.
         """
-        if self.objectives.rows == 0:
+        rows, precision = self.objectives.rows, self.graph.form.precision
+        if rows == 0:
             self.computed = True
             return torch.zeros(0, 0, dtype=torch.float64, device=self._device)
-        few = may_need_float64(self.objectives.rows, self.graph.form.precision)
-        # Without what is kept, all may have to be done once more.
-        total = self._added_up(keep, retain_graph or (few and not keep))
-        gramian = total.total
-        if few and rows_cancel(gramian):
-            gramian = self._again_in_float64(total, retain_graph).total
-        return self.objectives.ordered(gramian)
+        few = may_need_float64(rows, precision)
+        made: list[Accumulator] = []
+
+        def added_up() -> Tensor:
+            if made:
+                made.append(self._added_up_again(made[0], retain_graph))
+            else:
+                # Without what is kept, all may have to be done once more.
+                made.append(self._added_up(keep, retain_graph or (few and not keep)))
+            return made[-1].total
+
+        return self.objectives.ordered(multiplied(rows, precision, added_up))
 
     def _added_up(self, keep: bool, retain_graph: bool) -> Accumulator:
         total = Accumulator(self.objectives.rows, self._device, keep, self._memory)
         self._add_all(total, retain_graph)
         return total
 
-    def _again_in_float64(self, before: Accumulator, retain_graph: bool) -> Accumulator:
+    def _added_up_again(self, before: Accumulator, retain_graph: bool) -> Accumulator:
         """The same shares once more, or all over again if they were not kept."""
-        with products_in_float64():
-            if not before.keep:
-                self._forget()
-                return self._added_up(False, retain_graph)
-            total = Accumulator(self.objectives.rows, self._device, True, self._memory)
-            with torch.no_grad(), without_autocast(self._device.type):
-                for share in before.added:
-                    total.add_share(share)
-                total.finish()
-            return total
+        if not before.keep:
+            self._forget()
+            return self._added_up(False, retain_graph)
+        total = Accumulator(self.objectives.rows, self._device, True, self._memory)
+        with torch.no_grad(), without_autocast(self._device.type):
+            for share in before.added:
+                total.add_share(share)
+            total.finish()
+        return total
 
     def add_to(self, total: Accumulator, *, retain_graph: bool) -> None:
         """

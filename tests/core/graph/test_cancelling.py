@@ -19,13 +19,13 @@ from tests.core.autogram.oracle import explicit_jacobian
 def again(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """Whether a Gramian was made once more."""
     seen: list[bool] = []
-    original = _jacobian.Jacobian._again_in_float64
+    original = _jacobian.Jacobian._added_up_again
 
     def noting(*arguments: object) -> object:
         seen.append(True)
         return original(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(_jacobian.Jacobian, "_again_in_float64", noting)
+    monkeypatch.setattr(_jacobian.Jacobian, "_added_up_again", noting)
     return seen
 
 
