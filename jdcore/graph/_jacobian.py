@@ -25,7 +25,7 @@ from jdcore.graph._saved import Unreadable, function_of
 from jdcore.graph._site import NoRule, Site
 from jdcore.graph._tasks import Passes, starts_of
 from jdcore.graph.rules import Rule, Rules
-from jdcore.graph.shares import Accumulator, Dense, Outer, Share, Sums, Uses, combined
+from jdcore.graph.shares import Accumulator, Dense, Outer, Share, Sums, Uses, Waiting, combined
 from jdcore.linalg import factors
 
 # Rows that are shorter are collected and multiplied together: few large products, no small ones.
@@ -585,9 +585,7 @@ class _Small:
     """Short rows of many parameters, multiplied together."""
 
     def __init__(self, memory: Memory) -> None:
-        self._memory = memory
-        self._waiting: dict[Hashable, list[tuple[Place, Sums]]] = {}
-        self._entries_waiting = 0
+        self._waiting = Waiting[tuple[Place, Sums]](memory, self._put_together)
         self._groups: dict[tuple[torch.dtype, bool], list[tuple[list[_Entry], Tensor]]] = {}
         self._joined: list[tuple[Tensor, list[_Entry]]] = []
 
@@ -597,26 +595,16 @@ class _Small:
 
         :param counted: Whether their Gramian is in that of another share.
         """
-        kind = share.alike if isinstance(share, Sums) and not self._memory.reused else None
-        if kind is None or counted:
+        waits = isinstance(share, Sums) and not counted and self._waiting.take(share, (root, share))
+        if not waits:
             self._put([(root, share.shape)], share.flat(), counted)
-            return
-        assert isinstance(share, Sums)
-        self._waiting.setdefault(kind, []).append((root, share))
-        self._entries_waiting += share.entries
-        if self._entries_waiting > self._memory.joined:
-            self._make_rows()
 
     def _put(self, entries: list[_Entry], rows: Tensor, counted: bool) -> None:
         self._groups.setdefault((rows.dtype, counted), []).append((entries, rows))
 
-    def _make_rows(self) -> None:
-        """Make those that wait for others like them: on accelerators each sum is a kernel."""
-        for pairs in self._waiting.values():
-            rows = Sums.flat_together([share for _, share in pairs])
-            self._put([(root, share.shape) for root, share in pairs], rows, False)
-        self._waiting.clear()
-        self._entries_waiting = 0
+    def _put_together(self, pairs: list[tuple[Place, Sums]]) -> None:
+        rows = Sums.flat_together([share for _, share in pairs])
+        self._put([(root, share.shape) for root, share in pairs], rows, False)
 
     def shares(self, keep: bool) -> Iterator[tuple[Dense, list[Place]]]:
         """
@@ -624,7 +612,7 @@ class _Small:
 
         :param keep: Whether :meth:`weighted` will be called.
         """
-        self._make_rows()
+        self._waiting.finish()
         for (_, counted), parts in self._groups.items():
             if counted and not keep:
                 continue

@@ -4,7 +4,7 @@ from jdcore.graph.shares._geometry import Geometry
 from jdcore.graph.shares._outer import OneHot, Outer, Uses
 from jdcore.graph.shares._patches import Patches
 from jdcore.graph.shares._product import HALVES, combined, outer, product, sum_over, widened
-from jdcore.graph.shares._share import Accumulator, Dense, Share
+from jdcore.graph.shares._share import Accumulator, Dense, Share, Waiting
 from jdcore.graph.shares._sums import Sums, as_they_are
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "Share",
     "Sums",
     "Uses",
+    "Waiting",
     "as_they_are",
     "combined",
     "outer",

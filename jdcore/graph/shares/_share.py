@@ -1,9 +1,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -126,6 +126,48 @@ class Dense(Share):
         return rows.reshape(*rows.shape[:2], *self.shape)
 
 
+Item = TypeVar("Item")
+
+
+class Waiting(Generic[Item]):
+    """
+    Shares that wait for others like them, to be computed together.
+
+    On accelerators alone, where the launch of a small operation takes longer than the operation.
+
+    :param memory: Says how many entries may wait.
+    :param serve: Called with some that are alike.
+    """
+
+    def __init__(self, memory: Memory, serve: Callable[[list[Item]], None]) -> None:
+        self._memory, self._serve = memory, serve
+        self._items: dict[Hashable, list[Item]] = {}
+        self._entries = 0
+
+    def take(self, share: Share, item: Item) -> bool:
+        """
+        Let a share wait.
+
+        :param item: What stands for it.
+        :returns: Whether it waits. One that is like no other does not.
+        """
+        kind = None if self._memory.reused else share.alike
+        if kind is None:
+            return False
+        self._items.setdefault(kind, []).append(item)
+        self._entries += share.entries
+        if self._entries > self._memory.joined:
+            self.finish()
+        return True
+
+    def finish(self) -> None:
+        """Serve all that wait."""
+        for items in self._items.values():
+            self._serve(items)
+        self._items.clear()
+        self._entries = 0
+
+
 class Accumulator:
     """
     The Gramian while it grows: a float64 matrix [R, R] to which every share adds.
@@ -145,8 +187,7 @@ class Accumulator:
         self.memory = memory
         self._pending: list[Tensor] = []
         self._entries_pending = 0
-        self._waiting: dict[Hashable, list[Share]] = {}
-        self._entries_waiting = 0
+        self._waiting = Waiting(memory, self._add_together)
         self.added: list[Share] = []
         """The shares that were added, if they are kept."""
 
@@ -163,24 +204,18 @@ class Accumulator:
         """Add the Gramian of a share, on accelerators later, with those that are like it."""
         if self.keep:
             self.added.append(share)
-        kind = None if self.memory.reused else share.alike
-        if kind is None:
+        if not self._waiting.take(share, share):
             share.add_gramian(self)
-            return
-        self._waiting.setdefault(kind, []).append(share)
-        self._entries_waiting += share.entries
-        if self._entries_waiting > self.memory.joined:
-            self.finish()
+
+    def _add_together(self, shares: list[Share]) -> None:
+        if len(shares) == 1:
+            shares[0].add_gramian(self)
+        else:
+            shares[0].add_together(shares, self)
 
     def finish(self) -> None:
         """Add what waits for shares that are like it."""
-        for shares in self._waiting.values():
-            if len(shares) == 1:
-                shares[0].add_gramian(self)
-            else:
-                shares[0].add_together(shares, self)
-        self._waiting.clear()
-        self._entries_waiting = 0
+        self._waiting.finish()
 
     def add(self, product: Tensor, first: int = 0) -> None:
         """
