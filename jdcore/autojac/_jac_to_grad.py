@@ -17,7 +17,7 @@ from jdcore.distributed._sharding import Gathered, local_part
 from jdcore.distributed._step import LocalRows, Update, no_jacobians
 from jdcore.distributed._teams import find_team
 from jdcore.errors import ParameterError, ParameterTypeError
-from jdcore.protocols import Aggregator, BlockwiseAggregator
+from jdcore.protocols import Aggregator
 from jdcore.validators import check_flag, describe_tensor
 
 
@@ -182,9 +182,11 @@ def aggregate_blocks(
         weights of the rows or None.
     :raises ParameterError: If the aggregator returns vectors of another shape.
     """
-    if isinstance(aggregator, BlockwiseAggregator):
-        known = taken_by(aggregator.aggregate_blocks, losses=losses, second=second)
-        vectors, weights = aggregator.aggregate_blocks(blocks, **known)
+    # By its name, as a comparison with the protocol takes as long as a few rows take to be weighed.
+    blockwise: Any = getattr(aggregator, "aggregate_blocks", None)
+    if callable(blockwise):
+        known = taken_by(blockwise, losses=losses, second=second)
+        vectors, weights = blockwise(blocks, **known)
         _check_vectors(vectors, blocks)
         pairs = zip(vectors, blocks, strict=True)
         return [_own(vector, block) for vector, block in pairs], weights
