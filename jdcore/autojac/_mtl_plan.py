@@ -15,6 +15,9 @@ from jdcore.errors import ParameterError
 from jdcore.graph import Reach, edge_of, reach, united
 from jdcore.validators import describe_tensor
 
+# Fewer heads take as long one by one: in a pass through all of them, each one is listened to.
+_MANY_HEADS = 5
+
 
 @frozen(eq=False)
 class Plan:
@@ -104,11 +107,11 @@ def make_plan(
         raise refuse_default("shared_params")
     if any(map(is_reentrant, heads)) and tasks_params is None:
         raise refuse_default("tasks_params")
-    for graph in (trunk, *heads):
-        refuse_flat(graph.leaves, "shared_params")
+    refuse_flat([leaf for graph in (trunk, *heads) for leaf in graph.leaves], "shared_params")
     shared = _shared(trunk, heads, named_shared)
     tasks = _tasks(losses, trunk, heads, named_tasks)
-    _check_overlap(shared, tasks)
+    if given:  # by default, a task has what is not behind the features
+        _check_overlap(shared, tasks)
     private = [parameter for task in tasks for parameter in task]
     check_trunk(trunk, heads, "features")
     check_replicas([*shared, *private], (trunk, *heads), "shared_params")
@@ -132,10 +135,10 @@ def make_plan(
 
 
 def _apart(losses: list[Tensor], heads: list[Reach]) -> Reach | None:
-    """All heads, if there are several and one pass through them can tell them apart."""
+    """All heads, if there are many and one pass through them can tell them apart."""
     present = [head for loss, head in zip(losses, heads, strict=True) if loss.requires_grad]
     # Functions of Python may differentiate, or accumulate, by themselves.
-    if len(present) < 2 or any(head.functions for head in present):
+    if len(present) < _MANY_HEADS or any(head.functions for head in present):
         return None
     return united(present)
 
@@ -159,8 +162,8 @@ def _tasks(
 ) -> list[list[Tensor]]:
     if named is None:
         # A parameter behind the features is shared, also if a head reaches it by another way.
-        behind = set(trunk.leaves)
-        return [[leaf for leaf in head.leaves if leaf not in behind] for head in heads]
+        behind = trunk.leaf_ids
+        return [[leaf for leaf in head.leaves if id(leaf) not in behind] for head in heads]
     tasks = []
     for loss, head, params in zip(losses, heads, named, strict=True):
         found = set(may_reach(head, params))

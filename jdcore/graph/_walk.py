@@ -46,17 +46,18 @@ class Reach:
     def reaches(self, tensor: Tensor) -> bool:
         """Whether the outputs depend on a tensor that requires grad."""
         if tensor.is_leaf:  # ten times faster than to ask for its edge
-            return id(tensor) in self._leaf_ids
+            return id(tensor) in self.leaf_ids
         return edge_of(tensor) in self.edges
 
     def reaches_any(self, tensors: Iterable[Tensor]) -> bool:
         """Whether the outputs depend on one of some tensors that require grad."""
         given = list(tensors)
         others = [tensor for tensor in given if not tensor.is_leaf]
-        return not self._leaf_ids.isdisjoint(map(id, given)) or any(map(self.reaches, others))
+        return not self.leaf_ids.isdisjoint(map(id, given)) or any(map(self.reaches, others))
 
     @cached_property
-    def _leaf_ids(self) -> set[int]:
+    def leaf_ids(self) -> set[int]:
+        """The leaves by ``id``, since the hash of a tensor is a function of Python."""
         return set(map(id, self.leaves))
 
 

@@ -150,8 +150,8 @@ def check_covered(
     :param giver: The transform they come from, if any.
     :raises GraphError: Naming the keys that are not among those given.
     """
-    available = set(given)
-    missing = [key for key in transform.needs if key not in available]
+    available = set(map(id, given))
+    missing = [key for key in transform.needs if id(key) not in available]
     if missing:
         blame = "The values given to it lack" if giver is None else f"{giver!r} does not give"
         raise GraphError(

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from jdcore.autojac import mtl_backward
+from jdcore.autojac import _mtl_plan, mtl_backward
 from tests.core.autojac.conftest import Truth
 from tests.functions import RedoneOnTheParameter
 
@@ -245,6 +245,7 @@ def test_any_heads_give_what_a_pass_each_gives(
     rows = [torch.einsum("k,k...->k...", scales, row) for row in truth(losses, [*trunk, *weights])]
 
     passes = _passes(monkeypatch)
+    monkeypatch.setattr(_mtl_plan, "_MANY_HEADS", 2)
     mtl_backward(losses, features, grad_tensors=starts)
 
     assert (passes[0] == len(losses)) == (name in APART)
@@ -260,7 +261,10 @@ def test_any_heads_give_what_a_pass_each_gives(
         assert given.equal(factor)
 
 
-def test_hooks_in_heads_act_on_what_one_pass_sends_to_the_trunk(truth: Truth) -> None:
+def test_hooks_in_heads_act_on_what_one_pass_sends_to_the_trunk(
+    truth: Truth, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_mtl_plan, "_MANY_HEADS", 2)
     trunk, weights, features = _features()
     hidden = [features[0] * weight for weight in weights]
     hidden[1].register_hook(lambda gradient: gradient.clamp(max=0.2))
@@ -275,7 +279,10 @@ def test_hooks_in_heads_act_on_what_one_pass_sends_to_the_trunk(truth: Truth) ->
     torch.testing.assert_close(hidden[2].grad, retained)
 
 
-def test_passes_that_a_hook_starts_are_not_heard(truth: Truth) -> None:
+def test_passes_that_a_hook_starts_are_not_heard(
+    truth: Truth, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_mtl_plan, "_MANY_HEADS", 2)
     trunk, weights, features = _features()
     losses = [(features[0] @ weight).square().sum() for weight in weights]
     others: list[Tensor] = []
