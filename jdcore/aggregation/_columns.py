@@ -71,8 +71,11 @@ class Columns:
 
         Not of float64, whose squares may leave the range.
         """
-        [block, *more] = self.blocks
-        if more or block.dtype != torch.float32 or not (is_small(block) and self.local):
+        # Columns on several processes need not have a block here before they are exchanged.
+        if len(self.blocks) != 1 or not self.local:
+            return None
+        block = self.blocks[0]
+        if block.dtype != torch.float32 or not is_small(block):
             return None
         self._few, products = small_gramian(block)
         return products
