@@ -116,6 +116,10 @@ class GramianSource:
             self._gramian = self.compute()
         return self._gramian
 
+    def as_made(self) -> Tensor | NDArray[np.float64]:
+        """:meth:`peek`, or the array of a small Gramian, of which no Tensor was made yet."""
+        return self.peek() if self._array is None else self._array
+
     def rounding_shows(self, weights: Tensor) -> bool:
         """Whether weights [m] need float64, see :func:`jdcore.linalg.rounding_shows`."""
         # Where the weights are is the Gramian, too, or was, if it is an accelerator's.

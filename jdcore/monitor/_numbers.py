@@ -30,7 +30,7 @@ class Numbers:
 
 def numbers_of(
     weights: list[float] | Tensor | None,
-    gramian: Tensor | None,
+    gramian: Tensor | Floats | None,
     update: tuple[Tensor, Tensor] | None,
     scale: float,
     cosines: bool,
@@ -41,8 +41,8 @@ def numbers_of(
 
     :param weights: Weights [m], on an accelerator if they are a Tensor; None for a method that has
         none.
-    :param gramian: Gramian [m, m] of the rows divided by ``scale``, in float64; None if nobody
-        asked for it.
+    :param gramian: Gramian [m, m] of the rows divided by ``scale``, in float64, as a Tensor or an
+        array; None if nobody asked for it.
     :param update: Inner products [m] of the update with the rows and the square of its length, all
         vectors divided by ``scale``, in float64; None where they follow from the weights.
     :param scale: A power of two.
@@ -53,7 +53,7 @@ def numbers_of(
     residual = worst_of(residuals)
     if gramian is None:
         return Numbers(weights=numbers, residual=residual)
-    matrix = gramian.cpu().numpy()
+    matrix = gramian.cpu().numpy() if isinstance(gramian, Tensor) else gramian
     angles, norms = angles_of(matrix), np.sqrt(matrix.diagonal())
     products, square = _products(matrix, numbers) if update is None else _on_host(*update)
     # A product that is negative by rounding alone is no conflict: near stationarity, half of all

@@ -130,12 +130,12 @@ class _Recorder:
 
 def _examine(observation: Observation, index: int, complete: bool, cosines_up_to: int) -> Step:
     source, weights, update = observation.source, observation.weights, observation.update
-    gramian = source.peek() if source.asked or complete else None
+    gramian = source.as_made() if source.asked or complete else None
     # Copies, as a user may write into the weights that a weighting gave out. On the CPU, a list is
     # made in less time than a tensor; on an accelerator, a list would wait for the values.
     kept = weights if weights is None else weights.tolist() if weights.is_cpu else weights.clone()
     if gramian is not None and source.borrowed:
-        gramian = gramian.clone()
+        gramian = gramian.clone() if isinstance(gramian, Tensor) else gramian.copy()
     # After the Gramian, whose computation decides about the scale.
     scale, cosines = source.scale(), source.rows <= cosines_up_to
     told = None if gramian is None or update is None else update(scale)
@@ -144,7 +144,7 @@ def _examine(observation: Observation, index: int, complete: bool, cosines_up_to
         method=_name(observation.method),
         seconds=observation.seconds,
         seen=partial(numbers_of, kept, gramian, told, scale, cosines, observation.residuals),
-        held=0 if cosines or gramian is None else 8 * gramian.numel(),
+        held=0 if cosines or gramian is None else 8 * source.rows**2,
     )
 
 
