@@ -62,6 +62,14 @@ class HistoryAggregator(StateFields):
         """Whether the next call needs the history; False for arguments that do without."""
         return True
 
+    def check_values(self, losses: Tensor) -> None:
+        """
+        Refuse losses for which the method is not defined; once a call, before anything is made.
+
+        :param losses: Finite values of the objectives [m], where the caller gave them.
+        :raises ParameterError: Never here; subclasses that need it implement this method.
+        """
+
     def advance(self, rows: Tensor, history: Tensor | None, losses: Tensor | None) -> Tensor:
         """
         The new history of some columns.
@@ -136,6 +144,8 @@ class HistoryAggregator(StateFields):
         blocks = columns.blocks
         if not self._finite(columns, losses):
             return [block.new_full(block.shape[1:], math.nan) for block in blocks], None
+        if losses is not None:
+            self.check_values(losses)
         dtype = reduce(torch.promote_types, (block.dtype for block in blocks))
         rows = [block.to(torch.promote_types(dtype, torch.float32)) for block in blocks]
         values = None if losses is None else losses.to(rows[0].device, torch.float64)

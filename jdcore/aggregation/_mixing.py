@@ -349,6 +349,7 @@ def _mixed_source(
     return GramianSource(
         *(len(mixing), source.precision, source.device, compute),
         rounded_to=source.rounded_to,
+        products=source.products,
         losses=_mixed_losses(scale * mixing, source),
         scale=lambda: scale * source.scale(),
     )

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from jdcore.aggregation._columns import Columns
 from jdcore.errors import ParameterError, ParameterTypeError
-from jdcore.linalg import proximal_level, rounding_shows
+from jdcore.linalg import add_proximal, proximal_level, rounding_shows
 from jdcore.validators import describe_tensor
 
 # Rows whose Gramian an accelerator copies in less time than it is told what to compute.
@@ -45,6 +45,8 @@ class GramianSource:
         homogeneous in the rows do without it.
     :param rounded_to: Tells, if asked, which dtype the rows were rounded to before they were
         converted to float64. Not asked where ``precision`` is another one.
+    :param products: The dtype that the products of rows were made in or rounded to, which tells
+        how exact the entries of the Gramian are.
     :param borrowed: Whether the Gramian is the tensor of a caller, who may overwrite it later.
     """
 
@@ -56,6 +58,7 @@ class GramianSource:
     compute_cross: Callable[[], Tensor] | None = field(default=None, kw_only=True)
     scale: Callable[[], float] = field(default=_one, kw_only=True)
     rounded_to: Callable[[], torch.dtype] | None = field(default=None, kw_only=True)
+    products: torch.dtype = field(default=torch.float64, kw_only=True)
     borrowed: bool = field(default=False, kw_only=True)
     asked: bool = field(default=False, init=False)
     """Whether the method asked for the Gramian, so that its weights may depend on the Jacobian."""
@@ -72,6 +75,7 @@ class GramianSource:
         return cls(
             *(len(gramian), gramian.dtype, gramian.device, lambda: wide),
             losses=check_losses(losses, len(gramian)),
+            products=gramian.dtype,
             borrowed=gramian.dtype == torch.float64,  # then the conversion copies nothing
         )
 
@@ -96,7 +100,17 @@ class GramianSource:
         known = self.precision
         if known == torch.float64 and self.rounded_to is not None:
             known = self.rounded_to()
-        return proximal_level(self.rows, known)
+        return proximal_level(self.rows, known, self.products)
+
+    def definite(self, gramian: NDArray[np.float64]) -> NDArray[np.float64]:
+        """
+        A matrix that is the Gramian of some rows.
+
+        :param gramian: That of this source, whose rounded products may be those of no rows.
+        :returns: float64 array [m, m], with a proximal term where products are rounded.
+        """
+        rounded = self.products != torch.float64
+        return add_proximal(gramian, self.proximal_level) if rounded else gramian
 
     def gramian(self) -> Tensor:
         """The Gramian, float64 Tensor [m, m], computed at the first call. Not to be modified."""
@@ -185,6 +199,7 @@ class ColumnsSource(GramianSource):
     def __init__(self, columns: Columns, losses: Tensor | None = None) -> None:
         self._columns = columns
         self.rows, self.precision = columns.rows, columns.precision
+        self.products = torch.float64
         self.losses = losses if losses is None else check_losses(losses, self.rows)
         self.borrowed = self.asked = False
         self.undo = []

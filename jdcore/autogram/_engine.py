@@ -46,8 +46,10 @@ class Engine:
     Products of float32 gradients are made in float32 and added in float64. Where the rows of up to
     64 losses nearly cancel, they are made once more in float64, as they are for
     :func:`~jdcore.autojac.jac_to_grad`, so that near Pareto stationarity the update is that of the
-    same rows in float64; this takes half of a plain step to a whole one. For more losses, rows
-    that cancel up to 1e-4 of their lengths are told apart by models in float64 only. Weights that
+    same rows in float64; this takes half of a plain step to a whole one. For more losses, what the
+    products hide counts as zero: combinations of rows of length one that are shorter than 1e-3. An
+    update that is promised to conflict with no row may do so by as much of the lengths of the rows;
+    models in float64 are exact. Weights that
     float32 cannot carry, because the rows they multiply cancel, are summed in float64 wherever one
     pass serves.
 

@@ -13,7 +13,7 @@ from jdcore.aggregation import GramianSource, weigh
 from jdcore.autogram._losses import refuse_divided, refuse_unusable
 from jdcore.autogram._rules import RULES_IN_USE
 from jdcore.errors import ParameterError, UnservedGraphError
-from jdcore.graph import Jacobian, Objectives, Plans
+from jdcore.graph import Jacobian, Objectives, Plans, products_of
 
 
 @frozen(eq=False)
@@ -102,11 +102,10 @@ class Step:
         def compute() -> Tensor:
             return jacobian.gramian(keep=not second_pass, retain_graph=retain_graph or second_pass)
 
+        rows, precision = self.objectives.rows, jacobian.graph.form.precision
         source = GramianSource(
-            self.objectives.rows,
-            jacobian.graph.form.precision,
-            outputs[0].device,
-            compute,
+            *(rows, precision, outputs[0].device, compute),
+            products=products_of(rows, precision),
             losses=torch.cat([output.detach().reshape(-1) for output in outputs]),
         )
         # Weighings of small Gramians run on the CPU; sums of rows where the rows are.

@@ -20,7 +20,7 @@ from jdcore.distributed._replicated import weights_of_first
 from jdcore.distributed._sharding import Gathered
 from jdcore.distributed._step import state_kept
 from jdcore.errors import ParameterError
-from jdcore.graph import Dense, Jacobian, reach
+from jdcore.graph import Dense, Jacobian, products_of, reach
 
 
 def backward_together(
@@ -85,11 +85,11 @@ def _own_weights(
     # Nothing is exchanged before the gradients: the arguments are those of the other way to weigh.
     del meeting, group
     [output] = step.objectives.outputs
+    rows, precision = step.objectives.rows, jacobian.graph.form.precision
     source = GramianSource(
-        step.objectives.rows,
-        jacobian.graph.form.precision,
-        output.device,
+        *(rows, precision, output.device),
         lambda: jacobian.gramian(keep=True, retain_graph=retain_graph),
+        products=products_of(rows, precision),
         losses=output.detach().reshape(-1),
     )
     weights = weights_of(weighting, source, None if output.ndim == 1 else output.shape)
@@ -127,11 +127,10 @@ def _all_weights(
             collect(step, jacobian, collected, retain_graph=retain_graph)
         return union.gramian(collected, jacobian.graph.form.precision)
 
+    m, precision = union.objectives.rows, jacobian.graph.form.precision
     source = GramianSource(
-        union.objectives.rows,
-        jacobian.graph.form.precision,
-        output.device,
-        compute,
+        *(m, precision, output.device, compute),
+        products=products_of(m, precision),
         losses=union.values(output),
     )
     shape = None if output.ndim == 1 else union.shape

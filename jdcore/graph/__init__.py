@@ -6,7 +6,7 @@ It knows no method, no module and no ``.grad``.
 
 from jdcore.graph._batchable import EMBEDDING, is_sparse
 from jdcore.graph._call import call, called_shares
-from jdcore.graph._cancelling import multiplied
+from jdcore.graph._cancelling import multiplied, products_of
 from jdcore.graph._form import Place
 from jdcore.graph._graph import Graph
 from jdcore.graph._hooks import (
@@ -85,6 +85,7 @@ __all__ = [
     "multiplied",
     "note_handing_on",
     "own_hooks",
+    "products_of",
     "reach",
     "retains_gradients",
     "saved",

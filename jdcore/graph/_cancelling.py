@@ -50,6 +50,16 @@ def multiplied(
     return gramian
 
 
+def products_of(rows: int, precision: torch.dtype) -> torch.dtype:
+    """
+    The dtype that products of rows are as exact as, where it matters.
+
+    :param precision: What the rows were rounded to.
+    """
+    exact = precision == torch.float64 or may_need_float64(rows, precision)
+    return torch.float64 if exact else torch.float32
+
+
 def rows_cancel(gramian: Tensor) -> bool:
     """
     Whether some combination of the rows, scaled to one length, nearly vanishes.

@@ -7,6 +7,11 @@ that are shorter than that are rounding. A method that solved for them would giv
 bound, which change with the next rounding: near Pareto stationarity, where training ends, they do.
 Hence ``G + δ D²`` is what optimisation-based methods solve for, exactly. Directions with singular
 values well above the root of δ do not notice.
+
+The Gramian may be rounded itself: its products were made in float32, or it was stored in float32.
+That is worse. Such a G is no Gramian of any rows, and its cosines are those of the rows but for
+independent errors of about u, which together are as large as ``√m u``: so large δ is then, or
+combinations of rows may even have a negative squared length.
 """
 
 from __future__ import annotations
@@ -36,14 +41,17 @@ _ROUNDING = 2.0**-24
 
 
 @cache
-def proximal_level(m: int, precision: torch.dtype) -> float:
+def proximal_level(m: int, precision: torch.dtype, products: torch.dtype = torch.float64) -> float:
     """
     The δ above for m rows that were rounded to a dtype.
 
     It is at least what rounding an m x m Gramian in float64 leaves: m * 2**-52.
+
+    :param products: The dtype that the entries of the Gramian were made in, or rounded to.
     """
     margin = _MARGINS.get(precision, 1.0) * 0.5 * torch.finfo(precision).eps
-    return max(margin * margin, m * _EPS)
+    noise = 0.5 * torch.finfo(products).eps * math.sqrt(m) if products != torch.float64 else 0.0
+    return max(margin * margin, m * _EPS, noise)
 
 
 def add_proximal(gramian: NDArray[np.float64], level: float, /) -> NDArray[np.float64]:

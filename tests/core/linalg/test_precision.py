@@ -17,6 +17,8 @@ def test_the_level_grows_with_the_rounding_of_the_dtype_and_the_number_of_rows()
     assert proximal_level(8, torch.bfloat16) == 2.0**-16
     assert proximal_level(8, torch.float16) == 2.0**-22
     assert proximal_level(100_000, torch.float32) == 100_000 * 2.0**-52
+    assert proximal_level(4, torch.float32, products=torch.float32) == 2.0 * 2.0**-24
+    assert proximal_level(4, torch.bfloat16, products=torch.float32) == 2.0**-16
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -91,7 +93,7 @@ def test_converted_rows_are_known_to_the_dtype_that_they_come_from() -> None:
 def test_a_source_knows_the_level_of_its_rows() -> None:
     G = torch.eye(3)
 
-    assert GramianSource.of(G).proximal_level == proximal_level(3, torch.float32)
+    assert GramianSource.of(G).proximal_level == proximal_level(3, torch.float32, torch.float32)
     assert GramianSource.of(G.double()).proximal_level == proximal_level(3, torch.float64)
     converted = GramianSource(
         *(3, torch.float64, G.device, lambda: G.double()), rounded_to=lambda: torch.float32

@@ -152,7 +152,7 @@ def test_the_method_starts_from_the_weights_of_its_previous_call() -> None:
         return alpha
 
     method = jdcore.get_weighting("nash_mtl", solver=recording)
-    gramian = torch.tensor([[4.0, 1.0], [1.0, 1.0]])
+    gramian = torch.tensor([[4.0, 1.0], [1.0, 1.0]], dtype=torch.float64)
     for _ in range(2):
         method(gramian)
     method.reset()
@@ -160,7 +160,7 @@ def test_the_method_starts_from_the_weights_of_its_previous_call() -> None:
     method(torch.eye(3))
 
     assert starts[0] is None
-    np.testing.assert_array_equal(starts[1], backend("ecos")(gramian.double().numpy()))
+    np.testing.assert_array_equal(starts[1], backend("ecos")(gramian.numpy()))
     assert starts[2] is None  # after reset()
     assert starts[3] is None  # of another number of objectives
 

@@ -8,6 +8,8 @@ lengths are hard in other ways.
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -229,3 +231,39 @@ def test_the_engine_in_float32_makes_the_update_of_the_same_rows_in_float64(
     if name in NON_CONFLICTING:
         lengths = rows.double().norm(dim=1)
         assert float((rows.double() @ found / lengths).min()) >= -1e-3 * scale
+
+
+@pytest.mark.parametrize("how", ["samples", "gramian_backward"])
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(("m", "n"), [(100, 30), (80, 120)])
+def test_more_losses_than_are_multiplied_in_float64_conflict_by_what_their_products_hide(
+    name: str, m: int, n: int, how: str
+) -> None:
+    for family in ("weakly stationary", "opposite pairs"):
+        rows = rows_of(family, m, n, seed=2).float()
+        check_products(name, rows.double(), engine_update(name, rows, how))
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(("m", "n"), [(5, 3), (20, 10), (128, 200)])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_gramian_in_float32_gives_weights_of_rows_that_it_may_stem_from(
+    family: str, m: int, n: int, name: str
+) -> None:
+    rows = rows_of(family, m, n, seed=m).float()
+    arguments = {"c": C} if name == "cagrad" else {}
+    weights = jdcore.get_weighting(name, **arguments)(rows @ rows.T)
+    check_products(name, rows.double(), weights.double() @ rows.double())
+
+
+def check_products(name: str, rows: Tensor, vector: Tensor) -> None:
+    """An update from products that are rounded to float32: bounded, and without large conflicts."""
+    # Combinations of rows that are shorter than that are rounding of their products.
+    visible = (len(rows) ** 0.5 * 2.0**-24) ** 0.5
+    bounds = {"nash_mtl": 1.0, "fairgrad": len(rows) ** 0.5, "cagrad": 1.5, "imtl_g": math.inf}
+    bound = bounds.get(name, 1.0) * (1.0 if name in UNSCALED else mean_length(rows))
+    if name == "config":
+        bound *= len(rows)  # it is as long as all projections together
+    assert length(vector) <= 1.01 * bound
+    if name in NON_CONFLICTING:
+        assert float((rows @ vector / rows.norm(dim=1)).min()) >= -10.0 * visible * bound

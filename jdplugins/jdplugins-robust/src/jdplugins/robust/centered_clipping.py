@@ -62,10 +62,11 @@ class CenteredClipping(StateFields, MatrixAggregator):
         center = self._previous(columns)
         gramian = columns.gramian().cpu().numpy()  # of the rows in units of the scale
         scale = columns.scale
-        products, squared = (found.cpu().numpy() for found in columns.inner(center, scale))
+        products, squared = columns.inner(center, scale)
+        edge = torch.cat([products, squared[None]]).cpu().numpy()  # one copy from an accelerator
         # The Gramian of the rows and the centre: all that follows is found without a vector as long
         # as a row.
-        bordered = np.block([[gramian, products[:, None]], [products, squared]])
+        bordered = np.vstack([np.column_stack([gramian, edge[:-1]]), edge])
         coefficients = self._clipped(bordered, self.tau / scale)
         moved = columns.combine(torch.from_numpy(coefficients[:-1]))
         kept = float(coefficients[-1])

@@ -46,10 +46,22 @@ class DBMTL(HistoryAggregator):
     def keeps_history(self) -> bool:
         return self.beta > 0.0
 
+    def check_values(self, losses: Tensor) -> None:
+        """
+        Refuse losses that have no logarithm.
+
+        :param losses: Values of the objectives [m].
+        :raises ParameterError: If one is zero or negative.
+        """
+        if not bool((losses > 0.0).all()):
+            expected = "positive: their logarithms are balanced"
+            raise ParameterError("losses", expected, losses.tolist())
+
     def advance(self, rows: Tensor, history: Tensor | None, losses: Tensor | None) -> Tensor:
+        assert losses is not None  # the class looks at them
         # Calls are counted from one.
         past = self.beta / (self.calls + 1) ** self.beta_sigma
-        fresh: Tensor = (1.0 - past) * (rows / _positive(losses)[:, None].to(rows))
+        fresh: Tensor = (1.0 - past) * (rows / losses[:, None].to(rows))
         return fresh if history is None else fresh + past * history
 
     def weigh_rows(
@@ -60,10 +72,3 @@ class DBMTL(HistoryAggregator):
         # A zero row adds nothing to the update, whatever its weight.
         weights = torch.where(norms > 0.0, norms.max() / norms, 0.0)
         return weights, {"calls": self.calls + 1}
-
-
-def _positive(losses: Tensor | None) -> Tensor:
-    if losses is None or not bool((losses > 0.0).all()):
-        got = None if losses is None else losses.tolist()
-        raise ParameterError("losses", "positive: their logarithms are balanced", got)
-    return losses

@@ -61,7 +61,7 @@ class ExcessMTL(HistoryAggregator):
     ) -> tuple[Tensor, dict[str, Any]]:
         del losses
         pairs = zip(rows.blocks, history.blocks, strict=True)
-        risks = torch.stack([_excess(*pair) for pair in pairs]).sum(dim=0).numpy()
+        risks = torch.stack([_excess(*pair) for pair in pairs]).sum(dim=0).cpu().numpy()
         logarithms = kept_weights(self.logarithms, len(risks), "matrix")
         logarithms = np.zeros_like(risks) if logarithms is None else logarithms
         baseline = kept_weights(self.baseline, len(risks), "matrix")
@@ -91,4 +91,4 @@ def _excess(rows: Tensor, history: Tensor) -> Tensor:
         # Where h is zero, g is, and zero by zero becomes the only NaN there can be.
         shares = (some / history[:, cut]).nan_to_num_(0.0)
         total += torch.linalg.vecdot(shares.double(), some.double())
-    return total.cpu()
+    return total

@@ -45,7 +45,7 @@ class FairGradWeighting(GramianWeighting):
         return -2.0 * self.alpha / (1.0 + self.alpha)
 
     def answer(self, matrix: NDArray[np.float64], source: GramianSource) -> NDArray[np.float64]:
-        return self.compute(matrix, source.proximal_level)
+        return self.compute(source.definite(matrix), source.proximal_level)
 
     def compute(self, gramian: NDArray[np.float64], level: float = 0.0) -> NDArray[np.float64]:
         if self.alpha == 0.0:

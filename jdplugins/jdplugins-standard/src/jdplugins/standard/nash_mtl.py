@@ -74,7 +74,7 @@ class NashMTLWeighting(StateFields, GramianWeighting):
     alpha: Tensor = state_field(no_weights)
 
     def answer(self, matrix: NDArray[np.float64], source: GramianSource) -> NDArray[np.float64]:
-        return self.compute(matrix, source.proximal_level)
+        return self.compute(source.definite(matrix), source.proximal_level)
 
     def compute(self, gramian: NDArray[np.float64], level: float = 0.0) -> NDArray[np.float64]:
         m = len(gramian)
