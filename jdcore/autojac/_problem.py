@@ -142,21 +142,18 @@ class Problem:
             return self.row_by_row(retain_graph)
         # vmap would leave the gradient of all rows there, batched and of use to nobody.
         retains = retains_gradients(self.graph, but=[*self.outputs, *self.inputs])
-        # A hook that comes later than its look may read values, which fails.
-        doubt = hooks_made_lately(self.graph.nodes)
         if chunk_size is not None:
             if retains:
                 raise VectorizationError(
                     "a tensor in the graph retains its gradient (retain_grad)."
                 )
-            solve = partial(self.solve, chunk_size)
+            solve, doubt = partial(self.solve, chunk_size), hooks_made_lately(self.graph.nodes)
             return insist(self.kind, solve, retain_graph, doubt=doubt)
         one_by_one = partial(self.row_by_row, retain_graph)
         chosen = 1 if retains or self.accumulates else self._chunk_size()
         if chosen == 1 or seems_hooked(self.kind, self.graph):
             return one_by_one()
-        solve = partial(self.solve, chosen)
-        return attempt(self.kind, solve, retain_graph, one_by_one, doubt=doubt)
+        return attempt(self.kind, partial(self.solve, chosen), retain_graph, one_by_one)
 
     def _chunk_size(self) -> int:
         known = self.uses is not None

@@ -149,8 +149,9 @@ _FAILED: set[frozenset[str]] = set()
 # How often such graphs were in doubt, as hooks had been made since, and whether there were any.
 _DOUBTED: dict[frozenset[str], int] = {}
 _HOOKED: dict[frozenset[str], bool] = {}
-# After how many calls to look for hooks, and for what vmap may have left behind.
+# After how many calls to look for what vmap may have left behind, and in how many doubts for hooks.
 _LOOKS = frozenset(16**k for k in range(16))
+_FIRST_DOUBTS = 8
 
 
 def seems_hooked(kind: Kind, graph: Reach) -> bool:
@@ -158,13 +159,14 @@ def seems_hooked(kind: Kind, graph: Reach) -> bool:
     Whether hooks on tensors of a graph would be called with batched gradients.
 
     torch does not show such hooks. Where hooks were made lately, be it anywhere, a look at all
-    objects tells, which takes tens of milliseconds. Libraries may make hooks in every step, so it
-    is taken after 1, 16, 256, ... such calls, and holds until the next one.
+    objects tells, which takes tens of milliseconds. Libraries may make hooks in every step: then it
+    is taken at the first eight of these calls, at the 16th, the 256th, and so on, and holds until
+    the next one.
     """
     if not hooks_made_lately(graph.nodes):
         return False
     calls = _DOUBTED[kind.operations] = _DOUBTED.get(kind.operations, 0) + 1
-    if calls in _LOOKS:
+    if calls <= _FIRST_DOUBTS or calls in _LOOKS:
         _HOOKED[kind.operations] = hooks_anywhere(graph.leaves)
     return _HOOKED[kind.operations]
 
@@ -174,19 +176,16 @@ def attempt(
     solve: Callable[[bool], Result],
     retain_graph: bool,
     one_by_one: Callable[[], Result],
-    *,
-    doubt: bool = False,
 ) -> Result:
     """
     Solve with vmap if it works; else one by one, with one warning for each kind of graph.
 
     :param solve: Differentiates with vmap; its argument says whether to retain the graph.
     :param one_by_one: Differentiates without.
-    :param doubt: Whether this graph may differ from others of its kind, by hooks on its tensors.
     :raises VectorizationError: If vmap worked on graphs of this kind before and fails now, where
         the graph is freed. The next such graph is differentiated one by one.
     """
-    known = kind.operations in _WORKED and not doubt
+    known = kind.operations in _WORKED
     try:
         # Once it is known to work, what the pass goes through may be freed, and no way leads back.
         results = solve(retain_graph if known else True)
@@ -198,8 +197,9 @@ def attempt(
         if known and not retain_graph:
             _give_up(kind)
             raise VectorizationError(
-                f"{reason} It worked for earlier graphs of the same operations. From now on, rows "
-                "of such graphs are differentiated one by one."
+                f"{reason} It worked for earlier graphs of the same operations, so a hook may read "
+                "or keep values here. From now on, rows of such graphs are differentiated one by "
+                "one."
             ) from error
     else:
         return _examined(kind, results, None if known else one_by_one)
@@ -238,7 +238,7 @@ def insist(
     """
     Solve with vmap because the user asked for it.
 
-    :param doubt: As for :func:`attempt`.
+    :param doubt: Whether this graph may differ from others of its kind, by hooks on its tensors.
     :raises VectorizationError: If vmap fails.
     """
     try:
