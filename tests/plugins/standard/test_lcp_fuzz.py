@@ -11,6 +11,7 @@ import torch
 from jdcore.errors import UnsolvedWarning
 from jdcore.linalg import add_proximal, equilibrate, lcp_residual, proximal_level
 from jdplugins.standard._solvers import NativeDualConeSolver, solve_one
+from tests.plugins.standard.dependent_rows import KINDS as DEPENDENT
 
 KINDS = (
     *("gauss", "conflict", "cancelling", "rank", "thin", "near", "duplicates", "opposites"),
@@ -20,6 +21,8 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16)
 
 
 def draw(kind: str, m: int, random: np.random.Generator) -> np.ndarray:
+    if kind in DEPENDENT:
+        return DEPENDENT[kind](m, random)
     n = int(random.choice([2, 3, m, 2 * m, 200]))
     rows = random.standard_normal((m, n))
     half = (m + 1) // 2
@@ -91,3 +94,14 @@ def test_thousands_of_every_kind_are_solved(kind: str) -> None:
             residuals.append(check(kind, m, DTYPES[trial % 3], random))
     assert max(residuals) <= 1e-10
     assert np.median(residuals) <= 1e-11
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", DEPENDENT)
+def test_hundreds_of_larger_ones_are_solved(kind: str) -> None:
+    random = np.random.default_rng(2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UnsolvedWarning)
+        for trial in range(60):
+            m = int(random.choice([8, 16, 24, 32, 40, 48, 56, 64, 72, 96]))
+            assert check(kind, m, DTYPES[trial % 3], random) <= 1e-10

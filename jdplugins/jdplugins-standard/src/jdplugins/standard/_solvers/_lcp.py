@@ -18,7 +18,7 @@ from attrs import frozen
 from numpy.typing import NDArray
 from torch import Tensor
 
-from jdcore.linalg import misplaced, natural_residual, one_thread, pivot, refine
+from jdcore.linalg import EPS, misplaced, natural_residual, one_thread, pivot, refine
 from jdplugins.standard._solvers._alone import LARGE, solve_alone
 from jdplugins.standard._solvers._faces import find_face
 from jdplugins.standard._solvers._guess import Splitting, descend
@@ -43,12 +43,14 @@ _SCALE = 0.45
 _SCALES = tuple(_SCALE / 8.0**power for power in range(1, 9))
 _STEPS, _STEPS_ELSEWHERE = 64, 32
 _MORE_STEPS = (128, 256, 512)
+# Guesses go on as long as the number of signs that are wrong falls to this part, or is small.
+_FALLS = 0.8
 _SAMPLE = 8  # rows that tell which scale is right for all
 # Parts of the entries whose signs a guess gets wrong: few enough to go on from there, and to look
 # for no better scale.
 _HOPEFUL, _GOOD = 0.06, 0.02
-# Up to this size, independent rows are pivoted however many signs are wrong.
-_PATIENT = 160
+# Rounds of pivoting that need not begin near, and the part of rows that may be left after eight.
+_PATIENCE, _FUTILE = (8, 100), 0.99
 _THREADS = 256  # rows from which on products pay for more threads than one
 _ALONE = 4  # rows that the interior-point method solves before a scale would be found
 
@@ -82,6 +84,7 @@ _SMALL = 8
 ROUGH = 1e-11
 # Proximal terms that bring answers nearer, each for residuals from one to another.
 _POLISHING, _NEARLY = ((1e-11, ROUGH), (1e-5, UNSOLVED), (1e-5, UNSOLVED)), 1e-7
+_POLISHING_ROUNDS = 12  # where rows are many
 
 
 def solve_lcps(C: Tensor, Q: Tensor) -> tuple[Tensor, Tensor]:
@@ -130,7 +133,7 @@ class _Search:
             self._by_face(left, X)
         self._guess_again(left, X)
         if way.singular:
-            left = self.left(UNSOLVED)
+            left = self.left(_NEARLY)
             self._from_inside(left, torch.ones_like(self.Q[left]), _QUICK, way)
         left = self.left(UNSOLVED)
         self._from_inside(left, torch.ones_like(self.Q[left]), _THOROUGH, way)
@@ -155,12 +158,12 @@ class _Search:
         splitting, Q = Splitting(self.C, _SCALE), self.Q[rows]
         steps = _STEPS if Q.is_cpu else _STEPS_ELSEWHERE
         X, changing = splitting.run(Q, -Q, steps, self.way.settled)
-        limit = 2.0 * _HOPEFUL * len(self.C) + 2.0
         small = len(self.C) < _GUESSED
-        if small or (not changing and self.way is _REGULAR and len(self.C) <= _PATIENT):
-            limit = math.inf
+        limit = math.inf if small else 2.0 * _HOPEFUL * len(self.C) + 2.0
+        if self.way is _REGULAR and not (small or changing):
+            self._pivot_patiently(rows, X)
         # To look for a better scale costs less than to pivot from far.
-        if small or not changing or self._wrong(rows, X) <= _GOOD * len(self.C) + 2.0:
+        elif small or not changing or self._wrong(rows, X) <= _GOOD * len(self.C) + 2.0:
             self._pivot_about(rows, X, limit)
         return X
 
@@ -177,16 +180,22 @@ class _Search:
 
     def _guess_again(self, rows: Tensor, X: Tensor) -> None:
         """Guess those that are left on the scale that suits them, and pivot from there."""
-        limit = _HOPEFUL * len(self.C) + 2.0
+        limit, before = _HOPEFUL * len(self.C) + 2.0, math.inf
         for steps in _MORE_STEPS:
-            going = self.residuals[rows] > UNSOLVED
+            # What is nearly right is so because many signs are rounding: no guess tells these.
+            going = self.residuals[rows] > (_NEARLY if self.way.singular else UNSOLVED)
             rows, X = rows[going], X[going]
             if len(rows) <= _ALONE:
                 break
             splitting, wrong = self._scale(rows, X, steps)
+            if wrong > max(limit, _FALLS * before):
+                break
+            before = wrong
             X, _ = splitting.run(self.Q[rows], X, steps)
-            patient = self.way is _REGULAR and wrong > limit
-            self._pivot_about(rows, X, math.inf if patient else max(limit, 1.5 * wrong))
+            if self.way is _REGULAR and wrong > limit:
+                self._pivot_patiently(rows, X)
+            else:
+                self._pivot_about(rows, X, max(limit, 1.5 * wrong))
 
     def _scale(self, rows: Tensor, X: Tensor, steps: int) -> tuple[Splitting, float]:
         """What suits a sample of some rows best, and how many of its signs are wrong."""
@@ -199,7 +208,8 @@ class _Search:
             wrong = self._wrong(sample, found)
             if wrong < fewest:
                 best, fewest = splitting, wrong
-            if fewest <= _GOOD * len(self.C) or wrong > 2.0 * fewest + _HOPEFUL * len(self.C):
+            hopeful = fewest <= _HOPEFUL * len(self.C)
+            if fewest <= _GOOD * len(self.C) or (hopeful and wrong > fewest):
                 break
         assert best is not None
         return best, fewest
@@ -210,6 +220,18 @@ class _Search:
         Q, centre = self.Q[rows[chosen]], X[chosen].clamp_min(0.0).double()
         counts = misplaced(self.C, Q, centre > 0.0, delta=self.way.delta, centre=centre)
         return float(counts.double().mean())
+
+    def _pivot_patiently(self, rows: Tensor, X: Tensor) -> None:
+        """Pivot without a proximal term from any start, as long as that solves some rows."""
+        sets = X > 0.0
+        for rounds in _PATIENCE:
+            self.keep(rows, *pivot(self.C, self.Q[rows], sets, rounds=rounds))
+            # Where rows are nearly opposite, signs of y decide that are as small as rounding.
+            going = self.residuals[rows] > 6.0 * len(self.C) * EPS
+            count = int(going.sum())
+            if not 0 < count <= _FUTILE * len(rows):
+                break
+            rows, sets = rows[going], sets[going]
 
     def _pivot_about(self, rows: Tensor, X: Tensor, hopeful: float) -> None:
         if not len(rows):
@@ -233,8 +255,7 @@ class _Search:
         a large term leaves them as they are.
         """
         C, Q = self.C, self.Q
-        few = len(Q) == 1 or len(C) < _GUESSED
-        rounds = _REGULAR.rounds if few else _CANCELLING.rounds
+        rounds = _REGULAR.rounds if len(Q) == 1 or len(C) < _GUESSED else _POLISHING_ROUNDS
         for delta, enough in _POLISHING:
             residuals = self.residuals[rows]
             rows = rows[(residuals > enough) & (residuals < _NEARLY)]
@@ -250,7 +271,7 @@ class _Search:
 
         If these are too many for :data:`_WORK`, the last ones are left as they are.
         """
-        affordable = int(_WORK / len(self.C) ** 3)
+        affordable = max(1, int(_WORK / len(self.C) ** 3)) if _WORK else 0
         rows, start = rows[:affordable], start[:affordable]
         if not len(rows):
             return

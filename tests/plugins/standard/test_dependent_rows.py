@@ -1,0 +1,196 @@
+"""Rows of every kind of dependence are solved, by little more work than independent rows take."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from jdcore.errors import UnsolvedWarning
+from jdcore.linalg import add_proximal, equilibrate, lcp_residual, natural_residual, proximal_level
+from jdcore.linalg._pivoting import PassiveSets
+from jdplugins.standard._solvers import NativeDualConeSolver, _interior, _lcp
+from jdplugins.standard._solvers._faces import find_face
+from jdplugins.standard._solvers._guess import Splitting
+from jdplugins.standard._solvers._lcp import solve_lcps
+from tests.plugins.standard.dependent_rows import KINDS
+
+# Cones that are thin and have many faces take long guesses, and rows that are products of few
+# factors meet in ties, which only the interior-point method tells from one another, row by row.
+LIMITS = dict.fromkeys(KINDS, 7.0)
+LIMITS |= {"half rank": 12.0, "one huge row": 12.0, "products of factors": 100.0}
+
+
+def gramian_of(kind: str, m: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> np.ndarray:
+    rows = torch.from_numpy(KINDS[kind](m, np.random.default_rng(seed))).to(dtype).double().numpy()
+    return add_proximal(rows @ rows.T, proximal_level(m, dtype))
+
+
+def cosines(kind: str, m: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    C = torch.from_numpy(equilibrate(gramian_of(kind, m, seed, dtype))[0])
+    C.diagonal().fill_(1.0)
+    return C
+
+
+class _Work:
+    """Multiplications of what costs most, those of guesses being eight times as fast as others."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.done = 0.0
+        factors, run = PassiveSets.factors, Splitting.run
+
+        def counted(sets: PassiveSets, passive: Tensor, sizes: np.ndarray) -> Any:
+            smaller = np.minimum(sizes, passive.shape[1] - sizes).astype(np.float64)
+            self.done += float((smaller**3).sum()) / 6.0
+            return factors(sets, passive, sizes)
+
+        def guessed(splitting: Splitting, Q: Tensor, start: Tensor, steps: int, *how: Any) -> Any:
+            self.done += steps * Q.numel() * Q.shape[1] / 8.0
+            return run(splitting, Q, start, steps, *how)
+
+        patch.setattr(PassiveSets, "factors", counted)
+        patch.setattr(Splitting, "run", guessed)
+        for newton in (_interior._Newton, _interior._LowRank):
+            patch.setattr(newton, "factorised", self._factorised(newton.factorised))
+
+    def _factorised(self, before: Any) -> Any:
+        def counted(newton: Any, D: Tensor) -> Any:
+            self.done += len(D) * D.shape[1] ** 3 / 6.0
+            return before(newton, D)
+
+        return counted
+
+
+def work(kind: str, m: int, seed: int) -> float:
+    C = cosines(kind, m, seed)
+    with pytest.MonkeyPatch.context() as patch:
+        counter = _Work(patch)
+        _, residuals = solve_lcps(C, C)
+    assert float(residuals.max()) <= 1e-10
+    return counter.done
+
+
+@functools.cache
+def least_work(m: int) -> float:
+    return work("independent", m, 0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_dependent_rows_take_little_more_work_than_independent_ones(kind: str) -> None:
+    m = 96
+    for seed in range(2):
+        assert work(kind, m, seed) <= LIMITS[kind] * least_work(m)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("m", [64, 128, 256])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_same_for_more_rows_and_draws(kind: str, m: int) -> None:
+    for seed in range(2, 4 if m == 256 else 8):
+        assert work(kind, m, seed) <= 1.5 * LIMITS[kind] * least_work(m)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_of_other_dtypes_are_solved(kind: str, dtype: torch.dtype) -> None:
+    for m in (16, 64):
+        C = cosines(kind, m, 1, dtype)
+        Z, residuals = solve_lcps(C, C)
+        assert float(residuals.max()) <= 1e-10
+        assert lcp_residual(C.numpy(), C.numpy(), Z.numpy()).max() <= 1e-10
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_projections_do_not_depend_on_the_order_of_rows(kind: str) -> None:
+    m = 64
+    G, U = gramian_of(kind, m, 2), np.full((1, m), 1.0 / m)
+    order = np.random.default_rng(0).permutation(m)
+    for references in (np.diag(U[0]), U):
+        v = NativeDualConeSolver()(G, references).sum(axis=0)
+        mixed = NativeDualConeSolver()(G[np.ix_(order, order)], references[:, order]).sum(axis=0)
+        difference = v[order] - mixed
+        distance = np.sqrt(max(difference @ G[np.ix_(order, order)] @ difference, 0.0))
+        assert distance <= 1e-4 * np.sqrt(G.diagonal()).mean()
+
+
+@pytest.mark.parametrize("m", [8, 20, 64])
+@pytest.mark.parametrize("kind", ["equal", "opposite", "spread"])
+def test_float64_rows_that_nearly_depend_are_right_to_a_thousandth_of_their_mean(
+    kind: str, m: int
+) -> None:
+    level = proximal_level(m, torch.float64)
+    for exponent in range(4, 10):
+        random = np.random.default_rng(exponent)
+        rows = random.standard_normal((m // 2, 2 * m))
+        noise = 10.0**-exponent * random.standard_normal((m, 2 * m))
+        if kind == "spread":  # half as many dimensions as rows, but for noise
+            rows = np.pad(random.standard_normal((m, m // 2)), ((0, 0), (0, 2 * m - m // 2)))
+        else:
+            rows = np.concatenate([rows, rows if kind == "equal" else -rows])
+            noise[: m // 2] = 0.0
+        rows += noise
+        order = random.permutation(m)
+        updates = []
+        for turned in (rows, rows[order]):
+            G = add_proximal(turned @ turned.T, level)
+            updates.append(NativeDualConeSolver()(G, np.eye(m) / m).sum(axis=0) @ turned)
+        difference = np.linalg.norm(updates[0] - updates[1])
+        assert difference <= 1e-3 * np.linalg.norm(rows.mean(axis=0))
+
+
+# -- rows that cancel ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("m", [16, 64, 128])
+def test_the_rows_that_cancel_are_found(m: int) -> None:
+    face = find_face(cosines("weakly stationary", m))
+    assert face is not None
+    assert face.inside.tolist() == list(range(int(0.6 * m)))
+    assert float(face.v.min()) > 0.0
+    assert float((face.C[:, face.inside] @ face.v).abs().max()) <= 1e-7
+
+
+@pytest.mark.parametrize("kind", ["independent", "thick cone", "fan", "nearly equal"])
+def test_rows_none_of_which_cancel_have_no_such_face(kind: str) -> None:
+    assert find_face(cosines(kind, 64)) is None
+
+
+def test_all_other_rows_are_solved_for_beside_those_that_cancel() -> None:
+    # The first two rows cancel; the third one conflicts with the fourth once they are gone.
+    rows = np.array([[1.0, 0, 0], [-2.0, 0, 0], [0.5, 1.0, 0], [0.5, -0.5, 0.5]])
+    C = torch.from_numpy(equilibrate(add_proximal(rows @ rows.T, 3.6e-12))[0])
+    face = find_face(C)
+    assert face is not None
+    assert face.inside.tolist() == [0, 1]
+    Z = face.solve(C, torch.zeros_like(C), lambda C, Q: solve_lcps(C, Q)[0])
+    assert float(natural_residual(C, C, Z).max()) <= 1e-10
+    unit = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+    x = (Z.numpy() + np.eye(4)) @ unit
+    # Row 2 without its part along the first axis is (0, 1, 0), row 3 (0, -1/2, 1/2): each is
+    # projected onto what is orthogonal to the other.
+    expected = np.array([[0, 0, 0], [0, 0, 0], [0, 0.5, 0.5], [0, 0, 0.5]])
+    expected /= np.linalg.norm(rows, axis=1, keepdims=True)
+    np.testing.assert_allclose(x, expected, atol=1e-9)
+
+
+# -- what is not solved ----------------------------------------------------------------------------
+
+
+def test_what_would_take_too_long_is_given_up_with_a_warning(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    G, U = gramian_of("products of factors", 64, seed=2), np.eye(64)
+    monkeypatch.setattr(_lcp, "_WORK", 0.0)
+    monkeypatch.setattr(_lcp, "_MORE_STEPS", ())
+    with pytest.warns(UnsolvedWarning) as caught:
+        V = NativeDualConeSolver()(G, U)
+    [warning] = caught
+    assert isinstance(warning.message, UnsolvedWarning)
+    assert warning.message.residual > 1e-10
+    assert (V >= U).all()
+    lengths = np.einsum("ij,jk,ik->i", V, G, V)
+    assert (lengths <= G.diagonal() * (1.0 + 1e-9)).all()
