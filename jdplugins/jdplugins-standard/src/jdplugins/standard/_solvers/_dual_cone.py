@@ -75,13 +75,12 @@ def _project_small(gramian: Floats, references: Floats) -> Floats | None:
     """
     One projection, or those of few rows, in numpy, whose calls take half as long as torch's.
 
-    None for zero rows, or where that takes more.
+    None where that takes more.
     """
     cosines, norms, inverses = equilibrate(gramian)
     scaled = references * norms
     scales = np.abs(scaled).max(axis=1, initial=0.0, keepdims=True)
-    if not (norms.min() > 0.0 and scales.min(initial=1.0) > 0.0):
-        return None
+    scales[scales == 0.0] = 1.0
     Q = product(scaled / scales, cosines)
     if len(Q) == 1:
         alone = solve_alone(cosines, Q[0], None)

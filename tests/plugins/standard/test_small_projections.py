@@ -1,0 +1,33 @@
+"""Few rows are projected in numpy, as many of them are by torch."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from jdcore.linalg import add_proximal, gramian
+from jdplugins.standard._solvers import NativeDualConeSolver
+from jdplugins.standard._solvers._dual_cone import _project_small
+
+
+@pytest.mark.parametrize("m", [9, 16, 24, 32])
+@pytest.mark.parametrize("n", [40, 100])
+@pytest.mark.parametrize("many", [True, False])
+def test_they_are_the_same_with_zero_rows_and_zero_preferences(m: int, n: int, many: bool) -> None:
+    generator = torch.Generator().manual_seed(m + n)
+    rows = torch.randn(m, n, generator=generator, dtype=torch.float64)
+    rows[2] = 0.0
+    rows[5] *= 1e6
+    G = add_proximal(gramian(rows).numpy(), 4e-12)
+    shares = torch.rand(m, generator=generator, dtype=torch.float64)
+    shares[[3, 7]] = 0.0
+    U = (torch.diag(shares) if many else shares[None]).numpy()
+
+    found = _project_small(G, U)
+    expected = NativeDualConeSolver().project(torch.from_numpy(G), torch.from_numpy(U)).numpy()
+
+    assert found is not None
+    assert (found >= U).all()
+    scale = float(rows.norm(dim=1).max())
+    np.testing.assert_allclose(found @ rows.numpy(), expected @ rows.numpy(), atol=1e-11 * scale)
