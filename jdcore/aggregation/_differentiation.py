@@ -27,6 +27,7 @@ def forbid_differentiation(method: object, source: Tensor, result: Tensor) -> Te
 
     :raises NonDifferentiableError: In the backward pass, naming ``method``.
     """
+    # A training step asks for no graph: the function, and what it would keep, is spared.
     if not (source.requires_grad and torch.is_grad_enabled()):
         return result
     return _Barrier.apply(method, source, result)  # type: ignore[no-untyped-call, no-any-return]

@@ -60,6 +60,7 @@ class LossWeighting(GramianWeighting):
 
         :raises ParameterError: If the source does not know the losses.
         """
+        # Before the Gramian is asked for: a loss that diverged is told by its own name.
         broken = (~torch.isfinite(source.known_losses())).nonzero().flatten().tolist()
         if not broken:
             return super().weigh(source)

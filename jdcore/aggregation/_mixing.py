@@ -344,6 +344,7 @@ def _mixed_source(
 
     def compute() -> Tensor:
         product = mixing @ finite_gramian(source) @ mixing.T
+        # The product of three matrices is symmetric up to rounding only.
         return symmetric(torch.from_numpy(product))
 
     return GramianSource(
@@ -362,6 +363,7 @@ def _mixed_losses(mixing: NDArray[np.float64], source: GramianSource) -> Tensor 
 
 
 def _power_of_two(array: NDArray[np.float64]) -> float:
+    # A power of two, by which dividing and multiplying round nothing.
     largest = float(np.abs(array).max())
     return float(2.0 ** math.frexp(largest)[1]) if largest else 1.0
 

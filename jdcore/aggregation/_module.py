@@ -104,6 +104,7 @@ def _stateful_part(wrapped: Any) -> Stateful:
 def _chain(part: Any) -> list[Any]:
     """The object and what it delegates to, under the names ``weighting`` and ``aggregator``."""
     parts: list[Any] = []
+    # By identity: wrappers may be equal, and may refer to one another.
     while part is not None and not any(part is seen for seen in parts):
         parts.append(part)
         part = getattr(part, "weighting", None) or getattr(part, "aggregator", None)
@@ -115,5 +116,6 @@ def _move_arguments(part: Any, fn: Callable[[Tensor], Tensor]) -> None:
         return
     for argument in attrs.fields(type(part)):
         value = getattr(part, argument.name)
+        # Arguments only: state is brought to where it is needed by the next call.
         if argument.init and isinstance(value, Tensor):
             setattr(part, argument.name, fn(value))

@@ -43,6 +43,7 @@ class NestedState(StateFields):
         if not isinstance(state, Mapping):
             raise ParameterTypeError("state", "a mapping, as state_dict() returns", repr(state))
         parts = self._stateful_parts()
+        # Before any part takes its state: a missing one would be found halfway.
         for key in parts:
             if not isinstance(state.get(key), Mapping):
                 expected = f"a mapping with a state under the key {key!r}"

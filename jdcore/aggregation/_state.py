@@ -62,6 +62,8 @@ class StateFields:
     def state_dict(self) -> dict[str, Any]:
         """Copy the state: tensors and plain numbers by field name."""
         values = {state.name: getattr(self, state.name) for state in state_fields(type(self))}
+        # Clones, so that whoever loads a checkpoint into another object shares no tensor with this
+        # one.
         return {n: v.clone() if isinstance(v, Tensor) else v for n, v in values.items()}
 
     def load_state_dict(self, state: Mapping[str, Any], /) -> None:
@@ -74,6 +76,7 @@ class StateFields:
         """
         fields = state_fields(type(self))
         _check_keys(state, [f.name for f in fields])
+        # All values are checked before the first one is set.
         restored = {f.name: _restore(self, f, state[f.name]) for f in fields}
         for name, value in restored.items():
             setattr(self, name, value)
@@ -93,6 +96,7 @@ def _check_keys(state: Mapping[str, Any], names: list[str]) -> None:
 
 
 def _restore(owner: object, state: Attribute[Any], value: Any) -> Any:
+    # The kind is that of a new object, since the present value may be of another size.
     current = state.metadata[_INITIAL]()
     restored = (
         _restore_tensor(state.name, current, value)

@@ -43,6 +43,8 @@ class CAFWeighting(GramianWeighting):
         require_majority(m, self.n_byzantine)
         masses = np.ones(m)
         least, best = inf, masses / m
+        # Each round takes the whole weight of one row at least, so that there are at most m of
+        # them.
         while masses.sum() > m - 2 * self.n_byzantine:
             weights = masses / masses.sum()
             variance, deviations = _widest(gramian, weights)

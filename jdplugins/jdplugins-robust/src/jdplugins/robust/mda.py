@@ -43,6 +43,8 @@ class MDAWeighting(GramianWeighting):
         m, f = len(gramian), self.n_byzantine
         require_majority(m, f)
         distances = squared_distances(gramian)
+        # Distances that differ by rounding count as equal: rows in another order then leave the
+        # same sets to choose from.
         far = distances > _least_diameter(distances, f) * (1.0 + _EQUAL)
         candidates = [_shrunk(distances, left_out, m - f) for left_out in _covers(far, f)]
         spreads = [distances[np.ix_(rows, rows)].sum() for rows in candidates]
@@ -51,6 +53,7 @@ class MDAWeighting(GramianWeighting):
 
 def _least_diameter(distances: NDArray[np.float64], f: int) -> float:
     """The least squared diameter of a set that leaves out f rows, by bisection."""
+    # The diameter of a set is one of the distances, and sets only get easier to find as it grows.
     values = np.unique(distances)
     low, high = 0, len(values) - 1
     while low < high:

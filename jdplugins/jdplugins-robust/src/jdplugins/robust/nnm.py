@@ -40,6 +40,7 @@ class NNM(RowMixing):
         require_majority(m, self.n_byzantine)
         distances = squared_distances(finite_gramian(source))
         np.fill_diagonal(distances, -1.0)  # a row comes first, whatever coincides with it
+        # Stable, so that equal distances are resolved alike on every machine.
         nearest = np.argsort(distances, axis=1, kind="stable")[:, : m - self.n_byzantine]
         mixing = np.zeros((m, m))
         np.put_along_axis(mixing, nearest, 1.0 / (m - self.n_byzantine), axis=1)
