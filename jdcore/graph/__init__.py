@@ -5,6 +5,7 @@ It knows no method, no module and no ``.grad``.
 """
 
 from jdcore.graph._batchable import EMBEDDING, is_sparse
+from jdcore.graph._batched import batched_gradients
 from jdcore.graph._call import call, called_shares
 from jdcore.graph._cancelling import multiplied, products_of
 from jdcore.graph._form import Place
@@ -22,7 +23,7 @@ from jdcore.graph._leaving import Exit, leaving
 from jdcore.graph._memory import Memory
 from jdcore.graph._nesting import OuterPass
 from jdcore.graph._objectives import Objectives
-from jdcore.graph._passes import batched_gradients, differentiate, single_passes_explained
+from jdcore.graph._passes import differentiate, single_passes_explained
 from jdcore.graph._plan import Plans
 from jdcore.graph._retained import retains_gradients
 from jdcore.graph._saved import (

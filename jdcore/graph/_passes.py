@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import copy_context
@@ -10,13 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._functorch import (
-    _add_batch_dim,
-    _remove_batch_dim,
-    _vmap_decrement_nesting,
-    _vmap_increment_nesting,
-)
-from torch._functorch.vmap import lazy_load_decompositions  # type: ignore[attr-defined]
 
 from jdcore.errors import SinglePassError
 from jdcore.graph._form import Form, Place, once_for_each_form
@@ -131,49 +123,6 @@ def single_passes_explained() -> Iterator[None]:
                 "pass of the compiled region.",
             ) from error
         raise
-
-
-def batched_gradients(
-    outputs: Sequence[Any],
-    inputs: Sequence[Any],
-    cotangents: Sequence[Tensor],
-    retain_graph: bool,
-) -> list[Tensor | None]:
-    """
-    Differentiate several rows in one pass.
-
-    :param outputs: Tensors, or edges of the graph.
-    :param inputs: Likewise.
-    :param cotangents: Initial Jacobians ``[m, *S_output]``, one per output.
-    :returns: One tensor ``[m, *S_input]`` per input, None where no output depends on it.
-    """
-    m = cotangents[0].shape[0]
-    with warnings.catch_warnings(), _batching(m) as level:
-        # vmap runs an operator that it cannot batch row by row, as we would do without it.
-        warnings.filterwarnings("ignore", message="There is a performance drop")
-        rows = [_add_batch_dim(cotangent, 0, level) for cotangent in cotangents]
-        found = torch.autograd.grad(
-            outputs, inputs, rows, retain_graph=retain_graph, allow_unused=True
-        )
-        return [None if g is None else _remove_batch_dim(g, level, m, 0) for g in found]
-
-
-@contextmanager
-def _batching(size: int) -> Iterator[int]:
-    """
-    What ``torch.vmap`` does around a function, without its checks of each of many results.
-
-    These take as long as differentiating a small network.
-
-    :param size: Number of rows.
-    :returns: The level of the batched tensors.
-    """
-    lazy_load_decompositions()  # some rules are made when they are needed for the first time
-    level = _vmap_increment_nesting(size, "error")
-    try:
-        yield level
-    finally:
-        _vmap_decrement_nesting()
 
 
 def stacked(rows: Sequence[Tensor | None]) -> Tensor | None:

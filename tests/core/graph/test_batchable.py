@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from jdcore.graph import batched_gradients
+from jdcore.graph import _batched, batched_gradients
 from jdcore.graph._batchable import BATCHABLE, is_batchable
 
 _ENTRIES = """
@@ -168,6 +168,26 @@ def test_batched_gradients_are_those_of_single_passes(name: str) -> None:
             assert (got is None) == (row is None)
             if got is not None and row is not None:
                 torch.testing.assert_close(got[k], row, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("m", [1, 3])
+def test_vmap_itself_gives_the_same_where_torch_does_not_show_what_it_is_made_of(
+    m: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert _batched.QUICK  # in all versions of torch that are tested
+    x, y = _operands()
+    result = (x * y).sin()
+    inputs = [x, torch.ones(2, requires_grad=True), y]
+    cotangents = [torch.randn(m, *result.shape)]
+    quick = batched_gradients([result], inputs, cotangents, retain_graph=True)
+    monkeypatch.setattr(_batched, "QUICK", False)
+    slow = batched_gradients([result], inputs, cotangents, retain_graph=True)
+    assert quick[1] is None
+    assert slow[1] is None
+    for one, other in zip(quick[::2], slow[::2], strict=True):
+        assert one is not None
+        assert other is not None
+        assert torch.equal(one, other)
 
 
 def test_all_names_are_covered() -> None:

@@ -1,0 +1,95 @@
+"""Several backward passes in one, by ``torch.vmap``."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# What `torch.vmap` is made of is no public interface, so a release may do without it. Then `vmap`
+# itself serves; its checks of each result take as long as differentiating a small network.
+try:
+    from torch._C import _functorch as functorch
+    from torch._functorch.vmap import lazy_load_decompositions  # type: ignore[attr-defined]
+
+    QUICK = all(
+        hasattr(functorch, name)
+        for name in (
+            "_add_batch_dim",
+            "_remove_batch_dim",
+            "_vmap_increment_nesting",
+            "_vmap_decrement_nesting",
+        )
+    )
+except ImportError:
+    QUICK = False
+
+
+def batched_gradients(
+    outputs: Sequence[Any],
+    inputs: Sequence[Any],
+    cotangents: Sequence[Tensor],
+    retain_graph: bool,
+) -> list[Tensor | None]:
+    """
+    Differentiate several rows in one pass.
+
+    :param outputs: Tensors, or edges of the graph.
+    :param inputs: Likewise.
+    :param cotangents: Initial Jacobians ``[m, *S_output]``, one per output.
+    :returns: One tensor ``[m, *S_input]`` per input, None where no output depends on it.
+    """
+
+    def row(*gradients: Tensor) -> tuple[Tensor | None, ...]:
+        return torch.autograd.grad(
+            outputs, inputs, gradients, retain_graph=retain_graph, allow_unused=True
+        )
+
+    with warnings.catch_warnings():
+        # vmap runs an operator that it cannot batch row by row, as we would do without it.
+        warnings.filterwarnings("ignore", message="There is a performance drop")
+        if not QUICK:
+            return _by_vmap(row, cotangents, len(inputs))
+        m = cotangents[0].shape[0]
+        with _nested(m) as level:
+            rows = [functorch._add_batch_dim(cotangent, 0, level) for cotangent in cotangents]
+            found = row(*rows)
+            return [
+                None if g is None else functorch._remove_batch_dim(g, level, m, 0) for g in found
+            ]
+
+
+@contextmanager
+def _nested(size: int) -> Iterator[int]:
+    """
+    What ``torch.vmap`` does around a function.
+
+    :param size: Number of rows.
+    :returns: The level of the batched tensors.
+    """
+    lazy_load_decompositions()  # some rules are made when they are needed for the first time
+    level = functorch._vmap_increment_nesting(size, "error")
+    try:
+        yield level
+    finally:
+        functorch._vmap_decrement_nesting()
+
+
+def _by_vmap(row: Any, cotangents: Sequence[Tensor], count: int) -> list[Tensor | None]:
+    reached: list[int] = []
+
+    def tensors(*gradients: Tensor) -> list[Tensor]:
+        results = row(*gradients)
+        # vmap calls this function once, and lets it return tensors only: their places are noted
+        # beside.
+        reached.extend(i for i, result in enumerate(results) if result is not None)
+        return [result for result in results if result is not None]
+
+    found: list[Tensor | None] = [None] * count
+    for i, result in zip(reached, torch.vmap(tensors)(*cotangents), strict=False):
+        found[i] = result
+    return found
