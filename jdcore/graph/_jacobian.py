@@ -530,8 +530,8 @@ class Jacobian:
         graph, grads = self.graph, self._small.weighted(by_task)
         for root, found in self._of_alike(by_task):
             grads[root] = grads[root] + found if root in grads else found
-        while self.shares:
-            root, shares = self.shares.popitem()
+        for root in sorted(self.shares, key=self._growth):
+            shares = self.shares.pop(root)
             of_uses = [share.weighted(by_task) for share in shares]
             if root in grads:
                 of_uses.append(grads[root])
@@ -548,6 +548,11 @@ class Jacobian:
             share = Dense(rows[None], tensor.shape)
             final[tensor] = share.weighted(by_task.reshape(1, -1)).to(tensor.dtype)
         return final
+
+    def _growth(self, root: Place) -> int:
+        """How many entries more there are once the weighted gradient of a root is there."""
+        held = sum(share.entries for share in self.shares[root])
+        return self.graph.form.result(root).shape.numel() - held
 
     def _of_alike(self, by_task: Tensor) -> Iterator[tuple[Place, Tensor]]:
         """Weighted gradients of layers of one form, which accelerators compute together."""
@@ -616,6 +621,10 @@ class _Small:
         for (_, counted), parts in self._groups.items():
             if counted and not keep:
                 continue
+            if counted and self._memory.reused:
+                # Joined rows would be a copy, which costs more here than calls do.
+                self._joined += [(rows, entries) for entries, rows in parts]
+                continue
             rows = [of_roots for _, of_roots in parts]
             joined = torch.cat(rows, 1) if len(rows) > 1 else rows[0]
             entries = [entry for of_rows, _ in parts for entry in of_rows]
@@ -629,9 +638,11 @@ class _Small:
         grads: dict[Place, Tensor] = {}
         for rows, entries in self._joined:
             summed = combined(weights.reshape(-1), rows)
-            views = torch.split(summed, [shape.numel() for _, shape in entries])
-            # In memory of their own, by one call: whoever keeps one of them is not to keep all.
-            parts = torch._foreach_mul(views, 1.0)
+            parts: Sequence[Tensor] = [summed]
+            if len(entries) > 1:
+                views = torch.split(summed, [shape.numel() for _, shape in entries])
+                # In memory of their own, by one call: whoever keeps one of them is not to keep all.
+                parts = torch._foreach_mul(views, 1.0)
             for (root, shape), part in zip(entries, parts, strict=True):
                 if len(shape) != 1:  # most of them are biases, and each view costs a call
                     part = part.view(shape)

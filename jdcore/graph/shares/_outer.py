@@ -162,8 +162,8 @@ class Outer(Share):
 
     @property
     def entries(self) -> int:
-        assert isinstance(self.inputs, Tensor)
-        return self.inputs.numel() + self.grads.numel()
+        inputs = self.inputs.index if isinstance(self.inputs, OneHot) else self.inputs
+        return inputs.numel() + self.grads.numel()
 
     @staticmethod
     def add_together(shares: Sequence[Outer], gramian: Accumulator) -> None:
@@ -286,6 +286,10 @@ class Uses(Share):
 
     def add_gramian(self, gramian: Accumulator) -> None:
         add_uses(self._shares, gramian)
+
+    @property
+    def entries(self) -> int:
+        return sum(share.entries for share in self._shares)
 
     def weighted(self, weights: Tensor) -> Tensor:
         first, *others = (share.weighted(weights) for share in self._shares)

@@ -47,6 +47,11 @@ class Patches(Share):
         K, B, r = self._sizes
         return f"Patches({K} x {B} rows of {list(self.shape)}, {r} images each)"
 
+    @property
+    def entries(self) -> int:
+        kept = 0 if self._kept is None else self._kept.numel()
+        return kept + self._images.numel() + self._grads.numel()
+
     # -- the Gramian -------------------------------------------------------------------------------
 
     def add_gramian(self, gramian: Accumulator) -> None:

@@ -45,17 +45,17 @@ class Share(ABC):
     def rows(self) -> Tensor:
         """All rows written out, in at least float32, shape ``[K, B, *shape]``."""
 
+    @property
+    @abstractmethod
+    def entries(self) -> int:
+        """Of the tensors that it is made of."""
+
     # -- layers of one form ------------------------------------------------------------------------
 
     @property
     def alike(self) -> Hashable | None:
         """What other shares have to agree in to be computed together with this one, if any may."""
         return None
-
-    @property
-    def entries(self) -> int:
-        """Of the tensors that it is made of, if it may be computed together with others."""
-        raise NotImplementedError
 
     @staticmethod
     def add_together(shares: Sequence[Any], gramian: Accumulator) -> None:
@@ -105,6 +105,10 @@ class Dense(Share):
     def __repr__(self) -> str:
         K, B = self._rows.shape[:2]
         return f"Dense({K} x {B} rows of {list(self.shape)})"
+
+    @property
+    def entries(self) -> int:
+        return self._rows.numel()
 
     def _written(self) -> Tensor:
         return self._rows
