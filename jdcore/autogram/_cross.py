@@ -44,12 +44,13 @@ def crossed(one: Step, other: Step) -> Tensor:
     m, rows = found[0].rows, found[0].rows + found[1].rows
     shares = [_joined(*pair) for pair in zip(found[0].shares, found[1].shares, strict=True)]
 
-    def added_up() -> Tensor:
+    def added_up() -> tuple[Tensor, bool]:
         total = Accumulator(rows, device, False, memory)
         with torch.no_grad(), without_autocast(device.type):
             for share in shares:
                 total.add_share(share)
-            return total.total
+            found = total.total
+            return found, total.cancelled(found)
 
     gramian = multiplied(rows, jacobians[0].graph.form.precision, added_up)
     # Of the Gramian of all samples, the products of one batch with the other.

@@ -43,8 +43,9 @@ class Engine:
     (:meth:`~torch.Tensor.retain_grad`) gets that of the weighted losses from :meth:`backward`, for
     one backward pass more, and stays as it is in all other calls.
 
-    Products of float32 gradients are made in float32 and added in float64. Where the rows of up to
-    64 losses nearly cancel, they are made once more in float64, as they are for
+    Products of float32 gradients are made in float32 and added in float64. They are made once more
+    in float64 where what is summed up to a row nearly cancels (positions of a sequence, samples of
+    a task, uses of a layer), and where the rows of up to 64 losses do, as they are for
     :func:`~jdcore.autojac.jac_to_grad`, so that near Pareto stationarity the update is that of the
     same rows in float64; this takes half of a plain step to a whole one. For more losses, what the
     products hide counts as zero: combinations of rows of length one that are shorter than 1e-3. An

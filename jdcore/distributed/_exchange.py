@@ -124,14 +124,16 @@ class Union:
         )
         return self.objectives.ordered(gramian)
 
-    def _added_up(self, collected: Collected) -> Tensor:
+    def _added_up(self, collected: Collected) -> tuple[Tensor, bool]:
         total = Accumulator(self.objectives.rows, collected.device, False, collected.memory)
         for items in _rounds(self._items(collected.shares, collected.names)):
             # Round by round, so that no more than what is sent at once is in memory twice.
             for share in self._exchanged(items):
                 total.add_share(share)
+        own = total.total
+        cancelled = total.cancelled(own)
         # Sums of three processes need not be taken in the same order in both triangles.
-        return symmetric(self.meeting.total(Stage.GRAMIAN, total.total))
+        return symmetric(self.meeting.total(Stage.GRAMIAN, own)), cancelled
 
     def _items(self, shares: Sequence[Share], names: Sequence[Any]) -> list[_Item]:
         """The shares, and how each is to be exchanged: the same on all processes."""

@@ -19,34 +19,29 @@ _SMALLEST = 1e-3
 _FEW = 64
 
 
-def may_need_float64(rows: int, precision: torch.dtype) -> bool:
-    """
-    Whether a Gramian is to be multiplied in float64 if its rows nearly cancel.
-
-    :param precision: What the rows were rounded to.
-    """
-    return rows <= _FEW and precision != torch.float64
-
-
 def multiplied(
     rows: int,
     precision: torch.dtype,
-    added_up: Callable[[], Tensor],
+    added_up: Callable[[], tuple[Tensor, bool]],
     agreed: Callable[[bool], bool] = bool,
 ) -> Tensor:
     """
-    Make a Gramian, and once more with products in float64 if its rows nearly cancel.
+    Make a Gramian, and once more with products in float64 if those of float32 are too coarse.
+
+    They are so if rows nearly cancel, of which few losses show the smallest eigenvalues, or if what
+    was summed up to a row does.
 
     :param rows: The number of losses m.
     :param precision: What the rows were rounded to.
-    :param added_up: Makes it, float64 [m, m].
+    :param added_up: Makes it, float64 [m, m], and says whether what was summed has cancelled.
     :param agreed: Tells from what is found here what is done: where several processes make it, all
         of them make it again if one finds that its rows cancel.
     """
-    gramian = added_up()
-    if agreed(may_need_float64(rows, precision) and rows_cancel(gramian)):
+    gramian, cancelled = added_up()
+    coarse = cancelled or (rows <= _FEW and rows_cancel(gramian))
+    if agreed(precision != torch.float64 and coarse):
         with products_in_float64():
-            gramian = added_up()
+            gramian, _ = added_up()
     return gramian
 
 
@@ -56,7 +51,7 @@ def products_of(rows: int, precision: torch.dtype) -> torch.dtype:
 
     :param precision: What the rows were rounded to.
     """
-    exact = precision == torch.float64 or may_need_float64(rows, precision)
+    exact = precision == torch.float64 or rows <= _FEW
     return torch.float64 if exact else torch.float32
 
 

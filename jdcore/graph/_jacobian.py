@@ -12,7 +12,7 @@ from torch import Tensor
 from jdcore._fields import dense, through_tensor_hooks
 from jdcore.errors import JDCoreError, RowByRowWarning, UnservedGraphError, warn
 from jdcore.graph._call import called_shares
-from jdcore.graph._cancelling import may_need_float64, multiplied
+from jdcore.graph._cancelling import multiplied
 from jdcore.graph._form import Place
 from jdcore.graph._graph import Graph
 from jdcore.graph._hooks import may_have_hooks
@@ -118,16 +118,17 @@ class Jacobian:
         if rows == 0:
             self.computed = True
             return torch.zeros(0, 0, dtype=torch.float64, device=self._device)
-        few = may_need_float64(rows, precision)
         made: list[Accumulator] = []
 
-        def added_up() -> Tensor:
+        def added_up() -> tuple[Tensor, bool]:
             if made:
                 made.append(self._added_up_again(made[0], retain_graph))
             else:
                 # Without what is kept, all may have to be done once more.
-                made.append(self._added_up(keep, retain_graph or (few and not keep)))
-            return made[-1].total
+                again = not keep and precision != torch.float64
+                made.append(self._added_up(keep, retain_graph or again))
+            found = made[-1].total
+            return found, made[-1].cancelled(found)
 
         return self.objectives.ordered(multiplied(rows, precision, added_up))
 
@@ -590,6 +591,7 @@ class _Small:
     """Short rows of many parameters, multiplied together."""
 
     def __init__(self, memory: Memory) -> None:
+        self._memory = memory
         self._waiting = Waiting[tuple[Place, Sums]](memory, self._put_together)
         self._groups: dict[tuple[torch.dtype, bool], list[tuple[list[_Entry], Tensor]]] = {}
         self._joined: list[tuple[Tensor, list[_Entry]]] = []

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from jdcore.graph._memory import Memory, pieces
+from jdcore.graph._memory import pieces
 from jdcore.graph.shares._product import long_product, product, widened
 from jdcore.graph.shares._share import Accumulator, lower_product
 
@@ -58,9 +58,9 @@ def _contracted(gram: Gram, grads: Tensor, total: Accumulator) -> Iterator[tuple
         found = product(flat, flat.T).view(K, B, K, B)
         yield found.mul_(gram(0, B).view(1, B, 1, B)).view(K * B, K * B), 0
     elif B == 1:
-        yield _contract_tasks(gram(0, 1), grads, total.memory), 0
+        yield _contract_tasks(gram(0, 1), grads, total), 0
     else:
-        yield _contract_samples(gram(0, B), grads), 0
+        yield _contract_samples(gram(0, B), grads, total), 0
 
 
 def _contract_one_task(
@@ -80,13 +80,17 @@ def _contract_one_task(
     for start, stop in parts:
         found = lower_product(flat, start * T, stop * T).mul_(gram(start, stop))
         if T > 1:
+            squares = found.diagonal(start * T).reshape(-1, T).sum(1, dtype=torch.float64)
+            total.note(squares, start)
             found = found.view(stop - start, T, stop, T).sum((1, 3), dtype=torch.float64)
         yield found, start
 
 
-def _contract_tasks(gram: Tensor, grads: Tensor, memory: Memory) -> Tensor:
+def _contract_tasks(gram: Tensor, grads: Tensor, total: Accumulator) -> Tensor:
     K, _, T, o = grads.shape
-    rows = widened(grads.reshape(K, T * o))
+    memory, rows = total.memory, widened(grads.reshape(K, T * o))
+    squares = rows.view(K, T, o).norm(dim=2).double().square()
+    total.note((squares * gram.diagonal()).sum(1))
     parts = [
         long_product(rows, product(gram, rows[start:stop].view(-1, T, o)).flatten(1))
         for start, stop in memory.pieces(K, T * o)
@@ -94,7 +98,7 @@ def _contract_tasks(gram: Tensor, grads: Tensor, memory: Memory) -> Tensor:
     return torch.cat(parts, 1) if len(parts) > 1 else parts[0]
 
 
-def _contract_samples(gram: Tensor, grads: Tensor) -> Tensor:
+def _contract_samples(gram: Tensor, grads: Tensor, gramian: Accumulator) -> Tensor:
     K, B, T, o = grads.shape
     by_task = grads.reshape(K, B * T, o)
     total = gram.new_zeros((K, B, K, B), dtype=torch.float64)
@@ -103,4 +107,6 @@ def _contract_samples(gram: Tensor, grads: Tensor) -> Tensor:
         for earlier in range(k + 1):
             found = product(by_task[k], by_task[earlier].T).mul_(gram)
             total[k, :, earlier] = found.view(B, T, B, T).sum((1, 3), dtype=torch.float64)
+        squares = found.diagonal().reshape(B, T).sum(1, dtype=torch.float64)
+        gramian.note(squares, k * B)
     return total.view(K * B, K * B)

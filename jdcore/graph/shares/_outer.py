@@ -232,6 +232,14 @@ class Outer(Share):
 
     # -- several uses of one operand ---------------------------------------------------------------
 
+    def squares(self) -> Tensor:
+        """The squared length of each row if no position cancelled another one, float64 [K B]."""
+        lengths = self.grads.norm(dim=3).double()
+        if isinstance(self.inputs, Tensor):
+            lengths = lengths * self.inputs.norm(dim=2)
+        squares: Tensor = lengths.sum(2).square().flatten()
+        return squares
+
     def turned(self) -> Outer:
         """The share of the transposed operand."""
         shape = (self.shape[1], self.shape[0])
@@ -263,6 +271,9 @@ def _add_ghosts(shares: Sequence[Outer], gramian: Accumulator) -> None:
         gram += shares[0].plus
     found = product(grads, grads.mT).mul_(gram)
     if T > 1:
+        gramian.note(
+            found.diagonal(dim1=1, dim2=2).reshape(n, B, T).sum((0, 2), dtype=torch.float64)
+        )
         found = found.view(n, B, T, B, T).sum((2, 4), dtype=torch.float64)
     gramian.pend(found)
 
@@ -340,6 +351,7 @@ def add_uses(shares: Sequence[Outer], gramian: Accumulator) -> None:
         whole.add_gramian(gramian)
         return
     for i, share in enumerate(shares):
+        gramian.note(share.squares())
         share.add_gramian(gramian)
         for other in shares[i + 1 :]:
             _add_between(share, other, gramian)

@@ -14,6 +14,10 @@ from jdcore.graph.shares._product import columns_at_once, combined, product, wid
 # Products of fewer rows are slow.
 _ROWS = 128
 
+# Sums over positions of products of float32 are as precise as rows are where they are no smaller a
+# part than this of what they would be if no position cancelled another one.
+_LEFT = 0.05
+
 # Entries of Gramians that wait to be added: 64 MB in float32.
 _PENDING = 1 << 24
 
@@ -192,6 +196,7 @@ class Accumulator:
         self._pending: list[Tensor] = []
         self._entries_pending = 0
         self._waiting = Waiting(memory, self._add_together)
+        self._summed: Tensor | None = None
         self.added: list[Share] = []
         """The shares that were added, if they are kept."""
 
@@ -203,6 +208,28 @@ class Accumulator:
         # A transposed copy is faster than adding what lies transposed.
         upper = self._lower.T.clone(memory_format=torch.contiguous_format).triu_(1)
         return upper.add_(self._lower.tril_())
+
+    def note(self, squares: Tensor, first: int = 0) -> None:
+        """
+        Say what products over positions were summed up to the diagonal, as if none had cancelled.
+
+        :param squares: Of some rows: the products of each position with itself, shape [n].
+        :param first: The first of these rows.
+        """
+        if self._summed is None:
+            self._summed = self._lower.new_zeros(self.rows)
+        self._summed[first : first + len(squares)] += squares
+
+    def cancelled(self, total: Tensor) -> bool:
+        """
+        Whether so little is left of what was summed that products of float32 are too coarse.
+
+        Positions may cancel where rows do not: those of a gradient that is summed over them, such
+        as that of a task near its own minimum, or two uses of a layer. Waits for an accelerator.
+
+        :param total: The Gramian.
+        """
+        return self._summed is not None and bool((total.diagonal() < _LEFT * self._summed).any())
 
     def add_share(self, share: Share) -> None:
         """Add the Gramian of a share, on accelerators later, with those that are like it."""

@@ -7,7 +7,12 @@ import torch
 from torch import Tensor, nn
 
 from jdcore.autogram import Engine
-from tests.core.autogram.oracle import explicit_jacobian, parameters_of, relative_error
+from tests.core.autogram.oracle import (
+    explicit_jacobian,
+    flattened,
+    parameters_of,
+    relative_error,
+)
 
 B = 6
 
@@ -198,3 +203,55 @@ def test_losses_that_are_not_finite_give_a_gramian_that_is_not() -> None:
     gramian = engine.compute_gramian(losses)
     assert gramian[0, 0] == 15.0
     assert not torch.isfinite(gramian[1, 1])
+
+
+def _twice(model: nn.Module) -> Tensor:
+    """Two uses of all layers whose gradients are nearly opposite."""
+    x = _like(model, _fixed(80, 8))
+    return ((1 + 1e-3) * model(x).sin() - model(x).sin())[:, 0]
+
+
+def _sequences(model: nn.Module) -> Tensor:
+    """Positions that are nearly alike, with weights whose sum is zero."""
+    x = _like(model, _fixed(B, 1, 8) + 1e-3 * _fixed(B, 5, 8))
+    return (model(x).square().sum(2) * _like(model, torch.tensor([1.0, -1, 2, -2, 0]))).sum(1)
+
+
+def _sequences_of_tasks(model: nn.Module) -> Tensor:
+    x = _like(model, _fixed(B, 1, 8) + 1e-3 * _fixed(B, 5, 8))
+    scales = _like(model, torch.tensor([[1.0, -1, 2, -2, 0], [2.0, 1, -1, 0, -2]]))
+    return torch.einsum("bto,kt->bk", model(x).square(), scales)
+
+
+def _batches(model: nn.Module) -> Tensor:
+    """Samples that are nearly alike, with weights whose sum is zero, for two tasks of a trunk."""
+    x = _like(model, _fixed(1, 8) + 1e-3 * _fixed(24, 8))
+    signs = _like(model, torch.tensor([1.0, -1.0]).repeat(12))
+    out = model(x)
+    return torch.stack([(out[:, k].sin() * signs).mean() for k in range(2)])
+
+
+def _fixed(*shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(3))
+
+
+@pytest.mark.parametrize("budget", [None, 1 << 28])
+@pytest.mark.parametrize(
+    ("losses_of", "batch_dim"),
+    [(_twice, 0), (_sequences, 0), (_sequences_of_tasks, 0), (_batches, None)],
+)
+def test_what_is_summed_up_to_a_row_may_cancel(
+    losses_of: Callable[[nn.Module], Tensor], batch_dim: int | None, budget: int | None
+) -> None:
+    model = nn.Sequential(nn.Linear(8, 300), nn.Tanh(), nn.Linear(300, 64))
+    expected = _truth(model, losses_of)
+    rows = explicit_jacobian(losses_of(model), parameters_of([model])).double()
+    losses = losses_of(model)
+    gramian = Engine(model, batch_dim=batch_dim, memory_budget=budget).compute_gramian(losses)
+    got = flattened(gramian, losses.ndim).double()
+    lengths = expected.diagonal().sqrt()
+    scale = lengths[:, None] * lengths
+    # Not better than rows of float32, which lose as many digits before the Gramian is made.
+    error = ((rows @ rows.T - expected) / scale).abs().max()
+    assert error < 1e-3
+    assert ((got - expected) / scale).abs().max() <= 3 * error
