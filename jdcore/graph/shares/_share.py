@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Sequence
 from functools import lru_cache
 from typing import Any, Generic, TypeVar
+from weakref import WeakMethod
 
 import torch
 from torch import Tensor
@@ -144,11 +145,13 @@ class Waiting(Generic[Item]):
     On accelerators alone, where the launch of a small operation takes longer than the operation.
 
     :param memory: Says how many entries may wait.
-    :param serve: Called with some that are alike.
+    :param serve: A method of the object that has it, called with some that are alike.
     """
 
     def __init__(self, memory: Memory, serve: Callable[[list[Item]], None]) -> None:
-        self._memory, self._serve = memory, serve
+        # Not held: a cycle would keep the shares, and with them activations, until the garbage
+        # collector comes.
+        self._memory, self._serve = memory, WeakMethod(serve)
         self._items: dict[Hashable, list[Item]] = {}
         self._entries = 0
 
@@ -170,8 +173,10 @@ class Waiting(Generic[Item]):
 
     def finish(self) -> None:
         """Serve all that wait."""
+        serve = self._serve()
+        assert serve is not None  # it is called by its owner
         for items in self._items.values():
-            self._serve(items)
+            serve(items)
         self._items.clear()
         self._entries = 0
 
