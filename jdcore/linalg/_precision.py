@@ -10,7 +10,7 @@ values well above the root of δ do not notice.
 
 The Gramian may be rounded itself: its products were made in float32, or it was stored in float32.
 That is worse. Such a G is no Gramian of any rows, and its cosines are those of the rows but for
-independent errors of about u, which together are as large as ``√m u``: so large δ is then, or
+independent errors of about u, which together are as large as ``√m u``: δ is above that then, or
 combinations of rows may even have a negative squared length.
 """
 
@@ -50,8 +50,11 @@ def proximal_level(m: int, precision: torch.dtype, products: torch.dtype = torch
     :param products: The dtype that the entries of the Gramian were made in, or rounded to.
     """
     margin = _MARGINS.get(precision, 1.0) * 0.5 * torch.finfo(precision).eps
-    noise = 0.5 * torch.finfo(products).eps * math.sqrt(m) if products != torch.float64 else 0.0
-    return max(margin * margin, m * _EPS, noise)
+    if products == torch.float64:
+        return max(margin * margin, m * _EPS)
+    # The errors of the cosines, and those of the two squared lengths that they are divided by.
+    noise = 0.5 * torch.finfo(products).eps * (math.sqrt(m) + 2.0)
+    return max(margin * margin, noise)
 
 
 def add_proximal(gramian: NDArray[np.float64], level: float, /) -> NDArray[np.float64]:
