@@ -72,12 +72,10 @@ class Columns:
         Not of float64, whose squares may leave the range.
         """
         # Columns on several processes need not have a block here before they are exchanged.
-        if len(self.blocks) != 1 or not self.local:
+        dtypes = {block.dtype for block in self.blocks}
+        if dtypes != {torch.float32} or not (self.local and is_small(*self.blocks)):
             return None
-        block = self.blocks[0]
-        if block.dtype != torch.float32 or not is_small(block):
-            return None
-        self._few, products = small_gramian(block)
+        self._few, products = small_gramian(*self.blocks)
         return products
 
     def gramian(self) -> Tensor:
@@ -143,7 +141,10 @@ class Columns:
         few = self._few
         # Rows of a few KB are in the cache already, in float64, since their Gramian was made.
         if few is not None and weights.is_cpu and weights.dtype == torch.float64:
-            return [small_combination(weights.numpy(), few, torch.float32)]
+            vector = small_combination(weights.numpy(), few, torch.float32)
+            if len(self.blocks) == 1:
+                return [vector]
+            return list(torch.split(vector, [block.shape[1] for block in self.blocks]))
         if len(self.blocks) == 1:
             return [combine(weights, self.blocks[0], wide=wide)]
         return combine_blocks(weights, self.blocks, wide=wide)

@@ -26,28 +26,38 @@ _SOLVE = 96
 _EIGH = 24
 
 
-def is_small(matrix: Tensor) -> bool:
+def is_small(*blocks: Tensor) -> bool:
     """
     Whether numpy can look at a matrix, and multiplies it in less time than torch takes to be asked.
 
     That time is the one it takes to fetch the code of each operator into the cache of a CPU.
+
+    :param blocks: Its columns, in one block or several.
     """
-    return (
-        matrix.numel() <= _ENTRIES
-        and matrix.is_cpu
-        and matrix.dtype in _ARRAYS
-        and matrix.shape[0] <= _ROWS
-        and type(matrix) is Tensor
-        and not matrix.requires_grad
-        and not matrix.is_neg()  # as imaginary parts of conjugates are, which numpy cannot look at
-    )
+    entries = 0
+    for block in blocks:
+        entries += block.numel()
+        if not (
+            entries <= _ENTRIES
+            and block.is_cpu
+            and block.dtype in _ARRAYS
+            and block.shape[0] <= _ROWS
+            and type(block) is Tensor
+            and not block.requires_grad
+            and not block.is_neg()  # as imaginary parts of conjugates, which numpy cannot look at
+        ):
+            return False
+    return True
 
 
 # What overflows or is not finite is told from the results, not by warnings of numpy.
 @np.errstate(over="ignore", invalid="ignore")
-def small_gramian(matrix: Tensor) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def small_gramian(*blocks: Tensor) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """A small matrix A in float64, and ``A Aᵀ``, exactly symmetric."""
-    rows = matrix.numpy().astype(np.float64)
+    if len(blocks) == 1:
+        rows = blocks[0].numpy().astype(np.float64)
+    else:
+        rows = np.concatenate([block.numpy() for block in blocks], 1, dtype=np.float64)
     # Of a matrix times its transpose numpy computes one triangle.
     return rows, rows.dot(rows.T)
 

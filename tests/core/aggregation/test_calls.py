@@ -84,11 +84,25 @@ def test_a_few_rows_are_multiplied_without_an_operation_of_torch() -> None:
     assert _python_calls(lambda: aggregator(matrix)) <= 30
 
 
-def test_operations_do_not_grow_with_the_number_of_small_blocks() -> None:
+def test_a_few_rows_in_blocks_are_multiplied_without_an_operation_of_torch() -> None:
+    aggregator = GramianAggregator(Shorter())
+    blocks = [torch.randn(3, n) for n in (5, 0, 64, 1)]
+    counts = _operations(lambda: aggregator.aggregate_blocks(blocks))
+    assert not counts.keys() & {"mm", "mv", "cat", "copy_"}, counts
+    vectors, weights = aggregator.aggregate_blocks(blocks)
+    whole = aggregator(torch.cat(blocks, 1))
+    assert [len(vector) for vector in vectors] == [5, 0, 64, 1]
+    torch.testing.assert_close(torch.cat(vectors), whole, rtol=1e-6, atol=1e-6)
+    expected = weights.double() @ torch.cat(blocks, 1).double()
+    torch.testing.assert_close(whole.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("length", [5, 1000])
+def test_operations_do_not_grow_with_the_number_of_small_blocks(length: int) -> None:
     aggregator = GramianAggregator(Shorter())
 
     def counted(count: int) -> Counter[str]:
-        blocks = [torch.randn(3, 5) for _ in range(count)]
+        blocks = [torch.randn(3, length) for _ in range(count)]
         counts = _operations(lambda: aggregator.aggregate_blocks(blocks))
         # Copies into one buffer, and views of blocks and results.
         for name in ("copy_", "slice", "detach", "alias"):
