@@ -76,7 +76,8 @@ class Share(ABC):
 
     def flat_rows(self) -> Tensor:
         """Rows [K, B, n] whose Gramian is what :meth:`add_gramian` adds."""
-        return self.rows().flatten(2)
+        rows = self.rows()
+        return rows.reshape(*rows.shape[:2], self.shape.numel())
 
     def factors_of_samples(self) -> list[tuple[Tensor, int]] | None:
         """

@@ -12,6 +12,7 @@ from jdcore import ParameterError, ParameterTypeError
 from jdcore.aggregation import CrossGramianWeighting, GramianSource, LossWeighting, weigh
 from jdcore.autogram import Engine
 from jdcore.autojac import jac
+from tests.core.autogram.oracle import explicit_jacobian, randn, relative_error
 
 
 def model_of(kind: str) -> nn.Module:
@@ -238,3 +239,16 @@ def test_a_bias_that_one_batch_uses_alone_has_no_product(first: bool) -> None:
     others = [torch.autograd.grad(loss, layer.weight, retain_graph=True)[0] for loss in two]
     of_weights = torch.stack(expected).flatten(1) @ torch.stack(others).flatten(1).T
     torch.testing.assert_close(cross, of_weights)
+
+
+def test_a_scalar_that_is_derived_from_a_parameter() -> None:
+    net, scale = nn.Linear(3, 2), nn.Parameter(torch.tensor(0.3))
+    model = nn.ParameterList([*net.parameters(), scale])
+
+    def losses(x: Tensor) -> Tensor:
+        return (net(x) * scale.exp()).square().sum(1)
+
+    one, other = losses(randn(4, 3)), losses(randn(5, 3) + 1.0)
+    rows = [explicit_jacobian(batch, list(model)) for batch in (one, other)]
+    got = Engine(model, batch_dim=0).cross_gramian(one, other)
+    assert relative_error(got, rows[0] @ rows[1].T) < 1e-12
