@@ -7,6 +7,8 @@ import pytest
 import torch
 from hypothesis import settings
 
+from jdcore.graph._hooks import look
+
 # The same examples in every run, so that a failure is there again tomorrow; no deadline, because
 # the first call of a torch operator on a busy machine takes longer than any bound that means
 # something. `HYPOTHESIS_PROFILE=explore` draws new examples.
@@ -19,6 +21,16 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "steady"))
 def _same_numbers_in_any_order() -> None:
     """What a test draws without a seed depends neither on other tests nor on their order."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _hooks_of_other_tests_are_known() -> None:
+    """
+    Hooks that tests before this one made are not on its graphs.
+
+    Some of these are alive: torch never frees a hook that holds the graph that it is on.
+    """
+    look()
 
 
 @pytest.fixture(scope="session")
