@@ -24,6 +24,23 @@ def _one() -> float:
     return 1.0
 
 
+def _checked(gramian: Tensor) -> Tensor:
+    """
+    A matrix that is said to be a Gramian; read when a method asks for it.
+
+    :raises ParameterError: If its diagonal holds squares of no lengths.
+    """
+    least = gramian.diagonal().numpy(force=True).min(initial=0.0)
+    if least < 0.0:
+        raise ParameterError(
+            "gramian",
+            "the Gramian J @ J.T of some rows, whose squared lengths are on its diagonal",
+            f"a matrix with {least:.3g} there",
+            "Multiply in float64 if rounding made it so.",
+        )
+    return gramian
+
+
 @define(eq=False)
 class GramianSource:
     """
@@ -73,7 +90,7 @@ class GramianSource:
         """The source of a Gramian [m, m] that is there already; its dtype is its precision."""
         wide = gramian.detach().double()
         return cls(
-            *(len(gramian), gramian.dtype, gramian.device, lambda: wide),
+            *(len(gramian), gramian.dtype, gramian.device, partial(_checked, wide)),
             losses=check_losses(losses, len(gramian)),
             products=gramian.dtype,
             borrowed=gramian.dtype == torch.float64,  # then the conversion copies nothing

@@ -213,7 +213,10 @@ class Accumulator:
         self._add_pending()
         # A transposed copy is faster than adding what lies transposed.
         upper = self._lower.T.clone(memory_format=torch.contiguous_format).triu_(1)
-        return upper.add_(self._lower.tril_())
+        total = upper.add_(self._lower.tril_())
+        # What is left of the square of a row whose positions cancel is rounding of either sign.
+        total.diagonal().clamp_(min=0.0)
+        return total
 
     def note(self, squares: Tensor, first: int = 0) -> None:
         """

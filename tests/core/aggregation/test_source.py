@@ -119,3 +119,13 @@ def test_a_proximal_weighting_gets_the_level_of_the_rows(dtype: torch.dtype) -> 
         atol=0.0,
     )
     assert Diagonal().compute(np.eye(4)).tolist() == [0.0] * 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_a_matrix_whose_diagonal_holds_no_squares_is_no_gramian(dtype: torch.dtype) -> None:
+    matrix = torch.tensor([[1.0, 0.2], [0.2, -0.5]], dtype=dtype)
+    source = GramianSource.of(matrix)  # a method that does not ask need not mind
+    with pytest.raises(ParameterError, match=r"`gramian`.*squared lengths.*with -0\.5 there"):
+        source.gramian()
+    assert GramianSource.of(matrix.abs()).gramian().min() > 0.0
+    assert GramianSource.of(matrix[:0, :0]).gramian().shape == (0, 0)

@@ -255,3 +255,14 @@ def test_what_is_summed_up_to_a_row_may_cancel(
     error = ((rows @ rows.T - expected) / scale).abs().max()
     assert error < 1e-3
     assert ((got - expected) / scale).abs().max() <= 3 * error
+
+
+@pytest.mark.parametrize("budget", [None, 1 << 24])
+def test_the_square_of_a_row_whose_positions_cancel_is_not_negative(budget: int | None) -> None:
+    signs = torch.cat([torch.ones(5), -torch.ones(5)])[:, None]
+    for _ in range(20):
+        half, model = torch.randn(3, 5, 64), nn.Linear(64, 64, bias=False)
+        losses = (model(torch.cat([half, half.flip(1)], 1)) * signs).sum((1, 2))
+        gramian = Engine(model, batch_dim=0, memory_budget=budget).compute_gramian(losses)
+        assert gramian.diagonal().min() >= 0.0
+        assert gramian.abs().max() < 1e-9
