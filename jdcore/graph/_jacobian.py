@@ -602,7 +602,11 @@ class _Small:
 
         :param counted: Whether their Gramian is in that of another share.
         """
-        waits = isinstance(share, Sums) and not counted and self._waiting.take(share, (root, share))
+        waits = (
+            isinstance(share, Sums)
+            and not counted
+            and self._waiting.take(share.kind, share.entries, (root, share))
+        )
         if not waits:
             self._put([(root, share.shape)], share.flat(), counted)
 

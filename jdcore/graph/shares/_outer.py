@@ -125,10 +125,15 @@ class Outer(Share):
         if grads.stride(0) < grads.stride(1):
             # Positions lie before samples. In which order both are summed up is the same.
             inputs, grads = inputs.transpose(0, 1), grads.transpose(0, 1)
-        left, right = (grads, inputs) if self.grads_first else (inputs, grads)
-        left, right = left.flatten(0, 1), right.flatten(0, 1)
-        total = product(right.T, left).T if self.lies_transposed else product(left.T, right)
+        total = self._summed(inputs.flatten(0, 1), grads.flatten(0, 1))
         return total if total.shape == self.shape else total.reshape(self.shape)
+
+    def _summed(self, inputs: Tensor, grads: Tensor) -> Tensor:
+        """Outer products [..., N, i] by [..., N, o], summed over N; they lie as the operand does."""
+        left, right = (grads, inputs) if self.grads_first else (inputs, grads)
+        if self.lies_transposed:
+            return product(right.mT, left).mT
+        return product(left.mT, right)
 
     def _looked_up_sum(self, inputs: OneHot, grads: Tensor) -> Tensor:
         index, size = inputs.index.flatten(), (inputs.size, grads.shape[1])
@@ -191,13 +196,9 @@ class Outer(Share):
             inputs = scaled(weights, inputs)
         else:
             grads = scaled(weights, grads)
-        left, right = (grads, inputs) if first.grads_first else (inputs, grads)
-        left, right = left.flatten(1, 2), right.flatten(1, 2)
-        if first.lies_transposed:
-            left, right = right, left
+        total = first._summed(inputs.flatten(1, 2), grads.flatten(1, 2))
         # In memory of their own, by one call: whoever keeps one of them is not to keep all.
-        apart = torch._foreach_mul(product(left.mT, right).unbind(), 1.0)
-        layers = [one.T for one in apart] if first.lies_transposed else apart
+        layers = torch._foreach_mul(total.unbind(), 1.0)
         return [one if one.shape == first.shape else one.reshape(first.shape) for one in layers]
 
     # -- samples of several processes --------------------------------------------------------------

@@ -156,18 +156,19 @@ class Waiting(Generic[Item]):
         self._items: dict[Hashable, list[Item]] = {}
         self._entries = 0
 
-    def take(self, share: Share, item: Item) -> bool:
+    def take(self, kind: Hashable | None, entries: int, item: Item) -> bool:
         """
         Let a share wait.
 
+        :param kind: What others have to agree in to be computed with it; None if none may.
+        :param entries: Of the tensors that it is made of.
         :param item: What stands for it.
-        :returns: Whether it waits. One that is like no other does not.
+        :returns: Whether it waits.
         """
-        kind = None if self._memory.reused else share.alike
-        if kind is None:
+        if kind is None or self._memory.reused:
             return False
         self._items.setdefault(kind, []).append(item)
-        self._entries += share.entries
+        self._entries += entries
         if self._entries > self._memory.joined:
             self.finish()
         return True
@@ -244,7 +245,7 @@ class Accumulator:
         """Add the Gramian of a share, on accelerators later, with those that are like it."""
         if self.keep:
             self.added.append(share)
-        if not self._waiting.take(share, share):
+        if not self._waiting.take(share.alike, share.entries, share):
             share.add_gramian(self)
 
     def _add_together(self, shares: list[Share]) -> None:

@@ -44,10 +44,11 @@ class Sums(Dense):
         return self._found
 
     @property
-    def alike(self) -> Hashable | None:
+    def kind(self) -> Hashable | None:
+        """What others have to agree in to be made together with this one, if any may."""
         if self._sizes[0] > 1 or self._found is not None:
             return None
-        return (Sums, self._make, self.shape, *[(p.shape, p.dtype) for p in self._parts])
+        return (self._make, self.shape, *[(p.shape, p.dtype) for p in self._parts])
 
     @property
     def entries(self) -> int:
@@ -55,7 +56,7 @@ class Sums(Dense):
 
     @staticmethod
     def flat_together(shares: Sequence[Sums]) -> Tensor:
-        """The rows of shares that are alike, one behind the other: a matrix [B, n]."""
+        """The rows of shares of one kind, one behind the other: a matrix [B, n]."""
         if len(shares) == 1:
             return shares[0].flat()
         grads, *others = zip(*(share._parts for share in shares), strict=True)

@@ -106,6 +106,18 @@ def test_layers_of_one_form_give_the_rows_of_plain_passes(name: str, tasks: int)
     assert relative_error(engine.compute_gramian(_losses(model, x, tasks)), seen[0]) < 1e-12
 
 
+def test_norms_that_are_too_large_to_be_multiplied_together_are_right() -> None:
+    model, x = nn.Sequential(*(nn.LayerNorm(1 << 16) for _ in range(3))), randn(2, 2, 1 << 16)
+    parameters = list(model.parameters())
+    engine = Engine(model, batch_dim=0, memory_budget=1 << 28)
+    rows = explicit_jacobian(_losses(model, x), parameters)
+    seen: list[Tensor] = []
+    engine.backward(_losses(model, x), lambda g: (seen.append(g), torch.tensor([1.0, -2.0]))[1])
+    assert relative_error(seen[0], rows @ rows.T) < 1e-12
+    found = torch.cat([p.grad for p in parameters if p.grad is not None])
+    assert relative_error(found, rows[0] - 2 * rows[1]) < 1e-12
+
+
 @pytest.mark.parametrize("name", ["layers", "layers of sequences", "norms"])
 def test_products_and_sums_do_not_grow_with_the_number_of_layers(name: str) -> None:
     make, shape = MODELS[name]
