@@ -102,12 +102,8 @@ class Step:
         def compute() -> Tensor:
             return jacobian.gramian(keep=not second_pass, retain_graph=retain_graph or second_pass)
 
-        rows, precision = self.objectives.rows, jacobian.graph.form.precision
-        source = GramianSource(
-            *(rows, precision, outputs[0].device, compute),
-            products=products_of(rows, precision),
-            losses=torch.cat([output.detach().reshape(-1) for output in outputs]),
-        )
+        losses = torch.cat([output.detach().reshape(-1) for output in outputs])
+        source = source_of(jacobian, losses, compute)
         # Weighings of small Gramians run on the CPU; sums of rows where the rows are.
         weights = weights_of(weighting, source, shape)
         placed = weights.to(outputs[0].device)
@@ -122,6 +118,22 @@ class Step:
         # Two leaves may have got the same tensor, as both terms of a sum do.
         write_grads(dict(zip(gradients, disjoint(gradients.values()), strict=True)))
         return weights
+
+
+def source_of(jacobian: Jacobian, losses: Tensor, compute: Callable[[], Tensor]) -> GramianSource:
+    """
+    What a weighting may ask.
+
+    :param jacobian: That of this process.
+    :param losses: The values of all losses [m].
+    :param compute: Makes their Gramian, float64 [m, m].
+    """
+    rows, precision = len(losses), jacobian.graph.form.precision
+    return GramianSource(
+        *(rows, precision, losses.device, compute),
+        products=products_of(rows, precision),
+        losses=losses,
+    )
 
 
 def weights_of(

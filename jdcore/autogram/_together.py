@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from jdcore._fields import check_grads, write_grads
-from jdcore.aggregation import GramianSource
-from jdcore.autogram._step import Step, weights_of
+from jdcore.autogram._step import Step, source_of, weights_of
 from jdcore.distributed._exchange import Collected, Union
 from jdcore.distributed._gathering import without_hooks
 from jdcore.distributed._holders import Holders
@@ -20,7 +19,7 @@ from jdcore.distributed._replicated import weights_of_first
 from jdcore.distributed._sharding import Gathered
 from jdcore.distributed._step import state_kept
 from jdcore.errors import ParameterError
-from jdcore.graph import Dense, Jacobian, products_of, reach
+from jdcore.graph import Dense, Jacobian, reach
 
 
 def backward_together(
@@ -85,12 +84,10 @@ def _own_weights(
     # Nothing is exchanged before the gradients: the arguments are those of the other way to weigh.
     del meeting, group
     [output] = step.objectives.outputs
-    rows, precision = step.objectives.rows, jacobian.graph.form.precision
-    source = GramianSource(
-        *(rows, precision, output.device),
+    source = source_of(
+        jacobian,
+        output.detach().reshape(-1),
         lambda: jacobian.gramian(keep=True, retain_graph=retain_graph),
-        products=products_of(rows, precision),
-        losses=output.detach().reshape(-1),
     )
     weights = weights_of(weighting, source, None if output.ndim == 1 else output.shape)
     return weights, weights.to(output.device).reshape(-1), {}
@@ -127,12 +124,7 @@ def _all_weights(
             collect(step, jacobian, collected, retain_graph=retain_graph)
         return union.gramian(collected, jacobian.graph.form.precision)
 
-    m, precision = union.objectives.rows, jacobian.graph.form.precision
-    source = GramianSource(
-        *(m, precision, output.device, compute),
-        products=products_of(m, precision),
-        losses=union.values(output),
-    )
+    source = source_of(jacobian, union.values(output), compute)
     shape = None if output.ndim == 1 else union.shape
     weights = weights_of_first(meeting, weights_of(weighting, source, shape), output.device)
     # What is written is the mean over processes, but the update is a sum over the samples of all.

@@ -129,7 +129,7 @@ class Outer(Share):
         return total if total.shape == self.shape else total.reshape(self.shape)
 
     def _summed(self, inputs: Tensor, grads: Tensor) -> Tensor:
-        """Outer products [..., N, i] by [..., N, o], summed over N; they lie as the operand does."""
+        """Outer products [..., N, i] by [..., N, o], summed over N, as the operand lies."""
         left, right = (grads, inputs) if self.grads_first else (inputs, grads)
         if self.lies_transposed:
             return product(right.mT, left).mT
