@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.nn.parallel import DataParallel
 from torch.nn.parameter import is_lazy
 
 from jdcore.aggregation import as_weighting
@@ -65,7 +65,7 @@ class Engine:
         an eighth of its free memory if that is less, and what the caches hold on a CPU.
     :raises ParameterTypeError: If a module is no ``nn.Module``, or another argument of the wrong
         type.
-    :raises ParameterError: If a module is wrapped for distributed training.
+    :raises ParameterError: If a module is in ``DataParallel``.
 
     >>> import torch
     >>> from jdcore.autogram import Engine
@@ -83,7 +83,7 @@ class Engine:
         for module in modules:
             if not isinstance(module, nn.Module):
                 raise ParameterTypeError("modules", "torch.nn.Module objects", repr(module))
-            _refuse_wrappers(module)
+            _refuse_replicating(module)
         self._modules = modules
         self._batch_dim = checked_batch_dim(batch_dim)
         self._budget = checked_budget(memory_budget)
@@ -277,15 +277,15 @@ class Engine:
         self._plans = Plans()
 
 
-def _refuse_wrappers(module: nn.Module) -> None:
+def _refuse_replicating(module: nn.Module) -> None:
     for name, child in module.named_modules():
-        if isinstance(child, (DistributedDataParallel, DataParallel)):
+        if isinstance(child, DataParallel):
             raise ParameterError(
                 "modules",
-                "not wrapped for distributed training",
-                f"a {type(child).__name__} as `{name}`",
-                "Its gradients are reduced by hooks that the engine does not run; give the engine "
-                "a module on one device.",
+                "on one device each",
+                f"a DataParallel as `{name}`",
+                "The graph goes through copies of its parameters. Give one process to each device, "
+                "and DistributedDataParallel to each process.",
             )
 
 

@@ -76,7 +76,7 @@ def backward(
     """
     chosen = as_weighting(weighting)
     step = _step(losses, inputs, batch_dim, memory_budget, "losses")
-    holders = find_holders(step.wanted, group)
+    holders = find_holders(step.wanted, group, named=inputs is not None)
     if holders is not None:
         weights = backward_together(
             lambda: step, holders, chosen, per_process=per_process, retain_graph=retain_graph
@@ -157,7 +157,7 @@ def gramian_backward(
     flag = check_flag(retain_graph, "retain_graph")
     # Losses of whole batches have no samples that could be told apart between processes: their rows
     # are averaged, and for that they have to be there.
-    team = find_team(Gathered().shards(step.wanted), group)
+    team = find_team(Gathered().shards(step.wanted), group, named=inputs is not None)
     if team is not None:
         from jdcore.autojac._together import gramian_step  # autojac has this function, too
 

@@ -54,7 +54,9 @@ def backward_together(
         check_replicas(step.wanted, [reach(step.objectives.outputs)], step.parameter)
         jacobian = step.jacobian(together=True)
         changed = jacobian.graph.leaves if step.all_leaves else jacobian.graph.targets
-        written = Gathered().shards(changed.values())
+        known = holders.agreed(meeting, changed.values(), step.parameter)
+        shard = Gathered().shard
+        written = map(shard, [*changed.values(), *jacobian.graph.retained])
         check_grads(t for t in written if t.grad is None or not t.grad.is_sparse)
         weigh = _own_weights if per_process else _all_weights
         weights, own, rows = weigh(step, jacobian, weighting, meeting, holders.group, retain_graph)
@@ -66,10 +68,13 @@ def backward_together(
         # them.
         for tensor, share in rows.items():
             gradients[tensor] = share.weighted(step.objectives.by_task(own)).to(tensor.dtype)
-        for tensor in jacobian.graph.retained:  # those of other processes have nothing to do with
-            gradients.pop(tensor, None)
-        means = holders.means(meeting, gradients)
-    write_grads(means)
+        found = {shard(tensor): gradient for tensor, gradient in gradients.items()}
+        means = holders.means(meeting, known, found)
+        # What is no parameter, such as an input that requires grad, belongs to this process, and
+        # weights of all samples are those of a mean over the processes.
+        parts = 1 if per_process else meeting.size
+        local = {t: gradient / parts for t, gradient in found.items() if t not in means}
+    write_grads(means | local)
     return weights
 
 

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from attrs import frozen
-from torch import Tensor
+from torch import Tensor, nn
 
 from jdcore._fields import dense
 from jdcore.distributed._gathering import can_be_gathered, divided_means, kept_gathered
 from jdcore.distributed._grid import Grid
 from jdcore.distributed._meeting import Group, Meeting, Stage
+from jdcore.distributed._names import names_of
 from jdcore.distributed._replicas import replicas_of
 from jdcore.distributed._replicated_step import check_group
 from jdcore.distributed._sharding import Gathered, is_dtensor, like, some_dtensor
@@ -31,11 +32,13 @@ class Holders:
     :param group: The processes.
     :param groups: The same as a grid, one group for each dimension.
     :param tensors: The parameters, those under FSDP2 in the form that optimizers know.
+    :param promised: Whether the user says that all processes have them equal.
     """
 
     group: Group
     groups: Sequence[Group]
     tensors: Sequence[Tensor]
+    promised: bool = False
 
     def meeting(self) -> Meeting:
         """A meeting of the processes."""
@@ -68,26 +71,58 @@ class Holders:
         with kept_gathered(gathered, self.tensors):
             yield
 
-    def means(self, meeting: Meeting, gradients: Mapping[Tensor, Tensor]) -> dict[Tensor, Tensor]:
+    def agreed(self, meeting: Meeting, leaves: Iterable[Tensor], parameter: str) -> list[Tensor]:
         """
-        The mean over processes of gradients, of which each process gets what it holds.
+        Check that all processes have the same parameters, in the same order.
 
-        :param gradients: Those of this process by the leaves of the graph.
-        :returns: The means by the parameters as optimizers know them, in memory of their own.
-        :raises ParameterError: If the processes have gradients of different tensors.
+        :param leaves: Those of the graph.
+        :param parameter: What the parameters are called in messages.
+        :returns: The parameters, and after them those leaves that other processes hold as well.
+        :raises ParameterError: If some are others, or no copies of those elsewhere.
         """
-        shard = Gathered().shard
-        found = {shard(leaf): gradient for leaf, gradient in gradients.items()}
-        # In the order of the parameters first: graphs of few samples may be walked in another one.
-        own = {t: found[t] for t in dict.fromkeys([*self.tensors, *found]) if t in found}
-        places = {t: i for i, t in enumerate(self.tensors)}
-        words = [(places.get(t), tuple(t.shape), t.dtype) for t in own]
-        if not meeting.agree_on(Stage.UPDATE, words):
+        shards = Gathered().shards(leaf for leaf in leaves if isinstance(leaf, nn.Parameter))
+        found = dict.fromkeys(self.tensors)
+        others = [shard for shard in shards if shard not in found]
+        named = names_of(self.tensors, self.promised), _kinds(self.tensors)
+        same, equal = meeting.agree_on_each(Stage.COPIES, named, (names_of(others), _kinds(others)))
+        if not same:
+            raise ParameterError(
+                parameter,
+                "the same on all processes, in the same order",
+                f"{len(self.tensors)} tensors, of which some are not",
+                "Wrap all of them in DistributedDataParallel, or name those that all processes "
+                "hold.",
+            )
+        if not equal:
             raise ParameterError(
                 "output",
                 "computed by the same parameters on all processes",
-                f"losses of {len(own)} parameters here, others elsewhere",
+                f"losses that depend on {len(others)} parameters besides `{parameter}`, others or "
+                "other numbers elsewhere",
+                "Wrap what they belong to in DistributedDataParallel, or make them equal.",
             )
+        return [*self.tensors, *others]
+
+    def means(
+        self, meeting: Meeting, known: Sequence[Tensor], gradients: Mapping[Tensor, Tensor]
+    ) -> dict[Tensor, Tensor]:
+        """
+        The mean over processes of gradients, of which each process gets what it holds.
+
+        :param known: As :meth:`agreed` returned them.
+        :param gradients: Those of this process by tensor. Of others than the known ones there is no
+            mean.
+        :returns: The means by tensor, in memory of their own.
+        :raises ParameterError: If the processes have gradients of different tensors.
+        """
+        places = {t: i for i, t in enumerate(known) if t in gradients}
+        if not meeting.agree_on(Stage.UPDATE, list(places.values())):
+            raise ParameterError(
+                "output",
+                "computed by the same parameters on all processes",
+                f"losses of {len(places)} parameters here, others elsewhere",
+            )
+        own = {t: gradients[t] for t in places}
         # Copies are averaged as they are, parts by the processes that hold them.
         copies = {t: _row(g) for t, g in own.items() if not is_dtensor(t)}
         rows = mean_rows(meeting, buckets_of(copies, 1, self.group), list(copies.values()), 1)
@@ -96,12 +131,15 @@ class Holders:
         return means | {t: like(t, part[0]) for t, part in parts.items()}
 
 
-def find_holders(tensors: Sequence[Tensor], group: Any = None) -> Holders | None:
+def find_holders(
+    tensors: Sequence[Tensor], group: Any = None, *, named: bool = True
+) -> Holders | None:
     """
     The processes that hold parameters together.
 
     :param tensors: The parameters, or what stands for them in a graph.
     :param group: The process group that keeps them equal, if the user says so.
+    :param named: Whether the user named them, or they are what was found in a graph.
     :returns: None if this process has them for itself.
     :raises ParameterError: If they belong to different groups.
     """
@@ -113,7 +151,7 @@ def find_holders(tensors: Sequence[Tensor], group: Any = None) -> Holders | None
     chosen = group_of(replicas_of(tensors), group)
     if chosen is None or dist.get_world_size(chosen) == 1:
         return None
-    return Holders(chosen, [chosen], shards)
+    return Holders(chosen, [chosen], shards, promised=named and group is not None)
 
 
 def _of_shards(shards: Sequence[Tensor], group: Any) -> Holders:
@@ -137,6 +175,10 @@ def _of_shards(shards: Sequence[Tensor], group: Any) -> Holders:
             "Samples of some of the processes need a group of just these.",
         )
     return Holders(whole, groups, shards)
+
+
+def _kinds(tensors: Iterable[Tensor]) -> list[object]:
+    return [(tuple(tensor.shape), tensor.dtype) for tensor in tensors]
 
 
 def _row(gradient: Tensor) -> Tensor:

@@ -68,7 +68,8 @@ class Stage(IntEnum):
     COSTS = 13
     FACTORS = 14
     GATHER = 15
-    END = 16
+    COPIES = 16
+    END = 17
 
 
 @define(eq=False)
@@ -175,8 +176,14 @@ class Meeting:
 
     def agree_on(self, stage: Stage, *things: object) -> bool:
         """Meet the other processes, and tell whether all have the same things."""
-        own = number_of(*things)
-        return is_same(*self.agree(stage, own, -own))
+        return self.agree_on_each(stage, things)[0]
+
+    def agree_on_each(self, stage: Stage, *things: object) -> list[bool]:
+        """:meth:`agree_on`, for each of some things."""
+        own = [number_of(thing) for thing in things]
+        heard = self.agree(stage, *own, *[-number for number in own])
+        pairs = zip(heard[: len(own)], heard[len(own) :], strict=True)
+        return [is_same(most, least) for most, least in pairs]
 
     def maximum(self, stage: Stage, values: Tensor) -> Tensor:
         """Meet, and find the largest of each value over all; the argument is overwritten."""

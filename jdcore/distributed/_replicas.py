@@ -35,6 +35,23 @@ def parameters_of(replica: DistributedDataParallel) -> list[Tensor]:
     return [p for name, p in replica.module.named_parameters() if name not in ignored]
 
 
+def places_in(replicas: Iterable[DistributedDataParallel]) -> dict[Tensor, str]:
+    """
+    By parameter of some wrappers, what tells it from others on all processes.
+
+    Nothing is said of wrappers of as many parameters as another one: which is which, torch does not
+    tell.
+    """
+    sizes = [len(parameters_of(module)) for module in _WRAPPERS.made()]
+    return {
+        parameter: f"{i} of {len(parameters)}"
+        for replica in replicas
+        for parameters in [parameters_of(replica)]
+        if sizes.count(len(parameters)) == 1
+        for i, parameter in enumerate(parameters)
+    }
+
+
 @define(eq=False)
 class _Wrappers:
     """
@@ -62,11 +79,14 @@ class _Wrappers:
         reference = self.owners[tensor]
         return None if reference is None else reference()
 
+    def made(self) -> list[DistributedDataParallel]:
+        """Those whose construction did not fail."""
+        return [module for module in list(self.modules) if hasattr(module, "reducer")]
+
     def _assign(self, tensor: Tensor) -> None:
-        for module in list(self.modules):
-            if hasattr(module, "reducer"):  # not one whose construction failed
-                for parameter in parameters_of(module):
-                    self.owners[parameter] = weakref.ref(module)
+        for module in self.made():
+            for parameter in parameters_of(module):
+                self.owners[parameter] = weakref.ref(module)
         if tensor not in self.owners:
             self.owners[tensor] = None
 

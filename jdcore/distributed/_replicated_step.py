@@ -12,6 +12,7 @@ from jdcore._fields import check_grads, dense
 from jdcore.aggregation._source import check_losses, taken_by
 from jdcore.distributed._heads import check_none_left, is_local
 from jdcore.distributed._meeting import Group, Meeting, Stage
+from jdcore.distributed._names import names_of
 from jdcore.distributed._replicas import parameters_of, replicas_of
 from jdcore.distributed._replicated import ReplicatedColumns, weights_of_first
 from jdcore.distributed._step import (
@@ -38,17 +39,19 @@ class Replicas:
     :param group: The processes.
     :param given: The tensors that are aggregated.
     :param members: These, and all others whose gradients the same modules keep equal.
+    :param promised: Whether the user says that all processes have the others equal, in this order.
     """
 
     group: Group
     given: Sequence[Tensor]
     members: Sequence[Tensor]
+    promised: bool
 
     @staticmethod
-    def of(given: Sequence[Tensor], group: Group) -> Replicas:
+    def of(given: Sequence[Tensor], group: Group, promised: bool) -> Replicas:
         """The tensors with all parameters of their DistributedDataParallel modules."""
         others = [p for replica in replicas_of(given) for p in parameters_of(replica)]
-        return Replicas(group, given, list(dict.fromkeys([*given, *others])))
+        return Replicas(group, given, list(dict.fromkeys([*given, *others])), promised)
 
     def aggregate(
         self,
@@ -109,12 +112,8 @@ class Replicas:
 
     def _layout(self) -> list[object]:
         """Words that tell lists of tensors apart, also where shapes repeat."""
-        places = {
-            id(parameter): i
-            for replica in replicas_of(self.members)
-            for i, parameter in enumerate(parameters_of(replica))
-        }
-        return [(places.get(id(t)), tuple(t.shape), t.dtype) for t in self.members]
+        names = names_of(self.members, self.promised)
+        return [(n, tuple(t.shape), t.dtype) for n, t in zip(names, self.members, strict=True)]
 
     def _means(self, meeting: Meeting, heads: list[Tensor]) -> dict[Tensor, Tensor]:
         if not heads:

@@ -47,6 +47,7 @@ class Gathered:
     def __init__(self) -> None:
         self._shards: dict[int, Tensor] = {}
         self._gathered: dict[int, Tensor] = {}
+        self._places: dict[int, str] = {}
         self._states: list[Any] = []
         self.modules: list[Any] = []
         """What torch knows of the modules, in a fixed order."""
@@ -55,7 +56,8 @@ class Gathered:
             self._states += [state] if groups else []
             for group in groups:
                 self.modules.append(group)
-                for parameter in group.fsdp_params:
+                for number, parameter in enumerate(group.fsdp_params):
+                    self._places[id(parameter.sharded_param)] = f"{len(self.modules)}.{number}"
                     self._add(parameter)
 
     def _add(self, parameter: Any) -> None:
@@ -76,6 +78,10 @@ class Gathered:
     def shards(self, tensors: Iterable[Tensor]) -> list[Tensor]:
         """:meth:`shard` of each."""
         return list(map(self.shard, tensors)) if self._shards else list(tensors)
+
+    def place(self, tensor: Tensor) -> str | None:
+        """What tells a sharded parameter from others on all processes; None for any other one."""
+        return self._places.get(id(tensor))
 
     def leaf(self, tensor: Tensor) -> Tensor:
         """What stands for a tensor in the graph: the gathered form of a sharded parameter."""

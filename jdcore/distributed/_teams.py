@@ -18,12 +18,13 @@ from jdcore.validators import describe_tensor
 Team: TypeAlias = "Replicas | Shards"
 
 
-def find_team(tensors: Sequence[Tensor], group: Any = None) -> Team | None:
+def find_team(tensors: Sequence[Tensor], group: Any = None, *, named: bool = True) -> Team | None:
     """
     How tensors are spread over processes.
 
     :param tensors: Tensors that are to be aggregated.
     :param group: The process group that keeps them equal, if the user says so.
+    :param named: Whether the user named them, or they are what was found in a graph.
     :returns: None if this process has them for itself.
     :raises ParameterError: If they belong to different groups.
     """
@@ -44,7 +45,7 @@ def find_team(tensors: Sequence[Tensor], group: Any = None) -> Team | None:
         return None
     if group is None:
         _check_all_known(tensors, {id(p) for r in replicas for p in parameters_of(r)})
-    return Replicas.of(tensors, chosen)
+    return Replicas.of(tensors, chosen, named)
 
 
 def group_of(replicas: Sequence[DistributedDataParallel], group: Any) -> Group | None:

@@ -17,9 +17,10 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import jdcore
-from jdcore import ParameterError, PeerError
+from jdcore import ParameterError, PeerError, autogram
 from jdcore.aggregation import Flattening
 from jdcore.autogram import Engine
+from jdcore.autojac import gramian_backward
 from jdcore.errors import RowByRowWarning
 from tests.distributed.common import assert_close, assert_identical, gradients, refused
 from tests.distributed.conftest import Run
@@ -260,7 +261,7 @@ def _failures() -> None:
     part = model[:3] if rank else model
     other = Engine(part, batch_dim=0)
     own = part(parts[rank]).square().sum(1)
-    refused(ParameterError, "same operations", other.backward, own, torch.diag, group=group)
+    refused(ParameterError, "in the same order", other.backward, own, torch.diag, group=group)
     assert not gradients(model)
     engine.backward(losses(), torch.diag, group=group)
     assert_identical(gradients(model))
@@ -329,6 +330,72 @@ def _other_ways() -> None:
 
 def test_other_layers_on_each_process_are_right_or_refused(two: Run) -> None:
     two(_other_ways)
+
+
+def _leaves_of_one_process() -> None:
+    rank, weighting = dist.get_rank(), jdcore.get_weighting("upgrad")
+    torch.manual_seed(0)
+    ours = _perceptron().double()
+    alone = copy.deepcopy(ours)
+    model = DistributedDataParallel(ours)
+    for sizes, per_process in itertools.product(([3, 4], [1, 4]), (False, True)):
+        parts = [part.requires_grad_() for part in _numbers(sizes, 5)]
+        ours.zero_grad()
+        alone.zero_grad()
+        noise = torch.zeros(sizes[rank], 1, dtype=torch.float64, requires_grad=True) * 1.0
+        noise.retain_grad()
+        losses = (model(parts[rank]) + noise).squeeze(1).square()
+        Engine(model, batch_dim=0).backward(losses, weighting, per_process=per_process)
+        of_ours, parts = parts[rank].grad, [part.detach().requires_grad_() for part in parts]
+        whole = [alone(part).squeeze(1).square() for part in parts]
+        for output in whole if per_process else [torch.cat(whole)]:
+            Engine(alone, batch_dim=0).backward(output, weighting)
+        if per_process:
+            for parameter in alone.parameters():
+                parameter.grad = None if parameter.grad is None else parameter.grad / 2
+        assert_close(gradients(ours), gradients(alone), 1e-9)
+        assert of_ours is not None
+        assert noise.grad is not None
+        assert_close([of_ours], [parts[rank].grad], 1e-9)
+    inputs = _numbers([3, 4], 5)[rank].requires_grad_()
+    function = partial(autogram.backward, batch_dim=0)
+    losses = model(inputs).squeeze(1).square()
+    refused(ParameterError, "same on all", function, losses, weighting)
+    function(losses, weighting, inputs=list(ours.parameters()))
+    losses = alone(inputs[:2]).squeeze(1).square()
+    refused(ParameterError, "same", gramian_backward, losses, weighting, group=dist.group.WORLD)
+    assert inputs.grad is None
+
+
+def test_what_only_one_process_has_gets_its_own_gradient(two: Run) -> None:
+    two(_leaves_of_one_process)
+
+
+def _heads() -> None:
+    """A head outside of the engine: the same on all processes, or another one on each."""
+    rank, weighting = dist.get_rank(), jdcore.get_weighting("upgrad")
+    torch.manual_seed(0)
+    trunk, alone = _perceptron().double(), _perceptron().double()
+    alone.load_state_dict(trunk.state_dict())
+    heads = [nn.Linear(1, 1).double() for _ in range(2)]
+    single = copy.deepcopy(heads[0])
+    model, parts = DistributedDataParallel(trunk), _numbers([3, 4], 5)
+    engine = Engine(trunk, batch_dim=0)
+    engine.backward(heads[0](model(parts[rank])).squeeze(1).square(), weighting)
+    losses = single(alone(torch.cat(parts))).squeeze(1).square()
+    Engine(alone, batch_dim=0).backward(losses, weighting)
+    assert_close([*gradients(trunk), *gradients(heads[0])], [*gradients(alone), *gradients(single)])
+    wrapped = [DistributedDataParallel(copy.deepcopy(head)) for head in heads]
+    for head in (heads[rank], wrapped[rank]):
+        losses = head(model(parts[rank])).squeeze(1).square()
+        refused(ParameterError, "same parameters", engine.backward, losses, weighting)
+    everything = partial(autogram.backward, batch_dim=0)
+    refused(ParameterError, "same on all", everything, losses, weighting)
+    refused(ParameterError, "same", gramian_backward, losses, weighting)
+
+
+def test_heads_outside_of_the_engine_are_averaged_if_they_are_the_same(two: Run) -> None:
+    two(_heads)
 
 
 def _cancelling() -> None:

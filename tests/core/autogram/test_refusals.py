@@ -240,8 +240,8 @@ def test_distributed_modules_and_tensors() -> None:
     from torch.distributed.tensor import distribute_tensor
 
     model = nn.Sequential(nn.Linear(6, 3))
-    with pytest.raises(ParameterError, match="distributed training"):
-        Engine(nn.parallel.DistributedDataParallel(model), batch_dim=0)
+    with pytest.raises(ParameterError, match="one device"):
+        Engine(nn.Sequential(nn.DataParallel(model)), batch_dim=0)
     mesh = init_device_mesh("cpu", (1,))
     model[0].weight = nn.Parameter(distribute_tensor(model[0].weight.detach(), mesh))
     engine = Engine(model, batch_dim=0)
