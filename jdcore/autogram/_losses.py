@@ -5,7 +5,6 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from jdcore.distributed._refusals import refuse_replicated, refuse_sharded
 from jdcore.distributed._sharding import is_dtensor
 from jdcore.errors import ParameterError, ParameterTypeError
 from jdcore.graph import Objectives, reach
@@ -163,18 +162,12 @@ def refuse_divided(outputs: Sequence[Tensor]) -> None:
             )
 
 
-def refuse_unusable(wanted: Sequence[Tensor], parameter: str, *, together: bool) -> None:
+def refuse_unusable(wanted: Sequence[Tensor], parameter: str) -> None:
     """
     Refuse tensors that have no dense real gradient in this process.
 
-    :param together: Whether the processes that hold the tensors make a step together.
     :raises ParameterError: Naming the kind of tensor.
     """
-    # One process alone would weigh its own samples with parameters that all hold, and the copies
-    # would drift apart.
-    if not together:
-        refuse_sharded(wanted, parameter)
-        refuse_replicated(wanted, parameter)
     for tensor in wanted:
         kind = _unusable_kind(tensor)
         if kind is not None:

@@ -141,7 +141,7 @@ def _rows(step: Step, tensors: list[Tensor]) -> list[Tensor]:
 
 
 def _error(step: Step, rows: Tensor) -> float:
-    jacobian = step.jacobian()
+    jacobian = step.jacobian(report=True)
     gramian = jacobian.gramian(keep=True, retain_graph=True)
     # All different and of both signs, so that rows in a wrong order show.
     weights = torch.linspace(-1.0, 2.0, len(rows), dtype=torch.float64, device=rows.device)

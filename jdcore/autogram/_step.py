@@ -12,6 +12,7 @@ from jdcore._fields import check_grads, disjoint, write_grads
 from jdcore.aggregation import GramianSource, weigh
 from jdcore.autogram._losses import refuse_divided, refuse_unusable
 from jdcore.autogram._rules import RULES_IN_USE
+from jdcore.distributed._refusals import refuse_replicated, refuse_sharded
 from jdcore.errors import ParameterError, UnservedGraphError
 from jdcore.graph import Jacobian, Objectives, Plans, products_of
 
@@ -41,13 +42,19 @@ class Step:
         The Jacobian, not yet computed.
 
         :param together: Whether the processes that hold the tensors make the step together.
-        :param report: Whether it notes what serves each operand.
+        :param report: Whether it notes what serves each operand, and nothing of it is written.
         :raises UnservedGraphError: If it cannot be right.
         """
         # Refused by kind before the graph is read, where the same things fail with errors that name
         # no argument.
         refuse_divided(self.objectives.outputs)
-        refuse_unusable(self.wanted, self.parameter, together=together)
+        if not together:
+            refuse_sharded(self.wanted, self.parameter)
+        # One process alone would weigh its own samples with parameters that all hold, and the
+        # copies would drift apart.
+        if not (together or report):
+            refuse_replicated(self.wanted, self.parameter)
+        refuse_unusable(self.wanted, self.parameter)
         jacobian = Jacobian(
             self.objectives,
             self.wanted,

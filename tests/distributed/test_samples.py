@@ -360,6 +360,9 @@ def _leaves_of_one_process() -> None:
     inputs = _numbers([3, 4], 5)[rank].requires_grad_()
     function = partial(autogram.backward, batch_dim=0)
     losses = model(inputs).squeeze(1).square()
+    engine = Engine(model, batch_dim=0)
+    refused(ParameterError, "drift apart", engine.compute_gramian, losses)
+    assert engine.verify(losses).worst < 1e-12
     refused(ParameterError, "same on all", function, losses, weighting)
     function(losses, weighting, inputs=list(ours.parameters()))
     losses = alone(inputs[:2]).squeeze(1).square()
