@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from itertools import compress
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from jdcore._fields import dense
 from jdcore.graph._memory import Memory
 from jdcore.graph._passes import Grads
+from jdcore.graph._saved import zeros_at
 from jdcore.graph.shares import Dense, combined
 
 # Operations whose derivative cannot be batched, or not without a loop inside.
@@ -26,8 +28,25 @@ def call(node: Any, grads: Grads) -> tuple[Tensor | None, ...]:
     """
     # Nodes of torch's own operations can be called; those of Python functions cannot, and have
     # `apply`, which runs the backward of the user.
-    found = (node.apply if hasattr(node, "apply") else node)(*grads)
+    if hasattr(node, "apply"):
+        return _applied(node, grads)
+    found = node(*grads)
     return found if isinstance(found, tuple) else (found,)
+
+
+def _applied(function: Any, grads: Grads) -> tuple[Tensor | None, ...]:
+    """
+    Run the backward of a Python function as autograd does, which does more than run it.
+
+    Missing gradients become zeros, unless the function asked for None; torch does not show whether
+    it did, and zeros are as good. Of the gradients of all arguments, those of tensors are kept.
+    """
+    given = [zeros_at(function, i) if g is None else g for i, g in enumerate(grads)]
+    found = function.apply(*given)
+    of_arguments = found if isinstance(found, tuple) else (found,)
+    # The arguments that need a gradient are the operands that come from somewhere, in order.
+    needed = compress(of_arguments, function.needs_input_grad)
+    return tuple([None if child is None else next(needed) for child, _ in function.next_functions])
 
 
 def reduced(grad: Tensor, shape: torch.Size) -> Tensor:

@@ -4,6 +4,7 @@ from collections import OrderedDict
 from contextlib import suppress
 from typing import Any
 
+import torch
 from attrs import define, field, frozen
 from torch import Size, Tensor
 
@@ -268,6 +269,11 @@ def plan_of_tasks(graph: Graph, tasks: int, hooked: set[int]) -> Plan:
             descent = descend(form, root) if root[0] in form.leading else None
             if descent is not None:
                 uses.setdefault(descent.leaf, []).append((node, operand))
+    for start in form.starts:
+        # A loss may be an entry of a parameter, or all of one.
+        descent = descend(form, start)
+        if descent is not None:
+            uses.setdefault(descent.leaf, []).append(start)
     for leaf, found in uses.items():
         node, operand = found[0]
         if len(found) == 1 and leaf not in hooked and _is_cheap(graph, tasks, leaf, node, operand):
@@ -292,7 +298,8 @@ def _is_cheap(graph: Graph, tasks: int, leaf: int, node: int, operand: int) -> b
     if operand != expected or 0 in (*form.result((node, 0)).shape, *form.result((leaf, 0)).shape):
         return False  # of nothing, gradients are zero
     try:
-        saved(graph.nodes[node], other)
+        if saved(graph.nodes[node], other).layout != torch.strided:
+            return False
     except Unreadable:
         return False
     if operand_has_hooks(graph.nodes[node], operand):  # of a transpose of the weight

@@ -24,7 +24,7 @@ from jdcore.graph._form import Place
 from jdcore.graph._graph import Graph
 from jdcore.graph._layout import Layout
 from jdcore.graph._passes import Grads, Listener, Receive
-from jdcore.graph._steady import spread
+from jdcore.graph._steady import is_sparse_product, spread
 
 
 @frozen
@@ -35,7 +35,7 @@ class Findings:
     :param layouts: Where the samples are, at all places where they are apart.
     :param reached: Places at which gradients arrive that are not zero.
     :param sure: Whether the form of the graph alone decides that, apart from operations that are
-        not steady: no value became NaN by itself.
+        not steady: no value became NaN by itself, and no product has a sparse factor.
     """
 
     layouts: dict[Place, Layout]
@@ -56,6 +56,7 @@ def find_layouts(graph: Graph, output: Tensor, batch_dim: int) -> Findings:
     listener = Listener(graph, nodes)
     steady = [(n, hook) for n in nodes if (hook := spread(form.names[n], graph.nodes[n]))]
     seen: dict[Place, list[Tensor]] = {}
+    sparse: list[int] = []
     shape = [-1 if d == batch_dim else 1 for d in range(output.ndim)]
 
     def run(seed: Tensor, note: Receive) -> None:
@@ -65,7 +66,13 @@ def find_layouts(graph: Graph, output: Tensor, batch_dim: int) -> Findings:
 
     def poison(poisoned: Tensor, bit: int) -> None:
         seed = torch.where(poisoned.view(shape), torch.nan, 0.0).to(output).expand_as(output)
-        run(seed, partial(_note, seen, bit))
+        run(seed, partial(note, bit))
+
+    def note(bit: int, node: int, grads: Grads) -> None:
+        # In the pass, where what a checkpoint computed anew is there.
+        if bit == 0 and is_sparse_product(form.names[node], graph.nodes[node]):
+            sparse.append(node)
+        _note(seen, bit, node, grads)
 
     # About log2 of the samples as many passes, in place of one for each sample.
     codes = _codes(samples)
@@ -79,7 +86,9 @@ def find_layouts(graph: Graph, output: Tensor, batch_dim: int) -> Findings:
     if by_itself:
         poison(torch.zeros(samples, dtype=torch.bool, device=output.device), _BY_ITSELF)
         found = {place: [h.tolist() for h in of_dims] for place, of_dims in seen.items()}
-    sure = not any(word >> _BY_ITSELF for dims in found.values() for h in dims for word in h)
+    sure = not sparse and not any(
+        word >> _BY_ITSELF for dims in found.values() for h in dims for word in h
+    )
     start = form.starts[0]
     layouts = {start: Layout(batch_dim, samples)}
     for place, of_dims in found.items():

@@ -30,7 +30,9 @@ __all__ = [
     "results_of",
     "saved",
     "saved_as_it_is",
+    "saved_sparse",
     "some_computed_before",
+    "zeros_at",
 ]
 
 MATRIX_PRODUCTS = {"AddmmBackward0": (2, "mat1"), "MmBackward0": (1, "self")}
@@ -129,6 +131,13 @@ def operand_has_hooks(node: Any, operand: int) -> bool:
     return isinstance(tensor, Tensor) and (bool(tensor._backward_hooks) or tensor.retains_grad)
 
 
+def saved_sparse(node: Any) -> bool:
+    """Whether an operation saved a sparse tensor, as products with sparse matrices do."""
+    names = [name.removeprefix("_raw_saved_") for name in _raw_names(type(node))]  # type: ignore[arg-type]  # classes can be hashed
+    values = [saved(node, name) for name in names]
+    return any(isinstance(v, Tensor) and v.layout != torch.strided for v in values)
+
+
 def has_unpack_hooks(node: Any) -> bool:
     """Whether Python code gives an operation what it saved, as checkpoints do."""
     for name in _raw_names(type(node)):  # type: ignore[arg-type]  # classes can be hashed
@@ -154,6 +163,12 @@ def results_of(node: Any) -> tuple[tuple[Any, ...], ...]:
     return tuple([(*result.shape, result.dtype) for result in found])
 
 
+def zeros_at(node: Any, number: int) -> Tensor:
+    """A gradient of zero at a result of an operation."""
+    result = node._input_metadata[number]
+    return torch.zeros(tuple(result.shape), dtype=result.dtype, device=result.device)
+
+
 def plain_attributes(node: Any) -> tuple[Any, ...]:
     """
     The integers that an operation saved: dimensions, offsets, shifts, whether it is in training.
@@ -161,12 +176,15 @@ def plain_attributes(node: Any) -> tuple[Any, ...]:
     Two operations with the same name, shapes and integers move entries in the same way, unless they
     move them by an index tensor.
     """
-    # Floats (a slope, a threshold, an epsilon) scale entries or choose among them, and move none.
+    # Floats (a slope, a threshold, an epsilon) scale entries or choose among them, and move none,
+    # but for the scales of an interpolation.
     return tuple(
         [
             value
             for name in _plain_names(type(node))  # type: ignore[arg-type]  # classes can be hashed
-            if (value := getattr(node, name)) is None or isinstance(value, (int, str, tuple))
+            if (value := getattr(node, name)) is None
+            or isinstance(value, (int, str, tuple))
+            or name.startswith("_saved_scales")
         ]
     )
 

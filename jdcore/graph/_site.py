@@ -3,6 +3,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from attrs import define, evolve, field
 from torch import Size, Tensor
 
@@ -75,9 +76,14 @@ class Site:
         What the operation saved, by its name in the formulas of torch's derivatives.
 
         :raises Unreadable: If torch does not show it, which is as good as :class:`NoRule`.
+        :raises NoRule: If it is sparse.
         """
         value = saved(self.node, name)
-        return value.detach() if isinstance(value, Tensor) else value
+        if not isinstance(value, Tensor):
+            return value
+        if value.layout != torch.strided:
+            raise NoRule
+        return value.detach()
 
     def positions(self, tensor: Tensor, lead: int = 0, features: int = 1) -> Tensor:
         """

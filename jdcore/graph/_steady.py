@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from jdcore.graph._saved import Unreadable, saved
+from jdcore.graph._saved import Unreadable, saved, saved_sparse
 
 
 def _names(text: str) -> frozenset[str]:
@@ -32,7 +32,7 @@ _ALWAYS = _names(
     Mean Var VarMean Logsumexp Cumsum Logcumsumexp Amax Amin Cat Stack Split UnsafeSplit
     SplitWithSizes Unbind Slice Select Transpose Permute Movedim Flip Roll Rot90 Diagonal
     DiagEmbed Tril Triu ConstantPadNd ReflectionPad1D ReflectionPad2D ReflectionPad3D
-    ReplicationPad1D ReplicationPad2D ReplicationPad3D Repeat Unfold Im2Col Col2Im AsStrided
+    ReplicationPad1D ReplicationPad2D ReplicationPad3D Repeat Unfold Im2Col Col2Im
     AvgPool2D AvgPool3D AdaptiveAvgPool2D AdaptiveAvgPool3D UpsampleNearest1D UpsampleNearest2D
     UpsampleNearest3D UpsampleNearestExact1D UpsampleNearestExact2D UpsampleLinear1D
     UpsampleBilinear2D UpsampleBicubic2D UpsampleTrilinear3D PixelShuffle PixelUnshuffle
@@ -70,6 +70,10 @@ _CLASSES = ("NllLoss", "NllLoss2D")
 _STEADY = {*_ALWAYS, *_ENTRY_BY_ENTRY, *_LAST_DIMENSIONS, *_CHOSEN_DIMENSIONS, *_CLASSES}
 
 
+# Of a sparse matrix, entries decide which entries of the other factor matter.
+_PRODUCTS = _names("Mm Addmm Bmm Baddbmm Addbmm Mv Addmv Mul Div")
+
+
 _HANDING_ON: set[str] = set()
 
 
@@ -85,6 +89,11 @@ def note_handing_on(names: Iterable[str]) -> None:
 def is_steady(name: str) -> bool:
     """Whether the form of an operation alone decides which entries depend on which."""
     return _base(name) in _STEADY or name in _HANDING_ON
+
+
+def is_sparse_product(name: str, node: Any) -> bool:
+    """Whether an operation that is steady otherwise is not, as a factor of it is sparse."""
+    return _base(name) in _PRODUCTS and saved_sparse(node)
 
 
 def spread(

@@ -93,17 +93,33 @@ def starts_of(graph: Graph, objectives: Objectives) -> Starts:
 
 
 def _entries(graph: Graph, place: Place) -> list[tuple[Place | None, int]]:
-    whole = graph.form.result(place)
-    entries: list[tuple[Place | None, int]] = [(place, i) for i in range(whole.shape.numel())]
-    if graph.form.names[place[0]] not in _JOINS or len(whole.shape) != 1 or place in graph.targets:
-        return entries
+    """Where the losses at a place were computed, before they were put into a row."""
     found: list[tuple[Place | None, int]] = []
-    for part in graph.form.inputs[place[0]]:
-        # What is no operation has no place to start at; another dtype would need a conversion.
-        if part[0] < 0 or part[0] in graph.leaves or graph.form.result(part).dtype != whole.dtype:
-            return entries
-        found += _entries(graph, part)
-    return found if len(found) == len(entries) else entries
+    stack = [place]  # no recursion, since a loop may have put in one loss after the other
+    while stack:
+        place = stack.pop()
+        parts = _parts(graph, place)
+        if parts:
+            stack += reversed(parts)
+        else:
+            found += [(place, i) for i in range(graph.form.result(place).shape.numel())]
+    return found
+
+
+def _parts(graph: Graph, place: Place) -> Sequence[Place]:
+    """What a row of losses was put together from, if each part is a place to start at."""
+    form, whole = graph.form, graph.form.result(place)
+    if form.names[place[0]] not in _JOINS or len(whole.shape) != 1 or place in graph.targets:
+        return ()
+    parts = form.inputs[place[0]]
+    # What is no operation has no place to start at; another dtype would need a conversion.
+    if any(
+        part[0] < 0 or part[0] in graph.leaves or form.result(part).dtype != whole.dtype
+        for part in parts
+    ):
+        return ()
+    entries = sum(form.result(part).shape.numel() for part in parts)
+    return parts if entries == whole.shape.numel() else ()
 
 
 @frozen(eq=False, slots=False)  # slots leave no room for cached properties

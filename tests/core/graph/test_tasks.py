@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from jdcore import autogram, autojac
-from jdcore.graph import _hooks, _tasks
+from jdcore.graph import Graph, Objectives, _hooks, _tasks
+from jdcore.graph._tasks import starts_of
 from tests.core.autogram.oracle import explicit_jacobian, generalized, randn, relative_error
 from tests.zoo.test_operations import operations
 
@@ -332,6 +334,36 @@ def test_no_batched_gradient_stays_with_a_tensor_that_retains_its_own() -> None:
         losses = net.second(hidden).square().mean(0)
         autogram.gramian(losses, batch_dim=None, memory_budget=ALWAYS)
         assert hidden.grad is None or not torch._C._functorch.is_batchedtensor(hidden.grad)
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda weight: weight.view(-1),
+        lambda weight: weight.T,
+        lambda weight: weight.unbind()[1],
+        lambda weight: torch.stack([weight[0, 0], weight.squeeze()[1, 1]]),
+    ],
+    ids=["view", "transpose", "part", "entries"],
+)
+def test_a_loss_may_be_a_part_of_a_parameter_that_is_used_elsewhere(
+    loss: Callable[[Tensor], Tensor],
+) -> None:
+    def make() -> tuple[list[Tensor], Sequence[Tensor]]:
+        weight = randn(30, 20).requires_grad_()
+        return [F.linear(randn(2, 20), weight).square().mean(), loss(weight)], [weight]
+
+    _check(make, None)
+
+
+def test_losses_that_a_loop_put_into_a_row_start_where_they_were_computed() -> None:
+    weight = randn(3).requires_grad_()
+    losses = (weight * weight).sum()[None]
+    for k in range(1200):  # more than Python may call within one another
+        losses = torch.cat([losses, weight[k % 3][None]])
+    starts = starts_of(Graph([losses], [weight]), Objectives([losses], None))
+    assert len(set(starts.places)) == 1201
+    assert starts.entries == [0] * 1201
 
 
 def test_the_graph_is_freed_if_it_may_be() -> None:

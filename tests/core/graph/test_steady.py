@@ -1,0 +1,101 @@
+"""What the form of a graph does not tell of where its samples go is shown at every call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from jdcore import JDCoreError, autogram
+from tests.core.autogram.oracle import explicit_jacobian, randn, relative_error
+
+# Sparse matrices in rows are called a beta by torch.
+pytestmark = pytest.mark.filterwarnings("ignore:Sparse CSR tensor support:UserWarning")
+
+B = 4
+
+
+@pytest.fixture(autouse=True)
+def _float64() -> Iterator[None]:
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def _apart() -> Tensor:
+    """An adjacency of samples by which they stay apart."""
+    return torch.eye(B)
+
+
+def _mixing() -> Tensor:
+    adjacency = torch.eye(B)
+    adjacency[0, 2] = 2.0
+    return adjacency
+
+
+_Layer = Callable[[Tensor, Tensor], Tensor]
+
+_SPARSE: dict[str, _Layer] = {
+    "coo": lambda a, x: a.to_sparse() @ x,
+    "csr": lambda a, x: a.to_sparse_csr() @ x,
+    "sparse.mm": lambda a, x: torch.sparse.mm(a.to_sparse(), x),
+    "addmm": lambda a, x: torch.addmm(x, a.to_sparse(), x),
+    "bmm": lambda a, x: torch.bmm(a[None].to_sparse(), x[None])[0],
+    "mv": lambda a, x: torch.stack([a.to_sparse() @ column for column in x.unbind(1)], 1),
+}
+
+
+def _right_or_refused(losses: Tensor, weight: Tensor) -> bool:
+    jacobian = explicit_jacobian(losses, [weight])
+    try:
+        gramian = autogram.gramian(losses, inputs=[weight], batch_dim=0)
+    except JDCoreError:
+        return False
+    assert relative_error(gramian, jacobian @ jacobian.T) <= 1e-12
+    return True
+
+
+@pytest.mark.parametrize("name", _SPARSE)
+def test_sparse_adjacencies_may_change_from_step_to_step(name: str) -> None:
+    weight = randn(3, 3).requires_grad_()
+
+    def losses(adjacency: Tensor) -> Tensor:
+        passed = _SPARSE[name](adjacency, (randn(B, 3) @ weight).tanh())
+        return (passed @ weight).square().sum(1)
+
+    assert _right_or_refused(losses(_apart()), weight)
+    _right_or_refused(losses(_mixing()), weight)
+    assert _right_or_refused(losses(_apart()[[1, 0, 3, 2]]), weight)
+
+
+@pytest.mark.parametrize("batch_dim", [0, None])
+@pytest.mark.parametrize("convert", [Tensor.to_sparse, Tensor.to_sparse_csr])
+def test_sparse_inputs_of_layers(
+    convert: Callable[[Tensor], Tensor], batch_dim: int | None
+) -> None:
+    weight, bias = randn(9, 6).requires_grad_(), randn(6).requires_grad_()
+    words = convert(randn(B, 9).relu())
+    hidden = torch.addmm(bias, words, weight).tanh() * (words @ weight)
+    losses = hidden.square().sum(1)
+    jacobian = explicit_jacobian(losses, [weight, bias])
+    gramian = autogram.gramian(losses, inputs=[weight, bias], batch_dim=batch_dim)
+    assert relative_error(gramian, jacobian @ jacobian.T) <= 1e-12
+
+
+def test_strides_decide_what_a_strided_view_shows() -> None:
+    weight = randn(3, 3).requires_grad_()
+    for x in (randn(B, 3), randn(3, B).T, randn(B, 3)):
+        view = (x * weight[0]).tanh().as_strided((B, 3), (3, 1))
+        _right_or_refused((view @ weight).square().sum(1), weight)
+
+
+def test_the_scale_of_an_interpolation_decides_from_where_it_takes() -> None:
+    weight = randn(3, 3).requires_grad_()
+    for scale in (1.3, 1.4, 1.3):
+        hidden = (randn(B, 3) @ weight).tanh().T[None]
+        longer = F.interpolate(hidden, scale_factor=scale, mode="nearest")[0].T
+        chosen = torch.cat([longer[:1], longer[2:]])
+        _right_or_refused((chosen @ weight).square().sum(1), weight)
