@@ -79,11 +79,10 @@ class Site:
         :raises NoRule: If it is sparse.
         """
         value = saved(self.node, name)
-        if not isinstance(value, Tensor):
-            return value
-        if value.layout != torch.strided:
+        if isinstance(value, Tensor) and value.layout != torch.strided:
             raise NoRule
-        return value.detach()
+        # Not detached, which would cost as much as a view: rules run where nothing is recorded.
+        return value
 
     def positions(self, tensor: Tensor, lead: int = 0, features: int = 1) -> Tensor:
         """

@@ -49,31 +49,31 @@ def group_norm(site: Site, operand: int) -> Share:
     if not site.memo:
         site.memo["rows"] = _group_norm_rows(site)
     rows, shape = site.memo["rows"][operand - 1], site.shapes[operand]
-    of_sample = rows.shape[1] // site.samples  # channels, times images
+    of_sample = rows.shape[2]  # channels, times images
     if of_sample == shape[0]:
-        return Dense(rows.view(len(rows), site.samples, of_sample), shape)
+        return Dense(rows, shape)
     return Dense(_summed(rows.view(len(rows), site.samples, -1, *shape)), shape)
 
 
 def _group_norm_rows(site: Site) -> tuple[Tensor, Tensor]:
-    """Rows of weight and bias, shape [K, N C] each."""
+    """Rows of weight and bias, shape [K, B, channels of all images of a sample] each."""
     images, mean, deviation = (widened(site.saved(n)) for n in ("input", "result1", "result2"))
-    N, C, T, groups = (site.saved(name) for name in ("N", "C", "HxW", "group"))
-    images = images.contiguous().view(1, N * C, T)
-    # The weight is read for the gradient of the images alone, which is not asked for.
-    weight, mean, deviation = images.new_empty(N * C), mean.view(1, -1), deviation.view(1, -1)
-    all_grads = site.grad.to(images.dtype).contiguous().view(-1, 1, N * C, T)
+    channels, grads = images.shape[0] * images.shape[1], site.grad.to(images.dtype).contiguous()
+    # The kernel asks for numbers of entries alone, but takes other orders of them from the images.
+    images = images.contiguous().view(1, channels, -1)
+    numbers = 1, channels, images.shape[2], mean.numel(), [False, True, True]
+    # What it gives has the shape of the weight, which is read for the gradient of the images alone.
+    weight = images.new_empty(1, site.samples, channels // site.samples)
     of_tasks = [
         torch.ops.aten.native_group_norm_backward(
-            grads, images, mean, deviation, weight, 1, N * C, T, N * groups, [False, True, True]
+            of_task, images, mean, deviation, weight, *numbers
         )
-        for grads in all_grads
+        for of_task in (grads if len(grads) > 1 else (grads,))
     ]
-    if len(of_tasks) == 1:  # a view is free, a copy is not
-        _, weights, biases = of_tasks[0]
-        return weights[None], biases[None]
+    if len(of_tasks) == 1:  # a copy is not free
+        return of_tasks[0][1:]
     _, of_weight, of_bias = zip(*of_tasks, strict=True)
-    return torch.stack(of_weight), torch.stack(of_bias)
+    return torch.cat(of_weight), torch.cat(of_bias)
 
 
 @rule("NativeBatchNormBackward0", "CudnnBatchNormBackward0")

@@ -79,11 +79,24 @@ def _contract_one_task(
         parts = memory.pieces(B, T * B * T)
     for start, stop in parts:
         found = lower_product(flat, start * T, stop * T).mul_(gram(start, stop))
-        if T > 1:
-            squares = found.diagonal(start * T).reshape(-1, T).sum(1, dtype=torch.float64)
-            total.note(squares, start)
-            found = found.view(stop - start, T, stop, T).sum((1, 3), dtype=torch.float64)
-        yield found, start
+        yield (summed_up(found[None], T, total, start)[0] if T > 1 else found), start
+
+
+def summed_up(products: Tensor, T: int, total: Accumulator, first: int = 0) -> Tensor:
+    """
+    The inner products of samples, as sums of those of their positions.
+
+    :param products: Of several layers, shape [n, b T, B T].
+    :param T: Positions per sample.
+    :param total: Is told what there is to cancel.
+    :param first: The sample of the first rows.
+    :returns: Shape [n, b, B], float64.
+    """
+    n, _, columns = products.shape
+    squares = products.diagonal(first * T, 1, 2).reshape(n, -1, T)
+    total.note(squares.sum((0, 2), dtype=torch.float64), first)
+    by_sample = products.view(n, -1, T, columns // T, T)
+    return by_sample.sum((2, 4), dtype=torch.float64)
 
 
 def _contract_tasks(gram: Tensor, grads: Tensor, total: Accumulator) -> Tensor:

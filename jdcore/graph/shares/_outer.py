@@ -9,7 +9,7 @@ from torch import Tensor
 
 from jdcore.graph._cost import outer_ghost_beats_direct
 from jdcore.graph._memory import Memory, pieces
-from jdcore.graph.shares._ghost import Gram, add_contracted, linear_gram
+from jdcore.graph.shares._ghost import Gram, add_contracted, linear_gram, summed_up
 from jdcore.graph.shares._product import outer, product, scaled, weighted_sum, widened
 from jdcore.graph.shares._share import Accumulator, Share
 
@@ -260,23 +260,19 @@ def _stacked(shares: Sequence[Outer], dim: int) -> tuple[Tensor, Tensor]:
     :returns: Inputs and gradients, shape ``[n, B, T, ...]`` or ``[B, n, T, ...]``.
     """
     inputs = torch.stack([share.inputs for share in shares], dim)  # type: ignore[misc]
-    return inputs, torch.stack([share.grads for share in shares], dim + 1)[0]
+    grads = [share.grads for share in shares]
+    return inputs, torch.stack(grads, 2)[0] if dim else torch.cat(grads)
 
 
 def _add_ghosts(shares: Sequence[Outer], gramian: Accumulator) -> None:
     """Gramians by Gram matrices over positions, of several layers at once."""
-    (n, B, T, _), (inputs, grads) = (len(shares), *shares[0].grads.shape[1:]), _stacked(shares, 0)
+    T, (inputs, grads) = shares[0].grads.shape[2], _stacked(shares, 0)
     inputs, grads = inputs.flatten(1, 2), grads.flatten(1, 2)
     gram = product(inputs, inputs.mT)
     if shares[0].plus:
         gram += shares[0].plus
     found = product(grads, grads.mT).mul_(gram)
-    if T > 1:
-        gramian.note(
-            found.diagonal(dim1=1, dim2=2).reshape(n, B, T).sum((0, 2), dtype=torch.float64)
-        )
-        found = found.view(n, B, T, B, T).sum((2, 4), dtype=torch.float64)
-    gramian.pend(found)
+    gramian.pend(summed_up(found, T, gramian) if T > 1 else found)
 
 
 def _add_rows(shares: Sequence[Outer], gramian: Accumulator) -> None:

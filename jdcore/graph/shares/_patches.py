@@ -57,21 +57,17 @@ class Patches(Share):
     def add_gramian(self, gramian: Accumulator) -> None:
         memory = gramian.memory
         if self._kept is not None:
-            self._add_rows(self._kept, gramian)
+            gramian.add_rows(self._kept)
         elif self._ghost_is_cheaper(memory):
             self._add_ghost(gramian)
         elif gramian.keep and self._worth_keeping():
             self._kept = self._all_rows(memory)
-            self._add_rows(self._kept, gramian)
+            gramian.add_rows(self._kept)
             # Slices of them would keep their memory.
-            self._images, self._grads = self._images.new_empty(0), self._grads.new_empty(0)
+            self._images = self._grads = self._kept.new_empty(0)
         else:
             for rows in self._pieces(memory):
-                self._add_rows(rows, gramian)
-
-    def _add_rows(self, rows: Tensor, gramian: Accumulator) -> None:
-        K, B, _ = self._sizes
-        gramian.add_rows(rows.reshape(K * B, -1))
+                gramian.add_rows(rows)
 
     def _ghost_is_cheaper(self, memory: Memory) -> bool:
         if not self._geometry.plain:
@@ -79,6 +75,8 @@ class Patches(Share):
         K, B, r = self._sizes
         o, C, *kernel = self.shape
         pixels, T = self._images.shape[2:].numel(), self._grads.shape[3:].numel()
+        if kernel == [1, 1]:
+            pixels = T  # no others are read
         # About four matrices of positions are there at once.
         limit = max(GHOST_LIMIT, memory.entries // 4)
         return conv_ghost_beats_direct(K, B, r, C, o, tuple(kernel), pixels, T, limit)
@@ -94,7 +92,8 @@ class Patches(Share):
 
     def _add_ghost(self, gramian: Accumulator) -> None:
         K, B, r = self._sizes
-        gram = patch_gram(self._images, self._geometry, self.shape[2:], self._grads.shape[3:], r)
+        sizes = self.shape[2:], self._grads.shape[3:], r
+        gram = patch_gram(self._images, self._geometry, *sizes, gramian.memory)
         positions = self._grads.flatten(3).transpose(2, 3).reshape(K, B, -1, self._grads.shape[2])
         add_contracted(gram, positions, gramian)
 
@@ -110,7 +109,7 @@ class Patches(Share):
             return self._multiplied(self._all_patches(), memory, self._new_rows)
         rows = self._new_rows(self._features)
         self._differentiate(rows, memory)
-        return rows
+        return rows.flatten(2).flatten(0, 1)
 
     def _new_rows(self, features: Sequence[int]) -> Tensor:
         return widened(self._grads[:0]).new_empty(self._rows_of(features))
@@ -125,7 +124,7 @@ class Patches(Share):
         if not self._geometry.plain:
             rows = reused(self._features)
             self._differentiate(rows, memory)
-            yield rows
+            yield rows.flatten(2).flatten(0, 1)
             return
         all_patches = self._all_patches()
         parts = list(blocks(self._features, memory.entries // math.prod(self._rows_of(()))))
@@ -135,8 +134,7 @@ class Patches(Share):
             yield self._multiplied(chosen, memory, reused)
 
     def _all_patches(self) -> Tensor:
-        found = patches(self._images, self._geometry, self.shape[2:])
-        return found.view(self._sizes[1], -1, *found.shape[1:])
+        return patches(self._images, self._geometry, self.shape[2:], self._sizes[1])
 
     def _multiplied(
         self, chosen: Tensor, memory: Memory, make: Callable[[Sequence[int]], Tensor]
@@ -146,6 +144,7 @@ class Patches(Share):
 
         :param chosen: Patches [B, r, height, width, *kernel, c].
         :param make: Makes room for rows of features ``[*kernel, c]``.
+        :returns: A matrix [R, o * features].
         """
         K, B, r = self._sizes
         features, o = chosen.shape[4:], self._grads.shape[2]
@@ -158,7 +157,7 @@ class Patches(Share):
         parts = memory.pieces(B, scale * grads.shape[3] * length)
         if len(parts) == K == 1 and not memory.reused:
             # A product that need not be written to a given place takes halves as they are.
-            return product(grads[0], chosen.reshape(B, -1, length)).view(self._rows_of(features))
+            return product(grads[0], chosen.reshape(B, -1, length)).flatten(1)
         rows = make(features)
         flat = rows.flatten(3)
         for start, stop in parts:
@@ -167,7 +166,7 @@ class Patches(Share):
             factor = copied.view(stop - start, -1, length)
             for k in range(K):
                 product(grads[k, start:stop], factor, flat[k, start:stop])
-        return rows
+        return flat.flatten(2).flatten(0, 1)
 
     def _differentiate(self, rows: Tensor, memory: Memory) -> None:
         """Rows by ordinary weight gradients."""
@@ -216,9 +215,8 @@ class Patches(Share):
 
     def weighted(self, weights: Tensor) -> Tensor:
         if self._kept is not None:
-            K, B, _ = self._sizes
-            total = combined(weights.reshape(-1), self._kept.reshape(K * B, -1))
-            return total.view(self._kept.shape[2:]).movedim(-1, 1).reshape(self.shape)
+            total = combined(weights.reshape(-1), self._kept)
+            return total.view(self.shape[0], *self._features).movedim(-1, 1).reshape(self.shape)
         K, B, r = self._sizes
         by_sample = self._grads.reshape(K, B, r, *self._grads.shape[2:])
         return self._weight_gradient(weighted_sum(weights, by_sample).flatten(0, 1), self._images)
@@ -226,4 +224,5 @@ class Patches(Share):
     def rows(self) -> Tensor:
         if self._kept is None:
             self._kept = self._all_rows(Memory.of(self._grads.device, None))
-        return self._kept.movedim(-1, 3).reshape(*self._sizes[:2], *self.shape)
+        rows = self._kept.view(self._rows_of(self._features))
+        return rows.movedim(-1, 3).reshape(*self._sizes[:2], *self.shape)

@@ -203,7 +203,7 @@ class Accumulator:
         self._pending: list[Tensor] = []
         self._entries_pending = 0
         self._waiting = Waiting(memory, self._add_together)
-        self._summed: Tensor | None = None
+        self._squares: dict[int, list[Tensor]] = {}
         self.added: list[Share] = []
         """The shares that were added, if they are kept."""
 
@@ -226,9 +226,8 @@ class Accumulator:
         :param squares: Of some rows: the products of each position with itself, shape [n].
         :param first: The first of these rows.
         """
-        if self._summed is None:
-            self._summed = self._lower.new_zeros(self.rows)
-        self._summed[first : first + len(squares)] += squares
+        # Added up at last: on accelerators each addition is a kernel.
+        self._squares.setdefault(first, []).append(squares)
 
     def cancelled(self, total: Tensor) -> bool:
         """
@@ -239,7 +238,12 @@ class Accumulator:
 
         :param total: The Gramian.
         """
-        return self._summed is not None and bool((total.diagonal() < _LEFT * self._summed).any())
+        if not self._squares:
+            return False
+        summed = self._lower.new_zeros(self.rows)
+        for first, noted in self._squares.items():
+            summed[first : first + noted[0].shape[0]] += torch.stack(noted).sum(0)
+        return bool((total.diagonal() < _LEFT * summed).any())
 
     def add_share(self, share: Share) -> None:
         """Add the Gramian of a share, on accelerators later, with those that are like it."""
@@ -289,24 +293,20 @@ class Accumulator:
 
     def add_rows(self, rows: Tensor) -> None:
         """Add the Gramian of rows [R, n]."""
-        width, length = columns_at_once(rows), rows.shape[1]
+        width, (R, length) = columns_at_once(rows), rows.shape
         if not self.memory.reused and length > 2 * width:
             count = _even(length, width)
             width = length // count
-            rest = length - count * width
-            self._add_pieces(rows[:, :-rest] if rest else rows, count)
-            if not rest:
+            rows = rows.contiguous()
+            pieces = rows.as_strided((count, R, width), (width, length, 1))
+            self.pend(product(pieces, pieces.mT))
+            if count * width == length:
                 return
-            rows = rows[:, -rest:]
+            rows = rows[:, count * width :]
         parts = self.halves()
         for columns in torch.split(rows, width, dim=1):
             for start, stop in parts:
                 self.add(lower_product(columns, start, stop), start)
-
-    def _add_pieces(self, rows: Tensor, count: int) -> None:
-        """Add so many pieces of rows by one product."""
-        pieces = rows.reshape(len(rows), count, -1).transpose(0, 1)
-        self.pend(product(pieces, pieces.mT))
 
     def halves(self, least: int = _ROWS) -> Sequence[tuple[int, int]]:
         """Pieces of the rows of a symmetric product, few of which cost little more than a half."""
