@@ -19,7 +19,7 @@ from jdcore.graph._hooks import may_have_hooks
 from jdcore.graph._memory import Memory
 from jdcore.graph._objectives import Objectives, OneByOne
 from jdcore.graph._passes import Grads, Listener, differentiate
-from jdcore.graph._plan import Plan, Plans, plan_of_tasks
+from jdcore.graph._plan import Plan, Plans, Spot, plan_of_tasks
 from jdcore.graph._pull import pull, pull_rows
 from jdcore.graph._saved import Unreadable, function_of
 from jdcore.graph._site import NoRule, Site
@@ -262,13 +262,14 @@ class Jacobian:
         def receive(node: int, grads: Grads) -> None:
             site = self._site(
                 node,
-                [
+                [_row(grad) for grad in grads]
+                if objectives.tasks == 1
+                else [
                     _joined(first.pop((node, i), None), grad, objectives.tasks)
                     for i, grad in enumerate(grads)
                 ],
             )
-            rest = self._serve(site, node, total)
-            if rest:
+            if rest := self._serve(site, node, total):
                 unserved[node] = site, rest
 
         listener = Listener(self.graph, plan.frontier)
@@ -359,7 +360,7 @@ class Jacobian:
             # Where nothing depends on a result, what arrives there is zero.
             pairs = zip(layouts, grads, strict=True)
             grads = [None if layout is None else grad for layout, grad in pairs]
-        return Site(graph.nodes[node], graph.form.names[node], grads, layouts, spot.shapes)
+        return Site(graph.nodes[node], spot.name, grads, layouts, spot.shapes, spot.known)
 
     def _serve(self, site: Site, node: int, total: Accumulator) -> list[int]:
         """
@@ -367,44 +368,42 @@ class Jacobian:
 
         :returns: Operands without a rule.
         """
-        rest = list[int]()
         if all(g is None for g in site.grads):
             return []
-        shares: dict[int, Share] = {}
+        rest, shares, spot = [], {}, self._plan.spot(self.graph.form, node)
         # Of complex numbers some factors are conjugated, which the node itself knows best.
-        conjugated = self._plan.spot(self.graph.form, node).complex
-        make = None if conjugated else self._rules.find(site.name, site.node)
+        make = None if spot.complex else self._rules.find(site.name, site.node)
         for operand in site.shapes:
             share = _made(make, site, operand)
             if share is None:
                 rest.append(operand)
             else:
                 shares[operand] = share
-        self._join_bias(site, node, shares)
+        if site.name == "AddmmBackward0":
+            self._join_bias(site, spot, shares)
         for operand, share in shares.items():
-            self._take(
-                self.graph.form.inputs[node][operand], share, total, site.name, "closed form"
-            )
+            self._take(spot.roots[operand], share, total, site.name, "closed form")
         return rest
 
-    def _join_bias(self, site: Site, node: int, shares: dict[int, Share]) -> None:
+    def _join_bias(self, site: Site, spot: Spot, shares: dict[int, Share]) -> None:
         """The bias of a linear layer is the weight of one more input, which is 1."""
-        if site.name != "AddmmBackward0":
-            return
-        weight, bias, edges = shares.get(2), shares.get(0), self.graph.form.inputs[node]
+        weight, bias = shares.get(2), shares.get(0)
         if not (isinstance(bias, Dense) and isinstance(weight, Outer)):
             return
         _, _, positions, outputs = weight.grads.shape
-        alone = {edges[0], edges[2]} <= self._plan.alone
         # One bias may be added to all outputs, or more of it than of the product.
-        if not alone or positions > 1 or bias.shape.numel() != outputs:
+        if positions > 1 or bias.shape.numel() != outputs:
+            return
+        if not {spot.roots[0], spot.roots[2]} <= self._plan.alone:
             return
         # Only then do both have the same gradient: that of the product times alpha, that of the
         # bias times beta.
         if site.saved("alpha") == site.saved("beta"):
             weight.plus = 1.0
-            self._note(edges[0], shares.pop(0), site.name, "with its weight")
-            self._small.add(edges[0], bias, counted=True)
+            root = spot.roots[0]
+            self._note(root, shares.pop(0), site.name, "with its weight")
+            place, _ = self._at_end(root, bias)
+            self._small.add(place, bias, counted=True)
 
     def _call(self, site: Site, node: int, rest: list[int], total: Accumulator) -> None:
         """Call an operation whose rule does not serve some of its operands."""
@@ -427,25 +426,31 @@ class Jacobian:
         total.add_share(share)
         self.sources.append(roots)
 
-    def _keep(self, root: Place, share: Share, operation: str, how: str) -> None:
-        self._note(root, share, operation, how)
-        if isinstance(share, Outer):
-            share.lies_transposed = self.graph.form.names[root[0]] == "TBackward0"
-        self.shares.setdefault(root, []).append(share)
+    def _at_end(self, root: Place, share: Share) -> tuple[Place, Share]:
+        """A share as that of a parameter, if its root is nothing but one, as it is or turned."""
+        end = self._plan.ends.get(root)
+        if end is None:
+            return root, share
+        if end.turned:
+            if not isinstance(share, Outer):
+                return root, share
+            share = share.turned()
+        return (end.leaf, 0), share
 
     def _take(
         self, root: Place, share: Share, total: Accumulator, operation: str, how: str
     ) -> None:
+        self._note(root, share, operation, how)
+        place = root
         if root in self._plan.alone:
+            place, share = self._at_end(root, share)
             if isinstance(share, Dense) and share.shape.numel() < _SMALL:
-                self._note(root, share, operation, how)
-                self._small.add(root, share)
+                self._small.add(place, share)
                 return
             self._add(share, total, [root])
             if not total.keep:
-                self._note(root, share, operation, how)
                 return
-        self._keep(root, share, operation, how)
+        self.shares.setdefault(place, []).append(share)
 
     # -- parameters that are used several times, or derived ----------------------------------------
 
@@ -536,11 +541,11 @@ class Jacobian:
             of_uses = [share.weighted(by_task) for share in shares]
             if root in grads:
                 of_uses.append(grads[root])
-            grads[root] = sum_of(of_uses)
-        ordinary = [place for place in self._plan.ordinary if place in grads]
+            grads[root] = sum_of(of_uses) if len(of_uses) > 1 else of_uses[0]
         final = {
             graph.targets[place]: grads.pop(place).to(graph.form.result(place).dtype)
-            for place in ordinary
+            for place in self._plan.ordinary
+            if place in grads
         }
         for leaf, grad in pull(graph, self._plan, grads).items():
             final[graph.leaves[leaf]] = grad
@@ -600,6 +605,8 @@ class _Small:
         """
         Add the rows of a share.
 
+        :param root: Where the gradient belongs.
+
         :param counted: Whether their Gramian is in that of another share.
         """
         waits = (
@@ -608,13 +615,13 @@ class _Small:
             and self._waiting.take(share.kind, share.entries, (root, share))
         )
         if not waits:
-            self._put([(root, share.shape)], share.flat(), counted)
+            self._put([(root, share.shape)], share.flat_rows(), counted)
 
     def _put(self, entries: list[_Entry], rows: Tensor, counted: bool) -> None:
         self._groups.setdefault((rows.dtype, counted), []).append((entries, rows))
 
     def _put_together(self, pairs: list[tuple[Place, Sums]]) -> None:
-        rows = Sums.flat_together([share for _, share in pairs])
+        rows = Sums.rows_together([share for _, share in pairs])
         self._put([(root, share.shape) for root, share in pairs], rows, False)
 
     def shares(self, keep: bool) -> Iterator[tuple[Dense, list[Place]]]:
@@ -632,10 +639,10 @@ class _Small:
                 self._joined += [(rows, entries) for entries, rows in parts]
                 continue
             rows = [of_roots for _, of_roots in parts]
-            joined = torch.cat(rows, 1) if len(rows) > 1 else rows[0]
+            joined = torch.cat(rows, 2) if len(rows) > 1 else rows[0]
             entries = [entry for of_rows, _ in parts for entry in of_rows]
             if not counted:
-                yield Dense(joined[None], joined.shape[1:]), [root for root, _ in entries]
+                yield Dense(joined, joined.shape[2:]), [root for root, _ in entries]
             if keep:
                 self._joined.append((joined, entries))
         self._groups.clear()
@@ -643,7 +650,7 @@ class _Small:
     def weighted(self, weights: Tensor) -> dict[Place, Tensor]:
         grads: dict[Place, Tensor] = {}
         for rows, entries in self._joined:
-            summed = combined(weights.reshape(-1), rows)
+            summed = combined(weights.reshape(-1), rows.flatten(0, 1))
             parts: Sequence[Tensor] = [summed]
             if len(entries) > 1:
                 views = torch.split(summed, [shape.numel() for _, shape in entries])
@@ -669,6 +676,15 @@ def sum_of(tensors: Iterable[Tensor]) -> Tensor:
     return reduce(lambda a, b: b + a if a.is_sparse else a + b, tensors)
 
 
+def _row(grad: Tensor | None) -> Tensor | None:
+    """The gradient of one task."""
+    if grad is None:
+        return None
+    if grad.requires_grad:  # which it does where somebody differentiates twice
+        grad = grad.detach()
+    return dense(grad)[None]
+
+
 def _joined(first: Tensor | None, last: Tensor | None, tasks: int) -> Tensor | None:
     """
     The gradients of all tasks at a place, zero where there is none.
@@ -677,14 +693,10 @@ def _joined(first: Tensor | None, last: Tensor | None, tasks: int) -> Tensor | N
     :param last: Of the last one.
     :param tasks: K.
     """
-    if last is None:
+    row = _row(last)
+    if row is None:
         return None if first is None else torch.cat([first, torch.zeros_like(first[:1])])
-    if last.requires_grad:  # which it does where somebody differentiates twice
-        last = last.detach()
-    last = dense(last)[None]
-    if tasks == 1:
-        return last
-    return torch.cat([last.new_zeros(tasks - 1, *last.shape[1:]) if first is None else first, last])
+    return torch.cat([row.new_zeros(tasks - 1, *row.shape[1:]) if first is None else first, row])
 
 
 def without_autocast(device_type: str) -> AbstractContextManager[Any]:

@@ -45,14 +45,20 @@ class Spot:
     """
     What all graphs of one kind have in common about an operation of the frontier.
 
+    :param name: Its name.
     :param layouts: Where the samples are in each of its results.
-    :param shapes: By root, as numbered among the operands, its shape.
+    :param roots: By their numbers among the operands, the roots.
+    :param shapes: Likewise, their shapes.
     :param complex: Whether some of its results are.
     """
 
+    name: str
     layouts: list[Layout | None]
+    roots: dict[int, Place]
     shapes: dict[int, Size]
     complex: bool
+    known: dict[Any, Any] = field(factory=dict, init=False)
+    """What its rule found out about it for all these graphs."""
 
 
 @define
@@ -71,6 +77,8 @@ class Plan:
     """By operation, which of its operands are roots."""
     alone: set[Place] = field(factory=set)
     """Roots with one use whose rows are orthogonal to those of all others: finished at once."""
+    ends: dict[Place, Descent] = field(factory=dict)
+    """Those of them that are a parameter, but for a transposition and copies."""
     groups: list[dict[Place, bool | None]] = field(factory=list)
     """Roots that make up one parameter, and whether it lies transposed there (None: unknown)."""
     derived: list[Place] = field(factory=list)
@@ -92,12 +100,25 @@ class Plan:
         spot = self._spots.get(node)
         if spot is None:
             results = form.results[node]
+            roots = {p: form.inputs[node][p] for p in self.frontier[node]}
             spot = self._spots[node] = Spot(
+                form.names[node],
                 [self.layouts.get((node, number)) for number in range(len(results))],
-                {p: form.result(form.inputs[node][p]).shape for p in self.frontier[node]},
+                roots,
+                {p: form.result(root).shape for p, root in roots.items()},
                 any(result.dtype.is_complex for result in results),
             )
         return spot
+
+    def finish_at_once(self, root: Place, descent: Descent) -> None:
+        """
+        Say that a root has one use, and rows orthogonal to those of all others.
+
+        :param descent: What it is.
+        """
+        self.alone.add(root)
+        if descent.part is None and descent.turned is not None:
+            self.ends[root] = descent
 
 
 # -- with samples ----------------------------------------------------------------------------------
@@ -158,12 +179,13 @@ def _classify(
             plan.derived += [root for root, _ in roots]
             continue
         for part in parts:
-            group = {root: descent.turned for root, descent in roots if descent.part == part}
+            group = {root: descent for root, descent in roots if descent.part == part}
             # The Gramian of a sum of several uses is not the sum of their Gramians.
             if sum(uses[root] for root in group) == 1:
-                plan.alone.update(group)
+                [(root, descent)] = group.items()
+                plan.finish_at_once(root, descent)
             else:
-                plan.groups.append(group)
+                plan.groups.append({root: descent.turned for root, descent in group.items()})
     plan.pulled = sorted(pulled)
     plan.left = [place for place in form.targets if place[0] not in pulled | of_leaf.keys()]
 
@@ -274,22 +296,21 @@ def plan_of_tasks(graph: Graph, tasks: int, hooked: set[int]) -> Plan:
         descent = descend(form, start)
         if descent is not None:
             uses.setdefault(descent.leaf, []).append(start)
+    served: set[int] = set()
     for leaf, found in uses.items():
         node, operand = found[0]
         if len(found) == 1 and leaf not in hooked and _is_cheap(graph, tasks, leaf, node, operand):
             plan.frontier[node] = [operand]
             # One sample that has all positions: the share is that of one row per task.
             plan.layouts[node, 0] = Layout(0, 1, form.result((node, 0)).shape[0])
-            plan.alone.add(form.inputs[node][operand])
-    served = {_leaf_of(form, root) for root in plan.alone}
+            root = form.inputs[node][operand]
+            descent = descend(form, root)
+            assert descent is not None  # which is how it was found
+            plan.finish_at_once(root, descent)
+            served.add(leaf)
     plan.ordinary = [place for place in form.targets if place[0] not in served]
     plan.below = [n for n in reversed(form.upwards) if n in form.rearranged - form.leaves]
     return plan
-
-
-def _leaf_of(form: Form, root: Place) -> int | None:
-    descent = descend(form, root)
-    return None if descent is None else descent.leaf
 
 
 def _is_cheap(graph: Graph, tasks: int, leaf: int, node: int, operand: int) -> bool:

@@ -24,7 +24,8 @@ def pull(graph: Graph, plan: Plan, grads: dict[Place, Tensor]) -> dict[int, Tens
     """
     arrived, form = dict(grads), graph.form
     allowed = graph.wanted.keys() | set(plan.below)
-    for node in plan.below:
+    below = plan.below if any(node not in graph.wanted for node, _ in grads) else ()
+    for node in below:
         results = form.results[node]
         given = [arrived.pop((node, number), None) for number in range(len(results))]
         if all(g is None for g in given):
@@ -38,7 +39,8 @@ def pull(graph: Graph, plan: Plan, grads: dict[Place, Tensor]) -> dict[int, Tens
                 found = found.real
             found = reduced(found, result.shape)
             arrived[place] = arrived[place] + found if place in arrived else found
-    return {place[0]: grad.to(form.result(place).dtype) for place, grad in arrived.items()}
+    leaves = ((node, graph.wanted[node], grad) for (node, _), grad in arrived.items())
+    return {node: grad.to(leaf.device, leaf.dtype) for node, leaf, grad in leaves}
 
 
 def _passed(graph: Graph, node: int, given: Grads) -> Grads:

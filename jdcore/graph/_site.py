@@ -37,6 +37,11 @@ class Site:
     grads: Sequence[Tensor | None]
     layouts: Sequence[Layout | None]
     shapes: Mapping[int, Size]
+    known: dict[Any, Any] = field(factory=dict)
+    """
+    Room for what all operations in this place of graphs of one kind have in common: what follows
+    from names, shapes and saved integers alone.
+    """
     memo: dict[Any, Any] = field(factory=dict)
     """Room for what several operands have in common."""
 
@@ -93,11 +98,13 @@ class Site:
         :returns: Shape ``[*lead, B, T, *features]``.
         :raises NoRule: If the samples are in one of the features.
         """
-        layout, end = self.layout, tensor.ndim - features
+        layout, shape = self.layout, tensor.shape
+        end = len(shape) - features
         if not layout.dim + lead < end:
             raise NoRule
-        shape = tensor.shape
         if layout.leads(shape[lead]):
+            if layout.after == 1 and end == lead + 2:
+                return tensor  # as it is: each view costs a call
             count = layout.after * shape[lead + 1 : end].numel()
             return tensor.reshape(*shape[:lead], layout.samples, count, *shape[end:])
         split = layout.split(tensor, lead)

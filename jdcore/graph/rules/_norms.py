@@ -71,7 +71,8 @@ def _group_norm_rows(site: Site) -> tuple[Tensor, Tensor]:
         for of_task in (grads if len(grads) > 1 else (grads,))
     ]
     if len(of_tasks) == 1:  # a copy is not free
-        return of_tasks[0][1:]
+        _, weights, biases = of_tasks[0]
+        return weights, biases
     _, of_weight, of_bias = zip(*of_tasks, strict=True)
     return torch.cat(of_weight), torch.cat(of_bias)
 

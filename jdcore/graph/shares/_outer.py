@@ -52,8 +52,6 @@ class Outer(Share):
     ) -> None:
         self.inputs, self.grads, self.grads_first = inputs, grads, grads_first
         self.shape, self.plus = torch.Size(shape), plus
-        self.lies_transposed = False
-        """Whether the weighted gradient is to lie transposed in memory, as the parameter does."""
 
     def __repr__(self) -> str:
         K, B, T, o = self.grads.shape
@@ -129,10 +127,8 @@ class Outer(Share):
         return total if total.shape == self.shape else total.reshape(self.shape)
 
     def _summed(self, inputs: Tensor, grads: Tensor) -> Tensor:
-        """Outer products [..., N, i] by [..., N, o], summed over N, as the operand lies."""
+        """Outer products [..., N, i] by [..., N, o], summed over N."""
         left, right = (grads, inputs) if self.grads_first else (inputs, grads)
-        if self.lies_transposed:
-            return product(right.mT, left).mT
         return product(left.mT, right)
 
     def _looked_up_sum(self, inputs: OneHot, grads: Tensor) -> Tensor:
@@ -163,7 +159,7 @@ class Outer(Share):
         if isinstance(inputs, OneHot) or len(grads) > 1:
             return None
         forms = inputs.shape, inputs.dtype, grads.shape, grads.dtype
-        return (Outer, *forms, self.grads_first, self.shape, self.plus, self.lies_transposed)
+        return (Outer, *forms, self.grads_first, self.shape, self.plus)
 
     @property
     def entries(self) -> int:
@@ -243,8 +239,13 @@ class Outer(Share):
 
     def turned(self) -> Outer:
         """The share of the transposed operand."""
-        shape = (self.shape[1], self.shape[0])
-        return Outer(self.inputs, self.grads, grads_first=not self.grads_first, shape=shape)
+        return Outer(
+            self.inputs,
+            self.grads,
+            grads_first=not self.grads_first,
+            shape=(self.shape[1], self.shape[0]),
+            plus=self.plus,
+        )
 
     @property
     def factors(self) -> tuple[Tensor | OneHot, Tensor | OneHot]:

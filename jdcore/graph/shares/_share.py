@@ -119,11 +119,13 @@ class Dense(Share):
     def _written(self) -> Tensor:
         return self._rows
 
+    def flat_rows(self) -> Tensor:
+        rows = widened(self._written())
+        return rows if rows.ndim == 3 else rows.reshape(*rows.shape[:2], self.shape.numel())
+
     def flat(self) -> Tensor:
         """The rows as a matrix [R, n]."""
-        rows = widened(self._written())
-        K, B = rows.shape[:2]
-        return rows.reshape(K * B, -1)
+        return self.flat_rows().flatten(0, 1)
 
     def add_gramian(self, gramian: Accumulator) -> None:
         gramian.add_rows(self.flat())

@@ -48,18 +48,19 @@ class Sums(Dense):
         """What others have to agree in to be made together with this one, if any may."""
         if self._sizes[0] > 1 or self._found is not None:
             return None
-        return (self._make, self.shape, *[(p.shape, p.dtype) for p in self._parts])
+        # The other parts have the shapes that belong to the gradients.
+        return (self._make, self._sizes, self.shape, *[part.dtype for part in self._parts])
 
     @property
     def entries(self) -> int:
-        return sum(part.numel() for part in self._parts)
+        return sum([part.numel() for part in self._parts])
 
     @staticmethod
-    def flat_together(shares: Sequence[Sums]) -> Tensor:
-        """The rows of shares of one kind, one behind the other: a matrix [B, n]."""
+    def rows_together(shares: Sequence[Sums]) -> Tensor:
+        """The rows of shares of one kind, one behind the other, shape [1, B, n]."""
         if len(shares) == 1:
-            return shares[0].flat()
+            return shares[0].flat_rows()
         grads, *others = zip(*(share._parts for share in shares), strict=True)
         # Layers lie behind samples, in the place of samples behind tasks.
         parts = [torch.stack(grads, 2)[0], *(torch.stack(of_layers, 1) for of_layers in others)]
-        return sum_over(shares[0]._make(*parts), [2]).flatten(1)
+        return sum_over(shares[0]._make(*parts), [2]).flatten(1)[None]
