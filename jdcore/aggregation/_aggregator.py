@@ -110,7 +110,8 @@ def _aggregate(
         # they cancel.
         known = columns.wide or source.compute_cross is not None
         wide = not known and source.rounding_shows(weights)
-        weights = unscaled(weights, weighting, columns.scale)
+        if columns.scale != 1.0:
+            weights = unscaled(weights, weighting, columns.scale)
         return columns.combine(weights, wide=wide), weights, source
     # Nobody has looked at the rows: whether they are finite shows in their weighted sum.
     vectors = columns.combine(weights)

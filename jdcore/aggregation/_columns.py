@@ -14,6 +14,8 @@ from jdcore.linalg._blas import is_small, small_combination, small_gramian
 from jdcore.linalg._combine import combine, combine_blocks
 from jdcore.linalg._gramian import sum_cross_gramians, sum_gramians
 
+_NARROW = (torch.float32,)
+
 
 @define(eq=False)
 class Columns:
@@ -72,8 +74,7 @@ class Columns:
         Not of float64, whose squares may leave the range.
         """
         # Columns on several processes need not have a block here before they are exchanged.
-        dtypes = {block.dtype for block in self.blocks}
-        if dtypes != {torch.float32} or not (self.local and is_small(*self.blocks)):
+        if not (type(self) is Columns and is_small(*self.blocks, dtypes=_NARROW)):
             return None
         self._few, products = small_gramian(*self.blocks)
         return products

@@ -213,12 +213,13 @@ class ColumnsSource(GramianSource):
 
     __slots__ = ("_columns",)
 
+    products, borrowed = torch.float64, False
+
     def __init__(self, columns: Columns, losses: Tensor | None = None) -> None:
         self._columns = columns
         self.rows, self.precision = columns.rows, columns.precision
-        self.products = torch.float64
         self.losses = losses if losses is None else check_losses(losses, self.rows)
-        self.borrowed = self.asked = False
+        self.asked = False
         self.undo = []
         self._gramian = self._array = None
 

@@ -18,7 +18,7 @@ from jdcore.aggregation._weigh import weigh
 from jdcore.linalg import add_proximal
 from jdcore.validators import boolean, check_gramian
 
-_FEW, _SMALL = 64, 4096
+_SMALL = 4096
 _THERE = 128  # rows from which on it may pay to work where the Gramian is
 
 
@@ -118,7 +118,9 @@ class GramianWeighting:
                 return there
         # No copy where the Gramian is on the CPU: `compute` must not modify it.
         array = self.array_of(source)
-        if _all_finite(array):
+        # A finite sum of squares has finite terms only, and costs less than looking at a few.
+        small = array.size <= _SMALL and math.isfinite(np.vdot(array, array))
+        if small or np.isfinite(array).all():
             return torch.from_numpy(np.asarray(self.answer(array, source), dtype=np.float64))
         if finite_required(self.check_finite):
             raise refuse_gramian(array)
@@ -147,14 +149,6 @@ def _computes_there(cls: Any) -> bool:
         if not vars(base).keys().isdisjoint(("compute", "answer")):
             return False
     return False
-
-
-def _all_finite(gramian: NDArray[np.float64]) -> bool:
-    # A finite sum has finite terms only, and costs less than looking at each of a few.
-    if gramian.size <= _FEW:
-        return math.isfinite(sum(map(sum, gramian.tolist()))) or bool(np.isfinite(gramian).all())
-    small = gramian.size <= _SMALL
-    return (small and math.isfinite(np.vdot(gramian, gramian))) or bool(np.isfinite(gramian).all())
 
 
 def row_weights(vector: Tensor | None, m: int) -> NDArray[np.float64]:

@@ -9,7 +9,7 @@ matrices stay with numpy, which costs less to call.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -26,13 +26,14 @@ _SOLVE = 96
 _EIGH = 24
 
 
-def is_small(*blocks: Tensor) -> bool:
+def is_small(*blocks: Tensor, dtypes: Container[torch.dtype] = _ARRAYS) -> bool:
     """
     Whether numpy can look at a matrix, and multiplies it in less time than torch takes to be asked.
 
     That time is the one it takes to fetch the code of each operator into the cache of a CPU.
 
     :param blocks: Its columns, in one block or several.
+    :param dtypes: Those that they may have.
     """
     entries = 0
     for block in blocks:
@@ -40,7 +41,7 @@ def is_small(*blocks: Tensor) -> bool:
         if not (
             entries <= _ENTRIES
             and block.is_cpu
-            and block.dtype in _ARRAYS
+            and block.dtype in dtypes
             and block.shape[0] <= _ROWS
             and type(block) is Tensor
             and not block.requires_grad

@@ -1,6 +1,5 @@
 """The paths of the LCP solver against each other, an oracle and the conditions of optimality."""
 
-import math
 import warnings
 from typing import Any
 
@@ -19,7 +18,7 @@ from jdplugins.standard._solvers._cone_of_few import project_few
 from jdplugins.standard._solvers._interior import interior_point
 from jdplugins.standard._solvers._lcp import solve_lcps, solve_one
 from jdplugins.standard._solvers._semidefinite import nearest_semidefinite
-from jdplugins.standard._solvers._tiny import solve_pair, solve_tiny
+from jdplugins.standard._solvers._tiny import roots_of, solve_few
 from tests.plugins.standard.oracle import LD, project_exactly
 
 REGULAR = ("gauss", "conflict", "badscale")
@@ -43,9 +42,10 @@ def cosines(name: str, m: int, n: int = 200, seed: int = 0) -> np.ndarray:
     return C
 
 
-def tiny(C: np.ndarray, q: np.ndarray) -> np.ndarray | None:
+def tiny(A: np.ndarray, q: np.ndarray, size: float = 1.0) -> np.ndarray | None:
     """All entries of the answer of the tiny path."""
-    entries = solve_tiny(C.tolist(), q.tolist())
+    rows = A.tolist()
+    entries = solve_few(rows, q.tolist(), roots_of(rows), size)
     if entries is None:
         return None
     return np.array([entries.get(j, 0.0) for j in range(len(q))])
@@ -81,7 +81,7 @@ def distance(J: np.ndarray, Z: np.ndarray, other: np.ndarray) -> float:
 def test_two_rows_with_one_passive_index() -> None:
     # C = [[1, -1/2], [-1/2, 1]], q = C e_0 = [1, -1/2]: raising z_1 to 1/2 zeroes y_1.
     C = [[1.0, -0.5], [-0.5, 1.0]]
-    assert solve_tiny(C, [1.0, -0.5]) == {1: 0.5}
+    assert solve_few(C, [1.0, -0.5], [1.0, 1.0], 1.0) == {1: 0.5}
     z, residual = solve_one(np.array(C), np.array([1.0, -0.5]))
     assert z.tolist() == pytest.approx([0.0, 0.5], abs=1e-15)
     assert residual <= 1e-15
@@ -100,7 +100,7 @@ def test_three_rows_with_two_passive_indices() -> None:
 def test_nothing_to_do_gives_zero_on_every_path() -> None:
     C = np.eye(4)
     q = np.array([0.0, 1.0, 0.5, 2.0])
-    assert solve_tiny(C.tolist(), q.tolist()) == {}
+    assert solve_few(C.tolist(), q.tolist(), [1.0] * 4, 1.0) == {}
     assert solve_one(C, q)[0].tolist() == [0.0] * 4
     assert not solve_all(C, np.array([q, q]))[0].any()
     assert np.abs(interior(C, q[None])).max() <= 1e-9
@@ -430,35 +430,24 @@ def test_no_family_warns(name: str, m: int) -> None:
         project(J @ J.T, np.full((1, m), 1.0 / m))
 
 
-@given(*[st.floats(-0.999, 0.999)] * 3)
-def test_the_closed_form_for_two_unknowns_agrees_with_pivoting(
-    c: float, p: float, q: float
-) -> None:
-    pair = solve_pair(1.0, 1.0, c, p, q)
+@pytest.mark.parametrize("name", REGULAR)
+@pytest.mark.parametrize("m", [2, 3, 4, 6])
+def test_plain_floats_take_rows_of_any_length(name: str, m: int) -> None:
+    C = cosines(name, m)
+    lengths = np.array([1e-150, 1e150, 1e-20, 1.0, 3.0, 1e80])[:m]
+    for q in (C[0], C[-1], -C @ np.linspace(0.5, 1.0, m)):
+        unit = tiny(C, q)
+        # With z = z' / lengths, the problem in z' has a unit diagonal; a vector of length 1e3 has a
+        # thousand times the products.
+        scaled = tiny(C * lengths[:, None] * lengths, 1e3 * q * lengths, 1e3)
 
-    assert pair == pytest.approx(tiny(np.array([[1.0, c], [c, 1.0]]), np.array([p, q])), abs=1e-9)
-
-
-def test_the_closed_form_leaves_nearly_parallel_rows_to_the_other_paths() -> None:
-    assert solve_pair(1.0, 1.0, -1.0 + 1e-9, -1.0, -1.0) is None
-
-
-@given(*[st.floats(0.1, 10.0)] * 2, *[st.floats(-0.999, 0.999)] * 3)
-def test_the_closed_form_for_two_unknowns_takes_any_diagonal(
-    a: float, b: float, c: float, p: float, q: float
-) -> None:
-    # With z = S z', S = diag(a, b)^-1/2, the problem in z' has a unit diagonal.
-    root_a, root_b = math.sqrt(a), math.sqrt(b)
-    scaled = solve_pair(a, b, c * root_a * root_b, p * root_a, q * root_b)
-    unit = solve_pair(1.0, 1.0, c, p, q)
-
-    assert scaled is not None
-    assert unit is not None
-    assert (scaled[0] * root_a, scaled[1] * root_b) == pytest.approx(unit, abs=1e-9)
+        assert unit is not None
+        assert scaled is not None
+        np.testing.assert_allclose(scaled * lengths, 1e3 * unit, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("scale", [1e-200, 1.0, 1e200])
-def test_the_closed_form_leaves_what_leaves_the_range_to_the_other_paths(scale: float) -> None:
+def test_projections_of_three_rows_take_any_scale(scale: float) -> None:
     G = np.array([[2.0, -1.0, -1.0], [-1.0, 2.0, -1.0], [-1.0, -1.0, 3.0]])
     np.testing.assert_allclose(project(scale * G, np.eye(3)), project(G, np.eye(3)))
 
@@ -469,12 +458,12 @@ def test_few_rows_are_projected_as_any_number_of_rows(name: str, m: int) -> None
     J = jacobian(name, m)
     mixed = np.where(np.arange(m) % 2, -0.5, 1.0)[None]
     for U in (np.eye(m), np.full((1, m), 1.0 / m), mixed, -np.eye(m), np.zeros((1, m))):
-        few = project_few((J @ J.T).tolist(), U.tolist())
-        if few is None:  # the closed form for three is one for positive multiples of rows
-            assert name not in REGULAR or (m == 3 and len(U) == 3 and U.min() < 0.0)
+        few = project_few(J @ J.T, U)
+        if few is None:
+            assert name not in REGULAR
             continue
-        assert (np.array(few) >= U).all()
+        assert (few >= U).all()
         largest = np.linalg.norm(U @ J, axis=1).max()
         general = NativeDualConeSolver().project(torch.from_numpy(J @ J.T), torch.from_numpy(U))
-        difference = distance(J, np.array(few), general.numpy())
+        difference = distance(J, few, general.numpy())
         assert difference <= (1e-6 if name == "neardup" else 1e-10) * largest

@@ -19,8 +19,6 @@ from jdcore import (
     get_weighting,
 )
 from jdcore.testing import family
-from jdplugins.standard._solvers import NativeNashBargainingSolver
-from jdplugins.standard._solvers._nash_of_few import bargain_few
 
 
 def draw(name: str, m: int, n: int = 100, seed: int = 0) -> Tensor:
@@ -321,27 +319,6 @@ def test_a_stationary_combination_of_very_different_parts_is_found() -> None:
 
     expected = torch.tensor([0.0, 0.0, 1.0], dtype=torch.float64)
     torch.testing.assert_close(vector, expected, rtol=1e-6, atol=1e-6)
-
-
-@pytest.mark.parametrize("name", ["gauss", "conflict", "badscale", "rankdef"])
-@pytest.mark.parametrize("m", [2, 3, 4])
-def test_few_rows_have_the_weights_that_many_rows_would_have(name: str, m: int) -> None:
-    for seed in range(5):
-        J = family(name, m, 100, generator=torch.Generator().manual_seed(seed)).numpy()
-        few = bargain_few((J @ J.T).tolist())
-        if few is None:  # rows of low rank can be stationary
-            assert name == "rankdef"
-            continue
-        # Two copies of a game in orthogonal spaces are two games.
-        twice = np.kron(np.eye(8 // m + 1), J @ J.T)
-        weights = NativeNashBargainingSolver()(twice)
-        np.testing.assert_allclose(weights[:m], few, rtol=1e-10)
-
-
-def test_stationary_rows_are_not_taken_for_rows_far_out() -> None:
-    opposite = np.array([[1.0, -1.0 + 1e-16], [-1.0 + 1e-16, 1.0]])
-    assert bargain_few(opposite.tolist()) is None
-    assert bargain_few([[0.0, 0.0], [0.0, 1.0]]) is None
 
 
 @pytest.mark.filterwarnings("ignore::jdcore.errors.UnsolvedWarning")

@@ -8,7 +8,7 @@ import torch
 
 from jdcore.linalg import add_proximal, gramian
 from jdplugins.standard._solvers import NativeDualConeSolver
-from jdplugins.standard._solvers._dual_cone import _project_small
+from jdplugins.standard._solvers._cone_of_few import project_few
 
 
 @pytest.mark.parametrize("m", [9, 16, 24, 32])
@@ -24,7 +24,7 @@ def test_they_are_the_same_with_zero_rows_and_zero_preferences(m: int, n: int, m
     shares[[3, 7]] = 0.0
     U = (torch.diag(shares) if many else shares[None]).numpy()
 
-    found = _project_small(G, U)
+    found = project_few(G, U)
     expected = NativeDualConeSolver().project(torch.from_numpy(G), torch.from_numpy(U)).numpy()
 
     assert found is not None

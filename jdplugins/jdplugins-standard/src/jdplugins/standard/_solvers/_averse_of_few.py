@@ -12,13 +12,11 @@ import math
 from operator import mul
 
 from jdcore.linalg import EPS
-from jdplugins.standard._solvers._tiny import equilibrate_tiny, solve_ldl, solve_tiny
+from jdplugins.standard._solvers._tiny import Rows, roots_of, solve_few, solve_ldl
 
-Rows = list[list[float]]
 Floats = list[float]
 
 _ROUNDS = 8
-_SMALLEST_PIVOT = 1e-6
 _SHORT = 1e-6  # length of the mean, relative to that of the longest row
 _EXACT = 1e-14
 STATIONARY = 256.0 * EPS  # times the number of rows: what is zero to float64
@@ -34,51 +32,46 @@ def avert_few(G: Rows, c: float, level: float) -> tuple[Floats, float] | None:
     :returns: The m weights, and the residual of the linear complementarity problem that they solve;
         None where that takes more.
     """
-    equilibrated = equilibrate_tiny(G)
-    if equilibrated is None:
+    m, roots = len(G), roots_of(G)
+    towards = [sum(row) / m for row in G]
+    length = math.sqrt(max(sum(towards) / m, 0.0))
+    if not min(roots) > 0.0 or length < _SHORT * max(roots):
         return None
-    C, norms, inverses = equilibrated
-    m, largest, shortest = len(G), max(norms), min(norms)
-    mean = [norm / (largest * m) for norm in norms]
-    towards = [sum(map(mul, row, mean)) for row in C]
-    length = math.sqrt(max(sum(map(mul, mean, towards)), 0.0))
-    if length < _SHORT:
-        return None
-    unit = 1.0 / (max(1.0, c) * length)
-    a = [shortest * inverse for inverse in inverses]
-    b = [x * unit for x in towards]
-    found = _search(C, a, b, c * length * unit)
+    found = _search(G, towards, roots, c * length, max(1.0, c) * length)
     if found is None:
         return None
     v, best, residual = found
     # All points of the convex hull are at least this far from zero, as d is that far along them; or
     # some row loses as much.
-    distance = best / ((1.0 + c) * length * unit)
-    if distance**2 <= max(STATIONARY * m, 2.0 * level / min(a) ** 2):
+    distance = best / ((1.0 + c) * length)
+    if distance**2 <= max(STATIONARY * m * min(roots) ** 2, 2.0 * level * max(roots) ** 2):
         return None
-    scale = largest / unit
-    return [1.0 / m + scale * x * y for x, y in zip(v, inverses, strict=True)], residual
+    return [1.0 / m + x for x in v], residual
 
 
-def _search(C: Rows, a: Floats, b: Floats, radius: float) -> tuple[Floats, float, float] | None:
+def _search(
+    G: Rows, b: Floats, roots: Floats, radius: float, size: float
+) -> tuple[Floats, float, float] | None:
     """The v of ``d = g0 + Jᵀ v``, its level, and its residual."""
-    uppermost = [(x + radius) / y for x, y in zip(b, a, strict=True)]
-    highest = min(uppermost)
     # No level is above the least of what each row can be lifted to by the whole radius; that row is
     # active near there.
-    passive = [uppermost.index(highest)]
+    uppermost = [x + radius * root for x, root in zip(b, roots, strict=True)]
+    passive = [uppermost.index(min(uppermost))]
     for _ in range(_ROUNDS):
-        found = _on(C, a, b, passive, radius)
+        found = _on(G, b, passive, radius)
         if found is None:
             return None
         level, v = found
-        q = [x - level * y for x, y in zip(b, a, strict=True)]
-        # Of z and C z + q, the smaller one has to be zero.
-        gaps = [min(z, sum(map(mul, row, v)) + y) for z, row, y in zip(v, C, q, strict=True)]
-        residual = max(map(abs, gaps)) / (1.0 + max(v))
+        q = [x - level for x in b]
+        # Of z and G z + q, the smaller one has to be zero.
+        gaps = [
+            min(z * root, (sum(map(mul, row, v)) + x) / root)
+            for z, root, row, x in zip(v, roots, G, q, strict=True)
+        ]
+        residual = max(map(abs, gaps)) / (size + max(map(mul, v, roots)))
         if residual <= _EXACT:
             return [max(z, 0.0) for z in v], level, residual
-        solved = solve_tiny(C, q)
+        solved = solve_few(G, q, roots, size)
         # The set of this level again, whose formula has just been found wrong: rounding decides.
         if solved is None or sorted(solved) == passive:
             return None
@@ -86,23 +79,19 @@ def _search(C: Rows, a: Floats, b: Floats, radius: float) -> tuple[Floats, float
     return None
 
 
-def _on(
-    C: Rows, a: Floats, b: Floats, passive: list[int], radius: float
-) -> tuple[float, Floats] | None:
+def _on(G: Rows, b: Floats, passive: list[int], radius: float) -> tuple[float, Floats] | None:
     """The level at which the norm is the radius if the passive set is that, and v."""
-    ones = [1.0] * len(a)
-    along = solve_ldl(C, [-x for x in a], passive, ones, _SMALLEST_PIVOT)
-    against = solve_ldl(C, [-x for x in b], passive, ones, _SMALLEST_PIVOT)
+    along = solve_ldl(G, [-1.0] * len(G), passive)
+    against = solve_ldl(G, [-x for x in b], passive)
     if along is None or against is None:
         return None
-    passive_a, passive_b = [a[i] for i in passive], [b[i] for i in passive]
-    aa, ab = sum(map(mul, passive_a, along)), sum(map(mul, passive_a, against))
-    bb = sum(map(mul, passive_b, against))
+    aa, ab = sum(along), sum(against)
+    bb = sum([b[i] * x for i, x in zip(passive, against, strict=True)])
     discriminant = ab * ab - aa * (bb - radius * radius)
     if discriminant < 0.0:
         return None
     level = (ab + math.sqrt(discriminant)) / aa
-    v = [0.0] * len(a)
+    v = [0.0] * len(G)
     for i, x, y in zip(passive, along, against, strict=True):
         v[i] = level * x - y
     return level, v

@@ -6,15 +6,11 @@ from attrs import frozen
 from torch import Tensor
 
 from jdcore.aggregation import report_residual
-from jdcore.linalg import equilibrate, exchange_few, lcp_residual, product
-from jdplugins.standard._solvers._alone import EXACT, LARGE, solve_alone
+from jdcore.linalg import equilibrate, lcp_residual, product
 from jdplugins.standard._solvers._cone_of_few import project_few
 from jdplugins.standard._solvers._lcp import ROUGH, Floats, solve_lcps
 from jdplugins.standard._solvers._semidefinite import nearest_semidefinite
 from jdplugins.standard._solvers._unsolved import UNSOLVED, warn_if_unsolved
-
-# Rows up to which a call of numpy takes longer than the arithmetic, and one of torch.
-_FEW, _SMALL = 8, 32
 
 
 @frozen
@@ -38,22 +34,10 @@ class NativeDualConeSolver:
         :param references: Vectors u [k, m].
         :returns: Vectors v [k, m], each ``>= u`` exactly.
         """
-        if len(gramian) <= _FEW:
-            few = project_few(gramian.tolist(), references.tolist())
-            if few is not None:
-                found = np.array(few) if few else references.copy()
-                report_residual(_residual, gramian, references, found)
-                return found
-        # In the cone already, as the mean of the rows often is: told without numpy's reductions,
-        # which would take longer than the rest.
-        if len(references) == 1 and min(product(gramian, references[0]).tolist()) >= 0.0:
-            report_residual(lambda: 0.0)
-            return np.array(references)
-        if len(gramian) <= _SMALL or len(references) == 1:
-            small = _project_small(gramian, references)
-            if small is not None:
-                report_residual(_residual, gramian, references, small)
-                return small
+        found = project_few(gramian, references)
+        if found is not None:
+            report_residual(_residual, gramian, references, found)
+            return found
         projected = self.project(torch.from_numpy(gramian), torch.from_numpy(references))
         array: Floats = projected.numpy()
         return array
@@ -69,39 +53,6 @@ class NativeDualConeSolver:
         scales = scaled.abs().amax(1, keepdim=True) if scaled.numel() else scaled.sum(1, True)
         scaled /= torch.where(scales > 0.0, scales, 1.0)
         return _solve(cosines, scaled).mul_(scales).mul_(inverses).add_(references)
-
-
-def _project_small(gramian: Floats, references: Floats) -> Floats | None:
-    """
-    One projection, or those of few rows, in numpy, whose calls take half as long as torch's.
-
-    None where that takes more.
-    """
-    cosines, norms, inverses = equilibrate(gramian)
-    scaled = references * norms
-    scales = np.abs(scaled).max(axis=1, initial=0.0, keepdims=True)
-    scales[scales == 0.0] = 1.0
-    Q = product(scaled / scales, cosines)
-    if len(Q) == 1:
-        alone = solve_alone(cosines, Q[0], None)
-        Z = None if alone is None else alone[0][None]
-    else:
-        Z = _exchanged(cosines, Q)
-    return None if Z is None else references + Z * inverses * scales
-
-
-def _exchanged(C: Floats, Q: Floats) -> Floats | None:
-    """Solutions of the LCPs of all rows of Q; None where they are not exact."""
-    Z = np.maximum(-Q, 0.0)
-    # After one projected gradient step, which is nearer the truth than ``q < 0``.
-    passive = Z.dot(C) + Q < Z
-    try:
-        found = exchange_few(C, Q, -Q, passive)
-    except np.linalg.LinAlgError:
-        return None
-    if found is None or found.max(initial=0.0) > LARGE:
-        return None
-    return found if lcp_residual(C, Q, found).max(initial=0.0) <= EXACT else None
 
 
 def _residual(gramian: Floats, references: Floats, found: Floats) -> float:

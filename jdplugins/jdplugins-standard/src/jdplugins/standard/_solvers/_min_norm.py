@@ -9,7 +9,7 @@ from jdcore.aggregation import report_residual
 from jdcore.linalg import equilibrate, lcp_residual, product
 from jdplugins.standard._solvers._guess import descend
 from jdplugins.standard._solvers._lcp import Floats, solve_one
-from jdplugins.standard._solvers._tiny import equilibrate_tiny, solve_tiny
+from jdplugins.standard._solvers._tiny import Rows, roots_of, solve_few
 from jdplugins.standard._solvers._unsolved import warn_if_unsolved
 
 _FEW = 8  # rows, up to which a call of numpy takes longer than the arithmetic
@@ -35,7 +35,7 @@ class NativeMinNormSolver:
         """
         if len(gramian) <= _FEW:
             rows = gramian.tolist()
-            few = _shortest_of_two(rows) if len(rows) == 2 else _shortest_tiny(rows)
+            few = _shortest_of_two(rows) if len(rows) == 2 else _shortest_of_few(rows)
             if few is not None:
                 found = np.array(few)
                 report_residual(_residual, gramian, found)
@@ -75,7 +75,7 @@ def _residual(gramian: Floats, weights: Floats) -> float:
     return float(lcp_residual(cosines + np.multiply.outer(ratios, ratios), -ratios, z))
 
 
-def _shortest_of_two(gramian: list[list[float]]) -> list[float]:
+def _shortest_of_two(gramian: Rows) -> list[float]:
     (g00, g01), (_, g11) = gramian
     w0, w1 = max(g11 - g01, 0.0), max(g00 - g01, 0.0)
     total = w0 + w1
@@ -84,22 +84,14 @@ def _shortest_of_two(gramian: list[list[float]]) -> list[float]:
     return [w0 / total, w1 / total]
 
 
-def _shortest_tiny(G: list[list[float]]) -> list[float] | None:
-    equilibrated = equilibrate_tiny(G)
-    if equilibrated is None:
+def _shortest_of_few(G: Rows) -> list[float] | None:
+    """The same in plain floats, for ``w``: that of ``G + s² 1 1ᵀ``, with s the shortest length."""
+    least = min([row[i] for i, row in enumerate(G)])
+    if least <= 0.0:
         return None
-    cosines, norms, inverses = equilibrated
-    shortest_row = min(norms)
-    a = [shortest_row * inverse for inverse in inverses]
-    # This path wants a unit diagonal: scale 1 + a² away.
-    e = [1.0 / math.sqrt(1.0 + x * x) for x in a]
-    indices = range(len(G))
-    C = [[(cosines[i][j] + a[i] * a[j]) * e[i] * e[j] for j in indices] for i in indices]
-    z = solve_tiny(C, [-x * y for x, y in zip(a, e, strict=True)])
-    if z is None:
+    A = [[x + least for x in row] for row in G]
+    w = solve_few(A, [-least] * len(A), roots_of(A), math.sqrt(least))
+    if w is None:
         return None
-    weights = [0.0] * len(G)
-    for j, t in z.items():
-        weights[j] = a[j] * e[j] * t
-    total = sum(weights)
-    return [w / total for w in weights]
+    total = sum(w.values())
+    return [w.get(i, 0.0) / total for i in range(len(A))]

@@ -4,11 +4,8 @@ import numpy as np
 from attrs import frozen
 from numpy.typing import NDArray
 
-from jdcore.aggregation import report_residual
 from jdplugins.standard._solvers._gains import Gains
-from jdplugins.standard._solvers._nash_of_few import bargain_few
 
-_FEW = 4
 _GAINS = Gains(1.0, "nash_bargaining")
 
 
@@ -39,15 +36,4 @@ class NativeNashBargainingSolver:
         :param level: Squared length of a combination of unit rows that is rounding.
         :returns: Weights α [m], zero for zero rows.
         """
-        if 0 < len(gramian) <= _FEW:
-            few = bargain_few(gramian.tolist())
-            if few is not None:
-                found = np.array(few)
-                report_residual(_residual, gramian, found)
-                return found
         return _GAINS.solve(gramian, np.ones(len(gramian)), level)
-
-
-def _residual(gramian: NDArray[np.float64], weights: NDArray[np.float64]) -> float:
-    """By how much the gains of the rows differ from the ones that the equation asks for."""
-    return float(np.abs(weights * (gramian @ weights) - 1.0).max())

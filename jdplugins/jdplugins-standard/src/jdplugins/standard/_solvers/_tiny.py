@@ -1,63 +1,65 @@
 """
-The LCP for a handful of rows, in plain Python floats.
+Linear complementarity problems (LCP) of a handful of rows, in plain Python floats.
 
 Up to about eight rows, the time of a solve in numpy is that of its calls; this path makes none.
+Rows keep their lengths, since a Cholesky factorisation is as exact for one scaling as for another:
+only tolerances are relative to them.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from operator import mul
 from typing import TypeAlias
 
 Rows: TypeAlias = Sequence[Sequence[float]]
 
-# Below this pivot, solving for the passive entries directly would lose more than a few digits.
-_SMALLEST_PIVOT = 1e-6
 _TOLERANCE = 1e-14
 _MAX_PIVOTS = 8
-# Down to this one, they may still be good enough, which their residual tells.
-_DEPENDENT_PIVOT, _ROUGH = 1e-13, 1e-15
+# Relative pivots: down to the first, values are right to many digits; down to the second, they may
+# be good enough, which their residual tells.
+_SMALLEST_PIVOT, _DEPENDENT_PIVOT, _ROUGH = 1e-6, 1e-13, 1e-15
 
 
-def equilibrate_tiny(
-    G: Rows,
-) -> tuple[list[list[float]], list[float], list[float]] | None:
-    """:func:`jdcore.linalg.equilibrate` of m lists; None if a row is zero."""
-    squares = [row[i] for i, row in enumerate(G)]
-    if min(squares, default=0.0) <= 0.0:
-        return None
-    norms = list(map(math.sqrt, squares))
-    inverses = [1.0 / norm for norm in norms]
-    C = [[x * inverse for x in map(mul, row, inverses)] for row, inverse in zip(G, inverses)]  # noqa: B905
-    return C, norms, inverses
+def roots_of(A: Rows) -> list[float]:
+    """The lengths of the rows whose Gramian is A."""
+    return [math.sqrt(row[i]) for i, row in enumerate(A)]
 
 
-def solve_tiny(C: Rows, q: Sequence[float]) -> dict[int, float] | None:
+def solve_few(
+    A: Rows, q: Sequence[float], roots: Sequence[float], size: float
+) -> dict[int, float] | None:
     """
-    Solve one LCP by block pivoting.
+    Find z >= 0 with ``y = A z + q >= 0`` and ``zᵀ y = 0``, by block pivoting.
 
-    :param C: Unit-diagonal positive semi-definite matrix, as m lists.
+    :param A: Positive semi-definite matrix, as m lists; zero rows are left alone.
     :param q: The m entries of the vector.
+    :param roots: Those of the diagonal of A.
+    :param size: The length of a vector whose inner products with the rows q may be.
     :returns: The entries of z that are not zero, by index; None if that did not find the solution.
     """
     indices = range(len(q))
-    passive = [j for j in indices if q[j] < -_TOLERANCE]
+    tolerance = _TOLERANCE * size
+    passive = [j for j in indices if q[j] < -tolerance * roots[j]]
     dependent = False
     for _ in range(_MAX_PIVOTS):
-        values = _solve_passive(C, q, passive)
+        values = _solve_passive(A, q, passive)
         if values is None:
             dependent = True
-            values = solve_ldl(C, q, passive, [1.0] * len(q), _DEPENDENT_PIVOT)
+            values = solve_ldl(A, q, passive, _DEPENDENT_PIVOT)
             if values is None:
                 return None
         z = dict(zip(passive, values))  # noqa: B905
-        bad = [j for j in passive if z[j] < 0.0] if values and min(values) < 0.0 else []
-        tolerance = _TOLERANCE * (1.0 + max(values, default=0.0)) if dependent else _TOLERANCE
-        bad += [i for i in indices if i not in z and _slack(C[i], q[i], z) < -tolerance]
+        largest = size
+        if dependent and z:
+            largest += max([roots[j] * x for j, x in z.items()])
+            tolerance = _TOLERANCE * largest
+        bad = [j for j in passive if z[j] < 0.0] if z and min(values) < 0.0 else []
+        bad += [i for i in indices if i not in z and _slack(A[i], q[i], z) < -tolerance * roots[i]]
         if not bad:
-            return None if dependent and _is_rough(C, q, z) else z
+            limit = _ROUGH * largest
+            rough = dependent and any(abs(_slack(A[i], q[i], z)) > limit * roots[i] for i in z)
+            return None if rough else z
         # Entries with a wrong sign change sides, all at once.
         passive = [j for j in indices if (j in z) != (j in bad)]
     return None
@@ -69,85 +71,53 @@ def _slack(row: Sequence[float], slack: float, z: dict[int, float]) -> float:
     return slack
 
 
-def _is_rough(C: Rows, q: Sequence[float], z: dict[int, float]) -> bool:
-    """Whether the values that were found from nearly dependent rows leave a residual."""
-    limit = _ROUGH * (1.0 + max(z.values(), default=0.0))
-    return any(abs(_slack(C[i], q[i], z)) > limit for i in z)
-
-
-def solve_pair(a: float, b: float, c: float, p: float, q: float) -> tuple[float, float] | None:
-    """
-    Solve the LCP of the matrix [[a, c], [c, b]] and the vector [p, q] in closed form.
-
-    :param a: Positive, as is b. Products of two arguments must not leave the range of float64.
-    :returns: Both entries of z; None where the rows are nearly parallel.
-    """
-    if p >= 0.0 and q >= 0.0:
-        return 0.0, 0.0
-    if p < 0.0 and a * q >= c * p:
-        return -p / a, 0.0
-    if q < 0.0 and b * p >= c * q:
-        return 0.0, -q / b
-    determinant = a * b - c * c
-    if determinant < _SMALLEST_PIVOT * a * b:
-        return None
-    return max((c * q - b * p) / determinant, 0.0), max((c * p - a * q) / determinant, 0.0)
-
-
-def _solve_passive(C: Rows, q: Sequence[float], passive: list[int]) -> Sequence[float] | None:
+def _solve_passive(A: Rows, q: Sequence[float], passive: list[int]) -> Sequence[float] | None:
+    """:func:`solve_ldl`, unrolled for up to three entries, which takes a fraction of the time."""
+    if len(passive) > 3:
+        return solve_ldl(A, q, passive, _SMALLEST_PIVOT)
     if not passive:
         return ()
-    a = passive[0]
+    i = passive[0]
+    ii = A[i][i]
     if len(passive) == 1:
-        return (-q[a],)
-    if len(passive) == 2:
-        b = passive[1]
-        c = C[a][b]
-        determinant = 1.0 - c * c
-        if determinant < _SMALLEST_PIVOT:
-            return None
-        return (c * q[b] - q[a]) / determinant, (c * q[a] - q[b]) / determinant
-    if len(passive) == 3:
-        return _solve_three(C, q, passive)
-    return solve_ldl(C, q, passive, [1.0] * len(q), _SMALLEST_PIVOT)
-
-
-def _solve_three(C: Rows, q: Sequence[float], passive: list[int]) -> Sequence[float] | None:
-    """:func:`solve_ldl` unrolled, which takes half the time."""
-    i, j, k = passive
-    ji, ki = C[j][i], C[k][i]
-    second = 1.0 - ji * ji
-    if second <= _SMALLEST_PIVOT:
-        return None
-    kj = (C[k][j] - ki * ji) / second
-    third = 1.0 - ki * ki - kj * kj * second
-    if third <= _SMALLEST_PIVOT:
+        return (-q[i] / ii,)
+    j = passive[1]
+    ij, jj = A[i][j], A[j][j]
+    ji = ij / ii
+    second = jj - ji * ij
+    if second <= _SMALLEST_PIVOT * jj:
         return None
     y = ji * q[i] - q[j]
+    if len(passive) == 2:
+        y /= second
+        return (-q[i] - ij * y) / ii, y
+    k = passive[2]
+    ik, kk = A[i][k], A[k][k]
+    ki = ik / ii
+    jk = A[j][k] - ki * ij
+    kj = jk / second
+    third = kk - ki * ik - kj * jk
+    if third <= _SMALLEST_PIVOT * kk:
+        return None
     z = (ki * q[i] - kj * y - q[k]) / third
     y = y / second - kj * z
-    return -q[i] - ji * y - ki * z, y, z
+    return (-q[i] - ij * y - ik * z) / ii, y, z
 
 
 def solve_ldl(
-    C: Rows,
-    q: Sequence[float],
-    passive: list[int],
-    diagonal: Sequence[float],
-    smallest: float,
+    A: Rows, q: Sequence[float], passive: list[int], smallest: float = _SMALLEST_PIVOT
 ) -> list[float] | None:
     """
-    Solve ``C_FF z = -q_F`` by an LDLᵀ factorisation, with forward substitution on the way.
+    Solve ``A_FF z = -q_F`` by an LDLᵀ factorisation, with forward substitution on the way.
 
-    :param diagonal: Its m entries stand for the diagonal of C.
-    :param smallest: Up to this pivot, the result is None.
+    :param smallest: Up to this pivot, relative to the diagonal of A, the result is None.
     """
     lower: list[list[float]] = []
     pivots: list[float] = []
     z: list[float] = []
     for i in passive:
-        row = [C[i][j] for j in passive[: len(lower)]]
-        pivot = diagonal[i]
+        row = [A[i][j] for j in passive[: len(lower)]]
+        pivot = A[i][i]
         rhs = -q[i]
         for b, other in enumerate(lower):
             scaled = row[b]  # = L_ib D_b
@@ -157,7 +127,7 @@ def solve_ldl(
             row[b] = entry
             pivot -= entry * scaled
             rhs -= entry * z[b]
-        if pivot <= smallest:
+        if pivot <= smallest * A[i][i]:
             return None
         lower.append(row)
         pivots.append(pivot)
