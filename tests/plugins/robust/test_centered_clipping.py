@@ -47,6 +47,18 @@ def test_steps_agree_with_those_on_the_rows_themselves(n_iter: int, scale: float
         torch.testing.assert_close(aggregator(rows * scale) / scale, center)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_steps_that_are_short_beside_the_center_add_up_in_half_precision(
+    dtype: torch.dtype,
+) -> None:
+    aggregator = get_aggregator("centered_clipping", tau=1.0)
+    for _ in range(600):
+        vector = aggregator(torch.full((3, 1), 1000.0, dtype=dtype))
+
+    assert vector.dtype == dtype
+    assert vector.item() == 600.0
+
+
 def test_blocks_share_the_radius() -> None:
     rows = torch.randn(6, 12, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     whole, parts = (get_aggregator("centered_clipping", tau=1.0) for _ in range(2))

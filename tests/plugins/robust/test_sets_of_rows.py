@@ -145,6 +145,15 @@ def test_a_row_alone_in_the_direction_of_the_largest_variance_loses_its_weight()
     assert weights.tolist() == [0.25, 0.25, 0.25, 0.25, 0.0]
 
 
+@pytest.mark.parametrize("scale", [1e-120, 1e120])
+def test_rows_lose_the_same_weight_at_any_scale(scale: float) -> None:
+    rows = drawn(0, 7)
+
+    vector = get_aggregator("caf", n_byzantine=2)(rows * scale) / scale
+
+    torch.testing.assert_close(vector, get_aggregator("caf", n_byzantine=2)(rows))
+
+
 @settings(max_examples=40, deadline=None)
 @given(seed=st.integers(0, 10_000), f=st.integers(0, 3), extra=st.integers(1, 4))
 def test_the_filter_in_gramian_form_is_that_of_the_paper(seed: int, f: int, extra: int) -> None:

@@ -145,3 +145,21 @@ def test_weights_of_another_library() -> None:
             ours = get_weighting("fairgrad", alpha=alpha)(gramian)
             # It stops at 1e-8 of its own measure.
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-8)
+
+
+@pytest.mark.parametrize("alpha", [1e-3, 1e-2])
+def test_powers_of_norms_that_leave_the_range_do_no_harm(alpha: float) -> None:
+    rows = torch.tensor([[1e5, 0, 0], [3, 1, 0], [0, 1e-5, 1e-5]], dtype=torch.float64)
+    gramian = rows @ rows.T
+
+    weights = get_weighting("fairgrad", alpha=alpha)(gramian)
+
+    torch.testing.assert_close(weights, (gramian @ weights) ** -alpha)
+
+
+@pytest.mark.parametrize("alpha", [1e-300, 1e300])
+def test_a_fairness_beyond_what_float64_can_solve_warns(alpha: float) -> None:
+    with pytest.warns(UnsolvedWarning, match="fair_allocation"):
+        weights = get_weighting("fairgrad", alpha=alpha)(torch.tensor([[1.0, 0.9], [0.9, 0.85]]))
+    assert weights.isfinite().all()
+    assert bool((weights >= 0).all())

@@ -330,3 +330,12 @@ def test_rows_of_three_hundred_decades_raise_nothing(name: str, m: int) -> None:
         generator = torch.Generator().manual_seed(seed)
         rows = torch.randn(m, 1, dtype=torch.float64, generator=generator) * scales[:, None]
         assert jdcore.get_aggregator(name)(rows).isfinite().all()
+
+
+def test_weights_are_reused_for_rows_whose_squares_leave_the_range() -> None:
+    rows = torch.tensor([[1.0, 0.2], [0.1, 0.5]], dtype=torch.float64)
+    aggregator = jdcore.get_aggregator("nash_mtl", update_weights_every=2)
+    first = aggregator(rows)
+
+    # The same weights give a longer update, which is shortened to the same length.
+    torch.testing.assert_close(aggregator(rows * 1e200), first)

@@ -128,6 +128,15 @@ def test_a_loss_that_stays_zero_has_not_changed() -> None:
     assert value_and_gradient(scalarizer, 1, 1)[1] == pytest.approx([1.0, 1.0])
 
 
+def test_a_loss_that_is_zero_no_longer_takes_all_the_weight() -> None:
+    scalarizer = get_scalarizer("dwa")
+    for losses in ((0, 1), (1, 1)):
+        scalarizer(vector(*losses))
+        scalarizer.step()  # type: ignore[attr-defined]  # of this scalarizer
+
+    assert value_and_gradient(scalarizer, 3, 5) == (6.0, [2.0, 0.0])
+
+
 def test_famo_weighs_the_gradients_of_logarithms() -> None:
     # By hand: z = 1/2 each, c = 1 / (1/2 + 1/8) = 1.6.
     value, gradient = value_and_gradient(get_scalarizer("famo"), 1, 4)
@@ -192,6 +201,36 @@ def test_its_smooth_form_lies_above_it_by_mu_log_m_at_most() -> None:
     value, gradient = value_and_gradient(STCH(mu=0.5, pref_vector=vector(1, 1)), 0, math.log(3) / 2)
     assert value == pytest.approx(0.5 * math.log(4))
     assert gradient == pytest.approx([0.25, 0.75])
+
+
+def test_a_smoothing_far_below_the_losses_neither_rounds_nor_overflows() -> None:
+    losses = torch.tensor([10000.0, 9999.9990], requires_grad=True)
+    preferences = torch.ones(2)
+    apart = (losses[0] - losses[1]).item()
+
+    STCH(mu=1e-3, pref_vector=preferences)(losses).backward()  # quotients of ten million
+    assert losses.grad is not None
+    assert losses.grad[1].item() == pytest.approx(1 / (1 + math.exp(apart / 1e-3)))
+    for mu in (1e-40, 1e-300):
+        [gradient] = torch.autograd.grad(STCH(mu=mu, pref_vector=preferences)(losses), [losses])
+        assert gradient.tolist() == [1.0, 0.0]
+
+
+@pytest.mark.parametrize("name", ["pbi", "cosmos"])
+def test_preferences_that_are_all_zero_are_no_direction(name: str) -> None:
+    with pytest.raises(ParameterError, match="`pref_vector` must be a direction, not zero"):
+        get_scalarizer(name, pref_vector=vector(0, 0))(vector(1, 2))
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+def test_lengths_of_losses_and_preferences_stay_in_range(scale: float) -> None:
+    losses, preferences = torch.tensor([3.0, 1.0]), torch.tensor([1.0, 0.0])
+    pbi = get_scalarizer("pbi", pref_vector=preferences * scale)
+    cosmos = get_scalarizer("cosmos", lambda_=1e3, pref_vector=preferences)
+
+    assert pbi(losses * scale).item() == pytest.approx(8.0 * scale)
+    expected = 3.0 * scale - 1e3 * 3.0 / math.sqrt(10.0)
+    assert cosmos(losses * scale).item() == pytest.approx(expected)
 
 
 def test_a_smoothing_of_zero_is_refused() -> None:

@@ -41,6 +41,8 @@ class CAFWeighting(GramianWeighting):
     def compute(self, gramian: NDArray[np.float64]) -> NDArray[np.float64]:
         m = len(gramian)
         require_majority(m, self.n_byzantine)
+        # Deviations are squared once more, which must not leave the range of float64.
+        gramian = gramian / (np.diagonal(gramian).max() or 1.0)
         masses = np.ones(m)
         least, best = inf, masses / m
         # Each round takes the whole weight of one row at least, so that there are at most m of

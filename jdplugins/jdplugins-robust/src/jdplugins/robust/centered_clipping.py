@@ -37,8 +37,8 @@ class CenteredClipping(StateFields, MatrixAggregator):
     the workers rather than raw gradients, as the paper does. The update does not scale with the
     matrix.
 
-    Stateful: ``center`` [n] is the previous update, zero at first. All calls between two
-    :meth:`reset` must have the same number of columns.
+    Stateful: ``center`` [n] is the previous update, zero at first, in float32 at least. All calls
+    between two :meth:`reset` must have the same number of columns.
 
     :param tau: Radius of the ball, in units of the gradients.
     :param n_iter: Number of iterations in a call.
@@ -70,13 +70,14 @@ class CenteredClipping(StateFields, MatrixAggregator):
         coefficients = self._clipped(bordered, self.tau / scale)
         moved = columns.combine(torch.from_numpy(coefficients[:-1]))
         kept = float(coefficients[-1])
-        vectors = [new.add(old, alpha=kept) for new, old in zip(moved, center, strict=True)]
+        pairs = zip(moved, center, strict=True)
+        centers = [torch.add(new.to(old.dtype), old, alpha=kept) for new, old in pairs]
         # In memory of its own, as the caller gets the vectors.
-        self.center = torch.cat(vectors) if len(vectors) > 1 else vectors[0].clone()
-        return vectors
+        self.center = torch.cat(centers) if len(centers) > 1 else centers[0].clone()
+        return [now.to(new.dtype) for now, new in zip(centers, moved, strict=True)]
 
     def _previous(self, columns: Columns) -> list[Tensor]:
-        """The center, in blocks as the columns."""
+        """The center, in blocks as the columns, but never in half precision."""
         if not columns.local:
             raise ParameterError(
                 "aggregator",
@@ -84,8 +85,11 @@ class CenteredClipping(StateFields, MatrixAggregator):
                 repr(self),
             )
         widths = [block.shape[1] for block in columns.blocks]
+        # Steps of a clipped row are short beside the center, whose rounding would swallow them.
+        wide = [torch.promote_types(block.dtype, torch.float32) for block in columns.blocks]
         if not len(self.center):
-            return [block.new_zeros(block.shape[1]) for block in columns.blocks]
+            pairs = zip(columns.blocks, wide, strict=True)
+            return [block.new_zeros(block.shape[1], dtype=dtype) for block, dtype in pairs]
         if len(self.center) != sum(widths):
             raise ParameterError(
                 "matrix",
@@ -93,8 +97,8 @@ class CenteredClipping(StateFields, MatrixAggregator):
                 f"one of {sum(widths)}",
                 "Call reset() before the number of parameters changes.",
             )
-        pieces = zip(torch.split(self.center, widths), columns.blocks, strict=True)
-        return [piece.to(block) for piece, block in pieces]
+        pieces = zip(torch.split(self.center, widths), wide, strict=True)
+        return [piece.to(columns.device, dtype) for piece, dtype in pieces]
 
     def _clipped(self, bordered: NDArray[np.float64], tau: float) -> NDArray[np.float64]:
         """

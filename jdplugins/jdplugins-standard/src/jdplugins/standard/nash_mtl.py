@@ -74,9 +74,11 @@ class NashMTLWeighting(StateFields, GramianWeighting):
     alpha: Tensor = state_field(no_weights)
 
     def answer(self, matrix: NDArray[np.float64], source: GramianSource) -> NDArray[np.float64]:
-        return self.compute(source.definite(matrix), source.proximal_level)
+        return self.compute(source.definite(matrix), source.proximal_level, source.scale())
 
-    def compute(self, gramian: NDArray[np.float64], level: float = 0.0) -> NDArray[np.float64]:
+    def compute(
+        self, gramian: NDArray[np.float64], level: float = 0.0, scale: float = 1.0
+    ) -> NDArray[np.float64]:
         m = len(gramian)
         if self.n_tasks not in (None, m):
             raise ParameterError(
@@ -85,13 +87,14 @@ class NashMTLWeighting(StateFields, GramianWeighting):
         if self.calls % self.update_weights_every == 0:
             solve: NashBargainingSolver = find_solver("nash_bargaining", self.solver)
             # Weights of another number of objectives are nothing to start from.
-            start = self.alpha.numpy() if len(self.alpha) == m else None
+            start = self.alpha.numpy() * scale if len(self.alpha) == m else None
             alpha = solve(gramian, start, level)
         else:
-            alpha = self._reused(m)
-        # Only now, so that a solver that fails leaves the state as it was.
+            alpha = self._reused(m) * scale
+        # Only now, so that a solver that fails leaves the state as it was. What is kept are weights
+        # of the rows themselves, where the Gramian is that of rows divided by the scale.
         self.calls += 1
-        self.alpha = torch.from_numpy(alpha)
+        self.alpha = torch.from_numpy(alpha / scale)
         return self._shorten(alpha, gramian)
 
     def _reused(self, m: int) -> NDArray[np.float64]:
@@ -108,8 +111,11 @@ class NashMTLWeighting(StateFields, GramianWeighting):
     def _shorten(
         self, alpha: NDArray[np.float64], gramian: NDArray[np.float64]
     ) -> NDArray[np.float64]:
+        # Weights that are reused for rows of another scale may be large beyond any square.
+        unit = float(alpha.max()) or 1.0
+        shares = alpha / unit
         # Rounding may make the square of a length near zero negative.
-        length = math.sqrt(max(float(alpha @ gramian @ alpha), 0.0))
+        length = unit * math.sqrt(max(float(shares @ gramian @ shares), 0.0))
         factor = self.max_norm / length if 0.0 < self.max_norm < length else 1.0
         # A new array: the state must not change with what the caller does to the result.
         weights: NDArray[np.float64] = factor * alpha

@@ -24,4 +24,4 @@ class NativeFairAllocationSolver:
         :param level: Squared length of a combination of unit rows that is rounding.
         :returns: Weights w [m], zero for zero rows.
         """
-        return Gains(1.0 / alpha, "fair_allocation").solve(gramian, np.ones(len(gramian)), level)
+        return Gains(1.0 / alpha, "fair_allocation").solve(gramian, np.zeros(len(gramian)), level)

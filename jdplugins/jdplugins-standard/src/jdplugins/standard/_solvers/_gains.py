@@ -49,12 +49,12 @@ class Gains:
     exponent: float
     problem: str
 
-    def solve(self, gramian: Floats, factors: Floats, level: float | Floats) -> Floats:
+    def solve(self, gramian: Floats, logarithms: Floats, level: float | Floats) -> Floats:
         """
         The weights a [m], zero for zero rows.
 
         :param gramian: Finite Gramian [m, m].
-        :param factors: h > 0, array [m].
+        :param logarithms: ``log h``, array [m].
         :param level: Squared length of a combination of unit rows that is rounding, for all rows or
             for each [m].
         """
@@ -65,18 +65,20 @@ class Gains:
             return weights
         if rows.size < norms.size:
             cosines = cosines[np.ix_(rows, rows)]
-        scaled = factors[rows] * norms[rows] ** (self.exponent - 1.0)
+        # Logarithms, as such powers of norms leave the range of float64 though their products with
+        # those of the shares do not.
+        scaled = logarithms[rows] + (self.exponent - 1.0) * np.log(norms[rows])
         largest = float(scaled.max())
         levels = np.broadcast_to(level, norms.shape)[rows]
-        shares = self._shares(cosines, scaled / largest, levels)
+        shares = self._shares(cosines, scaled - largest, levels)
         # The factors were divided by the largest, of which the shares are that power.
-        weights[rows] = shares * largest ** (1.0 / (1.0 + self.exponent)) * inverses[rows]
+        weights[rows] = shares * math.exp(largest / (1.0 + self.exponent)) * inverses[rows]
         return weights
 
-    def _shares(self, cosines: Floats, factors: Floats, levels: Floats) -> Floats:
-        """The b above for a matrix of cosines."""
-        game = _Game(cosines, factors, self.exponent)
-        nash = game if game.is_nash else _Game(cosines, np.ones_like(factors), 1.0)
+    def _shares(self, cosines: Floats, logarithms: Floats, levels: Floats) -> Floats:
+        """The b above for a matrix of cosines and the logarithms of k."""
+        game = _Game(cosines, logarithms, self.exponent)
+        nash = game if game.is_nash else _Game(cosines, np.zeros_like(logarithms), 1.0)
         near, _ = nash.newton(nash.start(), _PROXIMAL)
         shares, decrement = nash.newton(near, 0.0, give_up=_NEARBY)
         if decrement > _NEARBY:
@@ -116,7 +118,7 @@ class Gains:
             return near
         combination /= combination.max()
         shares = np.zeros(len(cosines))
-        shares[outside] = self.solve(remaining, game.factors[outside], rounding / left)
+        shares[outside] = self.solve(remaining, game.logarithms[outside], rounding / left)
         cancelling = -shadows @ shares[outside]
         # Multiples of the combination are free: the least that leaves no share negative, and one
         # more.
@@ -151,33 +153,32 @@ def bargain(cosines: Floats, shift: float) -> Floats:
 
     Rows that cancel have shares of about one over the root of the shift.
     """
-    game = _Game(cosines, np.ones(len(cosines)), 1.0)
+    game = _Game(cosines, np.zeros(len(cosines)), 1.0)
     return game.newton(game.start(), shift)[0]
 
 
 @frozen
 class _Game:
-    """The minimum of the module docstring, for a matrix of cosines C and factors k."""
+    """The minimum of the module docstring, for a matrix of cosines C and the logarithms of k."""
 
     cosines: Floats
-    factors: Floats
+    logarithms: Floats
     exponent: float
 
     @property
     def is_nash(self) -> bool:
-        return self.exponent == 1.0 and bool((self.factors == 1.0).all())
+        return self.exponent == 1.0 and not self.logarithms.any()
 
     def spent(self, shares: Floats) -> Floats:
         """The s of the module docstring: gain times share, as wanted."""
         if self.exponent == 1.0:
-            return self.factors
-        spent: Floats = self.factors * shares ** (1.0 - self.exponent)
-        return spent
+            return np.exp(self.logarithms)
+        return np.exp(self.logarithms + (1.0 - self.exponent) * np.log(shares))
 
     def start(self) -> Floats:
         """The best multiple of what is exact for orthogonal rows."""
         power = 1.0 / (1.0 + self.exponent)
-        shares = self.factors**power
+        shares = np.exp(self.logarithms * power)
         total = float(shares @ product(self.cosines, shares))
         scale = (float(self.spent(shares).sum()) / max(total, 1e-30)) ** power
         started: Floats = shares * min(scale, 1e6)
@@ -203,11 +204,12 @@ class _Game:
                 except np.linalg.LinAlgError:  # shares whose squares leave the range of float64
                     return shares, math.inf
             # Relative to how fast the Hessian may change: the decrement itself for Nash bargaining.
-            change = (self.exponent + 1.0) / (2.0 * math.sqrt(self.exponent * float(spent.min())))
+            least = max(self.exponent * float(spent.min()), 1e-300)
+            change = (self.exponent + 1.0) / (2.0 * math.sqrt(least))
             decrement = change * math.sqrt(max(float(gradient @ step), 0.0))
-            if not decrement <= give_up:
+            if not decrement <= give_up or math.isinf(decrement):
                 break
-            full = decrement <= 0.25
+            full = decrement <= 0.25 and float(step.max()) < 1.0
             size = 1.0 if full else self._step_size(gradient, step, spent, decrement)
             shares = shares * (1.0 - size * step)
             if decrement < 1e-7 or 0.5 * previous < decrement < 1e-4:

@@ -36,4 +36,4 @@ class NativeNashBargainingSolver:
         :param level: Squared length of a combination of unit rows that is rounding.
         :returns: Weights α [m], zero for zero rows.
         """
-        return _GAINS.solve(gramian, np.ones(len(gramian)), level)
+        return _GAINS.solve(gramian, np.zeros(len(gramian)), level)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from jdcore.errors import ParameterError
+
 
 def above(losses: Tensor, reference: Tensor | None) -> Tensor:
     """The losses [m], measured from a reference [m], or from zero."""
@@ -16,3 +18,25 @@ def preferred(losses: Tensor, vector: Tensor | None) -> Tensor:
     if vector is None:
         return torch.full_like(losses.detach(), 1.0 / len(losses))
     return vector.detach().to(losses.dtype)
+
+
+def length(vector: Tensor) -> Tensor:
+    """Norm of a vector, whose squares may leave the range; the gradient at zero is zero."""
+    largest = vector.detach().abs().amax()
+    unit = torch.where(largest == 0.0, 1.0, largest)
+    # Torch takes the gradient of the norm of a zero vector to be zero, where sqrt would give NaN.
+    norm: Tensor = unit * torch.linalg.vector_norm(vector / unit)
+    return norm
+
+
+def direction(preferences: Tensor) -> Tensor:
+    """
+    Preferences [m] scaled to length 1.
+
+    :raises ParameterError: If they are all zero.
+    """
+    if not bool(preferences.any()):
+        raise ParameterError("pref_vector", "a direction, not zero", preferences.tolist())
+    scaled = preferences / preferences.abs().amax()
+    unit: Tensor = scaled / torch.linalg.vector_norm(scaled)
+    return unit

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from jdcore.scalarization import LossScalarizer
 from jdcore.validators import real, row_vector
-from jdplugins.standard.scalarization._references import preferred
+from jdplugins.standard.scalarization._references import direction, length, preferred
 
 
 @define(eq=False)
@@ -19,7 +19,7 @@ class COSMOS(LossScalarizer):
     too and r is drawn anew for each batch: set ``pref_vector`` before each step.
 
     :param lambda_: Weight λ of the cosine.
-    :param pref_vector: Preferences r, Tensor [m]. None stands for 1/m each.
+    :param pref_vector: Preferences r, Tensor [m], not zero. None stands for 1/m each.
 
     >>> import torch
     >>> from jdcore.scalarization import COSMOS
@@ -32,8 +32,7 @@ class COSMOS(LossScalarizer):
 
     def scalarize(self, losses: Tensor) -> Tensor:
         preferences = preferred(losses, self.pref_vector)
-        lengths = torch.linalg.vector_norm(preferences) * torch.linalg.vector_norm(losses)
-        product = preferences @ losses
+        size = length(losses)
         # All losses being zero have no direction, and nothing to gain from one.
-        cosine = product / torch.where(lengths == 0.0, 1.0, lengths)
-        return product - self.lambda_ * cosine
+        cosine = direction(preferences) @ (losses / torch.where(size == 0.0, 1.0, size))
+        return preferences @ losses - self.lambda_ * cosine

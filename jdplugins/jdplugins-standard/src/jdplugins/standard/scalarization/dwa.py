@@ -72,4 +72,6 @@ class DWA(StateFields, LossScalarizer):
             return torch.ones(m, dtype=torch.float64, device="cpu")
         # A loss that was zero, and still is, has not changed.
         ratios = torch.where(self.last == self.before_last, 1.0, self.last / self.before_last)
-        return m * (ratios / self.temperature).softmax(0)
+        # One that was zero, and no longer is, has grown beyond all others, not beyond all numbers.
+        largest = torch.finfo(ratios.dtype).max
+        return m * (ratios / self.temperature).clamp(-largest, largest).softmax(0)

@@ -1,12 +1,11 @@
 from __future__ import annotations
 
-import torch
 from attrs import define, field
 from torch import Tensor
 
 from jdcore.scalarization import LossScalarizer
 from jdcore.validators import real, row_vector
-from jdplugins.standard.scalarization._references import above, preferred
+from jdplugins.standard.scalarization._references import above, direction, length, preferred
 
 
 @define(eq=False)
@@ -22,7 +21,8 @@ class PBI(LossScalarizer):
     losses are on the ray the penalty has no derivative; its gradient is taken to be zero there.
 
     :param theta: Penalty θ.
-    :param pref_vector: Direction of the ray, Tensor [m]. None stands for equal preferences.
+    :param pref_vector: Direction of the ray, Tensor [m], not zero. None stands for equal
+        preferences.
     :param reference: Reference point z, Tensor [m], such as the least losses. None stands for zero.
 
     >>> import torch
@@ -36,10 +36,7 @@ class PBI(LossScalarizer):
     reference: Tensor | None = field(default=None, validator=row_vector)
 
     def scalarize(self, losses: Tensor) -> Tensor:
-        ray = torch.nn.functional.normalize(preferred(losses, self.pref_vector), dim=0, eps=0.0)
+        ray = direction(preferred(losses, self.pref_vector))
         offsets = above(losses, self.reference)
         progress = offsets @ ray
-        # Torch takes the gradient of the norm of a zero vector to be zero, where sqrt would give
-        # NaN.
-        distance: Tensor = torch.linalg.vector_norm(offsets - progress * ray)
-        return progress + self.theta * distance
+        return progress + self.theta * length(offsets - progress * ray)

@@ -37,4 +37,8 @@ class STCH(LossScalarizer):
 
     def scalarize(self, losses: Tensor) -> Tensor:
         terms = preferred(losses, self.pref_vector) * above(losses, self.reference)
-        return self.mu * (terms / self.mu).logsumexp(0)
+        # Quotients as large as terms over μ would be rounded by more than one, or overflow; their
+        # distances from the largest one are not, in float64.
+        largest = terms.detach().amax()
+        exponents = (terms - largest).double() / self.mu
+        return largest + (self.mu * exponents.logsumexp(0)).to(losses.dtype)
