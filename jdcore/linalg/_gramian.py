@@ -2,19 +2,25 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from jdcore.errors import ParameterError
-from jdcore.linalg._blas import is_small, small_gramian
+from jdcore.linalg._blas import add_short_products, is_small, small_gramian
 from jdcore.validators import check_blocks
 
-# Float64 entries of the pieces that are multiplied: 1 MB is large enough for the product to run at
+# Float64 entries of the pieces that are multiplied: 2 MB is large enough for the product to run at
 # full speed, small enough to stay in the cache of a CPU, so that converting costs little beside
 # reading J once. An accelerator wants few calls.
-_ENTRIES = 1 << 17
+_ENTRIES = 1 << 18
 _ENTRIES_ELSEWHERE = 1 << 24
 _NARROWEST = 1024  # columns, below which the product itself gets slow
+# Numbers of rows whose products on a CPU are so small beside their factors that an ordinary product
+# takes twice as long to arrange these as to multiply them.
+_SHORT = range(2, 65)
+# Entries of a single matrix up to which it is multiplied by one call.
+_ONE = 1 << 15
 # Rows from which on half of a product is left out on a CPU, and how many strips it is cut into.
 _MANY, _STRIPS = 96, 4
 # Columns of one product of a batch on accelerators.
@@ -40,36 +46,62 @@ def gramian(jacobian: Tensor | Sequence[Tensor], /) -> Tensor:
 
 def sum_gramians(blocks: Sequence[Tensor]) -> Tensor:
     """:func:`gramian` of blocks that have been checked."""
-    if len(blocks) == 1 and blocks[0].numel() <= _ENTRIES:
+    m, on_cpu = blocks[0].shape[0], blocks[0].is_cpu
+    if len(blocks) == 1 and blocks[0].numel() <= _ONE:
         if is_small(blocks[0]):
             return torch.from_numpy(small_gramian(blocks[0])[1])
         wide = blocks[0].double()
-        if len(wide) < _MANY:
+        if m < _MANY:
             return symmetric(wide.mm(wide.T))
-        total = wide.new_empty((len(wide), len(wide)))
+        total = wide.new_empty((m, m))
         _add_product(total, wide, beta=0.0)
         return _mirrored(total)
-    m = blocks[0].shape[0]
-    entries = _ENTRIES if blocks[0].is_cpu else _ENTRIES_ELSEWHERE
-    columns = max(_NARROWEST, entries // max(1, m))
+    if on_cpu and m in _SHORT:
+        return _sum_of_short(blocks)
     total = blocks[0].new_zeros((m, m), dtype=torch.float64)
-    if not blocks[0].is_cpu:
-        needed = min(columns, sum(block.shape[1] for block in blocks))
-        columns = max(1, -(-needed // _BATCHED)) * _BATCHED
+    if not on_cpu:
+        columns = max(1, -(-_width(blocks, _ENTRIES_ELSEWHERE) // _BATCHED)) * _BATCHED
         return symmetric(_sum_in_batches(total, list(_pieces(blocks, columns)), columns))
-    # One reused buffer: fresh large temporaries cost more in page faults than in arithmetic. Narrow
-    # blocks share it, which saves calls.
-    buffer = total.new_empty((m, min(columns, sum(block.shape[1] for block in blocks))))
-    filled = 0
-    for piece in _pieces(blocks, columns):
+    buffer = total.new_empty((m, _width(blocks, _ENTRIES)))
+    for filled in _filled(buffer, blocks):
+        _add_product(total, buffer[:, :filled])
+    return _mirrored(total)
+
+
+def _sum_of_short(blocks: Sequence[Tensor]) -> Tensor:
+    m = blocks[0].shape[0]
+    # A row and a column more than there are, as `add_short_products` wants them.
+    wide = np.zeros((m + 1, _width(blocks, _ENTRIES)))
+    total = np.zeros((m, m + 1))
+    for filled in _filled(torch.from_numpy(wide[:m]), blocks):
+        add_short_products(total, wide[:, :filled])
+    return _from_lower(torch.from_numpy(total)[:, :m])
+
+
+def _width(blocks: Sequence[Tensor], entries: int) -> int:
+    """Columns of a buffer of some entries, or what there is if that is less."""
+    columns = max(_NARROWEST, entries // max(1, blocks[0].shape[0]))
+    return min(columns, sum(block.shape[1] for block in blocks))
+
+
+def _filled(buffer: Tensor, blocks: Sequence[Tensor]) -> Iterator[int]:
+    """
+    Fill a buffer with the columns of blocks again and again.
+
+    One buffer, since fresh large temporaries cost more in page faults than in arithmetic. Narrow
+    blocks share it, which saves calls.
+
+    :returns: How many columns of it are filled, whenever it is full and at the end.
+    """
+    filled, columns = 0, buffer.shape[1]
+    for piece in _pieces(blocks, max(1, columns)):
         end = filled + piece.shape[1]
         if end > columns:
-            _add_product(total, buffer[:, :filled])
+            yield filled
             filled, end = 0, piece.shape[1]
         buffer[:, filled:end].copy_(piece)
         filled = end
-    _add_product(total, buffer[:, :filled])
-    return _mirrored(total)
+    yield filled
 
 
 def _sum_in_batches(total: Tensor, pieces: Sequence[Tensor], columns: int) -> Tensor:
@@ -168,7 +200,10 @@ def _add_product(total: Tensor, wide: Tensor, *, beta: float = 1.0) -> None:
 
 def _mirrored(total: Tensor) -> Tensor:
     """A total of :func:`_add_product` with both triangles."""
-    if len(total) < _MANY:
-        return symmetric(total)
-    total.tril_()
-    return total + total.tril(-1).T
+    return symmetric(total) if len(total) < _MANY else _from_lower(total)
+
+
+def _from_lower(total: Tensor) -> Tensor:
+    """The symmetric matrix of which another one holds the lower triangle."""
+    lower = total.tril()
+    return lower + lower.tril(-1).T

@@ -93,15 +93,41 @@ def test_malformed_jacobians_are_refused() -> None:
         gramian([[1.0]])  # type: ignore[list-item]
 
 
-@pytest.mark.parametrize("m", [1, 3, 200])
+@pytest.mark.parametrize("m", [1, 2, 3, 4, 5, 9, 64, 65, 200])
 def test_pieces_of_all_widths_count_once(m: int) -> None:
-    columns = max(1024, 2**17 // m)
+    columns = max(1024, 2**18 // m)
     widths = [columns - 1, 3, columns, 0, columns + 1, 2 * columns, 5]
     blocks = [torch.randint(-4, 5, (m, n)).to(torch.float32) for n in widths]
 
     expected = torch.cat(blocks, dim=1).double()
 
     assert torch.equal(gramian(blocks), expected @ expected.T)  # sums of integers are exact
+
+
+@pytest.mark.parametrize("m", [2, 5, 16, 33])
+def test_rows_that_cancel_keep_the_digits_that_their_products_have_in_float64(m: int) -> None:
+    torch.manual_seed(m)
+    rows = torch.randn(m, 30_000)
+    # Their sum is a hundred thousand times shorter than they are: float32 products would drown it.
+    rows[-1] = -rows[:-1].sum(0) + 1e-5 * torch.randn(30_000)
+    wide = rows.double()
+    direction = torch.ones(m, dtype=torch.float64)
+
+    squared = direction @ gramian(rows) @ direction
+
+    torch.testing.assert_close(squared, (wide.sum(0) ** 2).sum(), rtol=1e-2, atol=0.0)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("value", [float("inf"), float("nan"), 1e200])
+def test_entries_out_of_range_show_in_the_products_of_their_row_alone(value: float) -> None:
+    rows = torch.ones(3, 20_000, dtype=torch.float64)
+    rows[1, 7] = value
+
+    result = gramian(rows)
+
+    assert not result[1].isfinite().any() if value != 1e200 else result[1, 1] == float("inf")
+    assert torch.equal(result[[0, 2]][:, [0, 2]], torch.full((2, 2), 20_000.0).double())
 
 
 # -- on accelerators -------------------------------------------------------------------------------
