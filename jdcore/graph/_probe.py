@@ -92,7 +92,8 @@ def find_layouts(graph: Graph, output: Tensor, batch_dim: int) -> Findings:
     start = form.starts[0]
     layouts = {start: Layout(batch_dim, samples)}
     for place, of_dims in found.items():
-        layout = _layout(of_dims, sample_of, samples)
+        # A number has no dimension that samples could lie along.
+        layout = _layout(of_dims, sample_of, samples) if form.result(place).shape else None
         if layout is not None and place != start:
             layouts[place] = layout
     reached = {place for place, dims in found.items() if any(map(any, dims))}
@@ -116,7 +117,7 @@ def _note(seen: dict[Place, list[Tensor]], bit: int, node: int, grads: Grads) ->
         if grad is None:
             continue
         # Gradients of tables may be sparse, and such tensors have no `any` by dimension.
-        bad = torch.isnan(grad.detach().to_dense())
+        bad = torch.atleast_1d(torch.isnan(grad.detach().to_dense()))
         hit = []
         for dim in range(bad.ndim):
             others = [d for d in range(bad.ndim) if d != dim]

@@ -99,3 +99,13 @@ def test_the_scale_of_an_interpolation_decides_from_where_it_takes() -> None:
         longer = F.interpolate(hidden, scale_factor=scale, mode="nearest")[0].T
         chosen = torch.cat([longer[:1], longer[2:]])
         _right_or_refused((chosen @ weight).square().sum(1), weight)
+
+
+def test_a_bound_that_no_entry_meets_in_the_first_step_is_a_parameter_all_the_same() -> None:
+    weight, bound = randn(3, 3).requires_grad_(), torch.tensor(1.0).requires_grad_()
+    for shift in (9.0, -9.0):
+        hidden = torch.clamp(randn(B, 3) @ weight + shift, -bound, bound)
+        losses = hidden.square().sum(1)
+        jacobian = explicit_jacobian(losses, [weight, bound])
+        gramian = autogram.gramian(losses, inputs=[weight, bound], batch_dim=0)
+        assert relative_error(gramian, jacobian @ jacobian.T) <= 1e-12
