@@ -20,6 +20,7 @@ from jdcore.graph._memory import Memory
 from jdcore.graph._objectives import Objectives, OneByOne
 from jdcore.graph._passes import Grads, Listener, differentiate
 from jdcore.graph._plan import Plan, Plans, Spot, plan_of_tasks
+from jdcore.graph._probe import Nested
 from jdcore.graph._pull import pull, pull_rows
 from jdcore.graph._saved import Unreadable, function_of
 from jdcore.graph._site import NoRule, Site
@@ -208,6 +209,8 @@ class Jacobian:
             # NaN.
             except JDCoreError:
                 raise
+            except Nested:
+                self._take_plain_rows("samples lie in nested tensors")
             except Exception:
                 # A function that stops at NaN does not show where the samples are.
                 if not any(function_of(node) for node in self.graph.nodes):
@@ -488,7 +491,8 @@ class Jacobian:
         for leaf, found in pull_rows(self.graph, self._plan, rows, self._memory).items():
             if leaf in self._hooked:
                 found = self._finished[leaf] = _through_hooks(self.graph.wanted[leaf], found)
-            by_task = found.reshape(self.objectives.tasks, -1, *found.shape[1:])
+            sizes = self.objectives.tasks, self.objectives.samples
+            by_task = found.reshape(*sizes, *found.shape[1:])
             self._add(Dense(by_task, self.graph.wanted[leaf].shape), total, [(leaf, 0)])
 
     # -- the weighted gradient ---------------------------------------------------------------------

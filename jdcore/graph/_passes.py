@@ -115,7 +115,12 @@ def single_passes_explained() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        # Torch has no class of its own for this error, so its text has to tell.
+        # Torch has no class of its own for these errors, so their texts have to tell.
+        if "under selective activation checkpoint" in str(error):
+            raise SinglePassError(
+                "a selective checkpoint hands out what it kept once",
+                "Call torch.utils.checkpoint.checkpoint without `context_fn`.",
+            ) from error
         if "donated buffers" in str(error):
             raise SinglePassError(
                 "a compiled region reuses the memory of what it saved (donated buffers)",

@@ -18,6 +18,7 @@ from jdcore.graph._probe import Findings, find_layouts
 from jdcore.graph._saved import (
     MATRIX_PRODUCTS,
     Unreadable,
+    has_unpack_hooks,
     operand_has_hooks,
     plain_attributes,
     saved,
@@ -318,6 +319,8 @@ def _is_cheap(graph: Graph, tasks: int, leaf: int, node: int, operand: int) -> b
     expected, other = MATRIX_PRODUCTS.get(form.names[node], (None, ""))
     if operand != expected or 0 in (*form.result((node, 0)).shape, *form.result((leaf, 0)).shape):
         return False  # of nothing, gradients are zero
+    if has_unpack_hooks(graph.nodes[node]):
+        return False  # a checkpoint would compute it anew for each of its products
     try:
         if saved(graph.nodes[node], other).layout != torch.strided:
             return False

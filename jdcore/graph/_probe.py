@@ -24,7 +24,12 @@ from jdcore.graph._form import Place
 from jdcore.graph._graph import Graph
 from jdcore.graph._layout import Layout
 from jdcore.graph._passes import Grads, Listener, Receive
+from jdcore.graph._saved import current_pass
 from jdcore.graph._steady import is_sparse_product, spread
+
+
+class Nested(Exception):  # noqa: N818 - no error of anybody
+    """A gradient is a nested tensor, which has no dimensions to look for samples in."""
 
 
 @frozen
@@ -49,6 +54,7 @@ def find_layouts(graph: Graph, output: Tensor, batch_dim: int) -> Findings:
 
     :param output: The losses, the only output of the graph.
     :param batch_dim: Their dimension of samples.
+    :raises Nested: If there are nested tensors between the losses and the parameters.
     """
     samples = output.shape[batch_dim]
     form = graph.form
@@ -69,8 +75,10 @@ def find_layouts(graph: Graph, output: Tensor, batch_dim: int) -> Findings:
         run(seed, partial(note, bit))
 
     def note(bit: int, node: int, grads: Grads) -> None:
-        # In the pass, where what a checkpoint computed anew is there.
-        if bit == 0 and is_sparse_product(form.names[node], graph.nodes[node]):
+        # Not after the pass, when a checkpoint would compute anew what the operations saved that
+        # nothing lies behind.
+        inside = bit == 0 and current_pass() >= 0
+        if inside and is_sparse_product(form.names[node], graph.nodes[node]):
             sparse.append(node)
         _note(seen, bit, node, grads)
 
@@ -116,8 +124,11 @@ def _note(seen: dict[Place, list[Tensor]], bit: int, node: int, grads: Grads) ->
     for number, grad in enumerate(grads):
         if grad is None:
             continue
+        if grad.is_nested:
+            raise Nested
         # Gradients of tables may be sparse, and such tensors have no `any` by dimension.
-        bad = torch.atleast_1d(torch.isnan(grad.detach().to_dense()))
+        bad = torch.isnan(grad.detach().to_dense())
+        bad = bad if bad.ndim else bad[None]  # a number is reached as well
         hit = []
         for dim in range(bad.ndim):
             others = [d for d in range(bad.ndim) if d != dim]

@@ -27,7 +27,7 @@ def linear_gram(inputs: Tensor, plus: float = 0.0) -> Gram:
     :param plus: Added to all entries.
     """
     T = inputs.shape[1]
-    flat = inputs.reshape(-1, inputs.shape[2])
+    flat = inputs.flatten(0, 1)
 
     def gram(start: int, stop: int) -> Tensor:
         found = lower_product(flat, start * T, stop * T)

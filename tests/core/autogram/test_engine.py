@@ -8,7 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
+from torch.utils.checkpoint import checkpoint
 
+from jdcore import RowByRowWarning
 from jdcore.autogram import Engine
 from jdcore.graph import _passes
 from tests.core.autogram.oracle import (
@@ -177,6 +179,54 @@ def test_a_leaf_that_is_no_parameter_gets_its_gradient() -> None:
     losses = model(x).pow(2).sum(1)
     losses.backward(engine.compute_gramian(losses).diagonal())
     assert relative_error(fused, x.grad) < 1e-12
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors:UserWarning")
+@pytest.mark.parametrize("batch_dim", [0, None])
+def test_parameters_without_entries(batch_dim: int | None) -> None:
+    class Joined(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.ModuleList([nn.Linear(6, 0), nn.Linear(0, 3)])
+            self.table = nn.ParameterList([torch.randn(0, 3), torch.randn(3, 3)])
+
+        def forward(self, x: Tensor) -> Tensor:
+            hidden = self.inner[1](self.inner[0](x))
+            return (x[:, :3] + hidden) @ torch.cat(list(self.table))
+
+    check_engine(Joined, _one, batch_dim)
+
+
+def test_samples_of_different_lengths_in_nested_tensors_go_row_by_row() -> None:
+    model = nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 2))
+
+    def losses() -> Tensor:
+        parts = [randn(length, 6) for length in (2, 1, 3)]
+        hidden = model(torch.nested.nested_tensor(parts, layout=torch.jagged))
+        return torch.nested.to_padded_tensor(hidden, 0.0).pow(2).sum((1, 2))
+
+    jacobian = explicit_jacobian(losses(), parameters_of([model]))
+    with pytest.warns(RowByRowWarning, match="nested"):
+        gramian = Engine(model, batch_dim=0).compute_gramian(losses())
+    assert relative_error(gramian, jacobian @ jacobian.T) < 1e-12
+
+
+def test_a_checkpoint_is_computed_anew_once_for_each_pass() -> None:
+    """Not for each of the products whose shares would come without rows."""
+    model = nn.Sequential(*[nn.Linear(40, 40) for _ in range(4)])
+    forwards: list[int] = []
+
+    def forward(x: Tensor) -> Tensor:
+        forwards.append(1)
+        hidden: Tensor = model(x)
+        return hidden
+
+    def losses() -> Tensor:
+        hidden: Tensor = checkpoint(forward, randn(2, 40), use_reentrant=False)
+        return hidden.pow(2).sum(0)[:2]
+
+    Engine(model, batch_dim=None).backward(losses(), torch.diag)
+    assert len(forwards) == 1 + 2
 
 
 def test_an_empty_batch() -> None:

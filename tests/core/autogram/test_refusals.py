@@ -1,15 +1,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from jdcore import ParameterError, ParameterTypeError
 from jdcore.autogram import Engine, backward, gramian, gramian_backward
+from jdcore.errors import SinglePassError
 from tests.core.autogram.oracle import check_engine, randn
 
 B = 5
@@ -36,6 +38,22 @@ def test_reentrant_checkpointing(batch_dim: int | None) -> None:
         return out.pow(2).sum(1)
 
     _refused(model, losses, "reentrant", batch_dim)
+
+
+@pytest.mark.parametrize("batch_dim", [0, None])
+def test_selective_checkpointing_which_allows_one_pass(batch_dim: int | None) -> None:
+    model = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 3))
+    operations = [torch.ops.aten.addmm.default]
+    selection = partial(create_selective_checkpoint_contexts, operations)
+
+    def losses() -> Tensor:
+        hidden: Tensor = checkpoint(model, randn(B, 6), use_reentrant=False, context_fn=selection)
+        return hidden.pow(2).sum(1)
+
+    engine = Engine(model, batch_dim=batch_dim)
+    with pytest.raises(SinglePassError, match="without `context_fn`"):
+        engine.backward(losses(), torch.diag)
+    assert all(p.grad is None for p in model.parameters())
 
 
 @pytest.mark.parametrize("affine", [True, False])
