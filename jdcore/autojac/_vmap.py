@@ -20,6 +20,7 @@ from jdcore.graph import (
     is_batched,
     is_sparse,
     largest_gradient,
+    some_batched_wrongly,
 )
 
 Result = TypeVar("Result")
@@ -44,11 +45,13 @@ class Kind:
     :param size: Number of operations in it.
     :param custom: Whether Python code runs in the backward pass: custom functions, checkpoints,
         compiled regions. They may not expect batched tensors.
+    :param wrong: Whether torch gives wrong rows for one of its operations, without a word.
     """
 
     operations: frozenset[str]
     size: int
     custom: bool
+    wrong: bool
 
     @staticmethod
     def of(graph: Reach) -> Kind:
@@ -58,7 +61,8 @@ class Kind:
         # What failed for sparse gradients works for dense ones of the same operation.
         if EMBEDDING in operations and any(is_sparse(name, node) for node, name in nodes.items()):
             operations.add("sparse")
-        return Kind(frozenset(operations), len(nodes), bool(graph.functions))
+        wrong = some_batched_wrongly(nodes)
+        return Kind(frozenset(operations), len(nodes), bool(graph.functions), wrong)
 
     @property
     def convolves(self) -> bool:
@@ -100,6 +104,8 @@ def choose_chunk_size(
     :param graph: What lies behind the outputs.
     :param known: Whether ``usage`` tells without reading values.
     """
+    if kind.wrong:
+        return 1
     # A hook would be called with a batched tensor, which its author need not expect.
     if kind.custom or kind.failed or any(tensor._backward_hooks for tensor in inputs):
         return 1
@@ -239,8 +245,10 @@ def insist(
     Solve with vmap because the user asked for it.
 
     :param doubt: Whether this graph may differ from others of its kind, by hooks on its tensors.
-    :raises VectorizationError: If vmap fails.
+    :raises VectorizationError: If vmap fails, or would give wrong rows.
     """
+    if kind.wrong:
+        raise VectorizationError("torch batches the derivative of an operation wrongly.")
     try:
         results = solve(retain_graph)
         if doubt or kind.operations not in _WORKED:

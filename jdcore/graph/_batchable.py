@@ -1,16 +1,18 @@
 """
 Operations whose derivative is the same for many gradients at once as for one after the other.
 
-Not all are: torch batches the derivatives of ``cdist`` and ``as_strided_scatter`` wrongly, without
-a word, and others by a loop. Those that are named here are compared with single passes by the
-tests, for all supported versions of torch; no other one is ever batched.
+Not all are: torch batches the derivatives of ``cdist`` and ``as_strided_scatter``, and of ``roll``
+for a tensor without dimensions, wrongly without a word, and others by a loop. Those that are named
+here are compared with single passes by the tests, for all supported versions of torch; no other one
+is ever batched here.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
-from jdcore.graph._saved import Unreadable, has_unpack_hooks, saved
+from jdcore.graph._saved import Unreadable, has_unpack_hooks, results_of, saved
 
 _TEXT = """
     Add Sub Rsub Mul Div Neg Exp Exp2 Expm1 Log Log1P Log2 Log10 Sqrt Rsqrt Sigmoid Tanh Sin Cos
@@ -25,6 +27,9 @@ _TEXT = """
     ScaledDotProductFlashAttentionForCpu
 """
 BATCHABLE = frozenset(_TEXT.split())
+
+_WRONG = frozenset({"CdistBackward0", "AsStridedScatterBackward0"})
+_WRONG_FOR_NUMBERS = frozenset({"RollBackward0"})
 
 # An argument of this operation says whether its gradient is sparse.
 EMBEDDING = "EmbeddingBackward0"
@@ -52,3 +57,20 @@ def is_sparse(name: str, node: Any) -> bool:
         return bool(saved(node, "sparse"))
     except Unreadable:
         return True
+
+
+def some_batched_wrongly(nodes: Mapping[Any, str]) -> bool:
+    """
+    Whether torch batches the derivative of one of some operations wrongly, without a word.
+
+    :param nodes: The operations, with their names.
+    """
+    names = frozenset(nodes.values())
+    if names & _WRONG:
+        return True
+    if not names & _WRONG_FOR_NUMBERS:
+        return False
+    return any(
+        name in _WRONG_FOR_NUMBERS and len(results_of(node)[0]) == 1  # the dtype alone
+        for node, name in nodes.items()
+    )

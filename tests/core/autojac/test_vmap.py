@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pickle
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -169,6 +169,26 @@ def test_an_explicit_chunk_size_with_a_tensor_that_retains_grad_is_refused() -> 
         backward(hidden.square(), parallel_chunk_size=3)
     assert hidden.grad is None
     assert not hasattr(a, "jac")
+
+
+_WRONGLY_BATCHED: dict[str, Callable[[Tensor], Tensor]] = {
+    "distances": lambda a: torch.cdist(a, a[:2].sin()).sum(1),
+    "strided scatter": lambda a: torch.as_strided_scatter(a, a[0].sin(), (3,), (1,)).square(),
+    "roll of a number": lambda a: a.sum().square().roll(1) * a.sin(),
+}
+
+
+@pytest.mark.parametrize("name", _WRONGLY_BATCHED)
+def test_operations_that_torch_batches_wrongly_are_differentiated_row_by_row(
+    truth: Truth, name: str
+) -> None:
+    a = _leaf(4, 3)
+    [expected] = truth([_WRONGLY_BATCHED[name](a)], [a])
+    for chunk_size in (None, 1):
+        [found] = jac(_WRONGLY_BATCHED[name](a), a, parallel_chunk_size=chunk_size)
+        torch.testing.assert_close(found, expected)
+    with pytest.raises(VectorizationError, match="wrongly"):
+        jac(_WRONGLY_BATCHED[name](a), a, parallel_chunk_size=4)
 
 
 @pytest.mark.parametrize("before", [0, 3])
