@@ -3,16 +3,18 @@ Block principal pivoting: the one loop that finds which entries of a solution ar
 
 For a linear complementarity problem (LCP), find z >= 0 with ``y = C z + q >= 0`` and ``zᵀ y = 0``.
 If F is the set of positive entries, ``C_FF z_F = -q_F`` gives their values; where these or the y
-outside F are negative, F is wrong there, and is exchanged (Júdice and Pires): all of it while that
-helps, then one entry at a time. All right-hand sides go together. Everything is a Tensor, on any
-device; the host asks for two numbers per row and round.
+outside F are negative, F is wrong there, and is exchanged (Júdice and Pires): but for what is wrong
+by much less than the worst, as that is decided by what is wrong by more, and of two rows that are
+nearly equal or opposite, one takes the place of the other first. Where this no longer helps, fewer
+entries go at a time, in the end the worst alone. All right-hand sides go together. Everything is a
+Tensor, on any device; the host asks for two numbers per row and round.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,9 +29,11 @@ EPS = 2.0**-52
 _SMALL = 32
 # Rounds of small problems in which all rows go on: telling them apart would take longer.
 _TOGETHER = 6
-# Block exchanges that may fail to reduce the number of wrong entries, before one goes at a time.
-_CREDIT = 2
-_FEW = 4  # wrong entries that are worth to go one at a time
+# Parts of the worst from which on entries are exchanged: each until that many exchanges fail to
+# reduce the number of wrong ones.
+_PARTS, _CREDIT = np.array([0.1, 0.3, np.inf]), 2
+# Exchanges that are worth it halve the number of wrong entries in so many rounds, from this part.
+_HALVED, _FROM = 3, 1.0
 _REFINEMENTS = 2
 _SLIGHT = 1e-8  # an entry of z that is negative by so little is zero in the solution
 # Entries of the blocks that are factorised at once: caches of CPUs are small, and an accelerator
@@ -61,7 +65,7 @@ def pivot(
     delta: float = 0.0,
     centre: Tensor | None = None,
     rounds: int = 30,
-    hopeful: float = math.inf,
+    few: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """
     Solve the LCPs of C and the rows of Q, as far as exchanges find the positive entries.
@@ -74,9 +78,9 @@ def pivot(
     :param passive: Where z is thought to be positive, bool [k, m]. Replaced by the sets found.
     :param delta: The proximal term. 0 where C is positive definite.
     :param centre: Where z is thought to be [k, m]; None for zero.
-    :param rounds: Number of factorisations of a set, at most.
-    :param hopeful: Rows with more wrong entries than that are left alone, and so are those of which
-        exchanges of many entries no longer reduce the number.
+    :param rounds: Number of factorisations of a set, at most. Rows of which too many entries stay
+        wrong are left earlier.
+    :param few: So many rows are left too where no others go on.
     :returns: z >= 0 [k, m], and how well it solves the problem: the :func:`natural_residual` [k],
         which is NaN where a block was singular.
     """
@@ -90,7 +94,7 @@ def pivot(
         if found is not None:
             together = torch.from_numpy(found)
             return together, natural_residual(C, Q, together)
-    return _Exchange(C, Q, b, passive, delta).run(rounds, hopeful)
+    return _Exchange(C, Q, b, passive, delta).run(rounds, few)
 
 
 def misplaced(
@@ -161,31 +165,29 @@ class _Exchange:
     passive: Tensor
     delta: float
 
-    def run(self, rounds: int, hopeful: float) -> tuple[Tensor, Tensor]:
+    def run(self, rounds: int, few: int) -> tuple[Tensor, Tensor]:
         k, m = self.Q.shape
         Z, residuals = torch.zeros_like(self.Q), self.Q.new_full((k,), torch.inf)
         sets = PassiveSets(self.C, self.delta)
         rows = np.arange(k)
         sizes = _sizes(self.passive)
-        fewest, credit = np.full(k, m + 1), np.full(k, _CREDIT)
+        fewest, failures = np.full(k, m + 1), np.zeros(k, dtype=np.int64)
         for number in range(rounds):
             at = index(rows, Z)
             f, rhs = self.passive[at], self.b[at]
             factors = sets.factors(f, sizes)
             z, y, wrong = self.look(f, rhs, factors)
             counts = wrong.sum(1)
-            cycling = index(np.flatnonzero(credit[rows] <= 0), Z)
-            if len(cycling):
-                wrong[cycling] = _worst(wrong[cycling], f[cycling], z[cycling], y[cycling])
-            f ^= wrong
+            parts = _PARTS[np.minimum(failures[rows] // _CREDIT, len(_PARTS) - 1)]
+            f ^= _worst(wrong, f, z, y, index(parts, Z))
             self.passive[at] = f
             asked = torch.stack((counts, f.sum(1))).tolist()  # the host waits here alone
             count, sizes = np.array(asked, dtype=np.int64)
-            credit[rows] = np.where(count < fewest[rows], _CREDIT, credit[rows] - 1)
+            failures[rows] += count >= fewest[rows]
             fewest[rows] = np.minimum(count, fewest[rows])
-            going = (count > 0) & (number < rounds - 1)
-            if hopeful < math.inf:
-                going &= (count <= hopeful) & ((credit[rows] > 0) | (count <= _FEW))
+            going = (count > 0) & (count <= _FROM * m * 0.5 ** (number / _HALVED))
+            going &= (failures[rows] < _CREDIT * (len(_PARTS) - 1)) & (number < rounds - 1)
+            going &= going.sum() > few
             if not going.all():
                 if self.delta and not count[~going].all():
                     z = self._refined(self.Q[at], z, factors)
@@ -219,15 +221,15 @@ def _sizes(sets: Tensor) -> Integers:
     return np.array(sets.sum(1).tolist(), dtype=np.int64)
 
 
-def _worst(wrong: Tensor, passive: Tensor, z: Tensor, y: Tensor) -> Tensor:
-    """Of the wrong entries in each row, the one that is most so."""
-    low = torch.where(passive, z / z.abs().amax(1, True), y / y.abs().amax(1, True))
-    worst = torch.where(wrong, low, torch.inf).argmin(1, keepdim=True)
-    return torch.zeros_like(wrong).scatter_(1, worst, wrong.gather(1, worst))
+def _worst(wrong: Tensor, passive: Tensor, z: Tensor, y: Tensor, parts: Tensor) -> Tensor:
+    """The wrong entries that are so by a part of the worst in their row, z and y apart."""
+    # Outside of F, z is zero, and in it, y is rounding.
+    relative = torch.where(passive, z / z.amin(1, True), y / y.amin(1, True))
+    return wrong & (relative >= parts[:, None])
 
 
-def index(positions: Integers, like: Tensor) -> Tensor:
-    """Positions that the host knows, for the device of a Tensor."""
+def index(positions: NDArray[Any], like: Tensor) -> Tensor:
+    """Numbers that the host knows, for the device of a Tensor."""
     return torch.from_numpy(positions).to(like.device, non_blocking=True)
 
 

@@ -13,7 +13,8 @@ from torch import Tensor
 from jdcore.errors import UnsolvedWarning
 from jdcore.linalg import add_proximal, equilibrate, lcp_residual, natural_residual, proximal_level
 from jdcore.linalg._pivoting import PassiveSets
-from jdplugins.standard._solvers import NativeDualConeSolver, _interior, _lcp
+from jdplugins.standard._solvers import NativeDualConeSolver, _lcp
+from jdplugins.standard._solvers._active_set import ActiveSet
 from jdplugins.standard._solvers._faces import find_face
 from jdplugins.standard._solvers._guess import Splitting
 from jdplugins.standard._solvers._lcp import solve_lcps
@@ -41,7 +42,7 @@ class _Work:
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.done = 0.0
-        factors, run = PassiveSets.factors, Splitting.run
+        factors, run, solve = PassiveSets.factors, Splitting.run, ActiveSet.solve
 
         def counted(sets: PassiveSets, passive: Tensor, sizes: np.ndarray) -> Any:
             smaller = np.minimum(sizes, passive.shape[1] - sizes).astype(np.float64)
@@ -49,20 +50,18 @@ class _Work:
             return factors(sets, passive, sizes)
 
         def guessed(splitting: Splitting, Q: Tensor, start: Tensor, steps: int, *how: Any) -> Any:
-            self.done += steps * Q.numel() * Q.shape[1] / 8.0
+            self.done += len(splitting.scales) * steps * Q.numel() * Q.shape[1] / 8.0
             return run(splitting, Q, start, steps, *how)
+
+        def alone(method: ActiveSet, q: np.ndarray, start: np.ndarray) -> Any:
+            before = method.work
+            answer = solve(method, q, start)
+            self.done += before - method.work
+            return answer
 
         patch.setattr(PassiveSets, "factors", counted)
         patch.setattr(Splitting, "run", guessed)
-        for newton in (_interior._Newton, _interior._LowRank):
-            patch.setattr(newton, "factorised", self._factorised(newton.factorised))
-
-    def _factorised(self, before: Any) -> Any:
-        def counted(newton: Any, D: Tensor) -> Any:
-            self.done += len(D) * D.shape[1] ** 3 / 6.0
-            return before(newton, D)
-
-        return counted
+        patch.setattr(ActiveSet, "solve", alone)
 
 
 def work(kind: str, m: int, seed: int) -> float:
@@ -185,7 +184,7 @@ def test_what_would_take_too_long_is_given_up_with_a_warning(
 ) -> None:
     G, U = gramian_of("products of factors", 64, seed=2), np.eye(64)
     monkeypatch.setattr(_lcp, "_WORK", 0.0)
-    monkeypatch.setattr(_lcp, "_MORE_STEPS", ())
+    monkeypatch.setattr(_lcp, "_MORE_STEPS", 0)
     with pytest.warns(UnsolvedWarning) as caught:
         V = NativeDualConeSolver()(G, U)
     [warning] = caught

@@ -1,7 +1,6 @@
 """The paths of the LCP solver against each other, an oracle and the conditions of optimality."""
 
 import warnings
-from typing import Any
 
 import numpy as np
 import pytest
@@ -13,9 +12,9 @@ from jdcore.errors import UnsolvedWarning
 from jdcore.linalg import add_proximal, equilibrate, lcp_residual
 from jdcore.linalg._pivoting import PassiveSets
 from jdcore.testing import FAMILIES, family
-from jdplugins.standard._solvers import NativeDualConeSolver, _dual_cone, _interior, _lcp
+from jdplugins.standard._solvers import NativeDualConeSolver, _dual_cone
+from jdplugins.standard._solvers._active_set import ActiveSet
 from jdplugins.standard._solvers._cone_of_few import project_few
-from jdplugins.standard._solvers._interior import interior_point
 from jdplugins.standard._solvers._lcp import solve_lcps, solve_one
 from jdplugins.standard._solvers._semidefinite import nearest_semidefinite
 from jdplugins.standard._solvers._tiny import roots_of, solve_few
@@ -61,13 +60,12 @@ def solve_all(C: np.ndarray, Q: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return Z.numpy(), residuals.numpy()
 
 
-def interior(C: np.ndarray, Q: np.ndarray) -> np.ndarray:
-    """By the interior-point method alone."""
-    Z, residuals = interior_point(
-        torch.from_numpy(C), torch.from_numpy(Q), torch.ones(Q.shape, dtype=torch.float64), 1e-12
-    )
-    assert float(residuals.max()) <= 1e-10
-    return Z.numpy()
+def alone(C: np.ndarray, q: np.ndarray, start: np.ndarray | None = None) -> np.ndarray:
+    """By the active-set method alone."""
+    z, residual = ActiveSet(C, 1e12).solve(q, np.zeros_like(q) if start is None else start)
+    assert residual <= 1e-11
+    assert lcp_residual(C, q, z) == pytest.approx(residual, abs=1e-15)
+    return z
 
 
 def distance(J: np.ndarray, Z: np.ndarray, other: np.ndarray) -> float:
@@ -94,7 +92,7 @@ def test_three_rows_with_two_passive_indices() -> None:
     assert tiny(C, C[0]) == pytest.approx(expected, abs=1e-15)
     assert solve_one(C, C[0])[0] == pytest.approx(expected, abs=1e-15)
     assert solve_all(C, C)[0][0] == pytest.approx(expected, abs=1e-15)
-    assert interior(C, C[:1])[0] == pytest.approx(expected, abs=1e-9)
+    assert alone(C, C[0]) == pytest.approx(expected, abs=1e-12)
 
 
 def test_nothing_to_do_gives_zero_on_every_path() -> None:
@@ -103,7 +101,7 @@ def test_nothing_to_do_gives_zero_on_every_path() -> None:
     assert solve_few(C.tolist(), q.tolist(), [1.0] * 4, 1.0) == {}
     assert solve_one(C, q)[0].tolist() == [0.0] * 4
     assert not solve_all(C, np.array([q, q]))[0].any()
-    assert np.abs(interior(C, q[None])).max() <= 1e-9
+    assert not alone(C, q).any()
 
 
 def test_opposite_rows_are_solved_although_the_block_is_singular() -> None:
@@ -138,14 +136,14 @@ def test_plain_floats_and_tensors_agree(name: str, m: int) -> None:
 
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("m", [5, 12, 30, 60])
-def test_one_many_and_the_interior_point_method_agree(name: str, m: int) -> None:
+def test_one_many_and_the_active_set_method_agree(name: str, m: int) -> None:
     J, C = unit_rows(name, m), cosines(name, m)
     limit = 1e-5 if name == "neardup" else 1e-9
     Z, residuals = solve_all(C, C)
     assert residuals.max() <= 1e-10
     for i in range(0, m, max(3, m // 6)):
         assert distance(J, Z[i], solve_one(C, C[i])[0]) <= limit
-        assert distance(J, Z[i], interior(C, C[i : i + 1])[0]) <= 1e-4
+        assert distance(J, Z[i], alone(C, C[i])) <= limit
 
 
 @pytest.mark.parametrize("name", ["special", "lowdim", "neardup", "half", "conflict"])
@@ -175,30 +173,32 @@ def dependent_rows(kind: str, m: int) -> np.ndarray:
 
 @pytest.mark.parametrize("kind", ["neardup", "lowdim", "special", "opposites", "clusters", "weak"])
 def test_dependent_rows_take_few_factorisations(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    m, factorised, by_interior_point = 96, [], []
+    m, factorised, by_active_set = 96, [], []
     J = jacobian(kind, m) if kind in FAMILIES else dependent_rows(kind, m)
     C = equilibrate(add_proximal(J @ J.T, 3.6e-12))[0]
     np.fill_diagonal(C, 1.0)
-    make = PassiveSets.factors
+    make, solve = PassiveSets.factors, ActiveSet.solve
 
     def counted(self: PassiveSets, passive: torch.Tensor, sizes: np.ndarray) -> object:
         # Those of more than half of all indices cost what their complements do.
         factorised.append(np.minimum(sizes, m - sizes))
         return make(self, passive, sizes)
 
-    def interior(C: torch.Tensor, Q: torch.Tensor, *how: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        by_interior_point.append(len(Q))
-        return interior_point(C, Q, *how)
+    def one(self: ActiveSet, q: np.ndarray, start: np.ndarray) -> tuple[np.ndarray, float]:
+        before = self.work
+        answer = solve(self, q, start)
+        by_active_set.append(before - self.work)
+        return answer
 
     monkeypatch.setattr(PassiveSets, "factors", counted)
-    monkeypatch.setattr(_lcp, "interior_point", interior)
+    monkeypatch.setattr(ActiveSet, "solve", one)
     _, residuals = solve_all(C, C)
 
     assert residuals.max() <= 1e-11
     # What a factorisation of half of the rows costs, for every one of them: 2 for random rows.
     halves = (np.concatenate(factorised) / (m / 2)) ** 3
     assert halves.sum() <= 8 * m
-    assert sum(by_interior_point) <= 0.05 * m
+    assert sum(by_active_set) * 6.0 / (m / 2) ** 3 <= 4 * m
 
 
 @pytest.mark.slow
@@ -225,27 +225,30 @@ def low_rank(m: int, rank: int) -> np.ndarray:
     return equilibrate(add_proximal(rows @ rows.T, 3.6e-12))[0]
 
 
-def test_steps_of_low_rank_are_those_of_the_whole_matrix() -> None:
-    C = torch.from_numpy(low_rank(90, 12))
-    D = torch.rand((4, 90), dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    b = torch.from_numpy(np.random.default_rng(0).standard_normal((4, 90)))
-    newton = _interior._newton(C)
-    assert isinstance(newton, _interior._LowRank)
-    for scale in (1.0, 1e-6):
-        solve, failed = newton.factorised(scale * D)
-        whole, _ = _interior._Newton(C).factorised(scale * D)
-        assert not failed.any()
-        torch.testing.assert_close(solve(b), whole(b), rtol=1e-6, atol=1e-6)
+@pytest.mark.parametrize("kind", [*FAMILIES, "opposites", "clusters", "weak", "low rank"])
+def test_the_active_set_method_ends_wherever_it_begins(kind: str) -> None:
+    m = 48
+    J = jacobian(kind, m) if kind in FAMILIES else dependent_rows(kind, m)
+    C = low_rank(m, 8) if kind == "low rank" else equilibrate(add_proximal(J @ J.T, 3.6e-12))[0]
+    np.fill_diagonal(C, 1.0)
+    random = np.random.default_rng(0)
+    for q in (C[0], C[m // 2], C[-1], C.mean(axis=0)):
+        for start in (np.zeros(m), np.ones(m), 1e3 * random.random(m)):
+            before = start.copy()
+            method = ActiveSet(C, 1e12)
+            z, residual = method.solve(q, start)
+            assert residual <= 1e-11
+            assert (z >= 0.0).all()
+            assert (start == before).all()
+            # No more factorisations than some per row.
+            assert 1e12 - method.work <= 8 * m * m**3 / 6.0
 
 
-def test_the_interior_point_method_takes_the_rank_of_rows_for_their_number(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    C = low_rank(150, 12)
-    monkeypatch.setattr(_interior._Newton, "factorised", None)  # of blocks of all rows
-    ones = torch.ones(C.shape, dtype=torch.float64)
-    Z, _ = interior_point(torch.from_numpy(C), torch.from_numpy(C), ones, 1e-6)
-    assert lcp_residual(C, C, Z.numpy()).max() <= 1e-6
+def test_the_active_set_method_gives_the_best_it_has_where_work_ends() -> None:
+    C = low_rank(60, 8)
+    z, residual = ActiveSet(C, 0.0).solve(C[0], np.zeros(60))
+    assert not z.any()
+    assert residual == pytest.approx(-C[0].min())
 
 
 def test_a_warm_start_does_not_change_the_solution() -> None:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
+from copy import copy
 from typing import Any, TypeVar, cast
 
 import numpy as np
@@ -29,17 +31,26 @@ class Splitting:
     that matter: 0.45 for independent rows, less the more these depend on each other.
 
     :param C: Positive semi-definite matrix with a unit diagonal [m, m], float64.
-    :param rho: The scale.
+    :param scales: Values of rho, which are tried side by side [s].
     """
 
-    def __init__(self, C: Tensor, rho: float) -> None:
-        shifted = C.clone()
-        shifted.diagonal().add_(rho)
-        self._inverse = torch.cholesky_inverse(torch.linalg.cholesky_ex(shifted)[0])
-        matrix = self._inverse * (_RELAXATION * rho)
-        matrix.diagonal().sub_(0.5 * _RELAXATION)
-        self._matrix = matrix.float()
-        self.rho = rho
+    def __init__(self, C: Tensor, scales: Sequence[float]) -> None:
+        self.scales = tuple(scales)
+        rho = C.new_tensor(self.scales)[:, None]
+        shifted = C.repeat(len(rho), 1, 1)
+        shifted.diagonal(dim1=1, dim2=2).add_(rho)
+        self._inverses = torch.cholesky_inverse(torch.linalg.cholesky_ex(shifted)[0])
+        matrices = self._inverses * (_RELAXATION * rho[:, :, None])
+        matrices.diagonal(dim1=1, dim2=2).sub_(0.5 * _RELAXATION)
+        self._matrices = matrices.float()
+
+    def only(self, position: int) -> Splitting:
+        """The one of a single scale."""
+        chosen = copy(self)
+        part = slice(position, position + 1)
+        chosen.scales = self.scales[part]
+        chosen._inverses, chosen._matrices = self._inverses[part], self._matrices[part]
+        return chosen
 
     def run(
         self, Q: Tensor, start: Tensor, steps: int, settled: float | None = None
@@ -51,21 +62,19 @@ class Splitting:
         :param start: X to begin with [k, m]; that of a larger rho will do.
         :param settled: Part of the signs that may still change in a step for it to stop earlier, as
             is asked on CPUs alone: elsewhere, the host would have to wait.
-        :returns: X [k, m] in float32, and whether it is known to change still.
+        :returns: X [s, k, m] in float32, and whether it is known to change still.
         """
-        X = start.float()
-        X = X.clone() if X is start else X
-        B = (Q @ self._inverse).mul_(-_RELAXATION).float()
+        X = start.float().repeat(len(self.scales), 1, 1)
+        B = (Q @ self._inverses).mul_(-_RELAXATION).float()
         A = torch.empty_like(X)
-        changing = False
+        changing, positive = False, X > 0.0
         limit = -1.0 if settled is None or not Q.is_cpu else settled * X.numel()
         for step in range(1, steps + 1):
-            check = limit >= 0.0 and step % _CHECK == 0
-            positive = X > 0.0 if check else None
             torch.abs(X, out=A)
-            X.mul_(1.0 - 0.5 * _RELAXATION).add_(B).addmm_(A, self._matrix)
-            if positive is not None:
-                changing = bool(torch.count_nonzero((X > 0.0) ^ positive) > limit)
+            X.mul_(1.0 - 0.5 * _RELAXATION).add_(B).baddbmm_(A, self._matrices)
+            if limit >= 0.0 and step % _CHECK == 0:
+                before, positive = positive, X > 0.0
+                changing = bool(torch.count_nonzero(before ^ positive) > limit)
                 if not changing:
                     break
         return X, changing
