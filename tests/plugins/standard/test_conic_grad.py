@@ -8,6 +8,7 @@ from torch import Tensor
 
 from jdcore import get_aggregator
 from jdcore.testing import family
+from tests.plugins.standard.test_weakly_stationary import rows_of
 
 
 def draw(name: str, m: int, n: int, seed: int) -> Tensor:
@@ -73,3 +74,26 @@ def test_rows_that_cancel_give_zero() -> None:
     matrix = torch.tensor([[1.0, 0.0], [-1.0, 0.0]])
 
     assert get_aggregator("conic_grad")(matrix).tolist() == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("m", "n"), [(20, 10), (20, 100)])
+def test_rows_that_cancel_but_for_rounding_leave_the_mean(
+    m: int, n: int, dtype: torch.dtype
+) -> None:
+    for seed in range(3):
+        rows = rows_of("weakly stationary", m, n, seed).to(dtype)
+        mean = rows.double().mean(0)
+
+        vector = get_aggregator("conic_grad")(rows).double()
+
+        eps = torch.finfo(dtype).eps
+        assert float((vector - mean).norm()) <= max(8.0 * eps, 1e-12) * float(mean.norm())
+
+
+def test_rows_of_very_different_lengths_are_no_stationary_point() -> None:
+    matrix = torch.tensor([[1.0, 0.0], [0.0, 1e6]])
+
+    vector = get_aggregator("conic_grad", c=0.0)(matrix)
+
+    assert cosine(vector.double(), torch.tensor([1.0, 1e-6]).double()) == pytest.approx(1.0)

@@ -19,6 +19,8 @@ from jdcore import (
     get_weighting,
 )
 from jdcore.testing import family
+from jdplugins.standard._solvers import _gains
+from tests.plugins.standard.test_weakly_stationary import rows_of
 
 
 def draw(name: str, m: int, n: int = 100, seed: int = 0) -> Tensor:
@@ -339,3 +341,23 @@ def test_weights_are_reused_for_rows_whose_squares_leave_the_range() -> None:
 
     # The same weights give a longer update, which is shortened to the same length.
     torch.testing.assert_close(aggregator(rows * 1e200), first)
+
+
+@pytest.mark.parametrize(("m", "n"), [(20, 10), (20, 100), (64, 10), (64, 30)])
+@pytest.mark.parametrize("name", ["weakly stationary", "opposite pairs", "low rank"])
+def test_stationary_rows_are_found_in_few_steps(
+    name: str, m: int, n: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Their shares grow to a million, where rounding decides how well the equation can be solved.
+    steps = 0
+    solve = _gains.solve_definite
+
+    def counted(*arguments: np.ndarray) -> np.ndarray:
+        nonlocal steps
+        steps += 1
+        return solve(*arguments)
+
+    monkeypatch.setattr(_gains, "solve_definite", counted)
+    rows = rows_of(name, m, n, seed=0).float()
+    get_aggregator("nash_mtl")(rows)
+    assert steps <= 35

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from jdcore import ParameterError, ParameterTypeError, get_aggregator, get_weighting
+from tests.plugins.standard.test_weakly_stationary import rows_of
 
 
 def draw(m: int, seed: int, n: int = 20) -> Tensor:
@@ -121,3 +122,37 @@ def test_weights_of_another_library() -> None:
     for seed in range(30):
         matrix = draw(4, seed)
         torch.testing.assert_close(ours(matrix @ matrix.T), theirs(matrix @ matrix.T))
+
+
+@pytest.mark.parametrize("tau", [0.0, 0.02])
+@pytest.mark.parametrize(("m", "n"), [(20, 10), (8, 4), (20, 100)])
+@pytest.mark.parametrize("family", ["weakly stationary", "stationary", "opposite pairs"])
+def test_where_rows_cancel_the_update_is_that_of_the_exact_rows(
+    family: str, m: int, n: int, tau: float
+) -> None:
+    for seed in range(3):
+        exact = rows_of(family, m, n, seed)
+        rows = exact.float()
+        # The first row is the primary one, whatever the order of the others.
+        order = torch.cat(
+            [torch.tensor([0]), 1 + torch.randperm(m - 1, generator=torch.Generator())]
+        )
+        scale = float(exact[0].norm())
+
+        vector = get_aggregator("pcd", tau=tau)(rows).double()
+        mixed = get_aggregator("pcd", tau=tau)(rows[order]).double()
+        expected = get_aggregator("pcd", tau=tau)(exact)
+
+        assert float((vector - mixed).norm()) <= 1e-4 * scale
+        assert float((vector - expected).norm()) <= 1e-3 * scale
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_opposite_demands_are_dropped_in_every_dtype(dtype: torch.dtype) -> None:
+    # Rounding leaves directions that satisfy both, if it is taken for what the rows say.
+    rows = torch.tensor([[1.0, 0.0, 0.0], [1.0, 0.7, 0.3], [1.0, 0.7, 0.3]]).double()
+    rows[2] /= -3.0
+
+    vector = get_aggregator("pcd", tau=0.5)(rows.to(dtype))
+
+    torch.testing.assert_close(vector, rows[0].to(dtype))

@@ -21,7 +21,7 @@ from jdcore.autojac import gramian_backward
 SIZES = [(20, 10), (8, 4), (20, 100), (64, 30)]
 METHODS = (
     *("upgrad", "dualproj", "mgda", "cagrad", "nash_mtl", "fairgrad"),
-    *("aligned_mtl", "config", "imtl_g"),
+    *("aligned_mtl", "config", "imtl_g", "conic_grad"),
 )
 # The length of their updates is one or more, whatever that of the rows; zero where all cancel.
 UNSCALED = ("nash_mtl", "fairgrad")

@@ -6,7 +6,8 @@ import numpy as np
 from attrs import define, field
 from numpy.typing import NDArray
 
-from jdcore.aggregation import GramianWeighting, find_solver, solver_field
+from jdcore.aggregation import GramianSource, GramianWeighting, find_solver, solver_field
+from jdcore.linalg import add_proximal
 from jdcore.protocols import MinNormSolver
 from jdcore.validators import real
 from jdplugins.standard._solvers import Bracket
@@ -46,22 +47,33 @@ class ConicGradWeighting(GramianWeighting):
     c: float = field(default=0.5, validator=real(0.0, below=1.0))
     solver: MinNormSolver | str = solver_field("min_norm")
 
-    def compute(self, gramian: NDArray[np.float64]) -> NDArray[np.float64]:
+    def answer(self, matrix: NDArray[np.float64], source: GramianSource) -> NDArray[np.float64]:
+        level = source.proximal_level
+        return self.compute(add_proximal(matrix, level), level)
+
+    def compute(self, gramian: NDArray[np.float64], level: float = 0.0) -> NDArray[np.float64]:
         m = len(gramian)
         mean = np.full(m, 1.0 / m)
         length = math.sqrt(max(float(gramian.mean()), 0.0))
-        weights = self._improving(gramian, length)
+        weights = self._improving(gramian, length, level)
         if weights is None:
             return mean
         scaled: NDArray[np.float64] = weights * (length / _length(weights, gramian))
         return scaled
 
-    def _improving(self, gramian: NDArray[np.float64], length: float) -> NDArray[np.float64] | None:
+    def _improving(
+        self, gramian: NDArray[np.float64], length: float, level: float
+    ) -> NDArray[np.float64] | None:
         """The weights of the direction, if there is one that improves all objectives."""
         sizes = np.sqrt(np.diagonal(gramian))
         if not length > _ZERO * sizes.max():
             return None
         weights, excess = self._at(0.0, gramian, length)
+        parts = weights * sizes
+        # Nothing improves all objectives if their shortest combination is zero, which it is to the
+        # precision of the rows if most of it comes from the proximal term.
+        if _length(weights, gramian) ** 2 <= 2.0 * level * float(parts @ parts):
+            return None
         if excess < 0.0:
             weights = self._search(gramian, length, excess)
         # At a stationary point the products are zero but for that.

@@ -11,14 +11,15 @@ from torch import Tensor
 
 from jdcore.aggregation import GramianSource, GramianWeighting, StateFields, state_field
 from jdcore.errors import ParameterError
-from jdcore.linalg import equilibrate
+from jdcore.linalg import add_proximal, equilibrate
 from jdcore.validators import describe_tensor, real
 from jdplugins.standard._simplex import kept_weights, no_weights
 from jdplugins.standard._solvers import solve_one
 
 _INFEASIBLE = 1e7  # multipliers of unit rows that stand for none
 _UNSOLVED = 1e-9
-_ZERO = 1e-14  # squared length, relative to that of what is summed, that rounding leaves
+_MISSED = 1e-2  # part of what is demanded that conditions may miss by the proximal term
+_ROUNDED = 2.0  # squared length that rounding leaves, relative to what the proximal term adds
 
 
 def _fraction(instance: Any, attribute: Attribute[Any], value: Any) -> None:
@@ -81,9 +82,10 @@ class PCDWeighting(StateFields, GramianWeighting):
             relative = np.divide(
                 norms * source.scale(), typical, out=np.zeros(m), where=typical > 0.0
             )
-            shares = _shares(cosines, taus * relative[1:] / relative[0])
-            squared, size = float(shares @ cosines @ shares), float(shares.sum())
-            if squared > _ZERO * m * size * size:
+            level = source.proximal_level
+            shares = _shares(cosines, taus * relative[1:] / relative[0], level)
+            squared = float(shares @ cosines @ shares)
+            if squared > _ROUNDED * level * float(shares @ shares):
                 weights = shares * inverses * (norms[0] / math.sqrt(squared))
         self.lengths = torch.from_numpy(typical)
         return weights
@@ -98,12 +100,15 @@ class PCDWeighting(StateFields, GramianWeighting):
         return taus
 
 
-def _shares(cosines: NDArray[np.float64], demands: NDArray[np.float64]) -> NDArray[np.float64]:
+def _shares(
+    cosines: NDArray[np.float64], demands: NDArray[np.float64], level: float
+) -> NDArray[np.float64]:
     """
     What of each unit row makes up d, in units of the length of u_1; [1, 0, ...] if there is none.
 
     :param cosines: Cosines of all rows [m, m]; the first row is not zero.
     :param demands: Least inner products of d with the other unit rows [m - 1].
+    :param level: Squared length of a combination of unit rows that is rounding.
     """
     shares = np.zeros(len(cosines))
     shares[0] = 1.0
@@ -112,8 +117,10 @@ def _shares(cosines: NDArray[np.float64], demands: NDArray[np.float64]) -> NDArr
     scale = max(1.0, float(np.abs(q).max(initial=0.0)))
     if q.min(initial=0.0) >= 0.0:
         return shares
-    z, residual = solve_one(cosines[np.ix_(rows, rows)], q / scale)
-    # Conditions that cannot be satisfied have multipliers without bound.
-    if residual <= _UNSOLVED and z.max() < _INFEASIBLE:
+    # Multipliers without bound belong to conditions that cannot be satisfied; the proximal term
+    # bounds them, and tells by how much the conditions are missed.
+    z, residual = solve_one(add_proximal(cosines[np.ix_(rows, rows)], level), q / scale)
+    largest = min(_INFEASIBLE, -_MISSED * float(q.min()) / (level * scale))
+    if residual <= _UNSOLVED and z.max() < largest:
         shares[rows] = z * scale
     return shares

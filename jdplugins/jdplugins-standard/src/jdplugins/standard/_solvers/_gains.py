@@ -190,7 +190,7 @@ class _Game:
         self, shares: Floats, shift: float, give_up: float = math.inf
     ) -> tuple[Floats, float]:
         """Minimise with C + shift I; stop at the first decrement above ``give_up``."""
-        previous = decrement = math.inf
+        previous, decrement, full = math.inf, math.inf, False
         products = len(shares) // _ROWS_PER_PRODUCT if len(shares) >= _MANY else 0
         for _ in range(_STEPS):
             spent = self.spent(shares)
@@ -209,10 +209,12 @@ class _Game:
             decrement = change * math.sqrt(max(float(gradient @ step), 0.0))
             if not decrement <= give_up or math.isinf(decrement):
                 break
+            # After a full step, what has not shrunk by far is rounding.
+            stalled = full and 0.5 * previous < decrement < _NEARBY
             full = decrement <= 0.25 and float(step.max()) < 1.0
             size = 1.0 if full else self._step_size(gradient, step, spent, decrement)
             shares = shares * (1.0 - size * step)
-            if decrement < 1e-7 or 0.5 * previous < decrement < 1e-4:
+            if decrement < 1e-7 or stalled:
                 break
             previous = decrement
         return shares, decrement
