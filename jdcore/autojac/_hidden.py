@@ -1,9 +1,9 @@
 """
-Parameters that functions of the graph hide in a backward pass of their own.
+Gradients that only accumulating passes show.
 
 A reentrant checkpoint (``torch.utils.checkpoint`` with ``use_reentrant=True``) and the blocks of
-reversible networks do not take their parameters as arguments. Their backward accumulates into the
-``.grad`` of these, so each row is taken from there.
+reversible networks do not take their parameters as arguments. They hide them in a backward pass of
+their own, which accumulates into the ``.grad`` of these, so each row is taken from there.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from jdcore.graph import REENTRANT, OuterPass, Reach, edge_of
 
 # How deep attributes, containers and closures are searched for modules.
 _DEPTH = 5
+# What torch registers with each tensor of a hook for several tensors.
+_OF_SEVERAL = "register_multi_grad_hook.<locals>.get_inner_hook.<locals>.inner_hook"
 
 
 def is_reentrant(graph: Reach) -> bool:
@@ -66,10 +68,21 @@ def may_reach(graph: Reach, tensors: Iterable[Tensor]) -> list[Tensor]:
 
 
 def hides(graph: Reach, tensors: Iterable[Tensor]) -> bool:
-    """Whether some tensors may get gradients in a way that a graph does not show."""
+    """Whether some tensors may get gradients in a way that only accumulating passes show."""
+    # torch tells these hooks only of leaves that a pass accumulates into; others raise.
+    if any(map(_asks_what_is_accumulated, graph.leaves)):
+        return True
     if not graph.functions:
         return False
     return is_reentrant(graph) or not set(kept_parameters(graph)).isdisjoint(tensors)
+
+
+def _asks_what_is_accumulated(leaf: Tensor) -> bool:
+    """Whether a leaf has a hook of ``register_multi_grad_hook``, which counts those to come."""
+    hooks = leaf._backward_hooks
+    return bool(hooks) and any(
+        getattr(hook, "__qualname__", "") == _OF_SEVERAL for hook in hooks.values()
+    )
 
 
 def _collect(value: Any, found: dict[Tensor, None], seen: set[int], depth: int) -> None:

@@ -100,7 +100,7 @@ class Problem:
 
     @cached_property
     def accumulates(self) -> bool:
-        """Whether inputs get gradients in a way that the graph does not show."""
+        """Whether rows must be accumulated, see :func:`hides`."""
         return hides(self.graph, self.inputs)
 
     def with_products(self) -> Problem:
@@ -176,7 +176,7 @@ class Problem:
                 return self._one_by_one(retain_graph)
             if self.accumulates:
                 raise VectorizationError(
-                    "functions of the graph accumulate into the .grad of its inputs by themselves."
+                    "the graph holds functions or hooks for which each row must be accumulated."
                 )
             if chunk_size >= self.m:
                 return self._at_once(retain_graph)
@@ -191,7 +191,7 @@ class Problem:
         # Without functions of Python nothing can accumulate but hooks, for which it is enough to
         # compare the fields before and after.
         found: Sequence[Tensor | None]
-        if not self.graph.functions:
+        if not (self.graph.functions or self.accumulates):
             leaves = self._leaves()
             before = grad_versions(leaves)
             found = differentiate(self.outputs, self.inputs, self.cotangents, retain_graph)

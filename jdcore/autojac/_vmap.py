@@ -20,6 +20,7 @@ from jdcore.graph import (
     is_batched,
     is_sparse,
     largest_gradient,
+    some_are_batched_now,
     some_batched_wrongly,
 )
 
@@ -221,8 +222,14 @@ def _examined(kind: Kind, results: Result, otherwise: Callable[[], Result] | Non
 
     :param otherwise: How to get results without vmap, if the graph is still there.
     """
-    calls = _WORKED[kind.operations] = _WORKED.get(kind.operations, 0) + 1
-    if calls not in _LOOKS:
+    calls = _WORKED.get(kind.operations, 0) + 1
+    looks = calls in _LOOKS
+    # What another thread is batching looks the same as what is left behind. Such a call does not
+    # count, so that the next one looks.
+    if looks and some_are_batched_now():
+        return results
+    _WORKED[kind.operations] = calls
+    if not looks:
         return results
     try:
         _check_nothing_escaped()
@@ -251,6 +258,8 @@ def insist(
         raise VectorizationError("torch batches the derivative of an operation wrongly.")
     try:
         results = solve(retain_graph)
+        if some_are_batched_now():  # as in `_examined`
+            return results
         if doubt or kind.operations not in _WORKED:
             _check_nothing_escaped()
     except Exception as error:

@@ -5,7 +5,7 @@ It knows no method, no module and no ``.grad``.
 """
 
 from jdcore.graph._batchable import EMBEDDING, is_sparse, some_batched_wrongly
-from jdcore.graph._batched import batched_gradients
+from jdcore.graph._batched import batched_gradients, some_are_batched_now
 from jdcore.graph._call import call, called_shares
 from jdcore.graph._cancelling import multiplied, products_of
 from jdcore.graph._form import Place
@@ -92,6 +92,7 @@ __all__ = [
     "saved",
     "saved_as_it_is",
     "single_passes_explained",
+    "some_are_batched_now",
     "some_batched_wrongly",
     "united",
     "without_autocast",

@@ -29,6 +29,24 @@ except ImportError:
     QUICK = False
 
 
+# One entry for each pass that runs, in whatever thread: to append and to pop are atomic.
+_RUNNING: list[None] = []
+
+
+def some_are_batched_now() -> bool:
+    """Whether passes of another thread have batched tensors that live for good reason."""
+    return bool(_RUNNING)
+
+
+@contextmanager
+def _noted() -> Iterator[None]:
+    _RUNNING.append(None)
+    try:
+        yield
+    finally:
+        _RUNNING.pop()
+
+
 def batched_gradients(
     outputs: Sequence[Any],
     inputs: Sequence[Any],
@@ -49,7 +67,7 @@ def batched_gradients(
             outputs, inputs, gradients, retain_graph=retain_graph, allow_unused=True
         )
 
-    with warnings.catch_warnings():
+    with _noted(), warnings.catch_warnings():
         # vmap runs an operator that it cannot batch row by row, as we would do without it.
         warnings.filterwarnings("ignore", message="There is a performance drop")
         if not QUICK:

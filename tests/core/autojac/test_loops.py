@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from jdcore import ParameterError
 from jdcore.aggregation import GramianAggregator
-from jdcore.autojac import backward, jac, jac_to_grad, mtl_backward
+from jdcore.autojac import _vmap, backward, jac, jac_to_grad, mtl_backward
 from jdcore.errors import SinglePassError, VectorizationError
 from tests.functions import Redone, RedoneOnTheParameter
 
@@ -694,3 +695,103 @@ def test_a_compiled_model_trains() -> None:
     finally:
         config.donated_buffer = before
         torch._dynamo.reset()
+
+
+class _Counting(nn.Module):
+    """Notes how often all gradients of its parameters are there."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.trunk, self.head = nn.Linear(3, width).double(), nn.Linear(width, 2).double()
+        self.times = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.trunk(x).tanh())
+
+    def note(self) -> Any:
+        def noted(gradients: Any) -> None:
+            assert all(gradient is not None for gradient in gradients)
+            self.times += 1
+
+        return torch.autograd.graph.register_multi_grad_hook(list(self.parameters()), noted)
+
+
+def _with_hook(model: nn.Module) -> list[Tensor]:
+    y = model(X)
+    return [y.square().mean(), y.exp().mean()]
+
+
+@pytest.mark.parametrize("width", [5, 30_000])  # small, and worth hooks of ours
+def test_hooks_for_several_leaves_hear_each_row(width: int) -> None:
+    torch.manual_seed(0)
+    model = _Counting(width)
+    rows = jac(_with_hook(model), list(model.parameters()))
+    handle = model.note()
+    found = jac(_with_hook(model), list(model.parameters()))
+    assert model.times == 2
+
+    features = model.trunk(X).tanh()
+    y = model.head(features)
+    mtl_backward([y.square().mean(), y.exp().mean()], features)
+    handle.remove()
+
+    for got, expected in zip(found, rows, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-14)
+    assert model.times == 4
+    for parameter, expected in zip(model.trunk.parameters(), rows, strict=False):
+        torch.testing.assert_close(parameter.jac, expected, rtol=1e-12, atol=1e-14)
+    for parameter, expected in zip(model.head.parameters(), rows[2:], strict=True):
+        torch.testing.assert_close(parameter.grad, expected.sum(0), rtol=1e-12, atol=1e-14)
+
+
+# -- threads ---------------------------------------------------------------------------------------
+
+
+class _Pausing(torch.autograd.Function):
+    """Lets somebody else run in the middle of a backward pass."""
+
+    generate_vmap_rule = True
+    pause: Callable[[], None] = staticmethod(lambda: None)
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x.sin()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        _Pausing.pause()
+        (x,) = ctx.saved_tensors
+        return gradient * x.cos()
+
+
+@pytest.mark.parametrize("chunk_size", [None, 3])
+def test_rows_that_another_thread_batches_are_not_taken_for_left_behind(
+    chunk_size: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _vmap._WORKED.clear()
+    started, go_on = threading.Event(), threading.Event()
+    w = torch.ones(3, dtype=torch.float64, requires_grad=True)
+    others: list[tuple[Tensor, ...]] = []
+
+    def pause() -> None:
+        started.set()
+        assert go_on.wait(60.0)
+
+    monkeypatch.setattr(_Pausing, "pause", staticmethod(pause))
+    v = torch.linspace(0.0, 1.0, 3, dtype=torch.float64, requires_grad=True)
+    pausing = _Pausing.apply(v)  # type: ignore[no-untyped-call]
+    other = threading.Thread(target=lambda: others.append(jac(pausing, parallel_chunk_size=3)))
+    other.start()
+    assert started.wait(60.0)
+    try:
+        (found,) = jac(w.square(), parallel_chunk_size=chunk_size)
+    finally:
+        go_on.set()
+        other.join()
+
+    assert torch.equal(found, 2.0 * torch.eye(3, dtype=torch.float64))
+    assert torch.equal(others[0][0], v.detach().cos().diag())
