@@ -79,10 +79,9 @@ def hides(graph: Reach, tensors: Iterable[Tensor]) -> bool:
 
 def _asks_what_is_accumulated(leaf: Tensor) -> bool:
     """Whether a leaf has a hook of ``register_multi_grad_hook``, which counts those to come."""
-    hooks = leaf._backward_hooks
-    return bool(hooks) and any(
-        getattr(hook, "__qualname__", "") == _OF_SEVERAL for hook in hooks.values()
-    )
+    if (hooks := leaf._backward_hooks) is None:
+        return False
+    return any(getattr(hook, "__qualname__", "") == _OF_SEVERAL for hook in hooks.values())
 
 
 def _collect(value: Any, found: dict[Tensor, None], seen: set[int], depth: int) -> None:
