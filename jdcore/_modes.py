@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 
 import torch
 from torch import Tensor
 
 
-@contextmanager
-def plain_modes(tensors: Iterable[Tensor]) -> Iterator[None]:
+def plain_modes(tensors: Iterable[Tensor]) -> AbstractContextManager[object]:
     """
     Leave autocast and inference mode, for the time of a ``with`` block.
 
@@ -21,11 +20,17 @@ def plain_modes(tensors: Iterable[Tensor]) -> Iterator[None]:
     :param tensors: Those on whose devices something is computed.
     """
     devices = {tensor.device.type for tensor in tensors}
+    # Asked first: to enter a mode costs more than the question, and drops autocast's cache.
+    inference = torch.is_inference_mode_enabled()
+    casting = [device for device in devices if torch.is_autocast_enabled(device)]
+    return _left(inference, casting) if inference or casting else nullcontext()
+
+
+@contextmanager
+def _left(inference: bool, casting: Sequence[str]) -> Iterator[None]:
     with ExitStack() as stack:
-        # Asked first: to enter a mode costs more than the question, and drops autocast's cache.
-        if torch.is_inference_mode_enabled():
+        if inference:
             stack.enter_context(torch.inference_mode(False))
-        for device in devices:
-            if torch.is_autocast_enabled(device):
-                stack.enter_context(torch.autocast(device, enabled=False))
+        for device in casting:
+            stack.enter_context(torch.autocast(device, enabled=False))
         yield

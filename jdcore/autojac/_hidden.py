@@ -8,9 +8,10 @@ their own, which accumulates into the ``.grad`` of these, so each row is taken f
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
+from operator import attrgetter
 from types import FunctionType, MethodType
 from typing import Any
 
@@ -23,6 +24,8 @@ from jdcore.graph import REENTRANT, OuterPass, Reach, edge_of
 
 # How deep attributes, containers and closures are searched for modules.
 _DEPTH = 5
+# Most leaves have none: to ask this way takes no call of Python for each.
+_hooks_of: Callable[[Tensor], dict[int, Any] | None] = attrgetter("_backward_hooks")
 # What torch registers with each tensor of a hook for several tensors.
 _OF_SEVERAL = "register_multi_grad_hook.<locals>.get_inner_hook.<locals>.inner_hook"
 
@@ -70,7 +73,7 @@ def may_reach(graph: Reach, tensors: Iterable[Tensor]) -> list[Tensor]:
 def hides(graph: Reach, tensors: Iterable[Tensor]) -> bool:
     """Whether some tensors may get gradients in a way that only accumulating passes show."""
     # torch tells these hooks only of leaves that a pass accumulates into; others raise.
-    if any(map(_asks_what_is_accumulated, graph.leaves)):
+    if any(map(_hooks_of, graph.leaves)) and any(map(_asks_what_is_accumulated, graph.leaves)):
         return True
     if not graph.functions:
         return False
@@ -79,8 +82,7 @@ def hides(graph: Reach, tensors: Iterable[Tensor]) -> bool:
 
 def _asks_what_is_accumulated(leaf: Tensor) -> bool:
     """Whether a leaf has a hook of ``register_multi_grad_hook``, which counts those to come."""
-    if (hooks := leaf._backward_hooks) is None:
-        return False
+    hooks = _hooks_of(leaf) or {}
     return any(getattr(hook, "__qualname__", "") == _OF_SEVERAL for hook in hooks.values())
 
 

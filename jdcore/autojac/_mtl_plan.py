@@ -28,6 +28,7 @@ class Plan:
     :param trunk: What lies behind the features, these included.
     :param shared: Parameters that get a ``.jac``.
     :param tasks: Per task, the parameters that get a ``.grad``.
+    :param private: All of these, each once.
     :param heads: Per task, what its gradient passes through.
     :param rows_from_features: Whether the rows start from the features. Otherwise each task is
         differentiated down to the shared parameters.
@@ -40,15 +41,12 @@ class Plan:
     trunk: Reach
     shared: list[Tensor]
     tasks: list[list[Tensor]]
+    private: list[Tensor]
     heads: list[Reach]
     rows_from_features: bool
     deep: bool
     given: list[Tensor]
     apart: Reach | None
-
-    @property
-    def private(self) -> list[Tensor]:
-        return list(dict.fromkeys(parameter for task in self.tasks for parameter in task))
 
     @property
     def rows(self) -> list[Tensor]:
@@ -112,7 +110,7 @@ def make_plan(
     tasks = _tasks(losses, trunk, heads, named_tasks)
     if given:  # by default, a task has what is not behind the features
         _check_overlap(shared, tasks)
-    private = [parameter for task in tasks for parameter in task]
+    private = list(dict.fromkeys([parameter for task in tasks for parameter in task]))
     check_trunk(trunk, heads, "features")
     check_replicas([*shared, *private], (trunk, *heads), "shared_params")
     # Where gradients cannot be had from the features, or at them: a shared parameter acts past the
@@ -131,7 +129,7 @@ def make_plan(
         heads = [without_hooks(reach([loss])) for loss in losses]
     rows_from_features = bool(shared) and not whole
     apart = _apart(losses, heads) if rows_from_features and not deep else None
-    return Plan(cut, trunk, shared, tasks, heads, rows_from_features, deep, given, apart)
+    return Plan(cut, trunk, shared, tasks, private, heads, rows_from_features, deep, given, apart)
 
 
 def _apart(losses: list[Tensor], heads: list[Reach]) -> Reach | None:

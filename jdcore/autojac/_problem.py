@@ -20,19 +20,19 @@ from jdcore.autojac._hidden import (
     kept_parameters,
 )
 from jdcore.autojac._products import Product, find_products
-from jdcore.autojac._taps import RowTaps, is_worth_a_hook
+from jdcore.autojac._taps import RowTaps, worth_a_hook
 from jdcore.autojac._vmap import Kind, attempt, choose_chunk_size, insist, seems_hooked
 from jdcore.errors import VectorizationError
 from jdcore.graph import (
     Reach,
+    SinglePassesExplained,
     batched_gradients,
     differentiate,
     hooks_made_lately,
     reach,
     retains_gradients,
-    single_passes_explained,
 )
-from jdcore.linalg._pages import new_tensor
+from jdcore.linalg._pages import new_tensors
 
 Gradients = list["Tensor | None"]
 
@@ -105,7 +105,7 @@ class Problem:
 
     def with_products(self) -> Problem:
         """The same problem, knowing which large inputs are factors of matrix products."""
-        large = {i: tensor for i, tensor in enumerate(self.inputs) if is_worth_a_hook(tensor)}
+        large = worth_a_hook(self.inputs)
         # A function that accumulates by itself may add to the gradient of a weight, besides what
         # its product gives.
         if self.accumulates or not large:
@@ -123,6 +123,8 @@ class Problem:
         if self.uses is not None:
             return self.uses
         masks = [as_matrix(cotangent).any(dim=1) for cotangent in self.cotangents]
+        if len(masks) == 1:
+            return [[used] for used in masks[0].tolist()]
         # One transfer for all rows, as each one would wait for an accelerator.
         usage: list[list[bool]] = torch.stack(masks, dim=1).tolist()
         return usage
@@ -211,7 +213,7 @@ class Problem:
     @contextmanager
     def _checked(self) -> Iterator[None]:
         """Refuse what would make rows incomplete, and explain what torch refuses."""
-        with single_passes_explained():
+        with SinglePassesExplained():
             if self.accumulates:  # the rows are taken from there
                 yield
             else:
@@ -308,20 +310,20 @@ class Problem:
     @contextmanager
     def _passes(self, taps: RowTaps) -> Iterator[Callable[[int, list[int], bool], Gradients]]:
         """How the gradients of a row are had, given its index and the outputs that it uses."""
-        accumulated = AccumulatedRows(self.inputs)
+        accumulated = AccumulatedRows(self.inputs) if self.accumulates else None
         ends = self.ends
 
         def gradients_of(k: int, used: list[int], retain_graph: bool) -> Gradients:
             outputs = [self.outputs[i] for i in used]
             cotangents = [self.cotangents[i][k] for i in used]
-            if self.accumulates:
+            if accumulated is not None:
                 return accumulated.row(outputs, cotangents, retain_graph)
             found = torch.autograd.grad(
                 outputs, ends, cotangents, retain_graph=retain_graph, allow_unused=True
             )
             return list(found)
 
-        if self.accumulates:
+        if accumulated is not None:
             with accumulated.open(self.outputs, self._leaves()):
                 yield gradients_of
         else:
@@ -329,8 +331,7 @@ class Problem:
                 yield gradients_of
 
     def _new_results(self) -> list[Tensor]:
-        m = self.m
-        return [new_tensor(tensor, m, *tensor.shape) for tensor in self.inputs]
+        return new_tensors(self.inputs, self.m)
 
     @property
     def ends(self) -> list[Tensor] | list[GradientEdge]:

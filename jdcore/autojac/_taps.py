@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -55,9 +55,9 @@ def placeholder(gradient: Tensor) -> Tensor:
     return gradient.new_zeros(()).expand(gradient.shape)
 
 
-def is_worth_a_hook(tensor: Tensor) -> bool:
-    """Whether the row of a tensor should not wait for the end of the pass that makes it."""
-    return tensor.is_cpu and tensor.numel() >= _WORTH_A_HOOK
+def worth_a_hook(tensors: Sequence[Tensor]) -> dict[int, Tensor]:
+    """By position, those whose rows should not wait for the end of the pass that makes them."""
+    return {i: t for i, t in enumerate(tensors) if t.is_cpu and t.numel() >= _WORTH_A_HOOK}
 
 
 class RowTaps:
@@ -75,8 +75,8 @@ class RowTaps:
     def __init__(self, inputs: Sequence[Tensor], products: Mapping[int, Product]) -> None:
         self._leaves = {
             i: tensor
-            for i, tensor in enumerate(inputs)
-            if tensor.is_leaf and i not in products and is_worth_a_hook(tensor)
+            for i, tensor in worth_a_hook(inputs).items()
+            if tensor.is_leaf and i not in products
         }
         self._products = products
         self._pass = OuterPass()
@@ -98,13 +98,16 @@ class RowTaps:
         """Listen to passes that start at some outputs, for the time of a ``with`` block."""
         hooks = [partial(self._take, i) for i in self._leaves]
         multiply = {i: partial(self._multiply, i) for i in self._products}
-        with ExitStack() as stack:
-            # Without a listener there is nothing to tell apart, and the hook at the outputs would
-            # cost a call for each row.
-            if hooks or multiply:
-                stack.enter_context(self._pass.starting_at(outputs))
-                stack.enter_context(hooked(list(self._leaves.values()), hooks))
-                stack.enter_context(listening(self._products, multiply))
+        # Without a listener there is nothing to tell apart, and the hook at the outputs would cost
+        # a call for each row.
+        if not (hooks or multiply):
+            yield
+            return
+        with (
+            self._pass.starting_at(outputs),
+            hooked(list(self._leaves.values()), hooks),
+            listening(self._products, multiply),
+        ):
             yield
 
     def _take(self, i: int, gradient: Tensor | None) -> Tensor | None:

@@ -23,7 +23,7 @@ from jdcore.graph._leaving import Exit, leaving
 from jdcore.graph._memory import Memory
 from jdcore.graph._nesting import OuterPass
 from jdcore.graph._objectives import Objectives
-from jdcore.graph._passes import differentiate, single_passes_explained
+from jdcore.graph._passes import SinglePassesExplained, differentiate
 from jdcore.graph._plan import Plans
 from jdcore.graph._retained import retains_gradients
 from jdcore.graph._saved import (
@@ -67,6 +67,7 @@ __all__ = [
     "Rules",
     "Served",
     "Share",
+    "SinglePassesExplained",
     "Site",
     "Unreadable",
     "batched_gradients",
@@ -91,7 +92,6 @@ __all__ = [
     "retains_gradients",
     "saved",
     "saved_as_it_is",
-    "single_passes_explained",
     "some_are_batched_now",
     "some_batched_wrongly",
     "united",

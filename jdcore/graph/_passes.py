@@ -1,7 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from contextvars import copy_context
 from functools import partial
 from itertools import chain
@@ -99,22 +98,29 @@ def differentiate(
     """
     if not inputs:
         return ()
-    with single_passes_explained():
+    with SinglePassesExplained():
         return torch.autograd.grad(
             outputs, inputs, seeds, retain_graph=retain_graph, allow_unused=True
         )
 
 
-@contextmanager
-def single_passes_explained() -> Iterator[None]:
+class SinglePassesExplained:
     """
-    Say what to do where a compiled graph allows one pass only.
+    Says what to do where a compiled graph allows one pass only, for the time of a ``with`` block.
+
+    A class, as each pass enters it, and a generator takes three times as many calls.
 
     :raises SinglePassError: Instead of torch's error.
     """
-    try:
-        yield
-    except RuntimeError as error:
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: object
+    ) -> None:
+        if not isinstance(error, RuntimeError):
+            return
         # Torch has no class of its own for these errors, so their texts have to tell.
         if "under selective activation checkpoint" in str(error):
             raise SinglePassError(
@@ -127,7 +133,6 @@ def single_passes_explained() -> Iterator[None]:
                 "Set torch._functorch.config.donated_buffer = False before the first backward "
                 "pass of the compiled region.",
             ) from error
-        raise
 
 
 def stacked(rows: Sequence[Tensor | None]) -> Tensor | None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache
 
 import torch
@@ -26,6 +26,15 @@ Advise = Callable[[int, int, int], int]
 def new_tensor(like: Tensor, *shape: int) -> Tensor:
     """Uninitialised tensor in the dtype and on the device of another."""
     return _advised(torch.empty(shape, dtype=like.dtype, device=like.device))
+
+
+def new_tensors(likes: Iterable[Tensor], m: int) -> list[Tensor]:
+    """Uninitialised tensors ``[m, *S]``, one for each tensor of shape S, as :func:`new_tensor`."""
+    made = [torch.empty((m, *t.shape), dtype=t.dtype, device=t.device) for t in likes]
+    for tensor in made:
+        if tensor.nbytes >= _LARGE:  # a model has many parameters, most of which are small
+            _advised(tensor)
+    return made
 
 
 def _advised(tensor: Tensor) -> Tensor:
