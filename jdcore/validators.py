@@ -24,6 +24,7 @@ __all__ = [
     "boolean",
     "check_blocks",
     "check_flag",
+    "check_floating",
     "check_gramian",
     "check_matrix",
     "describe_tensor",
@@ -135,22 +136,39 @@ def row_vector(_: Any, attribute: Attribute[Any], value: Any) -> None:
         raise ParameterError(attribute.name, expected, value.tolist())
 
 
-def check_matrix(matrix: Tensor, parameter: str = "matrix") -> None:
+def check_floating(tensor: Tensor, parameter: str, expected: str = "a Tensor") -> None:
     """
-    Refuse anything that is not a real floating matrix.
+    Refuse anything that is not a dense Tensor of real floating numbers.
 
+    :param expected: What it should be, for the message to those who give no Tensor.
     :raises ParameterTypeError: If it is no Tensor, or not of a real floating dtype.
-    :raises ParameterError: If it does not have two dimensions.
+    :raises ParameterError: If it is sparse or nested, or has no entries, as on the meta device.
     """
-    if not isinstance(matrix, Tensor):
-        raise ParameterTypeError(parameter, "a Tensor of shape [m, n]", describe_tensor(matrix))
-    if not matrix.is_floating_point():
+    if not isinstance(tensor, Tensor):
+        raise ParameterTypeError(parameter, expected, describe_tensor(tensor))
+    if not tensor.is_floating_point():
         raise ParameterTypeError(
             parameter,
             "of a real floating dtype",
-            describe_tensor(matrix),
+            describe_tensor(tensor),
             f"Convert it: {parameter}.to(torch.float32).",
         )
+    if tensor.layout is not torch.strided or tensor.is_nested or tensor.is_meta:
+        kind = "on the meta device" if tensor.is_meta else f"of layout {tensor.layout}"
+        hint = None if tensor.is_meta or tensor.is_nested else f"Fill it: {parameter}.to_dense()."
+        raise ParameterError(
+            parameter, "a dense Tensor with entries", f"{describe_tensor(tensor)} {kind}", hint
+        )
+
+
+def check_matrix(matrix: Tensor, parameter: str = "matrix") -> None:
+    """
+    Refuse anything that is not a dense, real floating matrix.
+
+    :raises ParameterTypeError: If it is no Tensor, or not of a real floating dtype.
+    :raises ParameterError: If it is not dense, or does not have two dimensions.
+    """
+    check_floating(matrix, parameter, "a Tensor of shape [m, n]")
     if matrix.ndim != 2:
         raise ParameterError(
             parameter,

@@ -5,10 +5,12 @@ from collections.abc import Sequence
 from attrs import define, field
 from torch import Tensor
 
+from jdcore.aggregation._differentiation import forbid_differentiation
 from jdcore.aggregation._source import GramianSource
 from jdcore.aggregation._weigh import as_weighting, weigh
 from jdcore.linalg import flatten_gramian, objectives_shape
 from jdcore.protocols import Weighting
+from jdcore.validators import check_floating
 
 
 @define(eq=False)
@@ -32,11 +34,18 @@ class Flattening:
         :param gramian: Generalized Gramian [m1, ..., mk, mk, ..., m1].
         :param losses: Values of the objectives, Tensor [m1, ..., mk], for methods that look at
             them.
-        :returns: Weights [m1, ..., mk].
-        :raises ParameterError: If the shape does not read the same in both directions.
+        :returns: Weights [m1, ..., mk], same dtype and device.
+        :raises ParameterError: If the Gramian is no real floating Tensor, its shape does not read
+            the same in both directions, or an argument of the weighting does not fit it.
+        :raises NonDifferentiableError: When differentiating through a non-differentiable method.
         """
+        check_floating(gramian, "gramian")
         source = GramianSource.of(flatten_gramian(gramian), losses)
-        return weigh(self, source, objectives_shape(gramian)).to(gramian)
+        # A copy: the caller may write into it, and what a weighting returns may be its own.
+        weights = weigh(self, source, objectives_shape(gramian)).to(
+            gramian.device, gramian.dtype, copy=True
+        )
+        return forbid_differentiation(self, gramian, weights) if source.asked else weights
 
     def weigh(self, source: GramianSource, shape: Sequence[int] | None = None, /) -> Tensor:
         """

@@ -18,27 +18,57 @@ from jdcore.validators import describe_tensor
 
 # Rows whose Gramian an accelerator copies in less time than it is told what to compute.
 _COPIED = 64
+_ROUGH_PRODUCTS = 5e-3
+_AT_ONCE = 1 << 13  # entries, of which new arrays cost no page faults
 
 
 def _one() -> float:
     return 1.0
 
 
-def _checked(gramian: Tensor) -> Tensor:
+def _checked(gramian: Tensor, tolerance: float) -> Tensor:
     """
     A matrix that is said to be a Gramian; read when a method asks for it.
 
-    :raises ParameterError: If its diagonal holds squares of no lengths.
+    :param gramian: float64 Tensor [m, m]. NaN and infinities pass, as they give NaN weights.
+    :param tolerance: What the products of unit rows may be wrong by.
+    :raises ParameterError: If its entries are products of no rows: squared lengths are not
+        negative, no cosine is above one, and the two triangles agree.
     """
-    least = gramian.diagonal().numpy(force=True).min(initial=0.0)
+    array = gramian.numpy(force=True)
+    least = array.diagonal().min(initial=0.0)
     if least < 0.0:
-        raise ParameterError(
-            "gramian",
-            "the Gramian J @ J.T of some rows, whose squared lengths are on its diagonal",
-            f"a matrix with {least:.3g} there",
-            "Multiply in float64 if rounding made it so.",
-        )
+        raise _no_gramian("whose squared lengths are on its diagonal", f"{least:.3g} there")
+    reason = _reason_against(array, tolerance)
+    if reason is not None and np.isfinite(array).all():
+        raise _no_gramian(*reason)
     return gramian
+
+
+@np.errstate(invalid="ignore", over="ignore")
+def _reason_against(array: NDArray[np.float64], tolerance: float) -> tuple[str, str] | None:
+    """What a Gramian has, and what a matrix has in its place."""
+    lengths = np.sqrt(array.diagonal())
+    step = max(1, _AT_ONCE // max(1, len(array)))
+    for start in range(0, len(array), step):
+        some = slice(start, start + step)
+        rows, columns = array[some], array[:, some].T
+        largest = np.multiply.outer((1.0 + tolerance) * lengths[some], lengths)
+        if ((rows > largest) | (rows < -largest)).any():
+            return "whose cosines are at most 1", "larger ones"
+        # Nearly always, they agree bit by bit.
+        if (rows != columns).any() and (np.abs(rows - columns) > tolerance * largest).any():
+            return "which is symmetric", "triangles that differ"
+    return None
+
+
+def _no_gramian(expected: str, got: str) -> ParameterError:
+    return ParameterError(
+        "gramian",
+        f"the Gramian J @ J.T of some rows, {expected}",
+        f"a matrix with {got}",
+        "Multiply in float64 if rounding made it so.",
+    )
 
 
 @define(eq=False)
@@ -89,8 +119,10 @@ class GramianSource:
     def of(cls, gramian: Tensor, losses: Tensor | None = None) -> GramianSource:
         """The source of a Gramian [m, m] that is there already; its dtype is its precision."""
         wide = gramian.detach().double()
+        # Products of float32 may be as rough as those of TF32, and may be in float64 by now.
+        tolerance = max(_ROUGH_PRODUCTS, 4.0 * torch.finfo(gramian.dtype).eps)
         return cls(
-            *(len(gramian), gramian.dtype, gramian.device, partial(_checked, wide)),
+            *(len(gramian), gramian.dtype, gramian.device, partial(_checked, wide, tolerance)),
             losses=check_losses(losses, len(gramian)),
             products=gramian.dtype,
             borrowed=gramian.dtype == torch.float64,  # then the conversion copies nothing

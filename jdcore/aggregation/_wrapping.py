@@ -66,7 +66,15 @@ class WeightingWrapper(NestedState):
         :raises NonDifferentiableError: When differentiating through the weights.
         """
         check_gramian(gramian)
-        weights = weigh(self, self.source_of(gramian, losses)).to(gramian, copy=True)
+        source = self.source_of(gramian, losses)
+        weights = weigh(self, source).to(gramian, copy=True)
+        # Reused weights are finite for any input, which nobody has looked at then.
+        if source.undo and not is_finite(gramian):
+            for undo in reversed(source.undo):
+                undo()
+            if finite_required(self.check_finite):
+                raise refuse_gramian(gramian.detach().double().cpu().numpy())
+            weights.fill_(torch.nan)
         return forbid_differentiation(self, gramian, weights)
 
     def source_of(self, matrix: Tensor, losses: Tensor | None) -> GramianSource:

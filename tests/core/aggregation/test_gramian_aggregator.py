@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +10,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from jdcore import Aggregator, BlockwiseAggregator, ParameterError, ParameterTypeError, Weighting
-from jdcore.aggregation import Flattening, GramianAggregator, GramianWeighting
+from jdcore.aggregation import (
+    Flattening,
+    GramianAggregator,
+    GramianWeighting,
+    ScalarizationWeighting,
+    equal_weights,
+)
 from jdcore.errors import NonDifferentiableError, NonFiniteError
 from jdcore.validators import row_vector
 
@@ -22,6 +30,11 @@ class InverseNormWeighting(GramianWeighting):
 
     def compute(self, gramian: NDArray[np.float64]) -> NDArray[np.float64]:
         return 1.0 / np.sqrt(np.diagonal(gramian))
+
+
+class EqualWeights(ScalarizationWeighting):
+    def compute(self, m: int, dtype: torch.dtype) -> Tensor:
+        return equal_weights(1.0 / m, m, dtype)
 
 
 def test_the_protocols_recognise_what_satisfies_them() -> None:
@@ -126,6 +139,68 @@ def test_flattening_weighs_every_element_of_the_losses() -> None:
     weights = Flattening(InverseNormWeighting())(generalized)
 
     assert torch.equal(weights, torch.tensor([[1.0, 0.5], [0.25, 0.125]]))
+
+
+def test_the_weights_that_flattening_gives_are_the_callers_own() -> None:
+    gramian = torch.eye(4, dtype=torch.float64).reshape(2, 2, 2, 2).permute(0, 1, 3, 2)
+    weights = Flattening(EqualWeights())(gramian)
+    weights.zero_()
+
+    assert torch.equal(Flattening(EqualWeights())(gramian), torch.full((2, 2), 0.25).double())
+
+
+def test_flattening_refuses_what_other_weightings_refuse() -> None:
+    flattening = Flattening(InverseNormWeighting())
+    gramian = torch.eye(2)
+
+    with pytest.raises(NonDifferentiableError):
+        flattening(gramian.clone().requires_grad_()).sum().backward()
+    with pytest.raises(ParameterTypeError, match="`gramian` must be of a real floating dtype"):
+        flattening(gramian.long())
+    with pytest.raises(ParameterTypeError, match="`gramian` must be a Tensor, got a list"):
+        flattening(gramian.tolist())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("m", [2, 130])  # of several strips
+@pytest.mark.parametrize(
+    ("place", "value", "reason"),
+    [
+        ((1, 0), 0.4, "which is symmetric, got a matrix with triangles that differ"),
+        ((0, 1), 3.0, "whose cosines are at most 1, got a matrix with larger ones"),
+        ((-1, -1), 0.0, "whose cosines are at most 1"),
+    ],
+)
+def test_a_matrix_that_is_the_gramian_of_no_rows_is_refused(
+    dtype: torch.dtype, m: int, place: tuple[int, int], value: float, reason: str
+) -> None:
+    gramian = torch.full((m, m), 0.5, dtype=dtype).fill_diagonal_(1.0)
+    InverseNormWeighting()(gramian)
+    gramian[place] = value
+
+    with pytest.raises(ParameterError, match=reason):
+        InverseNormWeighting()(gramian)
+
+
+def test_a_gramian_may_be_as_rough_as_its_products() -> None:
+    rows = torch.randn(40, 5, generator=torch.Generator().manual_seed(0))
+    for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        gramian = (rows @ rows.T).to(dtype)
+        gramian.triu_().add_(gramian.triu(1).T * (1 + torch.finfo(dtype).eps))
+
+        assert InverseNormWeighting()(gramian).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [torch.Tensor.to_sparse, lambda matrix: matrix.to("meta")],
+    ids=["sparse", "meta"],
+)
+def test_a_matrix_without_entries_to_look_at_is_refused(kind: Any) -> None:
+    with pytest.raises(ParameterError, match="`matrix` must be a dense Tensor with entries"):
+        GramianAggregator(EqualWeights())(kind(torch.eye(2)))
+    with pytest.raises(ParameterError, match="`gramian` must be a dense Tensor with entries"):
+        InverseNormWeighting()(kind(torch.eye(2)))
 
 
 def test_a_weighting_that_overrides_the_call_is_called() -> None:

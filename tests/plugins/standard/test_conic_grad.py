@@ -2,11 +2,13 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from jdcore import get_aggregator
+from jdcore import get_aggregator, get_solver
 from jdcore.testing import family
 from tests.plugins.standard.test_weakly_stationary import rows_of
 
@@ -97,3 +99,20 @@ def test_rows_of_very_different_lengths_are_no_stationary_point() -> None:
     vector = get_aggregator("conic_grad", c=0.0)(matrix)
 
     assert cosine(vector.double(), torch.tensor([1.0, 1e-6]).double()) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_a_stationary_point_takes_no_search_and_gives_the_mean(dtype: torch.dtype) -> None:
+    calls = []
+
+    def counted(gramian: NDArray[np.float64]) -> NDArray[np.float64]:
+        calls.append(len(gramian))
+        weights: NDArray[np.float64] = get_solver("min_norm", "native")(gramian)
+        return weights
+
+    rows = draw("gauss", 7, 40, seed=0)
+    rows = torch.cat([rows, -rows[:4].sum(0, keepdim=True)]).to(dtype)
+    vector = get_aggregator("conic_grad", solver=counted)(rows)
+
+    torch.testing.assert_close(vector, rows.double().mean(0).to(dtype))
+    assert len(calls) == 1

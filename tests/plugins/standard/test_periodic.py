@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from jdcore import ParameterError, get_aggregator, get_weighting
+from jdcore import NonFiniteError, ParameterError, get_aggregator, get_weighting
 from jdcore.aggregation import GramianSource, weigh
 
 
@@ -53,6 +53,18 @@ def test_input_that_is_not_finite_counts_for_nothing() -> None:
     assert aggregator.state_dict()["calls"] == 1
     assert aggregator(2 * torch.eye(2)).tolist() == [2.0, 2.0]
     assert aggregator(2 * torch.eye(2)).tolist() == [8.0, 8.0]
+
+
+def test_a_gramian_that_is_not_finite_counts_for_nothing_in_between() -> None:
+    weighting = get_weighting("periodic", weighting=diagonal, every=2)
+    weighting(torch.eye(2))
+    broken = torch.tensor([[1.0, float("nan")], [float("nan"), 1.0]])
+
+    assert weighting(broken).isnan().all()
+    weighting.check_finite = True  # type: ignore[attr-defined]  # of all that are built on it
+    with pytest.raises(NonFiniteError, match="0"):
+        weighting(broken)
+    assert weighting.state_dict()["calls"] == 1  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("scale", [1e-200, 1.0, 1e200])
