@@ -8,9 +8,10 @@ from torch import Tensor
 from jdcore.aggregation._differentiation import forbid_differentiation
 from jdcore.aggregation._source import GramianSource
 from jdcore.aggregation._weigh import as_weighting, weigh
+from jdcore.errors import ParameterError
 from jdcore.linalg import flatten_gramian, objectives_shape
 from jdcore.protocols import Weighting
-from jdcore.validators import check_floating
+from jdcore.validators import check_floating, describe_tensor
 
 
 @define(eq=False)
@@ -40,11 +41,13 @@ class Flattening:
         :raises NonDifferentiableError: When differentiating through a non-differentiable method.
         """
         check_floating(gramian, "gramian")
+        shape = objectives_shape(gramian)
+        if isinstance(losses, Tensor) and losses.ndim > 1 and losses.shape != shape:
+            expected = f"of shape {list(shape)}, that of the objectives"
+            raise ParameterError("losses", expected, describe_tensor(losses))
         source = GramianSource.of(flatten_gramian(gramian), losses)
         # A copy: the caller may write into it, and what a weighting returns may be its own.
-        weights = weigh(self, source, objectives_shape(gramian)).to(
-            gramian.device, gramian.dtype, copy=True
-        )
+        weights = weigh(self, source, shape).to(gramian.device, gramian.dtype, copy=True)
         return forbid_differentiation(self, gramian, weights) if source.asked else weights
 
     def weigh(self, source: GramianSource, shape: Sequence[int] | None = None, /) -> Tensor:

@@ -19,6 +19,7 @@ from jdcore.aggregation._row_vectors import check_row_vectors
 from jdcore.aggregation._source import ColumnsSource, GramianSource, taken_by
 from jdcore.aggregation._weigh import Result, watched, weigh
 from jdcore.errors import NonFiniteError, ParameterError, ParameterTypeError
+from jdcore.linalg import factors
 from jdcore.linalg._gramian import symmetric
 from jdcore.protocols import Aggregator, BlockwiseAggregator, Stateful, Weighting
 from jdcore.validators import boolean, check_blocks, check_gramian, check_matrix
@@ -308,9 +309,10 @@ class MixedColumns(Columns):
         return [self._mixed(block) for block in columns.blocks]
 
     def _mixed(self, block: Tensor) -> Tensor:
-        # Not in half precision, which would round the rows before they are aggregated.
-        wide = torch.promote_types(block.dtype, torch.float32)
-        return self._mixing.to(block.device, wide) @ block.to(wide)
+        # Not in half precision, which would round the rows before they are aggregated, nor by
+        # factors that float32 cannot hold.
+        mixing = factors(self._mixing, block.device, wide=block.dtype == torch.float64)
+        return mixing @ block.to(mixing.dtype)
 
 
 def finite_gramian(source: GramianSource) -> NDArray[np.float64]:

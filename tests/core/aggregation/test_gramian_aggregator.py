@@ -159,6 +159,8 @@ def test_flattening_refuses_what_other_weightings_refuse() -> None:
         flattening(gramian.long())
     with pytest.raises(ParameterTypeError, match="`gramian` must be a Tensor, got a list"):
         flattening(gramian.tolist())
+    with pytest.raises(ParameterError, match=r"`losses` must be of shape \[1, 2\]"):
+        flattening(gramian.reshape(1, 2, 2, 1), losses=torch.ones(2, 1))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])

@@ -23,6 +23,22 @@ def pull(rows: Tensor, point: Tensor) -> tuple[Tensor, int]:
     return (offsets[away] / lengths[away, None]).sum(0), int((~away).sum())
 
 
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 10_000), half=st.integers(1, 6), away=st.integers(-3, 3))
+def test_an_even_number_of_rows_on_a_line_has_its_median_in_the_middle(
+    seed: int, half: int, away: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    places = torch.randn(2 * half, 1, generator=generator, dtype=torch.float64)
+    direction, offset = torch.randn(2, 5, generator=generator, dtype=torch.float64)
+    rows = places * direction + 10.0**away * offset
+    first, second = rows[places[:, 0].argsort()[half - 1 : half + 1]]
+
+    vector = get_aggregator("geometric_median")(rows)
+
+    torch.testing.assert_close(vector, 0.5 * (first + second), rtol=0, atol=1e-9)
+
+
 def test_the_median_of_an_odd_number_is_the_middle_entry() -> None:
     rows = torch.tensor([[1.0, 9.0], [2.0, 5.0], [600.0, 4.0]])
 

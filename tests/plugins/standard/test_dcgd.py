@@ -75,3 +75,16 @@ def test_opposite_groups_stop_at_the_centre() -> None:
 def test_unknown_variants_are_refused() -> None:
     with pytest.raises(ParameterError, match="`variant` must be one of 'center'"):
         get_aggregator("dcgd", variant="middle")
+
+
+@pytest.mark.parametrize("variant", ["center", "projection", "average"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_a_sum_that_is_rounding_of_its_rows_counts_as_zero(
+    variant: str, dtype: torch.dtype
+) -> None:
+    rows = torch.randn(3, 10, generator=torch.Generator().manual_seed(1))
+    rows = torch.cat([rows[:2], -rows[:2].sum(0, keepdim=True), rows[2:]]).to(dtype)
+
+    vector = get_aggregator("dcgd", variant=variant, n_residuals=3)(rows)
+
+    torch.testing.assert_close(vector, rows.double().sum(0).to(dtype))

@@ -73,3 +73,11 @@ def test_losses_without_a_rate_are_refused_and_change_nothing(value: float) -> N
 def test_a_rate_may_be_absent_but_not_negative() -> None:
     with pytest.raises(ParameterError, match="`lr` must be >= 0"):
         get_weighting("gradnorm", lr=-1.0)
+
+
+def test_ratios_of_losses_may_leave_the_range() -> None:
+    weighting = get_weighting("gradnorm", lr=None, alpha=1.0)
+    for losses in ([1e-300, 1e-300], [2e300, 1e300]):
+        weights = weighting(torch.eye(2).double(), losses=torch.tensor(losses, dtype=torch.float64))
+
+    torch.testing.assert_close(weights, torch.tensor([4 / 3, 2 / 3]).double())

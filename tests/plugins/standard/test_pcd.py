@@ -156,3 +156,11 @@ def test_opposite_demands_are_dropped_in_every_dtype(dtype: torch.dtype) -> None
     vector = get_aggregator("pcd", tau=0.5)(rows.to(dtype))
 
     torch.testing.assert_close(vector, rows[0].to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_a_direction_that_is_rounding_of_the_rows_counts_as_zero(dtype: torch.dtype) -> None:
+    row = torch.randn(1, 10, generator=torch.Generator().manual_seed(1))
+    opposite = torch.cat([row, -row / 3]).to(dtype)
+
+    assert not get_aggregator("pcd", tau=0.0)(opposite).any()

@@ -72,3 +72,12 @@ def test_it_has_a_weighting_for_autogram_and_a_configuration() -> None:
 
     assert weights.shape == (2,)
     assert to_config(aggregator) == {"name": "row_normalized", "aggregator": {"name": "mgda"}}
+
+
+@pytest.mark.parametrize("name", ["mean", "trimmed_mean"])
+def test_rows_whose_inverse_lengths_float32_cannot_hold_are_normalized(name: str) -> None:
+    arguments = {"trim_number": 0} if name == "trimmed_mean" else {}
+    inner = get_aggregator(name, **arguments)
+    aggregator = get_aggregator("row_normalized", aggregator=inner)
+
+    assert aggregator(1e-39 * torch.eye(2)).tolist() == pytest.approx([0.5, 0.5])

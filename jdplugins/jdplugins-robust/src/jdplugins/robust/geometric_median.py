@@ -50,8 +50,12 @@ class GeometricMedianWeighting(GramianWeighting):
         here = distances[centre] == 0.0
         products[here] = products[:, here] = 0.0
         pull, weights = _pull(products, here)
-        if pull <= here.sum() * (1.0 + _EQUAL):
-            return _shared(distances, sums <= sums[centre] * (1.0 + _EQUAL))
+        # What rounding of the Gramian leaves of distances that are short beside the rows.
+        noise = _noise(gramian, distances)
+        if pull <= here.sum() * (1.0 + max(_EQUAL, _EPS * float(noise[centre].sum()) ** 2)):
+            of_sums = 4.0 * _EPS * (noise * noise * np.sqrt(distances)).sum(axis=1)
+            equal = np.maximum(_EQUAL * sums[centre], of_sums + of_sums[centre])
+            return _shared(distances, sums <= sums[centre] + equal)
         # The step of Weiszfeld, shortened by the resistance of the rows at the starting point.
         resistance = here.sum() / pull
         start = (1.0 - resistance) * weights + resistance * here / here.sum()
@@ -68,6 +72,14 @@ def _distinct(gramian: NDArray[np.float64]) -> NDArray[np.float64]:
     squared_norms = np.diagonal(gramian)
     distances[distances <= 4.0 * _EPS * (squared_norms[:, None] + squared_norms)] = 0.0
     return distances
+
+
+def _noise(gramian: NDArray[np.float64], distances: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Lengths of pairs of rows relative to their distance [m, m]; 0 for rows that are equal."""
+    norms, lengths = np.sqrt(np.diagonal(gramian)), np.sqrt(distances)
+    ratios = np.zeros_like(lengths)
+    np.divide(norms[:, None] + norms, lengths, out=ratios, where=lengths > 0.0)
+    return ratios
 
 
 def _pull(

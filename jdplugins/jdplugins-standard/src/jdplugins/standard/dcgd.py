@@ -7,8 +7,10 @@ import numpy as np
 from attrs import define, field
 from numpy.typing import NDArray
 
-from jdcore.aggregation import GramianWeighting
+from jdcore.aggregation import GramianSource, GramianWeighting
 from jdcore.validators import integer, one_of
+
+_ROUNDED = 4.0  # times the proximal level: squared lengths that come from rounding
 
 
 @define(eq=False)
@@ -47,14 +49,19 @@ class DCGDWeighting(GramianWeighting):
     )
     n_residuals: int = field(default=1, validator=integer(1))
 
-    def compute(self, gramian: NDArray[np.float64]) -> NDArray[np.float64]:
+    def answer(self, matrix: NDArray[np.float64], source: GramianSource) -> NDArray[np.float64]:
+        return self.compute(matrix, source.proximal_level)
+
+    def compute(self, gramian: NDArray[np.float64], level: float = 0.0) -> NDArray[np.float64]:
         m = len(gramian)
         first = np.arange(m) < self.n_residuals
         # The rows enter as two sums, of which three products are all that the method needs.
         groups = np.stack([first, ~first]).astype(np.float64)
         (rr, rb), (_, bb) = (groups @ gramian @ groups.T).tolist()
-        # Without two directions there is no cone: the update is t.
-        if not (rr > 0.0 and bb > 0.0):
+        # Sums that rounding of their rows explains have no direction, and without two directions
+        # there is no cone: the update is t.
+        least_r, least_b = (_ROUNDED * level * (groups @ np.diagonal(gramian))).tolist()
+        if not (rr > least_r and bb > least_b):
             return np.ones(m)
         of_first, of_second = self._weights(rr, rb, bb)
         return np.where(first, of_first, of_second)

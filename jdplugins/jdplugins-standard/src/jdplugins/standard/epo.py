@@ -59,7 +59,8 @@ class EPOWeighting(LossWeighting):
         # The linear program wants numbers of order one; its solution does not depend on their
         # scale.
         products = gramian / largest
-        weighted = preferences * losses
+        # Shares do not depend on the scale either, and sums of large losses leave the range.
+        weighted = preferences * (losses / losses.max())
         shares = weighted / weighted.sum()
         logarithms = np.log(m * shares)
         imbalance = float(shares @ logarithms)

@@ -65,9 +65,11 @@ class GradNormWeighting(StateFields, LossWeighting):
         old = np.ones(m) if old is None else old
         first = kept_weights(self.first_losses, m)
         first = losses if first is None else first
-        ratios = losses / first
+        # Logarithms of ratios, which may leave the range as those relative to their mean do not.
+        ratios = np.log(losses) - np.log(first)
+        ratios -= np.logaddexp.reduce(ratios) - np.log(m)
         norms = np.sqrt(np.diagonal(gramian))
-        new = self._moved(old, norms, (ratios / ratios.mean()) ** self.alpha)
+        new = self._moved(old, norms, np.exp(self.alpha * ratios))
         # As the paper does after each step, so that the sum of the weights is no learning rate in
         # disguise.
         new *= m / new.sum()
