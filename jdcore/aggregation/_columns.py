@@ -109,7 +109,7 @@ class Columns:
         if not 0.0 < largest < math.inf:
             return result
         # A power of two: to divide by it rounds nothing.
-        self.scale = 2.0 ** math.frexp(largest)[1]
+        self.scale = 2.0 ** (math.frexp(largest)[1] - 1)
         return product(self.scale)
 
     def product(self, scale: float) -> Tensor:

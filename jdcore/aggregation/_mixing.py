@@ -15,13 +15,14 @@ from jdcore.aggregation._aggregator import GramianAggregator
 from jdcore.aggregation._columns import Columns
 from jdcore.aggregation._differentiation import forbid_differentiation
 from jdcore.aggregation._finite import finite_required, refuse_gramian
+from jdcore.aggregation._nested_state import stateful_part
 from jdcore.aggregation._row_vectors import check_row_vectors
 from jdcore.aggregation._source import ColumnsSource, GramianSource, taken_by
 from jdcore.aggregation._weigh import Result, watched, weigh
 from jdcore.errors import NonFiniteError, ParameterError, ParameterTypeError
 from jdcore.linalg import factors
 from jdcore.linalg._gramian import symmetric
-from jdcore.protocols import Aggregator, BlockwiseAggregator, Stateful, Weighting
+from jdcore.protocols import Aggregator, BlockwiseAggregator, Weighting
 from jdcore.validators import boolean, check_blocks, check_gramian, check_matrix
 
 
@@ -163,12 +164,14 @@ class RowMixing:
 
     def reset(self) -> None:
         """Return the wrapped aggregator to the state of a new object."""
-        if isinstance(self.aggregator, Stateful):
-            self.aggregator.reset()
+        inner = stateful_part(self.aggregator)
+        if inner is not None:
+            inner.reset()
 
     def state_dict(self) -> dict[str, Any]:
         """Copy the state of the wrapped aggregator; it is empty if that has none."""
-        return self.aggregator.state_dict() if isinstance(self.aggregator, Stateful) else {}
+        inner = stateful_part(self.aggregator)
+        return {} if inner is None else inner.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any], /) -> None:
         """
@@ -177,8 +180,9 @@ class RowMixing:
         :param state: What :meth:`state_dict` returned, of an object with the same arguments.
         :raises ParameterError: If it does not fit; the state is then left as it was.
         """
-        if isinstance(self.aggregator, Stateful):
-            self.aggregator.load_state_dict(state)
+        inner = stateful_part(self.aggregator)
+        if inner is not None:
+            inner.load_state_dict(state)
         elif state:
             expected = f"empty, as {self.aggregator!r} has no state"
             raise ParameterError("state", expected, f"the keys {sorted(map(str, state))}")
@@ -367,7 +371,7 @@ def _mixed_losses(mixing: NDArray[np.float64], source: GramianSource) -> Tensor 
 def _power_of_two(array: NDArray[np.float64]) -> float:
     # A power of two, by which dividing and multiplying round nothing.
     largest = float(np.abs(array).max())
-    return float(2.0 ** math.frexp(largest)[1]) if largest else 1.0
+    return float(2.0 ** (math.frexp(largest)[1] - 1)) if largest else 1.0
 
 
 def vectors_of(inner: Any, blocks: list[Tensor], losses: Tensor | None) -> Result:

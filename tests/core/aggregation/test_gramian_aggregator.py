@@ -228,3 +228,10 @@ def test_complex_weights_are_refused_rather_than_made_real() -> None:
 
     with pytest.raises(ParameterError, match="real weights of shape"):
         aggregator(torch.eye(2))
+
+
+@pytest.mark.parametrize("size", [1.7e308, 1e-307])
+def test_rows_at_the_ends_of_the_range_are_aggregated(size: float) -> None:
+    rows = size * torch.eye(2, dtype=torch.float64)
+
+    assert GramianAggregator(InverseNormWeighting())(rows).tolist() == pytest.approx([1.0, 1.0])

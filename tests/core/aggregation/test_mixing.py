@@ -205,6 +205,24 @@ def test_the_state_is_that_of_what_is_wrapped() -> None:
     assert one.state_dict() == {"calls": 0}
 
 
+def test_the_state_of_a_weighting_inside_of_an_adapter_is_found() -> None:
+    @define(eq=False)
+    class Counting(StateFields, GramianWeighting):
+        calls: int = state_field(int)
+
+        def compute(self, gramian: NDArray[np.float64]) -> NDArray[np.float64]:
+            self.calls += 1
+            return np.ones(len(gramian))
+
+    one, two = (Pairs(as_module(GramianAggregator(Counting()))) for _ in range(2))
+    one(torch.eye(2))
+    two.load_state_dict(one.state_dict())
+
+    assert two.state_dict() == {"calls": 1}
+    two.reset()
+    assert two.state_dict() == {"calls": 0}
+
+
 def test_without_state_there_is_nothing_to_save_and_a_foreign_state_is_refused() -> None:
     wrapper = Pairs(Largest())
     wrapper.reset()
