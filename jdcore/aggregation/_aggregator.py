@@ -10,7 +10,7 @@ from torch import Tensor
 
 from jdcore.aggregation._columns import Columns
 from jdcore.aggregation._differentiation import forbid_differentiation
-from jdcore.aggregation._finite import all_finite, finite_required
+from jdcore.aggregation._finite import all_finite, finite_required, is_finite
 from jdcore.aggregation._source import ColumnsSource, GramianSource
 from jdcore.aggregation._weigh import as_weighting, unscaled, weigh
 from jdcore.errors import NonFiniteError, ParameterError
@@ -115,7 +115,7 @@ def _aggregate(
         return columns.combine(weights, wide=wide), weights, source
     # Nobody has looked at the rows: whether they are finite shows in their weighted sum.
     vectors = columns.combine(weights)
-    if not all_finite(vectors):
+    if not (is_finite(vectors[0]) if len(vectors) == 1 else all_finite(vectors)):
         vectors, weights = _examine(weighting, columns, source, vectors, weights)
     return vectors, weights, source
 

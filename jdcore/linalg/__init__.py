@@ -8,7 +8,7 @@ from jdcore.linalg._distances import squared_distances
 from jdcore.linalg._equilibrate import equilibrate
 from jdcore.linalg._generalized import flatten_gramian, objectives_shape, unflatten_gramian
 from jdcore.linalg._gramian import cross_gramian, gramian
-from jdcore.linalg._pivoting import EPS, exchange_few, misplaced, natural_residual, pivot
+from jdcore.linalg._pivoting import EPS, misplaced, natural_residual, pivot
 from jdcore.linalg._precision import add_proximal, proximal_level, rounding_shows
 
 __all__ = [
@@ -22,7 +22,6 @@ __all__ = [
     "cross_gramian",
     "eigh",
     "equilibrate",
-    "exchange_few",
     "factors",
     "flatten_gramian",
     "gramian",
