@@ -20,10 +20,8 @@ from jdplugins.standard._solvers._guess import Splitting
 from jdplugins.standard._solvers._lcp import solve_lcps
 from tests.plugins.standard.dependent_rows import KINDS
 
-# Cones that are thin and have many faces take long guesses, and rows that are products of few
-# factors meet in ties, which only the interior-point method tells from one another, row by row.
-LIMITS = dict.fromkeys(KINDS, 7.0)
-LIMITS |= {"half rank": 12.0, "one huge row": 12.0, "products of factors": 100.0}
+# Of the work that independent rows take.
+LIMIT = 5.0
 
 
 def gramian_of(kind: str, m: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> np.ndarray:
@@ -82,7 +80,7 @@ def least_work(m: int) -> float:
 def test_dependent_rows_take_little_more_work_than_independent_ones(kind: str) -> None:
     m = 96
     for seed in range(2):
-        assert work(kind, m, seed) <= LIMITS[kind] * least_work(m)
+        assert work(kind, m, seed) <= LIMIT * least_work(m)
 
 
 @pytest.mark.slow
@@ -90,7 +88,7 @@ def test_dependent_rows_take_little_more_work_than_independent_ones(kind: str) -
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_same_for_more_rows_and_draws(kind: str, m: int) -> None:
     for seed in range(2, 4 if m == 256 else 8):
-        assert work(kind, m, seed) <= 1.5 * LIMITS[kind] * least_work(m)
+        assert work(kind, m, seed) <= 1.5 * LIMIT * least_work(m)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
@@ -174,6 +172,32 @@ def test_all_other_rows_are_solved_for_beside_those_that_cancel() -> None:
     expected = np.array([[0, 0, 0], [0, 0, 0], [0, 0.5, 0.5], [0, 0, 0.5]])
     expected /= np.linalg.norm(rows, axis=1, keepdims=True)
     np.testing.assert_allclose(x, expected, atol=1e-9)
+
+
+def test_rows_that_cancel_but_for_rounding_are_seen_by_the_others() -> None:
+    # Weights of all but the last two rows are large, and the last two see their rounding.
+    C = cosines("weakly stationary", 64, 2)
+    face = find_face(C)
+    assert face is not None
+    assert float((C[face.outside][:, face.inside] @ face.v).abs().max()) > 1e-10
+    Z = face.solve(C, torch.zeros_like(C), lambda C, Q: solve_lcps(C, Q)[0])
+    assert float(natural_residual(C, C, Z).max()) <= 2e-10
+
+
+@pytest.mark.parametrize("m", [40, 130])
+def test_float64_rows_that_are_nearly_opposite_are_solved_whatever_their_order(m: int) -> None:
+    # What decides between them is of the order of 1e-8 of their cosines.
+    for seed in range(4):
+        random = np.random.default_rng(seed)
+        rows = random.standard_normal((m // 2, 3 * m // 2))
+        rows = np.concatenate([rows, 1e-4 * random.standard_normal(rows.shape) - rows])
+        order = random.permutation(m)
+        updates = []
+        for turned in (rows, rows[order]):
+            G = add_proximal(turned @ turned.T, proximal_level(m, torch.float64))
+            updates.append(NativeDualConeSolver()(G, np.eye(m) / m).sum(axis=0) @ turned)
+        difference = np.linalg.norm(updates[0] - updates[1])
+        assert difference <= 2e-4 * np.linalg.norm(rows.mean(axis=0))
 
 
 # -- what is not solved ----------------------------------------------------------------------------

@@ -13,7 +13,8 @@ _MANY = 1e3  # weights of rows that cancel are some ten thousand then, those of 
 _VANISHING = 1e-7  # a combination of rows that is zero but for rounding: its products with them
 _GONE = 1e-9  # squared length of what a row has beside those that cancel, where it has nothing
 _POSITIVE = 1e-6  # entries of v
-_TRIES, _REFINEMENTS = 4, 2
+_ROUNDING = 1e-12  # of q
+_TRIES, _REFINEMENTS, _PASSES = 4, 2, 2
 
 
 @frozen
@@ -48,23 +49,26 @@ class Face:
         inside, outside, C = self.inside, self.outside, self.C
         block, across = C[inside][:, inside], C[inside][:, outside]
         solve = _pseudoinverse(block)
-        free, shadows = solve(Q[:, inside].mT), solve(across)
+        free, shadows = solve(Q[:, inside].mT).mT, solve(across)
+        left = C[outside][:, outside] - across.mT @ shadows
+        lengths = left.diagonal().sqrt()
+        cosines = left / lengths / lengths[:, None]
         Z = torch.zeros_like(Q)
-        if len(outside):
-            left = C[outside][:, outside] - across.mT @ shadows
-            lengths = left.diagonal().sqrt()
-            cosines = left / lengths / lengths[:, None]
-            q = (Q[:, outside] - free.mT @ across) / lengths
-            # What a problem of rows inside leaves is rounding.
-            sizes = q.abs().amax(1, keepdim=True)
-            sizes = torch.where(sizes > _GONE, sizes, torch.inf)
-            z = solver(cosines, q / sizes)
-            Z[:, outside] = torch.where(sizes < torch.inf, z * sizes, 0.0) / lengths
-        # What is nearest to where it should be, and positive.
-        z = near[:, inside]
-        z = z - solve(block @ z.mT).mT - (free + shadows @ Z[:, outside].mT).mT
-        multiples = (-z / self.v).amax(1, keepdim=True).clamp_min_(0.0)
-        Z[:, inside] = torch.addcmul(z, multiples, self.v).clamp_min_(0.0)
+        # Up to multiples of v, what is nearest to where it should be.
+        along = near[:, inside]
+        along = along - solve(block @ along.mT).mT
+        # What cancels but for rounding is seen by the others, once it is long enough.
+        for _ in range(_PASSES if len(outside) else 1):
+            if len(outside):
+                q = (Q[:, outside] + (along - free) @ across) / lengths
+                sizes = q.abs().amax(1, keepdim=True)
+                sizes = torch.where(sizes > _ROUNDING, sizes, torch.inf)
+                z = solver(cosines, q / sizes)
+                Z[:, outside] = torch.where(sizes < torch.inf, z * sizes, 0.0) / lengths
+            z = along - free - Z[:, outside] @ shadows.mT
+            multiples = (-z / self.v).amax(1, keepdim=True).clamp_min_(0.0)
+            along = torch.addcmul(along, multiples, self.v)
+            Z[:, inside] = torch.addcmul(z, multiples, self.v).clamp_min_(0.0)
         return Z
 
 

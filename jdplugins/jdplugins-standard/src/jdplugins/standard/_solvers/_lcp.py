@@ -46,6 +46,10 @@ _THREADS = 256  # rows from which on products pay for more threads than one
 _ALONE, _FEW = 16, 4
 
 
+# A residual above this is handed on to the next method.
+ROUGH = 1e-11
+
+
 @frozen
 class _Way:
     """
@@ -53,24 +57,24 @@ class _Way:
 
     :param settled: Part of the signs that may still change in a guess.
     :param delta: Proximal term to pivot with.
+    :param enough: Residual that suffices.
     """
 
     settled: float
     delta: float
+    enough: float
 
 
-_REGULAR = _Way(5e-4, 0.0)
-_MIXED = _Way(5e-4, 1e-11)  # a term above rounding, below what rows differ by
-# Of many solutions, a proximal term chooses one near the guess.
-_CANCELLING = _Way(5e-5, 1e-8)
+_REGULAR = _Way(5e-4, 0.0, 1e-12)
+_MIXED = _Way(5e-4, 1e-11, ROUGH)  # a term above rounding, below what rows differ by
+# Of many solutions, a proximal term chooses one near the guess. What differs between these is as
+# small as the least eigenvalues, and so are residuals.
+_CANCELLING = _Way(5e-5, 1e-8, UNSOLVED)
 # Answers of residuals up to this are nearly right, and get nearer with this term.
 _NEARLY, _NEARER = 1e-7, 1e-10
 # Problems of so few rows, and one alone, cost little, and are solved as far as rounding allows:
 # where opposite rows make z large, what is small beside it still leaves an error in ``Jᵀ z``.
 _SMALL = 8
-
-# A residual above this is handed on to the next method.
-ROUGH = 1e-11
 
 
 def solve_lcps(C: Tensor, Q: Tensor) -> tuple[Tensor, Tensor]:
@@ -113,7 +117,7 @@ class _Search:
             Z, residuals = pivot(self.C, self.Q, _likely(self.C, self.Q))
             # A block that turns out to be singular gives a large z, whose residual says little.
             self.keep(self.all, Z, torch.where(Z.amax(1) <= LARGE, residuals, torch.inf))
-        left = self.left()
+        left = self.left(ROUGH)
         if not len(left):
             return
         if not one:
@@ -125,7 +129,7 @@ class _Search:
         if one or len(self.C) <= _SMALL:
             self.keep(self.all, *refine(self.C, self.Q, self.Z))
 
-    def left(self, residual: float = ROUGH) -> Tensor:
+    def left(self, residual: float) -> Tensor:
         """The rows that are not solved yet: those of larger residuals."""
         return self.all[self.residuals > residual]
 
@@ -155,7 +159,7 @@ class _Search:
 
     def _by_face(self) -> None:
         """Solve what is left beside the rows that cancel, if there are any."""
-        rows = self.left()
+        rows = self.left(ROUGH)
         face = find_face(self.C) if len(rows) > _ALONE else None
         if face is not None:
             Z = face.solve(self.Q[rows], self.near[rows], lambda C, Q: solve_lcps(C, Q)[0])
@@ -188,8 +192,9 @@ class _Search:
 
     def _pivot_about(self, rows: Tensor, centre: Tensor) -> None:
         self._pivot(rows, centre, self.way.delta)
-        residuals = self.residuals[rows]
-        self._pivot_nearer(rows[(residuals > ROUGH) & (residuals < _NEARLY)])
+        if self.way is _CANCELLING:
+            residuals = self.residuals[rows]
+            self._pivot_nearer(rows[(residuals > ROUGH) & (residuals < _NEARLY)])
 
     def _pivot_nearer(self, rows: Tensor) -> None:
         """Pivot from answers that are nearly right."""
@@ -204,9 +209,7 @@ class _Search:
 
     def _one_by_one(self) -> None:
         """Solve for those that are left by the method that always ends, on the host."""
-        rows = self.left()
-        if len(rows) > _ALONE:
-            rows = self.left(UNSOLVED)
+        rows = self.left(self.way.enough)
         if len(rows):
             method = ActiveSet(self.C.numpy(force=True), _WORK)
             pairs = zip(*(X[rows].numpy(force=True) for X in (self.Q, self.near)), strict=True)
