@@ -31,3 +31,10 @@ def test_they_are_the_same_with_zero_rows_and_zero_preferences(m: int, n: int, m
     assert (found >= U).all()
     scale = float(rows.norm(dim=1).max())
     np.testing.assert_allclose(found @ rows.numpy(), expected @ rows.numpy(), atol=1e-11 * scale)
+
+
+@pytest.mark.parametrize(("k", "m"), [(0, 0), (1, 0), (0, 3), (0, 40)])
+def test_nothing_to_project_has_the_shape_that_was_asked_for(k: int, m: int) -> None:
+    found = NativeDualConeSolver()(np.eye(m), np.zeros((k, m)))
+
+    assert found.shape == (k, m)

@@ -34,18 +34,20 @@ def project_few(gramian: Floats, references: Floats) -> Floats | None:
     """
     k, m = references.shape
     found: Floats
+    if not references.size:
+        return None
     if m <= (_ALONE if k == 1 else _TOGETHER):
         project = _project_two if m == 2 else _project_handful
         few = project(gramian.tolist(), references.tolist())
         if few is not None:
-            found = np.array(few) if few else references.copy()
+            found = np.array(few)
             return found
     # In the cone already, as the mean of the rows often is: told without numpy's reductions, which
     # would take longer than the rest.
     if k == 1 and min(product(gramian, references[0]).tolist()) >= 0.0:
         found = references.copy()
         return found
-    if (m > _MANY and k != 1) or not references.size:
+    if m > _MANY and k != 1:
         return None
     cosines, norms, inverses = equilibrate(gramian)
     scaled = references * norms
