@@ -114,6 +114,7 @@ def exported_class(class_name: str) -> type:
         raise MissingMethodError(
             class_name, error.kind, error.close, error.known, error.hint
         ) from None
+    # The registry finds names in any spelling; an import has one.
     if entry.spec.class_name != base:
         raise AttributeError(
             f"no method has the class name {base!r}; did you mean {entry.spec.class_name!r}?",
@@ -140,6 +141,7 @@ class ComposedAggregator(GramianAggregator):
         super().__init__(self.weighting_class(*args, **kwargs))
 
     def __repr__(self) -> str:
+        # What one would type: this class takes the arguments of its weighting.
         arguments = repr(self.weighting).partition("(")[2]
         return f"{type(self).__name__}({arguments}"
 
@@ -185,6 +187,7 @@ def compose(
     namespace = {
         "__doc__": weighting_class.__doc__,
         "__module__": "jdcore.aggregation",
+        # Editors and `jdcore info` ask it, where `*args, **kwargs` would tell nothing.
         "__signature__": inspect.signature(weighting_class),
         "weighting_class": weighting_class,
         "qualified_name": qualified_name,
@@ -204,6 +207,7 @@ def _composed(class_name: str, qualified_name: str, weighting_class: type) -> ty
 
 def _restore(qualified_name: str, weighting: Weighting) -> ComposedAggregator:
     cls: type[ComposedAggregator] = aggregator_class(qualified_name)
+    # Around the weighting that was pickled, which its own constructor would make anew.
     aggregator = cls.__new__(cls)
     GramianAggregator.__init__(aggregator, weighting)
     return aggregator

@@ -100,6 +100,7 @@ class Registry:
 
     def refresh(self) -> None:
         """Forget what was discovered; the next look-up discovers again. Registered specs stay."""
+        # What was installed since the process began is found as well.
         importlib.invalidate_caches()
         with self._lock:
             self._forget()
@@ -118,6 +119,7 @@ class Registry:
     def _register_method(self, spec: T, table: NameTable, runtime: dict[str, T]) -> None:
         for name in names_of(spec):
             entry = table.find(name)
+            # A cell of a notebook that runs again replaces what it registered.
             if entry is not None and entry.qualified_name != f"{RUNTIME}:{spec.name}":
                 raise ParameterError("name", "free", f"{name!r}, taken by {entry.qualified_name}")
         with self._lock:
@@ -146,6 +148,7 @@ class Registry:
             return known
         loading = self._installed()
         loading.advance()
+        # Before anything is published: the next look-up is to raise as well.
         _demand_if_strict(self._tables(loading))
         with self._lock:
             known = self._tables(loading)
@@ -357,6 +360,7 @@ def _raise_unknown(name: str, table: NameTable, known: _Known) -> NoReturn:
         hint = _installable(table.problem, {r.distribution for r in records})
     listed = table.listed_names()
     plain_names = {normalize_name(n.rpartition(":")[2]): n for n in listed}
+    # Of normalized names, so that capitals and dashes do not count as differences.
     close = difflib.get_close_matches(normalize_name(plain), plain_names, cutoff=0.6)
     error = UnknownNameError(name, table.kind, [plain_names[c] for c in close], listed, hint)
     raise error from (failed[0].error if len(failed) == 1 else None)
@@ -392,6 +396,7 @@ def construct(cls: type, name: str, arguments: Mapping[str, Any], *first: Any) -
     """
     signature = inspect.signature(cls).parameters
     parameters = dict(list(signature.items())[len(first) :])
+    # Checked here, as Python's own error would name neither the method nor its arguments.
     accepts_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     for argument in arguments:
         if argument not in parameters and not accepts_any:

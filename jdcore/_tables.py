@@ -35,6 +35,7 @@ class NameTable:
             self._entries.setdefault(normalize_name(name), []).append(entry)
 
     def __iter__(self) -> Iterator[Entry]:
+        # An entry stands under its name and under each of its aliases.
         unique = {id(e): e for entries in self._entries.values() for e in entries}
         return iter(sorted(unique.values(), key=lambda e: (e.spec.name, e.distribution)))
 
@@ -55,6 +56,7 @@ class NameTable:
         entries = self._entries.get(normalize_name(plain), [])
         if colon:
             wanted = normalize_distribution(distribution)
+            # A qualified name is unique, also where several distributions claim the plain one.
             entries = [e for e in entries if e.distribution == wanted]
         if len(entries) > 1:
             raise AmbiguousNameError(name, self.kind, [e.qualified_name for e in entries])

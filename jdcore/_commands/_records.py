@@ -21,6 +21,7 @@ from jdcore.spec import AggregatorSpec, ScalarizerSpec, SolverSpec, normalize_na
 def discover() -> tuple[PluginRecord, ...]:
     """The plugins; instead of a warning from within the library, one line on standard error."""
     with warnings.catch_warnings(record=True) as caught:
+        # A filter of the environment may hide or raise it.
         warnings.simplefilter("always", PluginWarning)
         records = registry.records()
     if caught:
@@ -56,6 +57,7 @@ def _absent(
     catalogue: dict[str, tuple[str, ...]],
 ) -> Iterator[dict[str, Any]]:
     present = {plugin.distribution for plugin in plugins}
+    # Another distribution may provide a method of this name.
     taken = {normalize_name(record["name"]) for record in registered}
     for distribution, names in catalogue.items():
         for name in names:
@@ -150,6 +152,7 @@ def _description(name: str, spec: AggregatorSpec | ScalarizerSpec) -> dict[str, 
 
 def _installation(entry: Entry) -> dict[str, Any]:
     requires = entry.spec.requires
+    # By their metadata, as importing all of them would take seconds.
     missing = [required for required in requires if installed_version(required) is None]
     return {
         "requires": list(requires),

@@ -72,6 +72,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     :returns: 1 if a plugin, a method or a scalarizer is broken, else 0.
     """
+    # What plugins print as they are imported is not to stand in the JSON.
     with plugins_on_stderr():
         plugins = list(plugin_records())
         versions = dict(_versions(plugins))
@@ -159,6 +160,7 @@ def _scalarizer_call(name: str) -> Call:
     scalarizer = scalarizer_class(name)(**registry.scalarizer(name).spec.example(_ROWS))
 
     def call() -> Tensor:
+        # With its gradient, as training asks for it.
         loss = scalarizer(losses)
         return torch.cat([loss[None], *torch.autograd.grad(loss, [losses])])
 
@@ -168,6 +170,7 @@ def _scalarizer_call(name: str) -> Call:
 def _matrix(m: int) -> Tensor:
     import torch
 
+    # Always the same: what is slow or broken is so at the next run as well.
     return torch.randn(m, _COLUMNS, generator=torch.Generator().manual_seed(0))
 
 

@@ -85,6 +85,7 @@ def describe_scalarizer(name: str) -> dict[str, Any]:
 
 def solver_problem(cls: Any) -> str | None:
     """The problem whose solvers the argument ``solver`` of a method selects, if it has one."""
+    # A composed aggregator takes the arguments of its weighting.
     fields = getattr(getattr(cls, "weighting_class", cls), "__attrs_attrs__", ())
     problems = (field.metadata.get("jdcore.problem") for field in fields)
     return next(filter(None, problems), None)
@@ -107,6 +108,7 @@ def _parameters(cls: Any) -> list[dict[str, Any]]:
 def _parameter_descriptions(cls: Any) -> dict[str, str]:
     """The ``:param x:`` fields of a class and its bases, each on one line."""
     found = {}
+    # Arguments that a base class has are described there; a class may say more of its own.
     for base in reversed(getattr(cls, "weighting_class", cls).__mro__):
         doc = inspect.cleandoc(base.__doc__ or "").partition("\n>>>")[0]
         for name, text in _PARAMETER.findall(doc):

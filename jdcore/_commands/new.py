@@ -66,6 +66,7 @@ def run(arguments: argparse.Namespace) -> None:
     names = _names(normalize_distribution(arguments.name), arguments.method, arguments.class_name)
     folder: Path = arguments.out / names["distribution"]
     try:
+        # It fails where the folder exists, so that no file of anybody is replaced.
         folder.mkdir(parents=True)
     except OSError as error:
         reason = error.strerror or type(error).__name__
@@ -101,10 +102,12 @@ def _names(distribution: str, method: str, class_name: str | None) -> dict[str, 
         )
     if class_name is None:
         class_name = "".join(word.capitalize() for word in method.split("_"))
+    # Both names find the method: one in the registry, the other in an import.
     if normalize_name(class_name) != normalize_name(method) or not class_name.isidentifier():
         expected = f"{method!r} without underscores, capitals where you like"
         raise ParameterError("--class-name", expected, repr(class_name))
     version = installed_version("jdcore") or "0"
+    # With a minor version, the core may change what plugins build on.
     major, minor = [*version.split("."), "0"][:2]
     return {
         "distribution": distribution,

@@ -33,7 +33,9 @@ def run(arguments: argparse.Namespace) -> int:
     :returns: 1 if a stub is not what it would be, with ``--check``, else 0.
     :raises JDCoreError: If the distribution provides no methods.
     """
+    # Its warning about broken plugins comes first, on standard error.
     discover()
+    # Imports the methods, and torch with them, which other commands do without.
     from jdcore._stubs import stubs_of
 
     stale = 0

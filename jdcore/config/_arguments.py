@@ -56,6 +56,7 @@ def arguments_of(cls: Any) -> dict[str, Argument]:
     :raises ParameterError: If one of them is called ``name``, the key of the method itself.
     """
     if issubclass(cls, ComposedAggregator):
+        # Its own constructor passes on whatever it is given.
         cls = cls.weighting_class
     arguments = _of_attrs(cls) if attrs.has(cls) else _of_signature(cls)
     found = {argument.name: argument for argument in arguments}
@@ -85,4 +86,6 @@ def _default(field: attrs.Attribute[Any]) -> Any:
 
 def _of_signature(cls: Any) -> Iterator[Argument]:
     for name, parameter in inspect.signature(cls).parameters.items():
+        # Where a class that is not attrs keeps an argument is not written down: by its name,
+        # as is the custom.
         yield Argument(name, name, parameter.default, parameter.annotation)

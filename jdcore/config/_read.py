@@ -35,6 +35,7 @@ def read(
     keys = {f"{path}.{key}": key for key in given} | {key: key for key in extra}
     _refuse_unknown(keys, known, name)
     values = {k: _value(known[k], v, f"{path}.{k}") for k, v in given.items() if k not in extra}
+    # These are objects: there is nothing to read.
     values |= extra
     with _located(path, given):
         return construct(cls, name, values)
@@ -120,6 +121,7 @@ def _plain(value: Any, path: str) -> Any:
         if isinstance(value, Sequence) and not isinstance(value, str):
             return [_plain(item, f"{path}[{index}]") for index, item in enumerate(value)]
     except RecursionError:
+        # Anchors of YAML can make a list that holds itself.
         raise ParameterError(path, "data that comes to an end", "data within itself") from None
     return value
 

@@ -27,6 +27,7 @@ def write(method: Any, path: str, omit: Collection[str] = ()) -> dict[str, Any]:
         raise ParameterTypeError(
             path, "an instance of a registered aggregator, weighting or scalarizer", repr(method)
         )
+    # A composed aggregator has the arguments of its weighting, which keeps them.
     owner = method.weighting if isinstance(method, ComposedAggregator) else method
     arguments = arguments_of(type(owner))
     _refuse_unknown(omit, arguments, name)
@@ -97,6 +98,7 @@ def _plain(value: Any, path: str) -> Any:
 
 def _hint(path: str) -> str | None:
     root, _, argument = path.partition(".")
+    # Only arguments of the outermost method can be given beside a configuration.
     if "." in argument or "[" in argument:
         return None
     return (

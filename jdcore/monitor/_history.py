@@ -178,6 +178,7 @@ class History:
         :raises JDCoreError: If pandas is not installed.
         """
         try:
+            # For this call alone: no other part of a record needs it.
             import pandas
         except ImportError as error:
             raise JDCoreError("Not installed: pandas. Run: pip install pandas") from error
@@ -215,4 +216,5 @@ def _summary(step: Step) -> dict[str, float]:
         "residual": step.residual,
         "milliseconds": 1e3 * step.seconds,
     }
+    # Not NaN, such as the share of conflicting pairs of one gradient: no curve shows it.
     return {k: v for k, v in quantities.items() if v is not None and not math.isnan(v)}

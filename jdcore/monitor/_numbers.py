@@ -76,6 +76,7 @@ def numbers_of(
 
 
 def _products(gramian: Floats, weights: list[float] | None) -> tuple[Floats, float]:
+    # Of the update u = Jᵀ w: J u = G w, and its squared length is w · G w.
     vector = np.array(weights, dtype=np.float64)
     inner: Floats = gramian @ vector
     return inner, float(inner @ vector)

@@ -56,6 +56,7 @@ def record(
     """
     for name, value in (("every", every), ("cosines_up_to", cosines_up_to)):
         least = 1 if name == "every" else 0
+        # A bool is an int to Python.
         if isinstance(value, bool) or not isinstance(value, int):
             raise ParameterTypeError(name, "an int", repr(value))
         if value < least:
@@ -76,6 +77,7 @@ def record(
         # Handles are removed also if the training fails: the optimizer outlives the block.
         with observing(recorder.hear):
             yield history
+        # The optimizer may not have stepped since the last weighing.
         recorder.flush()
     finally:
         for handle in handles:
@@ -115,6 +117,7 @@ class _Recorder:
         if self.pending is not None:
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
             # An optimizer skips parameters without a gradient.
+            # Copies, as optimizers step in place.
             self.before = {p: p.detach().clone() for p in parameters if p.grad is not None}
 
     def after_step(self, *_: Any) -> None:
@@ -122,6 +125,7 @@ class _Recorder:
             return
         step = {p: p.detach() - old for p, old in self.before.items()}
         change = first_order_change(self.losses, step, before=self.before)
+        # As large as the model: not kept until the next step.
         self.before = {}
         raised = float((change > 0).double().mean()) if change.numel() else 0.0
         self.pending.change, self.pending.raised = change.tolist(), raised

@@ -28,6 +28,7 @@ class TensorBoardWriter:
 
 
 def _logger(_: Any, attribute: Any, value: Any) -> None:
+    # When the writer is made: the first step may come hours later.
     if not any(callable(getattr(value, name, None)) for name in ("log_metrics", "log")):
         raise ParameterTypeError(attribute.name, "an object with log_metrics or log", repr(value))
 
@@ -48,6 +49,7 @@ class LoggerWriter:
 
     def __call__(self, step: Step, /) -> None:
         """Log one step."""
+        # Both take a dictionary and the step, by the same names.
         log = getattr(self.logger, "log_metrics", None) or self.logger.log
         log(scalars(step, self.prefix), step=step.index)
 
@@ -63,6 +65,7 @@ class ProgressLine:
     :param every: Steps from one update of the line to the next.
     """
 
+    # Looked up when the line is made: notebooks and tests replace this stream.
     stream: TextIO = field(factory=lambda: sys.stderr)
     every: int = 10
 
@@ -71,6 +74,7 @@ class ProgressLine:
         if step.index % self.every:
             return
         terminal = self.stream.isatty()
+        # From its start, and cleared: the line before may have been longer.
         self.stream.write(
             ("\r\x1b[2K" if terminal else "") + _line(step) + ("" if terminal else "\n")
         )

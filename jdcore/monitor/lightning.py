@@ -26,6 +26,7 @@ class MonitorCallback(Callback):  # type: ignore[misc]  # untyped where it is no
     def __init__(self, **options: Any) -> None:
         self.options = options
         self.history = History()
+        # A training begins and ends in different calls: no `with` statement spans it.
         self._stack = ExitStack()
         self._latest: Step | None = None
 
@@ -50,6 +51,7 @@ class MonitorCallback(Callback):  # type: ignore[misc]  # untyped where it is no
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Stop recording."""
+        # `on_train_end` is not called then, and the record would hear the next training as well.
         del trainer, pl_module, exception
         self._stack.close()
 

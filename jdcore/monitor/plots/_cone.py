@@ -42,6 +42,7 @@ def dual_cone(
     _draw_cone(axes, rows, float(reach))
     for index, row in enumerate(rows):
         _arrow(axes, row, color="0.25", width=0.006)
+        # A gradient of zero has no direction in which its name could be put aside.
         offset = 0.06 * reach * row / max(np.linalg.norm(row), 1e-12)
         axes.annotate(f"$g_{index + 1}$", row + offset, ha="center", va="center")
     # Of updates in one direction, the longer ones are wide and lie below.
@@ -60,6 +61,7 @@ def _draw_cone(axes: Axes, rows: NDArray[np.float64], reach: float) -> None:
         return
     start, end = limits
     axes.add_patch(
+        # Longer than any arrow: the frame cuts it off.
         Wedge((0, 0), 3 * reach, start, end, color=COLOURS[2], alpha=0.15, lw=0, label="dual cone")
     )
 

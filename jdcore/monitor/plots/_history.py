@@ -26,6 +26,7 @@ def weights_over_time(history: History, /, *, axes: Axes | None = None) -> Axes:
     weights = _table([step.weights or [] for step in steps], "weights")
     sums = weights.sum(1, keepdims=True)
     axes = new_axes((6.4, 3.6)) if axes is None else axes
+    # Weights that add up to zero have no shares, and are drawn as they are.
     shares = weights / np.where(sums == 0.0, 1.0, sums)
     index = np.array([step.index for step in steps])
     window = max(1, len(steps) // 50)

@@ -35,6 +35,7 @@ def trajectories(
         (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
         x, y = np.meshgrid(np.linspace(left, right, 200), np.linspace(bottom, top, 200))
         axes.contour(x, y, contours(x, y), levels=20, colors="0.8", linewidths=0.7, zorder=0)
+        # Level lines must not change the limits, which are those of the paths.
         axes.set_xlim(left, right)
         axes.set_ylim(bottom, top)
     axes.set_xlabel("first parameter")
@@ -64,8 +65,10 @@ def _draw(curves: Curves, front: ArrayLike | None, label: str, axes: Axes | None
     axes = new_axes((6.4, 4.6)) if axes is None else axes
     for (name, paths), (dashes, colour) in zip(curves.items(), STYLES, strict=False):
         for index, path in enumerate(map(np.asarray, paths)):
+            # One entry of the legend for all starts of a method.
             shown = name if index == 0 else None
             axes.plot(path[:, 0], path[:, 1], dashes, color=colour, lw=1.2, label=shown)
+            # Where paths begin is hollow, where they end is filled.
             axes.plot(*path[0], "o", color=colour, ms=4, mfc="white")
             axes.plot(*path[-1], "o", color=colour, ms=5)
     if front is not None:

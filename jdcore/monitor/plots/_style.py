@@ -19,6 +19,7 @@ COLOURS = (
 """The colours of `Okabe and Ito <https://jfly.uni-koeln.de/color/>`_ without their yellow, which
 people tell apart whatever colours they can see."""
 
+# All colours before the next kind of line: a few curves differ in colour alone.
 STYLES = tuple((dashes, colour) for dashes, colour in product(("-", "--", ":"), COLOURS))
 """Line styles and colours, in the order in which curves take them."""
 

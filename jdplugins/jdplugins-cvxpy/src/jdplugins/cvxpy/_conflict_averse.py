@@ -118,6 +118,7 @@ class CvxpySolver:
         except BackendError as error:
             nothing = np.zeros_like(b)
             bound = float(((b + 1.0) / a).min())  # of what a ball of radius one can add to a row
+            # To add nothing is allowed, and its residual tells how much that gives away.
             return nothing, _residual(C, b, a, nothing, bound), f"{backend} failed ({error})"
         residual = _residual(C, b, a, added, bound)
         return added, residual, f"{backend} is too inaccurate on these rows"
@@ -126,6 +127,7 @@ class CvxpySolver:
 def _root(C: Floats) -> Floats:
     """S with ``C = S Sᵀ``, also for singular C."""
     values, vectors = eigh(C)
+    # Rounding may leave eigenvalues of zero slightly negative.
     root: Floats = vectors * np.sqrt(np.maximum(values, 0.0))
     return root
 

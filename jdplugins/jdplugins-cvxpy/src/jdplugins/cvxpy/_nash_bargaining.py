@@ -71,6 +71,7 @@ class EcosSolver:
             return alpha
         matrix, scale = _normalise(gramian[np.ix_(rows, rows)])
         begin = np.ones(rows.size) if start is None else start[rows] * scale
+        # Not `begin <= _FAR`, which is false for NaN.
         begin[~((begin > _FAR) & (begin < 1.0 / _FAR))] = 1.0
         solution, reason = self._iterate(matrix, begin)
         residual = float(np.abs(solution * (matrix @ solution) - 1.0).max())

@@ -114,6 +114,7 @@ class Program:
             key: _find_tags(_numbers(array)) for key, array in data.items() if _is_real(array)
         }
         compiled = Compiled(data, chain, inverse, places)
+        # Tried with other numbers, as what cvxpy makes of parameters need not be a copy of them.
         other = np.random.default_rng(0).uniform(1.0, 2.0, tags.size)
         expected, _, _ = self._data(other, solver)
         compiled.fill(other)
@@ -146,6 +147,7 @@ def _numbers(array: Any) -> Floats:
 
 def _find_tags(numbers: Floats) -> tuple[NDArray[np.intp], NDArray[np.intp], Floats]:
     entries = np.flatnonzero(np.abs(numbers) >= _TAG)
+    # A parameter may enter with a minus, but times one: else its tag would be another.
     tagged = numbers[entries]
     return entries, np.rint(np.abs(tagged) - _TAG).astype(np.intp), np.sign(tagged)
 

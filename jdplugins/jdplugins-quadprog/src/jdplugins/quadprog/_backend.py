@@ -63,6 +63,8 @@ class DualConeBackend:
         """
         cosines, norms, inverses = equilibrate(gramian)
         scaled = references * norms
+        # Answers grow with the references: each is made of size one, which the absolute
+        # tolerances of solvers are meant for.
         scales = np.abs(scaled).max(axis=1, initial=0.0, keepdims=True)
         scaled /= np.where(scales > 0.0, scales, 1.0)
         solutions, residual, reason = self._solve(cosines, scaled @ cosines)
@@ -74,6 +76,7 @@ class DualConeBackend:
         report_residual(lambda: residual)
         solutions *= scales
         solutions *= inverses
+        # Nothing negative is added, so that v >= u also after rounding.
         solutions += references
         return solutions
 
@@ -88,12 +91,14 @@ class DualConeBackend:
             if isinstance(answer, str):
                 failures[row] = f"{self.label} failed ({answer})"
             else:
+                # Interior-point solvers leave slightly negative entries.
                 answers[row] = np.maximum(answer, 0.0)
         solutions, residuals = refine_lcp(C, Q, answers)
         # What refining makes of nothing would not be an answer of this solver.
         failed = list(failures)
         solutions[failed] = 0.0
         residuals[failed] = lcp_residual(C, Q[failed], solutions[failed])
+        # The worst row is the one that a warning is about, whose failure it names.
         worst = int(residuals.argmax()) if residuals.size else -1
         reason = failures.get(worst, f"{self.label} is too inaccurate on these rows")
         return solutions, float(residuals.max(initial=0.0)), reason

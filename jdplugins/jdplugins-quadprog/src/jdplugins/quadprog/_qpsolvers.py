@@ -17,8 +17,10 @@ from jdplugins.quadprog._backend import BackendError, DualConeBackend, Floats, M
 def _installed(_: object, attribute: Attribute[Any], name: Any) -> None:
     if not isinstance(name, str):
         raise ParameterTypeError(attribute.name, "the name of a solver", repr(name))
+    # Asked when the solver is made: an error in the first step would come much later.
     available = sorted(qpsolvers.available_solvers)
     if name not in available:
+        # Its extras are called like the solvers that they install.
         known = name in (metadata("qpsolvers").get_all("Provides-Extra") or ())
         hint = f"It is not installed: pip install 'qpsolvers[{name}]'." if known else None
         close = difflib.get_close_matches(name, available)
@@ -60,6 +62,7 @@ class QpsolversSolver(DualConeBackend):
         return f"qpsolvers:{self.backend}"
 
     def minimiser(self, quadratic: Floats) -> Minimiser:
+        # Given a dense matrix, qpsolvers converts it for these at each call, with a warning.
         sparse = self.backend not in qpsolvers.dense_solvers
         matrix = csc_matrix(quadratic) if sparse else quadratic
         zeros = np.zeros(len(quadratic))

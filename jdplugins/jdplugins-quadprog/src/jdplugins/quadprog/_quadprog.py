@@ -40,6 +40,8 @@ class QuadprogSolver(DualConeBackend):
 
         def minimise(linear: Floats) -> Floats:
             try:
+                # It minimises ½ zᵀ P z - aᵀ z, hence the sign. No constraint is an equality,
+                # and the matrix is given factorised.
                 answer: Floats = quadprog.solve_qp(inverse, -linear, identity, zeros, 0, True)[0]
             except ValueError as error:
                 raise BackendError(str(error)) from error

@@ -39,6 +39,7 @@ def average_of(rows: NDArray[np.int64], m: int) -> NDArray[np.float64]:
 def clipping_factors(lengths: NDArray[np.float64], limit: float) -> NDArray[np.float64]:
     """Factors ``min(1, limit / length)``, by which rows become no longer than a limit."""
     factors = np.ones_like(lengths)
+    # Only these are divided: rows of length zero would give NaN where the limit is zero.
     longer = lengths > limit
     factors[longer] = limit / lengths[longer]
     return factors

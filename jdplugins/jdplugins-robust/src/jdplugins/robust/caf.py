@@ -64,9 +64,11 @@ def _widest(
 ) -> tuple[float, NDArray[np.float64]]:
     """The largest weighted variance, and multiples of the squared deviations in its direction."""
     products = gramian @ weights
+    # Inner products of the rows as seen from their weighted mean.
     centred = gramian - products[:, None] - products + weights @ products
     # The m x m matrix has the same eigenvalues as the covariance of as many columns as J has.
     roots = np.sqrt(weights)
     variances, directions = eigh(centred * roots[:, None] * roots)
     along = centred @ (roots * directions[:, -1])
+    # Rounding may leave a variance of zero slightly negative.
     return max(float(variances[-1]), 0.0), along**2

@@ -34,4 +34,5 @@ class Clipping(RowMixing):
     max_norm: float = field(default=2.0, validator=real(0.0), kw_only=True)
 
     def mix(self, source: GramianSource) -> NDArray[np.float64]:
+        # Methods of the Gramian multiply that and the weights by this matrix, never the rows.
         return np.diag(clipping_factors(row_lengths(source), self.max_norm))

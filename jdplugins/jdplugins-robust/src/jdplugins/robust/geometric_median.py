@@ -52,6 +52,8 @@ class GeometricMedianWeighting(GramianWeighting):
         pull, weights = _pull(products, here)
         # What rounding of the Gramian leaves of distances that are short beside the rows.
         noise = _noise(gramian, distances)
+        # A row is the median itself where all others together, each pulling with the force one,
+        # do not outweigh the rows that lie there.
         if pull <= here.sum() * (1.0 + max(_EQUAL, _EPS * float(noise[centre].sum()) ** 2)):
             of_sums = 4.0 * _EPS * (noise * noise * np.sqrt(distances)).sum(axis=1)
             equal = np.maximum(_EQUAL * sums[centre], of_sums + of_sums[centre])
@@ -70,6 +72,7 @@ def _distinct(gramian: NDArray[np.float64]) -> NDArray[np.float64]:
     """Squared distances, zero where rounding leaves nothing of them."""
     distances = squared_distances(gramian)
     squared_norms = np.diagonal(gramian)
+    # Of equal rows, rounding leaves a distance that would count as a direction.
     distances[distances <= 4.0 * _EPS * (squared_norms[:, None] + squared_norms)] = 0.0
     return distances
 
@@ -94,6 +97,7 @@ def _pull(
     inverses = np.zeros(len(here))
     inverses[~here] = 1.0 / np.sqrt(np.diagonal(products)[~here])
     squared = inverses @ (products * inverses).sum(axis=1)
+    # All rows may lie here, which leaves none to pull.
     return float(np.sqrt(max(squared, 0.0))), inverses / max(inverses.sum(), 1e-300)
 
 
@@ -123,8 +127,11 @@ def _iterate(
         idle = 0 if residual < least else idle + 1
         if not idle:
             best, least = stepped, residual
+        # Rounding keeps the residual from vanishing: it falls for a while and then wanders.
         if residual <= _EPS or idle == _PATIENCE:
             break
+        # Newton's steps are few near the median, and may go anywhere far from it.
+        # Those of Weiszfeld never make the sum longer.
         newton = _newton(products, weights, distances)
         shorter = _distances(products, newton).sum() <= distances.sum() * (1.0 + _EQUAL)
         weights = newton if shorter else stepped
@@ -135,6 +142,7 @@ def _distances(products: NDArray[np.float64], weights: NDArray[np.float64]) -> N
     """Distances [m] of the rows from the point of the given weights, none of them zero."""
     offsets = products @ weights
     squared = np.diagonal(products) - 2.0 * offsets + weights @ offsets
+    # Not zero, as their logarithms are taken.
     return np.sqrt(np.maximum(squared, 1e-300))
 
 
@@ -143,6 +151,7 @@ def _length(products: NDArray[np.float64], coefficients: NDArray[np.float64]) ->
 
 
 def _normalised(logarithms: NDArray[np.float64]) -> NDArray[np.float64]:
+    # The largest becomes one, so that no power overflows.
     weights = np.exp(logarithms - logarithms.max())
     normalised: NDArray[np.float64] = weights / weights.sum()
     return normalised

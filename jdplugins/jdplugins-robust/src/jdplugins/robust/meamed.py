@@ -45,6 +45,7 @@ class MeaMed(CoordinatewiseAggregator):
     def compute(self, columns: Tensor) -> Tensor:
         m, f = len(columns), self.n_byzantine
         ordered = columns.double().T.contiguous().sort(dim=1).values
+        # The one in the middle, or the mean of both.
         median = ordered[:, (m - 1) // 2 : m // 2 + 1].mean(dim=1, keepdim=True)
         # Those closest to the median are neighbours in this order: one of f + 1 windows.
         lowest, highest = ordered[:, : f + 1], ordered[:, m - f - 1 :]

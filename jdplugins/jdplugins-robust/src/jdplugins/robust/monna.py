@@ -37,6 +37,7 @@ class MoNNAWeighting(GramianWeighting):
     def compute(self, gramian: NDArray[np.float64]) -> NDArray[np.float64]:
         m = len(gramian)
         require_majority(m, self.n_byzantine)
+        # Whether the trusted row exists is known only now.
         require_rows(m, self.trusted + 1, "trusted + 1")
         distances = squared_distances(gramian)[self.trusted]
         distances[self.trusted] = -1.0  # comes first, whatever coincides with it

@@ -11,6 +11,7 @@ from jdplugins.robust._rows import average_of, require_rows
 
 
 def _optional_count(instance: object, attribute: Attribute[int | None], value: int | None) -> None:
+    # None leaves the choice to the number of rows.
     if value is not None:
         integer(1)(instance, attribute, value)
 

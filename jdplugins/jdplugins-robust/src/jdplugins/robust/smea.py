@@ -70,6 +70,7 @@ def _least_variance(gramian: NDArray[np.float64], size: int) -> NDArray[np.int64
         possible = pairs[blocks].max(axis=(1, 2)) < least
         if not possible.any():
             continue
+        # Of centred rows, the Gramian has the positive eigenvalues of the scatter matrix.
         scatters = centre @ gramian[rows[possible][:, :, None], rows[possible][:, None, :]] @ centre
         variances = np.maximum(np.linalg.eigvalsh(scatters)[:, -1], 0.0)
         first = int(np.argmax(variances <= variances.min() / _BETTER))
@@ -80,6 +81,7 @@ def _least_variance(gramian: NDArray[np.float64], size: int) -> NDArray[np.int64
 
 def _sets(m: int, size: int) -> Iterator[NDArray[np.int64]]:
     """All sets of rows of this size, as arrays [k, size]."""
+    # In portions, as there may be more sets than memory has room for.
     every = combinations(range(m), size)
     while portion := list(islice(every, _AT_ONCE)):
         flat = np.fromiter(chain.from_iterable(portion), dtype=np.int64)
