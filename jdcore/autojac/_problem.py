@@ -26,9 +26,11 @@ from jdcore.errors import VectorizationError
 from jdcore.graph import (
     Reach,
     SinglePassesExplained,
+    agree,
     batched_gradients,
     differentiate,
     hooks_made_lately,
+    mixed,
     reach,
     retains_gradients,
 )
@@ -150,12 +152,13 @@ class Problem:
                     "a tensor in the graph retains its gradient (retain_grad)."
                 )
             solve, doubt = partial(self.solve, chunk_size), hooks_made_lately(self.graph.nodes)
-            return insist(self.kind, solve, retain_graph, doubt=doubt)
+            return insist(self.kind, solve, retain_graph, self.agrees_with, doubt=doubt)
         one_by_one = partial(self.row_by_row, retain_graph)
         chosen = 1 if retains or self.accumulates else self._chunk_size()
         if chosen == 1 or seems_hooked(self.kind, self.graph):
             return one_by_one()
-        return attempt(self.kind, partial(self.solve, chosen), retain_graph, one_by_one)
+        solve = partial(self.solve, chosen)
+        return attempt(self.kind, solve, retain_graph, one_by_one, self.agrees_with)
 
     def _chunk_size(self) -> int:
         known = self.uses is not None
@@ -183,6 +186,14 @@ class Problem:
             if chunk_size >= self.m:
                 return self._at_once(retain_graph)
             return self._in_chunks(chunk_size, retain_graph)
+
+    def agrees_with(self, rows: Sequence[Tensor], retain_graph: bool) -> bool:
+        """Whether rows are those of single passes, told by one pass for a combination of them."""
+        seeds = [mixed(cotangent) for cotangent in self.cotangents]
+        with same_grad([*self.outputs, *self.inputs]), self._checked():
+            found = differentiate(self.outputs, self.inputs, seeds, retain_graph)
+        pairs = zip(rows, found, self.inputs, strict=True)
+        return agree((r, zeros(t, 1)[0] if g is None else dense(g)) for r, g, t in pairs)
 
     def gradients(self, retain_graph: bool) -> list[Tensor]:
         """

@@ -15,7 +15,15 @@ from attrs import frozen
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
-from jdcore.graph import MATRIX_PRODUCTS, Reach, Unreadable, edge_of, saved, saved_as_it_is
+from jdcore.graph import (
+    MATRIX_PRODUCTS,
+    Reach,
+    Unreadable,
+    edge_of,
+    node_has_hooks,
+    saved,
+    saved_as_it_is,
+)
 
 
 @frozen(eq=False)
@@ -43,8 +51,9 @@ def find_products(graph: Reach, inputs: Mapping[int, Tensor]) -> dict[int, Produ
     """
     Those inputs that enter the graph once, as a factor of a matrix product.
 
-    Left alone are weights with hooks, those whose transpose may have hooks, and products that run
-    Python code to get at the other factor, as checkpoints do.
+    Left alone are weights with hooks, those whose transpose may have hooks, products with hooks on
+    the operation itself, which would not be executed, and those that run Python code to get at the
+    other factor, as checkpoints do.
 
     :param graph: What lies behind the outputs.
     :param inputs: Tensors by their positions, which are those of the products as well.
@@ -68,8 +77,9 @@ def find_products(graph: Reach, inputs: Mapping[int, Tensor]) -> dict[int, Produ
         # Used once, and by nothing else: the gradient of this product is all that arrives at the
         # weight.
         if end in positions and graph.edges[end] == 1:
+            passed = [node] if behind is None else [node, edge[0]]
             product = _product(node, name, transposed=behind is not None)
-            if product is not None:
+            if product is not None and not any(map(node_has_hooks, passed)):
                 found[positions[end]] = product
     return found
 

@@ -18,6 +18,7 @@ from jdcore.graph import (
     hooks_anywhere,
     hooks_made_lately,
     is_batched,
+    is_listed,
     is_sparse,
     largest_gradient,
     some_are_batched_now,
@@ -69,6 +70,11 @@ class Kind:
     def convolves(self) -> bool:
         """Whether there are convolutions in it."""
         return any("Conv" in name for name in self.operations)
+
+    @property
+    def proven(self) -> bool:
+        """Whether all of its operations are known to be batched rightly."""
+        return self.operations in _WORKED or all(map(is_listed, self.operations))
 
     @property
     def failed(self) -> bool:
@@ -160,6 +166,8 @@ _HOOKED: dict[frozenset[str], bool] = {}
 _LOOKS = frozenset(16**k for k in range(16))
 _FIRST_DOUBTS = 8
 
+_WRONG = "torch batches the derivative of an operation wrongly."
+
 
 def seems_hooked(kind: Kind, graph: Reach) -> bool:
     """
@@ -183,12 +191,15 @@ def attempt(
     solve: Callable[[bool], Result],
     retain_graph: bool,
     one_by_one: Callable[[], Result],
+    is_right: Callable[[Result, bool], bool],
 ) -> Result:
     """
     Solve with vmap if it works; else one by one, with one warning for each kind of graph.
 
     :param solve: Differentiates with vmap; its argument says whether to retain the graph.
     :param one_by_one: Differentiates without.
+    :param is_right: Whether what vmap made is that of single passes, told by one more pass; its
+        second argument says whether to retain the graph.
     :raises VectorizationError: If vmap worked on graphs of this kind before and fails now, where
         the graph is freed. The next such graph is differentiated one by one.
     """
@@ -209,7 +220,9 @@ def attempt(
                 "one."
             ) from error
     else:
-        return _examined(kind, results, None if known else one_by_one)
+        if kind.proven or is_right(results, True):
+            return _examined(kind, results, None if known else one_by_one)
+        reason = _WRONG
     results = one_by_one()  # raises the same again if vmap is not to blame
     _give_up(kind)
     warn(VectorizationWarning(reason))
@@ -246,27 +259,36 @@ def _give_up(kind: Kind) -> None:
 
 
 def insist(
-    kind: Kind, solve: Callable[[bool], Result], retain_graph: bool, *, doubt: bool = False
+    kind: Kind,
+    solve: Callable[[bool], Result],
+    retain_graph: bool,
+    is_right: Callable[[Result, bool], bool],
+    *,
+    doubt: bool = False,
 ) -> Result:
     """
     Solve with vmap because the user asked for it.
 
+    :param is_right: As for :func:`attempt`.
     :param doubt: Whether this graph may differ from others of its kind, by hooks on its tensors.
     :raises VectorizationError: If vmap fails, or would give wrong rows.
     """
     if kind.wrong:
-        raise VectorizationError("torch batches the derivative of an operation wrongly.")
+        raise VectorizationError(_WRONG)
+    proven = kind.proven
     try:
-        results = solve(retain_graph)
-        if some_are_batched_now():  # as in `_examined`
-            return results
-        if doubt or kind.operations not in _WORKED:
+        results = solve(retain_graph or not proven)
+        clear = not some_are_batched_now()  # as in `_examined`
+        if clear and (doubt or kind.operations not in _WORKED):
             _check_nothing_escaped()
     except Exception as error:
         if _blames_vmap(error):
             raise VectorizationError(describe_failure(error)) from error
         raise
-    _WORKED.setdefault(kind.operations, 1)
+    if not (proven or is_right(results, retain_graph)):
+        raise VectorizationError(_WRONG)
+    if clear:
+        _WORKED.setdefault(kind.operations, 1)
     return results
 
 

@@ -4,7 +4,7 @@ Reading the autograd graph: what lies behind losses, where the samples are, and 
 It knows no method, no module and no ``.grad``.
 """
 
-from jdcore.graph._batchable import EMBEDDING, is_sparse, some_batched_wrongly
+from jdcore.graph._batchable import EMBEDDING, is_listed, is_sparse, some_batched_wrongly
 from jdcore.graph._batched import batched_gradients, some_are_batched_now
 from jdcore.graph._call import call, called_shares
 from jdcore.graph._cancelling import multiplied, products_of
@@ -15,12 +15,14 @@ from jdcore.graph._hooks import (
     hooks_made_lately,
     ignore_hooks,
     is_ignored,
+    node_has_hooks,
     own_hooks,
 )
 from jdcore.graph._jacobian import Jacobian, Served, without_autocast
 from jdcore.graph._layout import Layout
 from jdcore.graph._leaving import Exit, leaving
 from jdcore.graph._memory import Memory
+from jdcore.graph._mixing import agree, mixed
 from jdcore.graph._nesting import OuterPass
 from jdcore.graph._objectives import Objectives
 from jdcore.graph._passes import SinglePassesExplained, differentiate
@@ -70,6 +72,7 @@ __all__ = [
     "SinglePassesExplained",
     "Site",
     "Unreadable",
+    "agree",
     "batched_gradients",
     "call",
     "called_shares",
@@ -81,10 +84,13 @@ __all__ = [
     "ignore_hooks",
     "is_batched",
     "is_ignored",
+    "is_listed",
     "is_sparse",
     "largest_gradient",
     "leaving",
+    "mixed",
     "multiplied",
+    "node_has_hooks",
     "note_handing_on",
     "own_hooks",
     "products_of",

@@ -41,12 +41,15 @@ def is_batchable(name: str, node: Any) -> bool:
 
     A checkpoint, or tensors that are moved away and back, would run Python code inside of the pass.
     """
+    return is_listed(name) and not has_unpack_hooks(node) and not is_sparse(name, node)
+
+
+def is_listed(name: str) -> bool:
+    """Whether an operation is named above."""
     # The name of a Python function's node ends with "Backward", that of torch's operations with the
     # number of an overload.
     base, _, version = name.partition("Backward")
-    if base not in BATCHABLE or not version.isdigit() or has_unpack_hooks(node):
-        return False
-    return not is_sparse(name, node)
+    return base in BATCHABLE and version.isdigit()
 
 
 def is_sparse(name: str, node: Any) -> bool:

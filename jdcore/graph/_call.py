@@ -12,9 +12,10 @@ from torch import Tensor
 
 from jdcore._fields import dense
 from jdcore.graph._memory import Memory
+from jdcore.graph._mixing import agree, mixed
 from jdcore.graph._passes import Grads
 from jdcore.graph._saved import zeros_at
-from jdcore.graph.shares import Dense, combined
+from jdcore.graph.shares import Dense
 
 # Operations whose derivative cannot be batched, or not without a loop inside.
 _ONE_BY_ONE: set[str] = {"MkldnnRnnLayerBackward0", "CudnnRnnBackward0"}
@@ -148,36 +149,14 @@ def _batched(
     """
     Call a linear function of some tensors for all rows at once.
 
-    Some derivatives of torch are wrong under vmap (that of cdist, for one), so a combination of all
-    rows is compared with the function of that combination.
-
-    :param check: Whether to compare.
+    :param check: Whether to compare with a call for a combination of all rows.
     :returns: Its results, stacked, or None if one of its operations cannot be batched.
     """
     found = _vmapped(one, rows)
     if found is None or not check:
         return found
-    # All different and none of them zero, so that rows in a wrong order, or a missing one, show.
-    factors = torch.linspace(0.5, 1.5, len(rows[0]), dtype=torch.float64, device=rows[0].device)
-    expected = one(*(_combined(factors, of_operand) for of_operand in rows))
-    pairs = zip(found, expected, strict=True)
-    return found if all(_agree(factors, of_all, one_row) for of_all, one_row in pairs) else None
-
-
-def _combined(factors: Tensor, rows: Tensor) -> Tensor:
-    return combined(factors, rows.reshape(len(rows), -1)).view(rows.shape[1:]).to(rows)
-
-
-def _agree(factors: Tensor, rows: Tensor, expected: Tensor) -> bool:
-    if rows.is_complex():
-        # Torch conjugates lazily, and refuses to view such a tensor as real.
-        rows, expected = (torch.view_as_real(t.resolve_conj()) for t in (rows, expected))
-    wide = rows.reshape(len(rows), -1).double()
-    error = (combined(factors, wide) - expected.reshape(-1).double()).abs()
-    # Two orders of summing differ by some eps of the sum of magnitudes. The root of eps is far
-    # above that and far below what a wrong derivative is wrong by.
-    tolerance = torch.finfo(rows.dtype).eps ** 0.5 * wide.abs().sum(0).max() if wide.numel() else 0
-    return not bool((error > tolerance).any())  # what is not finite cannot be told
+    expected = one(*map(mixed, rows))
+    return found if all(agree([pair]) for pair in zip(found, expected, strict=True)) else None
 
 
 def _vmapped(

@@ -81,6 +81,27 @@ def hooks_anywhere(leaves: Iterable[Tensor]) -> bool:
     return bool(found)
 
 
+def node_has_hooks(node: Any) -> bool:
+    """Whether somebody put hooks on an operation itself, which run when it is executed."""
+    if not hooks_made_lately([node]):
+        return False
+    made: list[RemovableHandle] = []
+
+    def probes() -> Iterator[RemovableHandle]:
+        for register in (node.register_prehook, node.register_hook):
+            made.append(register(_hand_on))
+            yield made[-1]
+
+    # Torch does not show its hooks, but keeps all of one kind in one dictionary, which the handle
+    # of one more of them knows.
+    with own_hooks(probes()):
+        return any(len(handle.hooks_dict_ref() or ()) > 1 for handle in made)
+
+
+def _hand_on(*gradients: object) -> None:
+    del gradients
+
+
 _HARMLESS: set[str] = set()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -162,6 +163,25 @@ def _checkpointed() -> Step:
     return _losses(y), list(layer.parameters())
 
 
+def _hooks_of_operations(before: float, behind: float, transposition: float) -> Step:
+    w, transposed = _transposed_after_another_layer()
+    y = _tensor(N, I, grad=True).tanh() @ transposed
+    for node, hook in ((y.grad_fn, behind), (transposed.grad_fn, transposition)):
+        assert node is not None
+        if hook != 1:
+            node.register_hook(partial(_scaled_gradients, hook))
+    if before != 1:
+        assert y.grad_fn is not None
+        y.grad_fn.register_prehook(lambda gradients: _scaled_gradients(before, gradients))
+    return _losses(y), [w]
+
+
+def _scaled_gradients(
+    factor: float, gradients: tuple[Tensor | None, ...], _: object = None
+) -> tuple[Tensor | None, ...]:
+    return tuple(None if g is None else factor * g for g in gradients)
+
+
 LEFT_ALONE: dict[str, Callable[[], Step]] = {
     "tied": _tied,
     "used elsewhere": _used_elsewhere,
@@ -172,6 +192,9 @@ LEFT_ALONE: dict[str, Callable[[], Step]] = {
     "hook on the weight": _hook_on_the_weight,
     "hook on the transpose": _hook_on_the_transpose,
     "transpose that retains grad": _transpose_that_retains_grad,
+    "hook before the operation": partial(_hooks_of_operations, 2, 1, 1),
+    "hook behind the operation": partial(_hooks_of_operations, 1, 2, 1),
+    "hook behind the transposition": partial(_hooks_of_operations, 1, 1, 2),
     "checkpoint": _checkpointed,
 }
 ALL = FOUND | LEFT_ALONE

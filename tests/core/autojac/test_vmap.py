@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from jdcore.autojac import _vmap, backward, jac
 from jdcore.errors import VectorizationError, VectorizationWarning
-from jdcore.graph import reach
+from jdcore.graph import _batchable, reach
 from tests.core.autojac.conftest import Truth
 
 
@@ -93,6 +93,20 @@ def test_custom_functions_just_work(truth: Truth) -> None:
     losses = _Item.apply(a).sin()
     [expected] = truth([losses], [a])
     backward(losses)
+    torch.testing.assert_close(a.jac, expected)
+
+
+def test_rows_of_what_is_not_known_to_be_batched_rightly_are_compared_with_a_single_pass(
+    truth: Truth, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_batchable, "_WRONG", frozenset())  # as in a torch of which nobody knows
+    a = _leaf(6)
+    losses = torch.cdist(a.view(2, 3), torch.arange(6.0, dtype=a.dtype).view(2, 3)).flatten()
+    [expected] = truth([losses], [a])
+    with pytest.raises(VectorizationError, match="wrongly"):
+        backward(losses, parallel_chunk_size=4, retain_graph=True)
+    with pytest.warns(VectorizationWarning, match="wrongly"):
+        backward(losses)
     torch.testing.assert_close(a.jac, expected)
 
 
