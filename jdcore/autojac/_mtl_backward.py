@@ -21,7 +21,7 @@ from jdcore.autojac.transform import (
     ShardedTasks,
     Transform,
 )
-from jdcore.distributed._heads import note_local_gradients
+from jdcore.distributed._heads import check_can_wait, note_local_gradients
 from jdcore.distributed._passes import is_spread, telling_holders
 from jdcore.distributed._sharding import Gathered
 
@@ -91,6 +91,8 @@ def mtl_backward(
         # All fields that will be written, before the first pass: afterwards the graph may be gone.
         check_jacs(shared, len(losses))
         check_grads(private)
+        spread = is_spread([*shared, *private])
+        check_can_wait(private, spread=spread)
         gradients: Transform = _task_gradients(plan, losses, retain_graph)
         if plan.rows_from_features:
             jac = Jac(
@@ -106,7 +108,6 @@ def mtl_backward(
             )
             # The rows go on through the trunk; the gradients of the heads are done and pass by it.
             gradients = gradients >> (jac | Keep(plan.private))
-        spread = is_spread([*shared, *private])
         if spread:
             gradients = ShardedTasks(
                 losses,

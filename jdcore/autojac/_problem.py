@@ -241,7 +241,8 @@ class Problem:
     def _at_once(self, retain_graph: bool) -> list[Tensor]:
         gradients = batched_gradients(self.outputs, self.inputs, self.cotangents, retain_graph)
         pairs = zip(gradients, self.inputs, strict=True)
-        rows = [zeros(tensor, self.m) if g is None else dense(g) for g, tensor in pairs]
+        # A leaf may ask for gradients of another dtype (`grad_dtype`); its rows have its own.
+        rows = [zeros(t, self.m) if g is None else dense(g).to(t.dtype) for g, t in pairs]
         # An input that is an output itself gets the initial Jacobian as its own.
         return disjoint(rows, self.cotangents)
 

@@ -20,6 +20,33 @@ from jdcore.errors import ParameterError
 _LOCAL: MutableMapping[Tensor, None] = WeakIdKeyDictionary()
 
 
+def check_can_wait(tensors: Iterable[Tensor], *, spread: bool) -> None:
+    """
+    Check that gradients of tasks can wait for their mean, before they are computed.
+
+    :param tensors: The parameters of the tasks.
+    :param spread: Whether the Jacobian is one of parameters that are divided among processes.
+    :raises ParameterError: If what follows a gradient would not wait, or no step takes the mean.
+    """
+    replicated = [tensor for tensor in tensors if replicas_of([tensor])]
+    # Torch keeps the hooks in this field, None if there are none.
+    if any(tensor._post_accumulate_grad_hooks for tensor in replicated):
+        raise ParameterError(
+            "tasks_params",
+            "without post-accumulate-grad hooks where DistributedDataParallel keeps them equal",
+            "one with a hook, such as an optimizer that steps in the backward pass",
+            "The hook would see the gradient of one process alone: it is averaged by jac_to_grad. "
+            "Step the optimizer of the heads after that.",
+        )
+    if spread and replicated:
+        raise ParameterError(
+            "tasks_params",
+            "divided among processes where the shared parameters are",
+            "parameters of a DistributedDataParallel module beside those of fully_shard",
+            "Nothing would average their gradients: apply fully_shard to the heads as well.",
+        )
+
+
 def note_local_gradients(tensors: Iterable[Tensor]) -> None:
     """Remember tensors whose ``.grad`` is that of this process alone."""
     if several_processes():

@@ -370,6 +370,16 @@ def _not_served() -> None:
     jac_to_grad(apart.parameters(), GramianAggregator(_mean))
     assert_identical(gradients(apart))
 
+    # An optimizer that steps as soon as a gradient is there would step before it is averaged.
+    bias = apart.heads[0].bias
+    hook = bias.register_post_accumulate_grad_hook(lambda parameter: None)
+    features = trunk(own_batch())
+    losses = losses_of([head(features) for head in heads])
+    refused(ParameterError, "after that", mtl_backward, losses, features)
+    hook.remove()
+    mtl_backward(losses, features)
+    jac_to_grad(apart.parameters(), GramianAggregator(_mean))
+
     joined = DistributedDataParallel(Tasks())
     with pytest.raises(ParameterError, match="join"), joined.join():
         backward(losses_of(joined(own_batch())[1]))

@@ -319,6 +319,14 @@ def _not_served() -> None:
     jac_to_grad(parameters, GramianAggregator(_mean))
     assert gradients(ours)
 
+    mixed = Tasks()
+    fsdp.fully_shard(mixed.trunk)
+    heads = [nn.parallel.DistributedDataParallel(head) for head in mixed.heads]
+    features = mixed.trunk(own_batch())
+    losses = losses_of([head(features) for head in heads])
+    refused(ParameterError, "fully_shard to the heads", mtl_backward, losses, features)
+    assert not gradients(mixed)
+
     class Half(nn.Module):
         """A parameter that FSDP2 is told to ignore, so that nothing reduces its gradient."""
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from jdcore.autojac import backward
+from jdcore.autojac import backward, jac_to_grad
 from tests.core.autojac.conftest import Truth
 
 CHUNK_SIZES = [None, 1, 2, 3, 100]
@@ -177,6 +177,19 @@ def test_mixed_dtypes_give_each_input_rows_of_its_own_dtype(truth: Truth) -> Non
     assert b.jac.dtype == torch.float64
     torch.testing.assert_close(a.jac, expected[0])
     torch.testing.assert_close(b.jac, expected[1])
+
+
+@pytest.mark.skipif(not hasattr(Tensor, "grad_dtype"), reason="needs torch 2.9")
+@pytest.mark.parametrize("chunk_size", [None, 1, 2])
+def test_rows_have_the_dtype_of_a_leaf_that_asks_for_gradients_of_another(
+    chunk_size: int | None,
+) -> None:
+    w = torch.tensor([1.0, 2.0, 3.0], dtype=torch.bfloat16, requires_grad=True)
+    w.grad_dtype = torch.float32
+    backward(w.float() ** 2, parallel_chunk_size=chunk_size)
+    assert torch.equal(w.jac, torch.diag(2 * w.detach()))
+    jac_to_grad(w, lambda jacobian: jacobian.sum(0))
+    assert w.grad.dtype == torch.float32
 
 
 def test_inputs_with_no_element_are_allowed() -> None:
