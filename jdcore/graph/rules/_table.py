@@ -42,7 +42,8 @@ class GramianRule(Protocol):
     def __call__(self, site: Site, operand: int, /) -> Share:
         """
         :param site: The operation, with gradients of K losses for each of B samples.
-        :param operand: Which operand is meant, as numbered by the arguments of the operation.
+        :param operand: Which operand is meant, as numbered among the tensors in the arguments of
+            the operation.
         :returns: Its share of the Jacobian, K B rows of its shape.
         :raises NoRule: If the rule does not hold here.
         """
