@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DataParallel
 from torch.nn.parameter import is_lazy
 
+from jdcore._modes import plain_modes
 from jdcore.aggregation import as_weighting
 from jdcore.autogram._cross import crossed
 from jdcore.autogram._losses import checked_batch_dim, checked_budget, objectives_of
@@ -141,7 +142,8 @@ class Engine:
             # The losses of both batches as one vector: what is wanted is above the diagonal blocks.
             total = self._step_of(both, trainable).gramian()[: len(output), len(output) :]
         else:
-            total = crossed(self._step(output, trainable), self._step(other, trainable))
+            with plain_modes([output, other]):
+                total = crossed(self._step(output, trainable), self._step(other, trainable))
         dtype = torch.promote_types(result_dtype(output), result_dtype(other))
         return total.to(dtype, copy=True)
 
@@ -200,13 +202,14 @@ class Engine:
         trainable = self._trainable()
         holders = find_holders(trainable, group)
         if holders is not None:
-            weights = backward_together(
-                lambda: self._step(output, trainable),
-                holders,
-                chosen,
-                per_process=per_process,
-                retain_graph=retain_graph,
-            )
+            with plain_modes(trainable):
+                weights = backward_together(
+                    lambda: self._step(output, trainable),
+                    holders,
+                    chosen,
+                    per_process=per_process,
+                    retain_graph=retain_graph,
+                )
             return weights.to(result_dtype(output), copy=True)
         weights = self._step(output, trainable).backward(
             chosen,
@@ -224,7 +227,9 @@ class Engine:
 
         :param output: As for :meth:`compute_gramian`.
         """
-        return explained(self._step(output, self._trainable()), self._names())
+        step = self._step(output, self._trainable())
+        with plain_modes(step.objectives.outputs):
+            return explained(step, self._names())
 
     def verify(self, output: Tensor, /) -> Verification:
         """
@@ -235,7 +240,9 @@ class Engine:
         :param output: As for :meth:`compute_gramian`.
         :returns: One entry for each parameter behind the losses; printed, a table.
         """
-        return verified(self._step(output, self._trainable()), self._names())
+        step = self._step(output, self._trainable())
+        with plain_modes(step.objectives.outputs):
+            return verified(step, self._names())
 
     def _names(self) -> dict[Tensor, str]:
         names: dict[Tensor, str] = {}

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from jdcore._modes import plain_modes
 from jdcore.aggregation import as_weighting
 from jdcore.autogram._engine import result_dtype, shaped
 from jdcore.autogram._losses import (
@@ -78,9 +79,10 @@ def backward(
     step = _step(losses, inputs, batch_dim, memory_budget, "losses")
     holders = find_holders(step.wanted, group, named=inputs is not None)
     if holders is not None:
-        weights = backward_together(
-            lambda: step, holders, chosen, per_process=per_process, retain_graph=retain_graph
-        )
+        with plain_modes(step.wanted):
+            weights = backward_together(
+                lambda: step, holders, chosen, per_process=per_process, retain_graph=retain_graph
+            )
         return weights.to(result_dtype(step.objectives.outputs[0]), copy=True)
     # A vector, and losses in a list, have an ordinary Gramian; all other shapes a generalized one.
     shaped_losses = isinstance(losses, Tensor) and losses.ndim != 1

@@ -9,6 +9,7 @@ from attrs import frozen
 from torch import Tensor
 
 from jdcore._fields import check_grads, disjoint, write_grads
+from jdcore._modes import plain_modes
 from jdcore.aggregation import GramianSource, weigh
 from jdcore.autogram._losses import refuse_divided, refuse_unusable
 from jdcore.autogram._rules import RULES_IN_USE
@@ -77,7 +78,8 @@ class Step:
 
     def gramian(self) -> Tensor:
         """The Gramian of the flattened losses, float64. The graph is kept."""
-        return self.jacobian().gramian(keep=False, retain_graph=True)
+        with plain_modes(self.objectives.outputs):
+            return self.jacobian().gramian(keep=False, retain_graph=True)
 
     def backward(
         self,
@@ -95,6 +97,16 @@ class Step:
         :param second_pass: Whether to take the gradients from a second backward pass.
         :returns: The weights, of that shape.
         """
+        with plain_modes(self.objectives.outputs):
+            return self._backward(weighting, shape, retain_graph, second_pass)
+
+    def _backward(
+        self,
+        weighting: Callable[[Tensor], Tensor],
+        shape: Sequence[int] | None,
+        retain_graph: bool,
+        second_pass: bool,
+    ) -> Tensor:
         jacobian = self.jacobian()
         outputs = self.objectives.outputs
         # Shares that do not fit into memory are added up and dropped, so that the gradients need a

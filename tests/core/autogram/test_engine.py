@@ -229,6 +229,38 @@ def test_a_checkpoint_is_computed_anew_once_for_each_pass() -> None:
     assert len(forwards) == 1 + 2
 
 
+@pytest.mark.parametrize("second_pass", [False, True])
+@pytest.mark.parametrize("batch_dim", [0, None])
+@pytest.mark.parametrize(
+    "mode", [torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16)]
+)
+def test_modes_around_the_step_do_not_matter(
+    mode: Callable[[], Any], batch_dim: int | None, second_pass: bool
+) -> None:
+    """Nor for what is computed anew in it, or added to its gradients later."""
+    first, second = nn.Linear(6, 4).float(), nn.Linear(4, 2).float()
+    weights = torch.linspace(-1, 2, B).float()
+    engine = Engine(first, second, batch_dim=batch_dim)
+
+    def losses() -> Tensor:
+        hidden: Tensor = checkpoint(
+            lambda x: first(x).tanh(), randn(B, 6).float(), use_reentrant=False
+        )
+        return second(hidden).pow(2).sum(1)
+
+    parameters = parameters_of([first, second])
+    jacobian = explicit_jacobian(losses(), parameters)
+    output = losses()
+    with mode():
+        gramian = engine.compute_gramian(output)
+        assert engine.verify(output).worst < 1e-5
+        engine.backward(output, lambda _: weights, second_pass=second_pass)
+    assert relative_error(gramian, jacobian @ jacobian.T) < 1e-5
+    engine.backward(losses(), lambda _: weights)
+    update = torch.cat([p.grad.reshape(-1) for p in parameters if p.grad is not None])
+    assert relative_error(update, 2 * weights @ jacobian) < 1e-5
+
+
 def test_an_empty_batch() -> None:
     model = nn.Linear(6, 3)
     engine = Engine(model, batch_dim=0)
