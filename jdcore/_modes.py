@@ -9,6 +9,13 @@ import torch
 from torch import Tensor
 
 
+def without_autocast(device_type: str) -> AbstractContextManager[object]:
+    """Our own products are not those of the user's forward pass."""
+    # Entering autocast costs as much as some layers, also where nothing is to be turned off.
+    enabled = torch.is_autocast_enabled(device_type)
+    return torch.autocast(device_type, enabled=False) if enabled else nullcontext()
+
+
 def plain_modes(tensors: Iterable[Tensor]) -> AbstractContextManager[object]:
     """
     Leave autocast and inference mode, for the time of a ``with`` block.

@@ -11,6 +11,7 @@ from attrs import Attribute, define, field
 from numpy.typing import NDArray
 from torch import Tensor
 
+from jdcore._modes import without_autocast
 from jdcore.aggregation._aggregator import GramianAggregator
 from jdcore.aggregation._columns import Columns
 from jdcore.aggregation._differentiation import forbid_differentiation
@@ -316,7 +317,8 @@ class MixedColumns(Columns):
         # Not in half precision, which would round the rows before they are aggregated, nor by
         # factors that float32 cannot hold.
         mixing = factors(self._mixing, block.device, wide=block.dtype == torch.float64)
-        return mixing @ block.to(mixing.dtype)
+        with without_autocast(block.device.type):
+            return mixing @ block.to(mixing.dtype)
 
 
 def finite_gramian(source: GramianSource) -> NDArray[np.float64]:

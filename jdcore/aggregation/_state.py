@@ -20,7 +20,7 @@ def state_field(initial: Callable[[], Any], *, validator: Validator | None = Non
     An attrs field that holds state: no argument of the constructor, and not part of the ``repr``.
 
     :param initial: Makes the value of a new object: a Tensor or a plain number. For "nothing yet"
-        choose an empty Tensor.
+        choose an empty Tensor of as many dimensions as later values have.
     :param validator: Attrs validator of the field, also run on values that are restored.
     """
     return field(
@@ -115,6 +115,8 @@ def _restore_tensor(name: str, current: Tensor, value: Any) -> Tensor:
     if not dense or not torch.can_cast(value.dtype, current.dtype):
         kind = str(current.dtype).removeprefix("torch.")
         raise ParameterError(name, f"a dense Tensor that {kind} can hold", describe_tensor(value))
+    if value.ndim != current.ndim:
+        raise ParameterError(name, f"a Tensor of {current.ndim} dimensions", describe_tensor(value))
     # A checkpoint read with another map_location, or rounded by .half(), fits all the same.
     restored = value.detach().to(device=current.device, dtype=current.dtype, copy=True)
     _check_range(name, current, restored)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from jdcore._modes import without_autocast
 from jdcore.autogram._step import Step
 from jdcore.autogram._together import collect, plain_shares
 from jdcore.distributed._exchange import Collected, forms_of
@@ -13,7 +14,6 @@ from jdcore.graph import (
     Dense,
     Share,
     multiplied,
-    without_autocast,
 )
 from jdcore.linalg._gramian import sum_cross_gramians
 

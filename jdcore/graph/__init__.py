@@ -18,7 +18,7 @@ from jdcore.graph._hooks import (
     node_has_hooks,
     own_hooks,
 )
-from jdcore.graph._jacobian import Jacobian, Served, without_autocast
+from jdcore.graph._jacobian import Jacobian, Served
 from jdcore.graph._layout import Layout
 from jdcore.graph._leaving import Exit, leaving
 from jdcore.graph._memory import Memory
@@ -101,5 +101,4 @@ __all__ = [
     "some_are_batched_now",
     "some_batched_wrongly",
     "united",
-    "without_autocast",
 ]

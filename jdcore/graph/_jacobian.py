@@ -1,15 +1,16 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import cached_property, reduce
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 from attrs import frozen
 from torch import Tensor
 
 from jdcore._fields import dense, through_tensor_hooks
+from jdcore._modes import without_autocast
 from jdcore.errors import JDCoreError, RowByRowWarning, UnservedGraphError, warn
 from jdcore.graph._call import called_shares
 from jdcore.graph._cancelling import multiplied
@@ -701,10 +702,3 @@ def _joined(first: Tensor | None, last: Tensor | None, tasks: int) -> Tensor | N
     if row is None:
         return None if first is None else torch.cat([first, torch.zeros_like(first[:1])])
     return torch.cat([row.new_zeros(tasks - 1, *row.shape[1:]) if first is None else first, row])
-
-
-def without_autocast(device_type: str) -> AbstractContextManager[Any]:
-    """Our own products are not those of the user's forward pass."""
-    # Entering autocast costs as much as some layers, also where nothing is to be turned off.
-    enabled = torch.is_autocast_enabled(device_type)
-    return torch.autocast(device_type, enabled=False) if enabled else nullcontext()

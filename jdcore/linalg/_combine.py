@@ -7,6 +7,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from jdcore._modes import without_autocast
 from jdcore.linalg._blas import is_small, small_combination
 from jdcore.linalg._pages import new_tensor
 
@@ -53,6 +54,16 @@ def combine(
         vector = torch.from_numpy(np.array(weights, np.float64 if exact else np.float32))
     if not block.is_cpu:
         vector = vector.to(block.device)
+    kind = block.device.type
+    if torch.is_autocast_enabled(kind):  # asked here, since to enter no context takes longer
+        with without_autocast(kind):
+            return _summed(vector, block)
+    return _summed(vector, block)
+
+
+def _summed(vector: Tensor, block: Tensor) -> Tensor:
+    """``vector @ block`` in the dtype of the block, multiplied in that of the vector."""
+    dtype = block.dtype
     if dtype != vector.dtype:
         pieces = torch.split(block, _COLUMNS, dim=1)
         return torch.cat([(vector @ piece.to(vector.dtype)).to(dtype) for piece in pieces])

@@ -6,6 +6,7 @@ import torch
 from attrs import define
 from torch import Tensor
 
+from jdcore._modes import without_autocast
 from jdcore.aggregation._row_vectors import check_row_vectors
 from jdcore.errors import ParameterError, ParameterTypeError
 from jdcore.scalarization._losses import check_losses
@@ -112,4 +113,6 @@ def _scalarized(scalarize: Callable[[Tensor], Tensor], losses: Tensor) -> Tensor
     if not len(losses):
         return losses.sum()
     wide = torch.promote_types(losses.dtype, torch.float32)
-    return scalarize(losses.to(wide)).to(losses.dtype)
+    # Losses are often put together where they are made, which may be under autocast.
+    with without_autocast(losses.device.type):
+        return scalarize(losses.to(wide)).to(losses.dtype)

@@ -101,5 +101,6 @@ def foreign_states(state: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, An
     for name, value in state.items():
         if isinstance(value, Tensor) and value.is_floating_point() and value.numel():
             yield f"NaN in {name!r}", {**state, name: value * torch.nan}
+            yield f"a single number as {name!r}", {**state, name: value.new_ones(())}
         elif isinstance(value, float):
             yield f"NaN as {name!r}", {**state, name: math.nan}

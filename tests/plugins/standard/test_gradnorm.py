@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -81,3 +83,14 @@ def test_ratios_of_losses_may_leave_the_range() -> None:
         weights = weighting(torch.eye(2).double(), losses=torch.tensor(losses, dtype=torch.float64))
 
     torch.testing.assert_close(weights, torch.tensor([4 / 3, 2 / 3]).double())
+
+
+def test_a_state_that_no_call_leaves_is_refused() -> None:
+    weighting: Any = get_weighting("gradnorm")
+    ones = torch.ones(2)
+
+    with pytest.raises(ParameterError, match="`first_losses` must be positive"):
+        weighting.load_state_dict({"weights": ones, "first_losses": 0 * ones})
+    with pytest.raises(ParameterError, match="`weights` must be free of negative numbers"):
+        weighting.load_state_dict({"weights": -ones, "first_losses": ones})
+    assert not weighting.state_dict()["weights"].numel()

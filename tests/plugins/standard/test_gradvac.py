@@ -154,3 +154,10 @@ def test_a_beta_outside_the_unit_interval_is_refused(beta: float) -> None:
     with pytest.raises(ParameterError, match="`beta`"):
         weighting.beta = beta
     assert weighting.beta == 0.25
+
+
+def test_targets_that_are_no_cosines_are_refused() -> None:
+    weighting = get_weighting("gradvac")
+
+    with pytest.raises(ParameterError, match="`phi` must be a matrix of cosines, got 2 in it"):
+        weighting.load_state_dict({"phi": 2.0 * torch.eye(3)})  # type: ignore[attr-defined]

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 import numpy as np
 import torch
+from attrs import Attribute
 from numpy.typing import NDArray
 from torch import Tensor
 
+from jdcore.aggregation import state_field
 from jdcore.errors import ParameterError
 
 
@@ -59,6 +62,16 @@ def softmax(vector: NDArray[np.float64]) -> NDArray[np.float64]:
 def no_weights() -> Tensor:
     """The state of a method that keeps weights before its first call."""
     return torch.zeros(0, dtype=torch.float64, device="cpu")
+
+
+def weights_state() -> Any:
+    """State of one number for each objective, none of them negative; empty at first."""
+    return state_field(no_weights, validator=_not_negative)
+
+
+def _not_negative(_: object, attribute: Attribute[Tensor], value: Tensor) -> None:
+    if bool((value < 0.0).any()):
+        raise ParameterError(attribute.name, "free of negative numbers", value.tolist())
 
 
 def kept_weights(state: Tensor, m: int, parameter: str = "gramian") -> NDArray[np.float64] | None:

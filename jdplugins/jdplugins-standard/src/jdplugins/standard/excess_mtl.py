@@ -9,7 +9,7 @@ from torch import Tensor
 
 from jdcore.aggregation import Columns, HistoryAggregator, portions, state_field
 from jdcore.validators import integer, real
-from jdplugins.standard._simplex import kept_weights, no_weights, softmax
+from jdplugins.standard._simplex import kept_weights, no_weights, softmax, weights_state
 
 
 @define(eq=False)
@@ -49,7 +49,7 @@ class ExcessMTL(HistoryAggregator):
     robust_step_size: float = field(default=1.0, validator=real(0.0))
     n_warmup_steps: int = field(default=0, validator=integer(0))
     logarithms: Tensor = state_field(no_weights)
-    baseline: Tensor = state_field(no_weights)
+    baseline: Tensor = weights_state()
     calls: int = state_field(int, validator=integer(0))
 
     def advance(self, rows: Tensor, history: Tensor | None, losses: Tensor | None) -> Tensor:

@@ -11,12 +11,17 @@ from torch import Tensor
 from jdcore.aggregation import LossWeighting, StateFields, state_field
 from jdcore.errors import ParameterError
 from jdcore.validators import real
-from jdplugins.standard._simplex import kept_weights, no_weights
+from jdplugins.standard._simplex import kept_weights, no_weights, weights_state
 
 
 def _rate(instance: Any, attribute: Attribute[Any], value: Any) -> None:
     if value is not None:
         real(0.0)(instance, attribute, value)
+
+
+def _positive(_: object, attribute: Attribute[Tensor], value: Tensor) -> None:
+    if not bool((value > 0.0).all()):
+        raise ParameterError(attribute.name, "positive", value.tolist())
 
 
 @define(eq=False)
@@ -52,8 +57,8 @@ class GradNormWeighting(StateFields, LossWeighting):
 
     alpha: float = field(default=1.5, validator=real(0.0))
     lr: float | None = field(default=0.025, validator=_rate)
-    weights: Tensor = state_field(no_weights)
-    first_losses: Tensor = state_field(no_weights)
+    weights: Tensor = weights_state()
+    first_losses: Tensor = state_field(no_weights, validator=_positive)
 
     def compute_with(
         self, gramian: NDArray[np.float64], losses: NDArray[np.float64]

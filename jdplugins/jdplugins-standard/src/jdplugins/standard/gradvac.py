@@ -16,9 +16,11 @@ from jdplugins.standard._surgery import permutations, summed_rows
 _LEAST_SINE = 1e-8
 
 
-def _square(_: object, attribute: Attribute[Tensor], value: Tensor) -> None:
+def _cosines(_: object, attribute: Attribute[Tensor], value: Tensor) -> None:
     if value.ndim != 2 or value.shape[0] != value.shape[1]:
         raise ParameterError(attribute.name, "a square matrix", describe_tensor(value))
+    if bool((value.abs() > 1.0).any()):
+        raise ParameterError(attribute.name, "a matrix of cosines", f"{value.abs().max():g} in it")
 
 
 def _no_targets() -> Tensor:
@@ -65,7 +67,7 @@ class GradVacWeighting(StateFields, GramianWeighting):
     generator: torch.Generator | None = field(
         default=None, kw_only=True, repr=False, validator=generator
     )
-    phi: Tensor = state_field(_no_targets, validator=_square)
+    phi: Tensor = state_field(_no_targets, validator=_cosines)
 
     def compute(self, gramian: NDArray[np.float64]) -> NDArray[np.float64]:
         m = len(gramian)

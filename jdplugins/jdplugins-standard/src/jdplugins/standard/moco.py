@@ -12,9 +12,9 @@ from jdcore.validators import integer, one_of, real
 from jdplugins.standard._simplex import (
     descend,
     kept_weights,
-    no_weights,
     project_onto_simplex,
     softmax,
+    weights_state,
 )
 
 
@@ -59,7 +59,7 @@ class MoCo(HistoryAggregator):
     onto: Literal["softmax", "projection"] = field(
         default="softmax", validator=one_of("softmax", "projection")
     )
-    weights: Tensor = state_field(no_weights)
+    weights: Tensor = weights_state()
     calls: int = state_field(int, validator=integer(0))
 
     def advance(self, rows: Tensor, history: Tensor | None, losses: Tensor | None) -> Tensor:

@@ -6,9 +6,9 @@ from attrs import define, field
 from numpy.typing import NDArray
 from torch import Tensor
 
-from jdcore.aggregation import CrossGramianWeighting, GramianSource, StateFields, state_field
+from jdcore.aggregation import CrossGramianWeighting, GramianSource, StateFields
 from jdcore.validators import real
-from jdplugins.standard._simplex import descend, kept_weights, no_weights, project_onto_simplex
+from jdplugins.standard._simplex import descend, kept_weights, project_onto_simplex, weights_state
 
 
 @define(eq=False)
@@ -43,7 +43,7 @@ class MoDoWeighting(StateFields, CrossGramianWeighting):
 
     gamma: float = field(default=0.1, validator=real(0.0))
     rho: float = field(default=0.1, validator=real(0.0))
-    weights: Tensor = state_field(no_weights)
+    weights: Tensor = weights_state()
 
     def answer(self, matrix: NDArray[np.float64], source: GramianSource) -> NDArray[np.float64]:
         m, scale = len(matrix), source.scale()

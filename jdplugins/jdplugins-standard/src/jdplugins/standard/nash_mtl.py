@@ -20,7 +20,7 @@ from jdcore.aggregation import (
 from jdcore.errors import ParameterError
 from jdcore.protocols import NashBargainingSolver
 from jdcore.validators import integer, real
-from jdplugins.standard._simplex import no_weights
+from jdplugins.standard._simplex import weights_state
 
 
 def _integer_or_none(instance: object, attribute: Attribute[int | None], value: int | None) -> None:
@@ -71,7 +71,7 @@ class NashMTLWeighting(StateFields, GramianWeighting):
     update_weights_every: int = field(default=1, validator=integer(1))
     solver: NashBargainingSolver | str = solver_field("nash_bargaining")
     calls: int = state_field(int, validator=integer(0))
-    alpha: Tensor = state_field(no_weights)
+    alpha: Tensor = weights_state()
 
     def answer(self, matrix: NDArray[np.float64], source: GramianSource) -> NDArray[np.float64]:
         return self.compute(source.definite(matrix), source.proximal_level, source.scale())

@@ -9,11 +9,11 @@ from attrs import Attribute, define, field
 from numpy.typing import NDArray
 from torch import Tensor
 
-from jdcore.aggregation import GramianSource, GramianWeighting, StateFields, state_field
+from jdcore.aggregation import GramianSource, GramianWeighting, StateFields
 from jdcore.errors import ParameterError
 from jdcore.linalg import add_proximal, equilibrate
 from jdcore.validators import describe_tensor, real
-from jdplugins.standard._simplex import kept_weights, no_weights
+from jdplugins.standard._simplex import kept_weights, weights_state
 from jdplugins.standard._solvers import solve_one
 
 _INFEASIBLE = 1e7  # multipliers of unit rows that stand for none
@@ -67,7 +67,7 @@ class PCDWeighting(StateFields, GramianWeighting):
 
     tau: float | Tensor = field(default=0.02, validator=_fraction)
     beta: float = field(default=0.999, validator=real(0.0, below=1.0))
-    lengths: Tensor = state_field(no_weights)
+    lengths: Tensor = weights_state()
 
     def answer(self, matrix: NDArray[np.float64], source: GramianSource) -> NDArray[np.float64]:
         m = len(matrix)

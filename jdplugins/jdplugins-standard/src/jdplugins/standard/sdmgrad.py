@@ -6,9 +6,9 @@ from attrs import define, field
 from numpy.typing import NDArray
 from torch import Tensor
 
-from jdcore.aggregation import CrossGramianWeighting, StateFields, row_weights, state_field
+from jdcore.aggregation import CrossGramianWeighting, StateFields, row_weights
 from jdcore.validators import integer, real, row_vector
-from jdplugins.standard._simplex import descend, kept_weights, no_weights, project_onto_simplex
+from jdplugins.standard._simplex import descend, kept_weights, project_onto_simplex, weights_state
 
 
 @define(eq=False)
@@ -48,7 +48,7 @@ class SDMGradWeighting(StateFields, CrossGramianWeighting):
     n_iter: int = field(default=20, validator=integer(1))
     lambda_: float = field(default=0.3, validator=real(0.0))
     pref_vector: Tensor | None = field(default=None, validator=row_vector)
-    weights: Tensor = state_field(no_weights)
+    weights: Tensor = weights_state()
 
     def compute(self, gramian: NDArray[np.float64]) -> NDArray[np.float64]:
         m = len(gramian)
