@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from jdcore._fields import check_grads, check_jac, free_jacs, get_jac, write_grads
+from jdcore._fields import check_grads, check_jac, disjoint, free_jacs, get_jac, write_grads
 from jdcore._modes import plain_modes
 from jdcore.aggregation._source import check_losses, taken_by
 from jdcore.autojac import _checks as checks
@@ -189,7 +189,7 @@ def aggregate_blocks(
         vectors, weights = blockwise(blocks, **known)
         _check_vectors(vectors, blocks)
         pairs = zip(vectors, blocks, strict=True)
-        return [_own(vector, block) for vector, block in pairs], weights
+        return _apart([_own(vector, block) for vector, block in pairs]), weights
     other = None if second is None else _matrix(second)
     known = taken_by(aggregator, losses=losses, second=other)
     return _aggregate_matrix(partial(aggregator, **known), blocks), None
@@ -230,6 +230,12 @@ def _own(vector: Tensor, block: Tensor) -> Tensor:
     if shared or vector.dtype != block.dtype or vector.device != block.device:
         vector = vector.to(block, copy=shared)
     return vector.detach() if vector.requires_grad else vector
+
+
+def _apart(vectors: list[Tensor]) -> list[Tensor]:
+    """The vectors, in memory of their own where a method gives several blocks the same one."""
+    # Only then is there more to be found out, which would cost each parameter a few calls.
+    return vectors if len(set(map(Tensor.data_ptr, vectors))) == len(vectors) else disjoint(vectors)
 
 
 def _word(value: object) -> str:

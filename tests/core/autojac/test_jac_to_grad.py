@@ -148,6 +148,19 @@ def test_views_returned_by_an_aggregator_are_copied() -> None:
     assert a.jac.tolist() == [[2.0, 0.0], [0.0, 2.0]]
 
 
+def test_one_vector_for_several_tensors_becomes_gradients_apart() -> None:
+    class Same(_FirstRow):
+        def aggregate_blocks(self, blocks: list[Tensor]) -> tuple[list[Tensor], None]:
+            vector = blocks[0].sum(0)
+            return [vector, vector], None
+
+    a, b = torch.ones(2, requires_grad=True), torch.ones(2, requires_grad=True)
+    backward(a * b)
+    jac_to_grad([a, b], Same())
+    a.grad.add_(5.0)
+    assert b.grad.tolist() == [1.0, 1.0]
+
+
 def test_vectors_of_an_aggregator_are_cast_to_the_dtype_of_their_tensor() -> None:
     aggregator = _FirstRow()
     aggregator.dtype = torch.float64
