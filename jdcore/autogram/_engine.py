@@ -254,8 +254,9 @@ class Engine:
         return names
 
     def _trainable(self) -> list[Tensor]:
-        found = dict.fromkeys(p for module in self._modules for p in module.parameters())
-        return [parameter for parameter in found if parameter.requires_grad]
+        # By identity: the hash of a tensor is a function of Python.
+        found = {id(p): p for module in self._modules for p in module.parameters()}
+        return [parameter for parameter in found.values() if parameter.requires_grad]
 
     def _step(self, output: Any, trainable: list[Tensor]) -> Step:
         if not isinstance(output, Tensor):

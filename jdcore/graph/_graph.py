@@ -38,7 +38,7 @@ class Graph:
         self.wanted = {i: leaf for i, leaf in self.leaves.items() if id(leaf) in asked}
         self.targets: dict[Place, Tensor] = {(i, 0): leaf for i, leaf in self.wanted.items()}
         """The wanted tensors that are in the graph, by their place; leaves or not."""
-        for tensor in wanted:
+        for tensor in [tensor for tensor in wanted if tensor.grad_fn is not None]:
             if self._computes(tensor):
                 node, number = edge_of(tensor)
                 self.targets[self._index[node], number] = tensor

@@ -105,8 +105,16 @@ class Site:
         if layout.leads(shape[lead]):
             if layout.after == 1 and end == lead + 2:
                 return tensor  # as it is: each view costs a call
+            # Gradients are asked for again, as by a weight and by its bias.
+            key = Site.positions, layout, features
+            made: tuple[Tensor, Tensor] | None = self.memo.get(key)
+            if made is not None and made[0] is tensor:
+                return made[1]
             count = layout.after * shape[lead + 1 : end].numel()
-            return tensor.reshape(*shape[:lead], layout.samples, count, *shape[end:])
+            found = tensor.reshape(*shape[:lead], layout.samples, count, *shape[end:])
+            if lead:
+                self.memo[key] = tensor, found
+            return found
         split = layout.split(tensor, lead)
         return split.reshape(*split.shape[: lead + 1], -1, *shape[end:])
 

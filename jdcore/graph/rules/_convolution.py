@@ -17,13 +17,20 @@ def convolution(site: Site, operand: int) -> Share:
         return Dense(rows.sum(2) if rows.shape[2] > 1 else rows, site.shapes[2])
     if operand != 1:
         raise NoRule
+    if "geometry" not in site.known:
+        site.known["geometry"] = _geometry(site)
+    geometry = site.known["geometry"]
+    return Patches(site.saved("weight"), geometry, site.saved("input"), grads, site.samples)
+
+
+def _geometry(site: Site) -> Geometry:
     dims = len(site.shapes[1]) - 2
 
     def by_dim(name: str) -> tuple[int, ...]:
         found = tuple(site.saved(name))
         return found * dims if len(found) == 1 else found  # one for all may be given once
 
-    geometry = Geometry(
+    return Geometry(
         stride=by_dim("stride"),
         padding=by_dim("padding"),
         dilation=by_dim("dilation"),
@@ -31,4 +38,3 @@ def convolution(site: Site, operand: int) -> Share:
         output_padding=by_dim("output_padding"),
         groups=site.saved("groups"),
     )
-    return Patches(site.saved("weight"), geometry, site.saved("input"), grads, site.samples)

@@ -18,9 +18,7 @@ def layer_norm(site: Site, operand: int) -> Share:
     """Sums over positions of the gradient, for the weight times the normalized input."""
     shape = site.shapes[operand]
     features = len(shape)
-    if not site.memo:
-        site.memo["grads"] = site.positions(site.grad, 1, features)
-    grads = site.memo["grads"]
+    grads = site.positions(site.grad, 1, features)
     if operand == 2:
         return Sums(as_they_are, [grads], shape)
     if operand != 1:
@@ -46,7 +44,7 @@ def group_norm(site: Site, operand: int) -> Share:
     """One kernel, for which the samples are further groups."""
     if not site.samples_lead or operand not in (1, 2):
         raise NoRule
-    if not site.memo:
+    if "rows" not in site.memo:
         site.memo["rows"] = _group_norm_rows(site)
     rows, shape = site.memo["rows"][operand - 1], site.shapes[operand]
     of_sample = rows.shape[2]  # channels, times images

@@ -122,7 +122,8 @@ def patch_gram(
         first, last = start * r, stop * r
         total = pixel_gram(first, last).view(last - first, H, W, last, H, W)
         entries = total.numel() * (H + 2 * top) ** 2 // H**2 * (W + 2 * left) ** 2 // W**2
-        if not memory.reused and entries <= memory.entries:
+        # Of larger ones a copy with room for the padding would show in the memory of a step.
+        if not memory.reused and entries <= 2 * memory.joined:
             total = _sum_at_once(total, geometry, kernel, output)
             return total.view(total.shape[:3].numel(), -1)
         for dim in (1, 0):  # the width first, since shifts of the height move whole rows

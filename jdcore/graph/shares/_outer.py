@@ -117,7 +117,7 @@ class Outer(Share):
         if isinstance(inputs, OneHot):
             return self._looked_up_sum(inputs, weighted_sum(weights, grads).flatten(0, 1))
         if grads.shape[0] == 1 and inputs.shape[2] < grads.shape[3]:
-            inputs, grads = weighted_sum(weights, inputs[None]), grads[0]  # the smaller one
+            inputs, grads = scaled(weights[0], inputs), grads[0]  # the smaller one
         else:
             grads = weighted_sum(weights, grads)
         if grads.stride(0) < grads.stride(1):
@@ -156,7 +156,7 @@ class Outer(Share):
     @property
     def alike(self) -> Hashable | None:
         inputs, grads = self.inputs, self.grads
-        if isinstance(inputs, OneHot) or len(grads) > 1:
+        if isinstance(inputs, OneHot) or grads.shape[0] > 1:
             return None
         forms = inputs.shape, inputs.dtype, grads.shape, grads.dtype
         return (Outer, *forms, self.grads_first, self.shape, self.plus)

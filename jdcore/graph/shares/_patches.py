@@ -218,6 +218,8 @@ class Patches(Share):
             total = combined(weights.reshape(-1), self._kept)
             return total.view(self.shape[0], *self._features).movedim(-1, 1).reshape(self.shape)
         K, B, r = self._sizes
+        if r == 1:
+            return self._weight_gradient(weighted_sum(weights, self._grads), self._images)
         by_sample = self._grads.reshape(K, B, r, *self._grads.shape[2:])
         return self._weight_gradient(weighted_sum(weights, by_sample).flatten(0, 1), self._images)
 

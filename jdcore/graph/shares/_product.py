@@ -42,7 +42,7 @@ def columns_at_once(rows: Tensor) -> int:
     most of the device waiting. The matrices [R, R] that have to be added up there are to be small
     beside the rows.
     """
-    return _COLUMNS if rows.is_cpu else max(_COLUMNS_ELSEWHERE, 16 * len(rows))
+    return _COLUMNS if rows.is_cpu else max(_COLUMNS_ELSEWHERE, 16 * rows.shape[0])
 
 
 def sum_over(tensor: Tensor, dims: list[int]) -> Tensor:
@@ -81,7 +81,7 @@ def product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
 
 def _multiplied(a: Tensor, b: Tensor, out: Tensor | None) -> Tensor:
     # `matmul` puts five views around a batched product: on accelerators, a fifth of its time.
-    if a.ndim == b.ndim == 3 and len(a) == len(b):
+    if a.ndim == b.ndim == 3 and a.shape[0] == b.shape[0]:  # `len` is a function of Python
         return torch.bmm(a, b) if out is None else torch.bmm(a, b, out=out)
     return torch.matmul(a, b) if out is None else torch.matmul(a, b, out=out)
 
