@@ -131,3 +131,12 @@ def test_families_in_both_precisions_do_not_warn(name: str, dtype: torch.dtype) 
 
 def _matrix(name: str, m: int, seed: int, n: int = 200) -> Tensor:
     return family(name, m, n, generator=torch.Generator().manual_seed(1000 * seed + m))
+
+
+def test_the_order_of_few_nearly_opposite_rows_does_not_matter() -> None:
+    # Their weights are 1e4, so that what is small beside them decides.
+    rows = family("neardup", 5, 40, generator=torch.Generator().manual_seed(5))[:, :3]
+    update = UPGrad()(rows)
+    for seed in range(6):
+        order = torch.randperm(5, generator=torch.Generator().manual_seed(seed))
+        torch.testing.assert_close(UPGrad()(rows[order]), update, rtol=0, atol=1e-6)

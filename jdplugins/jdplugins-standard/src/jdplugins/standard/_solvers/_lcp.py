@@ -209,7 +209,9 @@ class _Search:
 
     def _one_by_one(self) -> None:
         """Solve for those that are left by the method that always ends, on the host."""
-        rows = self.left(self.way.enough)
+        # Of few rows, less suffices for the update to change with their order.
+        few = len(self.C) <= _SMALL
+        rows = self.left(min(ROUGH, self.way.enough) if few else self.way.enough)
         if len(rows):
             method = ActiveSet(self.C.numpy(force=True), _WORK)
             pairs = zip(*(X[rows].numpy(force=True) for X in (self.Q, self.near)), strict=True)
