@@ -29,7 +29,7 @@ _ALWAYS = _names(
     Addbmm Addmv Mv Dot Vdot Addr Linear Trilinear Convolution SlowConvTranspose2D SlowConv2D
     ThnnConv2D ConvDepthwise2D CudnnConvolution MkldnnLinear NativeLayerNorm FusedRmsNorm
     NativeGroupNorm NativeBatchNorm CudnnBatchNorm MiopenBatchNorm Softmax LogSoftmax Glu Sum
-    Mean Var VarMean Logsumexp Cumsum Logcumsumexp Amax Amin Cat Stack Split UnsafeSplit
+    Mean Var VarMean Logsumexp Cumsum Amax Amin Cat Stack Split UnsafeSplit
     SplitWithSizes Unbind Slice Select Transpose Permute Movedim Flip Roll Rot90 Diagonal
     DiagEmbed Tril Triu ConstantPadNd ReflectionPad1D ReflectionPad2D ReflectionPad3D
     ReplicationPad1D ReplicationPad2D ReplicationPad3D Repeat Unfold Im2Col Col2Im
@@ -60,9 +60,11 @@ _LAST_DIMENSIONS = {
     "AdaptiveMaxPool3D": 3,
 }
 
+# The last one chooses none, but its derivative compares gradients with zero, which loses NaN.
 _CHOSEN_DIMENSIONS = _names(
     """
     Max Min Median Nanmedian Kthvalue Mode Cummax Cummin LinalgVectorNorm Norm Std
+    Logcumsumexp
     """
 )
 _CLASSES = ("NllLoss", "NllLoss2D")

@@ -109,3 +109,10 @@ def test_a_bound_that_no_entry_meets_in_the_first_step_is_a_parameter_all_the_sa
         jacobian = explicit_jacobian(losses, [weight, bound])
         gramian = autogram.gramian(losses, inputs=[weight, bound], batch_dim=0)
         assert relative_error(gramian, jacobian @ jacobian.T) <= 1e-12
+
+
+def test_a_derivative_that_loses_nan_hides_no_samples_that_mix() -> None:
+    weight = randn(3, 3).requires_grad_()
+    hidden = (randn(B, 3) @ weight).tanh()
+    assert not _right_or_refused((hidden + hidden.logcumsumexp(0)).sum(1), weight)
+    assert _right_or_refused((hidden + hidden.logcumsumexp(1)).sum(1), weight)
