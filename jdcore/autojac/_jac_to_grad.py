@@ -13,7 +13,7 @@ from jdcore.aggregation._source import check_losses, taken_by
 from jdcore.autojac import _checks as checks
 from jdcore.autojac._gradients import as_matrix
 from jdcore.distributed._heads import write_means
-from jdcore.distributed._sharding import Gathered, local_part
+from jdcore.distributed._sharding import Gathered, local_part, some_dtensor
 from jdcore.distributed._step import LocalRows, Update, no_jacobians
 from jdcore.distributed._teams import find_team
 from jdcore.errors import ParameterError, ParameterTypeError
@@ -107,7 +107,10 @@ def _local(
     check_flag(retain_jac, "retain_jac")
     jacobians = _jacobians(given)
     check_grads(jacobians)
-    matrices = {tensor: as_matrix(local_part(jac)) for tensor, jac in jacobians.items()}
+    parts = jacobians
+    if some_dtensor(jacobians.values()):  # asked once, not of each parameter
+        parts = {tensor: local_part(jac) for tensor, jac in jacobians.items()}
+    matrices = {tensor: as_matrix(part) for tensor, part in parts.items()}
     return LocalRows(matrices, None if second is None else _second(second, given, jacobians))
 
 
