@@ -80,7 +80,7 @@ def pivot(
     :param centre: Where z is thought to be [k, m]; None for zero.
     :param rounds: Number of factorisations of a set, at most. Rows of which too many entries stay
         wrong are left earlier.
-    :param few: So many rows are left too where no others go on.
+    :param few: So many rows are left too where no others go on after some rounds.
     :returns: z >= 0 [k, m], and how well it solves the problem: the :func:`natural_residual` [k],
         which is NaN where a block was singular.
     """
@@ -187,7 +187,7 @@ class _Exchange:
             fewest[rows] = np.minimum(count, fewest[rows])
             going = (count > 0) & (count <= _FROM * m * 0.5 ** (number / _HALVED))
             going &= (failures[rows] < _CREDIT * (len(_PARTS) - 1)) & (number < rounds - 1)
-            going &= going.sum() > few
+            going &= (number < _HALVED) | (going.sum() > few)
             if not going.all():
                 if self.delta and not count[~going].all():
                     z = self._refined(self.Q[at], z, factors)

@@ -67,16 +67,18 @@ class Splitting:
         X = start.float().repeat(len(self.scales), 1, 1)
         B = (Q @ self._inverses).mul_(-_RELAXATION).float()
         A = torch.empty_like(X)
-        changing, positive = False, X > 0.0
+        changing = False
         limit = -1.0 if settled is None or not Q.is_cpu else settled * X.numel()
         for step in range(1, steps + 1):
+            check = limit >= 0.0 and step % _CHECK == 0
+            positive = X > 0.0 if check else None
             torch.abs(X, out=A)
             X.mul_(1.0 - 0.5 * _RELAXATION).add_(B).baddbmm_(A, self._matrices)
-            if limit >= 0.0 and step % _CHECK == 0:
-                before, positive = positive, X > 0.0
-                changing = bool(torch.count_nonzero(before ^ positive) > limit)
+            if positive is not None:
+                changing = bool(torch.count_nonzero((X > 0.0) ^ positive) > limit)
                 if not changing:
-                    break
+                    # What changes little by little for long has far to go.
+                    return X, step > steps // 2
         return X, changing
 
 

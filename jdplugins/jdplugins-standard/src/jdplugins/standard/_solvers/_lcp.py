@@ -204,8 +204,9 @@ class _Search:
     def _pivot(self, rows: Tensor, centre: Tensor, delta: float) -> None:
         C, Q, sets = self.C, self.Q[rows], centre > 0.0
         Z, residuals = pivot(C, Q, sets, delta=delta, centre=centre, few=_FEW)
-        self.come_nearer(rows, Z)
         self.keep(rows, Z, residuals)
+        left = residuals > self.way.enough
+        self.come_nearer(rows[left], Z[left])
 
     def _one_by_one(self) -> None:
         """Solve for those that are left by the method that always ends, on the host."""
