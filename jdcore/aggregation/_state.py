@@ -21,10 +21,16 @@ def state_field(initial: Callable[[], Any], *, validator: Validator | None = Non
 
     :param initial: Makes the value of a new object: a Tensor or a plain number. For "nothing yet"
         choose an empty Tensor of as many dimensions as later values have.
-    :param validator: Attrs validator of the field, also run on values that are restored.
+    :param validator: Attrs validator of values that are restored. It is not run at each step, where
+        it would cost time, as what a method assigns itself is right.
     """
     return field(
-        factory=initial, init=False, repr=False, validator=validator, metadata={_INITIAL: initial}
+        factory=initial,
+        init=False,
+        repr=False,
+        validator=validator,
+        on_setattr=attrs.setters.NO_OP,
+        metadata={_INITIAL: initial},
     )
 
 

@@ -20,7 +20,7 @@ def _rate(instance: Any, attribute: Attribute[Any], value: Any) -> None:
 
 
 def _positive(_: object, attribute: Attribute[Tensor], value: Tensor) -> None:
-    if not bool((value > 0.0).all()):
+    if value.numpy(force=True).min(initial=1.0) <= 0.0:
         raise ParameterError(attribute.name, "positive", value.tolist())
 
 

@@ -61,7 +61,7 @@ class PCDWeighting(StateFields, GramianWeighting):
 
     >>> import torch
     >>> from jdcore.aggregation import PCD
-    >>> PCD(tau=0.0)(torch.tensor([[1.0, 1.0], [-2.0, 0.0]]))
+    >>> PCD(tau=0.0)(torch.tensor([[1.0, 1.0], [-2.0, 0.0]])).round(decimals=4)
     tensor([0.0000, 1.4142])
     """
 
