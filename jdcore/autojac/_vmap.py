@@ -11,6 +11,7 @@ import torch
 from attrs import frozen
 from torch import Tensor
 
+from jdcore._living import living
 from jdcore.errors import JDCoreError, VectorizationError, VectorizationWarning, warn
 from jdcore.graph import (
     EMBEDDING,
@@ -337,9 +338,7 @@ class _EscapeError(RuntimeError):
 
 def _batched_tensors() -> list[Tensor]:
     """Tensors that are batched, or whose ``.grad`` is."""
-    # type() and not isinstance(), which runs code of lazy objects.
-    tensors = [thing for thing in gc.get_objects() if issubclass(type(thing), Tensor)]
-    return [t for t in tensors if is_batched(t) or (_has_grad(t) and is_batched(t.grad))]
+    return [t for t in living(Tensor) if is_batched(t) or (_has_grad(t) and is_batched(t.grad))]
 
 
 def _has_grad(tensor: Tensor) -> bool:

@@ -1,8 +1,7 @@
 from __future__ import annotations
 
-import gc
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import torch.distributed as dist
@@ -13,6 +12,7 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.weak import WeakIdKeyDictionary
 
+from jdcore._living import living
 from jdcore.errors import ParameterError
 from jdcore.graph import Reach
 
@@ -72,7 +72,7 @@ class _Wrappers:
             # Before the search, so that a wrapper made by another thread meanwhile is not missed. A
             # wrapper registers the module that it wraps.
             register_module_module_registration_hook(self._notice)
-            self.modules.update(_search())
+            self.modules.update(living(DistributedDataParallel))
             self.searched = True
         if tensor not in self.owners:
             self._assign(tensor)
@@ -96,13 +96,6 @@ class _Wrappers:
             self.modules.add(module)
             # A parameter that had no wrapper may have this one.
             self.owners.clear()
-
-
-def _search() -> Iterator[DistributedDataParallel]:
-    for thing in gc.get_objects():
-        # type() and not isinstance(), which runs code of lazy objects.
-        if issubclass(type(thing), DistributedDataParallel):
-            yield thing
 
 
 _WRAPPERS = _Wrappers()

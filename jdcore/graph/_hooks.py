@@ -17,6 +17,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
+from jdcore._living import living
 from jdcore.graph._graph import Graph
 from jdcore.graph._saved import hooks_made, next_computed_at, some_computed_before
 
@@ -68,10 +69,9 @@ class _Watch:
 
 def hooks_anywhere(leaves: Iterable[Tensor]) -> bool:
     """Whether there are hooks that neither modules and optimizers have, nor some leaves."""
-    # All kinds of hooks lie in such dictionaries, by the number of their handle. They are looked at
-    # by type() and not by isinstance(), which runs code of lazy objects, and copied, since another
-    # thread may add a hook meanwhile.
-    dictionaries = [d for d in gc.get_objects() if type(d) is OrderedDict and _by_number(d)]
+    # All kinds of hooks lie in such dictionaries, by the number of their handle. They are copied,
+    # since another thread may add a hook meanwhile.
+    dictionaries = [d for d in living(OrderedDict) if type(d) is OrderedDict and _by_number(d)]
     found = {id(d): d for d in dictionaries if any(map(_matters, list(d.values())))}
     for leaf in leaves:
         found.pop(id(leaf._post_accumulate_grad_hooks), None)

@@ -12,13 +12,13 @@ asks. Those of before are found by one look at all tensors.
 from __future__ import annotations
 
 import functools
-import gc
 from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from jdcore._living import living
 from jdcore.graph._walk import Reach
 
 
@@ -33,9 +33,8 @@ class _Calls:
         if self._noted is None:
             self._noted = WeakTensorKeyDictionary()
             _note_calls(self._noted)
-            # type() and not isinstance(), which runs code of lazy objects.
-            for found in gc.get_objects():
-                if issubclass(type(found), Tensor) and found.retains_grad:
+            for found in living(Tensor):
+                if found.retains_grad:
                     self._noted[found] = True
         return [t for t in list(self._noted) if t.retains_grad] if self._noted else []
 
