@@ -27,7 +27,9 @@ from jdplugins.standard._solvers._unsolved import UNSOLVED
 Floats: TypeAlias = NDArray[np.float64]
 Mask: TypeAlias = NDArray[np.bool_]
 
-# Fewer rows than this are pivoted before a guess would be made.
+# Fewer rows than this are pivoted before a guess would be made. They cost little, and are solved as
+# far as rounding allows, as is one alone: where rows that are nearly opposite or equal make z
+# large, what is small beside it still leaves an error in ``Jᵀ z``.
 _GUESSED = 48
 # Squared pivots of C. Below the first one, some combination of rows is zero. Where more of them lie
 # between both than rounding explains, rows are nearly dependent too, which a proximal term hides.
@@ -72,9 +74,6 @@ _MIXED = _Way(5e-4, 1e-11, ROUGH)  # a term above rounding, below what rows diff
 _CANCELLING = _Way(5e-5, 1e-8, UNSOLVED)
 # Answers of residuals up to this are nearly right, and get nearer with this term.
 _NEARLY, _NEARER = 1e-7, 1e-10
-# Problems of so few rows, and one alone, cost little, and are solved as far as rounding allows:
-# where opposite rows make z large, what is small beside it still leaves an error in ``Jᵀ z``.
-_SMALL = 8
 
 
 def solve_lcps(C: Tensor, Q: Tensor) -> tuple[Tensor, Tensor]:
@@ -126,7 +125,7 @@ class _Search:
                 self._by_face()
             self._guess_again()
         self._one_by_one()
-        if one or len(self.C) <= _SMALL:
+        if one or len(self.C) < _GUESSED:
             self.keep(self.all, *refine(self.C, self.Q, self.Z))
 
     def left(self, residual: float) -> Tensor:
@@ -211,7 +210,7 @@ class _Search:
     def _one_by_one(self) -> None:
         """Solve for those that are left by the method that always ends, on the host."""
         # Of few rows, less suffices for the update to change with their order.
-        few = len(self.C) <= _SMALL
+        few = len(self.C) < _GUESSED
         rows = self.left(min(ROUGH, self.way.enough) if few else self.way.enough)
         if len(rows):
             method = ActiveSet(self.C.numpy(force=True), _WORK)
