@@ -611,7 +611,6 @@ class _Small:
         Add the rows of a share.
 
         :param root: Where the gradient belongs.
-
         :param counted: Whether their Gramian is in that of another share.
         """
         waits = (

@@ -205,7 +205,7 @@ class Accumulator:
         self._pending: list[Tensor] = []
         self._entries_pending = 0
         self._waiting = Waiting(memory, self._add_together)
-        self._squares: dict[int, list[Tensor]] = {}
+        self._squares: dict[tuple[int, int], list[Tensor]] = {}
         self.added: list[Share] = []
         """The shares that were added, if they are kept."""
 
@@ -228,8 +228,9 @@ class Accumulator:
         :param squares: Of some rows: the products of each position with itself, shape [n].
         :param first: The first of these rows.
         """
-        # Added up at last: on accelerators each addition is a kernel.
-        self._squares.setdefault(first, []).append(squares)
+        # Added up at last, those of the same rows together: on accelerators each addition is a
+        # kernel.
+        self._squares.setdefault((first, squares.shape[0]), []).append(squares)
 
     def cancelled(self, total: Tensor) -> bool:
         """
@@ -243,8 +244,8 @@ class Accumulator:
         if not self._squares:
             return False
         summed = self._lower.new_zeros(self.rows)
-        for first, noted in self._squares.items():
-            summed[first : first + noted[0].shape[0]] += torch.stack(noted).sum(0)
+        for (first, count), noted in self._squares.items():
+            summed[first : first + count] += torch.stack(noted).sum(0)
         return bool((total.diagonal() < _LEFT * summed).any())
 
     def add_share(self, share: Share) -> None:

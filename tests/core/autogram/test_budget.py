@@ -97,3 +97,15 @@ def test_called_operations_and_pulling_back_heed_the_budget(name: str, tasks: in
     few = max(1 << 12, model(x).numel() * tasks) * 8
     assert largest(few // tasks) <= few
     assert largest(1 << 30) >= 8 * few // tasks
+
+
+@pytest.mark.parametrize("budget", [4_000, 10_000, 30_000, 100_000, 1_000_000])
+def test_layers_that_are_multiplied_in_pieces_of_different_sizes(budget: int) -> None:
+    model = nn.Sequential(
+        *(nn.Conv2d(64, 64, 3, padding=1), nn.ReLU()),
+        *(nn.Conv2d(64, 64, 3, padding=1, stride=2), nn.Flatten(), nn.Linear(256, 1)),
+    ).float()
+    losses = model(randn(B, 64, 4, 4).float()).squeeze(1)
+    gramian = Engine(model, batch_dim=0, memory_budget=budget).compute_gramian(losses)
+    rows = explicit_jacobian(losses, list(model.parameters())).double()
+    assert relative_error(gramian, rows @ rows.T) < 1e-5
