@@ -60,19 +60,18 @@ def _group_norm_rows(site: Site) -> tuple[Tensor, Tensor]:
     # The kernel asks for numbers of entries alone, but takes other orders of them from the images.
     images = images.contiguous().view(1, channels, -1)
     numbers = 1, channels, images.shape[2], mean.numel(), [False, True, True]
-    # What it gives has the shape of the weight, which is read for the gradient of the images alone.
-    weight = images.new_empty(1, site.samples, channels // site.samples)
+    weight = images.new_empty(channels)  # read for the gradient of the images alone
     of_tasks = [
         torch.ops.aten.native_group_norm_backward(
             of_task, images, mean, deviation, weight, *numbers
         )
         for of_task in (grads if len(grads) > 1 else (grads,))
     ]
-    if len(of_tasks) == 1:  # a copy is not free
-        _, weights, biases = of_tasks[0]
-        return weights, biases
-    _, of_weight, of_bias = zip(*of_tasks, strict=True)
-    return torch.cat(of_weight), torch.cat(of_bias)
+    _, *both = zip(*of_tasks, strict=True)
+    # A copy is not free.
+    rows = (torch.cat(found) if len(found) > 1 else found[0] for found in both)
+    of_weight, of_bias = (found.view(len(grads), site.samples, -1) for found in rows)
+    return of_weight, of_bias
 
 
 @rule("NativeBatchNormBackward0", "CudnnBatchNormBackward0")

@@ -42,7 +42,7 @@ def test_reentrant_checkpointing(batch_dim: int | None) -> None:
 
 @pytest.mark.parametrize("batch_dim", [0, None])
 def test_selective_checkpointing_which_allows_one_pass(batch_dim: int | None) -> None:
-    model = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 3))
+    model = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6))
     operations = [torch.ops.aten.addmm.default]
     selection = partial(create_selective_checkpoint_contexts, operations)
 
