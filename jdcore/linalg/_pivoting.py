@@ -6,8 +6,8 @@ If F is the set of positive entries, ``C_FF z_F = -q_F`` gives their values; whe
 outside F are negative, F is wrong there, and is exchanged (Júdice and Pires): but for what is wrong
 by much less than the worst, as that is decided by what is wrong by more, and of two rows that are
 nearly equal or opposite, one takes the place of the other first. Where this no longer helps, fewer
-entries go at a time, in the end the worst alone. All right-hand sides go together. Everything is a
-Tensor, on any device; the host asks for two numbers per row and round.
+entries go at a time, and where that does not either, the row is left. All right-hand sides go
+together. Everything is a Tensor, on any device; the host asks for two numbers per row and round.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ _SMALL = 32
 _TOGETHER = 6
 # Parts of the worst from which on entries are exchanged: each until that many exchanges fail to
 # reduce the number of wrong ones.
-_PARTS, _CREDIT = np.array([0.1, 0.3, np.inf]), 2
-# Exchanges that are worth it halve the number of wrong entries in so many rounds, from this part.
-_HALVED, _FROM = 3, 1.0
+_PARTS, _CREDIT = np.array([0.1, 0.3]), 2
+# Exchanges that are worth it halve the number of wrong entries in so many rounds.
+_HALVED = 3
 _REFINEMENTS = 2
 _SLIGHT = 1e-8  # an entry of z that is negative by so little is zero in the solution
 # Entries of the blocks that are factorised at once: caches of CPUs are small, and an accelerator
@@ -178,15 +178,15 @@ class _Exchange:
             factors = sets.factors(f, sizes)
             z, y, wrong = self.look(f, rhs, factors)
             counts = wrong.sum(1)
-            parts = _PARTS[np.minimum(failures[rows] // _CREDIT, len(_PARTS) - 1)]
+            parts = _PARTS[failures[rows] // _CREDIT]
             f ^= _worst(wrong, f, z, y, index(parts, Z))
             self.passive[at] = f
             asked = torch.stack((counts, f.sum(1))).tolist()  # the host waits here alone
             count, sizes = np.array(asked, dtype=np.int64)
             failures[rows] += count >= fewest[rows]
             fewest[rows] = np.minimum(count, fewest[rows])
-            going = (count > 0) & (count <= _FROM * m * 0.5 ** (number / _HALVED))
-            going &= (failures[rows] < _CREDIT * (len(_PARTS) - 1)) & (number < rounds - 1)
+            going = (count > 0) & (count <= m * 0.5 ** (number / _HALVED))
+            going &= (failures[rows] < _CREDIT * len(_PARTS)) & (number < rounds - 1)
             going &= (number < _HALVED) | (going.sum() > few)
             if not going.all():
                 if self.delta and not count[~going].all():
