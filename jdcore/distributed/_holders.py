@@ -15,7 +15,7 @@ from jdcore._fields import dense
 from jdcore.distributed._gathering import can_be_gathered, divided_means, kept_gathered
 from jdcore.distributed._grid import Grid
 from jdcore.distributed._meeting import Group, Meeting, Stage
-from jdcore.distributed._names import names_of
+from jdcore.distributed._names import words_of
 from jdcore.distributed._replicas import replicas_of
 from jdcore.distributed._replicated_step import check_group
 from jdcore.distributed._sharding import Gathered, is_dtensor, like, some_dtensor
@@ -83,13 +83,14 @@ class Holders:
         shards = Gathered().shards(leaf for leaf in leaves if isinstance(leaf, nn.Parameter))
         found = dict.fromkeys(self.tensors)
         others = [shard for shard in shards if shard not in found]
-        named = names_of(self.tensors, self.promised), _kinds(self.tensors)
-        same, equal = meeting.agree_on_each(Stage.COPIES, named, (names_of(others), _kinds(others)))
+        everything, count = [*self.tensors, *others], len(self.tensors)
+        words = words_of(everything, self.tensors if self.promised else ())
+        same, equal = meeting.agree_on_each(Stage.COPIES, words[:count], words[count:])
         if not same:
             raise ParameterError(
                 parameter,
                 "the same on all processes, in the same order",
-                f"{len(self.tensors)} tensors, of which some are not",
+                f"{count} tensors, of which some are not",
                 "Wrap all of them in DistributedDataParallel, or name those that all processes "
                 "hold.",
             )
@@ -101,7 +102,7 @@ class Holders:
                 "other numbers elsewhere",
                 "Wrap what they belong to in DistributedDataParallel, or make them equal.",
             )
-        return [*self.tensors, *others]
+        return everything
 
     def means(
         self, meeting: Meeting, known: Sequence[Tensor], gradients: Mapping[Tensor, Tensor]
@@ -175,10 +176,6 @@ def _of_shards(shards: Sequence[Tensor], group: Any) -> Holders:
             "Samples of some of the processes need a group of just these.",
         )
     return Holders(whole, groups, shards)
-
-
-def _kinds(tensors: Iterable[Tensor]) -> list[object]:
-    return [(tuple(tensor.shape), tensor.dtype) for tensor in tensors]
 
 
 def _row(gradient: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
@@ -12,26 +12,29 @@ from jdcore.distributed._sharding import Gathered
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def names_of(tensors: Sequence[Tensor], promised: bool = False) -> list[str]:
+def words_of(tensors: Sequence[Tensor], promised: Collection[Tensor]) -> list[object]:
     """
     What tells tensors from others on all processes: their places, or the numbers in them.
 
     What torch neither keeps equal nor divides is a copy where it holds the same numbers.
 
-    :param promised: Whether the user says of such tensors that they are copies, in this order.
+    :param promised: Those of which the user says that they are copies, in this order, if torch does
+        not keep them equal.
     """
-    gathered, wrapped = Gathered(), replicas_of(tensors)
-    places = places_in(wrapped)
+    gathered, given = Gathered(), set(promised)
+    places = places_in(replicas_of(tensors))
     found = [places.get(t) or gathered.place(gathered.shard(t)) for t in tensors]
     unknown = [
         t
         for t, place in zip(tensors, found, strict=True)
-        if place is None and not (promised and not replicas_of([t]))
+        if place is None and (t not in given or replicas_of([t]))
     ]
     contents = torch.stack([_contents(t).cpu() for t in unknown]).tolist() if unknown else []
     of_unknown = dict(zip(unknown, contents, strict=True))
-    pairs = zip(tensors, found, strict=True)
-    return [place or str(of_unknown.get(t, "")) for t, place in pairs]
+    return [
+        (place or of_unknown.get(t), tuple(t.shape), t.dtype)
+        for t, place in zip(tensors, found, strict=True)
+    ]
 
 
 def _contents(tensor: Tensor) -> Tensor:

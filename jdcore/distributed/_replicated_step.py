@@ -12,7 +12,7 @@ from jdcore._fields import check_grads, dense
 from jdcore.aggregation._source import check_losses, taken_by
 from jdcore.distributed._heads import check_none_left, is_local
 from jdcore.distributed._meeting import Group, Meeting, Stage
-from jdcore.distributed._names import names_of
+from jdcore.distributed._names import words_of
 from jdcore.distributed._replicas import parameters_of, replicas_of
 from jdcore.distributed._replicated import ReplicatedColumns, weights_of_first
 from jdcore.distributed._step import (
@@ -112,8 +112,7 @@ class Replicas:
 
     def _layout(self) -> list[object]:
         """Words that tell lists of tensors apart, also where shapes repeat."""
-        names = names_of(self.members, self.promised)
-        return [(n, tuple(t.shape), t.dtype) for n, t in zip(names, self.members, strict=True)]
+        return words_of(self.members, self.members if self.promised else ())
 
     def _means(self, meeting: Meeting, heads: list[Tensor]) -> dict[Tensor, Tensor]:
         if not heads:
