@@ -153,10 +153,7 @@ def _examine(
     rows = columns.nonfinite_rows()
     if not rows:
         return vectors, weights  # a finite sum that overflowed in its own dtype
-    # Methods that did not look at the rows have stepped on, which a failed call must not leave
-    # behind.
-    for undo in reversed(source.undo):
-        undo()
+    source.take_back()
     if finite_required(getattr(weighting, "check_finite", None)):
         raise NonFiniteError(rows)
     return [vector * math.nan for vector in vectors], weights * math.nan

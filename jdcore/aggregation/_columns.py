@@ -108,8 +108,7 @@ class Columns:
         largest = self.largest()
         if not 0.0 < largest < math.inf:
             return result
-        # A power of two: to divide by it rounds nothing.
-        self.scale = 2.0 ** (math.frexp(largest)[1] - 1)
+        self.scale = power_of_two(largest)
         return product(self.scale)
 
     def product(self, scale: float) -> Tensor:
@@ -213,3 +212,8 @@ def rounded_to(block: Tensor) -> torch.dtype:
 
 def _are_narrow(block: Tensor) -> bool:
     return torch.equal(block.float().double(), block)
+
+
+def power_of_two(largest: float) -> float:
+    """A scale for numbers up to a positive one: to divide and to multiply by it rounds nothing."""
+    return float(2.0 ** (math.frexp(largest)[1] - 1))

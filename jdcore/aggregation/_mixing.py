@@ -13,7 +13,7 @@ from torch import Tensor
 
 from jdcore._modes import without_autocast
 from jdcore.aggregation._aggregator import GramianAggregator
-from jdcore.aggregation._columns import Columns
+from jdcore.aggregation._columns import Columns, power_of_two
 from jdcore.aggregation._differentiation import forbid_differentiation
 from jdcore.aggregation._finite import finite_required, refuse_gramian
 from jdcore.aggregation._nested_state import stateful_part
@@ -234,7 +234,7 @@ class MixedWeighting:
         try:
             mixing = self.mixing.mix(source)
             # Rows that are mixed to another scale would leave the range of float64 when squared.
-            scale = _power_of_two(mixing)
+            scale = _scale_of(mixing)
             weights = weigh(self.weighting, _mixed_source(mixing / scale, scale, source))
         except NonFiniteError:
             if finite_required(self.mixing.check_finite):
@@ -260,7 +260,7 @@ class MixedColumns(Columns):
         super().__init__(columns.blocks)
         self._columns = columns
         self._mixing = torch.from_numpy(mixing)
-        self._power = _power_of_two(mixing)
+        self._power = _scale_of(mixing)
         self._source = _mixed_source(mixing / self._power, self._power, source)
 
     @property
@@ -370,10 +370,9 @@ def _mixed_losses(mixing: NDArray[np.float64], source: GramianSource) -> Tensor 
     return torch.from_numpy(mixing).to(source.losses.device) @ source.losses.double()
 
 
-def _power_of_two(array: NDArray[np.float64]) -> float:
-    # A power of two, by which dividing and multiplying round nothing.
+def _scale_of(array: NDArray[np.float64]) -> float:
     largest = float(np.abs(array).max())
-    return float(2.0 ** (math.frexp(largest)[1] - 1)) if largest else 1.0
+    return power_of_two(largest) if largest else 1.0
 
 
 def vectors_of(inner: Any, blocks: list[Tensor], losses: Tensor | None) -> Result:

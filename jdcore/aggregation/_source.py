@@ -115,6 +115,16 @@ class GramianSource:
     _gramian: Tensor | None = field(default=None, init=False)
     _array: NDArray[np.float64] | None = field(default=None, init=False)
 
+    def take_back(self) -> None:
+        """
+        Run :attr:`undo`, the last change first.
+
+        Methods that did not look at the rows have stepped on, which a failed call must not leave
+        behind.
+        """
+        for undo in reversed(self.undo):
+            undo()
+
     @classmethod
     def of(cls, gramian: Tensor, losses: Tensor | None = None) -> GramianSource:
         """The source of a Gramian [m, m] that is there already; its dtype is its precision."""

@@ -70,8 +70,7 @@ class WeightingWrapper(NestedState):
         weights = weigh(self, source).to(gramian, copy=True)
         # Reused weights are finite for any input, which nobody has looked at then.
         if source.undo and not is_finite(gramian):
-            for undo in reversed(source.undo):
-                undo()
+            source.take_back()
             if finite_required(self.check_finite):
                 raise refuse_gramian(gramian.detach().double().cpu().numpy())
             weights.fill_(torch.nan)
