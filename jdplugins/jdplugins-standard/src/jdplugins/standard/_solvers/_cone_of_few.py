@@ -49,12 +49,7 @@ def project_few(gramian: Floats, references: Floats) -> Floats | None:
         return found
     if m > _MANY and k != 1:
         return None
-    cosines, norms, inverses = equilibrate(gramian)
-    scaled = references * norms
-    scales = np.abs(scaled).max(axis=1, keepdims=True)
-    scales[scales == 0.0] = 1.0
-    scaled /= scales
-    Q = product(scaled, cosines)
+    cosines, _, inverses, scales, Q = lcps_of(gramian, references)
     if k == 1:
         alone = solve_alone(cosines, Q[0], None)
         Z = None if alone is None else alone[0][None]
@@ -68,6 +63,21 @@ def project_few(gramian: Floats, references: Floats) -> Floats | None:
         return None
     found = references + Z * inverses * scales
     return found
+
+
+def lcps_of(gramian: Floats, references: Floats) -> tuple[Floats, Floats, Floats, Floats, Floats]:
+    """
+    The linear complementarity problems that projections are.
+
+    :returns: The matrix C [m, m], the lengths of the rows [m] and their inverses, the scales of the
+        references [k, 1], and the vectors q [k, m].
+    """
+    cosines, norms, inverses = equilibrate(gramian)
+    scaled = references * norms
+    scales = np.abs(scaled).max(axis=1, keepdims=True)
+    scales[scales == 0.0] = 1.0
+    scaled /= scales
+    return cosines, norms, inverses, scales, product(scaled, cosines)
 
 
 @lru_cache(maxsize=32)

@@ -1,13 +1,12 @@
 from __future__ import annotations
 
-import numpy as np
 import torch
 from attrs import frozen
 from torch import Tensor
 
 from jdcore.aggregation import report_residual
-from jdcore.linalg import equilibrate, lcp_residual, product
-from jdplugins.standard._solvers._cone_of_few import project_few
+from jdcore.linalg import lcp_residual
+from jdplugins.standard._solvers._cone_of_few import lcps_of, project_few
 from jdplugins.standard._solvers._lcp import ROUGH, Floats, solve_lcps
 from jdplugins.standard._solvers._semidefinite import nearest_semidefinite
 from jdplugins.standard._solvers._unsolved import UNSOLVED, warn_if_unsolved
@@ -57,12 +56,9 @@ class NativeDualConeSolver:
 
 def _residual(gramian: Floats, references: Floats, found: Floats) -> float:
     """The largest residual of some projections, as that of the problem that is solved."""
-    cosines, norms, _ = equilibrate(gramian)
-    scaled = references * norms
-    scales = np.abs(scaled).max(axis=1, initial=0.0, keepdims=True)
-    scales[scales == 0.0] = 1.0
+    cosines, norms, _, scales, Q = lcps_of(gramian, references)
     Z = (found - references) * norms / scales
-    return float(lcp_residual(cosines, product(scaled / scales, cosines), Z).max(initial=0.0))
+    return float(lcp_residual(cosines, Q, Z).max(initial=0.0))
 
 
 def _solve(C: Tensor, U: Tensor) -> Tensor:
