@@ -20,14 +20,12 @@ from torch import Tensor, nn
 
 from jdcore._fields import grad_versions, set_aside
 from jdcore.errors import ParameterError
-from jdcore.graph import REENTRANT, OuterPass, Reach, edge_of
+from jdcore.graph import REENTRANT, OuterPass, Reach, edge_of, has_hook_for_several
 
 # How deep attributes, containers and closures are searched for modules.
 _DEPTH = 5
 # Most leaves have none: to ask this way takes no call of Python for each.
 _hooks_of: Callable[[Tensor], dict[int, Any] | None] = attrgetter("_backward_hooks")
-# What torch registers with each tensor of a hook for several tensors.
-_OF_SEVERAL = "register_multi_grad_hook.<locals>.get_inner_hook.<locals>.inner_hook"
 
 
 def is_reentrant(graph: Reach) -> bool:
@@ -73,17 +71,13 @@ def may_reach(graph: Reach, tensors: Iterable[Tensor]) -> list[Tensor]:
 def hides(graph: Reach, tensors: Iterable[Tensor]) -> bool:
     """Whether some tensors may get gradients in a way that only accumulating passes show."""
     # torch tells these hooks only of leaves that a pass accumulates into; others raise.
-    if any(map(_hooks_of, graph.leaves)) and any(map(_asks_what_is_accumulated, graph.leaves)):
+    if any(map(_hooks_of, graph.leaves)) and any(
+        has_hook_for_several(leaf, "all") for leaf in graph.leaves
+    ):
         return True
     if not graph.functions:
         return False
     return is_reentrant(graph) or not set(kept_parameters(graph)).isdisjoint(tensors)
-
-
-def _asks_what_is_accumulated(leaf: Tensor) -> bool:
-    """Whether a leaf has a hook of ``register_multi_grad_hook``, which counts those to come."""
-    hooks = _hooks_of(leaf) or {}
-    return any(getattr(hook, "__qualname__", "") == _OF_SEVERAL for hook in hooks.values())
 
 
 def _collect(value: Any, found: dict[Tensor, None], seen: set[int], depth: int) -> None:

@@ -11,6 +11,7 @@ from jdcore.graph._cancelling import multiplied, products_of
 from jdcore.graph._form import Place
 from jdcore.graph._graph import Graph
 from jdcore.graph._hooks import (
+    has_hook_for_several,
     hooks_anywhere,
     hooks_made_lately,
     ignore_hooks,
@@ -79,6 +80,7 @@ __all__ = [
     "differentiate",
     "edge_of",
     "function_of",
+    "has_hook_for_several",
     "hooks_anywhere",
     "hooks_made_lately",
     "ignore_hooks",

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
@@ -100,6 +101,21 @@ def node_has_hooks(node: Any) -> bool:
 
 def _hand_on(*gradients: object) -> None:
     del gradients
+
+
+# What torch registers with each tensor of a hook for several, by mode. It bears the name of the
+# user's function where that is called for the first gradient; its code does not.
+_OF_SEVERAL = {"all": "inner_hook", "any": "wrapped_fn"}
+
+
+def has_hook_for_several(tensor: Tensor, mode: str) -> bool:
+    """Whether a tensor has a hook of ``register_multi_grad_hook``, which works in passes only."""
+    hooks = tensor._backward_hooks
+    if not hooks:
+        return False
+    codes = [getattr(hook, "__code__", None) for hook in hooks.values()]
+    kinds = [(code.co_name, code.co_filename) for code in codes if code is not None]
+    return (_OF_SEVERAL[mode], torch.autograd.graph.__file__) in kinds
 
 
 _HARMLESS: set[str] = set()

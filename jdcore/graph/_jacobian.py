@@ -16,7 +16,7 @@ from jdcore.graph._call import called_shares
 from jdcore.graph._cancelling import multiplied
 from jdcore.graph._form import Place
 from jdcore.graph._graph import Graph
-from jdcore.graph._hooks import may_have_hooks
+from jdcore.graph._hooks import has_hook_for_several, may_have_hooks
 from jdcore.graph._memory import Memory
 from jdcore.graph._objectives import Objectives, OneByOne
 from jdcore.graph._passes import Grads, Listener, differentiate
@@ -98,14 +98,28 @@ class Jacobian:
         self.objectives = objectives
         self.one_by_one: str | None = None
         """Why each loss gets a backward pass of its own, if that is so in spite of samples."""
+        self._refuse_hooks_for_several()
         if may_have_hooks(self.graph):
             self._take_plain_rows(_HOOKED)
+        elif any(has_hook_for_several(self.graph.wanted[i], "any") for i in self._hooked):
+            self._take_plain_rows("a parameter has a hook that hears of one gradient in a pass")
         # Such a loss is behind no operation.
         elif {n for n, _ in self.graph.form.starts} & self.graph.leaves.keys():
             self._take_plain_rows("a loss is a parameter itself")
         self._forget()
         self.computed = False
         self._plan: Plan
+
+    def _refuse_hooks_for_several(self) -> None:
+        heard = self.graph.leaves if self._all_leaves else self.graph.wanted
+        # Torch tells these hooks only of leaves that a pass accumulates into, and ours accumulate
+        # into none.
+        if any(has_hook_for_several(leaf, "all") for leaf in heard.values()):
+            raise UnservedGraphError(
+                "a hook of register_multi_grad_hook on parameters",
+                "it hears only of gradients that are accumulated",
+                "Remove it for this step, or use jdcore.autojac.backward and jac_to_grad.",
+            )
 
     # -- the Gramian -------------------------------------------------------------------------------
 

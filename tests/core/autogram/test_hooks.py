@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 
 import pytest
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from jdcore import RowByRowWarning, autogram
 from jdcore.autogram import Engine, gramian_backward
+from jdcore.errors import UnservedGraphError
 from tests.core.autogram.oracle import explicit_jacobian, randn, relative_error
 
 B = 4
@@ -196,3 +198,33 @@ def test_hooks_of_the_graph_are_run_row_by_row_which_is_told(
         _right(engine, losses, net)
     with pytest.warns(RowByRowWarning):
         assert "backward pass of its own" in engine.explain(losses)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_hook_that_waits_for_several_parameters_is_refused_and_nothing_changes(way: str) -> None:
+    net = _net()
+    note = torch.autograd.graph.register_multi_grad_hook(list(net.parameters()), _ignore)
+    losses = net(randn(B, 3)).sum(1)
+    with pytest.raises(UnservedGraphError, match="register_multi_grad_hook"):
+        WAYS[way](net, losses)
+    assert all(parameter.grad is None for parameter in net.parameters())
+    note.remove()
+    WAYS[way](net, losses)
+
+
+@pytest.mark.parametrize("batch_dim", [0, None])
+def test_a_hook_for_the_first_of_several_parameters_runs_for_each_loss(
+    batch_dim: int | None,
+) -> None:
+    net, heard = _net(), list[Tensor]()
+    torch.autograd.graph.register_multi_grad_hook(list(net.parameters()), heard.append, mode="any")
+    losses = net(randn(B, 3)).sum(1)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        gramian = Engine(net, batch_dim=batch_dim).compute_gramian(losses)
+    assert [warning.category for warning in told] == (
+        [] if batch_dim is None else [RowByRowWarning]
+    )
+    assert len(heard) == B
+    rows = explicit_jacobian(losses, list(net.parameters()))
+    assert relative_error(gramian, rows @ rows.T) < 1e-12
