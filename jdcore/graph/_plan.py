@@ -23,6 +23,7 @@ from jdcore.graph._saved import (
     plain_attributes,
     saved,
 )
+from jdcore.graph._steady import sizes_decide
 from jdcore.graph.rules import Rules
 
 
@@ -104,12 +105,16 @@ class Plan:
             roots = {p: form.inputs[node][p] for p in self.frontier[node]}
             spot = self._spots[node] = Spot(
                 form.names[node],
-                [self.layouts.get((node, number)) for number in range(len(results))],
+                self.of_results(form, node),
                 roots,
                 {p: form.result(root).shape for p, root in roots.items()},
                 any(result.dtype.is_complex for result in results),
             )
         return spot
+
+    def of_results(self, form: Form, node: int) -> list[Layout | None]:
+        """Where the samples are in each result of an operation."""
+        return [self.layouts.get((node, number)) for number in range(len(form.results[node]))]
 
     def finish_at_once(self, root: Place, descent: Descent) -> None:
         """
@@ -380,10 +385,18 @@ _KINDS = 256
 
 def _is_fixed(graph: Graph, plan: Plan, rules: Rules) -> bool:
     """
-    Whether all operations that samples pass through are steady.
+    Whether all operations that samples pass through are steady, and the form shows what they need.
 
     Above samples that are apart again (a piece of what an index mixed), all of them decide.
     """
     form = graph.form
-    passed = form.above({node for node, _ in plan.layouts})
-    return all(rules.steady(form.names[node], graph.nodes[node]) for node in form.leading & passed)
+    passed = form.leading & form.above({node for node, _ in plan.layouts})
+
+    def is_fixed(node: int) -> bool:
+        name = form.names[node]
+        dims = [layout.dim for layout in plan.of_results(form, node) if layout is not None]
+        return rules.steady(name, graph.nodes[node]) and not sizes_decide(
+            name, form.inputs[node], dims
+        )
+
+    return all(map(is_fixed, passed))

@@ -8,11 +8,12 @@ not named here (an index, a routing, functions of third parties) are shown again
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 from torch import Tensor
 
+from jdcore.graph._form import Place
 from jdcore.graph._saved import Unreadable, saved, saved_sparse
 
 
@@ -37,7 +38,7 @@ _ALWAYS = _names(
     UpsampleNearest3D UpsampleNearestExact1D UpsampleNearestExact2D UpsampleLinear1D
     UpsampleBilinear2D UpsampleBicubic2D UpsampleTrilinear3D PixelShuffle PixelUnshuffle
     NativeDropout MseLoss SmoothL1Loss HuberLoss BinaryCrossEntropy BinaryCrossEntropyWithLogits
-    KlDiv SoftMarginLoss PreluKernel Celu Copy ThnnFusedLstmCell ThnnFusedGruCell MkldnnRnnLayer
+    KlDiv SoftMarginLoss Celu Copy ThnnFusedLstmCell ThnnFusedGruCell MkldnnRnnLayer
     ScaledDotProductFlashAttentionForCpu ScaledDotProductFlashAttention
     ScaledDotProductEfficientAttention ScaledDotProductCudnnAttention
     ScaledDotProductFusedAttentionOverrideable
@@ -48,6 +49,7 @@ _ENTRY_BY_ENTRY = _names(
     """
     Relu Threshold Hardtanh Hardswish Hardsigmoid Hardshrink Softshrink Clamp ClampMin ClampMax
     MaskedFill Where Maximum Minimum Fmax Fmin NanToNum Xlogy XLog1Py Pow Atan2 Hypot Sinc
+    PreluKernel
     """
 )
 
@@ -96,6 +98,24 @@ def is_steady(name: str) -> bool:
 def is_sparse_product(name: str, node: Any) -> bool:
     """Whether an operation that is steady otherwise is not, as a factor of it is sparse."""
     return _base(name) in _PRODUCTS and saved_sparse(node)
+
+
+def sizes_decide(name: str, operands: Sequence[Place], dims: Collection[int]) -> bool:
+    """
+    Whether sizes that no graph shows decide which entries of an operation depend on which.
+
+    They are those of operands that require no gradient, of which a graph has nothing.
+
+    :param operands: Where its operands come from; node -1 for those.
+    :param dims: The dimensions of its results that samples lie along.
+    """
+    constant = [node < 0 for node, _ in operands]
+    if _base(name) == "Cat":
+        # The size of one run of them follows from the whole; of several, where the others lie does
+        # not.
+        return [*zip([False, *constant], constant, strict=False)].count((False, True)) > 1
+    # Kernels of different sizes may give results of the same one.
+    return "Conv" in name and constant[1:2] == [True] and max(dims, default=2) > 1
 
 
 def spread(

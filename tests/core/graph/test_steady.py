@@ -116,3 +116,29 @@ def test_a_derivative_that_loses_nan_hides_no_samples_that_mix() -> None:
     hidden = (randn(B, 3) @ weight).tanh()
     assert not _right_or_refused((hidden + hidden.logcumsumexp(0)).sum(1), weight)
     assert _right_or_refused((hidden + hidden.logcumsumexp(1)).sum(1), weight)
+
+
+def test_a_slope_that_no_entry_meets_in_the_first_step_is_a_parameter_all_the_same() -> None:
+    weight, slope = randn(3, 3).requires_grad_(), randn(3).requires_grad_()
+    for sign in (1.0, -1.0):
+        hidden = F.prelu((randn(B, 3) @ weight).abs() * sign, slope.exp())
+        losses = hidden.square().sum(1)
+        jacobian = explicit_jacobian(losses, [weight, slope])
+        gramian = autogram.gramian(losses, inputs=[weight, slope], batch_dim=0)
+        assert relative_error(gramian, jacobian @ jacobian.T) <= 1e-12
+
+
+def test_constants_around_an_operand_decide_where_it_lies_between_them() -> None:
+    weight = randn(3, 1).requires_grad_()
+    for before in (1, 2, 0, 3):
+        parts = [torch.ones(before), (randn(B, 3) @ weight)[:, 0], torch.ones(3 - before)]
+        assert _right_or_refused(torch.cat(parts).square(), weight)
+
+
+def test_the_size_of_a_constant_kernel_decides_what_it_reads() -> None:
+    weight = randn(3, 2).requires_grad_()
+    for size in (1, 2, 1):
+        hidden = (randn(8, 3) @ weight).T[None]
+        read = F.conv1d(hidden, randn(1, 2, size), stride=4, padding=1)
+        assert read.shape == (1, 1, 3)
+        assert _right_or_refused(read[0, 0].square(), weight)
