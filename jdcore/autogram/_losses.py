@@ -7,7 +7,7 @@ from torch import Tensor
 
 from jdcore.distributed._sharding import is_dtensor
 from jdcore.errors import ParameterError, ParameterTypeError
-from jdcore.graph import Objectives, reach
+from jdcore.graph import Objectives, is_transformed, reach
 from jdcore.validators import describe_tensor
 
 
@@ -26,6 +26,13 @@ def objectives_of(
         label = parameter if isinstance(losses, Tensor) else f"{parameter}[{i}]"
         if not isinstance(output, Tensor) or not output.is_floating_point():
             raise ParameterTypeError(label, "a floating Tensor", describe_tensor(output))
+        if is_transformed(output):
+            raise ParameterError(
+                label,
+                "computed outside of the transforms of torch.func",
+                "a tensor inside of vmap, grad or jvp",
+                "Let the transform return the losses, and call autogram on these.",
+            )
         kind = _unusable_kind(output)
         if kind is not None:
             raise ParameterError(
@@ -116,7 +123,7 @@ def wanted_leaves(objectives: Objectives, inputs: Tensor | Iterable[Tensor] | No
     # Without an engine nobody says which leaves are parameters: inputs that require grad count as
     # well.
     if inputs is None:
-        return list(reach(objectives.outputs).leaves)
+        return [leaf for leaf in reach(objectives.outputs).leaves if leaf.requires_grad]
     given = [inputs] if isinstance(inputs, Tensor) else list(inputs)
     for i, tensor in enumerate(given):
         label = f"inputs[{i}]"

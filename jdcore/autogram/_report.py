@@ -132,11 +132,12 @@ def _joined(parts: Sequence[str]) -> str:
 def _rows(step: Step, tensors: list[Tensor]) -> list[Tensor]:
     """The Jacobian by one backward pass for each loss, float64 [m, n] for each tensor."""
     rows: list[list[Tensor]] = [[] for _ in tensors]
-    for output in step.objectives.outputs:
-        for loss in output.reshape(-1):
-            found = torch.autograd.grad(loss, tensors, retain_graph=True, materialize_grads=True)
-            for of_tensor, grad in zip(rows, found, strict=True):
-                of_tensor.append(grad.to_dense().flatten().double())
+    with torch.enable_grad():  # each loss is a part of the output by an operation of the graph
+        losses = [loss for output in step.objectives.outputs for loss in output.reshape(-1)]
+    for loss in losses:
+        found = torch.autograd.grad(loss, tensors, retain_graph=True, materialize_grads=True)
+        for of_tensor, grad in zip(rows, found, strict=True):
+            of_tensor.append(grad.to_dense().flatten().double())
     return [torch.stack(of_tensor) for of_tensor in rows]
 
 

@@ -34,6 +34,7 @@ from jdcore.graph._saved import (
     Unreadable,
     function_of,
     is_batched,
+    is_transformed,
     saved,
     saved_as_it_is,
 )
@@ -88,6 +89,7 @@ __all__ = [
     "is_ignored",
     "is_listed",
     "is_sparse",
+    "is_transformed",
     "largest_gradient",
     "leaving",
     "mixed",

@@ -42,7 +42,10 @@ class Graph:
             if self._computes(tensor):
                 node, number = edge_of(tensor)
                 self.targets[self._index[node], number] = tensor
-        self.others = [leaf for i, leaf in self.leaves.items() if i not in self.wanted]
+        # As in a backward pass, what was frozen after the forward pass gets nothing.
+        self.others = [
+            leaf for i, leaf in self.leaves.items() if i not in self.wanted and leaf.requires_grad
+        ]
         self.retained = [t for t in retaining() if self._computes(t) and id(t) not in asked]
         """Further results of operations whose ``.grad`` backward passes write."""
         self.form: Form = form_of(

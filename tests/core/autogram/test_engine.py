@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 
-from jdcore import RowByRowWarning
+from jdcore import RowByRowWarning, autogram
 from jdcore.autogram import Engine
 from jdcore.graph import _passes
 from tests.core.autogram.oracle import (
@@ -181,6 +181,27 @@ def test_a_leaf_that_is_no_parameter_gets_its_gradient() -> None:
     assert relative_error(fused, x.grad) < 1e-12
 
 
+@pytest.mark.parametrize("second_pass", [False, True])
+@pytest.mark.parametrize("batch_dim", [0, None])
+def test_what_is_frozen_after_the_forward_pass_gets_nothing(
+    batch_dim: int | None, second_pass: bool
+) -> None:
+    model = nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 2))
+    losses = _one(model)
+    model[0].weight.requires_grad_(False)
+    jacobian = explicit_jacobian(losses, parameters_of([model]))
+    engine = Engine(model, batch_dim=batch_dim)
+    for gramian in (
+        engine.compute_gramian(losses),
+        autogram.gramian(losses, batch_dim=batch_dim),
+    ):
+        assert relative_error(gramian, jacobian @ jacobian.T) < 1e-12
+    engine.backward(losses, lambda _: torch.ones(B), second_pass=second_pass)
+    update = [p.grad.reshape(-1) for p in parameters_of([model]) if p.grad is not None]
+    assert relative_error(torch.cat(update), jacobian.sum(0)) < 1e-12
+    assert model[0].weight.grad is None
+
+
 @pytest.mark.filterwarnings("ignore:Initializing zero-element tensors:UserWarning")
 @pytest.mark.parametrize("batch_dim", [0, None])
 def test_parameters_without_entries(batch_dim: int | None) -> None:
@@ -232,7 +253,8 @@ def test_a_checkpoint_is_computed_anew_once_for_each_pass() -> None:
 @pytest.mark.parametrize("second_pass", [False, True])
 @pytest.mark.parametrize("batch_dim", [0, None])
 @pytest.mark.parametrize(
-    "mode", [torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16)]
+    "mode",
+    [torch.no_grad, torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16)],
 )
 def test_modes_around_the_step_do_not_matter(
     mode: Callable[[], Any], batch_dim: int | None, second_pass: bool

@@ -145,6 +145,19 @@ def test_an_output_without_a_graph() -> None:
             engine.compute_gramian(output)
 
 
+@pytest.mark.parametrize("batch_dim", [0, None])
+def test_losses_inside_of_a_transform(batch_dim: int | None) -> None:
+    layer = nn.Linear(6, 3)
+    engine = Engine(layer, batch_dim=batch_dim)
+
+    def total(x: Tensor) -> Tensor:
+        return engine.compute_gramian(layer(x).sum(1)).sum()
+
+    for transform in (torch.func.vmap(total), torch.func.grad(total)):
+        with pytest.raises(ParameterError, match="`output` must be computed outside of the trans"):
+            transform(torch.ones(2, 4, 6))
+
+
 @pytest.mark.parametrize("output", [1.0, torch.ones(3, dtype=torch.int64)])
 def test_an_output_that_is_no_floating_tensor(output: object) -> None:
     engine = Engine(nn.Linear(6, 3), batch_dim=0)
