@@ -82,6 +82,9 @@ def small() -> tuple[nn.Module, Tensor, int]:
     return trunk, torch.randn(64, 32), 64
 
 
+# Made once, as training does. Neither has a state.
+AGGREGATOR, WEIGHTING = jdcore.get_aggregator("upgrad"), jdcore.get_weighting("upgrad")
+
 MODELS = {"mlp": mlp, "resnet": resnet, "small": small}
 
 
@@ -129,24 +132,24 @@ def passes(problem: Problem) -> None:
 def ours(problem: Problem) -> None:
     """Backward and jac_to_grad on all parameters."""
     backward(problem.forward()[0])
-    jac_to_grad(problem.parameters, jdcore.get_aggregator("upgrad"))
+    jac_to_grad(problem.parameters, AGGREGATOR)
 
 
 def ours_mtl(problem: Problem) -> None:
     """mtl_backward and jac_to_grad on the trunk."""
     mtl_backward(*problem.forward())
-    jac_to_grad(problem.shared, jdcore.get_aggregator("upgrad"))
+    jac_to_grad(problem.shared, AGGREGATOR)
 
 
 def ours_lean(problem: Problem) -> None:
     """gramian_backward on all parameters."""
-    gramian_backward(problem.forward()[0], jdcore.get_weighting("upgrad"))
+    gramian_backward(problem.forward()[0], WEIGHTING)
 
 
 def ours_engine(problem: Problem) -> None:
     """Engine.backward on all parameters. The engine is made anew: its hooks go with it."""
     engine = Engine(problem.trunk, problem.heads, batch_dim=None)
-    engine.backward(torch.stack(problem.forward()[0]), jdcore.get_weighting("upgrad"))
+    engine.backward(torch.stack(problem.forward()[0]), WEIGHTING)
 
 
 def peer_steps() -> dict[str, Step]:
@@ -155,14 +158,15 @@ def peer_steps() -> dict[str, Step]:
         from torchjd import aggregation, autojac
     except ImportError:
         return {}
+    aggregator = aggregation.UPGrad()
 
     def peer(problem: Problem) -> None:
         autojac.backward(problem.forward()[0])
-        autojac.jac_to_grad(problem.parameters, aggregation.UPGrad())
+        autojac.jac_to_grad(problem.parameters, aggregator)
 
     def peer_mtl(problem: Problem) -> None:
         autojac.mtl_backward(*problem.forward())
-        autojac.jac_to_grad(problem.shared, aggregation.UPGrad())
+        autojac.jac_to_grad(problem.shared, aggregator)
 
     return {"peer": peer, "peer mtl": peer_mtl}
 
