@@ -19,8 +19,8 @@ from jdcore.aggregation._finite import finite_required, refuse_gramian
 from jdcore.aggregation._nested_state import stateful_part
 from jdcore.aggregation._row_vectors import check_row_vectors
 from jdcore.aggregation._source import ColumnsSource, GramianSource, taken_by
-from jdcore.aggregation._weigh import Result, watched, weigh
-from jdcore.errors import NonFiniteError, ParameterError, ParameterTypeError
+from jdcore.aggregation._weigh import Result, check_aggregator, watched, weigh
+from jdcore.errors import NonFiniteError, ParameterError
 from jdcore.linalg import factors
 from jdcore.linalg._gramian import symmetric
 from jdcore.protocols import Aggregator, BlockwiseAggregator, Weighting
@@ -29,13 +29,7 @@ from jdcore.validators import boolean, check_blocks, check_gramian, check_matrix
 
 def aggregator_validator(_: Any, attribute: Attribute[Any], value: Any) -> None:
     """Attrs validator: an aggregator, which may be a plain function; no weighting."""
-    if not callable(value) or isinstance(value, type):
-        raise ParameterTypeError(attribute.name, "an aggregator", repr(value))
-    # A weighting is callable with a matrix as well, and would give k weights where a vector [n] is
-    # expected.
-    if hasattr(value, "weigh"):
-        hint = f"Give the aggregator of this weighting: GramianAggregator({value!r})."
-        raise ParameterTypeError(attribute.name, "an aggregator", repr(value), hint)
+    check_aggregator(value, attribute.name)
 
 
 @define(eq=False)

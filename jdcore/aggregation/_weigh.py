@@ -54,6 +54,24 @@ def as_weighting(given: Any, parameter: str = "weighting") -> Any:
     return given
 
 
+def check_aggregator(given: Any, parameter: str = "aggregator") -> None:
+    """
+    Check that something can be an aggregator: one, or a plain function of the Jacobian.
+
+    :param parameter: Name of the argument, for errors.
+    :raises ParameterTypeError: If it cannot be called, or is a weighting.
+    """
+    part = given
+    while hasattr(part, "wrapped"):  # as_module
+        part = part.wrapped
+    if not callable(part) or isinstance(part, type):
+        raise ParameterTypeError(parameter, "an Aggregator or a function", repr(given))
+    # A weighting is callable with a matrix as well, and would take a square Jacobian for a Gramian.
+    if hasattr(part, "weigh") and not hasattr(part, "aggregate_blocks"):
+        hint = f"Give the aggregator of this weighting: GramianAggregator({given!r})."
+        raise ParameterTypeError(parameter, "an Aggregator or a function", repr(given), hint)
+
+
 def weigh(weighting: Any, source: GramianSource, shape: Sequence[int] | None = None) -> Tensor:
     """
     Ask a weighting for the weights of a Jacobian.

@@ -9,5 +9,6 @@ from jdcore.autojac._backward import backward
 from jdcore.autojac._jac import jac
 from jdcore.autojac._jac_to_grad import jac_to_grad
 from jdcore.autojac._mtl_backward import mtl_backward
+from jdcore.autojac._zero_jac import zero_jac
 
-__all__ = ["backward", "gramian_backward", "jac", "jac_to_grad", "mtl_backward"]
+__all__ = ["backward", "gramian_backward", "jac", "jac_to_grad", "mtl_backward", "zero_jac"]

@@ -30,7 +30,8 @@ def backward(
 
     The analogue of :func:`torch.autograd.backward` for several objectives: each element of the
     tensors is one objective, that is one row. The ``.jac`` of an input of shape S has shape
-    ``[m, *S]``; :func:`~jdcore.autojac.jac_to_grad` turns it into a ``.grad``.
+    ``[m, *S]``; :func:`~jdcore.autojac.jac_to_grad` turns it into a ``.grad``. A ``.jac`` that is
+    already there is added to: :func:`~jdcore.autojac.zero_jac` removes that of a skipped step.
 
     A tensor that does not require grad (the loss of a task that is absent from the batch) gives
     zero rows. An input that none of the tensors depends on gets no ``.jac``. Nothing is written

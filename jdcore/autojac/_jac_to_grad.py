@@ -10,13 +10,14 @@ from torch import Tensor
 from jdcore._fields import check_grads, check_jac, disjoint, free_jacs, get_jac, write_grads
 from jdcore._modes import plain_modes
 from jdcore.aggregation._source import check_losses, taken_by
+from jdcore.aggregation._weigh import check_aggregator
 from jdcore.autojac import _checks as checks
 from jdcore.autojac._gradients import as_matrix
 from jdcore.distributed._heads import write_means
 from jdcore.distributed._sharding import Gathered, local_part, some_dtensor
 from jdcore.distributed._step import LocalRows, Update, no_jacobians
 from jdcore.distributed._teams import find_team
-from jdcore.errors import ParameterError, ParameterTypeError
+from jdcore.errors import ParameterError
 from jdcore.protocols import Aggregator
 from jdcore.validators import check_flag, describe_tensor
 
@@ -65,6 +66,7 @@ def jac_to_grad(
         equal and in this order. None finds that of ``DistributedDataParallel``; other tensors are
         then aggregated by this process alone.
     :returns: The weights [m] of the rows, or None if the aggregator does not tell.
+    :raises ParameterTypeError: If the aggregator is a weighting.
     :raises ParameterError: If no tensor has a ``.jac``, or their shapes do not fit together, or the
         aggregator returns something else than one entry per column.
     :raises PeerError: If another process could not make this step. None of them writes anything.
@@ -102,8 +104,7 @@ def _local(
     second: Tensor | Sequence[Tensor] | None,
 ) -> LocalRows:
     """What this process has, checked."""
-    if not callable(aggregator):
-        raise ParameterTypeError("aggregator", "an Aggregator or a function", repr(aggregator))
+    check_aggregator(aggregator)
     check_flag(retain_jac, "retain_jac")
     jacobians = _jacobians(given)
     check_grads(jacobians)

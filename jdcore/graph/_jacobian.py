@@ -1,8 +1,8 @@
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cached_property, reduce
+from functools import cached_property
 from typing import TypeAlias
 
 import torch
@@ -27,7 +27,17 @@ from jdcore.graph._saved import Unreadable, function_of
 from jdcore.graph._site import NoRule, Site
 from jdcore.graph._tasks import Passes, starts_of
 from jdcore.graph.rules import Rule, Rules
-from jdcore.graph.shares import Accumulator, Dense, Outer, Share, Sums, Uses, Waiting, combined
+from jdcore.graph.shares import (
+    Accumulator,
+    Dense,
+    Outer,
+    Share,
+    Sums,
+    Uses,
+    Waiting,
+    combined,
+    sum_of,
+)
 from jdcore.linalg import factors
 
 # Rows that are shorter are collected and multiplied together: few large products, no small ones.
@@ -686,12 +696,6 @@ def _through_hooks(leaf: Tensor, rows: Tensor) -> Tensor:
     """What the hooks of a parameter make of each row, as in a backward pass of its own."""
     changed = [through_tensor_hooks({leaf: row})[leaf] for row in rows.to(leaf.dtype)]
     return torch.stack(changed)
-
-
-def sum_of(tensors: Iterable[Tensor]) -> Tensor:
-    """The sum of at least one tensor; sparse ones may be among them."""
-    # Torch adds sparse to dense, not dense to sparse.
-    return reduce(lambda a, b: b + a if a.is_sparse else a + b, tensors)
 
 
 def _row(grad: Tensor | None) -> Tensor | None:

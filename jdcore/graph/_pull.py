@@ -8,6 +8,7 @@ from jdcore.graph._graph import Graph
 from jdcore.graph._memory import Memory
 from jdcore.graph._passes import Grads
 from jdcore.graph._plan import Plan
+from jdcore.graph.shares import sum_of
 
 _CAST = "ToCopyBackward0"
 
@@ -38,7 +39,7 @@ def pull(graph: Graph, plan: Plan, grads: dict[Place, Tensor]) -> dict[int, Tens
             if found.is_complex() and not result.dtype.is_complex:
                 found = found.real
             found = reduced(found, result.shape)
-            arrived[place] = arrived[place] + found if place in arrived else found
+            arrived[place] = sum_of([arrived[place], found]) if place in arrived else found
     leaves = ((node, graph.wanted[node], grad) for (node, _), grad in arrived.items())
     return {node: grad.to(leaf.device, leaf.dtype) for node, leaf, grad in leaves}
 

@@ -3,7 +3,7 @@
 from jdcore.graph.shares._geometry import Geometry
 from jdcore.graph.shares._outer import OneHot, Outer, Uses
 from jdcore.graph.shares._patches import Patches
-from jdcore.graph.shares._product import HALVES, combined, outer, product, sum_over, widened
+from jdcore.graph.shares._product import HALVES, combined, outer, product, sum_of, sum_over, widened
 from jdcore.graph.shares._share import Accumulator, Dense, Share, Waiting
 from jdcore.graph.shares._sums import Sums, as_they_are
 
@@ -23,6 +23,7 @@ __all__ = [
     "combined",
     "outer",
     "product",
+    "sum_of",
     "sum_over",
     "widened",
 ]

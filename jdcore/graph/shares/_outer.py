@@ -10,7 +10,14 @@ from torch import Tensor
 from jdcore.graph._cost import outer_ghost_beats_direct
 from jdcore.graph._memory import Memory, pieces
 from jdcore.graph.shares._ghost import Gram, add_contracted, linear_gram, summed_up
-from jdcore.graph.shares._product import outer, product, scaled, weighted_sum, widened
+from jdcore.graph.shares._product import (
+    outer,
+    product,
+    scaled,
+    sum_of,
+    weighted_sum,
+    widened,
+)
 from jdcore.graph.shares._share import Accumulator, Share
 
 
@@ -301,12 +308,10 @@ class Uses(Share):
         return sum(share.entries for share in self._shares)
 
     def weighted(self, weights: Tensor) -> Tensor:
-        first, *others = (share.weighted(weights) for share in self._shares)
-        return sum(others, start=first)
+        return sum_of(share.weighted(weights) for share in self._shares)
 
     def rows(self) -> Tensor:
-        first, *others = (share.rows() for share in self._shares)
-        return sum(others, start=first)
+        return sum_of(share.rows() for share in self._shares)
 
     def factors_of_samples(self) -> list[tuple[Tensor, int]]:
         return [factor for share in self._shares for factor in share.factors_of_samples()]

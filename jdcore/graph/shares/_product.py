@@ -1,8 +1,9 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
+from functools import reduce
 from typing import Any
 
 import torch
@@ -201,3 +202,9 @@ def scaled(weights: Tensor, rows: Tensor) -> Tensor:
 
 def _of_sums(weights: Tensor, rows: Tensor) -> torch.dtype:
     return torch.float64 if torch.float64 in (weights.dtype, rows.dtype) else torch.float32
+
+
+def sum_of(tensors: Iterable[Tensor]) -> Tensor:
+    """The sum of at least one tensor; sparse ones may be among them."""
+    # Torch adds sparse to dense, not dense to sparse.
+    return reduce(lambda a, b: b + a if a.is_sparse else a + b, tensors)

@@ -253,7 +253,7 @@ def test_only_the_wrapper_is_observed() -> None:
 
 @pytest.mark.parametrize("wrong", [None, "krum", Largest, torch.ones(2)])
 def test_what_is_no_aggregator_is_refused(wrong: Any) -> None:
-    with pytest.raises(ParameterTypeError, match="`aggregator` must be an aggregator"):
+    with pytest.raises(ParameterTypeError, match="`aggregator` must be an Aggregator"):
         Pairs(wrong)
 
 

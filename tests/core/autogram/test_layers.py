@@ -200,3 +200,16 @@ def test_sparse_embedding_gets_a_sparse_gradient() -> None:
     engine = Engine(table, batch_dim=0)
     engine.backward(table(TOKENS).pow(2).sum((1, 2)), torch.diag)
     assert table.weight.grad.is_sparse
+
+
+def test_a_sparse_table_that_is_a_factor_too_gets_the_sum_of_both() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Embedding(9, 6, sparse=True)
+
+        def forward(self, tokens: Tensor) -> Tensor:
+            return self.table(tokens).sum(1) @ self.table.weight.T
+
+    check_engine(Tied, lambda m: m(TOKENS).pow(2).sum(1), 0)
+    check_engine(Tied, lambda m: m(TOKENS).pow(2).sum(0)[:3], None)

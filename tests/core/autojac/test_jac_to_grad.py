@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from jdcore import ParameterError
+from jdcore import ParameterError, ParameterTypeError
 from jdcore._fields import get_jac
-from jdcore.aggregation import GramianAggregator
-from jdcore.autojac import backward, jac, jac_to_grad
+from jdcore.aggregation import GramianAggregator, MeanWeighting, as_module
+from jdcore.autojac import backward, jac, jac_to_grad, zero_jac
 
 
 def _by_norm(gramian: Tensor) -> Tensor:
@@ -237,3 +237,26 @@ def test_losses_and_second_batches_that_do_not_fit_are_refused_and_nothing_chang
         jac_to_grad(weight, lambda jacobian: jacobian[0], **given)
     assert weight.grad is None
     assert get_jac(weight) is not None
+
+
+@pytest.mark.parametrize("wrap", [lambda weighting: weighting, as_module])
+def test_a_weighting_is_refused_with_the_way_to_its_aggregator_though_a_square_jacobian_fits_it(
+    wrap: Any,
+) -> None:
+    w = torch.tensor([1.0, 2.0], requires_grad=True)
+    backward([2 * w[0] + w[1], w[0] + 2 * w[1]])
+    with pytest.raises(ParameterTypeError, match=r"GramianAggregator\(.*MeanWeighting\(\)"):
+        jac_to_grad([w], wrap(MeanWeighting()))
+    assert w.grad is None
+    jac_to_grad([w], GramianAggregator(wrap(MeanWeighting())))
+    assert w.grad.tolist() == [1.5, 1.5]
+
+
+def test_zero_jac_forgets_the_rows_of_a_step_that_was_not_finished() -> None:
+    w, other = torch.ones(2, requires_grad=True), torch.ones(2, requires_grad=True)
+    backward([w.sum(), w[0] * 3])
+    zero_jac([w, other])
+    backward([w.sum(), w[0] * 3])
+    assert w.jac.tolist() == [[1.0, 1.0], [3.0, 0.0]]
+    with pytest.raises(ParameterTypeError, match="`tensors`"):
+        zero_jac(nn.Linear(2, 1))
