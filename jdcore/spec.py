@@ -7,7 +7,6 @@ from it, and no method or solver is imported before it is asked for.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Mapping
 from enum import Enum
 from types import MappingProxyType
@@ -15,6 +14,7 @@ from typing import Any
 
 from attrs import Attribute, field, frozen
 
+from jdcore._plain_validators import boolean, function, integer, notes, string, strings
 from jdcore.errors import ParameterError, ParameterTypeError
 
 __all__ = [
@@ -30,9 +30,6 @@ __all__ = [
 
 API_VERSION = 1
 """Version of the plugin interface. A plugin states the version it was written for in every spec."""
-
-_NAME = re.compile(r"[a-z][a-z0-9]*(_[a-z0-9]+)*")
-_FACTORY = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 
 def normalize_name(name: str) -> str:
@@ -74,43 +71,31 @@ class Property(Enum):
     """``A`` can be differentiated with respect to J."""
 
 
-def _matches(pattern: re.Pattern[str], expected: str) -> Callable[[Any, Attribute[Any], Any], None]:
-    def validate(_: Any, attribute: Attribute[Any], value: Any) -> None:
-        if value is None and attribute.default is None:
-            return
-        if not isinstance(value, str):
-            raise ParameterTypeError(attribute.name, expected, repr(value))
-        if not pattern.fullmatch(value):
-            raise ParameterError(attribute.name, expected, repr(value))
+_identifier = r"[^\W\d]\w*"
+_factory = rf"{_identifier}(\.{_identifier})*:{_identifier}"
 
-    return validate
-
-
-_valid_name = _matches(_NAME, "a lower snake case name such as 'nash_mtl'")
-_valid_factory = _matches(_FACTORY, "a 'module:attribute' string")
-_operation = _matches(
-    re.compile(rf"{_FACTORY.pattern.rstrip('$')}|\w+Backward\w*"),
+_text = string(r"\S|\S.*\S", "one line of text")
+_valid_name = string(r"[a-z][a-z0-9]*(_[a-z0-9]+)*", "a lower snake case name such as 'nash_mtl'")
+_valid_factory = string(_factory, "a 'module:attribute' string")
+_operation = string(
+    rf"{_factory}|\w+Backward\w*",
     "a 'module:attribute' string or the name of a node, such as 'CdistBackward0'",
 )
-
-
-def _boolean(_: Any, attribute: Attribute[Any], value: Any) -> None:
-    if not isinstance(value, bool):
-        raise ParameterTypeError(attribute.name, "a bool", repr(value))
-
-
-def _text(_: Any, attribute: Attribute[Any], value: Any) -> None:
-    if not isinstance(value, str) or not value.strip():
-        raise ParameterError(attribute.name, "a non-empty string", repr(value))
-
-
-def _names(_: Any, attribute: Attribute[Any], value: Any) -> None:
-    for alias in value:
-        _valid_name(None, attribute, alias)
+_aliases = strings(_valid_name, "a tuple of names")
+_requires = strings(
+    string(
+        r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?",
+        "the name of a distribution such as 'scipy', without a version",
+    ),
+    "a tuple of names of distributions",
+)
+_method = string(_identifier, "the name of a method of the class, or None")
+_url = string(r"https?://\S+", "an address that starts with 'https://' or 'http://'")
+_example = function("a function that makes keyword arguments for m rows, given m")
 
 
 def _api_version(_: Any, attribute: Attribute[Any], value: Any) -> None:
-    if value != API_VERSION:
+    if isinstance(value, bool) or value != API_VERSION:
         raise ParameterError(
             attribute.name,
             f"{API_VERSION}, the plugin interface of this jdcore",
@@ -119,16 +104,32 @@ def _api_version(_: Any, attribute: Attribute[Any], value: Any) -> None:
         )
 
 
-def _properties(values: Iterable[Property]) -> frozenset[Property]:
-    return frozenset(values)
+def _reference(_: Any, attribute: Attribute[Any], value: Any) -> None:
+    if not (value is None or isinstance(value, Reference)):
+        raise ParameterTypeError(attribute.name, "a Reference or None", repr(value))
 
 
-def _strings(values: Iterable[str]) -> tuple[str, ...]:
-    return tuple(values)
+def _all_properties(_: Any, attribute: Attribute[Any], value: Any) -> None:
+    if not isinstance(value, frozenset):
+        hint = "Write jdcore.Property.NON_CONFLICTING and the like."
+        raise ParameterTypeError(attribute.name, "a set of Property members", repr(value), hint)
 
 
-def _read_only(value: Mapping[str, str]) -> Mapping[str, str]:
-    return MappingProxyType(dict(value))
+# Converters leave alone what they cannot convert: the validator of the field refuses it by name.
+
+
+def _properties(values: Any) -> Any:
+    items = _strings(values)
+    known = isinstance(items, tuple) and all(isinstance(item, Property) for item in items)
+    return frozenset(items) if known else items
+
+
+def _strings(values: Any) -> Any:
+    return values if isinstance(values, str) or not isinstance(values, Iterable) else tuple(values)
+
+
+def _read_only(value: Any) -> Any:
+    return MappingProxyType(dict(value)) if isinstance(value, Mapping) else value
 
 
 def _no_arguments(m: int) -> dict[str, Any]:
@@ -141,8 +142,8 @@ class Reference:
     """The publication of a method: title, year, and a stable address."""
 
     title: str = field(validator=_text)
-    year: int
-    url: str = field(validator=_text)
+    year: int = field(validator=integer(1))
+    url: str = field(validator=_url)
 
 
 @frozen(kw_only=True)
@@ -152,13 +153,15 @@ class _MethodSpec:
     name: str = field(validator=_valid_name)
     summary: str = field(validator=_text)
     api_version: int = field(validator=_api_version)
-    reference: Reference | None = None
-    stateful: bool = False
-    stochastic: bool = False
-    requires: tuple[str, ...] = field(default=(), converter=_strings)
-    aliases: tuple[str, ...] = field(default=(), converter=_strings, validator=_names)
-    example: Callable[[int], Mapping[str, Any]] = _no_arguments
-    expected_failures: Mapping[str, str] = field(factory=dict, converter=_read_only)
+    reference: Reference | None = field(default=None, validator=_reference)
+    stateful: bool = field(default=False, validator=boolean)
+    stochastic: bool = field(default=False, validator=boolean)
+    requires: tuple[str, ...] = field(default=(), converter=_strings, validator=_requires)
+    aliases: tuple[str, ...] = field(default=(), converter=_strings, validator=_aliases)
+    example: Callable[[int], Mapping[str, Any]] = field(default=_no_arguments, validator=_example)
+    expected_failures: Mapping[str, str] = field(
+        factory=dict, converter=_read_only, validator=notes
+    )
 
 
 @frozen(kw_only=True)
@@ -198,11 +201,13 @@ class AggregatorSpec(_MethodSpec):
 
     weighting: str | None = field(default=None, validator=_valid_factory)
     aggregator: str | None = field(default=None, validator=_valid_factory)
-    properties: frozenset[Property] = field(default=frozenset(), converter=_properties)
-    losses: bool = False
-    cross_gramian: bool = False
-    wrapper: bool = False
-    min_rows: int = 1
+    properties: frozenset[Property] = field(
+        default=frozenset(), converter=_properties, validator=_all_properties
+    )
+    losses: bool = field(default=False, validator=boolean)
+    cross_gramian: bool = field(default=False, validator=boolean)
+    wrapper: bool = field(default=False, validator=boolean)
+    min_rows: int = field(default=1, validator=integer(1))
 
     def __attrs_post_init__(self) -> None:
         if (self.weighting is None) == (self.aggregator is None):
@@ -262,10 +267,10 @@ class ScalarizerSpec(_MethodSpec):
     """
 
     scalarizer: str = field(validator=_valid_factory)
-    positive: bool = False
-    trainable: bool = False
-    surrogate: bool = False
-    advanced_by: str | None = None
+    positive: bool = field(default=False, validator=boolean)
+    trainable: bool = field(default=False, validator=boolean)
+    surrogate: bool = field(default=False, validator=boolean)
+    advanced_by: str | None = field(default=None, validator=_method)
 
     @property
     def class_name(self) -> str:
@@ -297,8 +302,8 @@ class SolverSpec:
     summary: str = field(validator=_text)
     factory: str = field(validator=_valid_factory)
     api_version: int = field(validator=_api_version)
-    variants: bool = False
-    requires: tuple[str, ...] = field(default=(), converter=_strings)
+    variants: bool = field(default=False, validator=boolean)
+    requires: tuple[str, ...] = field(default=(), converter=_strings, validator=_requires)
 
 
 @frozen(kw_only=True)
@@ -328,4 +333,4 @@ class GramianRuleSpec:
     rule: str = field(validator=_valid_factory)
     summary: str = field(validator=_text)
     api_version: int = field(validator=_api_version)
-    steady: bool = field(default=False, validator=_boolean)
+    steady: bool = field(default=False, validator=boolean)

@@ -8,15 +8,14 @@ group checks the tensors a method is called with.
 
 from __future__ import annotations
 
-import numbers
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from attrs import Attribute
 from torch import Tensor
 
+from jdcore._plain_validators import Validator, boolean, integer, one_of, real
 from jdcore.errors import ParameterError, ParameterTypeError
 
 __all__ = [
@@ -35,8 +34,6 @@ __all__ = [
     "row_vector",
 ]
 
-Validator = Callable[[Any, "Attribute[Any]", Any], None]
-
 
 def describe_tensor(value: object) -> str:
     """One phrase for an error message: dtype and shape of a tensor, the type of anything else."""
@@ -45,45 +42,6 @@ def describe_tensor(value: object) -> str:
             return f"a nested {str(value.dtype).removeprefix('torch.')} Tensor"
         return f"a {str(value.dtype).removeprefix('torch.')} Tensor of shape {list(value.shape)}"
     return f"a {type(value).__name__}"
-
-
-def integer(minimum: int) -> Validator:
-    """An int (not a bool) that is at least ``minimum``."""
-
-    def validate(_: Any, attribute: Attribute[Any], value: Any) -> None:
-        if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-            raise ParameterTypeError(attribute.name, "an int", repr(value))
-        if value < minimum:
-            raise ParameterError(attribute.name, f">= {minimum}", value)
-
-    return validate
-
-
-def real(
-    minimum: float, maximum: float = float("inf"), *, below: float = float("inf")
-) -> Validator:
-    """A finite real number in [minimum, maximum], and less than ``below``."""
-    if below != float("inf"):
-        expected = f"in [{minimum}, {below})"
-    else:
-        bounded = maximum != float("inf")
-        expected = f"in [{minimum}, {maximum}]" if bounded else f">= {minimum} and finite"
-
-    def validate(_: Any, attribute: Attribute[Any], value: Any) -> None:
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise ParameterTypeError(attribute.name, "a real number", repr(value))
-        # Integers of Python may lie beyond all floats, and cannot even be made one then.
-        inside = minimum <= value <= maximum and value < below
-        if not inside or abs(value) > sys.float_info.max:
-            raise ParameterError(attribute.name, expected, _shown(value))
-
-    return validate
-
-
-def _shown(number: float) -> object:
-    if isinstance(number, int) and number.bit_length() > 100:
-        return f"an integer of {number.bit_length()} bits"
-    return number
 
 
 def check_flag(value: bool, parameter: str) -> bool:
@@ -96,23 +54,6 @@ def check_flag(value: bool, parameter: str) -> bool:
     if not isinstance(value, bool):
         raise ParameterTypeError(parameter, "a bool", repr(value))
     return value
-
-
-def one_of(*options: str) -> Validator:
-    """One of the strings given."""
-
-    def validate(_: Any, attribute: Attribute[Any], value: Any) -> None:
-        if value not in options:
-            expected = f"one of {', '.join(map(repr, options))}"
-            raise ParameterError(attribute.name, expected, repr(value))
-
-    return validate
-
-
-def boolean(_: Any, attribute: Attribute[Any], value: Any) -> None:
-    """A bool, or None where None is the default."""
-    if not (isinstance(value, bool) or (value is None and attribute.default is None)):
-        raise ParameterTypeError(attribute.name, "a bool", repr(value))
 
 
 def generator(_: Any, attribute: Attribute[Any], value: Any) -> None:

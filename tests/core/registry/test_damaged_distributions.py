@@ -91,6 +91,23 @@ def test_entry_points_of_others_that_cannot_be_read_are_none_of_our_business(
     assert messages == []
 
 
+def test_a_plugin_with_one_impossible_field_is_left_out_as_a_whole(tmp_path: Path) -> None:
+    healthy(tmp_path)
+    source = PLUGIN.format(method="fine").replace(
+        'yield spec("fine")',
+        'yield spec("fine")\n    yield AggregatorSpec(name="odd", summary="For tests.", '
+        'weighting="a:OddWeighting", api_version=1, properties=("non_conflicting",))',
+    )
+    unpack(tmp_path, "damaged", {"damaged.py": source})
+
+    code = f"{LIST}result = names, messages, record.reason"
+    names, [message], reason = run(tmp_path, code, JDCORE_PLUGINS="healthy,damaged")
+
+    assert names == ["healthy_method"]
+    assert reason.startswith("ParameterTypeError: Parameter `properties` must be a set of Property")
+    assert reason in message
+
+
 @pytest.mark.parametrize("value", ["", "not a module!", "damaged:", "damaged.nowhere", "a:b:c"])
 def test_an_entry_point_that_names_no_object_fails_alone(tmp_path: Path, value: str) -> None:
     healthy(tmp_path)
