@@ -282,6 +282,11 @@ class Registry:
             _raise_unknown(name, table, known)
         return entry, variant
 
+    def rules(self) -> list[Entry]:
+        """All rules, by name; also those that disable each other."""
+        entries: list[Entry] = list(self._discover().rules)
+        return sorted(entries, key=lambda entry: (entry.spec.name, entry.distribution))
+
     def gramian_rules(self, name: str, function: type | None) -> list[Entry]:
         """The rules for an operation, as :meth:`OperationTable.find`."""
         return self._discover().rules.find(name, function)
@@ -292,8 +297,8 @@ class Registry:
 
         :raises UnknownNameError: If there is no such rule, or if several have the plain name.
         """
-        entries = list(self._discover().rules)
-        found: list[Entry] = [e for e in entries if name in (e.spec.name, e.qualified_name)]
+        entries = self.rules()
+        found = [e for e in entries if name in (e.spec.name, e.qualified_name)]
         if len(found) != 1:
             known = [e.qualified_name for e in entries]
             close = [e.qualified_name for e in found] or difflib.get_close_matches(name, known)
@@ -354,6 +359,8 @@ def _raise_unknown(name: str, table: NameTable, known: _Known) -> NoReturn:
     hint = None
     if known_provider is not None and all(r.distribution != known_provider for r in records):
         hint = f"It is provided by {known_provider}: pip install {known_provider}."
+    elif found := _elsewhere(plain, table, known):
+        hint = found
     elif failed:
         hint = f"Plugins that failed: {'; '.join(f'{r.label}: {r.reason}' for r in failed)}"
     elif table.problem is not None:
@@ -364,6 +371,25 @@ def _raise_unknown(name: str, table: NameTable, known: _Known) -> NoReturn:
     close = difflib.get_close_matches(normalize_name(plain), plain_names, cutoff=0.6)
     error = UnknownNameError(name, table.kind, [plain_names[c] for c in close], listed, hint)
     raise error from (failed[0].error if len(failed) == 1 else None)
+
+
+def _elsewhere(name: str, table: NameTable, known: _Known) -> str | None:
+    """What else has a name, one sentence; None if nothing has."""
+    wanted = normalize_name(name)
+    for other, ask in (
+        (known.aggregators, "jdcore.get_aggregator makes it"),
+        (known.scalarizers, "jdcore.get_scalarizer makes it"),
+    ):
+        if other.kind != table.kind and any(
+            normalize_name(n) == wanted for entry in other for n in names_of(entry.spec)
+        ):
+            return f"There is one of kind {other.kind}: {ask}."
+    if any(normalize_name(entry.spec.name) == wanted for entry in known.rules):
+        return (
+            "There is a Gramian rule of this name: `jdcore list --rules` shows it, "
+            "jdcore.testing.gramian_rule_tests tries it."
+        )
+    return None
 
 
 def _installable(problem: str, installed: Collection[str]) -> str | None:

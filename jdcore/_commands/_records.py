@@ -15,7 +15,7 @@ from jdcore._discovery import PluginRecord
 from jdcore._registry import registry
 from jdcore._tables import Entry
 from jdcore.errors import PluginWarning
-from jdcore.spec import AggregatorSpec, ScalarizerSpec, SolverSpec, normalize_name
+from jdcore.spec import AggregatorSpec, GramianRuleSpec, ScalarizerSpec, SolverSpec, normalize_name
 
 
 def discover() -> tuple[PluginRecord, ...]:
@@ -115,6 +115,26 @@ def solver_records(problem: str) -> list[dict[str, Any]]:
     return [solver_record(registry.solver(problem, name)[0]) for name in registry.solvers(problem)]
 
 
+def rule_record(entry: Entry) -> dict[str, Any]:
+    """One Gramian rule."""
+    spec: GramianRuleSpec = entry.spec
+    return {
+        "name": spec.name,
+        "operation": spec.operation,
+        "rule": spec.rule,
+        "summary": spec.summary,
+        "steady": spec.steady,
+        "distribution": entry.distribution,
+        "version": installed_version(entry.distribution),
+    }
+
+
+def rule_records() -> list[dict[str, Any]]:
+    """All Gramian rules that are registered."""
+    discover()
+    return [rule_record(entry) for entry in registry.rules()]
+
+
 def plugin_records() -> Iterator[dict[str, Any]]:
     """What became of every installed plugin."""
     for record in discover():
@@ -127,6 +147,7 @@ def plugin_records() -> Iterator[dict[str, Any]]:
             "aggregators": [spec.name for spec in record.aggregators],
             "scalarizers": [spec.name for spec in record.scalarizers],
             "solvers": [f"{spec.problem}/{spec.name}" for spec in record.solvers],
+            "gramian_rules": [spec.name for spec in record.gramian_rules],
             "traceback": record.traceback,
         }
 

@@ -1,4 +1,4 @@
-"""``jdcore doctor``: versions, plugins, and every method, scalarizer and solver tried once."""
+"""``jdcore doctor``: versions, plugins, and everything that they provide tried once."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from jdcore._commands._records import (
 )
 from jdcore._commands.info import solver_problem
 from jdcore._registry import registry
+from jdcore._tables import Entry
 from jdcore.errors import JDCoreError
 
 if TYPE_CHECKING:
@@ -36,13 +37,13 @@ _REPETITIONS = 3
 @frozen(kw_only=True)
 class Trial:
     """
-    One method, or one method with one solver, called on one matrix; or one scalarizer, called on
-    one vector of losses.
+    One method, or one method with one solver, called on one matrix; one scalarizer, called on one
+    vector of losses; or one Gramian rule, imported with its operation.
 
-    :param kind: ``"aggregator"`` or ``"scalarizer"``.
-    :param method: Name of the method or scalarizer.
+    :param kind: ``"aggregator"``, ``"scalarizer"`` or ``"rule"``.
+    :param method: Name of the method, scalarizer or rule.
     :param solver: Name of the solver, or None for what takes none.
-    :param milliseconds: The fastest of a few calls; None if it failed.
+    :param milliseconds: The fastest of a few calls; None if it failed, and for rules.
     :param trouble: What went wrong, or None.
     """
 
@@ -59,7 +60,8 @@ def add_parser(commands: Any) -> None:
         "doctor",
         help="check the installation, and time every method",
         description="Show versions and plugins, and try every method with every solver on one "
-        f"matrix of {_ROWS} x {_COLUMNS}, and every scalarizer on {_ROWS} losses. "
+        f"matrix of {_ROWS} x {_COLUMNS}, and every scalarizer on {_ROWS} losses; import every "
+        "Gramian rule and its operation. "
         "Exit code 1 if something is broken.",
     )
     parser.add_argument("--json", action="store_true", help="as JSON, for programs")
@@ -70,7 +72,7 @@ def run(arguments: argparse.Namespace) -> int:
     """
     Examine the installation.
 
-    :returns: 1 if a plugin, a method or a scalarizer is broken, else 0.
+    :returns: 1 if a plugin, or anything that one provides, is broken, else 0.
     """
     # What plugins print as they are imported is not to stand in the JSON.
     with plugins_on_stderr():
@@ -109,6 +111,24 @@ def _trials() -> Iterator[Trial]:
         yield from _aggregator_trials(name)
     for name in registry.scalarizers():
         yield _try("scalarizer", name, None, partial(_scalarizer_call, name))
+    for entry in registry.rules():
+        yield _rule_trial(entry)
+
+
+def _rule_trial(entry: Entry) -> Trial:
+    from jdcore._commands._rules import trouble_of  # imports torch, as do all rules
+
+    try:
+        trouble = trouble_of(entry)
+    except JDCoreError as error:
+        trouble = _one_line(error)
+    return Trial(
+        kind="rule",
+        method=entry.qualified_name,
+        solver=None,
+        milliseconds=None,
+        trouble=trouble,
+    )
 
 
 def _aggregator_trials(name: str) -> Iterator[Trial]:
@@ -199,7 +219,7 @@ def _one_line(error: BaseException) -> str:
 def _label(trial: Trial) -> str:
     if trial.solver is not None:
         return f"{trial.method} with {trial.solver}"
-    return f"{trial.kind} {trial.method}" if trial.kind == "scalarizer" else trial.method
+    return trial.method if trial.kind == "aggregator" else f"{trial.kind} {trial.method}"
 
 
 def _print(versions: dict[str, str], trials: list[Trial], troubles: list[str]) -> None:
@@ -207,7 +227,7 @@ def _print(versions: dict[str, str], trials: list[Trial], troubles: list[str]) -
     if trials:
         print()
         rows = [_row(trial) for trial in trials]
-        print_table(("method", "kind", "solver", "ms", "result"), rows)
+        print_table(("name", "kind", "solver", "ms", "result"), rows)
     print()
     for trouble in troubles:
         print(f"Broken: {trouble}")

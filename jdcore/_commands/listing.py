@@ -1,4 +1,4 @@
-"""``jdcore list``: every method or scalarizer, installed or not. Imports none, and no torch."""
+"""``jdcore list``: every method, scalarizer or rule there is. Imports none, and no torch."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from jdcore._commands._output import (
     print_json,
     print_table,
 )
-from jdcore._commands._records import method_records, scalarizer_records
+from jdcore._commands._records import method_records, rule_records, scalarizer_records
 
 _SCALARIZER_COLUMNS = ("name", "kind", "provided by", "summary")
+_RULE_COLUMNS = ("name", "operation", "provided by", "summary")
 _COLUMNS = ("name", "input", "kind", "properties", "provided by", "summary")
 
 
@@ -21,18 +22,27 @@ def add_parser(commands: Any) -> None:
     """Add ``list`` to the commands of the program."""
     parser = commands.add_parser("list", help="show every aggregation method")
     parser.add_argument("--json", action="store_true", help="as JSON, for programs")
-    parser.add_argument(
+    kinds = parser.add_mutually_exclusive_group()
+    kinds.add_argument(
         "--scalarizers", action="store_true", help="what makes one loss of several, instead"
+    )
+    kinds.add_argument(
+        "--rules", action="store_true", help="the operations with rules of plugins, instead"
     )
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print the methods, or the scalarizers."""
+    """Print the methods, the scalarizers, or the rules."""
+    find = method_records
+    if arguments.scalarizers or arguments.rules:
+        find = scalarizer_records if arguments.scalarizers else rule_records
     with plugins_on_stderr():
-        records = scalarizer_records() if arguments.scalarizers else method_records()
+        records = find()
     if arguments.json:
         print_json(records)
+    elif arguments.rules:
+        print_table(_RULE_COLUMNS, [_rule_row(record) for record in records])
     elif arguments.scalarizers:
         print_table(_SCALARIZER_COLUMNS, [_scalarizer_row(record) for record in records])
     elif records and draws_tables():
@@ -52,6 +62,10 @@ def _scalarizer_row(record: dict[str, Any]) -> tuple[str, ...]:
     if "summary" not in record:
         return record["name"], "", "", f"not installed: {record['install']}"
     return record["name"], scalarizer_kinds(record), record["distribution"], record["summary"]
+
+
+def _rule_row(record: dict[str, Any]) -> tuple[str, ...]:
+    return record["name"], record["operation"], record["distribution"], record["summary"]
 
 
 def _short_row(record: dict[str, Any]) -> tuple[str, ...]:

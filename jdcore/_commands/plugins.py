@@ -8,7 +8,14 @@ from typing import Any
 from jdcore._commands._output import plugins_on_stderr, print_json, print_table
 from jdcore._commands._records import plugin_records
 
-_KINDS = ("aggregators", "scalarizers", "solvers")
+_NOUNS = {
+    "aggregators": "aggregator",
+    "scalarizers": "scalarizer",
+    "solvers": "solver",
+    "gramian_rules": "Gramian rule",
+}
+"""What one of each kind is called, by the key of the records."""
+
 _COLUMNS = ("distribution", "version", "entry point", "status", "provides")
 
 
@@ -35,7 +42,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _row(record: dict[str, Any]) -> tuple[str, ...]:
-    counts = (_count(len(record[kind]), kind[:-1]) for kind in _KINDS)
+    counts = (_count(len(record[kind]), noun) for kind, noun in _NOUNS.items())
     provides = record["reason"] or ", ".join(filter(None, counts)) or "nothing"
     return (
         record["distribution"],

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from attrs import define, field
 from numpy.typing import NDArray
 from torch import Tensor
 
 import jdcore
-from jdcore import AggregatorSpec, Property, Reference, ScalarizerSpec
+from jdcore import AggregatorSpec, GramianRuleSpec, Property, Reference, ScalarizerSpec
 from jdcore._commands import _records
+from jdcore._discovery import PluginRecord
 from jdcore.aggregation import GramianWeighting
 from jdcore.cli import main
 from jdcore.validators import real
@@ -87,13 +90,17 @@ class Detached(Total):
 @pytest.fixture(autouse=True)
 def _fresh_registry() -> Any:
     """The registry of these tests, without what other tests have registered."""
-    old = dict(jdcore._registry.registry._runtime)
-    jdcore._registry.registry._runtime.clear()
+    own = jdcore._registry.registry
+    tables: list[dict[str, Any]] = [own._runtime, own._runtime_scalarizers, own._runtime_rules]
+    kept = [dict(table) for table in tables]
+    for table in tables:
+        table.clear()
     jdcore.refresh()
     register("even", "EvenWeighting", requires=("no-such-distribution",))
     yield
-    jdcore._registry.registry._runtime.clear()
-    jdcore._registry.registry._runtime.update(old)
+    for table, before in zip(tables, kept, strict=True):
+        table.clear()
+        table.update(before)
     jdcore.refresh()
 
 
@@ -326,6 +333,100 @@ def test_the_doctor_names_scalarizers_that_are_broken(
 
     assert code == 1
     assert f"Broken: scalarizer sick: {trouble}" in printed
+
+
+def register_rule(name: str, operation: str, rule: str = "Total") -> None:
+    jdcore.register(
+        GramianRuleSpec(
+            name=name,
+            operation=operation,
+            rule=f"{__name__}:{rule}",
+            summary="For these tests.",
+            api_version=1,
+        )
+    )
+
+
+class Fused(torch.autograd.Function):
+    """Stands for an operation of a plugin."""
+
+
+def test_rules_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    register_rule("fused", f"{__name__}:Fused")
+
+    code, printed = run(capsys, "list", "--rules")
+    _, as_json = run(capsys, "list", "--rules", "--json")
+
+    assert code == 0
+    expected = ["fused", f"{__name__}:Fused", "runtime", "For", "these", "tests."]
+    assert expected in [line.split() for line in printed.splitlines()]
+    [record] = [r for r in json.loads(as_json) if r["name"] == "fused"]
+    assert (record["operation"], record["steady"]) == (f"{__name__}:Fused", False)
+
+
+def test_a_plugin_of_rules_alone_provides_something(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = GramianRuleSpec(name="a", operation="l:A", rule="r:a", summary="s", api_version=1)
+    plugin = PluginRecord(
+        distribution="my-rules", version="1.0", entry_point="mine", gramian_rules=(spec,)
+    )
+    monkeypatch.setattr(_records, "discover", lambda: (plugin,))
+
+    _, printed = run(capsys, "plugins")
+    _, as_json = run(capsys, "plugins", "--json")
+
+    assert printed.splitlines()[1].endswith("ok      1 Gramian rule")
+    assert json.loads(as_json)[0]["gramian_rules"] == ["a"]
+
+
+@pytest.mark.parametrize("command", ["info", "check"])
+def test_asking_for_a_rule_as_a_method_tells_where_it_is(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    register_rule("fused", f"{__name__}:Fused")
+
+    assert main([command, "fused"]) == 2
+    assert "There is a Gramian rule of this name: `jdcore list --rules`" in capsys.readouterr().err
+
+
+def test_asking_for_a_scalarizer_as_a_method_tells_what_it_is(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    register_scalarizer("total", "Total")
+
+    assert main(["info", "total"]) == 2
+    assert "There is one of kind scalarizer: jdcore.get_scalarizer" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("operation", "rule", "trouble"),
+    [
+        (f"{__name__}:Fused", "Total", None),
+        ("no_such_library.layers:Fused", "Total", None),
+        ("FusedBackward0", "Total", None),
+        (f"{__name__}:Fuzed", "Total", f"PluginError: .*'{__name__}:Fuzed' cannot be loaded"),
+        ("tests.nowhere:Fused", "Total", "PluginError: .*'tests.nowhere:Fused' cannot be loaded"),
+        (f"{__name__}:Total", "Total", "the operation .*:Total' is no torch.autograd.Function"),
+        (f"{__name__}:Fused", "Misspelt", "PluginError: .*:Misspelt' cannot be loaded"),
+        (f"{__name__}:Fused", "__name__", "the rule .*__name__' is no function"),
+    ],
+)
+def test_the_doctor_looks_for_rules_and_their_operations(
+    operation: str, rule: str, trouble: str | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    register_rule("fused", operation, rule)
+
+    code, printed = run(capsys, "doctor", "--json")
+    report = json.loads(printed)
+    [trial] = [t for t in report["trials"] if t["method"] == "runtime:fused"]
+
+    assert code == (0 if trouble is None else 1)
+    if trouble is None:
+        assert trial["trouble"] is None
+    else:
+        assert re.match(trouble, trial["trouble"])
+        assert report["troubles"] == [f"rule runtime:fused: {trial['trouble']}"]
 
 
 def test_a_pipe_that_is_closed_early_is_no_error() -> None:
