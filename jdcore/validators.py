@@ -8,7 +8,7 @@ group checks the tensors a method is called with.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -32,6 +32,7 @@ __all__ = [
     "one_of",
     "real",
     "row_vector",
+    "tensor_list",
 ]
 
 
@@ -75,6 +76,35 @@ def row_vector(_: Any, attribute: Attribute[Any], value: Any) -> None:
         raise ParameterError(attribute.name, expected, describe_tensor(value))
     if value.device.type != "meta" and not bool(torch.isfinite(value).all()):
         raise ParameterError(attribute.name, expected, value.tolist())
+
+
+def tensor_list(value: Tensor | Iterable[Tensor], parameter: str) -> list[Tensor]:
+    """
+    One tensor or several, as a list.
+
+    :raises ParameterTypeError: If it is neither, or something in it is no tensor.
+    :raises ParameterError: If it is empty.
+    """
+    if isinstance(value, Tensor):
+        return [value]
+    # A string is iterable, too, and would be taken for a sequence of characters.
+    if isinstance(value, (str, bytes)) or not isinstance(value, Iterable):
+        raise _no_tensor(parameter, "a Tensor or a sequence of Tensors", value)
+    # Once, as it may be an iterator such as model.parameters().
+    tensors = list(value)
+    for i, tensor in enumerate(tensors):
+        if not isinstance(tensor, Tensor):
+            raise _no_tensor(f"{parameter}[{i}]", "a Tensor", tensor)
+    if not tensors:
+        raise ParameterError(parameter, "at least one Tensor", "none")
+    return tensors
+
+
+def _no_tensor(parameter: str, expected: str, value: object) -> ParameterTypeError:
+    word = repr(value) if value is None else describe_tensor(value)
+    is_module = isinstance(value, torch.nn.Module)
+    hint = "Give its parameters: module.parameters()." if is_module else None
+    return ParameterTypeError(parameter, expected, word, hint)
 
 
 def check_floating(tensor: Tensor, parameter: str, expected: str = "a Tensor") -> None:

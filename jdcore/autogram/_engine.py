@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -109,7 +109,8 @@ class Engine:
         :raises ParameterTypeError: If the output is no floating Tensor.
         :raises ParameterError: If what was asked for cannot be right: see the class.
         """
-        return shaped(self._step(output, self._trainable()).gramian(), output)
+        total = self._step(output, self._trainable()).gramian()
+        return shaped(total, output, None if output.ndim == 1 else output.shape)
 
     def cross_gramian(self, output: Tensor, other: Tensor, /) -> Tensor:
         """
@@ -150,8 +151,8 @@ class Engine:
     def backward(
         self,
         output: Tensor,
-        weighting: Callable[[Tensor], Tensor],
         /,
+        weighting: Callable[[Tensor], Tensor],
         *,
         retain_graph: bool = False,
         second_pass: bool = False,
@@ -197,6 +198,7 @@ class Engine:
         chosen = as_weighting(weighting)
         check_flag(retain_graph, "retain_graph")
         check_flag(second_pass, "second_pass")
+        check_flag(per_process, "per_process")
         # Looked up at each call, since modules change: layers are replaced, parameters frozen and
         # thawed.
         trainable = self._trainable()
@@ -207,8 +209,9 @@ class Engine:
                     lambda: self._step(output, trainable),
                     holders,
                     chosen,
-                    per_process=per_process,
                     retain_graph=retain_graph,
+                    second_pass=second_pass,
+                    per_process=per_process,
                 )
             return weights.to(result_dtype(output), copy=True)
         weights = self._step(output, trainable).backward(
@@ -260,7 +263,8 @@ class Engine:
 
     def _step(self, output: Any, trainable: list[Tensor]) -> Step:
         if not isinstance(output, Tensor):
-            raise ParameterTypeError("output", "a floating Tensor", repr(output))
+            hint = "Stack the losses: torch.stack(losses)." if isinstance(output, list) else None
+            raise ParameterTypeError("output", "a floating Tensor", describe_tensor(output), hint)
         return self._step_of(objectives_of(output, self._batch_dim, "output"), trainable)
 
     def _step_of(self, objectives: Objectives, trainable: list[Tensor]) -> Step:
@@ -302,7 +306,7 @@ def result_dtype(output: Tensor) -> torch.dtype:
     return output.dtype if output.dtype == torch.float64 else torch.float32
 
 
-def shaped(total: Tensor, output: Tensor) -> Tensor:
-    """The Gramian of flattened losses in the form that belongs to their shape."""
+def shaped(total: Tensor, output: Tensor, shape: Sequence[int] | None) -> Tensor:
+    """The Gramian of flattened losses in the form that belongs to a shape, None for a vector."""
     total = total.to(result_dtype(output))
-    return total if output.ndim == 1 else unflatten_gramian(total, output.shape)
+    return total if shape is None else unflatten_gramian(total, shape)

@@ -1,10 +1,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from functools import reduce
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from jdcore._modes import plain_modes
@@ -31,8 +29,8 @@ _PLANS = Plans()
 
 def backward(
     losses: Tensor | Sequence[Tensor],
-    weighting: Callable[[Tensor], Tensor],
     /,
+    weighting: Callable[[Tensor], Tensor],
     *,
     inputs: Tensor | Iterable[Tensor] | None = None,
     batch_dim: int | None,
@@ -58,11 +56,11 @@ def backward(
         only; None if any loss may depend on the whole batch.
     :param retain_graph: Whether to keep the graph for another backward pass.
     :param second_pass: Whether to take the weighted gradients from a second backward pass instead
-        of keeping what the first one found: slower, with less memory.
+        of keeping what the first one found: slower, with less memory. By one process only.
     :param memory_budget: Bytes that a temporary may have; None lets the library choose.
     :param group: As for :meth:`Engine.backward <jdcore.autogram.Engine.backward>`.
     :param per_process: As there.
-    :returns: The weights, of the shape of the losses.
+    :returns: The weights, of the shape of the losses, float64 for float64 losses, else float32.
     :raises ParameterError: If an argument does not fit, or the result cannot be shown to be right.
         No ``.grad`` field is changed then.
 
@@ -76,27 +74,33 @@ def backward(
     tensor([1., 1.])
     """
     chosen = as_weighting(weighting)
+    check_flag(retain_graph, "retain_graph")
+    check_flag(second_pass, "second_pass")
+    check_flag(per_process, "per_process")
     step = _step(losses, inputs, batch_dim, memory_budget, "losses")
     holders = find_holders(step.wanted, group, named=inputs is not None)
     if holders is not None:
         with plain_modes(step.wanted):
             weights = backward_together(
-                lambda: step, holders, chosen, per_process=per_process, retain_graph=retain_graph
+                lambda: step,
+                holders,
+                chosen,
+                retain_graph=retain_graph,
+                second_pass=second_pass,
+                per_process=per_process,
             )
         return weights.to(result_dtype(step.objectives.outputs[0]), copy=True)
-    # A vector, and losses in a list, have an ordinary Gramian; all other shapes a generalized one.
-    shaped_losses = isinstance(losses, Tensor) and losses.ndim != 1
     weights = step.backward(
         chosen,
-        losses.shape if isinstance(losses, Tensor) and shaped_losses else None,
-        retain_graph=check_flag(retain_graph, "retain_graph"),
-        second_pass=check_flag(second_pass, "second_pass"),
+        _shape_of(losses),
+        retain_graph=retain_graph,
+        second_pass=second_pass,
     )
     return weights.to(result_dtype(step.objectives.outputs[0]), copy=True)
 
 
 def gramian(
-    losses: Tensor,
+    losses: Tensor | Sequence[Tensor],
     /,
     *,
     inputs: Tensor | Iterable[Tensor] | None = None,
@@ -107,13 +111,12 @@ def gramian(
     Compute the Gramian of the Jacobian of losses with respect to tensors.
 
     It is :meth:`Engine.compute_gramian <jdcore.autogram.Engine.compute_gramian>` for whatever has
-    no modules; the other arguments are those of :func:`backward`.
+    no modules; the arguments are those of :func:`backward`.
 
-    :param losses: A Tensor of any shape.
-    :returns: As :meth:`~jdcore.autogram.Engine.compute_gramian`.
+    :returns: As :meth:`~jdcore.autogram.Engine.compute_gramian`; [m, m] for a sequence of losses.
     """
     step = _step(losses, inputs, batch_dim, memory_budget, "losses")
-    return shaped(step.gramian(), losses)
+    return shaped(step.gramian(), step.objectives.outputs[0], _shape_of(losses))
 
 
 def gramian_backward(
@@ -129,7 +132,8 @@ def gramian_backward(
     One step of a Gramian method without holding its Jacobian: straight to the ``.grad``.
 
     The same update as ``backward`` followed by ``jac_to_grad`` of :mod:`jdcore.autojac`, and the
-    same computation as :func:`jdcore.autogram.backward` with ``batch_dim=None``. The weight of a
+    same computation as :func:`jdcore.autogram.backward` with ``batch_dim=None``, for the flattened
+    losses. The weight of a
     linear layer that is used once, on fewer samples than it has inputs, needs no rows at all: its
     share comes from the gradients at the layer. Rows that take more than 512 MB are not kept:
     they are summed up for some parameters after the other, and a second pass takes the gradients.
@@ -142,8 +146,8 @@ def gramian_backward(
     :param retain_graph: Whether to keep the graph for another differentiation.
     :param group: The process group whose processes hold the tensors, as for
         :func:`~jdcore.autojac.jac_to_grad`. On several processes rows are held.
-    :returns: The weights [m]. Taken from a second pass, gradients are those of weights rounded to
-        the dtype of the losses.
+    :returns: The weights [m], float64 for float64 losses, else float32. Taken from a second pass,
+        gradients are those of weights rounded to the dtype of the losses.
     :raises ParameterError: If an argument does not fit; see its message.
 
     >>> import torch
@@ -163,10 +167,15 @@ def gramian_backward(
     if team is not None:
         from jdcore.autojac._together import gramian_step  # autojac has this function, too
 
-        return gramian_step(step.objectives.outputs, chosen, inputs, team, retain_graph=flag)
-    weights = step.backward(chosen, None, retain_graph=flag, second_pass=False)
-    dtype = reduce(torch.promote_types, (tensor.dtype for tensor in step.wanted))
-    return weights.to(dtype, copy=True)
+        weights = gramian_step(step.objectives.outputs, chosen, inputs, team, retain_graph=flag)
+    else:
+        weights = step.backward(chosen, None, retain_graph=flag, second_pass=False)
+    return weights.to(result_dtype(step.objectives.outputs[0]), copy=True)
+
+
+def _shape_of(losses: Tensor | Sequence[Tensor]) -> Sequence[int] | None:
+    """The shape of a generalized Gramian; None for the ordinary one, of a vector or of a list."""
+    return losses.shape if isinstance(losses, Tensor) and losses.ndim != 1 else None
 
 
 def _step(

@@ -8,7 +8,7 @@ from torch import Tensor
 from jdcore.distributed._sharding import is_dtensor
 from jdcore.errors import ParameterError, ParameterTypeError
 from jdcore.graph import Objectives, is_transformed, reach
-from jdcore.validators import describe_tensor
+from jdcore.validators import describe_tensor, tensor_list
 
 
 def objectives_of(
@@ -24,7 +24,7 @@ def objectives_of(
     outputs = [losses] if isinstance(losses, Tensor) else _several(losses, batch_dim, parameter)
     for i, output in enumerate(outputs):
         label = parameter if isinstance(losses, Tensor) else f"{parameter}[{i}]"
-        if not isinstance(output, Tensor) or not output.is_floating_point():
+        if not output.is_floating_point():
             raise ParameterTypeError(label, "a floating Tensor", describe_tensor(output))
         if is_transformed(output):
             raise ParameterError(
@@ -62,13 +62,7 @@ def objectives_of(
 
 
 def _several(losses: Sequence[Tensor], batch_dim: int | None, parameter: str) -> Sequence[Tensor]:
-    if isinstance(losses, (str, bytes)) or not isinstance(losses, Iterable):
-        raise ParameterTypeError(
-            parameter, "a floating Tensor or a sequence of them", describe_tensor(losses)
-        )
-    outputs = list(losses)
-    if not outputs:
-        raise ParameterError(parameter, "at least one Tensor", "none")
+    outputs = tensor_list(losses, parameter)
     if batch_dim is not None:
         raise ParameterTypeError(
             parameter,
@@ -118,16 +112,16 @@ def wanted_leaves(objectives: Objectives, inputs: Tensor | Iterable[Tensor] | No
     The tensors of a function call: those given, or all leaves behind the losses.
 
     :raises ParameterTypeError: If one is no floating tensor.
-    :raises ParameterError: If one cannot take a gradient.
+    :raises ParameterError: If there is none, or one cannot take a gradient.
     """
     # Without an engine nobody says which leaves are parameters: inputs that require grad count as
     # well.
     if inputs is None:
         return [leaf for leaf in reach(objectives.outputs).leaves if leaf.requires_grad]
-    given = [inputs] if isinstance(inputs, Tensor) else list(inputs)
+    given = tensor_list(inputs, "inputs")
     for i, tensor in enumerate(given):
         label = f"inputs[{i}]"
-        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+        if not tensor.is_floating_point():
             raise ParameterTypeError(
                 label, "a Tensor of a real floating dtype", describe_tensor(tensor)
             )

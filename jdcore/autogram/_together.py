@@ -27,8 +27,9 @@ def backward_together(
     holders: Holders,
     weighting: Callable[[Tensor], Tensor],
     *,
-    per_process: bool,
     retain_graph: bool,
+    second_pass: bool,
+    per_process: bool,
 ) -> Tensor:
     """
     Weigh the samples of all processes, and write the same gradients on all.
@@ -44,6 +45,13 @@ def backward_together(
         # Inside of the meeting, so that an error in the arguments of one process is told to the
         # others.
         step = make_step()
+        if second_pass:
+            raise ParameterError(
+                "second_pass",
+                "False where the samples lie on several processes",
+                True,
+                "What the first pass found is kept there; memory_budget bounds temporaries.",
+            )
         if step.objectives.batch_dim is None:
             raise ParameterError(
                 "batch_dim",

@@ -14,6 +14,7 @@ from jdcore.distributed._replicas import check_replicas
 from jdcore.distributed._sharding import Gathered
 from jdcore.errors import ParameterError
 from jdcore.graph import Reach
+from jdcore.validators import tensor_list
 
 
 def backward(
@@ -70,7 +71,7 @@ def backward(
         chunk_size=parallel_chunk_size,
     ) as call:
         # Once: it may be an iterator such as model.parameters(), and is needed twice.
-        given = None if inputs is None else checks.tensor_list(inputs, "inputs")
+        given = None if inputs is None else tensor_list(inputs, "inputs")
         targets = reached(call.graph, given)
         # Before the passes, which take the time and may free the graph.
         check_jacs(targets, call.m)

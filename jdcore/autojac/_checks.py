@@ -10,32 +10,6 @@ from jdcore.errors import ParameterError, ParameterTypeError
 from jdcore.validators import check_flag, describe_tensor
 
 
-def tensor_list(value: Tensor | Iterable[Tensor], parameter: str) -> list[Tensor]:
-    """
-    One tensor or several, as a list.
-
-    :raises ParameterTypeError: If it is neither, or something in it is no tensor.
-    :raises ParameterError: If it is empty.
-    """
-    if isinstance(value, Tensor):
-        return [value]
-    # A string is iterable, too, and would be taken for a sequence of characters.
-    if isinstance(value, (str, bytes)) or not isinstance(value, Iterable):
-        raise ParameterTypeError(parameter, "a Tensor or a sequence of Tensors", _word(value))
-    # Once, as it may be an iterator such as model.parameters().
-    tensors = list(value)
-    for i, tensor in enumerate(tensors):
-        if not isinstance(tensor, Tensor):
-            raise ParameterTypeError(f"{parameter}[{i}]", "a Tensor", _word(tensor))
-    if not tensors:
-        raise ParameterError(parameter, "at least one Tensor", "none")
-    return tensors
-
-
-def _word(value: object) -> str:
-    return repr(value) if value is None else describe_tensor(value)
-
-
 def check_outputs(tensors: Sequence[Tensor], parameter: str) -> None:
     """
     Check tensors that are to be differentiated.

@@ -13,7 +13,7 @@ from jdcore.distributed._passes import telling_holders
 from jdcore.distributed._refusals import refuse_flat
 from jdcore.errors import ParameterError
 from jdcore.graph import Reach, reach
-from jdcore.validators import describe_tensor
+from jdcore.validators import describe_tensor, tensor_list
 
 
 @frozen(eq=False)
@@ -85,7 +85,7 @@ def begun(
     :raises ParameterError: If an argument does not fit.
     """
     # Before the others are told of errors: which processes these are is found from the outputs.
-    outputs = checks.tensor_list(tensors, names[0])
+    outputs = tensor_list(tensors, names[0])
     with telling_holders(outputs, inputs):
         checks.check_call(outputs, names[0], retain_graph, chunk_size)
         yield Call(outputs, initial_jacobians(initial, outputs, names[1]), reach(outputs))
@@ -100,7 +100,7 @@ def inputs_or_leaves(graph: Reach, inputs: Tensor | Iterable[Tensor] | None) -> 
     """
     refuse_flat(graph.leaves, "inputs")
     if inputs is not None:
-        return checks.tensor_list(inputs, "inputs")
+        return tensor_list(inputs, "inputs")
     if is_reentrant(graph):
         raise refuse_default("inputs")
     return list(graph.leaves)
@@ -117,7 +117,7 @@ def initial_jacobians(
     """
     if value is None:
         return None
-    jacobians = checks.tensor_list(value, parameter)
+    jacobians = tensor_list(value, parameter)
     checks.check_real(jacobians, parameter)
     _check_count(jacobians, outputs, parameter)
     m = jacobians[0].shape[0] if jacobians[0].ndim else 0
@@ -157,7 +157,7 @@ def initial_gradients(
                     "Reduce it to one loss per task, or say how its elements count.",
                 )
         return None
-    gradients = checks.tensor_list(value, parameter)
+    gradients = tensor_list(value, parameter)
     checks.check_real(gradients, parameter)
     _check_count(gradients, outputs, parameter)
     for i, (gradient, output) in enumerate(zip(gradients, outputs, strict=True)):

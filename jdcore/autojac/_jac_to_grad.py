@@ -11,7 +11,6 @@ from jdcore._fields import check_grads, check_jac, disjoint, free_jacs, get_jac,
 from jdcore._modes import plain_modes
 from jdcore.aggregation._source import check_losses, taken_by
 from jdcore.aggregation._weigh import check_aggregator
-from jdcore.autojac import _checks as checks
 from jdcore.autojac._gradients import as_matrix
 from jdcore.distributed._heads import write_means
 from jdcore.distributed._sharding import Gathered, local_part, some_dtensor
@@ -19,7 +18,7 @@ from jdcore.distributed._step import LocalRows, Update, no_jacobians
 from jdcore.distributed._teams import find_team
 from jdcore.errors import ParameterError
 from jdcore.protocols import Aggregator
-from jdcore.validators import check_flag, describe_tensor
+from jdcore.validators import check_flag, describe_tensor, tensor_list
 
 
 @torch.no_grad()
@@ -80,7 +79,7 @@ def jac_to_grad(
     tensor([1.5000, 2.5000])
     """
     # In the form that optimizers know, to which `.jac` and `.grad` belong.
-    given = list(dict.fromkeys(Gathered().shards(checks.tensor_list(tensors, "tensors"))))
+    given = list(dict.fromkeys(Gathered().shards(tensor_list(tensors, "tensors"))))
     team = find_team(given, group)
     local = partial(_local, given, aggregator, retain_jac, second)
     with plain_modes(given):
@@ -155,7 +154,7 @@ def _second(
     second: Tensor | Sequence[Tensor], tensors: Iterable[Tensor], jacobians: dict[Tensor, Tensor]
 ) -> dict[Tensor, Tensor]:
     """Matrices of the second batch, of those tensors that have a ``.jac``."""
-    given, wanted = checks.tensor_list(second, "second"), list(tensors)
+    given, wanted = tensor_list(second, "second"), list(tensors)
     if len(given) != len(wanted):
         expected = f"{len(wanted)} Jacobians, one for each tensor"
         raise ParameterError("second", expected, len(given))

@@ -24,6 +24,7 @@ from jdcore.autojac.transform import (
 from jdcore.distributed._heads import check_can_wait, note_local_gradients
 from jdcore.distributed._passes import is_spread, telling_holders
 from jdcore.distributed._sharding import Gathered
+from jdcore.validators import tensor_list
 
 
 def mtl_backward(
@@ -80,7 +81,7 @@ def mtl_backward(
     >>> heads[0].grad, heads[1].grad
     (tensor(5.), tensor(1.))
     """
-    losses = checks.tensor_list(tensors, "tensors")
+    losses = tensor_list(tensors, "tensors")
     with telling_holders(losses, shared_params):
         checks.check_call(losses, "tensors", retain_graph, parallel_chunk_size)
         initial = initial_gradients(grad_tensors, losses, "grad_tensors")

@@ -13,7 +13,7 @@ from jdcore.distributed._replicas import check_replicas, check_trunk
 from jdcore.distributed._sharding import Gathered
 from jdcore.errors import ParameterError
 from jdcore.graph import Reach, edge_of, reach, united
-from jdcore.validators import describe_tensor
+from jdcore.validators import describe_tensor, tensor_list
 
 # Fewer heads take as long one by one: in a pass through all of them, each one is listened to.
 _MANY_HEADS = 5
@@ -65,7 +65,7 @@ def find_trunk(features: Tensor | Sequence[Tensor]) -> tuple[list[Tensor], Reach
 
     :raises ParameterError: If none does, or one is computed from another.
     """
-    given = checks.tensor_list(features, "features")
+    given = tensor_list(features, "features")
     checks.check_outputs(given, "features")
     cut = [feature for feature in given if feature.requires_grad]
     trunk = without_hooks(reach(cut))
@@ -183,7 +183,7 @@ def _named(params: Iterable[Tensor], parameter: str) -> list[Tensor]:
     """The trainable ones among parameters, possibly none."""
     given = params if isinstance(params, Tensor) else list(params)
     gathered = Gathered()
-    tensors = checks.tensor_list(given, parameter) if len(given) else []
+    tensors = tensor_list(given, parameter) if len(given) else []
     tensors = [gathered.leaf(tensor) for tensor in tensors]
     trainable = checks.trainable(tensors, parameter)
     checks.check_accumulates(trainable, parameter)

@@ -5,8 +5,8 @@ from collections.abc import Iterable
 from torch import Tensor
 
 from jdcore._fields import free_jacs
-from jdcore.autojac import _checks as checks
 from jdcore.distributed._sharding import Gathered
+from jdcore.validators import tensor_list
 
 
 def zero_jac(tensors: Tensor | Iterable[Tensor], /) -> None:
@@ -27,4 +27,4 @@ def zero_jac(tensors: Tensor | Iterable[Tensor], /) -> None:
     >>> hasattr(w, "jac")
     False
     """
-    free_jacs(Gathered().shards(checks.tensor_list(tensors, "tensors")))
+    free_jacs(Gathered().shards(tensor_list(tensors, "tensors")))

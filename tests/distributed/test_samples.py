@@ -9,6 +9,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -236,6 +237,19 @@ def _halved(gramian: Tensor) -> Tensor:
 
 def test_weights_for_each_process_by_itself(two: Run) -> None:
     two(_per_process)
+
+
+def _second_pass() -> None:
+    model = _perceptron()
+    engine, group = Engine(model, batch_dim=0), dist.group.WORLD
+    losses = model(torch.ones(3, 5)).squeeze(1)
+    with pytest.raises(ParameterError, match="`second_pass` must be False"):
+        engine.backward(losses, _halved, group=group, second_pass=True)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_a_second_pass_is_refused(two: Run) -> None:
+    two(_second_pass)
 
 
 def _failures() -> None:

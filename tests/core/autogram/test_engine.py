@@ -163,6 +163,16 @@ def test_losses_of_any_shape_without_samples() -> None:
     check_engine(lambda: nn.Linear(6, 4), lambda m: m(randn(B, 6)).pow(2).mean(), None)
 
 
+def test_losses_in_a_list_have_an_ordinary_gramian() -> None:
+    w = torch.tensor([1.0, 2.0], requires_grad=True)
+    losses = [w.sum(), (w**2).sum()]
+    assert autogram.gramian(losses, batch_dim=None).tolist() == [[2.0, 6.0], [6.0, 20.0]]
+    assert autogram.gramian(torch.stack(losses), batch_dim=None).tolist() == [
+        [2.0, 6.0],
+        [6.0, 20.0],
+    ]
+
+
 def test_samples_folded_with_positions() -> None:
     def losses(model: nn.Module) -> Tensor:
         return model(randn(B, 3, 6).flatten(0, 1)).view(B, -1).pow(2).sum(1)

@@ -171,7 +171,7 @@ def test_a_batch_dim_of_the_wrong_type(batch_dim: object) -> None:
         Engine(nn.Linear(6, 3), batch_dim=batch_dim)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("flag", ["retain_graph", "second_pass"])
+@pytest.mark.parametrize("flag", ["retain_graph", "second_pass", "per_process"])
 def test_flags_are_bools(flag: str) -> None:
     net = nn.Linear(3, 1)
     losses = net(randn(4, 3)).squeeze(1)
@@ -181,6 +181,23 @@ def test_flags_are_bools(flag: str) -> None:
     with pytest.raises(ParameterTypeError, match=f"`{flag}` must be a bool, got 1"):
         backward(losses, torch.ones_like, batch_dim=0, **arguments)
     assert net.weight.grad is None
+
+
+@pytest.mark.parametrize(
+    ("inputs", "hint"), [(nn.Linear(2, 1), r"module\.parameters\(\)"), (5, "sequence"), ([], "one")]
+)
+def test_inputs_that_are_no_tensors(inputs: Any, hint: str) -> None:
+    losses = nn.Linear(2, 3)(torch.ones(2))
+    with pytest.raises(ParameterError, match=rf"`inputs` must be .*{hint}"):
+        backward(losses, weighting=torch.diag, inputs=inputs, batch_dim=None)
+    with pytest.raises(ParameterError, match=rf"`inputs` must be .*{hint}"):
+        gramian_backward(losses, torch.diag, inputs=inputs)
+
+
+def test_a_list_of_losses_where_one_tensor_is_meant() -> None:
+    model = nn.Linear(2, 3)
+    with pytest.raises(ParameterTypeError, match=r"torch\.stack\(losses\)"):
+        Engine(model, batch_dim=None).backward(list(model(torch.ones(2))), torch.diag)
 
 
 def test_something_that_is_no_module() -> None:
