@@ -125,11 +125,6 @@ class Meeting:
             size *= dist.get_world_size(group)
         return size
 
-    @property
-    def first(self) -> bool:
-        """Whether this process is the first of all."""
-        return all(dist.get_rank(group) == 0 for group in self.groups)
-
     def agree(self, stage: Stage, *values: int | None) -> list[int | None]:
         """
         Meet the other processes.
