@@ -78,24 +78,29 @@ def row_vector(_: Any, attribute: Attribute[Any], value: Any) -> None:
         raise ParameterError(attribute.name, expected, value.tolist())
 
 
-def tensor_list(value: Tensor | Iterable[Tensor], parameter: str) -> list[Tensor]:
+def tensor_list(
+    value: Tensor | Iterable[Tensor], parameter: str, *, least: int = 1
+) -> list[Tensor]:
     """
     One tensor or several, as a list.
 
+    :param least: 0 if there may be none, else 1.
     :raises ParameterTypeError: If it is neither, or something in it is no tensor.
-    :raises ParameterError: If it is empty.
+    :raises ParameterError: If it is empty and must not be.
     """
     if isinstance(value, Tensor):
         return [value]
     # A string is iterable, too, and would be taken for a sequence of characters.
-    if isinstance(value, (str, bytes)) or not isinstance(value, Iterable):
+    # So are some modules, which would be taken for a sequence of their children.
+    text_or_module = isinstance(value, (str, bytes, torch.nn.Module))
+    if text_or_module or not isinstance(value, Iterable):
         raise _no_tensor(parameter, "a Tensor or a sequence of Tensors", value)
     # Once, as it may be an iterator such as model.parameters().
     tensors = list(value)
     for i, tensor in enumerate(tensors):
         if not isinstance(tensor, Tensor):
             raise _no_tensor(f"{parameter}[{i}]", "a Tensor", tensor)
-    if not tensors:
+    if len(tensors) < least:
         raise ParameterError(parameter, "at least one Tensor", "none")
     return tensors
 
@@ -103,7 +108,7 @@ def tensor_list(value: Tensor | Iterable[Tensor], parameter: str) -> list[Tensor
 def _no_tensor(parameter: str, expected: str, value: object) -> ParameterTypeError:
     word = repr(value) if value is None else describe_tensor(value)
     is_module = isinstance(value, torch.nn.Module)
-    hint = "Give its parameters: module.parameters()." if is_module else None
+    hint = "If its parameters are meant, pass module.parameters()." if is_module else None
     return ParameterTypeError(parameter, expected, word, hint)
 
 

@@ -181,10 +181,8 @@ def _named_tasks(tasks_params: Sequence[Iterable[Tensor]], m: int) -> list[list[
 
 def _named(params: Iterable[Tensor], parameter: str) -> list[Tensor]:
     """The trainable ones among parameters, possibly none."""
-    given = params if isinstance(params, Tensor) else list(params)
     gathered = Gathered()
-    tensors = tensor_list(given, parameter) if len(given) else []
-    tensors = [gathered.leaf(tensor) for tensor in tensors]
+    tensors = [gathered.leaf(t) for t in tensor_list(params, parameter, least=0)]
     trainable = checks.trainable(tensors, parameter)
     checks.check_accumulates(trainable, parameter)
     return trainable

@@ -53,7 +53,8 @@ def telling_holders(outputs: Sequence[Tensor], given: object) -> AbstractContext
 
     def meeting() -> Meeting | None:
         # Not checked yet: it may be anything.
-        named = given if isinstance(given, Iterable) else ()
+        alone = isinstance(given, Tensor) or not isinstance(given, Iterable)
+        named: Iterable[object] = [given] if alone else given  # type: ignore[assignment]
         computed = [output for output in outputs if output.grad_fn is not None]
         tensors = [t for t in (*reach(computed).leaves, *named) if isinstance(t, Tensor)]
         shards = [t for t in Gathered().shards(tensors) if is_dtensor(t)]

@@ -40,6 +40,9 @@ Call = Callable[[Scene], Any]
 BOTH: list[tuple[str, Call, str]] = [
     ("no tensor", lambda s: [[]], r"at least one Tensor, got none"),
     ("not a tensor", lambda s: [1.0], r"a Tensor or a sequence of Tensors, got a float"),
+    ("a module", lambda s: [nn.Linear(1, 1)], r"got a Linear. If its .* pass module.parameters"),
+    ("a module that is iterable", lambda s: [nn.Sequential()], r"got a Sequential. If its para"),
+    ("modules", lambda s: [[nn.Tanh()]], r"`\w+\[0\]` must be a Tensor, got a Tanh. If its para"),
     ("None inside", lambda s: [[s.loss, None]], r"`\w+\[1\]` must be a Tensor, got None"),
     ("a string", lambda s: ["losses"], r"got a str"),
     ("repeated", lambda s: [[s.loss, s.loss]], r"distinct tensors, got the same one at"),
@@ -202,6 +205,10 @@ def test_task_parameters(scene: Scene) -> None:
     refused("disjoint", tasks_params=[[first], [scene.b]])
     refused(r"`tasks_params\[0\]\[0\]` must be a Tensor", tasks_params=[[1.0], []])
     refused(r"`tasks_params\[1\]\[0\]` .* requires grad", tasks_params=[[], [scene.constant]])
+    refused(r"`shared_params` .* Linear. If .* module.parameters", shared_params=nn.Linear(1, 1))
+    refused(r"`shared_params` must be .* got an? int", shared_params=3)
+    refused(r"`shared_params\[0\]` must be a leaf", shared_params=scene.hidden.sum())
+    refused(r"`tasks_params\[0\]` .* module.parameters", tasks_params=[nn.Linear(1, 1), []])
     refused(r"`shared_params\[0\]` .* requires grad", shared_params=[scene.constant])
     refused(r"`shared_params\[0\]` must be a leaf", shared_params=[scene.hidden])
     refused(r"`tasks_params\[0\]\[0\]` must be a leaf", tasks_params=[[scene.hidden], []])
@@ -232,6 +239,7 @@ def test_jac_to_grad_refuses(scene: Scene) -> None:
             jac_to_grad(tensors, aggregator)
 
     refused("a Tensor or a sequence", tensors=1.0)
+    refused("got a Linear. If its .* pass module.parameters", tensors=nn.Linear(1, 1))
     refused("at least one Tensor, got none", tensors=[])
     refused("at least one has a .jac", tensors=[scene.frozen, scene.constant])
     refused("an Aggregator or a function", aggregator="upgrad")
