@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import doctest
 import inspect
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -14,21 +16,51 @@ import torch
 import jdcore.aggregation
 from jdcore._methods import aggregator_class
 from jdcore._registry import registry
-from jdcore.testing._case import Case, demand
+from jdcore.spec import AggregatorSpec, ScalarizerSpec
+from jdcore.testing._case import Case, ConformanceError, demand
 
 
 def describes_itself(case: Case) -> None:
-    cls = aggregator_class(case.name)
-    demand(cls.__name__ == case.spec.class_name, f"class {cls.__name__}, {case.spec.class_name}")
-    demand(bool(cls.__doc__ and cls.__doc__.strip()), "the class has no docstring")
-    demand(">>>" in (cls.__doc__ or ""), "the docstring has no runnable example")
+    # Documented once, in the base class.
+    demand_description(aggregator_class(case.name), case.spec, elsewhere=("check_finite",))
+
+
+def demand_description(
+    cls: type, spec: AggregatorSpec | ScalarizerSpec, elsewhere: Sequence[str] = ()
+) -> None:
+    """
+    Demand that a class has the name that its spec tells, and that its docstring tells the rest.
+
+    :param elsewhere: Parameters that are described elsewhere.
+    :raises ConformanceError: If the docstring lacks an example, the reference or a parameter, or an
+        example does not print what it says.
+    """
     documented = cls.__doc__ or ""
-    if case.spec.reference is not None:
-        url = case.spec.reference.url
+    demand(cls.__name__ == spec.class_name, f"class {cls.__name__}, {spec.class_name}")
+    demand(bool(documented.strip()), "the class has no docstring")
+    if spec.reference is not None:
+        url = spec.reference.url
         demand(url in documented, f"the docstring does not link the reference, {url}")
     for parameter in inspect.signature(cls).parameters:
-        if parameter != "check_finite":  # documented once, in the base class
+        if parameter not in elsewhere:
             demand(f":param {parameter}:" in documented, f"{parameter!r} is not documented")
+    _demand_true_examples(cls)
+
+
+def _demand_true_examples(cls: type) -> None:
+    # A composed aggregator has the docstring of its weighting, whose module knows more names.
+    module = sys.modules[getattr(cls, "weighting_class", cls).__module__]
+    parser = doctest.DocTestParser()
+    try:
+        test = parser.get_doctest(cls.__doc__ or "", vars(module).copy(), cls.__name__, None, None)
+    except ValueError as error:
+        raise ConformanceError(f"an example in the docstring is malformed: {error}") from None
+    demand(bool(test.examples), "the docstring has no runnable example")
+    report: list[str] = []
+    runner = doctest.DocTestRunner(verbose=False, optionflags=doctest.ELLIPSIS)
+    with torch.random.fork_rng(devices=[]):
+        runner.run(test, out=report.append)
+    demand(not runner.failures, f"an example in the docstring is wrong:\n{''.join(report)}")
 
 
 class Names(dict[str, Any]):

@@ -22,6 +22,8 @@ from jdcore.testing._trial import (
 
 _EXACT = 1e-12
 _SINGLE = 1e-6
+# The rows that are compared with are rounded to eight bits, as are the gradients on the way.
+_HALF = 2.0**-5
 # All different in most, so that dimensions that are taken for one another show.
 _SIZES = ((1, 5, 1), (3, 4, 1), (2, 3, 2), (2, 2, 4))
 """Tasks, samples, and entries of the first dimension per sample."""
@@ -76,6 +78,25 @@ def agrees_with_backward_passes(case: RuleCase) -> None:
 def agrees_in_single_precision(case: RuleCase) -> None:
     trial = Trial.of(case.example, 2, 3, dtype=torch.float32)
     _demand_right(trial, trial.rows(), case.recording(), _SINGLE, "in float32")
+
+
+def agrees_in_bfloat16(case: RuleCase) -> None:
+    _demand_right_in_half(case, "in bfloat16", dtype=torch.bfloat16)
+
+
+def agrees_under_autocast(case: RuleCase) -> None:
+    _demand_right_in_half(case, "under autocast", dtype=torch.float32, autocast=True)
+
+
+def _demand_right_in_half(case: RuleCase, label: str, **options: Any) -> None:
+    try:
+        trial = Trial.of(case.example, 2, 3, **options)
+        rows = trial.rows()
+    except (RuntimeError, TypeError) as error:
+        # There are kernels for other dtypes alone, and backward passes that mix dtypes up.
+        reason = f"the operation itself does not work {label}: {error}"
+        raise NotApplicable(reason) from error
+    _demand_right(trial, rows, case.recording(), _HALF, label)
 
 
 def _demand_right(
@@ -168,6 +189,8 @@ ON_EXAMPLES = (
     serves_the_operation,
     agrees_with_backward_passes,
     agrees_in_single_precision,
+    agrees_in_bfloat16,
+    agrees_under_autocast,
     gives_rows_of_every_operand,
     serves_operands_by_themselves,
     changes_nothing,

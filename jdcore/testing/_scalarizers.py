@@ -26,7 +26,7 @@ from jdcore.registry import get_scalarizer
 from jdcore.spec import ScalarizerSpec
 from jdcore.testing._case import accelerators, demand, demand_close, demand_refusal
 from jdcore.testing._check import ConformanceCheck, checks_by, distribution_test
-from jdcore.testing._description import Names, modules_after_listing
+from jdcore.testing._description import Names, demand_description, modules_after_listing
 from jdcore.testing._lifecycle import foreign_states
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -231,14 +231,7 @@ def refuses_unusable_arguments(case: ScalarizerCase) -> None:
 
 def describes_itself(case: ScalarizerCase) -> None:
     cls = scalarizer_class(case.name)
-    documented = cls.__doc__ or ""
-    demand(cls.__name__ == case.spec.class_name, f"class {cls.__name__}, {case.spec.class_name}")
-    demand(">>>" in documented, "the docstring has no runnable example")
-    if case.spec.reference is not None:
-        url = case.spec.reference.url
-        demand(url in documented, f"the docstring does not link the reference, {url}")
-    for parameter in inspect.signature(cls).parameters:
-        demand(f":param {parameter}:" in documented, f"{parameter!r} is not documented")
+    demand_description(cls, case.spec)
     advanced_by = case.spec.advanced_by
     demand(advanced_by is None or callable(getattr(cls, advanced_by, None)), f"no {advanced_by}()")
 

@@ -97,19 +97,22 @@ class Trial:
         samples: int,
         repeats: int = 1,
         dtype: torch.dtype = torch.float64,
+        autocast: bool = False,
     ) -> Trial:
         """
         Call the operation.
 
         :param repeats: Entries of the first dimension per sample.
         :param dtype: Of all floating tensors.
+        :param autocast: Whether the call is made under autocast to bfloat16.
         """
         look()  # hooks made by others so far are not on the graph that is made here
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(1)
             operands = [t.detach().to(dtype).requires_grad_() for t in example.operands()]
             inputs = [_converted(value, dtype) for value in example.inputs(samples * repeats)]
-            found = example.call(*inputs, *operands)
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                found = example.call(*inputs, *operands)
             features = found.reshape(samples, -1)
             mixing = (
                 torch.randn(features.shape[1], tasks, device="cpu").to(features)

@@ -16,7 +16,7 @@ from jdcore import ParameterError, ParameterTypeError, ScalarizerSpec, UnknownNa
 from jdcore._registry import registry
 from jdcore.cli import main
 from jdcore.scalarization import LossScalarizer
-from jdcore.testing import scalarizer_checks
+from jdcore.testing import ConformanceError, scalarizer_checks
 
 
 @define(eq=False)
@@ -32,6 +32,16 @@ class Widest(LossScalarizer):
         return losses.amax() - losses.amin()
 
 
+@define(eq=False)
+class Boastful(Widest):
+    """
+    Has an example that is false.
+
+    >>> Boastful()(torch.tensor([1.0, 4.0]))
+    tensor(4.)
+    """
+
+
 SPEC = ScalarizerSpec(
     name="widest",
     summary="Difference of the largest and the smallest loss.",
@@ -45,7 +55,8 @@ SPEC = ScalarizerSpec(
 def _registered() -> Iterator[None]:
     jdcore.register(SPEC)
     yield
-    registry._runtime_scalarizers.pop("widest")
+    for name in ("widest", "boastful"):
+        registry._runtime_scalarizers.pop(name, None)
     registry.refresh()
 
 
@@ -76,6 +87,17 @@ def test_the_command_runs_the_kit(capsys: pytest.CaptureFixture[str]) -> None:
     shown = capsys.readouterr().out
     assert "passed   makes_one_loss_of_the_same_dtype" in shown
     assert "failed   describes_itself" not in shown
+
+
+def test_a_false_example_fails_the_kit() -> None:
+    name = f"{__name__}:Boastful"
+    jdcore.register(
+        ScalarizerSpec(name="boastful", summary="Wrong.", scalarizer=name, api_version=1)
+    )
+    checks = {check.check.__name__: check for check in scalarizer_checks("boastful")}
+
+    with pytest.raises(ConformanceError, match="an example in the docstring is wrong"):
+        checks["describes_itself"].run()
 
 
 def test_a_configuration_makes_the_round_trip() -> None:

@@ -39,6 +39,26 @@ class HonestWeighting(GramianWeighting):
 
 
 @define(eq=False)
+class BoastfulWeighting(HonestWeighting):
+    """
+    Has an example that is false.
+
+    >>> BoastfulWeighting()(torch.eye(2))
+    tensor([0.7000, 0.7000])
+    """
+
+
+@define(eq=False)
+class SloppyWeighting(HonestWeighting):
+    """
+    Has an example that Python cannot read.
+
+    >>>HonestWeighting()
+    HonestWeighting()
+    """
+
+
+@define(eq=False)
 class FixedScaleWeighting(HonestWeighting):
     """Weights that depend on the scale."""
 
@@ -211,6 +231,14 @@ def failures(name: str, weighting: str | None, **fields: Any) -> dict[str, str]:
         except NotApplicable:
             assert check.check.__name__ == "works_on_accelerators"
     return found
+
+
+def test_a_false_example_is_shown() -> None:
+    told = failures("boastful", "BoastfulWeighting")["describes_itself"]
+
+    assert told.startswith("an example in the docstring is wrong:")
+    assert "Expected:\n    tensor([0.7000, 0.7000])\nGot:\n    tensor([0.5000, 0.5000])" in told
+    assert "malformed" in failures("sloppy", "SloppyWeighting")["describes_itself"]
 
 
 def test_an_honest_method_passes_every_check() -> None:

@@ -12,7 +12,13 @@ from torch import Tensor
 import jdcore
 from jdcore import GramianRuleSpec, UnknownNameError
 from jdcore.autogram import Dense, NoRule, Share, Site
-from jdcore.testing import ConformanceError, OperationExample, gramian_rule_tests, rule_checks
+from jdcore.testing import (
+    ConformanceError,
+    NotApplicable,
+    OperationExample,
+    gramian_rule_tests,
+    rule_checks,
+)
 
 
 class Affine(torch.autograd.Function):
@@ -49,6 +55,23 @@ def imprecise(site: Site, operand: int) -> Share:
     """Rounds to half precision on the way."""
     share = honest(site, operand)
     return Dense(share.rows().half().to(site.grad.dtype), share.shape)
+
+
+def coarse(site: Site, operand: int) -> Share:
+    """Rounds to two bits where there are eight."""
+    share = honest(site, operand)
+    if site.grad.dtype != torch.bfloat16:
+        return share
+    return Dense(share.rows().to(torch.float8_e5m2).float(), share.shape)
+
+
+def confident(site: Site, operand: int) -> Share:
+    """Takes it that gradients have the dtype of what was saved."""
+    x, _ = site.node.saved_tensors
+    if operand != 1:
+        return honest(site, operand)
+    rows = torch.einsum("kbtf,btf->kbf", site.positions(site.grad, lead=1), site.positions(x))
+    return Dense(rows, site.shapes[operand])
 
 
 def overwriting(site: Site, operand: int) -> Share:
@@ -119,7 +142,7 @@ def _failures(rule: str, *examples: OperationExample) -> set[str]:
             check.run()
         except ConformanceError:
             found.add(check.check.__name__)
-        except jdcore.testing.NotApplicable:
+        except NotApplicable:
             assert check.check.__name__ == "is_as_steady_as_declared"
     return found
 
@@ -134,6 +157,7 @@ def test_an_honest_rule_passes_every_check(registered: Any) -> None:
     [
         (forgetful, "agrees_with_backward_passes"),
         (imprecise, "agrees_in_single_precision"),
+        (coarse, "agrees_in_bfloat16"),
         (overwriting, "changes_nothing"),
         (remembering, "has_no_state"),
         (transposing, "gives_rows_of_every_operand"),
@@ -147,12 +171,54 @@ def test_each_saboteur_is_caught(
     assert expected in _failures(registered(saboteur), _example())
 
 
+def test_a_rule_that_trusts_dtypes_is_caught_under_autocast(registered: Any) -> None:
+    def behind_a_product(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+        return Affine.apply(x @ torch.eye(4, dtype=x.dtype), scale, shift)  # type: ignore[no-any-return]
+
+    example = OperationExample(
+        behind_a_product,
+        lambda n: (torch.randn(n, 3, 4),),
+        lambda: (torch.randn(4), torch.randn(4)),
+    )
+
+    assert _failures(registered(confident), example) == {"agrees_under_autocast"}
+    assert _failures(registered(honest), example) == set()
+
+
+class Wide(Affine):
+    """Knows no bfloat16."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+        if x.dtype == torch.bfloat16:
+            raise RuntimeError("no kernel for bfloat16")
+        return _forward(ctx, x, scale, shift)
+
+
+_forward = Affine.forward
+
+
+def test_what_the_operation_itself_cannot_do_is_not_asked_of_its_rule(
+    registered: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rule = registered(honest)
+    monkeypatch.setattr(Affine, "forward", Wide.forward)
+    checks = {c.check.__name__: c for c in rule_checks(rule, _example())}
+
+    with pytest.raises(NotApplicable, match="does not work in bfloat16: no kernel for bfloat16"):
+        checks["agrees_in_bfloat16"].run()
+    checks["agrees_under_autocast"].run()
+
+
 class Forgiving(Affine):
     """Hides NaN in its backward."""
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
-        return tuple(g.nan_to_num() for g in Affine.backward(ctx, *grads))
+        return tuple(g.nan_to_num() for g in _backward(ctx, *grads))
+
+
+_backward = Affine.backward
 
 
 def test_an_operation_that_hides_nan_is_not_steady(
