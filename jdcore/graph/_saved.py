@@ -2,8 +2,8 @@
 What torch's graph shows and does not promise to show.
 
 The attributes read here are no public interface of torch: they may be renamed or go in any release.
-This is the only place that reads them. Whoever asks for what an operation saved gets
-:class:`Unreadable` where torch does not show it, and finds a way that needs none.
+docs/versions.md lists them, and the few that are read elsewhere. Whoever asks for what an operation
+saved gets :class:`Unreadable` where torch does not show it, and finds a way that needs none.
 """
 
 from __future__ import annotations
