@@ -3,7 +3,8 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
-from typing import TypeAlias
+from operator import attrgetter
+from typing import Any, TypeAlias
 
 import torch
 from attrs import frozen
@@ -284,30 +285,27 @@ class Jacobian:
         # Nodes without a rule are called afterwards, and other leaves differentiated.
         retain_graph |= bool(self._others()) or bool(plan.left)
         retain_graph |= plan.called is None or bool(plan.called)
-        first = self._all_but_the_last()
+        first, tasks = self._all_but_the_last(), objectives.tasks
         unserved: dict[int, tuple[Site, list[int]]] = {}
 
-        def receive(node: int, grads: Grads) -> None:
-            site = self._site(
-                node,
+        def receive(node: int, grads: Grads, tensors: Mapping[str, Any]) -> None:
+            rows = (
                 [_row(grad) for grad in grads]
-                if objectives.tasks == 1
-                else [
-                    _joined(first.pop((node, i), None), grad, objectives.tasks)
-                    for i, grad in enumerate(grads)
-                ],
+                if tasks == 1
+                else [_joined(first.pop((node, i), None), g, tasks) for i, g in enumerate(grads)]
             )
-            if rest := self._serve(site, node, total):
-                unserved[node] = site, rest
+            found = self._serve(node, rows, total, tensors)
+            if found is not None:
+                unserved[node] = found
 
-        listener = Listener(self.graph, plan.frontier)
-        seed = objectives.seeds_of_tasks([objectives.tasks - 1])[0]
+        listener = Listener(self.graph, plan.frontier, late=plan.late, room=self._memory.waiting)
+        seed = objectives.seeds_of_tasks([tasks - 1])[0]
         listener.run(objectives.outputs, [seed], receive, retain_graph=retain_graph)
         # What is left arrived from earlier tasks alone: the last one does not reach these nodes.
         for node in dict.fromkeys(node for node, _ in list(first)):
-            receive(node, [None] * len(self.graph.form.results[node]))
+            receive(node, [None] * len(self.graph.form.results[node]), {})
         for node, (site, rest) in unserved.items():
-            self._call(site, node, rest, total)
+            self._call(site, plan.spot(self.graph.form, node), rest, total)
         plan.called = {*(plan.called or ()), *unserved}
 
     def _all_but_the_last(self) -> dict[Place, Tensor]:
@@ -342,8 +340,7 @@ class Jacobian:
             for place, of_place in zip(group, grads, strict=False):
                 self._take_ordinary(place, of_place, total)
             for node in reversed(products):
-                site = self._site(node, [grads.pop()])
-                self._serve(site, node, total)
+                self._serve(node, [grads.pop()], total, {})
 
     def _take_ordinary(self, place: Place, grads: Tensor | None, total: Accumulator) -> None:
         if grads is not None:
@@ -376,42 +373,43 @@ class Jacobian:
 
     # -- shares ------------------------------------------------------------------------------------
 
-    def _site(self, node: int, grads: Sequence[Tensor | None]) -> Site:
+    def _serve(
+        self,
+        node: int,
+        grads: Sequence[Tensor | None],
+        total: Accumulator,
+        tensors: Mapping[str, Any],
+    ) -> tuple[Site, list[int]] | None:
         """
-        An operation of the frontier.
+        All gradients at an operation of the frontier are there: make the shares of what enters it.
 
         :param grads: At its results, shape ``[K, *result.shape]`` each.
+        :param tensors: What it saved, if a pass may have freed it.
+        :returns: The operation and its operands without a rule, None if there is none.
         """
-        graph, spot = self.graph, self._plan.spot(self.graph.form, node)
-        layouts = spot.layouts
-        if None in layouts:
+        spot = self._plan.spot(self.graph.form, node)
+        if spot.silent:
             # Where nothing depends on a result, what arrives there is zero.
-            pairs = zip(layouts, grads, strict=True)
+            pairs = zip(spot.layouts, grads, strict=True)
             grads = [None if layout is None else grad for layout, grad in pairs]
-        return Site(graph.nodes[node], spot.name, grads, layouts, spot.shapes, spot.known)
-
-    def _serve(self, site: Site, node: int, total: Accumulator) -> list[int]:
-        """
-        All gradients at an operation are there: make the shares of what enters it.
-
-        :returns: Operands without a rule.
-        """
-        if all(g is None for g in site.grads):
-            return []
-        rest, shares, spot = [], {}, self._plan.spot(self.graph.form, node)
+        if all(g is None for g in grads):
+            return None
+        of_place = spot.name, grads, spot.layouts, spot.shapes, spot.known
+        site = Site(self.graph.nodes[node], *of_place, tensors)
+        rest, shares = [], {}
         # Of complex numbers some factors are conjugated, which the node itself knows best.
         make = None if spot.complex else self._rules.find(site.name, site.node)
-        for operand in site.shapes:
+        for operand in spot.roots:
             share = _made(make, site, operand)
             if share is None:
                 rest.append(operand)
             else:
                 shares[operand] = share
-        if site.name == "AddmmBackward0":
+        if spot.may_join:
             self._join_bias(site, spot, shares)
         for operand, share in shares.items():
-            self._take(spot.roots[operand], share, total, site.name, "closed form")
-        return rest
+            self._take(spot.roots[operand], share, total, spot.name, "closed form")
+        return (site, rest) if rest else None
 
     def _join_bias(self, site: Site, spot: Spot, shares: dict[int, Share]) -> None:
         """The bias of a linear layer is the weight of one more input, which is 1."""
@@ -422,18 +420,18 @@ class Jacobian:
         # One bias may be added to all outputs, or more of it than of the product.
         if positions > 1 or bias.shape.numel() != outputs:
             return
-        if not {spot.roots[0], spot.roots[2]} <= self._plan.alone:
-            return
         # Only then do both have the same gradient: that of the product times alpha, that of the
         # bias times beta.
         if site.saved("alpha") == site.saved("beta"):
             weight.plus = 1.0
             root = spot.roots[0]
-            self._note(root, shares.pop(0), site.name, "with its weight")
+            del shares[0]
+            if self._report:
+                self._note(root, bias, spot.name, "with its weight")
             place, _ = self._at_end(root, bias)
             self._small.add(place, bias, counted=True)
 
-    def _call(self, site: Site, node: int, rest: list[int], total: Accumulator) -> None:
+    def _call(self, site: Site, spot: Spot, rest: list[int], total: Accumulator) -> None:
         """Call an operation whose rule does not serve some of its operands."""
         masks = [
             None if g is None or layout is None else layout.masks(g[0])
@@ -443,12 +441,10 @@ class Jacobian:
         for operand, share in called_shares(
             site.node, site.name, site.grads, masks, shapes, self._memory
         ).items():
-            root = self.graph.form.inputs[node][operand]
-            self._take(root, share, total, site.name, "called for each sample")
+            self._take(spot.roots[operand], share, total, spot.name, "called for each sample")
 
     def _note(self, root: Place, share: Share, operation: str, how: str) -> None:
-        if self._report:
-            self.served.append(Served(operation, root, repr(share), how))
+        self.served.append(Served(operation, root, repr(share), how))
 
     def _add(self, share: Share, total: Accumulator, roots: list[Place]) -> None:
         total.add_share(share)
@@ -468,7 +464,8 @@ class Jacobian:
     def _take(
         self, root: Place, share: Share, total: Accumulator, operation: str, how: str
     ) -> None:
-        self._note(root, share, operation, how)
+        if self._report:
+            self._note(root, share, operation, how)
         place = root
         if root in self._plan.alone:
             place, share = self._at_end(root, share)
@@ -626,7 +623,7 @@ class _Small:
 
     def __init__(self, memory: Memory) -> None:
         self._memory = memory
-        self._waiting = Waiting[tuple[Place, Sums]](memory, self._put_together)
+        self._waiting = Waiting[tuple[Place, Sums]](memory, self._put_together, attrgetter("kind"))
         self._groups: dict[tuple[torch.dtype, bool], list[tuple[list[_Entry], Tensor]]] = {}
         self._joined: list[tuple[Tensor, list[_Entry]]] = []
 
@@ -637,11 +634,7 @@ class _Small:
         :param root: Where the gradient belongs.
         :param counted: Whether their Gramian is in that of another share.
         """
-        waits = (
-            isinstance(share, Sums)
-            and not counted
-            and self._waiting.take(share.kind, share.entries, (root, share))
-        )
+        waits = isinstance(share, Sums) and not counted and self._waiting.take(share, (root, share))
         if not waits:
             self._put([(root, share.shape)], share.flat_rows(), counted)
 

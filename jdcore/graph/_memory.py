@@ -101,6 +101,11 @@ class Memory:
         """
         return self.entries // 16
 
+    @property
+    def waiting(self) -> int:
+        """Entries of gradients that may wait during a pass, until several are served at a time."""
+        return self.entries // 4 if self.reused else self.joined
+
     def take(self, shape: tuple[int, ...], like: Tensor, slot: int = 0) -> Tensor:
         """
         An uninitialised tensor, valid until the same slot is taken again.

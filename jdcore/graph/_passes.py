@@ -1,6 +1,7 @@
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextvars import copy_context
 from functools import partial
 from itertools import chain
@@ -14,18 +15,23 @@ from jdcore.graph._form import Form, Place, once_for_each_form
 from jdcore.graph._graph import Graph
 from jdcore.graph._hooks import own_hooks
 from jdcore.graph._nesting import OuterPass
+from jdcore.graph._saved import all_saved
 
 Grads = Sequence["Tensor | None"]
-Receive = Callable[[int, Grads], None]
+Receive = Callable[[int, Grads, Mapping[str, Any]], None]
+
+
+_NONE: Mapping[Any, Any] = {}
 
 
 @once_for_each_form
-def _stops(form: Form, heard: tuple[int, ...]) -> tuple[list[int], list[Place]]:
-    """Those of some nodes that others of them lie behind, and the results in use of the rest."""
-    above = form.above(heard)
-    return [n for n in heard if n in above], [
-        place for place in form.used if place[0] in heard and place[0] not in above
-    ]
+def _stops(form: Form, heard: tuple[int, ...], afterwards: bool) -> tuple[list[int], list[Place]]:
+    """Those of some nodes that need a hook, and of the others the results to ask for."""
+    # Those that other ones lie behind, unless all gradients are asked for.
+    inner = set() if afterwards else form.above(heard) & {*heard}
+    others = {*heard} - inner
+    # A result that nothing uses may not even exist, so those in use are asked for.
+    return sorted(inner), [place for place in form.used if place[0] in others]
 
 
 class Listener:
@@ -36,14 +42,31 @@ class Listener:
     does not run the deepest nodes, as nothing behind them is asked for; it returns the gradients
     there. Passes that start inside of the pass (of implicit layers, of checkpoints) are not heard.
 
+    Code of Python in the midst of a pass drives that of torch from the caches of the processor. So
+    gradients may be handed on later, those of several nodes at a time: at the end of a pass that
+    returns them all if they are small, without any hook.
+
     :param graph: The graph.
     :param heard: The nodes.
+    :param late: Those of them that may be handed on late, with the entries of their results.
+    :param room: How many entries may wait.
     """
 
-    def __init__(self, graph: Graph, heard: Iterable[int]) -> None:
-        self._graph = graph
-        # A result that nothing uses may not even exist, so those in use are asked for.
-        self._inner, self._ends = _stops(graph.form, tuple(heard))
+    def __init__(
+        self, graph: Graph, heard: Iterable[int], *, late: Mapping[int, int] = _NONE, room: int = 0
+    ) -> None:
+        nodes = tuple(heard)
+        self._graph, self._late, self._room = graph, late, room
+        self._saved: dict[int, Mapping[str, Any]] = {}
+        """What all nodes saved, if they are handed on after the pass, which frees it."""
+        if len(late) == len(nodes) and sum(late.values()) <= room:
+            for node in nodes:
+                tensors = all_saved(graph.nodes[node])
+                if tensors is None:
+                    self._saved.clear()
+                    break
+                self._saved[node] = tensors
+        self._inner, self._ends = _stops(graph.form, nodes, bool(self._saved))
 
     def run(
         self,
@@ -59,23 +82,40 @@ class Listener:
 
         :param outputs: Where it starts.
         :param seeds: With which gradients.
-        :param receive: Called with each of the nodes that has gradients, and these. May raise.
+        :param receive: Called with each of the nodes that has gradients, these, and the tensors
+            that it saved if the pass may have freed them. May raise.
         :param hooks: Further hooks of nodes, for this pass.
         """
         graph, own, context = self._graph, OuterPass(), copy_context()
 
+        waiting: deque[tuple[int, Grads, Mapping[str, Any]]] = deque()
+        free = self._room
+
+        def hand_on() -> None:
+            nonlocal free
+            free = self._room
+            while waiting:
+                receive(*waiting.popleft())
+
         def hear(node: int, grads: Grads) -> None:
-            if own.is_running():
+            nonlocal free
+            if not own.is_running():
+                return
+            free -= self._late.get(node, free + 1)
+            tensors = all_saved(graph.nodes[node]) if free >= 0 else None
+            waiting.append((node, grads, tensors or {}))
+            if tensors is None:
                 # Threads of autograd, of which each accelerator has one, know nothing of variables
                 # that were set here, such as that products are to be made in float64.
-                context.copy().run(receive, node, grads)
+                context.copy().run(hand_on)
 
         ends = [graph.edge(end) for end in self._ends]
         heard = (graph.nodes[node].register_prehook(partial(hear, node)) for node in self._inner)
         others = (graph.nodes[node].register_hook(hook) for node, hook in hooks)
         # That of the pass first of all, since its start may be heard itself.
-        with own.starting_at(outputs), own_hooks(chain(heard, others)):
+        with own.starting_at(outputs if self._inner else ()), own_hooks(chain(heard, others)):
             found = differentiate(outputs, ends, seeds, retain_graph)
+        hand_on()
         of_node: dict[int, list[Tensor | None]] = {}
         for (node, number), grad in zip(self._ends, found, strict=True):
             if grad is not None:
@@ -84,7 +124,7 @@ class Listener:
         # From here on, each gradient is freed as soon as its receiver is done with it.
         del found
         for node in list(of_node):
-            receive(node, of_node.pop(node))
+            receive(node, of_node.pop(node), self._saved.pop(node, _NONE))
 
 
 def differentiate(

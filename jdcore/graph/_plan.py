@@ -24,7 +24,7 @@ from jdcore.graph._saved import (
     saved,
 )
 from jdcore.graph._steady import sizes_decide
-from jdcore.graph.rules import Rules
+from jdcore.graph.rules import RULES, Rules
 
 
 @frozen
@@ -52,6 +52,8 @@ class Spot:
     :param roots: By their numbers among the operands, the roots.
     :param shapes: Likewise, their shapes.
     :param complex: Whether some of its results are.
+    :param silent: Whether no loss depends on some of its results.
+    :param may_join: Whether it adds a bias to a product, both of which are finished at once.
     """
 
     name: str
@@ -59,6 +61,8 @@ class Spot:
     roots: dict[int, Place]
     shapes: dict[int, Size]
     complex: bool
+    silent: bool
+    may_join: bool
     known: dict[Any, Any] = field(factory=dict, init=False)
     """What its rule found out about it for all these graphs."""
 
@@ -91,6 +95,8 @@ class Plan:
     """The operations between roots and parameters, results before operands."""
     ordinary: list[Place] = field(factory=list)
     """Tensors whose ordinary gradients are the rows, without samples."""
+    late: dict[int, int] = field(factory=dict)
+    """Operations whose rules ask a site for all that they read, with the size of their results."""
     left: list[Place] = field(factory=list)
     """Parameters that no loss depends on, such as those of an expert that no sample goes to."""
     called: set[int] | None = None
@@ -103,12 +109,16 @@ class Plan:
         if spot is None:
             results = form.results[node]
             roots = {p: form.inputs[node][p] for p in self.frontier[node]}
+            name = form.names[node]
+            layouts = self.of_results(form, node)
             spot = self._spots[node] = Spot(
-                form.names[node],
-                self.of_results(form, node),
+                name,
+                layouts,
                 roots,
                 {p: form.result(root).shape for p, root in roots.items()},
                 any(result.dtype.is_complex for result in results),
+                None in layouts,
+                name == "AddmmBackward0" and {roots.get(0), roots.get(2)} <= self.alone,
             )
         return spot
 
@@ -155,6 +165,11 @@ def plan_of_samples(graph: Graph, found: Findings, hooked: set[int]) -> Plan:
     inside = apart | form.leaves
     plan.below = [n for n in reversed(form.upwards) if n in form.leading and n not in inside]
     _classify(form, plan, uses, apart, hooked)
+    plan.late = {
+        node: sum(result.shape.numel() for result in form.results[node])
+        for node in plan.frontier
+        if form.names[node] in RULES
+    }
     return plan
 
 

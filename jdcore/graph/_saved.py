@@ -20,6 +20,7 @@ from torch.utils.hooks import RemovableHandle
 __all__ = [
     "MATRIX_PRODUCTS",
     "Unreadable",
+    "all_saved",
     "current_pass",
     "function_of",
     "has_unpack_hooks",
@@ -65,6 +66,20 @@ def saved(node: Any, name: str) -> Any:
     if getattr(raw, "unpack_hook", None) is not None:
         _put_back(raw, value)
     return value
+
+
+def all_saved(node: Any) -> dict[str, Any] | None:
+    """
+    All tensors that an operation saved, by their names, for when a pass has freed them.
+
+    :returns: None if Python code makes some of them, or torch does not show that none does.
+    """
+    found = {}
+    for raw, name in _raw_and_saved_names(type(node)):  # type: ignore[arg-type]  # classes can be hashed
+        if getattr(getattr(node, raw), "unpack_hook", node) is not None:
+            return None
+        found[name] = getattr(node, f"_saved_{name}")
+    return found
 
 
 def saved_as_it_is(node: Any, name: str) -> Any:
@@ -148,6 +163,11 @@ def has_unpack_hooks(node: Any) -> bool:
             if getattr(one, "unpack_hook", None) is not None:
                 return True
     return False
+
+
+@cache
+def _raw_and_saved_names(kind: Any) -> tuple[tuple[str, str], ...]:
+    return tuple((name, name.removeprefix("_raw_saved_")) for name in _raw_names(kind))
 
 
 @cache

@@ -42,6 +42,8 @@ class Site:
     Room for what all operations in this place of graphs of one kind have in common: what follows
     from names, shapes and saved integers alone.
     """
+    tensors: Mapping[str, Any] = field(factory=dict)
+    """The tensors that the operation saved, where a pass may have freed them since."""
     memo: dict[Any, Any] = field(factory=dict)
     """Room for what several operands have in common."""
 
@@ -83,7 +85,8 @@ class Site:
         :raises Unreadable: If torch does not show it, which is as good as :class:`NoRule`.
         :raises NoRule: If it is sparse.
         """
-        value = saved(self.node, name)
+        tensors = self.tensors
+        value = tensors[name] if name in tensors else saved(self.node, name)
         if isinstance(value, Tensor) and value.layout != torch.strided:
             raise NoRule
         # Not detached, which would cost as much as a view: rules run where nothing is recorded.
@@ -98,25 +101,26 @@ class Site:
         :returns: Shape ``[*lead, B, T, *features]``.
         :raises NoRule: If the samples are in one of the features.
         """
-        layout, shape = self.layout, tensor.shape
-        end = len(shape) - features
-        if not layout.dim + lead < end:
-            raise NoRule
-        if layout.leads(shape[lead]):
-            if layout.after == 1 and end == lead + 2:
-                return tensor  # as it is: each view costs a call
-            # Gradients are asked for again, as by a weight and by its bias.
-            key = Site.positions, layout, features
-            made: tuple[Tensor, Tensor] | None = self.memo.get(key)
-            if made is not None and made[0] is tensor:
-                return made[1]
-            count = layout.after * shape[lead + 1 : end].numel()
-            found = tensor.reshape(*shape[:lead], layout.samples, count, *shape[end:])
-            if lead:
-                self.memo[key] = tensor, found
-            return found
-        split = layout.split(tensor, lead)
-        return split.reshape(*split.shape[: lead + 1], -1, *shape[end:])
+        layout = self.layout
+        # The same for all operations in this place: most samples come one after the other.
+        kind = tensor.shape, layout.dim, lead, features
+        sizes = self.known.get(kind, ())
+        if sizes == ():
+            sizes = self.known[kind] = _sizes(layout, tensor.shape, lead, features)
+        if sizes is None:
+            split = layout.split(tensor, lead)
+            return split.reshape(
+                *split.shape[: lead + 1], -1, *tensor.shape[tensor.ndim - features :]
+            )
+        if sizes == tensor.shape:
+            return tensor  # as it is: each view costs a call
+        if not lead:
+            return tensor.reshape(sizes)
+        # Gradients are asked for again, as by a weight and by its bias.
+        made: tuple[Tensor, Tensor] | None = self.memo.get(kind)
+        if made is None or made[0] is not tensor:
+            made = self.memo[kind] = tensor, tensor.reshape(sizes)
+        return made[1]
 
     def broadcast(self, grads: Tensor, operand: int) -> Dense:
         """
@@ -147,3 +151,14 @@ class Site:
     def turned(self, dim: int) -> Site:
         """The same site, with the samples of the first result in another dimension."""
         return evolve(self, layouts=[self.layout.at(dim), *self.layouts[1:]])
+
+
+def _sizes(layout: Layout, shape: Size, lead: int, features: int) -> Sequence[int] | None:
+    """What :meth:`Site.positions` reshapes to; None where the samples have to be collected."""
+    end = len(shape) - features
+    if not layout.dim + lead < end:
+        raise NoRule
+    if not layout.leads(shape[lead]):
+        return None
+    count = layout.after * shape[lead + 1 : end].numel()
+    return (*shape[:lead], layout.samples, count, *shape[end:])

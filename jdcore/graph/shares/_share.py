@@ -3,6 +3,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Sequence
 from functools import lru_cache
+from operator import attrgetter
 from typing import Any, Generic, TypeVar
 from weakref import WeakMethod
 
@@ -149,29 +150,34 @@ class Waiting(Generic[Item]):
 
     :param memory: Says how many entries may wait.
     :param serve: A method of the object that has it, called with some that are alike.
+    :param kind: What shares have to agree in to be computed together; None for one that may not.
     """
 
-    def __init__(self, memory: Memory, serve: Callable[[list[Item]], None]) -> None:
+    def __init__(
+        self,
+        memory: Memory,
+        serve: Callable[[list[Item]], None],
+        kind: Callable[[Any], Hashable | None],
+    ) -> None:
         # Not held: a cycle would keep the shares, and with them activations, until the garbage
         # collector comes.
-        self._memory, self._serve = memory, WeakMethod(serve)
+        self._serve = WeakMethod(serve)
+        self._room, self._kind = None if memory.reused else memory.joined, kind
         self._items: dict[Hashable, list[Item]] = {}
         self._entries = 0
 
-    def take(self, kind: Hashable | None, entries: int, item: Item) -> bool:
+    def take(self, share: Share, item: Item) -> bool:
         """
         Let a share wait.
 
-        :param kind: What others have to agree in to be computed with it; None if none may.
-        :param entries: Of the tensors that it is made of.
         :param item: What stands for it.
         :returns: Whether it waits.
         """
-        if kind is None or self._memory.reused:
+        if self._room is None or (kind := self._kind(share)) is None:
             return False
         self._items.setdefault(kind, []).append(item)
-        self._entries += entries
-        if self._entries > self._memory.joined:
+        self._entries += share.entries
+        if self._entries > self._room:
             self.finish()
         return True
 
@@ -204,7 +210,7 @@ class Accumulator:
         self.memory = memory
         self._pending: list[Tensor] = []
         self._entries_pending = 0
-        self._waiting = Waiting(memory, self._add_together)
+        self._waiting = Waiting(memory, self._add_together, attrgetter("alike"))
         self._squares: dict[tuple[int, int], list[Tensor]] = {}
         self.added: list[Share] = []
         """The shares that were added, if they are kept."""
@@ -252,7 +258,7 @@ class Accumulator:
         """Add the Gramian of a share, on accelerators later, with those that are like it."""
         if self.keep:
             self.added.append(share)
-        if not self._waiting.take(share.alike, share.entries, share):
+        if not self._waiting.take(share, share):
             share.add_gramian(self)
 
     def _add_together(self, shares: list[Share]) -> None:
