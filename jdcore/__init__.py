@@ -5,7 +5,7 @@ Instead of the gradient of one loss, a training step takes the Jacobian of sever
 aggregates its rows into one update that hurts none of them.
 """
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from jdcore.config import to_config
 from jdcore.errors import (
@@ -13,6 +13,8 @@ from jdcore.errors import (
     GraphError,
     JDCoreError,
     JDCoreWarning,
+    MissingMethodError,
+    MissingPackageError,
     NonDifferentiableError,
     NonFiniteError,
     ParameterError,
@@ -21,7 +23,9 @@ from jdcore.errors import (
     PluginError,
     PluginWarning,
     RowByRowWarning,
+    SinglePassError,
     UnknownNameError,
+    UnservedGraphError,
     UnsolvedWarning,
     VectorizationError,
     VectorizationWarning,
@@ -70,6 +74,8 @@ __all__ = [
     "GraphError",
     "JDCoreError",
     "JDCoreWarning",
+    "MissingMethodError",
+    "MissingPackageError",
     "NonDifferentiableError",
     "NonFiniteError",
     "ParameterError",
@@ -82,9 +88,11 @@ __all__ = [
     "RowByRowWarning",
     "Scalarizer",
     "ScalarizerSpec",
+    "SinglePassError",
     "SolverSpec",
     "Stateful",
     "UnknownNameError",
+    "UnservedGraphError",
     "UnsolvedWarning",
     "VectorizationError",
     "VectorizationWarning",
@@ -104,3 +112,12 @@ __all__ = [
     "register",
     "to_config",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        # On demand, as it reads the metadata of the distribution.
+        from importlib.metadata import version
+
+        return version("jdcore")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -20,6 +20,7 @@ __all__ = [
     "JDCoreError",
     "JDCoreWarning",
     "MissingMethodError",
+    "MissingPackageError",
     "NonDifferentiableError",
     "NonFiniteError",
     "ParameterError",
@@ -118,6 +119,23 @@ class MissingMethodError(UnknownNameError, ImportError):
     """An import from ``jdcore.aggregation`` asked for a known method that is not installed."""
 
     name: str  # both bases have it
+
+
+class MissingPackageError(JDCoreError, ImportError):
+    """
+    A package is needed that jdcore does without otherwise, and it is not installed.
+
+    :param packages: Names of the packages.
+    :param command: What installs them.
+    """
+
+    def __init__(self, packages: Sequence[str], command: str) -> None:
+        super().__init__(f"Not installed: {', '.join(packages)}. Run: {command}")
+        self.packages = tuple(packages)
+        self.command = command
+
+    def __reduce__(self) -> tuple[type, tuple[object, ...]]:
+        return type(self), (self.packages, self.command)
 
 
 class AmbiguousNameError(JDCoreError, LookupError):

@@ -28,6 +28,7 @@ __all__ = [
 ]
 
 ENTRY_POINT_GROUP = "jdcore.plugins"
+"""The group of entry points that plugins are found by."""
 
 hookspec = pluggy.HookspecMarker("jdcore")
 hookimpl = pluggy.HookimplMarker("jdcore")

@@ -30,6 +30,7 @@ __all__ = [
     "FairAllocationSolver",
     "GeneralizedWeighting",
     "MinNormSolver",
+    "NashBargainingSolver",
     "Scalarizer",
     "Stateful",
     "Weighting",

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from jdcore.autojac import _checks as checks
 from jdcore.autojac._hidden import is_reentrant, refuse_default
-from jdcore.autojac.transform import Diagonalize, Init, Transform, jac_of
+from jdcore.autojac.transform import Diagonalize, Init, Transform
+from jdcore.autojac.transform._sharded import jac_of
 from jdcore.distributed._passes import telling_holders
 from jdcore.distributed._refusals import refuse_flat
 from jdcore.errors import ParameterError

@@ -13,14 +13,14 @@ from jdcore.autojac.transform import (
     AccumulateGrad,
     AccumulateJac,
     Grad,
-    Heads,
     Init,
     Jac,
     Keep,
     PerTask,
-    ShardedTasks,
     Transform,
 )
+from jdcore.autojac.transform._sharded import ShardedTasks
+from jdcore.autojac.transform._tasks import Heads
 from jdcore.distributed._heads import check_can_wait, note_local_gradients
 from jdcore.distributed._passes import is_spread, telling_holders
 from jdcore.distributed._sharding import Gathered

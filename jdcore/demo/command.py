@@ -10,7 +10,7 @@ from inspect import Parameter, signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jdcore.errors import JDCoreError, ParameterError
+from jdcore.errors import MissingPackageError, ParameterError
 from jdcore.registry import describe, get_aggregator
 
 if TYPE_CHECKING:
@@ -105,7 +105,7 @@ def require_extra() -> None:
     """Check that what the demo and the experiments import is installed."""
     missing = [package for module, package in _EXTRA.items() if find_spec(module) is None]
     if missing:
-        raise JDCoreError(f"Not installed: {', '.join(missing)}. Run: pip install 'jdcore[demo]'")
+        raise MissingPackageError(missing, "pip install 'jdcore[demo]'")
 
 
 def writable_folder(path: Path) -> Path:

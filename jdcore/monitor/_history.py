@@ -7,7 +7,7 @@ from typing import Any
 import attrs
 from attrs import define, field
 
-from jdcore.errors import JDCoreError
+from jdcore.errors import MissingPackageError
 from jdcore.monitor._numbers import Numbers
 
 _FEW = 16
@@ -175,13 +175,13 @@ class History:
         """
         A pandas ``DataFrame`` of one row per step, indexed by the number of the step.
 
-        :raises JDCoreError: If pandas is not installed.
+        :raises MissingPackageError: If pandas is not installed.
         """
         try:
             # For this call alone: no other part of a record needs it.
             import pandas
         except ImportError as error:
-            raise JDCoreError("Not installed: pandas. Run: pip install pandas") from error
+            raise MissingPackageError(["pandas"], "pip install pandas") from error
         return pandas.DataFrame(self.to_dict()).set_index("index")
 
     def __repr__(self) -> str:

@@ -11,11 +11,14 @@ from jdcore import errors
 from jdcore.autojac import _vmap, backward
 from jdcore.errors import JDCoreWarning, VectorizationWarning
 
+ROOT = Path(__file__).parents[2]
+
 EXAMPLES = [
     errors.ParameterError("c", ">= 0", -1.0, "Give a radius."),
     errors.ParameterTypeError("c", "a real number", "'a'"),
     errors.UnknownNameError("a", "aggregator", ["b"], ["b", "c"], "Hint."),
     errors.MissingMethodError("UPGrad", "aggregator"),
+    errors.MissingPackageError(["pandas", "matplotlib"], "pip install pandas matplotlib"),
     errors.AmbiguousNameError("a", "aggregator", ["x:a", "y:a"]),
     errors.PluginError("x (y)", "it is broken."),
     errors.NonFiniteError([0, 2]),
@@ -23,6 +26,13 @@ EXAMPLES = [
     errors.GraphError("keys are missing"),
     errors.VectorizationError("aten::sort cannot be batched."),
     errors.SinglePassError("its memory is reused", "Set a switch."),
+    errors.PeerError(3, "it ran out of data"),
+    errors.PeerError(None, "their shapes differ"),
+    errors.UnservedGraphError("a layer", "it mixes samples", "Leave it out.", "losses"),
+    errors.JDCoreWarning("something"),
+    errors.PluginWarning("a plugin failed"),
+    errors.RowByRowWarning(3, "a tensor has a hook"),
+    errors.VectorizationWarning("aten::sort cannot be batched."),
     errors.UnsolvedWarning("dual_cone", 1e-3, "its solver stopped early"),
 ]
 
@@ -34,6 +44,18 @@ def test_every_exception_crosses_process_borders_with_its_parts(error: Exception
     assert type(copy) is type(error)
     assert str(copy) == str(error)
     assert copy.__dict__ == error.__dict__
+
+
+def test_every_exception_is_among_the_examples() -> None:
+    assert {type(example).__name__ for example in EXAMPLES} == {*errors.__all__} - {
+        "JDCoreError",
+        "warn",
+    }
+
+
+def test_nothing_raises_the_base_class() -> None:
+    for path in sorted(ROOT.glob("jdcore/**/*.py")) + sorted(ROOT.glob("jdplugins/*/src/**/*.py")):
+        assert "raise JDCoreError(" not in path.read_text(encoding="utf-8"), path
 
 
 @pytest.mark.parametrize("name", [name for name in errors.__all__ if name != "warn"])

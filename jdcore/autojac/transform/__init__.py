@@ -20,9 +20,9 @@ tensor([[2., 0.],
 from jdcore.autojac.transform._accumulate import AccumulateGrad, AccumulateJac
 from jdcore.autojac.transform._base import Chain, Transform, Union
 from jdcore.autojac.transform._differentiate import Grad, Jac
-from jdcore.autojac.transform._sharded import ShardedJac, ShardedTasks, jac_of
+from jdcore.autojac.transform._sharded import ShardedJac
 from jdcore.autojac.transform._sources import Diagonalize, Init, Keep
-from jdcore.autojac.transform._tasks import Heads, PerTask
+from jdcore.autojac.transform._tasks import PerTask
 
 __all__ = [
     "AccumulateGrad",
@@ -30,14 +30,11 @@ __all__ = [
     "Chain",
     "Diagonalize",
     "Grad",
-    "Heads",
     "Init",
     "Jac",
     "Keep",
     "PerTask",
     "ShardedJac",
-    "ShardedTasks",
     "Transform",
     "Union",
-    "jac_of",
 ]

@@ -10,7 +10,7 @@ from jdcore.autojac.transform._base import Transform, Values, describe_keys
 
 class AccumulateJac(Transform):
     """
-    Add Jacobians [m, *S] to the ``.jac`` of their keys; gives nothing.
+    Add Jacobians ``[m, *S]`` to the ``.jac`` of their keys; gives nothing.
 
     Nothing is written if any of the Jacobians does not fit the ``.jac`` that is already there. The
     values become the ``.jac``: they must not be used elsewhere.

@@ -63,8 +63,8 @@ class Diagonalize(Transform):
     """
     Make every element of the tensors an objective of its own.
 
-    Gradients of shapes S1, S2, ... with m elements in all become the blocks [m, *S1], [m, *S2], ...
-    of a diagonal matrix: row i holds the i-th element and zeros.
+    Gradients of shapes S1, S2, ... with m elements in all become the blocks ``[m, *S1]``,
+    ``[m, *S2]``, ... of a diagonal matrix: row i holds the i-th element and zeros.
 
     :param keys: Keys needed and given; their order is the order of the rows.
     """
