@@ -9,7 +9,7 @@ group checks the tensors a method is called with.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from attrs import Attribute
@@ -28,6 +28,7 @@ __all__ = [
     "check_matrix",
     "describe_tensor",
     "generator",
+    "holds_real_numbers",
     "integer",
     "one_of",
     "real",
@@ -37,12 +38,29 @@ __all__ = [
 
 
 def describe_tensor(value: object) -> str:
-    """One phrase for an error message: dtype and shape of a tensor, the type of anything else."""
+    """
+    One phrase for an error message: dtype and shape of a tensor, the type of anything else.
+
+    Also what is unusual about a tensor: that it is nested, sparse, or without values.
+    """
     if isinstance(value, Tensor):
+        dtype = str(value.dtype).removeprefix("torch.")
         if value.is_nested:  # there is no shape to tell
-            return f"a nested {str(value.dtype).removeprefix('torch.')} Tensor"
-        return f"a {str(value.dtype).removeprefix('torch.')} Tensor of shape {list(value.shape)}"
+            return f"a nested {dtype} Tensor"
+        layout = str(value.layout).removeprefix("torch.").replace("strided", "")
+        where = " on the meta device" if value.is_meta else ""
+        return f"a {f'{layout} {dtype}'.strip()} Tensor of shape {list(value.shape)}{where}"
     return f"a {type(value).__name__}"
+
+
+def holds_real_numbers(value: object) -> TypeGuard[Tensor]:
+    """Whether something is a dense tensor of real numbers, which are there."""
+    # A nested tensor comes first, as some of them know no layout but the usual one.
+    return (
+        isinstance(value, Tensor)
+        and not (value.is_nested or value.is_complex() or value.is_meta)
+        and value.layout == torch.strided
+    )
 
 
 def check_flag(value: bool, parameter: str) -> bool:

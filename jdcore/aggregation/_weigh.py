@@ -12,7 +12,7 @@ from jdcore.aggregation._observation import Observation, Residuals, observed, to
 from jdcore.aggregation._source import ColumnsSource, GramianSource
 from jdcore.errors import ParameterError, ParameterTypeError
 from jdcore.linalg import unflatten_gramian
-from jdcore.validators import describe_tensor
+from jdcore.validators import describe_tensor, holds_real_numbers
 
 Result = tuple[list[Tensor], Tensor | None]
 
@@ -114,7 +114,7 @@ def _ask(weighting: Any, source: GramianSource, shape: Sequence[int] | None) -> 
         expected = (source.rows,)
         takes = _takes_source(cls)
         weights = weighting.weigh(source) if takes else weighting(source.gramian())
-    if not isinstance(weights, Tensor) or weights.shape != expected or weights.is_complex():
+    if not holds_real_numbers(weights) or weights.shape != expected:
         raise ParameterError(
             "weighting",
             f"one that returns real weights of shape {list(expected)}",

@@ -18,7 +18,7 @@ from jdcore.distributed._step import LocalRows, Update, no_jacobians
 from jdcore.distributed._teams import find_team
 from jdcore.errors import ParameterError
 from jdcore.protocols import Aggregator
-from jdcore.validators import check_flag, describe_tensor, tensor_list
+from jdcore.validators import check_flag, describe_tensor, holds_real_numbers, tensor_list
 
 
 @torch.no_grad()
@@ -207,9 +207,9 @@ def _aggregate_matrix(aggregator: Aggregator, blocks: Sequence[Tensor]) -> list[
     # A plain function knows no blocks: for it alone the Jacobian is put together.
     vector = aggregator(_matrix(blocks))
     n = sum(block.shape[1] for block in blocks)
-    if not isinstance(vector, Tensor) or vector.shape != (n,):
+    if not holds_real_numbers(vector) or vector.shape != (n,):
         raise ParameterError(
-            "aggregator", f"a function that returns a Tensor of shape [{n}]", _word(vector)
+            "aggregator", f"a function that returns a real Tensor of shape [{n}]", _word(vector)
         )
     # Copied, as the function may keep its vector or have returned a row of the matrix: optimizers
     # write into a `.grad`.
@@ -219,10 +219,10 @@ def _aggregate_matrix(aggregator: Aggregator, blocks: Sequence[Tensor]) -> list[
 
 def _check_vectors(vectors: Sequence[Tensor], blocks: Sequence[Tensor]) -> None:
     expected = [(block.shape[1],) for block in blocks]
-    got = [tuple(v.shape) if isinstance(v, Tensor) else describe_tensor(v) for v in vectors]
+    got = [tuple(v.shape) if holds_real_numbers(v) else describe_tensor(v) for v in vectors]
     if got != expected:
         raise ParameterError(
-            "aggregator", f"one that returns vectors of shapes {expected}", f"shapes {got}"
+            "aggregator", f"one that returns real vectors of shapes {expected}", f"shapes {got}"
         )
 
 

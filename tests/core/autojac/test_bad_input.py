@@ -243,8 +243,8 @@ def test_jac_to_grad_refuses(scene: Scene) -> None:
     refused("at least one Tensor, got none", tensors=[])
     refused("at least one has a .jac", tensors=[scene.frozen, scene.constant])
     refused("an Aggregator or a function", aggregator="upgrad")
-    refused(r"returns a Tensor of shape \[2\]", aggregator=torch.sum)
-    refused(r"returns a Tensor of shape \[2\]", aggregator=lambda matrix: None)
+    refused(r"returns a real Tensor of shape \[2\]", aggregator=torch.sum)
+    refused(r"returns a real Tensor of shape \[2\]", aggregator=lambda matrix: None)
 
 
 def test_jac_to_grad_refuses_jacobians_that_do_not_fit_together(scene: Scene) -> None:

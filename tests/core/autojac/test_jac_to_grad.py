@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from jdcore import ParameterError, ParameterTypeError
 from jdcore._fields import get_jac
 from jdcore.aggregation import GramianAggregator, MeanWeighting, as_module
-from jdcore.autojac import backward, jac, jac_to_grad, zero_jac
+from jdcore.autojac import backward, gramian_backward, jac, jac_to_grad, zero_jac
 
 
 def _by_norm(gramian: Tensor) -> Tensor:
@@ -181,6 +182,49 @@ def test_an_aggregator_that_returns_other_shapes_changes_nothing() -> None:
         jac_to_grad([a, b], Wrong())
     assert a.grad is None
     assert a.jac.shape == (5, 2)
+
+
+_NO_NUMBERS: dict[str, Callable[[Tensor], Tensor]] = {
+    "a complex128 Tensor": lambda vector: vector * 1j,
+    "a sparse_coo float64 Tensor": Tensor.to_sparse,
+    "on the meta device": lambda vector: vector.to("meta"),
+    "a nested float64 Tensor": lambda vector: torch.nested.as_nested_tensor([vector]),
+}
+
+
+@pytest.mark.parametrize("kind", _NO_NUMBERS)
+@pytest.mark.parametrize("blockwise", [False, True])
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_vectors_that_are_no_dense_real_numbers_are_refused_and_nothing_changes(
+    kind: str, blockwise: bool
+) -> None:
+    class Blockwise(_FirstRow):
+        def aggregate_blocks(self, blocks: list[Tensor]) -> tuple[list[Tensor], None]:
+            return [_NO_NUMBERS[kind](block[0]) for block in blocks], None
+
+    a = torch.ones(2, dtype=torch.float64, requires_grad=True)
+    backward(a * 2)
+    aggregator = Blockwise() if blockwise else lambda jacobian: _NO_NUMBERS[kind](jacobian[0])
+    with pytest.raises(ParameterError, match=kind):
+        jac_to_grad(a, aggregator)
+    assert a.grad is None
+    assert a.jac.shape == (2, 2)
+
+
+@pytest.mark.parametrize("kind", _NO_NUMBERS)
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_weights_that_are_no_dense_real_numbers_are_refused_and_nothing_changes(kind: str) -> None:
+    def weighting(gramian: Tensor) -> Tensor:
+        return _NO_NUMBERS[kind](gramian[0])
+
+    a = torch.ones(2, dtype=torch.float64, requires_grad=True)
+    backward(a * 2)
+    with pytest.raises(ParameterError, match=kind):
+        jac_to_grad(a, GramianAggregator(weighting))
+    with pytest.raises(ParameterError, match=kind):
+        gramian_backward(a * 2, weighting)
+    assert a.grad is None
+    assert a.jac.shape == (2, 2)
 
 
 def _two_losses(weight: Tensor, data: Tensor) -> Tensor:
