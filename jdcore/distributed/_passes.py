@@ -84,9 +84,14 @@ class SpreadPasses:
         leaves = self.gathered.shards(reach(outputs).leaves)
         return list(dict.fromkeys([*self.targets, *leaves]))
 
+    @property
+    def grid(self) -> Grid:
+        """The processes that hold all of these."""
+        return Grid.of(self.everything)
+
     def meeting(self) -> Meeting:
         """A meeting of the processes."""
-        return Meeting(Grid.of(self.everything).groups, self.everything[0].device)
+        return Meeting(self.grid.groups, self.everything[0].device)
 
     def check(self, meeting: Meeting, *, at_once: bool | None, fits: bool) -> bool:
         """

@@ -45,31 +45,7 @@ class ShardedColumns(Columns):
         self._tensors = tensors
         # A copied column would be counted once for each process that holds it.
         self._counts = [grid.counts(tensor) for tensor in tensors]
-        self._check_copies()
-
-    def _check_copies(self) -> None:
-        """
-        Check that copies which no DTensor keeps equal have the same rows.
-
-        :raises ParameterError: If they differ: nobody has reduced them.
-        """
-        unsure: dict[tuple[Group, ...], list[Tensor]] = {}
-        for tensor, block in zip(self._tensors, self.blocks, strict=True):
-            groups = self._grid.unknown(tensor)
-            if groups:
-                unsure.setdefault(tuple(groups), []).append(block)
-        if not unsure:  # on all processes, as all have the same tensors
-            return
-        differ = [_differ(self._meeting, blocks, groups) for groups, blocks in unsure.items()]
-        [some] = self._meeting.agree(Stage.PRESENCE, int(any(differ)))
-        if some:
-            raise ParameterError(
-                "tensors",
-                "DTensors, or parameters with the same rows on all processes of their mesh",
-                "plain parameters whose rows differ between processes",
-                "Their gradients are not reduced by anything: shard them too, or make them "
-                "DTensors with the placement Replicate().",
-            )
+        check_copies(meeting, grid, tensors, self.blocks, "tensors")
 
     def product(self, scale: float) -> Tensor:
         own = sum_gramians(self._counted(self.blocks, scale))
@@ -124,11 +100,46 @@ class ShardedColumns(Columns):
         return counted if scale == 1.0 else [block / scale for block in counted]
 
 
+def check_copies(
+    meeting: Meeting,
+    grid: Grid,
+    tensors: Sequence[Tensor],
+    matrices: Sequence[Tensor],
+    parameter: str,
+) -> None:
+    """
+    Check that copies which no DTensor keeps equal have the same rows.
+
+    :param grid: How the processes hold the tensors.
+    :param tensors: The parameters, the same on all processes.
+    :param matrices: The rows [m, k] of what this process holds of each.
+    :param parameter: What the parameters are called in messages.
+    :raises ParameterError: If they differ: nobody has reduced them.
+    """
+    unsure: dict[tuple[Group, ...], list[Tensor]] = {}
+    for tensor, matrix in zip(tensors, matrices, strict=True):
+        groups = grid.unknown(tensor)
+        if groups:
+            unsure.setdefault(tuple(groups), []).append(matrix)
+    if not unsure:  # on all processes, as all have the same tensors
+        return
+    differ = [_differ(meeting, some, groups) for groups, some in unsure.items()]
+    [anywhere] = meeting.agree(Stage.PRESENCE, int(any(differ)))
+    if anywhere:
+        raise ParameterError(
+            parameter,
+            "DTensors, or parameters with the same rows on all processes of their mesh",
+            "plain parameters whose rows differ between processes",
+            "Their gradients are not reduced by anything: shard them too, or make them "
+            "DTensors with the placement Replicate().",
+        )
+
+
 def _differ(meeting: Meeting, blocks: list[Tensor], groups: Sequence[Group]) -> bool:
     """Whether rows differ between the processes of some groups."""
-    # Of rows that are equal up to rounding, the products are, too: m x m numbers in place of the
-    # rows.
-    own = sum_gramians(blocks)
+    # Of rows that are equal up to rounding, the products are, too: m x m numbers for each parameter
+    # in place of its rows.
+    own = torch.stack([sum_gramians([block]) for block in blocks])
     both = torch.stack([own, -own])
     meeting.agree(Stage.PRESENCE)
     for group in groups:

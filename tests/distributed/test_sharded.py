@@ -33,6 +33,7 @@ from tests.distributed.common import (
     TASKS,
     Tasks,
     assert_close,
+    assert_identical,
     batch,
     gradients,
     losses_of,
@@ -326,6 +327,21 @@ def _not_served() -> None:
     losses = losses_of([head(features) for head in heads])
     refused(ParameterError, "fully_shard to the heads", mtl_backward, losses, features)
     assert not gradients(mixed)
+
+    # Heads that are not wrapped at all: nothing reduces their gradients, either.
+    apart = Tasks()
+    fsdp.fully_shard(apart.trunk)
+    for chunk_size in (1, 3):
+        features, outputs = apart(own_batch())
+        losses = losses_of(outputs)
+        chunked = partial(mtl_backward, parallel_chunk_size=chunk_size)
+        refused(ParameterError, "tasks_params.*not reduced", chunked, losses, features)
+        assert not gradients(apart)
+        assert not any(hasattr(p, "jac") for p in apart.parameters())
+    # The same on all processes, as of one batch, they need nobody.
+    features, outputs = apart(batch(0))
+    mtl_backward(losses_of(outputs), features)
+    assert_identical(gradients(apart.heads))
 
     class Half(nn.Module):
         """A parameter that FSDP2 is told to ignore, so that nothing reduces its gradient."""

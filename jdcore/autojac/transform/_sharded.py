@@ -11,7 +11,8 @@ from jdcore.autojac.transform._base import Transform, Values
 from jdcore.autojac.transform._differentiate import Jac
 from jdcore.distributed._gathering import without_hooks
 from jdcore.distributed._passes import Pass, SpreadPasses, is_spread
-from jdcore.distributed._sharding import Gathered, like, local_part, rows_like
+from jdcore.distributed._sharded import check_copies
+from jdcore.distributed._sharding import Gathered, is_dtensor, like, local_part, rows_like
 from jdcore.graph import Reach
 
 # Bytes of the rows of gathered parameters, where a device does not tell how much memory it has.
@@ -140,8 +141,16 @@ class ShardedTasks(Transform):
                 parts, sums = together.gather(meeting, lambda: self._whole(values))
         if not gathers:
             parts, sums = self._by_passes(together, len(values))
+        self._check_copies(together, sums)
         jacobians = {key: rows_like(key, parts[key]) for key in self.rows}
         return jacobians | {key: like(key, part[0]) for key, part in sums.items()}
+
+    def _check_copies(self, together: SpreadPasses, sums: Values) -> None:
+        """Refuse plain parameters of tasks whose gradients nobody would reduce."""
+        plain = {key: as_matrix(part) for key, part in sums.items() if not is_dtensor(key)}
+        if plain:  # on all processes, as all have the same tensors
+            with together.meeting() as meeting:
+                check_copies(meeting, together.grid, [*plain], [*plain.values()], "tasks_params")
 
     def _whole(self, values: Values) -> tuple[Values, Values]:
         found = self.whole(values)
