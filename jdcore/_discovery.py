@@ -74,6 +74,29 @@ class PluginRecord:
         )
 
 
+@frozen
+class Kind:
+    """
+    What is found by its name alone: aggregators or scalarizers.
+
+    :param word: What messages call one.
+    :param spec: The class of its specs.
+    """
+
+    word: str
+    spec: type[AggregatorSpec] | type[ScalarizerSpec]
+
+    def specs_of(self, record: PluginRecord) -> tuple[Any, ...]:
+        """The specs of this kind among those of a plugin."""
+        specs: tuple[Any, ...] = getattr(record, f"{self.word}s")
+        return specs
+
+
+AGGREGATOR = Kind("aggregator", AggregatorSpec)
+SCALARIZER = Kind("scalarizer", ScalarizerSpec)
+KINDS = (AGGREGATOR, SCALARIZER)
+
+
 @frozen(kw_only=True, eq=False)
 class Plugin:
     """

@@ -13,10 +13,13 @@ from functools import cache
 from typing import Any, ClassVar
 
 from jdcore._catalogue import distribution_of
+from jdcore._discovery import AGGREGATOR, SCALARIZER, Kind
 from jdcore._registry import load_factory, registry
+from jdcore._tables import Entry
 from jdcore.aggregation._aggregator import GramianAggregator
-from jdcore.errors import MissingMethodError, ParameterError, UnknownNameError
+from jdcore.errors import AmbiguousNameError, MissingMethodError, ParameterError, UnknownNameError
 from jdcore.protocols import Weighting
+from jdcore.spec import normalize_name
 
 __all__ = [
     "ComposedAggregator",
@@ -69,64 +72,57 @@ def scalarizer_class(name: str) -> type:
     return load_factory(entry.qualified_name, entry.spec.scalarizer)
 
 
-def exported_scalarizer(class_name: str) -> type:
-    """
-    The class that ``jdcore.scalarization`` exports under this name.
-
-    :raises AttributeError: If no scalarizer has this class name.
-    :raises MissingMethodError: If a known distribution that is not installed provides it.
-    """
-    for name in registry.scalarizers():
-        if registry.scalarizer(name).spec.class_name == class_name:
-            return scalarizer_class(name)
-    try:
-        spec = registry.scalarizer(class_name).spec
-    except UnknownNameError as error:
-        if distribution_of(class_name, kind="scalarizer") is None:
-            raise AttributeError(str(error), name=class_name) from error
-        raise MissingMethodError(
-            class_name, error.kind, error.close, error.known, error.hint
-        ) from None
-    raise AttributeError(
-        f"no scalarizer has the class name {class_name!r}; did you mean {spec.class_name!r}?",
-        name=class_name,
-    )
-
-
-def exported_scalarizers() -> list[str]:
-    """The names of all classes that ``jdcore.scalarization`` exports for registered scalarizers."""
-    return [registry.scalarizer(name).spec.class_name for name in registry.scalarizers()]
-
-
 def exported_class(class_name: str) -> type:
     """
     The class that ``jdcore.aggregation`` exports under this name.
 
     :raises AttributeError: If no method has this class name (so that ``hasattr`` works).
     :raises MissingMethodError: If a known distribution that is not installed provides it.
+    :raises AmbiguousNameError: If several distributions provide it.
     """
     base = class_name.removesuffix("Weighting")
-    try:
-        entry = registry.aggregator(base)
-    except UnknownNameError as error:
-        if distribution_of(base) is None:
-            raise AttributeError(str(error), name=class_name) from error
-        raise MissingMethodError(
-            class_name, error.kind, error.close, error.known, error.hint
-        ) from None
-    # The registry finds names in any spelling; an import has one.
-    if entry.spec.class_name != base:
-        raise AttributeError(
-            f"no method has the class name {base!r}; did you mean {entry.spec.class_name!r}?",
-            name=class_name,
-        )
     find = aggregator_class if class_name == base else weighting_class
-    return find(entry.qualified_name)
+    return find(_exported(AGGREGATOR, base, class_name).qualified_name)
+
+
+def exported_scalarizer(class_name: str) -> type:
+    """
+    The class that ``jdcore.scalarization`` exports under this name. Errors as
+    :func:`exported_class`.
+    """
+    return scalarizer_class(_exported(SCALARIZER, class_name, class_name).qualified_name)
+
+
+def _exported(kind: Kind, class_name: str, asked: str) -> Entry:
+    found = [e for e in registry.entries(kind) if e.spec.class_name == class_name]
+    # Another method of the same class name, such as one of a notebook, takes it from nobody.
+    called_so = [e for e in found if normalize_name(e.spec.name) == normalize_name(class_name)]
+    found = called_so or found
+    if len({entry.distribution for entry in found}) > 1:
+        raise AmbiguousNameError(asked, kind.word, [entry.qualified_name for entry in found])
+    if found:
+        return found[0]
+    try:
+        spec = registry.entry(kind, class_name).spec
+    except UnknownNameError as error:
+        if distribution_of(class_name, kind=kind.word) is None:
+            raise AttributeError(str(error), name=asked) from error
+        raise MissingMethodError(asked, error.kind, error.close, error.known, error.hint) from None
+    # The registry finds names in any spelling; an import has one.
+    raise AttributeError(
+        f"no {kind.word} has the class name {class_name!r}; did you mean {spec.class_name!r}?",
+        name=asked,
+    )
+
+
+def exported_scalarizers() -> list[str]:
+    """The names of all classes that ``jdcore.scalarization`` exports for registered scalarizers."""
+    return [entry.spec.class_name for entry in registry.entries(SCALARIZER)]
 
 
 def exported_names() -> list[str]:
     """The names of all classes that ``jdcore.aggregation`` exports for registered methods."""
-    specs = [registry.aggregator(name).spec for name in registry.aggregators()]
+    specs = [entry.spec for entry in registry.entries(AGGREGATOR)]
     weightings = [f"{s.class_name}Weighting" for s in specs if s.weighting is not None]
     return [s.class_name for s in specs] + weightings
 

@@ -9,12 +9,16 @@ import os
 import threading
 from collections.abc import Collection, Iterable, Mapping
 from functools import cache
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn
 
 from attrs import frozen
 
 from jdcore._catalogue import distribution_of, solver_names
 from jdcore._discovery import (
+    AGGREGATOR,
+    KINDS,
+    SCALARIZER,
+    Kind,
     PluginRecord,
     installed_plugins,
     names_of,
@@ -41,17 +45,14 @@ from jdcore.spec import (
     normalize_name,
 )
 
-T = TypeVar("T", AggregatorSpec, ScalarizerSpec)
-
 
 @frozen(kw_only=True, eq=False)
 class _Known:
     """What look-ups see: made as a whole, published at once, never changed."""
 
     records: tuple[PluginRecord, ...]
-    aggregators: NameTable
+    methods: dict[Kind, NameTable]
     solvers: dict[str, NameTable]
-    scalarizers: NameTable
     rules: OperationTable
 
     def solver_table(self, problem: str) -> NameTable:
@@ -66,7 +67,7 @@ class _Known:
     def clashes(self) -> list[tuple[str, str]]:
         return [
             (" and ".join(claims), f"they claim the same {table.kind} name {name!r}.")
-            for table in (self.aggregators, self.scalarizers, *self.solvers.values())
+            for table in (*self.methods.values(), *self.solvers.values())
             for name, claims in table.clashes().items()
         ] + [
             (" and ".join(claims), f"they claim the same operation {operation}. {CHOOSE}")
@@ -84,8 +85,7 @@ class Registry:
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
-        self._runtime: dict[str, AggregatorSpec] = {}
-        self._runtime_scalarizers: dict[str, ScalarizerSpec] = {}
+        self._runtime: dict[Kind, dict[str, Any]] = {kind: {} for kind in KINDS}
         self._runtime_rules: dict[str, GramianRuleSpec] = {}
         self._forget()
 
@@ -108,22 +108,23 @@ class Registry:
     def register(self, spec: AggregatorSpec | ScalarizerSpec | GramianRuleSpec) -> None:
         if isinstance(spec, GramianRuleSpec):
             self._register_rule(spec)
-        elif isinstance(spec, AggregatorSpec):
-            self._register_method(spec, self._discover().aggregators, self._runtime)
-        elif isinstance(spec, ScalarizerSpec):
-            self._register_method(spec, self._discover().scalarizers, self._runtime_scalarizers)
-        else:
-            expected = "an AggregatorSpec, a ScalarizerSpec or a GramianRuleSpec"
-            raise ParameterTypeError("spec", expected, repr(spec))
+            return
+        for kind in KINDS:
+            if isinstance(spec, kind.spec):
+                self._register_method(spec, kind)
+                return
+        expected = "an AggregatorSpec, a ScalarizerSpec or a GramianRuleSpec"
+        raise ParameterTypeError("spec", expected, repr(spec))
 
-    def _register_method(self, spec: T, table: NameTable, runtime: dict[str, T]) -> None:
+    def _register_method(self, spec: AggregatorSpec | ScalarizerSpec, kind: Kind) -> None:
+        table = self._discover().methods[kind]
         for name in names_of(spec):
             entry = table.find(name)
             # A cell of a notebook that runs again replaces what it registered.
             if entry is not None and entry.qualified_name != f"{RUNTIME}:{spec.name}":
                 raise ParameterError("name", "free", f"{name!r}, taken by {entry.qualified_name}")
         with self._lock:
-            runtime[spec.name] = spec
+            self._runtime[kind][spec.name] = spec
             self._known = None  # made anew by the next look-up; no plugin is loaded again
 
     def _register_rule(self, spec: GramianRuleSpec) -> None:
@@ -168,21 +169,19 @@ class Registry:
     def _tables(self, loading: Loading) -> _Known:
         """The tables of all that is loaded and registered at this moment."""
         with self._lock:
-            runtime, runtime_rules = [*self._runtime.values()], [*self._runtime_rules.values()]
-            runtime_scalarizers = [*self._runtime_scalarizers.values()]
+            runtime = {kind: [*self._runtime[kind].values()] for kind in KINDS}
+            runtime_rules = [*self._runtime_rules.values()]
             records = loading.records()
         return _Known(
             records=records,
-            aggregators=_name_table(
-                "aggregator",
-                [(r.distribution, spec) for r in records for spec in r.aggregators]
-                + [(RUNTIME, spec) for spec in runtime],
-            ),
-            scalarizers=_name_table(
-                "scalarizer",
-                [(r.distribution, spec) for r in records for spec in r.scalarizers]
-                + [(RUNTIME, spec) for spec in runtime_scalarizers],
-            ),
+            methods={
+                kind: _name_table(
+                    kind,
+                    [(r.distribution, spec) for r in records for spec in kind.specs_of(r)]
+                    + [(RUNTIME, spec) for spec in runtime[kind]],
+                )
+                for kind in KINDS
+            },
             solvers=_solver_tables([(r.distribution, s) for r in records for s in r.solvers]),
             rules=_rule_table(
                 [(r.distribution, rule) for r in records for rule in r.gramian_rules]
@@ -224,11 +223,15 @@ class Registry:
 
     # -- look-up -----------------------------------------------------------------------------------
 
+    def entries(self, kind: Kind) -> list[Entry]:
+        """All of a kind, by name; also those whose plain name several distributions claim."""
+        return list(self._discover().methods[kind])
+
     def aggregators(self) -> list[str]:
-        return self._discover().aggregators.listed_names()
+        return self._discover().methods[AGGREGATOR].listed_names()
 
     def scalarizers(self) -> list[str]:
-        return self._discover().scalarizers.listed_names()
+        return self._discover().methods[SCALARIZER].listed_names()
 
     def solvers(self, problem: str) -> list[str]:
         return self._discover().solver_table(problem).listed_names()
@@ -237,36 +240,34 @@ class Registry:
         return sorted(self._discover().solvers)
 
     def aggregator(self, name: str) -> Entry:
+        """The entry of a method. Raises as :meth:`entry`."""
+        return self.entry(AGGREGATOR, name)
+
+    def scalarizer(self, name: str) -> Entry:
+        """The entry of a scalarizer. Raises as :meth:`entry`."""
+        return self.entry(SCALARIZER, name)
+
+    def entry(self, kind: Kind, name: str) -> Entry:
         """
-        The entry of a method.
+        The entry under a name.
 
         :raises ParameterTypeError: If the name is no string.
         :raises AmbiguousNameError: If several distributions claim the plain name.
         :raises PluginError: If the plugin that is known to provide it failed or is switched off.
-        :raises UnknownNameError: If there is no such method.
+        :raises UnknownNameError: If there is none of this name.
         """
         if not isinstance(name, str):
             raise ParameterTypeError("name", "a string", repr(name))
         known = self._discover()
-        entry = known.aggregators.find(name)
+        entry = known.methods[kind].find(name)
         if entry is None:
-            _raise_unknown(name, known.aggregators, known)
-        return entry
-
-    def scalarizer(self, name: str) -> Entry:
-        """The entry of a scalarizer. Raises as :meth:`aggregator`."""
-        if not isinstance(name, str):
-            raise ParameterTypeError("name", "a string", repr(name))
-        known = self._discover()
-        entry = known.scalarizers.find(name)
-        if entry is None:
-            _raise_unknown(name, known.scalarizers, known)
+            _raise_unknown(name, known.methods[kind], known)
         return entry
 
     def solver(self, problem: str, name: str) -> tuple[Entry, str | None]:
         """
         The entry of a solver backend and the variant asked for, from ``"name"``, ``"name:variant"``
-        or either after ``"distribution:"``. Raises as :meth:`aggregator`.
+        or either after ``"distribution:"``. Raises as :meth:`entry`.
         """
         if not isinstance(name, str):
             raise ParameterTypeError("solver", "a string", repr(name))
@@ -313,9 +314,9 @@ class Registry:
 
 
 def _name_table(
-    kind: str, methods: Iterable[tuple[str, AggregatorSpec | ScalarizerSpec]]
+    kind: Kind, methods: Iterable[tuple[str, AggregatorSpec | ScalarizerSpec]]
 ) -> NameTable:
-    table = NameTable(kind)
+    table = NameTable(kind.word)
     for distribution, spec in methods:
         table.add(Entry(distribution, spec), names_of(spec))
     return table
@@ -376,14 +377,10 @@ def _raise_unknown(name: str, table: NameTable, known: _Known) -> NoReturn:
 def _elsewhere(name: str, table: NameTable, known: _Known) -> str | None:
     """What else has a name, one sentence; None if nothing has."""
     wanted = normalize_name(name)
-    for other, ask in (
-        (known.aggregators, "jdcore.get_aggregator makes it"),
-        (known.scalarizers, "jdcore.get_scalarizer makes it"),
-    ):
-        if other.kind != table.kind and any(
-            normalize_name(n) == wanted for entry in other for n in names_of(entry.spec)
-        ):
-            return f"There is one of kind {other.kind}: {ask}."
+    for kind, other in known.methods.items():
+        names = [n for entry in other for n in names_of(entry.spec)]
+        if other is not table and wanted in map(normalize_name, names):
+            return f"There is one of kind {kind.word}: jdcore.get_{kind.word} makes it."
     if any(normalize_name(entry.spec.name) == wanted for entry in known.rules):
         return (
             "There is a Gramian rule of this name: `jdcore list --rules` shows it, "

@@ -15,10 +15,12 @@ What an editor and a type checker see stands beside it in ``__init__.pyi``, whic
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
-from jdcore._discovery import normalize_distribution
+from jdcore._discovery import AGGREGATOR, KINDS, Kind, normalize_distribution
 from jdcore._registry import registry
+from jdcore.errors import ParameterError
 
 __all__ = ["exports_of"]
 
@@ -36,39 +38,34 @@ def exports_of(
         :func:`jdcore.get_aggregator`, :func:`jdcore.get_weighting` or
         :func:`jdcore.get_scalarizer` instantiates, or raises an AttributeError; the second lists
         the names.
+    :raises ParameterError: If ``kind`` is neither.
     """
-    wanted = normalize_distribution(distribution)
+    known = {f"{each.word}s": each for each in KINDS}
+    if kind not in known:
+        raise ParameterError("kind", f"one of {', '.join(map(repr, known))}", repr(kind))
+    wanted, chosen = normalize_distribution(distribution), known[kind]
 
     def get(name: str) -> Any:
         # Only classes are asked for: the names of submodules must not lead to a look-up, which
         # would import the plugin that is being imported.
         if name[:1].isupper():
-            make = _makers(wanted, kind).get(name)
+            make = _makers(wanted, chosen).get(name)
             if make is not None:
                 return make()
         raise AttributeError(f"{distribution} provides no class {name!r}", name=name)
 
-    return get, lambda: sorted(_makers(wanted, kind))
+    return get, lambda: sorted(_makers(wanted, chosen))
 
 
-def _makers(distribution: str, kind: str) -> dict[str, Callable[[], type]]:
+def _makers(distribution: str, kind: Kind) -> dict[str, Callable[[], type]]:
     from jdcore import _methods  # imports torch, which listing does without
 
+    find = _methods.aggregator_class if kind is AGGREGATOR else _methods.scalarizer_class
     makers: dict[str, Callable[[], type]] = {}
-    for record in registry.records():
-        if record.distribution != distribution:
-            continue
-        for scalarizer in record.scalarizers if kind == "scalarizers" else ():
-            qualified = f"{distribution}:{scalarizer.name}"
-            makers[scalarizer.class_name] = _maker(_methods.scalarizer_class, qualified)
-        for spec in record.aggregators if kind == "aggregators" else ():
-            qualified = f"{distribution}:{spec.name}"
-            makers[spec.class_name] = _maker(_methods.aggregator_class, qualified)
-            if spec.weighting is not None:
-                name = f"{spec.class_name}Weighting"
-                makers[name] = _maker(_methods.weighting_class, qualified)
+    records = [record for record in registry.records() if record.distribution == distribution]
+    for spec in (spec for record in records for spec in kind.specs_of(record)):
+        name = f"{distribution}:{spec.name}"
+        makers[spec.class_name] = partial(find, name)
+        if kind is AGGREGATOR and spec.weighting is not None:
+            makers[f"{spec.class_name}Weighting"] = partial(_methods.weighting_class, name)
     return makers
-
-
-def _maker(find: Callable[[str], type], qualified_name: str) -> Callable[[], type]:
-    return lambda: find(qualified_name)

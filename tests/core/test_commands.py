@@ -91,7 +91,7 @@ class Detached(Total):
 def _fresh_registry() -> Any:
     """The registry of these tests, without what other tests have registered."""
     own = jdcore._registry.registry
-    tables: list[dict[str, Any]] = [own._runtime, own._runtime_scalarizers, own._runtime_rules]
+    tables: list[dict[str, Any]] = [*own._runtime.values(), own._runtime_rules]
     kept = [dict(table) for table in tables]
     for table in tables:
         table.clear()

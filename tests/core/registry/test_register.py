@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,10 +11,19 @@ from attrs import define
 from numpy.typing import NDArray
 
 import jdcore
-from jdcore import AggregatorSpec, ParameterError, ParameterTypeError, UnknownNameError, _methods
+from jdcore import (
+    AggregatorSpec,
+    ParameterError,
+    ParameterTypeError,
+    ScalarizerSpec,
+    UnknownNameError,
+    _methods,
+)
+from jdcore._discovery import AGGREGATOR, KINDS, Kind, PluginRecord
 from jdcore._registry import Registry
 from jdcore.aggregation import GramianWeighting
 from jdcore.errors import AmbiguousNameError
+from jdcore.exports import exports_of
 
 
 @define(eq=False)
@@ -134,6 +144,49 @@ def test_an_exported_name_must_be_the_exact_class_name(registry: Registry) -> No
         _methods.exported_class("Lastrow")
     with pytest.raises(AttributeError, match="No aggregator is registered"):
         _methods.exported_class("NoSuchMethod")
+
+
+def test_a_class_is_exported_by_its_own_name_whatever_the_method_is_called(
+    registry: Registry,
+) -> None:
+    registry.register(spec("final"))
+
+    assert _methods.exported_names() == ["LastRow", "LastRowWeighting"]
+    assert _methods.exported_class("LastRow") is _methods.aggregator_class("final")
+    with pytest.raises(AttributeError, match="did you mean 'LastRow'"):
+        _methods.exported_class("Final")
+
+
+def test_the_method_that_is_called_like_its_class_exports_it(registry: Registry) -> None:
+    registry.register(spec("a_variant"))
+    registry.register(spec())
+
+    exported: Any = _methods.exported_class("LastRow")
+    assert exported.qualified_name == "runtime:last_row"
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.word)
+def test_a_class_name_that_two_distributions_claim_is_exported_by_neither(
+    registry: Registry, monkeypatch: pytest.MonkeyPatch, kind: Kind
+) -> None:
+    scalarizer = ScalarizerSpec(name="last_row", summary="s", scalarizer="a:LastRow", api_version=1)
+    one = spec() if kind is AGGREGATOR else scalarizer
+    records = [
+        PluginRecord(distribution=d, version="1", entry_point=d, **{f"{kind.word}s": (one,)})
+        for d in ("first", "second")
+    ]
+    monkeypatch.setattr("jdcore._loading.Loading.records", lambda _: tuple(records))
+    monkeypatch.setattr(registry, "_report", lambda known: None)
+
+    export = _methods.exported_class if kind is AGGREGATOR else _methods.exported_scalarizer
+    with pytest.raises(AmbiguousNameError, match="'first:last_row', 'second:last_row'"):
+        export("LastRow")
+
+
+@pytest.mark.parametrize("kind", ["scalarizer", "aggregator", "", None])
+def test_a_package_says_which_of_two_kinds_it_exports(kind: Any) -> None:
+    with pytest.raises(ParameterError, match="`kind` must be one of 'aggregators', 'scalarizers'"):
+        exports_of("my-methods", kind)
 
 
 def test_a_name_that_is_no_string_is_refused() -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 import jdcore
 import jdcore.scalarization
 from jdcore import ParameterError, ParameterTypeError, ScalarizerSpec, UnknownNameError
+from jdcore._discovery import SCALARIZER
 from jdcore._registry import registry
 from jdcore.cli import main
 from jdcore.scalarization import LossScalarizer
@@ -56,7 +57,7 @@ def _registered() -> Iterator[None]:
     jdcore.register(SPEC)
     yield
     for name in ("widest", "boastful"):
-        registry._runtime_scalarizers.pop(name, None)
+        registry._runtime[SCALARIZER].pop(name, None)
     registry.refresh()
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 import jdcore
 from jdcore import AggregatorSpec, Property, get_aggregator
+from jdcore._discovery import AGGREGATOR
 from jdcore._registry import registry
 from jdcore.aggregation import CoordinatewiseAggregator
 from jdcore.testing import ConformanceError, checks_of
@@ -141,7 +142,7 @@ def test_the_kit_finds_methods_that_claim_to_withstand_an_adversary() -> None:
         with pytest.raises(ConformanceError, match=r"an adversary at .* moves it by"):
             check.run()
     finally:
-        registry._runtime.pop("plain_mean")
+        registry._runtime[AGGREGATOR].pop("plain_mean")
         jdcore.refresh()
 
 
