@@ -151,7 +151,7 @@ def test_a_class_is_exported_by_its_own_name_whatever_the_method_is_called(
 ) -> None:
     registry.register(spec("final"))
 
-    assert _methods.exported_names() == ["LastRow", "LastRowWeighting"]
+    assert {"LastRow", "LastRowWeighting"} <= set(_methods.exported_names())
     assert _methods.exported_class("LastRow") is _methods.aggregator_class("final")
     with pytest.raises(AttributeError, match="did you mean 'LastRow'"):
         _methods.exported_class("Final")
@@ -211,10 +211,10 @@ def test_an_unknown_solver_names_its_problem(registry: Registry) -> None:
         registry.solver("no_such_problem", "native")
 
 
-def test_an_exported_name_that_two_methods_claim_is_ambiguous(registry: Registry) -> None:
+def test_a_name_that_two_methods_claim_is_ambiguous(registry: Registry) -> None:
     registry.register(spec())
     entry = registry.aggregator("last_row")
-    registry._discover().aggregators.add(entry, ("last_row",))
+    registry._discover().methods[AGGREGATOR].add(entry, ("last_row",))
 
     with pytest.raises(AmbiguousNameError):
         registry.aggregator("last_row")
