@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cached_property
 from operator import attrgetter
 from typing import Any, TypeAlias
@@ -26,6 +26,7 @@ from jdcore.graph._probe import Nested
 from jdcore.graph._pull import pull, pull_rows
 from jdcore.graph._saved import Unreadable, function_of
 from jdcore.graph._site import NoRule, Site
+from jdcore.graph._tampering import refused_tampering, tampers
 from jdcore.graph._tasks import Passes, starts_of
 from jdcore.graph.rules import Rule, Rules
 from jdcore.graph.shares import (
@@ -117,9 +118,15 @@ class Jacobian:
         # Such a loss is behind no operation.
         elif {n for n, _ in self.graph.form.starts} & self.graph.leaves.keys():
             self._take_plain_rows("a loss is a parameter itself")
+        elif self._is_tampered_with():
+            self._take_plain_rows("a function writes into the gradients that its backward is given")
         self._forget()
         self.computed = False
         self._plan: Plan
+
+    def _is_tampered_with(self) -> bool:
+        with torch.no_grad(), without_autocast(self._device.type), self.fields_unchanged():
+            return tampers(self.graph, self.objectives.outputs)
 
     def _refuse_hooks_for_several(self) -> None:
         heard = self.graph.leaves if self._all_leaves else self.graph.wanted
@@ -191,7 +198,10 @@ class Jacobian:
             with self.fields_unchanged():
                 self._plan = self._find_plan()
                 run = self._run_tasks if self._without_samples else self._run
-                run(total, retain_graph)
+                # Passes that end at parameters leave nothing that could be written to.
+                plain = isinstance(self.objectives, OneByOne)
+                with nullcontext() if plain else refused_tampering(self.graph):
+                    run(total, retain_graph)
             for group in self._plan.groups:
                 self._add_group(group, total)
             self._add_pulled(total)
