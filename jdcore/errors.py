@@ -40,7 +40,7 @@ __all__ = [
 
 
 def message_of(error: BaseException) -> str:
-    """The message of an exception of anybody's; there are some that break when they are shown."""
+    """The message of any exception; there are some that break when they are shown."""
     try:
         return str(error)
     except BaseException:

@@ -154,7 +154,7 @@ def _aggregator_trials(name: str) -> Iterator[Trial]:
 def _try(kind: str, name: str, solver: str | None, prepare: Callable[[], Call]) -> Trial:
     try:
         milliseconds, trouble = _time(prepare()), None
-    except Exception as error:  # a method of anybody may raise anything
+    except Exception as error:  # methods of third parties may raise anything
         milliseconds, trouble = None, _one_line(error)
     return Trial(kind=kind, method=name, solver=solver, milliseconds=milliseconds, trouble=trouble)
 

@@ -66,7 +66,7 @@ def run(arguments: argparse.Namespace) -> None:
     names = _names(normalize_distribution(arguments.name), arguments.method, arguments.class_name)
     folder: Path = arguments.out / names["distribution"]
     try:
-        # It fails where the folder exists, so that no file of anybody is replaced.
+        # It fails where the folder exists, so that no file that exists is replaced.
         folder.mkdir(parents=True)
     except OSError as error:
         reason = error.strerror or type(error).__name__

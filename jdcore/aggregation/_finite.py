@@ -21,7 +21,7 @@ def finite_required(check_finite: bool | None) -> bool:
     return check_finite
 
 
-def refuse_gramian(gramian: NDArray[np.float64]) -> NonFiniteError:
+def gramian_error(gramian: NDArray[np.float64]) -> NonFiniteError:
     """The error for a Gramian with non-finite entries, naming the rows that cause them."""
     # A row with such an entry has no finite square; products of finite rows may still overflow.
     rows = np.flatnonzero(~np.isfinite(np.diagonal(gramian)))

@@ -15,7 +15,7 @@ from jdcore._modes import without_autocast
 from jdcore.aggregation._aggregator import GramianAggregator
 from jdcore.aggregation._columns import Columns, power_of_two
 from jdcore.aggregation._differentiation import forbid_differentiation
-from jdcore.aggregation._finite import finite_required, refuse_gramian
+from jdcore.aggregation._finite import finite_required, gramian_error
 from jdcore.aggregation._nested_state import stateful_part
 from jdcore.aggregation._row_vectors import check_row_vectors
 from jdcore.aggregation._source import ColumnsSource, GramianSource, taken_by
@@ -324,7 +324,7 @@ def finite_gramian(source: GramianSource) -> NDArray[np.float64]:
     """
     gramian = source.array()
     if not np.isfinite(gramian).all():
-        raise refuse_gramian(gramian)
+        raise gramian_error(gramian)
     return gramian
 
 

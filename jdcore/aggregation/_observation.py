@@ -114,7 +114,7 @@ def report_residual(measure: Callable[..., float], *arrays: NDArray[np.float64])
 
     A solver calls it once for every answer. If nobody watches, nothing is measured. It tells
     nobody that a problem is unsolved: for that, the solver emits an
-    :class:`~jdcore.errors.UnsolvedWarning`, whoever watches.
+    :class:`~jdcore.errors.UnsolvedWarning`, whether or not anybody watches.
 
     :param measure: Gives the residual of the answer relative to the scale of the problem: what an
         :class:`~jdcore.errors.UnsolvedWarning` would tell.

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from jdcore.aggregation._differentiation import forbid_differentiation
-from jdcore.aggregation._finite import finite_required, refuse_gramian
+from jdcore.aggregation._finite import finite_required, gramian_error
 from jdcore.aggregation._row_vectors import check_row_vectors
 from jdcore.aggregation._source import GramianSource
 from jdcore.aggregation._weigh import weigh
@@ -123,7 +123,7 @@ class GramianWeighting:
         if small or np.isfinite(array).all():
             return torch.from_numpy(np.asarray(self.answer(array, source), dtype=np.float64))
         if finite_required(self.check_finite):
-            raise refuse_gramian(array)
+            raise gramian_error(array)
         return torch.full((m,), math.nan, dtype=torch.float64, device="cpu")
 
     def _weigh_there(self, source: GramianSource) -> Tensor | None:

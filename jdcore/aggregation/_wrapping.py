@@ -9,7 +9,7 @@ from attrs import define, field
 from torch import Tensor
 
 from jdcore.aggregation._differentiation import forbid_differentiation
-from jdcore.aggregation._finite import finite_required, is_finite, refuse_gramian
+from jdcore.aggregation._finite import finite_required, gramian_error, is_finite
 from jdcore.aggregation._nested_state import NestedState
 from jdcore.aggregation._row_vectors import check_row_vectors
 from jdcore.aggregation._source import GramianSource
@@ -52,7 +52,7 @@ class WeightingWrapper(NestedState):
 
     @property
     def scale_degree(self) -> float:
-        """D such that the weights of ``s * J`` are ``s**d`` times those of J."""
+        """The power d for which the weights of ``s * J`` are ``s**d`` times those of J."""
         degree: float = getattr(self.weighting, "scale_degree", 0)
         return degree
 
@@ -72,7 +72,7 @@ class WeightingWrapper(NestedState):
         if source.undo and not is_finite(gramian):
             source.take_back()
             if finite_required(self.check_finite):
-                raise refuse_gramian(gramian.detach().double().cpu().numpy())
+                raise gramian_error(gramian.detach().double().cpu().numpy())
             weights.fill_(torch.nan)
         return forbid_differentiation(self, gramian, weights)
 
@@ -96,7 +96,7 @@ class WeightingWrapper(NestedState):
             return weights
         if finite_required(self.check_finite):
             # The Gramian may be computed just for this: the error is to name the rows.
-            raise refuse_gramian(source.array())
+            raise gramian_error(source.array())
         return torch.full_like(weights, torch.nan)
 
 

@@ -33,7 +33,7 @@ def is_reentrant(graph: Reach) -> bool:
     return any(node.name() == REENTRANT for node in graph.functions)
 
 
-def refuse_default(parameter: str) -> ParameterError:
+def default_error(parameter: str) -> ParameterError:
     """The error for parameters that cannot be found because a checkpoint hides them."""
     return ParameterError(
         parameter,

@@ -7,7 +7,7 @@ from attrs import frozen
 from torch import Tensor
 
 from jdcore.autojac import _checks as checks
-from jdcore.autojac._hidden import is_reentrant, refuse_default
+from jdcore.autojac._hidden import default_error, is_reentrant
 from jdcore.autojac.transform import Diagonalize, Init, Transform
 from jdcore.autojac.transform._sharded import jac_of
 from jdcore.distributed._passes import telling_holders
@@ -103,7 +103,7 @@ def inputs_or_leaves(graph: Reach, inputs: Tensor | Iterable[Tensor] | None) -> 
     if inputs is not None:
         return tensor_list(inputs, "inputs")
     if is_reentrant(graph):
-        raise refuse_default("inputs")
+        raise default_error("inputs")
     return list(graph.leaves)
 
 

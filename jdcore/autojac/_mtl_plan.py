@@ -6,7 +6,7 @@ from attrs import frozen
 from torch import Tensor
 
 from jdcore.autojac import _checks as checks
-from jdcore.autojac._hidden import hides, is_reentrant, may_reach, refuse_default
+from jdcore.autojac._hidden import default_error, hides, is_reentrant, may_reach
 from jdcore.distributed._gathering import has_hooks, without_hooks
 from jdcore.distributed._refusals import refuse_flat
 from jdcore.distributed._replicas import check_replicas, check_trunk
@@ -102,9 +102,9 @@ def make_plan(
     # size.
     heads = [without_hooks(reach([loss], stop=cut)) for loss in losses]
     if is_reentrant(trunk) and shared_params is None:
-        raise refuse_default("shared_params")
+        raise default_error("shared_params")
     if any(map(is_reentrant, heads)) and tasks_params is None:
-        raise refuse_default("tasks_params")
+        raise default_error("tasks_params")
     refuse_flat([leaf for graph in (trunk, *heads) for leaf in graph.leaves], "shared_params")
     shared = _shared(trunk, heads, named_shared)
     tasks = _tasks(losses, trunk, heads, named_tasks)

@@ -685,7 +685,7 @@ class _Small:
             parts: Sequence[Tensor] = [summed]
             if len(entries) > 1:
                 views = torch.split(summed, [shape.numel() for _, shape in entries])
-                # In memory of their own, by one call: whoever keeps one of them is not to keep all.
+                # In memory of their own, by one call: to keep one of them must not keep all.
                 parts = torch._foreach_mul(views, 1.0)
             for (root, shape), part in zip(entries, parts, strict=True):
                 if len(shape) != 1:  # most of them are biases, and each view costs a call

@@ -28,7 +28,7 @@ from jdcore.graph._saved import current_pass
 from jdcore.graph._steady import is_sparse_product, spread
 
 
-class Nested(Exception):  # noqa: N818 - no error of anybody
+class Nested(Exception):  # noqa: N818 - a signal, not an error
     """A gradient is a nested tensor, which has no dimensions to look for samples in."""
 
 

@@ -42,7 +42,7 @@ MATRIX_PRODUCTS = {"AddmmBackward0": (2, "mat1"), "MmBackward0": (1, "self")}
 """Matrix products: which operand is the weight, and under which name the other one is saved."""
 
 
-class Unreadable(Exception):  # noqa: N818 - no error of anybody
+class Unreadable(Exception):  # noqa: N818 - a signal, not an error
     """Torch does not show what an operation saved."""
 
 

@@ -12,7 +12,7 @@ from jdcore.graph._saved import saved
 from jdcore.graph.shares import Dense, Sums, as_they_are, sum_over
 
 
-class NoRule(Exception):  # noqa: N818 - no error of anybody
+class NoRule(Exception):  # noqa: N818 - a signal, not an error
     """A rule does not hold here: the operation is called once for each sample instead."""
 
 

@@ -3,7 +3,7 @@ What an answer to a linear complementarity problem (LCP) is worth, and how to ma
 
 The projection onto the dual cone and its relatives are LCPs in the cosines of the rows: find z >= 0
 with ``y = C z + q >= 0`` and ``zᵀ y = 0``, where C is positive semi-definite with a unit diagonal
-and q is of order one. Whoever solved it, and how, the two functions here apply.
+and q is of order one. The two functions here apply to any solution of it, however it was found.
 """
 
 from __future__ import annotations

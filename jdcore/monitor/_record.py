@@ -36,7 +36,7 @@ def record(
 
     :param callbacks: Each is called with every new :class:`Step`: a writer such as
         :class:`TensorBoardWriter`, a :class:`ProgressLine`, or any function.
-    :param every: Record each so manieth weighing only.
+    :param every: Record one weighing in so many: with 10, every tenth one.
     :param complete: Whether to compute the Gramian for methods that need none, such as the mean.
         This costs as much as for a method that needs it.
     :param cosines_up_to: Number of objectives up to which all their cosines are kept.

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import ast
 import pickle
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,13 @@ def test_every_exception_is_among_the_examples() -> None:
 def test_nothing_raises_the_base_class() -> None:
     for path in sorted(ROOT.glob("jdcore/**/*.py")) + sorted(ROOT.glob("jdplugins/*/src/**/*.py")):
         assert "raise JDCoreError(" not in path.read_text(encoding="utf-8"), path
+
+
+def test_functions_that_are_called_refuse_raise() -> None:
+    for path in sorted(ROOT.glob("jdcore/**/*.py")) + sorted(ROOT.glob("jdplugins/*/src/**/*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef) and node.name.lstrip("_").startswith("refuse_"):
+                assert ast.unparse(node.returns or node) in ("None", "NoReturn"), (path, node.name)
 
 
 @pytest.mark.parametrize("name", [name for name in errors.__all__ if name != "warn"])

@@ -88,7 +88,7 @@ def summed_up(products: Tensor, T: int, total: Accumulator, first: int = 0) -> T
 
     :param products: Of several layers, shape [n, b T, B T].
     :param T: Positions per sample.
-    :param total: Is told what there is to cancel.
+    :param total: Takes note of how large the products are that may cancel.
     :param first: The sample of the first rows.
     :returns: Shape [n, b, B], float64.
     """

@@ -200,7 +200,7 @@ class Outer(Share):
         else:
             grads = scaled(weights, grads)
         total = first._summed(inputs.flatten(1, 2), grads.flatten(1, 2))
-        # In memory of their own, by one call: whoever keeps one of them is not to keep all.
+        # In memory of their own, by one call: to keep one of them must not keep all.
         layers = torch._foreach_mul(total.unbind(), 1.0)
         return [one if one.shape == first.shape else one.reshape(first.shape) for one in layers]
 

@@ -80,7 +80,7 @@ def kept_weights(state: Tensor, m: int, parameter: str = "gramian") -> NDArray[n
 
     :param state: float64 Tensor [m], or an empty one.
     :param m: Number of objectives of the present call.
-    :raises ParameterError: If there were other many objectives.
+    :raises ParameterError: If the state is of another number of objectives.
     """
     known = len(state)
     if not known:

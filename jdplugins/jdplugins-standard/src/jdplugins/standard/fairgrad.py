@@ -41,7 +41,7 @@ class FairGradWeighting(GramianWeighting):
 
     @property
     def scale_degree(self) -> float:  # type: ignore[override]  # depends on an argument here
-        """D such that the weights of ``s * J`` are ``s**d`` times those of J."""
+        """The power d for which the weights of ``s * J`` are ``s**d`` times those of J."""
         return -2.0 * self.alpha / (1.0 + self.alpha)
 
     def answer(self, matrix: NDArray[np.float64], source: GramianSource) -> NDArray[np.float64]:
