@@ -9,6 +9,7 @@ saved. So it matters to know that there is none.
 from __future__ import annotations
 
 import gc
+import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -23,6 +24,17 @@ from jdcore.graph._graph import Graph
 from jdcore.graph._saved import hooks_made, next_computed_at, some_computed_before
 
 
+class _LastLook(threading.local):
+    """
+    The last look of a thread at the count of hooks.
+
+    Each has its own, since each numbers the operations that it computes by itself.
+    """
+
+    def __init__(self) -> None:
+        self.seen = self.until = 0
+
+
 class _Watch:
     """
     Tells graphs that may have hooks from those that cannot.
@@ -34,23 +46,38 @@ class _Watch:
     """
 
     def __init__(self) -> None:
-        self._own = self._seen = self._until = 0
+        self._own = self._harmless = 0
+        self._last = _LastLook()
+
+    def _made(self) -> int:
+        return hooks_made() - self._own
 
     def look(self) -> None:
         """Notice new hooks."""
-        made = hooks_made() - self._own
-        if made != self._seen:
-            self._seen, self._until = made, next_computed_at()
+        made, last = self._made(), self._last
+        if made != last.seen:
+            last.seen, last.until = made, next_computed_at()
 
     def may_have_hooks(self, graph: Graph) -> bool:
         """Whether somebody may have put a hook on something in a graph, parameters apart."""
         nodes = [node for i, node in enumerate(graph.nodes) if i not in graph.leaves]
-        return self.made_lately(nodes) and hooks_anywhere(graph.leaves.values())
+        made = self._made()
+        # Where none of so many hooks was on a tensor of any graph, none is until there are more.
+        if not self.made_lately(nodes) or made == self._harmless:
+            return False
+        found = hooks_anywhere(graph.leaves.values())
+        if not found:
+            self._harmless = made
+        return found
 
     def made_lately(self, nodes: Iterable[Any]) -> bool:
-        """Whether somebody made a hook, be it anywhere, since one of some operations ran."""
+        """
+        Whether somebody made a hook, be it anywhere, since one of some operations ran.
+
+        Of operations of another thread nothing is known, and it may be so.
+        """
         self.look()
-        return some_computed_before(nodes, self._until)
+        return some_computed_before(nodes, self._last.until)
 
     @contextmanager
     def own_hooks(self, made: Iterable[RemovableHandle]) -> Iterator[None]:
@@ -59,8 +86,8 @@ class _Watch:
 
         :param made: Makes them, one whenever the next one is asked for.
         """
-        before, handles = hooks_made(), list(made)
-        self._own += hooks_made() - before
+        handles = list(made)
+        self._own += len(handles)  # not what the count grew by: another thread may make some, too
         try:
             yield
         finally:

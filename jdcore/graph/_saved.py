@@ -244,13 +244,18 @@ def is_transformed(tensor: Tensor) -> bool:
 
 
 def some_computed_before(nodes: Iterable[Any], number: int) -> bool:
-    """Whether one of some operations was computed when :func:`next_computed_at` was a number."""
+    """
+    Whether one of some operations was computed when :func:`next_computed_at` was a number.
+
+    Or by another thread, each of which counts by itself, as far as that shows.
+    """
     # It grows from one operation to the next, in the order of the forward pass.
-    return min([node._sequence_nr() for node in nodes], default=number) < number
+    numbers = [node._sequence_nr() for node in nodes]
+    return bool(numbers) and (min(numbers) < number or max(numbers) >= next_computed_at())
 
 
 def next_computed_at() -> int:
-    """The number that the next operation will have."""
+    """The number that the next operation of this thread will have."""
     number: int = torch._C._autograd._get_sequence_nr()
     return number
 

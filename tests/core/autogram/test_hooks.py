@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -228,3 +229,54 @@ def test_a_hook_for_the_first_of_several_parameters_runs_for_each_loss(
     assert len(heard) == B
     rows = explicit_jacobian(losses, list(net.parameters()))
     assert relative_error(gramian, rows @ rows.T) < 1e-12
+
+
+# -- threads, each of which numbers its operations by itself ---------------------------------------
+
+
+def _in_thread(function: Callable[[], Tensor]) -> Tensor:
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(function).result()
+
+
+def _numbered_far() -> None:
+    number = torch.ones(1, requires_grad=True)
+    for _ in range(1 << 14):
+        number = number * 1.0
+
+
+def _with_swapped_samples(net: nn.Sequential) -> Tensor:
+    hidden = net[0](randn(B, 3)).tanh()
+    losses: Tensor = net[2](hidden).square().sum(1)
+    hidden.register_hook(lambda grad: grad[[1, 0, 2, 3]])
+    return losses
+
+
+def _plain(net: nn.Sequential) -> Tensor:
+    losses: Tensor = net(randn(B, 3)).square().sum(1)
+    return losses
+
+
+@pytest.mark.filterwarnings("ignore::jdcore.RowByRowWarning")
+def test_hooks_on_a_graph_of_another_thread_are_heard() -> None:
+    net = _net()
+    engine = Engine(net, batch_dim=0)
+    _right(engine, _plain(net), net)
+
+    def elsewhere() -> Tensor:
+        _numbered_far()
+        _numbered_far()
+        return _with_swapped_samples(net)
+
+    _right(engine, _in_thread(elsewhere), net)
+
+
+@pytest.mark.filterwarnings("ignore::jdcore.RowByRowWarning")
+def test_hooks_are_heard_by_a_thread_after_another_one_looked_for_them() -> None:
+    net = _net()
+    engine = Engine(net, batch_dim=0)
+    _right(engine, _plain(net), net)
+    _numbered_far()
+    losses = _with_swapped_samples(net)
+    _in_thread(lambda: engine.compute_gramian(_plain(net)))
+    _right(engine, losses, net)
