@@ -28,7 +28,7 @@ from jdcore.graph._saved import Unreadable, function_of
 from jdcore.graph._site import NoRule, Site
 from jdcore.graph._tampering import refused_tampering, tampers
 from jdcore.graph._tasks import Passes, starts_of
-from jdcore.graph.rules import Rule, Rules
+from jdcore.graph.rules import RULES, Rule, Rules
 from jdcore.graph.shares import (
     Accumulator,
     Dense,
@@ -295,6 +295,8 @@ class Jacobian:
         # Nodes without a rule are called afterwards, and other leaves differentiated.
         retain_graph |= bool(self._others()) or bool(plan.left)
         retain_graph |= plan.called is None or bool(plan.called)
+        # So may be others, as a rule of a plugin may hold for some data only.
+        retain_graph |= any(self.graph.form.names[node] not in RULES for node in plan.frontier)
         first, tasks = self._all_but_the_last(), objectives.tasks
         unserved: dict[int, tuple[Site, list[int]]] = {}
 

@@ -14,7 +14,13 @@ from jdcore._discovery import _specs_of
 from jdcore._registry import Registry
 from jdcore.autogram import Engine, GramianRule, NoRule, Share, Site
 from jdcore.graph import RULES
-from tests.core.autogram.oracle import check_engine, randn
+from tests.core.autogram.oracle import (
+    check_engine,
+    explicit_jacobian,
+    parameters_of,
+    randn,
+    relative_error,
+)
 from tests.functions import Scale
 
 B = 5
@@ -89,6 +95,28 @@ def test_a_registered_rule_serves_its_operation(registry: Registry, called: list
 def test_without_it_the_operation_is_called(registry: Registry, called: list[str]) -> None:
     check_engine(_model, lambda m: m(randn(B, 6)).pow(2).sum(1), 0)
     assert set(called) == {"ScaleBackward"}
+
+
+def scale_rule_of_positive_data(site: Site, operand: int) -> Share:
+    """Sums of products."""
+    if bool((site.node.saved_tensors[0] < 0).any()):
+        raise NoRule
+    return scale_rule(site, operand)
+
+
+def test_a_rule_may_hold_for_some_data_only(registry: Registry, called: list[str]) -> None:
+    registry.register(_spec(rule=f"{__name__}:scale_rule_of_positive_data"))
+    model = _model()
+    engine, parameters = Engine(model, batch_dim=0), parameters_of([model])
+    for sign in (1.0, -1.0):
+        model.zero_grad()
+        losses = model[2](model[1](model[0](randn(B, 6)).sigmoid() * sign)).square().sum(1)
+        jacobian = explicit_jacobian(losses, parameters)
+        engine.backward(losses, lambda _: torch.ones(B))
+        update = torch.cat([p.grad.reshape(-1) for p in parameters if p.grad is not None])
+        assert relative_error(update, jacobian.sum(0)) < 1e-12
+    assert uses == [1]
+    assert called == ["ScaleBackward"]
 
 
 def test_subclasses_are_served_unless_they_override_backward(
