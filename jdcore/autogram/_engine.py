@@ -46,9 +46,10 @@ class Engine:
 
     Products of float32 gradients are made in float32 and added in float64. They are made once more
     in float64 where what is summed up to a row nearly cancels (positions of a sequence, samples of
-    a task, uses of a layer), and where the rows of up to 64 losses do, as they are for
-    :func:`~jdcore.autojac.jac_to_grad`, so that near Pareto stationarity the update is that of the
-    same rows in float64; this takes half of a plain step to a whole one. For more losses, what the
+    a task, uses of a layer), where squares of rows leave the range of float32, and where the rows
+    of up to 64 losses nearly cancel, as they are for :func:`~jdcore.autojac.jac_to_grad`, so that
+    near Pareto stationarity the update is that of the same rows in float64; this takes half of a
+    plain step to a whole one. For more losses, what the
     products hide counts as zero: combinations of rows of length one that are shorter than 1e-3. An
     update that is promised to conflict with no row may do so by as much of the lengths of the rows;
     models in float64 are exact. Weights that

@@ -1,4 +1,4 @@
-"""Whether losses are so near Pareto stationarity that float32 products are too coarse."""
+"""Whether losses are so near Pareto stationarity, or so small, that float32 is too coarse."""
 
 from __future__ import annotations
 
@@ -18,6 +18,10 @@ _SMALLEST = 1e-3
 # would cost more than the backward pass.
 _FEW = 64
 
+# Float32 ends at 1e-38. Where the square of the longest row is above this, seven digits are left of
+# that of a row a hundred million times shorter.
+_LEAST = 1e-15
+
 
 def multiplied(
     rows: int,
@@ -29,7 +33,7 @@ def multiplied(
     Make a Gramian, and once more with products in float64 if those of float32 are too coarse.
 
     They are so if rows nearly cancel, of which few losses show the smallest eigenvalues, or if what
-    was summed up to a row does.
+    was summed up to a row does, or if squares of rows leave the range of float32.
 
     :param rows: The number of losses m.
     :param precision: What the rows were rounded to.
@@ -38,8 +42,10 @@ def multiplied(
         of them make it again if one finds that its rows cancel.
     """
     gramian, cancelled = added_up()
-    coarse = cancelled or (rows <= _FEW and rows_cancel(gramian))
-    if agreed(precision != torch.float64 and coarse):
+    coarse = precision != torch.float64 and (
+        cancelled or _leaves_range(gramian) or (rows <= _FEW and rows_cancel(gramian))
+    )
+    if agreed(coarse):
         with products_in_float64():
             gramian, _ = added_up()
     return gramian
@@ -53,6 +59,13 @@ def products_of(rows: int, precision: torch.dtype) -> torch.dtype:
     """
     exact = precision == torch.float64 or rows <= _FEW
     return torch.float64 if exact else torch.float32
+
+
+def _leaves_range(gramian: Tensor) -> bool:
+    """Whether no row is long enough, or one too long, for its square in float32."""
+    if not len(gramian):
+        return False
+    return not _LEAST <= float(gramian.diagonal().max()) < torch.inf  # nor NaN
 
 
 def rows_cancel(gramian: Tensor) -> bool:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from jdcore.autogram import Engine
 from jdcore.graph import _jacobian
 from jdcore.graph._cancelling import rows_cancel
-from tests.core.autogram.oracle import explicit_jacobian
+from tests.core.autogram.oracle import explicit_jacobian, relative_error
 
 
 @pytest.fixture
@@ -126,3 +126,23 @@ def test_cancelling_knows_no_lengths_and_no_rows_of_zeros() -> None:
     assert not rows_cancel(torch.tensor([[1.0, 1e3], [1e3, 2e6]], dtype=torch.float64))
     assert not rows_cancel(torch.full((2, 2), torch.nan, dtype=torch.float64))
     assert not rows_cancel(torch.zeros(2, 2, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("scale", [2.0**-90, 2.0**70])
+@pytest.mark.parametrize("batch_dim", [0, None])
+@pytest.mark.parametrize("name", MODELS)
+def test_squares_may_leave_the_range_of_float32(
+    name: str, batch_dim: int | None, scale: float
+) -> None:
+    make, shape = MODELS[name]
+    torch.manual_seed(0)
+    model, x = make(), torch.randn(*shape)
+    engine, seen = Engine(model, batch_dim=batch_dim), list[Tensor]()
+
+    def weighting(gramian: Tensor) -> Tensor:
+        seen.append(gramian.double())
+        return torch.ones(len(gramian))
+
+    for factor in (1.0, scale):
+        engine.backward(_losses(model, x, batch_dim) * factor, weighting)
+    assert relative_error(seen[1] / scale**2, seen[0]) < 1e-6
