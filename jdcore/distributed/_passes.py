@@ -185,7 +185,11 @@ class SpreadPasses:
         units = self.gathered.units(self.everything)
         # A row of zeros makes no pass: the graph is freed by the last one that does.
         last_number = max((n for n, each in enumerate(self.passes) if each.outputs), default=-1)
-        with set_aside(self.everything), _kept_between_passes(units) as free:
+        with (
+            set_aside(self.everything),
+            self._given_up_on_error(),
+            _kept_between_passes(units) as free,
+        ):
             for number, each in enumerate(self.passes):
                 if not each.outputs:
                     continue
@@ -203,6 +207,15 @@ class SpreadPasses:
                 for tensor in self.everything:
                     # The next pass is to start from nothing, as what is collected is one row.
                     tensor.grad = None
+
+    @contextmanager
+    def _given_up_on_error(self) -> Iterator[None]:
+        """Let later passes not take themselves for parts of one that an error has stopped."""
+        try:
+            yield
+        except BaseException:
+            self.gathered.give_up_pass(self.everything)
+            raise
 
 
 def _check_units(units: Sequence[Any]) -> None:

@@ -128,6 +128,29 @@ class Gathered:
             )
         )
 
+    def give_up_pass(self, tensors: Iterable[Tensor]) -> None:
+        """
+        Leave modules as they were before a pass that an error has stopped, without communication.
+
+        :param tensors: Parameters that the pass was to reach.
+        """
+        models = {id(unit.comm_ctx) for unit in self.units(tensors)}
+        units = [unit for unit in self.modules if id(unit.comm_ctx) in models]
+        before = [(unit, unit.reduce_grads) for unit in units]
+        for unit in units:
+            unit.reduce_grads = False  # others may not have come as far
+        self.end_pass()
+        for unit, reduce in before:
+            unit.reduce_grads = reduce
+            # What was accumulated, of whole parameters, where the hooks of the pass put it.
+            for parameter in unit.fsdp_params:
+                parameter.unsharded_accumulated_grad = None
+                gathered = getattr(parameter, "_unsharded_param", None)
+                if gathered is not None:
+                    gathered.grad = None
+            if unit.reshard_after_backward:
+                unit.reshard()
+
     def end_pass(self) -> None:
         """
         Do what torch does at the end of a backward pass, where an error has kept it from it.

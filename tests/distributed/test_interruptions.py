@@ -25,7 +25,14 @@ from jdcore import ParameterError, PeerError
 from jdcore.autogram import Engine
 from jdcore.autojac import backward, gramian_backward, jac, jac_to_grad, mtl_backward
 from jdcore.errors import RowByRowWarning
-from tests.distributed.common import Tasks, gradients, losses_of, own_batch
+from tests.distributed.common import (
+    Tasks,
+    assert_close,
+    gradients,
+    losses_of,
+    own_batch,
+    whole_batch,
+)
 from tests.distributed.conftest import Run
 
 CULPRIT = 1
@@ -267,3 +274,34 @@ def _hooks_of_shards() -> None:
 
 def test_a_hook_that_stops_the_backward_pass_of_one_process_of_shards(two: Run) -> None:
     two(_hooks_of_shards)
+
+
+def _all_stopped(gradient: Tensor) -> Tensor:
+    raise ValueError("hooks stop the pass")
+
+
+def _passes_of_shards() -> None:
+    """Accumulating passes, which FSDP2 takes part in, stop in the middle of a row on all."""
+    model, whole = _sharded(Tasks()), Tasks()
+    for differentiate in (
+        lambda features, losses: backward(losses, parallel_chunk_size=1),
+        lambda features, losses: mtl_backward(losses, features, parallel_chunk_size=1),
+    ):
+        features, outputs = model(own_batch())
+        features.register_hook(_all_stopped)
+        with pytest.raises(ValueError, match="hooks stop the pass"):
+            differentiate(features, losses_of(outputs))
+        assert not gradients(model)
+        assert not any(hasattr(p, "jac") for p in model.parameters())
+        # Later steps, of both kinds, do not know of it.
+        backward(losses_of(model(own_batch())[1]), parallel_chunk_size=1)
+        jac_to_grad(model.parameters(), jdcore.get_aggregator("mean"))
+        torch.stack(losses_of(model(own_batch())[1])).mean().backward()
+        whole.zero_grad()
+        torch.stack(losses_of(whole(whole_batch())[1])).mean().mul(2.0).backward()
+        assert_close(gradients(model), gradients(whole))
+        model.zero_grad()
+
+
+def test_a_pass_that_stops_on_all_processes_of_shards_leaves_nothing(two: Run) -> None:
+    two(_passes_of_shards)
