@@ -9,6 +9,7 @@ import UPGrad, UPGradWeighting``; these are the classes that :func:`jdcore.get_a
 from typing import Any
 
 from jdcore.aggregation._aggregator import GramianAggregator
+from jdcore.aggregation._any import vectors_of
 from jdcore.aggregation._columns import Columns
 from jdcore.aggregation._coordinatewise import CoordinatewiseAggregator, portions
 from jdcore.aggregation._differentiation import forbid_differentiation
@@ -22,7 +23,6 @@ from jdcore.aggregation._mixing import (
     aggregator_validator,
     finite_gramian,
     row_lengths,
-    vectors_of,
 )
 from jdcore.aggregation._module import as_module
 from jdcore.aggregation._nested_state import NestedState, stateful_part

@@ -1,6 +1,7 @@
 # Written by `jdcore stubs`; a test compares it with the classes. Not to be edited.
 from typing import Any as Any
 from jdcore.aggregation._aggregator import GramianAggregator as GramianAggregator
+from jdcore.aggregation._any import vectors_of as vectors_of
 from jdcore.aggregation._columns import Columns as Columns
 from jdcore.aggregation._coordinatewise import CoordinatewiseAggregator as CoordinatewiseAggregator
 from jdcore.aggregation._coordinatewise import portions as portions
@@ -15,7 +16,6 @@ from jdcore.aggregation._mixing import RowMixing as RowMixing
 from jdcore.aggregation._mixing import aggregator_validator as aggregator_validator
 from jdcore.aggregation._mixing import finite_gramian as finite_gramian
 from jdcore.aggregation._mixing import row_lengths as row_lengths
-from jdcore.aggregation._mixing import vectors_of as vectors_of
 from jdcore.aggregation._module import as_module as as_module
 from jdcore.aggregation._nested_state import NestedState as NestedState
 from jdcore.aggregation._nested_state import stateful_part as stateful_part

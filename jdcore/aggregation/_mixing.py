@@ -13,6 +13,7 @@ from torch import Tensor
 
 from jdcore._modes import without_autocast
 from jdcore.aggregation._aggregator import GramianAggregator
+from jdcore.aggregation._any import vectors_of
 from jdcore.aggregation._columns import Columns, power_of_two
 from jdcore.aggregation._differentiation import forbid_differentiation
 from jdcore.aggregation._finite import finite_required, gramian_error
@@ -23,7 +24,7 @@ from jdcore.aggregation._weigh import Result, check_aggregator, watched, weigh
 from jdcore.errors import NonFiniteError, ParameterError
 from jdcore.linalg import factors
 from jdcore.linalg._gramian import symmetric
-from jdcore.protocols import Aggregator, BlockwiseAggregator, Weighting
+from jdcore.protocols import Aggregator, Weighting
 from jdcore.validators import boolean, check_blocks, check_gramian, check_matrix
 
 
@@ -367,20 +368,3 @@ def _mixed_losses(mixing: NDArray[np.float64], source: GramianSource) -> Tensor 
 def _scale_of(array: NDArray[np.float64]) -> float:
     largest = float(np.abs(array).max())
     return power_of_two(largest) if largest else 1.0
-
-
-def vectors_of(inner: Any, blocks: list[Tensor], losses: Tensor | None) -> Result:
-    """
-    The update of any aggregator for a Jacobian given as column blocks.
-
-    :param inner: An :class:`~jdcore.Aggregator`; one that does without concatenation is asked so.
-    :param losses: Values of the objectives, for an aggregator that takes them.
-    :returns: Vectors of the blocks, and the weights [m] or None.
-    """
-    if isinstance(inner, BlockwiseAggregator):
-        known = taken_by(inner.aggregate_blocks, losses=losses)
-        return inner.aggregate_blocks(blocks, **known)
-    dtype = reduce(torch.promote_types, (block.dtype for block in blocks))
-    matrix = torch.cat([block.to(dtype) for block in blocks], dim=1)
-    vector = inner(matrix, **taken_by(inner, losses=losses))
-    return list(vector.split([block.shape[1] for block in blocks])), None

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from functools import partial, reduce
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,7 +9,8 @@ from torch import Tensor
 
 from jdcore._fields import check_grads, check_jac, disjoint, free_jacs, get_jac, write_grads
 from jdcore._modes import plain_modes
-from jdcore.aggregation._source import check_losses, taken_by
+from jdcore.aggregation._any import vectors_of
+from jdcore.aggregation._source import check_losses
 from jdcore.aggregation._weigh import check_aggregator
 from jdcore.autojac._gradients import as_matrix
 from jdcore.distributed._heads import write_means
@@ -18,7 +19,7 @@ from jdcore.distributed._step import LocalRows, Update, no_jacobians
 from jdcore.distributed._teams import find_team
 from jdcore.errors import ParameterError
 from jdcore.protocols import Aggregator
-from jdcore.validators import check_flag, describe_tensor, holds_real_numbers, tensor_list
+from jdcore.validators import check_flag, describe_tensor, tensor_list
 
 
 @torch.no_grad()
@@ -177,53 +178,16 @@ def aggregate_blocks(
     second: Sequence[Tensor] | None = None,
 ) -> tuple[list[Tensor], Tensor | None]:
     """
-    Aggregate a Jacobian given as column blocks, in one piece only if the aggregator needs it so.
+    What :func:`~jdcore.aggregation.vectors_of` gives, in the dtypes of the blocks.
 
-    :param losses: Values of the objectives, for an aggregator that takes them.
-    :param second: Column blocks of a second batch, for an aggregator that takes them.
-    :returns: One vector per block in its dtype, sharing memory with no other tensor, and the
-        weights of the rows or None.
-    :raises ParameterError: If the aggregator returns vectors of another shape.
+    The vectors share memory with nothing else.
     """
-    # By its name, as a comparison with the protocol takes as long as a few rows take to be weighed.
-    blockwise: Any = getattr(aggregator, "aggregate_blocks", None)
-    if callable(blockwise):
-        known = taken_by(blockwise, losses=losses, second=second)
-        vectors, weights = blockwise(blocks, **known)
-        _check_vectors(vectors, blocks)
-        pairs = zip(vectors, blocks, strict=True)
-        return _apart([_own(vector, block) for vector, block in pairs]), weights
-    other = None if second is None else _matrix(second)
-    known = taken_by(aggregator, losses=losses, second=other)
-    return _aggregate_matrix(partial(aggregator, **known), blocks), None
-
-
-def _matrix(blocks: Sequence[Tensor]) -> Tensor:
-    dtype = reduce(torch.promote_types, (block.dtype for block in blocks))
-    return torch.cat([block.to(dtype) for block in blocks], dim=1)
-
-
-def _aggregate_matrix(aggregator: Aggregator, blocks: Sequence[Tensor]) -> list[Tensor]:
-    # A plain function knows no blocks: for it alone the Jacobian is put together.
-    vector = aggregator(_matrix(blocks))
-    n = sum(block.shape[1] for block in blocks)
-    if not holds_real_numbers(vector) or vector.shape != (n,):
-        raise ParameterError(
-            "aggregator", f"a function that returns a real Tensor of shape [{n}]", _word(vector)
-        )
-    # Copied, as the function may keep its vector or have returned a row of the matrix: optimizers
-    # write into a `.grad`.
-    pieces = torch.split(vector.detach(), [block.shape[1] for block in blocks])
-    return [p.to(b, copy=True) for p, b in zip(pieces, blocks, strict=True)]
-
-
-def _check_vectors(vectors: Sequence[Tensor], blocks: Sequence[Tensor]) -> None:
-    expected = [(block.shape[1],) for block in blocks]
-    got = [tuple(v.shape) if holds_real_numbers(v) else describe_tensor(v) for v in vectors]
-    if got != expected:
-        raise ParameterError(
-            "aggregator", f"one that returns real vectors of shapes {expected}", f"shapes {got}"
-        )
+    vectors, weights = vectors_of(aggregator, blocks, losses, second)
+    pairs = zip(vectors, blocks, strict=True)
+    if not hasattr(aggregator, "aggregate_blocks"):
+        # A function may keep its vector: optimizers write into a `.grad`.
+        return [vector.detach().to(block, copy=True) for vector, block in pairs], weights
+    return _apart([_own(vector, block) for vector, block in pairs]), weights
 
 
 def _own(vector: Tensor, block: Tensor) -> Tensor:
@@ -239,7 +203,3 @@ def _apart(vectors: list[Tensor]) -> list[Tensor]:
     """The vectors, in memory of their own where a method gives several blocks the same one."""
     # Only then is there more to be found out, which would cost each parameter a few calls.
     return vectors if len(set(map(Tensor.data_ptr, vectors))) == len(vectors) else disjoint(vectors)
-
-
-def _word(value: object) -> str:
-    return f"one that returns {describe_tensor(value)}"

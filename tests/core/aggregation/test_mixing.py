@@ -260,3 +260,8 @@ def test_what_is_no_aggregator_is_refused(wrong: Any) -> None:
 def test_a_weighting_is_refused_with_the_way_to_its_aggregator() -> None:
     with pytest.raises(ParameterTypeError, match=r"GramianAggregator\(ByLength\(\)\)"):
         Pairs(ByLength())
+
+
+def test_a_wrapped_function_that_returns_no_update_is_refused() -> None:
+    with pytest.raises(ParameterError, match=r"returns a real Tensor of shape \[2\]"):
+        Pairs(lambda jacobian: jacobian[0, :1])(MATRIX)
