@@ -32,7 +32,7 @@ def first_order_change(
     :param before: Values of the parameters at which the losses are differentiated, if other than
         the present ones, which are put back afterwards.
     :returns: The changes, of the shape and dtype of the losses.
-    :raises ParameterError: If the losses do not depend on any of the parameters.
+    :raises ParameterError: If the losses do not depend on any of the parameters, or there are none.
 
     >>> import torch
     >>> from jdcore.monitor import first_order_change
@@ -41,6 +41,8 @@ def first_order_change(
     tensor([ 0.5000, -0.5000])
     """
     parameters = list(step)
+    if not parameters:
+        raise ParameterError("step", "of at least one parameter", "none")
     # The optimizer has stepped already: the change is told from where the step began.
     present = {p: p.detach().clone() for p in before} if before else {}
     try:

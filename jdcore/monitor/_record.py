@@ -113,20 +113,27 @@ class _Recorder:
             step, self.pending = self.pending, None
             self.history.append(step)
 
-    def before_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        if self.pending is not None:
+    def before_step(
+        self, optimizer: torch.optim.Optimizer, given: tuple[Any, ...], named: dict[str, Any]
+    ) -> None:
+        closure = given[0] if given else named.get("closure")
+        # What a closure weighs in the course of the step belongs to it as well.
+        if self.pending is not None or closure is not None:
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
-            # An optimizer skips parameters without a gradient.
-            # Copies, as optimizers step in place.
-            self.before = {p: p.detach().clone() for p in parameters if p.grad is not None}
+            # Copies, as optimizers step in place. The gradients may come with the closure.
+            self.before = {
+                p: p.detach().clone() for p in parameters if closure or p.grad is not None
+            }
 
     def after_step(self, *_: Any) -> None:
-        if self.pending is None or self.losses is None:
-            return
-        step = {p: p.detach() - old for p, old in self.before.items()}
-        change = first_order_change(self.losses, step, before=self.before)
+        # An optimizer skips parameters without a gradient.
+        before = {p: old for p, old in self.before.items() if p.grad is not None}
         # As large as the model: not kept until the next step.
         self.before = {}
+        if self.pending is None or self.losses is None or not before:
+            return
+        step = {p: p.detach() - old for p, old in before.items()}
+        change = first_order_change(self.losses, step, before=before)
         raised = float((change > 0).double().mean()) if change.numel() else 0.0
         self.pending.change, self.pending.raised = change.tolist(), raised
         self.flush()

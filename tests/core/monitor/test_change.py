@@ -70,3 +70,10 @@ def test_losses_without_a_graph_are_refused() -> None:
 
     with pytest.raises(ParameterError, match="differentiable losses"):
         first_order_change(lambda: w.detach(), {w: torch.ones(1)})
+
+
+def test_a_step_of_no_parameter_is_refused() -> None:
+    w = torch.tensor([3.0], requires_grad=True)
+
+    with pytest.raises(ParameterError, match="`step` must be of at least one parameter"):
+        first_order_change(lambda: w * 1.0, {})

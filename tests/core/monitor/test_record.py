@@ -291,6 +291,38 @@ def test_the_optimizers_own_step_is_recorded() -> None:
     assert w.item() == -1.5  # as it would be without the record
 
 
+def test_the_step_of_an_optimizer_that_weighs_in_its_closure_is_recorded() -> None:
+    """LBFGS asks its closure for gradients, several times in a step."""
+    w = torch.tensor([3.0], requires_grad=True)
+    optimizer = torch.optim.LBFGS([w], max_iter=2)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        gramian_backward(w**2, HalvesWeighting())
+        return (w.detach() ** 2).sum()
+
+    with monitor.record(optimizer=optimizer, losses=lambda: w**2) as history:
+        optimizer.step(closure)
+        moved = w.item() - 3.0
+        assert moved != 0.0
+        optimizer.step(closure)
+
+    *earlier, last = [step.change for step in history if step.index < 2]
+    assert earlier == [None]  # of the same step, by the weighing before
+    assert last == pytest.approx([6.0 * moved])
+    assert len(history) > 2
+
+
+def test_an_optimizer_without_gradients_makes_no_step() -> None:
+    w, other = torch.tensor([0.0], requires_grad=True), torch.tensor([0.0], requires_grad=True)
+    optimizer = torch.optim.SGD([other], lr=1.0)
+    with monitor.record(optimizer=optimizer, losses=lambda: other * 1.0) as history:
+        gramian_backward(w * 1.0, HalvesWeighting())
+        optimizer.step()
+
+    assert [step.change for step in history] == [None]
+
+
 def test_a_step_that_no_optimizer_made_is_recorded_all_the_same() -> None:
     w = torch.tensor([0.0], requires_grad=True)
     optimizer = torch.optim.SGD([w], lr=1.0)
