@@ -133,5 +133,5 @@ result = len(checks), failures
         plugins="rule-plugin",
     )
 
-    assert checks == 18
+    assert checks == 22
     assert failures == []
