@@ -19,9 +19,11 @@ from jdcore.graph import (
     hooks_anywhere,
     hooks_made_lately,
     is_batched,
+    is_known_to_be_left,
     is_listed,
     is_sparse,
     largest_gradient,
+    note_left,
     some_are_batched_now,
     some_batched_wrongly,
 )
@@ -325,6 +327,7 @@ def _check_nothing_escaped() -> None:
     for holder in found:
         if not is_batched(holder):
             holder.grad = None
+    note_left(found)
     if found:
         raise _EscapeError(
             "vmap would leave batched tensors behind: an intermediate tensor retains its gradient "
@@ -337,8 +340,13 @@ class _EscapeError(RuntimeError):
 
 
 def _batched_tensors() -> list[Tensor]:
-    """Tensors that are batched, or whose ``.grad`` is."""
-    return [t for t in living(Tensor) if is_batched(t) or (_has_grad(t) and is_batched(t.grad))]
+    """Tensors that are batched, or whose ``.grad`` is, but for what earlier passes left."""
+    return [
+        tensor
+        for tensor in living(Tensor)
+        if (is_batched(tensor) and not is_known_to_be_left(tensor))
+        or (_has_grad(tensor) and is_batched(tensor.grad))
+    ]
 
 
 def _has_grad(tensor: Tensor) -> bool:

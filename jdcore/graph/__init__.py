@@ -5,7 +5,12 @@ It knows no method, no module and no ``.grad``.
 """
 
 from jdcore.graph._batchable import EMBEDDING, is_listed, is_sparse, some_batched_wrongly
-from jdcore.graph._batched import batched_gradients, some_are_batched_now
+from jdcore.graph._batched import (
+    batched_gradients,
+    is_known_to_be_left,
+    note_left,
+    some_are_batched_now,
+)
 from jdcore.graph._call import call, called_shares
 from jdcore.graph._cancelling import multiplied, products_of
 from jdcore.graph._form import Place
@@ -87,6 +92,7 @@ __all__ = [
     "ignore_hooks",
     "is_batched",
     "is_ignored",
+    "is_known_to_be_left",
     "is_listed",
     "is_sparse",
     "is_transformed",
@@ -96,6 +102,7 @@ __all__ = [
     "multiplied",
     "node_has_hooks",
     "note_handing_on",
+    "note_left",
     "own_hooks",
     "products_of",
     "reach",

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from jdcore._living import living
+from jdcore.graph._saved import is_batched
 
 # What `torch.vmap` is made of is no public interface, so a release may do without it. Then `vmap`
 # itself serves; its checks of each result take as long as differentiating a small network.
@@ -29,6 +33,10 @@ except ImportError:
     QUICK = False
 
 
+# Batched tensors that outlive their passes, and whose passes were refused or failed: they are there
+# as long as a hook of the user keeps them, or somebody the error, as an interactive session does.
+_LEFT = WeakTensorKeyDictionary()
+
 # One entry for each pass that runs, in whatever thread: to append and to pop are atomic.
 _RUNNING: list[None] = []
 
@@ -38,11 +46,25 @@ def some_are_batched_now() -> bool:
     return bool(_RUNNING)
 
 
+def is_known_to_be_left(tensor: Tensor) -> bool:
+    """Whether a batched tensor is left of a pass that was refused, or failed."""
+    return tensor in _LEFT
+
+
+def note_left(tensors: Iterable[Tensor]) -> None:
+    """Remember batched tensors that a pass left behind, so that no later pass is blamed."""
+    _LEFT.update({tensor: None for tensor in tensors if is_batched(tensor)})
+
+
 @contextmanager
 def _noted() -> Iterator[None]:
     _RUNNING.append(None)
     try:
         yield
+    except BaseException:
+        if len(_RUNNING) == 1:  # else they may be those of another thread
+            note_left(living(Tensor))
+        raise
     finally:
         _RUNNING.pop()
 

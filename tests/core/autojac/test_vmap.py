@@ -223,6 +223,27 @@ def test_a_hook_that_keeps_gradients_hears_single_rows(truth: Truth, before: int
         torch.testing.assert_close(torch.stack(kept), torch.diag(2 * hidden.detach()))
 
 
+def test_what_an_earlier_pass_left_behind_is_not_blamed_on_later_ones(truth: Truth) -> None:
+    """Whoever keeps an error, as an interactive session does, keeps the gradients of its pass."""
+    a, kept = _leaf(3), list[Tensor]()
+    [expected] = truth([a.sin().square()], [a])
+
+    def stop(gradient: Tensor) -> None:
+        raise ValueError("not now")
+
+    for hook, error in ((stop, ValueError), (kept.append, VectorizationError)):
+        hidden = a.sin()
+        hidden.register_hook(hook)
+        with pytest.raises(error) as caught:
+            jac(hidden.square(), a, parallel_chunk_size=3)
+        for chunk_size in (3, None):
+            _vmap._WORKED.clear()
+            assert torch.equal(
+                jac(a.sin().square(), a, parallel_chunk_size=chunk_size)[0], expected
+            )
+        del caught
+
+
 def test_a_known_kind_of_graph_that_fails_once_is_told_and_goes_one_by_one_from_then_on(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
