@@ -5,9 +5,8 @@ from __future__ import annotations
 import gc
 import re
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 
-import torch
 from attrs import frozen
 from torch import Tensor
 
@@ -16,6 +15,7 @@ from jdcore.errors import JDCoreError, VectorizationError, VectorizationWarning,
 from jdcore.graph import (
     EMBEDDING,
     Reach,
+    free_memory,
     hooks_anywhere,
     hooks_made_lately,
     is_batched,
@@ -138,25 +138,6 @@ def _rows_that_fit(m: int, inputs: Sequence[Tensor], graph: Reach) -> int:
     if available is None:
         return min(m, _MOST_ROWS)
     return max(1, min(m, (available - jacobian) // row))
-
-
-def free_memory(device: torch.device, *, enough: int | None = None) -> int | None:
-    """
-    Bytes that can still be allocated on a device, None if it does not tell.
-
-    :param enough: Of how many it need not be told whether there are more.
-    """
-    # Older versions of torch.accelerator do not tell of memory, the modules of single devices do.
-    module: Any = getattr(torch, device.type, None)
-    if not hasattr(module, "mem_get_info"):
-        return None
-    free: int = module.mem_get_info(device)[0]
-    if enough is not None and free >= enough:
-        return free
-    # What torch holds in reserve, freed by earlier steps, is free as well. To count that takes
-    # longer than to differentiate a small network.
-    reserve: int = module.memory_reserved(device) - module.memory_allocated(device)
-    return free + reserve
 
 
 # Operations of graphs for which vmap has worked in this process, and how often, or has failed.

@@ -4,6 +4,7 @@ Reading the autograd graph: what lies behind losses, where the samples are, and 
 It knows no method, no module and no ``.grad``.
 """
 
+from jdcore.graph._agreement import agree, mixed
 from jdcore.graph._batchable import EMBEDDING, is_listed, is_sparse, some_batched_wrongly
 from jdcore.graph._batched import (
     batched_gradients,
@@ -27,8 +28,7 @@ from jdcore.graph._hooks import (
 from jdcore.graph._jacobian import Jacobian, Served
 from jdcore.graph._layout import Layout
 from jdcore.graph._leaving import Exit, leaving
-from jdcore.graph._memory import Memory
-from jdcore.graph._mixing import agree, mixed
+from jdcore.graph._memory import Memory, free_memory
 from jdcore.graph._nesting import OuterPass
 from jdcore.graph._objectives import Objectives
 from jdcore.graph._passes import SinglePassesExplained, differentiate
@@ -85,6 +85,7 @@ __all__ = [
     "called_shares",
     "differentiate",
     "edge_of",
+    "free_memory",
     "function_of",
     "has_hook_for_several",
     "hooks_anywhere",

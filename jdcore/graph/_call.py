@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from jdcore._fields import dense
+from jdcore.graph._agreement import agree, mixed
 from jdcore.graph._memory import Memory
-from jdcore.graph._mixing import agree, mixed
 from jdcore.graph._passes import Grads
 from jdcore.graph._saved import zeros_at
 from jdcore.graph.shares import Dense

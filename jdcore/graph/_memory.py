@@ -5,7 +5,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from functools import cache, lru_cache
 from itertools import pairwise
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from attrs import define, field
@@ -171,12 +171,27 @@ def pieces(length: int, largest: int) -> Sequence[tuple[int, int]]:
     return tuple(pairwise(bounds))
 
 
-@cache
+@cache  # so that a plan does not change from step to step with what happens to be free
 def _share_of_free_memory(device: torch.device) -> int:
     """In bytes."""
-    if device.type == "cuda":
-        # Asked once per device: the driver counts what torch's allocator keeps for reuse as taken,
-        # so that later answers would shrink as a training goes on.
-        free, _ = torch.cuda.mem_get_info(device)
-        return free // _FRACTION
-    return 1 << 30
+    free = free_memory(device)
+    return 1 << 30 if free is None else free // _FRACTION
+
+
+def free_memory(device: torch.device, *, enough: int | None = None) -> int | None:
+    """
+    Bytes that can still be allocated on a device, None if it does not tell.
+
+    :param enough: Of how many it need not be told whether there are more.
+    """
+    # Older versions of torch.accelerator do not tell of memory, the modules of single devices do.
+    module: Any = getattr(torch, device.type, None)
+    if not hasattr(module, "mem_get_info"):
+        return None
+    free: int = module.mem_get_info(device)[0]
+    if enough is not None and free >= enough:
+        return free
+    # What torch holds in reserve, freed by earlier steps, is free as well. To count that takes
+    # longer than to differentiate a small network.
+    reserve: int = module.memory_reserved(device) - module.memory_allocated(device)
+    return free + reserve

@@ -6,14 +6,13 @@ from collections.abc import Iterable, Sequence
 from torch import Tensor
 
 from jdcore.autojac._gradients import as_matrix
-from jdcore.autojac._vmap import free_memory
 from jdcore.autojac.transform._base import Transform, Values
 from jdcore.autojac.transform._differentiate import Jac
 from jdcore.distributed._gathering import without_hooks
 from jdcore.distributed._passes import Pass, SpreadPasses, is_spread
 from jdcore.distributed._sharded import check_copies
 from jdcore.distributed._sharding import Gathered, is_dtensor, like, local_part, rows_like
-from jdcore.graph import Reach
+from jdcore.graph import Reach, free_memory
 
 # Bytes of the rows of gathered parameters, where a device does not tell how much memory it has.
 _MOST_BYTES = 512 << 20
