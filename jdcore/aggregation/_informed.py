@@ -68,8 +68,10 @@ class LossWeighting(GramianWeighting):
             raise NonFiniteError(broken, "values")
         return torch.full((source.rows,), math.nan, dtype=torch.float64, device="cpu")
 
-    def answer(self, matrix: NDArray[np.float64], source: GramianSource) -> NDArray[np.float64]:
-        return self.compute_with(matrix, source.known_losses().double().cpu().numpy())
+    def compute_from(
+        self, gramian: NDArray[np.float64], source: GramianSource
+    ) -> NDArray[np.float64]:
+        return self.compute_with(gramian, source.known_losses().double().cpu().numpy())
 
 
 @define(eq=False)

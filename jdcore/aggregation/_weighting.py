@@ -95,11 +95,19 @@ class GramianWeighting:
         """What :meth:`compute` looks at, float64 array [m, m]: the Gramian, here."""
         return source.array()
 
-    def answer(self, matrix: NDArray[np.float64], source: GramianSource) -> NDArray[np.float64]:
-        """:meth:`compute`, for methods that look at more than one matrix, or at the precision."""
+    def compute_from(
+        self, gramian: NDArray[np.float64], source: GramianSource
+    ) -> NDArray[np.float64]:
+        """
+        :meth:`compute`, for methods that look at more than the Gramian.
+
+        :param gramian: As for :meth:`compute`.
+        :param source: What it is the Gramian of: its precision, scale, losses, a second batch.
+        :returns: float64 weights [m].
+        """
         if self.proximal:
-            matrix = add_proximal(matrix, source.proximal_level)
-        return self.compute(matrix)
+            gramian = add_proximal(gramian, source.proximal_level)
+        return self.compute(gramian)
 
     def weigh(self, source: GramianSource, /) -> Tensor:
         """
@@ -121,7 +129,7 @@ class GramianWeighting:
         # A finite sum of squares has finite terms only, and costs less than looking at a few.
         small = array.size <= _SMALL and math.isfinite(np.vdot(array, array))
         if small or np.isfinite(array).all():
-            return torch.from_numpy(np.asarray(self.answer(array, source), dtype=np.float64))
+            return torch.from_numpy(np.asarray(self.compute_from(array, source), dtype=np.float64))
         if finite_required(self.check_finite):
             raise gramian_error(array)
         return torch.full((m,), math.nan, dtype=torch.float64, device="cpu")
@@ -146,7 +154,7 @@ def _computes_there(cls: Any) -> bool:
     for base in cls.__mro__:
         if "compute_there" in vars(base):
             return base is not GramianWeighting
-        if not vars(base).keys().isdisjoint(("compute", "answer")):
+        if not vars(base).keys().isdisjoint(("compute", "compute_from")):
             return False
     return False
 

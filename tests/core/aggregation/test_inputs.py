@@ -157,7 +157,7 @@ def test_a_cross_gramian_out_of_range_is_one_of_smaller_rows(scale: float) -> No
 
     @define(eq=False)
     class Scaled(RowSums):
-        def answer(self, matrix: Array, source: GramianSource) -> Array:
+        def compute_from(self, matrix: Array, source: GramianSource) -> Array:
             seen.append(source.scale())
             return self.compute(matrix)
 

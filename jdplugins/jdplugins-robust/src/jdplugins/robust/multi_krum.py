@@ -1,19 +1,14 @@
 from __future__ import annotations
 
 import numpy as np
-from attrs import Attribute, define, field
+from attrs import define, field
+from attrs.validators import optional
 from numpy.typing import NDArray
 
 from jdcore.aggregation import GramianWeighting
 from jdcore.linalg import squared_distances
 from jdcore.validators import integer
 from jdplugins.robust._rows import average_of, require_rows
-
-
-def _optional_count(instance: object, attribute: Attribute[int | None], value: int | None) -> None:
-    # None leaves the choice to the number of rows.
-    if value is not None:
-        integer(1)(instance, attribute, value)
 
 
 @define(eq=False)
@@ -41,7 +36,7 @@ class MultiKrumWeighting(GramianWeighting):
     """
 
     n_byzantine: int = field(validator=integer(0))
-    n_selected: int | None = field(default=None, validator=_optional_count)
+    n_selected: int | None = field(default=None, validator=optional(integer(1)))
 
     def compute(self, gramian: NDArray[np.float64]) -> NDArray[np.float64]:
         m, f = len(gramian), self.n_byzantine

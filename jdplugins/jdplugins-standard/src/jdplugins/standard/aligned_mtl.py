@@ -43,12 +43,11 @@ class AlignedMTLWeighting(GramianWeighting):
         default="min", validator=one_of("min", "median", "rmse")
     )
 
-    def answer(self, matrix: NDArray[np.float64], source: GramianSource) -> NDArray[np.float64]:
-        return self.compute(matrix, source.proximal_level)
-
-    def compute(self, gramian: NDArray[np.float64], level: float = 0.0) -> NDArray[np.float64]:
+    def compute_from(
+        self, gramian: NDArray[np.float64], source: GramianSource
+    ) -> NDArray[np.float64]:
         preferences = row_weights(self.pref_vector, len(gramian))
-        components = spectrum(gramian, level)
+        components = spectrum(gramian, source.proximal_level)
         values, vectors = components.values, components.vectors
         # All rows are zero.
         if not len(values):

@@ -36,10 +36,9 @@ class CAGradWeighting(GramianWeighting):
     c: float = field(validator=real(0.0))
     solver: ConflictAverseSolver | str = solver_field("conflict_averse")
 
-    def answer(self, matrix: NDArray[np.float64], source: GramianSource) -> NDArray[np.float64]:
+    def compute_from(
+        self, gramian: NDArray[np.float64], source: GramianSource
+    ) -> NDArray[np.float64]:
         level = source.proximal_level
-        return self.compute(add_proximal(matrix, level), level)
-
-    def compute(self, gramian: NDArray[np.float64], level: float = 0.0) -> NDArray[np.float64]:
         solve: ConflictAverseSolver = find_solver("conflict_averse", self.solver)
-        return solve(gramian, self.c, level)
+        return solve(add_proximal(gramian, level), self.c, level)

@@ -38,14 +38,13 @@ class ConFIGWeighting(GramianWeighting):
 
     pref_vector: Tensor | None = field(default=None, validator=row_vector)
 
-    def answer(self, matrix: NDArray[np.float64], source: GramianSource) -> NDArray[np.float64]:
-        return self.compute(matrix, source.proximal_level)
-
-    def compute(self, gramian: NDArray[np.float64], level: float = 0.0) -> NDArray[np.float64]:
+    def compute_from(
+        self, gramian: NDArray[np.float64], source: GramianSource
+    ) -> NDArray[np.float64]:
         m = len(gramian)
         cosines, norms, inverses = equilibrate(gramian)
         preferences = np.ones(m) if self.pref_vector is None else row_weights(self.pref_vector, m)
-        direction = pseudo_solve(cosines, preferences, level)
+        direction = pseudo_solve(cosines, preferences, source.proximal_level)
         projections = cosines @ direction
         squared = float(direction @ projections)
         if not squared > 0.0:

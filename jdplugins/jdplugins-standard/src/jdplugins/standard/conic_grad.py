@@ -47,11 +47,11 @@ class ConicGradWeighting(GramianWeighting):
     c: float = field(default=0.5, validator=real(0.0, below=1.0))
     solver: MinNormSolver | str = solver_field("min_norm")
 
-    def answer(self, matrix: NDArray[np.float64], source: GramianSource) -> NDArray[np.float64]:
+    def compute_from(
+        self, gramian: NDArray[np.float64], source: GramianSource
+    ) -> NDArray[np.float64]:
         level = source.proximal_level
-        return self.compute(add_proximal(matrix, level), level)
-
-    def compute(self, gramian: NDArray[np.float64], level: float = 0.0) -> NDArray[np.float64]:
+        gramian = add_proximal(gramian, level)
         m = len(gramian)
         mean = np.full(m, 1.0 / m)
         length = math.sqrt(max(float(gramian.mean()), 0.0))

@@ -49,10 +49,9 @@ class DCGDWeighting(GramianWeighting):
     )
     n_residuals: int = field(default=1, validator=integer(1))
 
-    def answer(self, matrix: NDArray[np.float64], source: GramianSource) -> NDArray[np.float64]:
-        return self.compute(matrix, source.proximal_level)
-
-    def compute(self, gramian: NDArray[np.float64], level: float = 0.0) -> NDArray[np.float64]:
+    def compute_from(
+        self, gramian: NDArray[np.float64], source: GramianSource
+    ) -> NDArray[np.float64]:
         m = len(gramian)
         first = np.arange(m) < self.n_residuals
         # The rows enter as two sums, of which three products are all that the method needs.
@@ -60,7 +59,9 @@ class DCGDWeighting(GramianWeighting):
         (rr, rb), (_, bb) = (groups @ gramian @ groups.T).tolist()
         # Sums that rounding of their rows explains have no direction, and without two directions
         # there is no cone: the update is t.
-        least_r, least_b = (_ROUNDED * level * (groups @ np.diagonal(gramian))).tolist()
+        least_r, least_b = (
+            _ROUNDED * source.proximal_level * (groups @ np.diagonal(gramian))
+        ).tolist()
         if not (rr > least_r and bb > least_b):
             return np.ones(m)
         of_first, of_second = self._weights(rr, rb, bb)

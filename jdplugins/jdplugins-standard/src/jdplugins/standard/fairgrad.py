@@ -44,11 +44,10 @@ class FairGradWeighting(GramianWeighting):
         """The power d for which the weights of ``s * J`` are ``s**d`` times those of J."""
         return -2.0 * self.alpha / (1.0 + self.alpha)
 
-    def answer(self, matrix: NDArray[np.float64], source: GramianSource) -> NDArray[np.float64]:
-        return self.compute(source.definite(matrix), source.proximal_level)
-
-    def compute(self, gramian: NDArray[np.float64], level: float = 0.0) -> NDArray[np.float64]:
+    def compute_from(
+        self, gramian: NDArray[np.float64], source: GramianSource
+    ) -> NDArray[np.float64]:
         if self.alpha == 0.0:
             return np.full(len(gramian), 1.0 / len(gramian))
         solve: FairAllocationSolver = find_solver("fair_allocation", self.solver)
-        return solve(gramian, self.alpha, level)
+        return solve(source.definite(gramian), self.alpha, source.proximal_level)

@@ -35,12 +35,11 @@ class IMTLGWeighting(GramianWeighting):
     tensor([0.7500, 0.7500])
     """
 
-    def answer(self, matrix: NDArray[np.float64], source: GramianSource) -> NDArray[np.float64]:
-        return self.compute(matrix, source.proximal_level)
-
-    def compute(self, gramian: NDArray[np.float64], level: float = 0.0) -> NDArray[np.float64]:
+    def compute_from(
+        self, gramian: NDArray[np.float64], source: GramianSource
+    ) -> NDArray[np.float64]:
         cosines, norms, inverses = equilibrate(gramian)
-        shares = pseudo_solve(cosines, (norms > 0.0).astype(np.float64), level)
+        shares = pseudo_solve(cosines, (norms > 0.0).astype(np.float64), source.proximal_level)
         if np.abs(shares).max() <= _ZERO:
             return np.zeros_like(shares)  # 0 is the only vector with equal projections
         weights = shares * inverses

@@ -45,13 +45,15 @@ class MoDoWeighting(StateFields, CrossGramianWeighting):
     rho: float = field(default=0.1, validator=real(0.0))
     weights: Tensor = weights_state()
 
-    def answer(self, matrix: NDArray[np.float64], source: GramianSource) -> NDArray[np.float64]:
-        m, scale = len(matrix), source.scale()
+    def compute_from(
+        self, gramian: NDArray[np.float64], source: GramianSource
+    ) -> NDArray[np.float64]:
+        m, scale = len(gramian), source.scale()
         old = kept_weights(self.weights, m)
         old = np.full(m, 1.0 / m) if old is None else old
         shrunk = (1.0 - self.gamma * self.rho) * old
         # The matrix is that of rows divided by the scale.
-        new = project_onto_simplex(descend(shrunk, matrix @ old, self.gamma * scale * scale))
+        new = project_onto_simplex(descend(shrunk, gramian @ old, self.gamma * scale * scale))
         self.weights = torch.from_numpy(new)
         # A copy: the state shares the memory of the other.
         return np.array(new)

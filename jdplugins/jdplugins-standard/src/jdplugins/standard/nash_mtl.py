@@ -5,7 +5,8 @@ from typing import ClassVar
 
 import numpy as np
 import torch
-from attrs import Attribute, define, field
+from attrs import define, field
+from attrs.validators import optional
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -21,11 +22,6 @@ from jdcore.errors import ParameterError
 from jdcore.protocols import NashBargainingSolver
 from jdcore.validators import integer, real
 from jdplugins.standard._simplex import weights_state
-
-
-def _integer_or_none(instance: object, attribute: Attribute[int | None], value: int | None) -> None:
-    if value is not None:
-        integer(1)(instance, attribute, value)
 
 
 @define(eq=False)
@@ -66,19 +62,17 @@ class NashMTLWeighting(StateFields, GramianWeighting):
 
     scale_degree: ClassVar[int] = -1
 
-    n_tasks: int | None = field(default=None, validator=_integer_or_none)
+    n_tasks: int | None = field(default=None, validator=optional(integer(1)))
     max_norm: float = field(default=1.0, validator=real(0.0))
     update_weights_every: int = field(default=1, validator=integer(1))
     solver: NashBargainingSolver | str = solver_field("nash_bargaining")
     calls: int = state_field(int, validator=integer(0))
     alpha: Tensor = weights_state()
 
-    def answer(self, matrix: NDArray[np.float64], source: GramianSource) -> NDArray[np.float64]:
-        return self.compute(source.definite(matrix), source.proximal_level, source.scale())
-
-    def compute(
-        self, gramian: NDArray[np.float64], level: float = 0.0, scale: float = 1.0
+    def compute_from(
+        self, gramian: NDArray[np.float64], source: GramianSource
     ) -> NDArray[np.float64]:
+        gramian, scale = source.definite(gramian), source.scale()
         m = len(gramian)
         if self.n_tasks not in (None, m):
             raise ParameterError(
@@ -88,7 +82,7 @@ class NashMTLWeighting(StateFields, GramianWeighting):
             solve: NashBargainingSolver = find_solver("nash_bargaining", self.solver)
             # Weights of another number of objectives are nothing to start from.
             start = self.alpha.numpy() * scale if len(self.alpha) == m else None
-            alpha = solve(gramian, start, level)
+            alpha = solve(gramian, start, source.proximal_level)
         else:
             alpha = self._reused(m) * scale
         # Only now, so that a solver that fails leaves the state as it was. What is kept are weights

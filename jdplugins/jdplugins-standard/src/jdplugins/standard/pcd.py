@@ -69,10 +69,12 @@ class PCDWeighting(StateFields, GramianWeighting):
     beta: float = field(default=0.999, validator=real(0.0, below=1.0))
     lengths: Tensor = weights_state()
 
-    def answer(self, matrix: NDArray[np.float64], source: GramianSource) -> NDArray[np.float64]:
-        m = len(matrix)
+    def compute_from(
+        self, gramian: NDArray[np.float64], source: GramianSource
+    ) -> NDArray[np.float64]:
+        m = len(gramian)
         taus = self._taus(m)
-        cosines, norms, inverses = equilibrate(matrix)
+        cosines, norms, inverses = equilibrate(gramian)
         old = kept_weights(self.lengths, m)
         fresh = math.sqrt(1.0 - self.beta) * norms * source.scale()
         # Roots of sums of squares, formed so that no square leaves the range of float64.
