@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from jdcore.aggregation._finite import all_finite, nonfinite_rows
 from jdcore.linalg._blas import is_small, small_combination, small_gramian
 from jdcore.linalg._combine import combine, combine_blocks
-from jdcore.linalg._gramian import sum_cross_gramians, sum_gramians
+from jdcore.linalg._gramian import gramian_and_rows, sum_cross_gramians, sum_gramians
 
 _NARROW = (torch.float32,)
 
@@ -35,7 +36,9 @@ class Columns:
     scale: float = field(default=1.0, init=False)
     """A power of two by which rows are divided before they are multiplied."""
     _few: NDArray[np.float64] | None = field(default=None, init=False)
-    """The rows in float64, once their products were asked for, if they are few."""
+    """The rows in float64, once their products were asked for, if they are few and short."""
+    _wide: Tensor | None = field(default=None, init=False)
+    """The rows in float64, once their products were asked for, if they were converted at once."""
 
     @property
     def rows(self) -> int:
@@ -50,7 +53,8 @@ class Columns:
     @property
     def wide(self) -> bool:
         """Whether sums with weights in float64 are made in float64 anyway."""
-        return self._few is not None or self.precision == torch.float64
+        known = self._few is not None or self._wide is not None
+        return known or self.precision == torch.float64
 
     @property
     def local(self) -> bool:
@@ -114,9 +118,13 @@ class Columns:
     def product(self, scale: float) -> Tensor:
         """The Gramian of the rows divided by ``scale``."""
         blocks = self.blocks
-        if scale == 1.0 and len(blocks) == 1 and not blocks[0].requires_grad:
-            return sum_gramians(blocks)
-        return sum_gramians(_divided(blocks, scale))
+        plain = type(self) is Columns and blocks[0].is_cpu and scale == 1.0
+        # What is differentiable is to stay so, for those who ask for the derivative to be told.
+        if not plain or any([block.requires_grad for block in blocks]):
+            return sum_gramians(_divided(blocks, scale))
+        gramian, rows = gramian_and_rows(blocks)
+        self._wide = None if rows is blocks[0] else rows
+        return gramian
 
     def cross_product(self, scale: float) -> Tensor:
         """The Gramian of the rows with those of the second batch, both divided by ``scale``."""
@@ -138,16 +146,33 @@ class Columns:
 
         :param wide: Whether to multiply in float64, whatever the dtypes of the blocks.
         """
-        few = self._few
-        # Rows of a few KB are in the cache already, in float64, since their Gramian was made.
-        if few is not None and weights.is_cpu and weights.dtype == torch.float64:
-            vector = small_combination(weights.numpy(), few, torch.float32)
-            if len(self.blocks) == 1:
-                return [vector]
-            return list(torch.split(vector, [block.shape[1] for block in self.blocks]))
+        few, rows = self._few, self._wide
+        # Rows that are few are in the cache already, in float64, since their Gramian was made.
+        if (few is not None or rows is not None) and weights.is_cpu:
+            factors = weights if weights.dtype == torch.float64 else weights.double()
+            if few is not None:
+                return self._split(small_combination(factors.numpy(), few, torch.float32))
+            if rows is not None:
+                return self._split(rows.T.mv(factors))
         if len(self.blocks) == 1:
             return [combine(weights, self.blocks[0], wide=wide)]
         return combine_blocks(weights, self.blocks, wide=wide)
+
+    def _split(self, vector: Tensor) -> list[Tensor]:
+        """The parts of a vector that belong to the blocks, in their dtypes."""
+        blocks = self.blocks
+        if len(blocks) == 1:
+            return [vector.to(blocks[0])]
+        widths = [block.shape[1] for block in blocks]
+        parts: dict[Any, Sequence[Tensor]] = {}
+        vectors = []
+        for i, block in enumerate(blocks):
+            kind = block.dtype, block.device
+            # Converted at once: a model has many small blocks.
+            if kind not in parts:
+                parts[kind] = torch.split(vector.to(block), widths)
+            vectors.append(parts[kind][i])
+        return vectors
 
     def apply(self, function: Callable[[Tensor], Tensor]) -> list[Tensor]:
         """

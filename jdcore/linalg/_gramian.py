@@ -46,36 +46,51 @@ def gramian(jacobian: Tensor | Sequence[Tensor], /) -> Tensor:
 
 def sum_gramians(blocks: Sequence[Tensor]) -> Tensor:
     """:func:`gramian` of blocks that have been checked."""
+    if len(blocks) == 1 and is_small(blocks[0]):
+        return torch.from_numpy(small_gramian(blocks[0])[1])
+    return gramian_and_rows(blocks)[0]
+
+
+def gramian_and_rows(blocks: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
+    """
+    :func:`gramian` of blocks that have been checked, and what was made on the way.
+
+    :returns: The Gramian, and all rows in float64 [m, n]; None where they were converted piece by
+        piece.
+    """
     m, on_cpu = blocks[0].shape[0], blocks[0].is_cpu
     if len(blocks) == 1 and blocks[0].numel() <= _ONE:
-        if is_small(blocks[0]):
-            return torch.from_numpy(small_gramian(blocks[0])[1])
-        wide = blocks[0].double()
+        rows = blocks[0].double()
         if m < _MANY:
-            return symmetric(wide.mm(wide.T))
-        total = wide.new_empty((m, m))
-        _add_product(total, wide, beta=0.0)
-        return _mirrored(total)
+            return symmetric(rows.mm(rows.T)), rows
+        total = rows.new_empty((m, m))
+        _add_product(total, rows, beta=0.0)
+        return _mirrored(total), rows
     if on_cpu and m in _SHORT:
         return _sum_of_short(blocks)
     total = blocks[0].new_zeros((m, m), dtype=torch.float64)
     if not on_cpu:
         columns = max(1, -(-_width(blocks, _ENTRIES_ELSEWHERE) // _BATCHED)) * _BATCHED
-        return symmetric(_sum_in_batches(total, list(_pieces(blocks, columns)), columns))
+        return symmetric(_sum_in_batches(total, list(_pieces(blocks, columns)), columns)), None
     buffer = total.new_empty((m, _width(blocks, _ENTRIES)))
     for filled in _filled(buffer, blocks):
         _add_product(total, buffer[:, :filled])
-    return _mirrored(total)
+    return _mirrored(total), _all_rows(buffer, blocks)
 
 
-def _sum_of_short(blocks: Sequence[Tensor]) -> Tensor:
+def _sum_of_short(blocks: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
     m = blocks[0].shape[0]
     # A row and a column more than there are, as `add_short_products` wants them.
     wide = np.zeros((m + 1, _width(blocks, _ENTRIES)))
-    total = np.zeros((m, m + 1))
-    for filled in _filled(torch.from_numpy(wide[:m]), blocks):
+    total, buffer = np.zeros((m, m + 1)), torch.from_numpy(wide[:m])
+    for filled in _filled(buffer, blocks):
         add_short_products(total, wide[:, :filled])
-    return _from_lower(torch.from_numpy(total)[:, :m])
+    return _from_lower(torch.from_numpy(total)[:, :m]), _all_rows(buffer, blocks)
+
+
+def _all_rows(buffer: Tensor, blocks: Sequence[Tensor]) -> Tensor | None:
+    """A buffer that was filled, if it held all columns at once."""
+    return buffer if buffer.shape[1] == sum(block.shape[1] for block in blocks) else None
 
 
 def _width(blocks: Sequence[Tensor], entries: int) -> int:

@@ -33,7 +33,8 @@ from jdcore.linalg._blas import product
 _MARGINS = {torch.float32: 32.0, torch.float64: 0.0}
 _EPS = 2.0**-52
 
-_FEW = 8
+# Rows up to which a call takes longer than a few products of them, and of all of them.
+_FEW, _SHORT = 8, 32
 # Relative error of the update that float32 factors may cause: half of a unit in the last place of
 # each, times what is lost where the weighted rows cancel.
 _VISIBLE = 2e-5
@@ -65,7 +66,7 @@ def add_proximal(gramian: NDArray[np.float64], level: float, /) -> NDArray[np.fl
     :param level: δ, as :func:`proximal_level` gives it.
     """
     m = len(gramian)
-    if m <= _FEW:
+    if m <= _SHORT:
         return gramian * _factors(m, level)  # one call of numpy in place of four
     definite: NDArray[np.float64] = gramian.copy()
     definite.reshape(-1)[:: m + 1] *= 1.0 + level

@@ -112,6 +112,25 @@ def test_operations_do_not_grow_with_the_number_of_small_blocks(length: int) -> 
     assert counted(40) == counted(4)
 
 
+@pytest.mark.parametrize("m, n", [(12, 1000), (20, 5000), (100, 400)])
+def test_rows_are_converted_to_float64_once(m: int, n: int) -> None:
+    aggregator, half = GramianAggregator(Shorter()), torch.randn(m // 2, n)
+    # Rows that cancel: their sum is made in float64.
+    matrix = torch.cat([half, 1e-6 * torch.randn(m // 2, n) - half])
+    counts = _operations(lambda: aggregator(matrix))
+    # The rows, for the Gramian and for the sum; and their sum back.
+    assert counts["_to_copy"] + counts["copy_"] <= 2, counts
+    update = aggregator(matrix)
+    blocks = [matrix[:, :3], matrix[:, 3:7].double(), matrix[:, 7:].bfloat16()]
+    vectors, weights = aggregator.aggregate_blocks(blocks)
+    assert [vector.dtype for vector in vectors] == [torch.float32, torch.float64, torch.bfloat16]
+    torch.testing.assert_close(
+        torch.cat([v.double() for v in vectors]), update.double(), rtol=0.02, atol=0.02
+    )
+    for vector, block in zip(vectors, blocks, strict=True):
+        torch.testing.assert_close(vector, (weights.double() @ block.double()).to(block.dtype))
+
+
 def test_small_blocks_are_summed_together_and_come_back_in_their_order() -> None:
     generator = torch.Generator().manual_seed(0)
     sizes = [3, 40_000, 0, 5, 7, 70_000, 1]

@@ -94,8 +94,11 @@ def descend(C: Vector, q: Vector, start: Vector) -> Vector:
     :returns: ``z - y`` [m] at the end, which is positive where z is likely to be.
     """
     z, y, length = start, C @ start + q, cast(Any, 1.0)
+    if len(q) < _LARGE:
+        z = (z - y).clip(min=0.0)
+        return z - (C @ z + q)
     positive = z > y
-    for number in range(1, (_DESCENTS if len(q) >= _LARGE else 1) + 1):
+    for number in range(1, _DESCENTS + 1):
         step = (z - length * y).clip(min=0.0) - z
         change = C @ step
         length = (step @ change) / (change @ change + 1e-300)
