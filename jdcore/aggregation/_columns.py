@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -118,12 +117,11 @@ class Columns:
     def product(self, scale: float) -> Tensor:
         """The Gramian of the rows divided by ``scale``."""
         blocks = self.blocks
-        plain = type(self) is Columns and blocks[0].is_cpu and scale == 1.0
+        single = type(self) is Columns and len(blocks) == 1 and scale == 1.0
         # What is differentiable is to stay so, for those who ask for the derivative to be told.
-        if not plain or any([block.requires_grad for block in blocks]):
+        if not single or blocks[0].requires_grad or blocks[0].dtype == torch.float64:
             return sum_gramians(_divided(blocks, scale))
-        gramian, rows = gramian_and_rows(blocks)
-        self._wide = None if rows is blocks[0] else rows
+        gramian, self._wide = gramian_and_rows(blocks)
         return gramian
 
     def cross_product(self, scale: float) -> Tensor:
@@ -146,33 +144,18 @@ class Columns:
 
         :param wide: Whether to multiply in float64, whatever the dtypes of the blocks.
         """
-        few, rows = self._few, self._wide
+        few, rows, blocks = self._few, self._wide, self.blocks
         # Rows that are few are in the cache already, in float64, since their Gramian was made.
-        if (few is not None or rows is not None) and weights.is_cpu:
-            factors = weights if weights.dtype == torch.float64 else weights.double()
-            if few is not None:
-                return self._split(small_combination(factors.numpy(), few, torch.float32))
-            if rows is not None:
-                return self._split(rows.T.mv(factors))
-        if len(self.blocks) == 1:
-            return [combine(weights, self.blocks[0], wide=wide)]
-        return combine_blocks(weights, self.blocks, wide=wide)
-
-    def _split(self, vector: Tensor) -> list[Tensor]:
-        """The parts of a vector that belong to the blocks, in their dtypes."""
-        blocks = self.blocks
+        if rows is not None and weights.is_cpu:
+            return [rows.T.mv(weights.double()).to(blocks[0].dtype)]
+        if few is not None and weights.is_cpu:
+            vector = small_combination(weights.double().numpy(), few, torch.float32)
+            if len(blocks) == 1:
+                return [vector]
+            return list(torch.split(vector, [block.shape[1] for block in blocks]))
         if len(blocks) == 1:
-            return [vector.to(blocks[0])]
-        widths = [block.shape[1] for block in blocks]
-        parts: dict[Any, Sequence[Tensor]] = {}
-        vectors = []
-        for i, block in enumerate(blocks):
-            kind = block.dtype, block.device
-            # Converted at once: a model has many small blocks.
-            if kind not in parts:
-                parts[kind] = torch.split(vector.to(block), widths)
-            vectors.append(parts[kind][i])
-        return vectors
+            return [combine(weights, blocks[0], wide=wide)]
+        return combine_blocks(weights, blocks, wide=wide)
 
     def apply(self, function: Callable[[Tensor], Tensor]) -> list[Tensor]:
         """

@@ -90,7 +90,7 @@ def _sum_of_short(blocks: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
 
 def _all_rows(buffer: Tensor, blocks: Sequence[Tensor]) -> Tensor | None:
     """A buffer that was filled, if it held all columns at once."""
-    return buffer if buffer.shape[1] == sum(block.shape[1] for block in blocks) else None
+    return buffer if buffer.shape[1] == sum([block.shape[1] for block in blocks]) else None
 
 
 def _width(blocks: Sequence[Tensor], entries: int) -> int:

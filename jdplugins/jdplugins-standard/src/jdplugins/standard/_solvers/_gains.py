@@ -6,7 +6,9 @@ With D the row norms, ``C = D⁻¹ G D⁻¹`` and ``b = D a``, it is the minimum
 ``½ bᵀ C b - Σ k_i b_i^(1 - e) / (1 - e)`` with ``k = h d^(e - 1)`` (``Σ k_i log b_i`` for e = 1).
 Damped Newton steps relative to b solve it: with B the diagonal matrix of b and ``s = k b^(1 - e)``
 their matrix is ``B C B + e S``, which is positive definite even where C is singular, and no step
-leaves ``b > 0``. A proximal term makes a first stage solvable for every C; a second does without.
+leaves ``b > 0``. Where e is small, rows that gain enough from the others have a share that is a
+large power of their gain, such as 1e-160: steps to there are made in its logarithm. A proximal term
+makes a first stage solvable for every C; a second does without.
 
 Where that fails, 0 lies in the convex hull of some rows, to about 1e-6 of their norms or to the
 precision at which they are known. These rows are found in the null space of C and leave the game,
@@ -31,7 +33,8 @@ _PROXIMAL = 1e-12
 _STEPS = 100
 # From this number of rows on, a factorisation takes longer than a product for every 8 of them.
 _MANY, _ROWS_PER_PRODUCT = 96, 8
-_NEARBY = 0.1  # Newton decrement from which convergence is certain and quadratic
+_NEARBY = 0.1  # relative change from which convergence is certain and quadratic
+_UNSEEN = 1e-60  # part of the largest share that changes no sum
 # Combinations of stationary rows vanish to 1e-6, which is more than rounding to float32 leaves, or
 # to some multiple of their rounding.
 _STATIONARY, _ROUNDED = 1e-6, 4.0
@@ -49,6 +52,8 @@ class Gains:
     exponent: float
     problem: str
 
+    # What overflows makes a change that is no number, and ends a search before a step is made.
+    @np.errstate(over="ignore", invalid="ignore", divide="ignore")
     def solve(self, gramian: Floats, logarithms: Floats, level: float | Floats) -> Floats:
         """
         The weights a [m], zero for zero rows.
@@ -91,7 +96,7 @@ class Gains:
             shares, decrement = game.newton(game.start(), _PROXIMAL)
             shares, decrement = game.newton(shares, 0.0)
         self._warn_if_inexact(game, shares, solved=decrement < _NEARBY)
-        return shares
+        return game.settled(shares)
 
     def _beside(
         self, game: _Game, near: Floats, stationary: NDArray[np.bool_], levels: Floats
@@ -143,10 +148,13 @@ class Gains:
         if stationary is not None:
             scale = np.where(stationary, 1.0 + scale, scale)
             wanted = np.where(stationary, 0.0, wanted)
-        residual = float((np.abs(shares * product(game.cosines, shares) - wanted) / scale).max())
+        missed = np.abs(shares * product(game.cosines, shares) - wanted) / scale
+        # What is not seen is settled by the others.
+        residual = float(missed[game.seen(shares)].max(initial=0.0))
         warn_if_unsolved(self.problem, residual, limit)
 
 
+@np.errstate(over="ignore", invalid="ignore", divide="ignore")
 def bargain(cosines: Floats, shift: float) -> Floats:
     """
     Shares b > 0 of Nash bargaining with ``C + shift I``, for a matrix of cosines C [m, m].
@@ -175,6 +183,17 @@ class _Game:
             return np.exp(self.logarithms)
         return np.exp(self.logarithms + (1.0 - self.exponent) * np.log(shares))
 
+    @staticmethod
+    def seen(shares: Floats) -> NDArray[np.bool_]:
+        """Which shares are more than the least that the search goes to."""
+        return np.asarray(shares > 2.0 * _UNSEEN * shares.max())
+
+    def settled(self, shares: Floats) -> Floats:
+        """What is not seen, as its gain is that from the others: 0 where float64 ends."""
+        gains = np.log(product(self.cosines, shares))
+        exact = np.exp((self.logarithms - gains) / self.exponent)
+        return np.where(self.seen(shares), shares, exact)
+
     def start(self) -> Floats:
         """The best multiple of what is exact for orthogonal rows."""
         power = 1.0 / (1.0 + self.exponent)
@@ -184,18 +203,22 @@ class _Game:
         started: Floats = shares * min(scale, 1e6)
         return started
 
-    # What overflows makes a decrement that is no number, and ends the search before a step is made.
-    @np.errstate(over="ignore", invalid="ignore")
     def newton(
         self, shares: Floats, shift: float, give_up: float = math.inf
     ) -> tuple[Floats, float]:
-        """Minimise with C + shift I; stop at the first decrement above ``give_up``."""
-        previous, decrement, full = math.inf, math.inf, False
+        """
+        Minimise with C + shift I; stop at the first step that changes a share by ``give_up``.
+
+        :returns: The shares, and the largest relative change in the last step.
+        """
+        previous, change, full = math.inf, math.inf, False
         products = len(shares) // _ROWS_PER_PRODUCT if len(shares) >= _MANY else 0
         for _ in range(_STEPS):
-            spent = self.spent(shares)
-            gradient = shares * (product(self.cosines, shares) + shift * shares) - spent
-            system = self._system(shares, shift, spent)
+            spent, gained = self.spent(shares), self._gained(shares, shift)
+            gradient = gained - spent
+            # Nearby, where both agree, the mean would take longer than it is worth.
+            weights = spent if previous < _NEARBY else _between(gained, spent)
+            system = self._system(shares, shift, weights)
             step = system.approximate(gradient, 0.1 * min(previous, 1.0), products)
             if step is None:  # as it will be for the next one, too
                 products = 0
@@ -203,55 +226,73 @@ class _Game:
                     step = system.solve(gradient)
                 except np.linalg.LinAlgError:  # shares whose squares leave the range of float64
                     return shares, math.inf
-            # Relative to how fast the Hessian may change: the decrement itself for Nash bargaining.
-            least = max(self.exponent * float(spent.min()), 1e-300)
-            change = (self.exponent + 1.0) / (2.0 * math.sqrt(least))
-            decrement = change * math.sqrt(max(float(gradient @ step), 0.0))
-            if not decrement <= give_up or math.isinf(decrement):
+            change = max(-float(step.min()), float(step.max()))
+            if change > _NEARBY:  # what nobody sees any more may shrink further
+                change = float(np.abs(step[self.seen(shares) | (step < 0.0)]).max())
+            if not change <= give_up or math.isinf(change):
                 break
             # After a full step, what has not shrunk by far is rounding.
-            stalled = full and 0.5 * previous < decrement < _NEARBY
-            full = decrement <= 0.25 and float(step.max()) < 1.0
-            size = 1.0 if full else self._step_size(gradient, step, spent, decrement)
-            shares = shares * (1.0 - size * step)
-            if decrement < 1e-7 or stalled:
+            stalled = full and 0.5 * previous < change < _NEARBY
+            slope = 0.0 if change < _NEARBY else float(gradient @ step)
+            shares, full = self._stepped(shares, shift, step, slope)
+            if change < 1e-7 or stalled:
                 break
-            previous = decrement
-        return shares, decrement
+            previous = change
+        return shares, change
 
-    def _system(self, shares: Floats, shift: float, spent: Floats) -> _System:
-        """The Hessian relative to the shares."""
-        added = shift * shares * shares + self.exponent * spent
+    def _gained(self, shares: Floats, shift: float) -> Floats:
+        return shares * (product(self.cosines, shares) + shift * shares)
+
+    def _system(self, shares: Floats, shift: float, weights: Floats) -> _System:
+        """The Hessian relative to the shares, for what is spent or a mean of that."""
+        added = shift * shares * shares + self.exponent * weights
         # Rows differ by what is spent on them, which no solver must take for importance.
         inverse_roots = 1.0 / np.sqrt(self.cosines.diagonal() * shares * shares + added)
         factors = shares * inverse_roots
         return _System(self.cosines, factors, added * inverse_roots**2, inverse_roots)
 
-    def _step_size(self, gradient: Floats, step: Floats, spent: Floats, decrement: float) -> float:
+    def _stepped(
+        self, shares: Floats, shift: float, step: Floats, slope: float
+    ) -> tuple[Floats, bool]:
         """
-        A step length within a factor of 2 of the best one.
+        The shares after a step, and whether it is a full one.
 
-        The damped step of the theory, 1/(1 + decrement), is safe for Nash bargaining, but lets a
-        share grow by a factor of ``1 + 1/√m`` at most; near stationary points they have to grow to
-        a million.
+        Shares that shrink by much do so by powers, so that none becomes negative; others linearly,
+        as combinations that cancel have to stay such.
+
+        :param slope: How steeply the objective falls: a step is halved until it does not rise by
+            half as much at its end. Zero takes a full step.
         """
-        # The slope along the step is ``t curvature - tilt + Σ s step (1 - t step)^(-e)``.
-        weighted = spent * step
-        curvature = float(gradient @ step - self.exponent * (step @ weighted))
-        tilt = float(gradient @ step + weighted.sum())
-        limit = 1.0 / max(float(step.max()), 1e-300)  # where the first share becomes 0
-
-        def slope(t: float) -> float:
-            return (
-                t * curvature - tilt + float((weighted * (1.0 - t * step) ** -self.exponent).sum())
-            )
-
-        size = min(1.0 / (1.0 + decrement), 0.9 * limit)
-        while slope(size) > 0.0 and size > 1e-12:
+        if slope == 0.0 and float(step.max()) < 0.5:
+            return shares * (1.0 - step), True
+        size = 1.0
+        while True:
+            moves = size * step
+            linear = moves < 0.5
+            factors = np.where(linear, 1.0 - moves, 0.5 * np.exp(0.5 - moves))
+            moved = shares * factors
+            moved = np.maximum(moved, _UNSEEN * moved.max())
+            if slope == 0.0 or size < 1e-12:
+                return moved, size == 1.0
+            rates = np.where(linear, step / factors, step)
+            rise = float(rates @ (self.spent(moved) - self._gained(moved, shift)))
+            if rise <= 0.5 * slope:
+                return moved, size == 1.0
             size *= 0.5
-        while 2.0 * size < limit and slope(2.0 * size) < 0.0:
-            size *= 2.0
-        return size
+
+
+def _between(gained: Floats, spent: Floats) -> Floats:
+    """
+    Logarithmic means of what is gained and what is spent, which are equal at the minimum.
+
+    Newton's method has what is spent there, for which a share that is a million times too large
+    shrinks by a constant factor per step. With the mean, a share that no other one depends on gets
+    right in one step, by whatever power.
+    """
+    ratios = np.log(np.maximum(gained, 1e-300) / spent)
+    near = np.abs(ratios) < 1e-3
+    means = np.where(near, 0.5 * (gained + spent), (gained - spent) / np.where(near, 1.0, ratios))
+    return np.where(gained > 0.0, means, spent)
 
 
 @frozen
