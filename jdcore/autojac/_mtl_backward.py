@@ -61,7 +61,9 @@ def mtl_backward(
         behind each loss that are not behind the features. They must be given where functions of
         the heads hide them, as reentrant checkpoints do.
     :param shared_params: The parameters of the trunk. Frozen ones are skipped. By default the
-        leaves behind the features. They must be given where functions of the trunk hide them.
+        leaves behind the features. They must be given where functions of the trunk hide them, and
+        so must those of the tasks where one function gives both features and what losses depend on
+        besides them, as a compiled region that holds the heads does.
     :param retain_graph: Whether to keep the graph for another differentiation.
     :param parallel_chunk_size: How many rows of the trunk to differentiate at once (by vmap), 1
         meaning one by one. None lets the library choose what is fast and works.

@@ -105,13 +105,15 @@ def make_plan(
         raise default_error("shared_params")
     if any(map(is_reentrant, heads)) and tasks_params is None:
         raise default_error("tasks_params")
+    check_trunk(trunk, heads, "features")
+    if named_shared is None or named_tasks is None:
+        _refuse_ties(trunk, heads, "shared_params" if named_shared is None else "tasks_params")
     refuse_flat([leaf for graph in (trunk, *heads) for leaf in graph.leaves], "shared_params")
     shared = _shared(trunk, heads, named_shared)
     tasks = _tasks(losses, trunk, heads, named_tasks)
     if given:  # by default, a task has what is not behind the features
         _check_overlap(shared, tasks)
     private = list(dict.fromkeys([parameter for task in tasks for parameter in task]))
-    check_trunk(trunk, heads, "features")
     check_replicas([*shared, *private], (trunk, *heads), "shared_params")
     # Where gradients cannot be had from the features, or at them: a shared parameter acts past the
     # features; a hook of a feature would see its gradient twice, at the end of the heads and again
@@ -130,6 +132,33 @@ def make_plan(
     rows_from_features = bool(shared) and not whole
     apart = _apart(losses, heads) if rows_from_features and not deep else None
     return Plan(cut, trunk, shared, tasks, private, heads, rows_from_features, deep, given, apart)
+
+
+def _refuse_ties(trunk: Reach, heads: list[Reach], parameter: str) -> None:
+    """
+    Refuse functions that give features and, past them, what losses depend on.
+
+    Nobody sees inside: of a compiled model that returns features and the outputs of its heads, all
+    parameters would count as shared.
+    """
+    functions = set(trunk.functions)
+    # What comes from an output that features come from, too, is shared in truth.
+    ties = [
+        node.name()
+        for head in heads
+        if not functions.isdisjoint(head.functions)
+        for node, number in head.edges
+        if node in functions and (node, number) not in trunk.edges
+    ]
+    if ties:
+        raise ParameterError(
+            parameter,
+            "given where one function (a compiled region, say) gives features and, besides them, "
+            "what losses depend on",
+            f"None, with {ties[0]}",
+            "All parameters behind it would count as shared. Give shared_params and tasks_params, "
+            "or all of its outputs as features, or compile the trunk and the heads apart.",
+        )
 
 
 def _apart(losses: list[Tensor], heads: list[Reach]) -> Reach | None:

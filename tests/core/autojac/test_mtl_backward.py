@@ -7,6 +7,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from jdcore import ParameterError
+from jdcore._fields import get_jac
 from jdcore.autojac import _mtl_plan, mtl_backward
 from tests.core.autojac.conftest import Truth
 from tests.functions import RedoneOnTheParameter
@@ -300,3 +302,55 @@ def test_passes_that_a_hook_starts_are_not_heard(
     handle.remove()  # which refers to its own graph: torch would keep both for ever
     assert len(others) == 1
     torch.testing.assert_close(trunk[0].jac, expected[0])
+
+
+class _Copies(torch.autograd.Function):
+    """Several results of one function, as a compiled region has them."""
+
+    @staticmethod
+    def forward(ctx: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(tensor.clone() for tensor in tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
+        return gradients
+
+
+def _copied(*tensors: Tensor) -> tuple[Tensor, ...]:
+    results: tuple[Tensor, ...] = _Copies.apply(*tensors)  # type: ignore[no-untyped-call]
+    return results
+
+
+def test_a_function_that_gives_features_and_outputs_of_heads_needs_the_parameters(
+    truth: Truth,
+) -> None:
+    trunk, heads = nn.Linear(3, 4).double(), [nn.Linear(4, 1).double() for _ in range(3)]
+    found = trunk(torch.randn(5, 3, dtype=torch.float64)).tanh()
+    features, *outputs = _copied(found, *(head(found) for head in heads))
+    losses = [output.square().mean() for output in outputs]
+    shared, tasks = list(trunk.parameters()), [list(head.parameters()) for head in heads]
+    expected = truth(losses, [*shared, *(p for task in tasks for p in task)])
+
+    for given, name in (({}, "shared_params"), ({"shared_params": shared}, "tasks_params")):
+        with pytest.raises(ParameterError, match=f"`{name}`.*_CopiesBackward"):
+            mtl_backward(losses, features, **given, retain_graph=True)
+    assert all(p.grad is None and get_jac(p) is None for p in (*shared, *heads[0].parameters()))
+    mtl_backward(losses, features, shared_params=shared, tasks_params=tasks)
+
+    for parameter, jacobian in zip(shared, expected, strict=False):
+        torch.testing.assert_close(parameter.jac, jacobian)
+    private = [parameter for task in tasks for parameter in task]
+    for parameter, jacobian in zip(private, expected[len(shared) :], strict=True):
+        torch.testing.assert_close(parameter.grad, jacobian.sum(0))
+
+
+def test_a_function_whose_result_trunk_and_heads_use_is_shared(truth: Truth) -> None:
+    raw, scale = _leaf(3, 3), _leaf()
+    (weight,) = _copied(raw)
+    features = (torch.randn(5, 3, dtype=torch.float64) @ weight).tanh()
+    losses = [(features @ weight).mean(), (scale * features).square().sum()]
+    [expected, of_scale] = truth(losses, [raw, scale])
+
+    mtl_backward(losses, features)
+    torch.testing.assert_close(raw.jac, expected)
+    torch.testing.assert_close(scale.grad, of_scale.sum(0))
