@@ -117,7 +117,7 @@ def wanted_leaves(objectives: Objectives, inputs: Tensor | Iterable[Tensor] | No
     # Without an engine nobody says which leaves are parameters: inputs that require grad count as
     # well.
     if inputs is None:
-        return [leaf for leaf in reach(objectives.outputs).leaves if leaf.requires_grad]
+        return list(reach(objectives.outputs).leaves)
     given = tensor_list(inputs, "inputs")
     for i, tensor in enumerate(given):
         label = f"inputs[{i}]"

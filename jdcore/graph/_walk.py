@@ -157,4 +157,6 @@ def _walk(starts: list[Edge], barrier: set[Edge]) -> Reach:
             last[node] = {k: edge for k, edge in enumerate(inputs) if edge in barrier}
         # Reversed, so that the first operand is the next one to be expanded.
         stack.extend([(n, i) for n, i in reversed(inputs) if n is not None])
-    return Reach(edges, names, tuple(leaves.values()), tuple(functions), frozenset(stops), last)
+    # As in a backward pass, what was frozen after the forward pass gets nothing.
+    trainable = tuple([leaf for leaf in leaves.values() if leaf.requires_grad])
+    return Reach(edges, names, trainable, tuple(functions), frozenset(stops), last)

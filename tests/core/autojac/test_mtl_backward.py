@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from jdcore import ParameterError
 from jdcore._fields import get_jac
-from jdcore.autojac import _mtl_plan, mtl_backward
+from jdcore.autojac import _mtl_plan, backward, mtl_backward
 from tests.core.autojac.conftest import Truth
 from tests.functions import RedoneOnTheParameter
 
@@ -354,3 +354,24 @@ def test_a_function_whose_result_trunk_and_heads_use_is_shared(truth: Truth) -> 
     mtl_backward(losses, features)
     torch.testing.assert_close(raw.jac, expected)
     torch.testing.assert_close(scale.grad, of_scale.sum(0))
+
+
+def test_what_is_frozen_after_the_forward_pass_gets_nothing(truth: Truth) -> None:
+    """As Lightning's `toggle_optimizer` freezes what belongs to other optimizers."""
+    frozen, trunk = nn.Linear(3, 3).double(), nn.Linear(3, 4).double()
+    heads = [nn.Linear(4, 1).double() for _ in range(6)]
+    features = trunk(frozen(torch.randn(5, 3, dtype=torch.float64)).tanh())
+    losses = [head(features).square().mean() for head in heads]
+    expected = truth(losses, [trunk.weight, heads[1].weight])
+    frozen.requires_grad_(False)
+    heads[0].requires_grad_(False)
+
+    backward(losses, retain_graph=True)
+    torch.testing.assert_close(heads[1].weight.jac, expected[1])
+    del trunk.weight.jac, trunk.bias.jac
+    mtl_backward(losses, features)
+    torch.testing.assert_close(trunk.weight.jac, expected[0])
+    torch.testing.assert_close(heads[1].weight.grad, expected[1].sum(0))
+    for parameter in (*frozen.parameters(), *heads[0].parameters()):
+        assert parameter.grad is None
+        assert get_jac(parameter) is None
