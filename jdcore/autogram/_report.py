@@ -88,7 +88,8 @@ def verified(step: Step, names: Mapping[Tensor, str]) -> Verification:
 
 def _by_parameter(jacobian: Jacobian, names: Mapping[Tensor, str]) -> dict[Tensor, Check]:
     served: dict[Tensor, list[Served]] = {}
-    for entry in jacobian.served:
+    # Of an empty batch nothing was made.
+    for entry in jacobian.roots.served if jacobian.roots else ():
         for tensor in _behind(jacobian.graph, entry.root):
             served.setdefault(tensor, []).append(entry)
     # In the order of the modules; tensors without a name come last.

@@ -128,7 +128,7 @@ class Step:
         placed = weights.to(outputs[0].device)
         # A weighting that asked for no Gramian, such as the mean, left no pass to take gradients
         # from.
-        if second_pass or not jacobian.computed:
+        if second_pass or jacobian.roots is None:
             gradients = jacobian.differentiated(placed, retain_graph=retain_graph)
         else:
             wide = source.rounding_shows(weights.reshape(-1))

@@ -68,7 +68,7 @@ def backward_together(
         check_grads(t for t in written if t.grad is None or not t.grad.is_sparse)
         weigh = _own_weights if per_process else _all_weights
         weights, own, rows = weigh(step, jacobian, weighting, meeting, holders.group, retain_graph)
-        if jacobian.computed:
+        if jacobian.roots is not None:
             gradients = jacobian.weighted(own, retain_graph=retain_graph)
         else:
             gradients = jacobian.differentiated(own, retain_graph=retain_graph)
@@ -150,7 +150,8 @@ def collect(step: Step, jacobian: Jacobian, collected: Collected, *, retain_grap
     # Places, since processes have no other common name for their parameters: addresses and ids
     # differ.
     places = {tensor: i for i, tensor in enumerate(step.wanted)}
-    for roots in jacobian.sources:
+    assert jacobian.roots is not None  # it has just made them
+    for roots in jacobian.roots.sources:
         ways = dict.fromkeys(map(jacobian.graph.way, roots))
         names = [(places[jacobian.graph.leaves[leaf]], way) for leaf, way in ways]
         collected.names.append(names)

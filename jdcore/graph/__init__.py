@@ -25,7 +25,7 @@ from jdcore.graph._hooks import (
     node_has_hooks,
     own_hooks,
 )
-from jdcore.graph._jacobian import Jacobian, Served
+from jdcore.graph._jacobian import Jacobian
 from jdcore.graph._layout import Layout
 from jdcore.graph._leaving import Exit, leaving
 from jdcore.graph._memory import Memory, free_memory
@@ -34,6 +34,7 @@ from jdcore.graph._objectives import Objectives
 from jdcore.graph._passes import SinglePassesExplained, differentiate
 from jdcore.graph._plan import Plans
 from jdcore.graph._retained import retains_gradients
+from jdcore.graph._root_shares import Served
 from jdcore.graph._saved import (
     MATRIX_PRODUCTS,
     Unreadable,

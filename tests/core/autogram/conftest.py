@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from jdcore.graph import _jacobian
+from jdcore.graph import _serving
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -25,13 +25,13 @@ def _float64() -> Iterator[None]:
 def called(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The operations that no closed form served, in order."""
     seen: list[str] = []
-    original = _jacobian.called_shares
+    original = _serving.called_shares
 
     def noting(node: Any, name: str, *rest: Any) -> Any:
         seen.append(name)
         return original(node, name, *rest)
 
-    monkeypatch.setattr(_jacobian, "called_shares", noting)
+    monkeypatch.setattr(_serving, "called_shares", noting)
     return seen
 
 

@@ -1,0 +1,227 @@
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator, Mapping, Sequence, Set
+
+import torch
+from attrs import frozen
+from torch import Tensor
+
+from jdcore._fields import through_tensor_hooks
+from jdcore.graph._form import Place
+from jdcore.graph._graph import Graph
+from jdcore.graph._memory import Memory
+from jdcore.graph._objectives import Objectives
+from jdcore.graph._plan import Plan
+from jdcore.graph._pull import pull, pull_rows
+from jdcore.graph._short_rows import SHORT, ShortRows
+from jdcore.graph.shares import Accumulator, Dense, Outer, Share, Uses, sum_of
+
+
+@frozen(eq=False)
+class Served:
+    """
+    What served an operand.
+
+    :param operation: The name of the operation.
+    :param root: The operand.
+    :param share: Its share of the Jacobian.
+    :param how: The rule, in words.
+    """
+
+    operation: str
+    root: Place
+    share: str
+    how: str
+
+
+class RootShares:
+    """
+    The shares that were made at the roots of parameters, and what becomes of them.
+
+    Their Gramians are added up while they come in, as far as a share is all that a parameter has;
+    uses of one parameter, and what is derived from parameters, wait until all are there. What is
+    kept gives the weighted gradients later.
+
+    :param graph: The graph.
+    :param objectives: Its losses.
+    :param plan: Where the roots are, and what belongs together.
+    :param hooked: Parameters whose hooks have to see the rows.
+    :param memory: How large temporaries may be.
+    :param total: What the Gramians are added to, until :meth:`finish`.
+    :param report: Whether to note in :attr:`served` what served each operand.
+    """
+
+    def __init__(
+        self,
+        graph: Graph,
+        objectives: Objectives,
+        plan: Plan,
+        hooked: Set[int],
+        memory: Memory,
+        total: Accumulator,
+        *,
+        report: bool,
+    ) -> None:
+        self._graph, self._objectives, self._plan = graph, objectives, plan
+        self._hooked, self._memory, self._report = hooked, memory, report
+        self._total = total
+        self._keep = total.keep
+        self._shares: dict[Place, list[Share]] = {}
+        self._short = ShortRows(memory)
+        self._finished: dict[int, Tensor] = {}
+        self.served: list[Served] = []
+        self.sources: list[list[Place]] = []
+        """The roots that each of the shares was made for, in the order in which they were added."""
+
+    def take(self, root: Place, share: Share, operation: str, how: str) -> None:
+        """
+        Take a share.
+
+        :param operation: The name of the operation that the root enters.
+        :param how: How the share was made, in words.
+        """
+        if self._report:
+            self._note(root, share, operation, how)
+        place = root
+        if root in self._plan.alone:
+            place, share = self._at_end(root, share)
+            if isinstance(share, Dense) and share.shape.numel() < SHORT:
+                self._short.add(place, share)
+                return
+            self._add(share, [root])
+            if not self._keep:
+                return
+        self._shares.setdefault(place, []).append(share)
+
+    def take_counted(self, root: Place, share: Dense, operation: str, how: str) -> None:
+        """:meth:`take`, for a share whose Gramian is in that of another one."""
+        if self._report:
+            self._note(root, share, operation, how)
+        place, _ = self._at_end(root, share)
+        self._short.add(place, share, counted=True)
+
+    def finish(self) -> None:
+        """Add what waited until all shares are there."""
+        for group in self._plan.groups:
+            self._add_group(group)
+        if self._plan.derived:
+            self._add_rows(self._plan.derived)
+        for share, roots in self._short.shares(self._keep):
+            self._add(share, roots)
+        self._total.finish()
+        # It has the same shares, which are to be freed one after the other by what weighs them.
+        del self._total
+
+    def _note(self, root: Place, share: Share, operation: str, how: str) -> None:
+        self.served.append(Served(operation, root, repr(share), how))
+
+    def _add(self, share: Share, roots: list[Place]) -> None:
+        self._total.add_share(share)
+        self.sources.append(roots)
+
+    def _at_end(self, root: Place, share: Share) -> tuple[Place, Share]:
+        """A share as that of a parameter, if its root is nothing but one, as it is or turned."""
+        end = self._plan.ends.get(root)
+        if end is None:
+            return root, share
+        if end.turned:
+            if not isinstance(share, Outer):
+                return root, share
+            share = share.turned()
+        return (end.leaf, 0), share
+
+    # -- parameters that are used several times, or derived ----------------------------------------
+
+    def _add_group(self, group: Mapping[Place, bool | None]) -> None:
+        pairs = [(root, share) for root in group for share in self._shares.get(root, ())]
+        if not pairs:
+            return
+        outer = [
+            share.turned() if group[root] else share
+            for root, share in pairs
+            if isinstance(share, Outer) and group[root] is not None
+        ]
+        if len(outer) == len(pairs):
+            # Factored uses are multiplied pairwise; none of them needs its rows written out.
+            self._add(Uses(outer), list(group))
+        elif len(group) == 1:
+            rows = sum_of(share.rows() for _, share in pairs)
+            self._add(Dense(rows, pairs[0][1].shape), list(group))
+        else:
+            self._add_rows(list(group))
+
+    def _add_rows(self, roots: Sequence[Place]) -> None:
+        """Carry rows from roots to parameters and add their Gramian there."""
+        rows = {
+            root: sum_of(share.rows() for share in self._shares[root]).flatten(0, 1)
+            for root in dict.fromkeys(roots)
+            if root in self._shares
+        }
+        if not rows:
+            return
+        for leaf, found in pull_rows(self._graph, self._plan, rows, self._memory).items():
+            if leaf in self._hooked:
+                found = self._finished[leaf] = _through_hooks(self._graph.wanted[leaf], found)
+            sizes = self._objectives.tasks, self._objectives.samples
+            by_task = found.reshape(*sizes, *found.shape[1:])
+            self._add(Dense(by_task, self._graph.wanted[leaf].shape), [(leaf, 0)])
+
+    # -- the weighted gradient ---------------------------------------------------------------------
+
+    def weighted(self, by_task: Tensor) -> dict[Tensor, Tensor]:
+        """
+        The weighted gradients of the parameters that have shares; these are used up.
+
+        :param by_task: Weights [K, B].
+        """
+        graph, grads = self._graph, self._short.weighted(by_task)
+        for root, found in self._of_alike(by_task):
+            grads[root] = grads[root] + found if root in grads else found
+        for root in sorted(self._shares, key=self._growth):
+            shares = self._shares.pop(root)
+            of_uses = [share.weighted(by_task) for share in shares]
+            if root in grads:
+                of_uses.append(grads[root])
+            grads[root] = sum_of(of_uses) if len(of_uses) > 1 else of_uses[0]
+        final = {
+            graph.targets[place]: grads.pop(place).to(graph.form.result(place).dtype)
+            for place in self._plan.ordinary
+            if place in grads
+        }
+        for leaf, grad in pull(graph, self._plan, grads).items():
+            final[graph.leaves[leaf]] = grad
+        for leaf, rows in self._finished.items():
+            tensor = graph.wanted[leaf]
+            share = Dense(rows[None], tensor.shape)
+            final[tensor] = share.weighted(by_task.reshape(1, -1)).to(tensor.dtype)
+        return final
+
+    def _growth(self, root: Place) -> int:
+        """How many entries more there are once the weighted gradient of a root is there."""
+        held = sum(share.entries for share in self._shares[root])
+        return self._graph.form.result(root).shape.numel() - held
+
+    def _of_alike(self, by_task: Tensor) -> Iterator[tuple[Place, Tensor]]:
+        """Weighted gradients of layers of one form, which accelerators compute together."""
+        alike: dict[Hashable, list[Place]] = {}
+        for root, [share, *others] in self._shares.items():
+            kind = None if self._memory.reused or others else share.alike
+            if kind is not None:
+                alike.setdefault(kind, []).append(root)
+        largest = self._memory.joined
+        room = largest // 8
+        for roots in alike.values():
+            while len(roots) > 1:
+                # Copied are the factors of layers that are small or that others made room for.
+                entries = self._shares[roots[0]][0].entries
+                count = max(1, min(room, largest) // max(1, entries))
+                some, roots = roots[:count], roots[count:]
+                room += len(some) * entries
+                shares = [self._shares.pop(root)[0] for root in some]
+                yield from zip(some, shares[0].weighted_together(shares, by_task), strict=True)
+
+
+def _through_hooks(leaf: Tensor, rows: Tensor) -> Tensor:
+    """What the hooks of a parameter make of each row, as in a backward pass of its own."""
+    changed = [through_tensor_hooks({leaf: row})[leaf] for row in rows.to(leaf.dtype)]
+    return torch.stack(changed)

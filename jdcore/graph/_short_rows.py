@@ -1,0 +1,84 @@
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from operator import attrgetter
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from jdcore.graph._form import Place
+from jdcore.graph._memory import Memory
+from jdcore.graph.shares import Dense, Sums, Waiting, combined
+
+SHORT = 1 << 16
+"""Entries of a row, below which few large products are faster than many small ones."""
+
+_Entry: TypeAlias = "tuple[Place, torch.Size]"
+
+
+class ShortRows:
+    """Short rows of many parameters, multiplied together."""
+
+    def __init__(self, memory: Memory) -> None:
+        self._memory = memory
+        self._waiting = Waiting[tuple[Place, Sums]](memory, self._put_together, attrgetter("kind"))
+        self._groups: dict[tuple[torch.dtype, bool], list[tuple[list[_Entry], Tensor]]] = {}
+        self._joined: list[tuple[Tensor, list[_Entry]]] = []
+
+    def add(self, root: Place, share: Dense, counted: bool = False) -> None:
+        """
+        Add the rows of a share.
+
+        :param root: Where the gradient belongs.
+        :param counted: Whether their Gramian is in that of another share.
+        """
+        waits = isinstance(share, Sums) and not counted and self._waiting.take(share, (root, share))
+        if not waits:
+            self._put([(root, share.shape)], share.flat_rows(), counted)
+
+    def _put(self, entries: list[_Entry], rows: Tensor, counted: bool) -> None:
+        self._groups.setdefault((rows.dtype, counted), []).append((entries, rows))
+
+    def _put_together(self, pairs: list[tuple[Place, Sums]]) -> None:
+        rows = Sums.rows_together([share for _, share in pairs])
+        self._put([(root, share.shape) for root, share in pairs], rows, False)
+
+    def shares(self, keep: bool) -> Iterator[tuple[Dense, list[Place]]]:
+        """
+        What is to be added to the Gramian, and the roots whose rows it is made of.
+
+        :param keep: Whether :meth:`weighted` will be called.
+        """
+        self._waiting.finish()
+        for (_, counted), parts in self._groups.items():
+            if counted and not keep:
+                continue
+            if counted and self._memory.reused:
+                # Joined rows would be a copy, which costs more here than calls do.
+                self._joined += [(rows, entries) for entries, rows in parts]
+                continue
+            rows = [of_roots for _, of_roots in parts]
+            joined = torch.cat(rows, 2) if len(rows) > 1 else rows[0]
+            entries = [entry for of_rows, _ in parts for entry in of_rows]
+            if not counted:
+                yield Dense(joined, joined.shape[2:]), [root for root, _ in entries]
+            if keep:
+                self._joined.append((joined, entries))
+        self._groups.clear()
+
+    def weighted(self, weights: Tensor) -> dict[Place, Tensor]:
+        grads: dict[Place, Tensor] = {}
+        for rows, entries in self._joined:
+            summed = combined(weights.reshape(-1), rows.flatten(0, 1))
+            parts: Sequence[Tensor] = [summed]
+            if len(entries) > 1:
+                views = torch.split(summed, [shape.numel() for _, shape in entries])
+                # In memory of their own, by one call: to keep one of them must not keep all.
+                parts = torch._foreach_mul(views, 1.0)
+            for (root, shape), part in zip(entries, parts, strict=True):
+                if len(shape) != 1:  # most of them are biases, and each view costs a call
+                    part = part.view(shape)
+                grads[root] = grads[root] + part if root in grads else part
+        self._joined.clear()
+        return grads
