@@ -155,9 +155,13 @@ def disjoint(gradients: Iterable[Tensor], others: Iterable[Tensor] = ()) -> list
 def _covering(gradients: Sequence[Tensor], seen: Set[int]) -> set[int]:
     """The numbers of those that fill their storages, none of which is seen, without overlap."""
     of_storage: dict[int, list[int]] = {}
+    sizes: dict[int, int] = {}
     for i, gradient in enumerate(gradients):
         if gradient.layout == torch.strided:
-            of_storage.setdefault(gradient.untyped_storage().data_ptr(), []).append(i)
+            storage = gradient.untyped_storage()
+            start = storage.data_ptr()
+            of_storage.setdefault(start, []).append(i)
+            sizes[start] = storage.nbytes()
     found: set[int] = set()
     for start, numbers in of_storage.items():
         places: dict[int, int] = {}
@@ -169,8 +173,7 @@ def _covering(gradients: Sequence[Tensor], seen: Set[int]) -> set[int]:
                 break
             end += gradients[i].nbytes
         else:
-            size = gradients[numbers[0]].untyped_storage().nbytes()
-            if end == start + size and start not in seen:
+            if end == start + sizes[start] and start not in seen:
                 found.update(places.values())
     return found
 

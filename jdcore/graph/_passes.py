@@ -1,11 +1,11 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextvars import copy_context
 from functools import partial
 from itertools import chain
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,6 +22,8 @@ Receive = Callable[[int, Grads, Mapping[str, Any]], None]
 
 
 _NONE: Mapping[Any, Any] = {}
+
+Item = TypeVar("Item")
 
 
 @once_for_each_form
@@ -94,8 +96,8 @@ class Listener:
         def hand_on() -> None:
             nonlocal free
             free = self._room
-            while waiting:
-                receive(*waiting.popleft())
+            for heard in _taken(waiting):
+                receive(*heard)
 
         def hear(node: int, grads: Grads) -> None:
             nonlocal free
@@ -125,6 +127,15 @@ class Listener:
         del found
         for node in list(of_node):
             receive(node, of_node.pop(node), self._saved.pop(node, _NONE))
+
+
+def _taken(waiting: deque[Item]) -> Iterator[Item]:
+    """Take out all that waits, also where several threads of autograd do so."""
+    try:
+        while True:
+            yield waiting.popleft()
+    except IndexError:
+        return
 
 
 def differentiate(

@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from jdcore.autogram import Engine
-from jdcore.graph import RULES, Jacobian, Outer
+from jdcore.graph import RULES, Jacobian, Memory, Outer
+from jdcore.graph._saved import hooks_made
 from tests.core.autogram.oracle import explicit_jacobian, parameters_of, randn, relative_error
 from tests.memory import peak_bytes
 
@@ -52,6 +54,49 @@ def test_every_step_gives_the_same_gramian(make: Callable[[], nn.Module]) -> Non
         for _ in range(2):
             gramian = engine.compute_gramian(losses)
             assert relative_error(gramian, jacobian @ jacobian.T) <= 1e-12
+
+
+class _Checkpointed(_Branches):
+    """The same, whose middle is computed anew in each pass."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(super().forward, x, use_reentrant=False)
+
+
+def _images() -> nn.Module:
+    convolution = nn.Conv2d(1, 3, 2), nn.GroupNorm(3, 3), nn.ReLU()
+    return nn.Sequential(nn.Unflatten(1, (1, 2, 3)), *convolution, nn.Flatten(), nn.Linear(6, 2))
+
+
+@pytest.mark.parametrize("room", [0, 50, 300, 1 << 20])
+@pytest.mark.parametrize("make", [_Branches, _Checkpointed, _deep, _images])
+def test_how_many_gradients_may_wait_changes_nothing(
+    make: Callable[[], nn.Module], room: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Memory, "waiting", room)
+    model = make()
+    engine, weights = Engine(model, batch_dim=0), randn(B)
+    for _ in range(3):
+        jacobian = explicit_jacobian(_losses(model), parameters_of([model]))
+        gramian = engine.compute_gramian(_losses(model))
+        assert relative_error(gramian, jacobian @ jacobian.T) <= 1e-12
+        model.zero_grad()
+        engine.backward(_losses(model), lambda gramian: weights)
+        found = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+        assert relative_error(found, weights @ jacobian) <= 1e-12
+
+
+@pytest.mark.parametrize(("room", "none"), [(0, False), (1 << 20, True)])
+def test_a_pass_with_small_gradients_needs_no_hooks(
+    room: int, none: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Memory, "waiting", room)
+    model = _deep()
+    engine = Engine(model, batch_dim=0)
+    engine.compute_gramian(_losses(model))
+    before = hooks_made()
+    engine.compute_gramian(_losses(model))
+    assert (hooks_made() == before) == none
 
 
 def test_the_gradients_of_a_layer_go_before_those_of_the_next_come(
