@@ -12,7 +12,7 @@ from jdcore.aggregation._columns import Columns
 from jdcore.aggregation._differentiation import forbid_differentiation
 from jdcore.aggregation._finite import all_finite, finite_required, is_finite
 from jdcore.aggregation._source import ColumnsSource, GramianSource
-from jdcore.aggregation._weigh import as_weighting, unscaled, weigh
+from jdcore.aggregation._weigh import as_weighting, half_unit, weigh
 from jdcore.errors import NonFiniteError, ParameterError
 from jdcore.protocols import Weighting
 from jdcore.validators import check_blocks, check_matrix
@@ -110,9 +110,11 @@ def _aggregate(
         # they cancel.
         known = columns.wide or source.compute_cross is not None
         wide = not known and source.rounding_shows(weights)
-        if columns.scale != 1.0:
-            weights = unscaled(weights, weighting, columns.scale)
-        return columns.combine(weights, wide=wide), weights, source
+        if columns.scale == 1.0:
+            return columns.combine(weights, wide=wide), weights, source
+        half = half_unit(weighting, columns.scale)
+        vectors = columns.combine(weights * half, wide=wide)
+        return [vector * half for vector in vectors], weights * half * half, source
     # Nobody has looked at the rows: whether they are finite shows in their weighted sum.
     vectors = columns.combine(weights)
     if not (is_finite(vectors[0]) if len(vectors) == 1 else all_finite(vectors)):

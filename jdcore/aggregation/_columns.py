@@ -222,6 +222,14 @@ def _are_narrow(block: Tensor) -> bool:
     return torch.equal(block.float().double(), block)
 
 
+def power(scale: float, degree: float) -> float:
+    """``scale ** degree``; infinite where that leaves the range of float64, not an error."""
+    try:
+        return float(scale**degree)
+    except OverflowError:
+        return math.inf
+
+
 def power_of_two(largest: float) -> float:
     """A scale for numbers up to a positive one: to divide and to multiply by it rounds nothing."""
     return float(2.0 ** (math.frexp(largest)[1] - 1))

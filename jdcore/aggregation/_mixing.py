@@ -14,7 +14,7 @@ from torch import Tensor
 from jdcore._modes import without_autocast
 from jdcore.aggregation._aggregator import GramianAggregator
 from jdcore.aggregation._any import vectors_of
-from jdcore.aggregation._columns import Columns, power_of_two
+from jdcore.aggregation._columns import Columns, power, power_of_two
 from jdcore.aggregation._differentiation import forbid_differentiation
 from jdcore.aggregation._finite import finite_required, gramian_error
 from jdcore.aggregation._nested_state import stateful_part
@@ -237,7 +237,7 @@ class MixedWeighting:
             return torch.full((m,), math.nan, dtype=torch.float64, device="cpu")
         # Weights of ``M J / s`` are those of ``M J`` but for a power of s, the degree of the
         # method.
-        return weights.double().cpu() @ torch.from_numpy(mixing * scale**self.scale_degree)
+        return weights.double().cpu() @ torch.from_numpy(mixing * power(scale, self.scale_degree))
 
 
 class MixedColumns(Columns):

@@ -11,7 +11,7 @@ from attrs import define, field
 from numpy.typing import NDArray
 from torch import Tensor
 
-from jdcore.aggregation._columns import Columns
+from jdcore.aggregation._columns import Columns, power
 from jdcore.errors import ParameterError, ParameterTypeError
 from jdcore.linalg import add_proximal, proximal_level, rounding_shows
 from jdcore.validators import describe_tensor
@@ -170,6 +170,10 @@ class GramianSource:
         """
         rounded = self.products != torch.float64
         return add_proximal(gramian, self.proximal_level) if rounded else gramian
+
+    def unit(self, degree: float) -> float:
+        """What weights of a degree were divided by, as the rows were by :attr:`scale`."""
+        return power(self.scale(), degree)
 
     def gramian(self) -> Tensor:
         """The Gramian, float64 Tensor [m, m], computed at the first call. Not to be modified."""

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from jdcore.aggregation._columns import Columns
+from jdcore.aggregation._columns import Columns, power
 from jdcore.aggregation._observation import Observation, Residuals, observed, told
 from jdcore.aggregation._source import ColumnsSource, GramianSource
 from jdcore.errors import ParameterError, ParameterTypeError
@@ -102,8 +102,18 @@ def unscaled(weights: Tensor, weighting: Any, scale: float) -> Tensor:
     """
     if scale == 1.0:
         return weights
-    factor: float = scale ** getattr(weighting, "scale_degree", 0)
-    return weights * factor
+    half = half_unit(weighting, scale)
+    return weights * half * half
+
+
+def half_unit(weighting: Any, scale: float) -> float:
+    """
+    The root of what weights of the rows of ``J / scale`` are multiplied by for those of J.
+
+    Two such factors, one for the weights and one for the update, stay in the range of float64 where
+    the product does not: for rows of 1e-300, the weights of FairGrad may be 1e400.
+    """
+    return power(scale, 0.5 * getattr(weighting, "scale_degree", 0))
 
 
 def _ask(weighting: Any, source: GramianSource, shape: Sequence[int] | None) -> Tensor:

@@ -33,6 +33,22 @@ def test_a_large_radius_gives_the_mean() -> None:
         torch.testing.assert_close(aggregator(rows), rows.mean(0))
 
 
+@pytest.mark.parametrize(("before", "after"), [(1.0, 1e-160), (1e200, 1.0), (1e160, 1e150)])
+def test_the_center_may_be_longer_than_rows_by_more_than_has_a_square(
+    before: float, after: float
+) -> None:
+    rows = torch.randn(3, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    aggregator = get_aggregator("centered_clipping", tau=0.1 * before)
+    for _ in range(4):
+        center = aggregator(rows * before)
+
+    moved = aggregator(rows * after)
+
+    # In units in which everything has a square.
+    expected = by_hand(rows * (after / before), center / before, 0.1, 1)
+    torch.testing.assert_close(moved / before, expected, rtol=1e-9, atol=1e-12)
+
+
 @pytest.mark.parametrize("n_iter", [1, 3])
 @pytest.mark.parametrize("scale", [1e-200, 1.0, 1e200])
 def test_steps_agree_with_those_on_the_rows_themselves(n_iter: int, scale: float) -> None:

@@ -135,6 +135,19 @@ def test_weights_have_the_degree_that_they_say(scale: float, alpha: float) -> No
     torch.testing.assert_close(weights, expected * scale**degree, rtol=1e-9, atol=0)
 
 
+@pytest.mark.parametrize("scale", [1e-300, 1e300])
+@pytest.mark.parametrize("alpha", [0.5, 2.0])
+def test_updates_are_right_where_weights_leave_the_range(scale: float, alpha: float) -> None:
+    matrix = draw("gauss", 3)
+    aggregator = get_aggregator("fairgrad", alpha=alpha)
+    expected = aggregator(matrix) * scale ** ((1.0 - alpha) / (1.0 + alpha))
+
+    periodic = get_aggregator("periodic", weighting=aggregator.weighting, every=2)
+    # Weights that cannot be kept are asked for again.
+    for found in (aggregator, periodic, periodic):
+        torch.testing.assert_close(found(matrix * scale), expected, rtol=1e-9, atol=0.0)
+
+
 def test_another_solver_takes_the_place_of_the_native_one() -> None:
     def first_only(gramian: np.ndarray, alpha: float, level: float) -> np.ndarray:
         assert alpha == 3.0

@@ -19,6 +19,13 @@ def _vector(_: object, attribute: Attribute[Tensor], value: Tensor) -> None:
         raise ParameterError(attribute.name, "a vector", describe_tensor(value))
 
 
+def _edge(columns: Columns, center: list[Tensor], scale: float) -> NDArray[np.float64]:
+    """Products of the center with the rows and with itself [m + 1], in units of a scale."""
+    products, squared = columns.inner(center, scale)
+    both: NDArray[np.float64] = torch.cat([products, squared[None]]).cpu().numpy()  # one copy
+    return both
+
+
 def _nowhere() -> Tensor:
     return torch.zeros(0, dtype=torch.float64, device="cpu")
 
@@ -62,8 +69,12 @@ class CenteredClipping(StateFields, MatrixAggregator):
         center = self._previous(columns)
         gramian = columns.gramian().cpu().numpy()  # of the rows in units of the scale
         scale = columns.scale
-        products, squared = columns.inner(center, scale)
-        edge = torch.cat([products, squared[None]]).cpu().numpy()  # one copy from an accelerator
+        edge = _edge(columns, center, scale)
+        if not np.isfinite(edge).all():
+            # In units of the center, which is longer than the rows by more than has a square.
+            longer = max(float(old.abs().max()) for old in center if len(old))
+            gramian = gramian * (scale / longer) ** 2
+            scale, edge = longer, _edge(columns, center, longer)
         # The Gramian of the rows and the centre: all that follows is found without a vector as long
         # as a row.
         bordered = np.vstack([np.column_stack([gramian, edge[:-1]]), edge])

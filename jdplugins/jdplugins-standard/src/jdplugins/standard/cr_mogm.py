@@ -46,7 +46,7 @@ class CRMOGMWeighting(WeightingWrapper):
         known = kept_weights(self.smoothed, source.rows)
         fresh = weigh(self.weighting, source).double().cpu()
         # The past is that of rows that were not divided by what these are.
-        unit = source.scale() ** self.scale_degree
+        unit = source.unit(self.scale_degree)
         if known is not None:
             past = torch.from_numpy(known)
         elif self.initial_weights is not None:

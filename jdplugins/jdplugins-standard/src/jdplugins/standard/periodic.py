@@ -42,12 +42,15 @@ class PeriodicWeighting(WeightingWrapper):
         known = kept_weights(self.reused, source.rows) if self.calls % self.every else None
         if known is None:
             weights = weigh(self.weighting, source).double().cpu()
-            # Neither kept nor counted: the next call asks again.
-            if not bool(torch.isfinite(weights).all()):
+            kept = weights * source.unit(self.scale_degree)
+            # Neither kept nor counted, if they are no numbers or beyond the range of float64: the
+            # next call asks again.
+            lost = ~torch.isfinite(kept) | ((kept == 0.0) & (weights != 0.0))
+            if bool(lost.any()):
                 return weights
-            self.reused = weights * source.scale() ** self.scale_degree
+            self.reused = kept
         else:
             # Those of rows that were not divided by what these are.
-            weights = torch.from_numpy(known) / source.scale() ** self.scale_degree
+            weights = torch.from_numpy(known) / source.unit(self.scale_degree)
         self.calls += 1
         return weights
