@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from jdcore.distributed._sharding import is_dtensor
+from jdcore.distributed._sharding import is_dtensor, still_trainable
 from jdcore.errors import ParameterError, ParameterTypeError
 from jdcore.graph import Objectives, is_transformed, reach
 from jdcore.validators import describe_tensor, tensor_list
@@ -117,7 +117,7 @@ def wanted_leaves(objectives: Objectives, inputs: Tensor | Iterable[Tensor] | No
     # Without an engine nobody says which leaves are parameters: inputs that require grad count as
     # well.
     if inputs is None:
-        return list(reach(objectives.outputs).leaves)
+        return still_trainable(reach(objectives.outputs).leaves)
     given = tensor_list(inputs, "inputs")
     for i, tensor in enumerate(given):
         label = f"inputs[{i}]"

@@ -12,6 +12,7 @@ from jdcore.autojac.transform import Diagonalize, Init, Transform
 from jdcore.autojac.transform._sharded import jac_of
 from jdcore.distributed._passes import telling_holders
 from jdcore.distributed._refusals import refuse_flat
+from jdcore.distributed._sharding import still_trainable
 from jdcore.errors import ParameterError
 from jdcore.graph import Reach, reach
 from jdcore.validators import describe_tensor, tensor_list
@@ -104,7 +105,7 @@ def inputs_or_leaves(graph: Reach, inputs: Tensor | Iterable[Tensor] | None) -> 
         return tensor_list(inputs, "inputs")
     if is_reentrant(graph):
         raise default_error("inputs")
-    return list(graph.leaves)
+    return still_trainable(graph.leaves)
 
 
 def initial_jacobians(

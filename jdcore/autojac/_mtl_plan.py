@@ -10,7 +10,7 @@ from jdcore.autojac._hidden import default_error, hides, is_reentrant, may_reach
 from jdcore.distributed._gathering import has_hooks, without_hooks
 from jdcore.distributed._refusals import refuse_flat
 from jdcore.distributed._replicas import check_replicas, check_trunk
-from jdcore.distributed._sharding import Gathered
+from jdcore.distributed._sharding import Gathered, still_trainable
 from jdcore.errors import ParameterError
 from jdcore.graph import Reach, edge_of, reach, united
 from jdcore.validators import describe_tensor, tensor_list
@@ -177,7 +177,7 @@ def _shown(graphs: Iterable[Reach], tensor: Tensor) -> bool:
 def _shared(trunk: Reach, heads: list[Reach], named: list[Tensor] | None) -> list[Tensor]:
     if named is None:
         checks.check_differentiable(trunk.leaves, "shared_params")
-        return list(trunk.leaves)
+        return still_trainable(trunk.leaves)
     return [p for p in named if any(may_reach(graph, [p]) for graph in (trunk, *heads))]
 
 
@@ -190,7 +190,9 @@ def _tasks(
     if named is None:
         # A parameter behind the features is shared, also if a head reaches it by another way.
         behind = trunk.leaf_ids
-        return [[leaf for leaf in head.leaves if id(leaf) not in behind] for head in heads]
+        trainable = set(map(id, still_trainable(leaf for head in heads for leaf in head.leaves)))
+        wanted = trainable - behind
+        return [[leaf for leaf in head.leaves if id(leaf) in wanted] for head in heads]
     tasks = []
     for loss, head, params in zip(losses, heads, named, strict=True):
         found = set(may_reach(head, params))

@@ -163,6 +163,16 @@ class Gathered:
                 state._root_post_backward_final_callback()
 
 
+def still_trainable(leaves: Iterable[Tensor]) -> list[Tensor]:
+    """
+    Those of some leaves that were not frozen after the forward pass.
+
+    A gathered parameter learns that its shard was frozen when it is gathered again.
+    """
+    gathered = Gathered()
+    return [leaf for leaf in leaves if gathered.shard(leaf).requires_grad]
+
+
 def _as_any(tensor: Tensor) -> Any:
     return tensor
 

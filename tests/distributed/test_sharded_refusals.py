@@ -9,7 +9,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from jdcore import ParameterError
 from jdcore.autogram import Engine
-from jdcore.autojac import backward, jac
+from jdcore.autojac import backward, gramian_backward, jac, mtl_backward
 
 parallel = pytest.importorskip("torch.distributed.tensor.parallel")
 fsdp = pytest.importorskip("torch.distributed.fsdp")
@@ -95,3 +95,26 @@ def test_a_plain_model_beside_a_sharded_one_is_served() -> None:
     plain = nn.Linear(3, 2)
     backward(plain(torch.randn(5, 3)).square().mean(dim=0))
     assert plain.weight.jac.shape == (2, 2, 3)
+
+
+@pytest.mark.parametrize("chunk_size", [None, 1])
+def test_what_is_frozen_after_the_forward_pass_gets_nothing(chunk_size: int | None) -> None:
+    def frozen_late() -> tuple[Tasks, Tensor, list[Tensor]]:
+        model = _sharded()
+        features, losses = model(torch.randn(5, 3))
+        model.trunk.requires_grad_(False)
+        model.heads[0].requires_grad_(False)
+        return model, features, losses
+
+    model, _, losses = frozen_late()
+    backward(losses, parallel_chunk_size=chunk_size)
+    assert [hasattr(p, "jac") for p in model.parameters()] == [False] * 4 + [True] * 2
+
+    model, features, losses = frozen_late()
+    mtl_backward(losses, features, parallel_chunk_size=chunk_size)
+    assert [p.grad is not None for p in model.parameters()] == [False] * 4 + [True] * 2
+    assert not any(hasattr(p, "jac") for p in model.parameters())
+
+    model, _, losses = frozen_late()
+    gramian_backward(losses, _weighting)
+    assert [p.grad is not None for p in model.parameters()] == [False] * 4 + [True] * 2
