@@ -33,7 +33,7 @@ def objectives_of(
                 "a tensor inside of vmap, grad or jvp",
                 "Let the transform return the losses, and call autogram on these.",
             )
-        kind = _unusable_kind(output)
+        kind = _unusable_kind(output) or _own_kind(output)
         if kind is not None:
             raise ParameterError(
                 label,
@@ -189,3 +189,11 @@ def _unusable_kind(tensor: Tensor) -> str | None:
     if tensor.layout != torch.strided:
         return f"of the layout {str(tensor.layout).removeprefix('torch.')}"
     return "on the meta device" if tensor.is_meta else None
+
+
+def _own_kind(tensor: Tensor) -> str | None:
+    """What keeps losses from having numbers of their own: those of wrappers are somewhere else."""
+    # Of those divided among processes there is more to say than this.
+    if type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__ or is_dtensor(tensor):
+        return None
+    return f"a {type(tensor).__name__} with a __torch_dispatch__ of its own"

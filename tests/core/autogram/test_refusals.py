@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from jdcore import ParameterError, ParameterTypeError
@@ -232,6 +233,7 @@ UNUSABLE: dict[str, Callable[[Tensor], Tensor]] = {
     "sparse": lambda losses: losses.to_sparse(),
     "mkldnn": lambda losses: losses.float().to_mkldnn(),
     "meta": lambda losses: losses.to("meta"),
+    "wrapper": lambda losses: TwoTensor(losses, losses),
 }
 
 
