@@ -108,10 +108,18 @@ def write_grads(gradients: Mapping[Tensor, Tensor]) -> None:
 
     :param gradients: Gradient by tensor, of its shape and on its device, dense or sparse. They
         belong to this function: they share memory with nothing else.
-    :raises ParameterError: As :func:`check_grads`; nothing is written then.
+    :raises ParameterError: As :func:`check_grads`, or if a gradient has another shape than its
+        tensor by now; nothing is written then.
     """
     fields = [(tensor, gradient, tensor.grad) for tensor, gradient in gradients.items()]
     for tensor, gradient, present in fields:
+        if gradient.shape != tensor.shape:
+            raise ParameterError(
+                "gradient",
+                f"of the shape of its tensor, {list(tensor.shape)}",
+                f"one of shape {list(gradient.shape)}",
+                "Were data of another shape put into it after the forward pass?",
+            )
         if present is not None:
             _check_grad(tensor, present, gradient.layout)
     with torch.no_grad():

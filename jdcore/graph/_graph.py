@@ -23,7 +23,8 @@ class Graph:
 
     :param outputs: What was computed.
     :param wanted: The tensors with respect to which they are differentiated.
-    :raises UnservedGraphError: If a reentrant checkpoint hides a part of the graph.
+    :raises UnservedGraphError: If a reentrant checkpoint hides a part of the graph, or a leaf is in
+        it twice.
     """
 
     def __init__(self, outputs: Sequence[Tensor], wanted: Collection[Tensor]) -> None:
@@ -33,6 +34,14 @@ class Graph:
         self.leaves: dict[int, Tensor] = {}
         self._index: dict[Node, int] = {node: i for i, node in enumerate(self.nodes)}
         properties = self._explore()
+        # Torch gives a parameter another node when its dtype changes, and takes the gradient there
+        # for its whole one.
+        if len({id(leaf) for leaf in self.leaves.values()}) < len(self.leaves):
+            raise UnservedGraphError(
+                "a parameter whose dtype or device changed between two uses",
+                "it is in the graph twice",
+                "Compute all losses after the change.",
+            )
         # By identity, since `==` of tensors compares their entries.
         asked = {id(tensor) for tensor in wanted}
         self.wanted = {i: leaf for i, leaf in self.leaves.items() if id(leaf) in asked}

@@ -215,6 +215,32 @@ def test_lazy_parameters() -> None:
     assert engine.compute_gramian(model(randn(B, 6)).sum(1)).shape == (B, B)
 
 
+@pytest.mark.parametrize("batch_dim", [0, None])
+def test_a_parameter_whose_dtype_changes_between_two_uses(batch_dim: int | None) -> None:
+    model = nn.Linear(6, 3, bias=False)
+
+    def losses() -> Tensor:
+        before = model.double()(randn(B, 6).double())
+        return (before + model.float()(randn(B, 6).float())).square().sum(1)
+
+    _refused(model, losses, "dtype or device changed between two uses", batch_dim)
+
+
+@pytest.mark.parametrize("second_pass", [False, True])
+@pytest.mark.parametrize("batch_dim", [0, None])
+def test_data_of_another_shape_put_into_a_parameter(
+    batch_dim: int | None, second_pass: bool
+) -> None:
+    model = nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 2))
+    losses = model(randn(B, 6)).square().sum(1)
+    model[2].weight.data = torch.ones(7, 4)
+    with pytest.raises(
+        ParameterError, match=r"shape of its tensor, \[7, 4\], got one of shape \[2, 4"
+    ):
+        Engine(model, batch_dim=batch_dim).backward(losses, torch.diag, second_pass=second_pass)
+    assert all(p.grad is None for p in model.parameters())
+
+
 @pytest.fixture
 def process_group() -> Iterator[None]:
     # A store in memory: a port may be taken by another run of the tests.
