@@ -28,7 +28,8 @@ def check_outputs(tensors: Sequence[Tensor], parameter: str) -> None:
             parameter,
             "tensors of which at least one requires grad",
             describe_all(tensors) + " without grad_fn",
-            "Were they computed under torch.no_grad(), detached, or from frozen parameters only?",
+            "Were they computed under torch.no_grad(), detached, from frozen parameters only, or "
+            "inside of a transform of torch.func?",
         )
 
 

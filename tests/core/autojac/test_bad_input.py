@@ -346,3 +346,15 @@ def test_a_default_input_of_another_kind_is_refused() -> None:
     odd = _complex()
     with pytest.raises(ParameterError, match=r"`inputs\[0\]` must be of a real floating dtype"):
         backward(torch.view_as_real(odd).sum())
+
+
+def test_losses_inside_of_a_transform_are_refused_with_the_reason() -> None:
+    w = torch.ones(3, requires_grad=True)
+
+    def inside(x: Tensor) -> Tensor:
+        losses = [(w * x).sum(), (w * x).square().sum()]
+        with pytest.raises(ParameterError, match=r"transform of torch\.func"):
+            backward(losses)
+        return losses[0]
+
+    torch.vmap(inside)(torch.ones(2, 3))
