@@ -52,8 +52,9 @@ class Columns:
     @property
     def wide(self) -> bool:
         """Whether sums with weights in float64 are made in float64 anyway."""
-        known = self._few is not None or self._wide is not None
-        return known or self.precision == torch.float64
+        if self._few is not None or self._wide is not None:
+            return True
+        return self.precision == torch.float64
 
     @property
     def local(self) -> bool:
@@ -146,13 +147,13 @@ class Columns:
         """
         few, rows, blocks = self._few, self._wide, self.blocks
         # Rows that are few are in the cache already, in float64, since their Gramian was made.
-        if rows is not None and weights.is_cpu:
-            return [rows.T.mv(weights.double()).to(blocks[0].dtype)]
-        if few is not None and weights.is_cpu:
-            vector = small_combination(weights.double().numpy(), few, torch.float32)
+        if few is not None and weights.is_cpu and weights.dtype == torch.float64:
+            vector = small_combination(weights.numpy(), few, torch.float32)
             if len(blocks) == 1:
                 return [vector]
             return list(torch.split(vector, [block.shape[1] for block in blocks]))
+        if rows is not None and weights.is_cpu:
+            return [rows.T.mv(weights.double()).to(blocks[0].dtype)]
         if len(blocks) == 1:
             return [combine(weights, blocks[0], wide=wide)]
         return combine_blocks(weights, blocks, wide=wide)
