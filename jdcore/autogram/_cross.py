@@ -29,7 +29,7 @@ def crossed(one: Step, other: Step) -> Tensor:
     :param other: Of a vector of l losses, with samples, of the same parameters.
     """
     steps, jacobians = (one, other), (one.jacobian(), other.jacobian())
-    alone = [j.one_by_one is not None or j.objectives.samples < 2 for j in jacobians]
+    alone = [j.objectives.samples < 2 or j.goes_one_by_one() for j in jacobians]
     # The shares of one sample alone are others than those of several.
     if any(alone):
         return _by_rows(one, other)

@@ -123,7 +123,7 @@ def _all_weights(
     union = Union(meeting, group, step.objectives)
     collected = Collected(step.objectives, output.device, jacobian.memory)
     # The shares of one sample alone are others than those of several; without any there are none.
-    few = step.objectives.samples < 2 or jacobian.one_by_one is not None
+    few = step.objectives.samples < 2 or jacobian.goes_one_by_one()
     plain = meeting.agree(Stage.SAMPLES, int(few)) != [0]
     rows: dict[Tensor, Dense] = {}
 

@@ -193,7 +193,7 @@ def attempt(
         results = solve(retain_graph if known else True)
     except Exception as error:
         # Any exception: what a broken batching rule raises is not specified.
-        if known and not _blames_vmap(error):
+        if known and not (retain_graph or _blames_vmap(error)):
             raise
         reason = describe_failure(error)
         if known and not retain_graph:

@@ -93,6 +93,14 @@ class Jacobian:
         self.roots: RootShares | None = None
         """Once they were made, the shares."""
         self._plan: Plan
+        self._settled: Plan | None = None
+
+    def goes_one_by_one(self) -> bool:
+        """Whether each loss gets a backward pass of its own, which may show in the first ones."""
+        if self._settled is None:
+            with torch.no_grad(), without_autocast(self._device.type), self.fields_unchanged():
+                self._settled = self._find_plan()
+        return self.one_by_one is not None
 
     def _is_tampered_with(self) -> bool:
         with torch.no_grad(), without_autocast(self._device.type), self.fields_unchanged():
@@ -160,7 +168,7 @@ class Jacobian:
         """
         with torch.no_grad(), without_autocast(self._device.type):
             with self.fields_unchanged():
-                plan = self._plan = self._find_plan()
+                plan = self._plan = self._settled or self._find_plan()
                 given = self.graph, self.objectives, plan, self._hooked, self.memory, total
                 self.roots = RootShares(*given, report=self._report)
                 serving = Serving(self.graph, plan, self._rules, self.memory, self.roots)

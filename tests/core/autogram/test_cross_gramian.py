@@ -252,3 +252,30 @@ def test_a_scalar_that_is_derived_from_a_parameter() -> None:
     rows = [explicit_jacobian(batch, list(model)) for batch in (one, other)]
     got = Engine(model, batch_dim=0).cross_gramian(one, other)
     assert relative_error(got, rows[0] @ rows[1].T) < 1e-12
+
+
+class _StopsAtNaN(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        if grads[0].isnan().any():
+            raise ValueError("NaN")
+        return grads[0]
+
+
+@pytest.mark.filterwarnings("ignore::jdcore.RowByRowWarning")
+def test_batches_whose_samples_cannot_be_shown() -> None:
+    model = nn.Sequential(nn.Linear(16, 5), nn.Linear(5, 3))
+    engine, parameters = Engine(model, batch_dim=0), list(model.parameters())
+    generator = torch.Generator().manual_seed(0)
+    one, two = (
+        model[1](_StopsAtNaN.apply(model[0](torch.randn(size, 16, generator=generator))).tanh())
+        .square()
+        .sum(1)
+        for size in (4, 4)
+    )
+    expected = explicit_jacobian(one, parameters) @ explicit_jacobian(two, parameters).T
+    assert relative_error(engine.cross_gramian(one, two), expected) < 1e-12

@@ -256,6 +256,23 @@ def test_a_known_kind_of_graph_that_fails_once_is_told_and_goes_one_by_one_from_
     assert a.jac.shape == (3, 3)
 
 
+def test_a_known_kind_of_graph_that_fails_goes_one_by_one_at_once_while_it_is_there(
+    truth: Truth, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: Any) -> None:
+        raise RuntimeError("The expanded size of the tensor must match")  # as for some shapes only
+
+    a = _leaf(3)
+    backward(a.sin())
+    a.jac = None
+    monkeypatch.setattr("jdcore.autojac._problem.batched_gradients", fail)
+    losses = a.sin()
+    with pytest.warns(VectorizationWarning, match="expanded size"):
+        backward(losses, retain_graph=True)
+    [expected] = truth([losses], [a])
+    torch.testing.assert_close(a.jac, expected)
+
+
 @pytest.mark.parametrize("chunk_size", [None, 1, 2])
 def test_the_grad_of_inputs_and_outputs_that_retain_it_does_not_change(
     chunk_size: int | None,
