@@ -42,10 +42,7 @@ def multiplied(
         of them make it again if one finds that its rows cancel.
     """
     gramian, cancelled = added_up()
-    coarse = precision != torch.float64 and (
-        cancelled or _leaves_range(gramian) or (rows <= _FEW and rows_cancel(gramian))
-    )
-    if agreed(coarse):
+    if agreed(precision != torch.float64 and (cancelled or _is_coarse(gramian))):
         with products_in_float64():
             gramian, _ = added_up()
     return gramian
@@ -59,6 +56,13 @@ def products_of(rows: int, precision: torch.dtype) -> torch.dtype:
     """
     exact = precision == torch.float64 or rows <= _FEW
     return torch.float64 if exact else torch.float32
+
+
+def _is_coarse(gramian: Tensor) -> bool:
+    if len(gramian) > _FEW:
+        return _leaves_range(gramian)
+    shown = gramian.cpu()  # once, as each question waits for an accelerator
+    return _leaves_range(shown) or rows_cancel(shown)
 
 
 def _leaves_range(gramian: Tensor) -> bool:

@@ -26,7 +26,7 @@ from jdcore.graph._serving import Serving
 from jdcore.graph._site import Site
 from jdcore.graph._tampering import refused_tampering, tampers
 from jdcore.graph._tasks import Passes, starts_of
-from jdcore.graph.rules import RULES, Rules
+from jdcore.graph.rules import Rules
 from jdcore.graph.shares import (
     Accumulator,
     Dense,
@@ -88,7 +88,7 @@ class Jacobian:
         # Such a loss is behind no operation.
         elif {n for n, _ in self.graph.form.starts} & self.graph.leaves.keys():
             self._take_plain_rows("a loss is a parameter itself")
-        elif self._is_tampered_with():
+        elif self.graph.form.has_functions and self._is_tampered_with():
             self._take_plain_rows("a function writes into the gradients that its backward is given")
         self.roots: RootShares | None = None
         """Once they were made, the shares."""
@@ -173,8 +173,10 @@ class Jacobian:
                 self.roots = RootShares(*given, report=self._report)
                 serving = Serving(self.graph, plan, self._rules, self.memory, self.roots)
                 # Passes that end at parameters leave nothing that could be written to.
-                plain = isinstance(self.objectives, OneByOne)
-                with nullcontext() if plain else refused_tampering(self.graph):
+                watched = self.graph.form.has_functions and not isinstance(
+                    self.objectives, OneByOne
+                )
+                with refused_tampering(self.graph) if watched else nullcontext():
                     if self._without_samples:
                         self._run_tasks(serving, total.keep, retain_graph)
                     else:
@@ -255,7 +257,7 @@ class Jacobian:
         retain_graph |= bool(self._others()) or bool(plan.left)
         retain_graph |= plan.called is None or bool(plan.called)
         # So may be others, as a rule of a plugin may hold for some data only.
-        retain_graph |= any(self.graph.form.names[node] not in RULES for node in plan.frontier)
+        retain_graph |= len(plan.late) < len(plan.frontier)
         first, tasks = self._all_but_the_last(), objectives.tasks
         unserved: dict[int, tuple[Site, list[int]]] = {}
 
