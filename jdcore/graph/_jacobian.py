@@ -11,6 +11,7 @@ from torch import Tensor
 from jdcore._fields import dense
 from jdcore._modes import without_autocast
 from jdcore.errors import JDCoreError, RowByRowWarning, UnservedGraphError, warn
+from jdcore.graph._batchable import is_sparse
 from jdcore.graph._cancelling import multiplied
 from jdcore.graph._form import Place
 from jdcore.graph._graph import Graph
@@ -85,6 +86,8 @@ class Jacobian:
             self._take_plain_rows(_HOOKED)
         elif any(has_hook_for_several(self.graph.wanted[i], "any") for i in self._hooked):
             self._take_plain_rows("a parameter has a hook that hears of one gradient in a pass")
+        elif self._hooked and any(map(is_sparse, self.graph.form.names, self.graph.nodes)):
+            self._take_plain_rows("a hook of a parameter may be meant for sparse gradients")
         # Such a loss is behind no operation.
         elif {n for n, _ in self.graph.form.starts} & self.graph.leaves.keys():
             self._take_plain_rows("a loss is a parameter itself")

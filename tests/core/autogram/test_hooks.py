@@ -231,6 +231,15 @@ def test_a_hook_for_the_first_of_several_parameters_runs_for_each_loss(
     assert relative_error(gramian, rows @ rows.T) < 1e-12
 
 
+@pytest.mark.filterwarnings("ignore::jdcore.RowByRowWarning")
+@pytest.mark.parametrize("batch_dim", [0, None])
+def test_hooks_of_tables_hear_of_sparse_gradients(batch_dim: int | None) -> None:
+    table = nn.Embedding(7, 3, sparse=True)
+    table.weight.register_hook(lambda grad: grad * 2.0 if grad.is_sparse else grad)
+    losses = table(torch.arange(12).view(B, 3) % 7).square().sum((1, 2))
+    _right(Engine(table, batch_dim=batch_dim), losses, table)
+
+
 # -- threads, each of which numbers its operations by itself ---------------------------------------
 
 
