@@ -3,11 +3,10 @@ Block principal pivoting: the one loop that finds which entries of a solution ar
 
 For a linear complementarity problem (LCP), find z >= 0 with ``y = C z + q >= 0`` and ``zᵀ y = 0``.
 If F is the set of positive entries, ``C_FF z_F = -q_F`` gives their values; where these or the y
-outside F are negative, F is wrong there, and is exchanged (Júdice and Pires): but for what is wrong
-by much less than the worst, as that is decided by what is wrong by more, and of two rows that are
-nearly equal or opposite, one takes the place of the other first. Where this no longer helps, fewer
-entries go at a time, and where that does not either, the row is left. All right-hand sides go
-together. Everything is a Tensor, on any device; the host asks for two numbers per row and round.
+outside F are negative, F is wrong there, and is exchanged (Júdice and Pires). Of two rows that are
+nearly equal or opposite, one is exchanged at a time, as it decides what is right for the other.
+Where exchanges no longer help, the row is left. All right-hand sides go together. Everything is a
+Tensor, on any device; the host asks for two numbers per row and round.
 """
 
 from __future__ import annotations
@@ -29,9 +28,10 @@ EPS = 2.0**-52
 _SMALL = 32
 # Rounds of small problems in which all rows go on: telling them apart would take longer.
 _TOGETHER = 6
-# Parts of the worst from which on entries are exchanged: each until that many exchanges fail to
-# reduce the number of wrong ones.
-_PARTS, _CREDIT = np.array([0.1, 0.3]), 2
+# Exchanges that may fail to reduce the number of wrong entries.
+_CREDIT = 8
+# Cosine from which on two rows are nearly equal or opposite.
+_PAIR = 0.999
 # Exchanges that are worth it halve the number of wrong entries in so many rounds.
 _HALVED = 3
 _REFINEMENTS = 2
@@ -65,7 +65,6 @@ def pivot(
     delta: float = 0.0,
     centre: Tensor | None = None,
     rounds: int = 30,
-    few: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """
     Solve the LCPs of C and the rows of Q, as far as exchanges find the positive entries.
@@ -80,7 +79,6 @@ def pivot(
     :param centre: Where z is thought to be [k, m]; None for zero.
     :param rounds: Number of factorisations of a set, at most. Rows of which too many entries stay
         wrong are left earlier.
-    :param few: So many rows are left too where no others go on after some rounds.
     :returns: z >= 0 [k, m], and how well it solves the problem: the :func:`natural_residual` [k],
         which is NaN where a block was singular.
     """
@@ -94,7 +92,7 @@ def pivot(
         if found is not None:
             together = torch.from_numpy(found)
             return together, natural_residual(C, Q, together)
-    return _Exchange(C, Q, b, passive, delta).run(rounds, few)
+    return _Exchange(C, Q, b, passive, delta).run(rounds)
 
 
 def misplaced(
@@ -155,7 +153,7 @@ def _refined_few(C: Floats, Q: Floats, z: Floats, sets: NDArray[np.bool_], A: Fl
     return z
 
 
-@frozen
+@frozen(slots=False)
 class _Exchange:
     """:func:`pivot` of any number of rows, of which those that are done leave."""
 
@@ -165,7 +163,7 @@ class _Exchange:
     passive: Tensor
     delta: float
 
-    def run(self, rounds: int, few: int) -> tuple[Tensor, Tensor]:
+    def run(self, rounds: int) -> tuple[Tensor, Tensor]:
         k, m = self.Q.shape
         Z, residuals = torch.zeros_like(self.Q), self.Q.new_full((k,), torch.inf)
         sets = PassiveSets(self.C, self.delta)
@@ -178,16 +176,14 @@ class _Exchange:
             factors = sets.factors(f, sizes)
             z, y, wrong = self.look(f, rhs, factors)
             counts = wrong.sum(1)
-            parts = _PARTS[failures[rows] // _CREDIT]
-            f ^= _worst(wrong, f, z, y, index(parts, Z))
+            f ^= self._one_of_two(wrong, f, z, y)
             self.passive[at] = f
             asked = torch.stack((counts, f.sum(1))).tolist()  # the host waits here alone
             count, sizes = np.array(asked, dtype=np.int64)
             failures[rows] += count >= fewest[rows]
             fewest[rows] = np.minimum(count, fewest[rows])
             going = (count > 0) & (count <= m * 0.5 ** (number / _HALVED))
-            going &= (failures[rows] < _CREDIT * len(_PARTS)) & (number < rounds - 1)
-            going &= (number < _HALVED) | (going.sum() > few)
+            going &= (failures[rows] < _CREDIT) & (number < rounds - 1)
             if not going.all():
                 if self.delta and not count[~going].all():
                     z = self._refined(self.Q[at], z, factors)
@@ -209,6 +205,27 @@ class _Exchange:
         below = -_tolerance(len(self.C)) * (1.0 + largest)
         return z, y, torch.where(passive, z < 0.0, y < below)
 
+    def _one_of_two(self, wrong: Tensor, passive: Tensor, z: Tensor, y: Tensor) -> Tensor:
+        """The wrong entries, but for the less wrong one of two rows that make a pair."""
+        partner = self._partners
+        how = torch.where(passive, z, y)
+        other = how[:, partner]
+        first = (how < other) | ((how == other) & (self._numbers <= partner))
+        return wrong & (first | ~wrong[:, partner])
+
+    @cached_property
+    def _numbers(self) -> Tensor:
+        return torch.arange(len(self.C), device=self.C.device)
+
+    @cached_property
+    def _partners(self) -> Tensor:
+        """The one row that each is nearly equal or opposite to [m]; itself if there are more."""
+        near = self.C.abs() > _PAIR
+        near.diagonal().fill_(False)
+        alone = near.sum(1) == 1
+        near &= alone & alone[:, None]
+        return torch.where(near.any(1), near.byte().argmax(1), self._numbers)
+
     def _refined(self, q: Tensor, z: Tensor, factors: Factors) -> Tensor:
         """Steps towards the solution without the proximal term, if no sign would change much."""
         for _ in range(_REFINEMENTS):
@@ -219,13 +236,6 @@ class _Exchange:
 
 def _sizes(sets: Tensor) -> Integers:
     return np.array(sets.sum(1).tolist(), dtype=np.int64)
-
-
-def _worst(wrong: Tensor, passive: Tensor, z: Tensor, y: Tensor, parts: Tensor) -> Tensor:
-    """The wrong entries that are so by a part of the worst in their row, z and y apart."""
-    # Outside of F, z is zero, and in it, y is rounding.
-    relative = torch.where(passive, z / z.amin(1, True), y / y.amin(1, True))
-    return wrong & (relative >= parts[:, None])
 
 
 def index(positions: NDArray[Any], like: Tensor) -> Tensor:

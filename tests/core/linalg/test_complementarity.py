@@ -118,6 +118,20 @@ def test_pivoting_takes_any_diagonal_and_number_of_rows(m: int, delta: float) ->
         assert torch.equal(passive, Z > 0.0)
 
 
+def test_of_two_rows_that_are_nearly_opposite_one_is_exchanged_at_a_time() -> None:
+    # With all rows in, both of most pairs are negative by 1e4, and one of them has to go.
+    random = np.random.default_rng(0)
+    half = random.standard_normal((40, 160))
+    rows = np.concatenate([half, 1e-4 * random.standard_normal(half.shape) - half])
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    C = torch.from_numpy(rows @ rows.T)
+    passive = torch.ones_like(C, dtype=torch.bool)
+
+    _, residuals = pivot(C, C, passive)
+
+    assert float((residuals <= 1e-11).double().mean()) >= 0.9
+
+
 @pytest.mark.parametrize(("k", "m"), [(0, 3), (2, 0), (0, 0)])
 def test_no_problems_and_no_rows_are_fine(k: int, m: int) -> None:
     refined, residuals = refine_lcp(np.eye(m), np.zeros((k, m)), np.zeros((k, m)))

@@ -13,7 +13,7 @@ from torch import Tensor
 from jdcore.errors import UnsolvedWarning
 from jdcore.linalg import add_proximal, equilibrate, lcp_residual, natural_residual, proximal_level
 from jdcore.linalg._pivoting import PassiveSets
-from jdplugins.standard._solvers import NativeDualConeSolver, _lcp
+from jdplugins.standard._solvers import NativeDualConeSolver, _guess, _lcp
 from jdplugins.standard._solvers._active_set import ActiveSet
 from jdplugins.standard._solvers._faces import find_face
 from jdplugins.standard._solvers._guess import Splitting
@@ -184,6 +184,24 @@ def test_rows_that_cancel_but_for_rounding_are_seen_by_the_others() -> None:
     assert float(natural_residual(C, C, Z).max()) <= 2e-10
 
 
+def test_others_that_agree_on_one_direction_only_are_solved_for_at_once() -> None:
+    # Beside the rows that cancel, what is left of some others is short, and so its cosines are
+    # rounding: they are not semi-definite, and no method would end.
+    C = cosines("weakly stationary", 256, 0, torch.float64)
+    face = find_face(C)
+    assert face is not None
+    left: list[Tensor] = []
+
+    def solver(C: Tensor, Q: Tensor) -> Tensor:
+        left.append(C)
+        return solve_lcps(C, Q)[0]
+
+    Z = face.solve(C, torch.zeros_like(C), solver)
+    assert float(natural_residual(C, C, Z).max()) <= 1e-10
+    for matrix in left:
+        assert float(torch.linalg.eigvalsh(matrix).min()) >= -1e-12
+
+
 @pytest.mark.parametrize("m", [40, 130])
 def test_float64_rows_that_are_nearly_opposite_are_solved_whatever_their_order(m: int) -> None:
     # What decides between them is of the order of 1e-8 of their cosines.
@@ -208,7 +226,7 @@ def test_what_would_take_too_long_is_given_up_with_a_warning(
 ) -> None:
     G, U = gramian_of("products of factors", 64, seed=2), np.eye(64)
     monkeypatch.setattr(_lcp, "_WORK", 0.0)
-    monkeypatch.setattr(_lcp, "_MORE_STEPS", 0)
+    monkeypatch.setattr(_guess, "_MORE_STEPS", 0)
     with pytest.warns(UnsolvedWarning) as caught:
         V = NativeDualConeSolver()(G, U)
     [warning] = caught

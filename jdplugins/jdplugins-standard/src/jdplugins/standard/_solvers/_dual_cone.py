@@ -5,9 +5,10 @@ from attrs import frozen
 from torch import Tensor
 
 from jdcore.aggregation import report_residual
-from jdcore.linalg import lcp_residual
+from jdcore.linalg import EPS, lcp_residual
+from jdplugins.standard._solvers._alone import LARGE
 from jdplugins.standard._solvers._cone_of_few import lcps_of, project_few
-from jdplugins.standard._solvers._lcp import ROUGH, Floats, solve_lcps
+from jdplugins.standard._solvers._lcp import ROUGH, Floats, objective, solve_lcps
 from jdplugins.standard._solvers._semidefinite import nearest_semidefinite
 from jdplugins.standard._solvers._unsolved import UNSOLVED, warn_if_unsolved
 
@@ -65,9 +66,10 @@ def _solve(C: Tensor, U: Tensor) -> Tensor:
     """Solutions of the LCPs with ``q = C u`` for the rows u of U."""
     if not U.numel():
         return torch.zeros_like(U)
-    Z, residuals = solve_lcps(C, _products(C, U))
+    Q = _products(C, U)
+    Z, residuals = solve_lcps(C, Q)
     worst = float(residuals.max())
-    if worst > ROUGH:
+    if worst > ROUGH or not _is_plausible(C, U, Q, Z):
         # Not before, as eigenvalues take longer than most solutions.
         definite = nearest_semidefinite(C)
         if definite is not C:
@@ -76,6 +78,19 @@ def _solve(C: Tensor, U: Tensor) -> Tensor:
         Z = _shortened(C, U, Z)
     warn_if_unsolved("dual_cone", worst)
     return Z
+
+
+def _is_plausible(C: Tensor, U: Tensor, Q: Tensor, Z: Tensor) -> bool:
+    """Whether none is an answer of an indefinite matrix, of which a large z tells nothing."""
+    sizes = Z.amax(1)
+    large = sizes > LARGE
+    if not large.any():
+        return True
+    # A solution is shorter than what is projected, and not by more than that is long.
+    shortened = -2.0 * objective(C, Q[large], Z[large])
+    rounding = (len(C) * EPS * sizes[large].square()).clamp_max_(1.0)
+    squared = (Q * U).sum(1)[large]
+    return bool(((shortened >= -rounding) & (shortened <= squared + rounding)).all())
 
 
 def _products(C: Tensor, U: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ _MANY = 1e3  # weights of rows that cancel are some ten thousand then, those of 
 _VANISHING = 1e-7  # a combination of rows that is zero but for rounding: its products with them
 _GONE = 1e-9  # squared length of what a row has beside those that cancel, where it has nothing
 _POSITIVE = 1e-6  # entries of v
-_ROUNDING = 1e-12  # of q
+_ROUNDING = 1e-12  # of q, and of the squared lengths of what is left of rows
 _TRIES, _REFINEMENTS, _PASSES = 4, 2, 2
 
 
@@ -51,6 +51,7 @@ class Face:
         solve = _pseudoinverse(block)
         free, shadows = solve(Q[:, inside].mT).mT, solve(across)
         left = C[outside][:, outside] - across.mT @ shadows
+        left.diagonal().add_(_ROUNDING)  # what is left of short ones is not semi-definite
         lengths = left.diagonal().sqrt()
         cosines = left / lengths / lengths[:, None]
         Z = torch.zeros_like(Q)
@@ -60,9 +61,10 @@ class Face:
         # What cancels but for rounding is seen by the others, once it is long enough.
         for _ in range(_PASSES if len(outside) else 1):
             if len(outside):
-                q = (Q[:, outside] + (along - free) @ across) / lengths
-                sizes = q.abs().amax(1, keepdim=True)
-                sizes = torch.where(sizes > _ROUNDING, sizes, torch.inf)
+                q = Q[:, outside] + (along - free) @ across
+                zero = q.abs().amax(1, keepdim=True) <= _ROUNDING
+                q = q / lengths
+                sizes = torch.where(zero, torch.inf, q.abs().amax(1, keepdim=True))
                 z = solver(cosines, q / sizes)
                 Z[:, outside] = torch.where(sizes < torch.inf, z * sizes, 0.0) / lengths
             z = along - free - Z[:, outside] @ shadows.mT

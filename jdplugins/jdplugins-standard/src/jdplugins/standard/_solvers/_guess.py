@@ -1,6 +1,7 @@
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from copy import copy
 from typing import Any, TypeVar, cast
 
@@ -13,6 +14,16 @@ Vector = TypeVar("Vector", NDArray[np.float64], Tensor)
 
 _RELAXATION = 1.85
 _CHECK = 4
+
+# The scale of the first guess, which suits independent rows, and of those that are tried after it,
+# by each of which a guess passes on its way to the next one, for some steps.
+_SCALE, _FALL, _PASSING = 0.45, 8.0, 8
+_SCALES = tuple(_SCALE / _FALL**power for power in range(1, 10))
+_AT_ONCE = 3
+_FIRST_STEPS, _FIRST_STEPS_ELSEWHERE, _MORE_STEPS = 64, 32, 80
+_SETTLED = 5e-5  # part of the signs that may still change in a step at the end
+GOOD = 0.02
+"""Part of the signs that a guess may get wrong without another being looked for."""
 
 # A step of descent for one right-hand side is a product with a vector. From this size on, that many
 # of them take less time than the factorisations that they save.
@@ -52,6 +63,22 @@ class Splitting:
         chosen._inverses, chosen._matrices = self._inverses[part], self._matrices[part]
         return chosen
 
+    def pass_by(self, Q: Tensor, X: Tensor) -> Tensor:
+        """
+        Go a few steps on each scale, from where the one before led.
+
+        :param Q: Vectors [k, m], float64.
+        :param X: That of the scale before the first one [k, m].
+        :returns: The X of each scale [s, k, m].
+        """
+        path = []
+        for position in range(len(self.scales)):
+            # What is negative is -y / rho, and so it grows.
+            X = torch.nn.functional.leaky_relu(X, _FALL)
+            [X], _ = self.only(position).run(Q, X, _PASSING)
+            path.append(X)
+        return torch.stack(path)
+
     def run(
         self, Q: Tensor, start: Tensor, steps: int, settled: float | None = None
     ) -> tuple[Tensor, bool]:
@@ -59,12 +86,12 @@ class Splitting:
         Go some steps.
 
         :param Q: Vectors [k, m], float64.
-        :param start: X to begin with [k, m]; that of a larger rho will do.
+        :param start: X to begin with, for all scales [k, m] or for each [s, k, m]. Not modified.
         :param settled: Part of the signs that may still change in a step for it to stop earlier, as
             is asked on CPUs alone: elsewhere, the host would have to wait.
         :returns: X [s, k, m] in float32, and whether it is known to change still.
         """
-        X = start.float().repeat(len(self.scales), 1, 1)
+        X = start.expand(len(self.scales), *Q.shape).clone()
         B = (Q @ self._inverses).mul_(-_RELAXATION).float()
         A = torch.empty_like(X)
         changing = False
@@ -73,13 +100,59 @@ class Splitting:
             check = limit >= 0.0 and step % _CHECK == 0
             positive = X > 0.0 if check else None
             torch.abs(X, out=A)
-            X.mul_(1.0 - 0.5 * _RELAXATION).add_(B).baddbmm_(A, self._matrices)
+            X.baddbmm_(A, self._matrices, beta=1.0 - 0.5 * _RELAXATION).add_(B)
             if positive is not None:
                 changing = bool(torch.count_nonzero((X > 0.0) ^ positive) > limit)
                 if not changing:
                     # What changes little by little for long has far to go.
                     return X, step > steps // 2
         return X, changing
+
+
+def guess(C: Tensor, Q: Tensor, settled: float) -> tuple[Tensor, bool]:
+    """
+    The X of some rows, on the scale that suits independent ones.
+
+    :param C: The matrix, as of :class:`Splitting`.
+    :param Q: Vectors [k, m].
+    :param settled: Part of the signs that may still change in the last step.
+    :returns: X [k, m], and whether it is known to change still.
+    """
+    steps = _FIRST_STEPS if Q.is_cpu else _FIRST_STEPS_ELSEWHERE
+    [X], changing = Splitting(C, (_SCALE,)).run(Q, -Q.float(), steps, settled)
+    return X, changing
+
+
+def guess_again(
+    C: Tensor, Q: Tensor, X: Tensor, sample: Tensor, wrong: Callable[[Tensor], Sequence[float]]
+) -> Tensor:
+    """
+    The X of some rows, on the smaller scale that suits them.
+
+    :param C: The matrix, as of :class:`Splitting`.
+    :param Q: Vectors [k, m].
+    :param X: That of the first guess [k, m].
+    :param sample: The positions of a few rows, which tell the scale for all.
+    :param wrong: The parts of the signs that some X of these rows get wrong, [s, n, m] -> [s].
+    :returns: X [k, m].
+    """
+    splittings: list[Splitting] = []
+    few, least, best = X[sample], math.inf, 0
+    for start in range(0, len(_SCALES), _AT_ONCE):
+        splitting = Splitting(C, _SCALES[start : start + _AT_ONCE])
+        splittings.append(splitting)
+        path = splitting.pass_by(Q[sample], few)
+        few = path[-1]
+        for number, part in enumerate(wrong(splitting.run(Q[sample], path, _MORE_STEPS)[0]), start):
+            if part < least:
+                least, best = part, number
+        if least <= GOOD:
+            break
+    for number in range(best + 1):
+        splitting = splittings[number // _AT_ONCE].only(number % _AT_ONCE)
+        [X] = splitting.pass_by(Q, X)
+    [X], _ = splitting.run(Q, X, _MORE_STEPS, _SETTLED)
+    return X
 
 
 def descend(C: Vector, q: Vector, start: Vector) -> Vector:

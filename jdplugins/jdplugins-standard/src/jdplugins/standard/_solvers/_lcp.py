@@ -9,6 +9,7 @@ accepted: all steps on the way may be as wrong as they like.
 
 from __future__ import annotations
 
+import functools
 from typing import TypeAlias
 
 import numpy as np
@@ -21,7 +22,7 @@ from jdcore.linalg import misplaced, natural_residual, one_thread, pivot, refine
 from jdplugins.standard._solvers._active_set import ActiveSet
 from jdplugins.standard._solvers._alone import LARGE, solve_alone
 from jdplugins.standard._solvers._faces import find_face
-from jdplugins.standard._solvers._guess import Splitting, descend
+from jdplugins.standard._solvers._guess import GOOD, descend, guess, guess_again
 from jdplugins.standard._solvers._unsolved import UNSOLVED
 
 Floats: TypeAlias = NDArray[np.float64]
@@ -31,21 +32,15 @@ Mask: TypeAlias = NDArray[np.bool_]
 # far as rounding allows, as is one alone: where rows that are nearly opposite or equal make z
 # large, what is small beside it still leaves an error in ``Jᵀ z``.
 _GUESSED = 48
-# Squared pivots of C. Below the first one, some combination of rows is zero. Where more of them lie
-# between both than rounding explains, rows are nearly dependent too, which a proximal term hides.
-_SINGULAR, _DISTINCT, _BETWEEN = 1e-10, 1e-6, (2, 1 / 6)
+# Squared pivots of C. Below the first one, some combination of rows is zero, and above the second
+# one, they are as good as independent.
+_SINGULAR, _FAR = 1e-10, 1e-3
 # Multiplications that rows may take that are solved one by one: some 30 seconds of a CPU.
 _WORK = 1e11
 
-# The scale of the first guess, which suits independent rows, and of those that are tried after it.
-_SCALE = 0.45
-_SCALES = tuple(_SCALE / 8.0**power for power in range(1, 9))
-_STEPS, _STEPS_ELSEWHERE, _MORE_STEPS = 64, 32, 128
 _SAMPLE = 4  # rows that tell which scale is right for all
-_GOOD = 0.02  # part of the signs that a guess may get wrong without another being looked for
 _THREADS = 256  # rows from which on products pay for more threads than one
-# Rows that are solved one by one before another guess would be made, and before another pivot.
-_ALONE, _FEW = 16, 4
+_ALONE = 16  # rows that are solved one by one before another guess would be made
 
 
 # A residual above this is handed on to the next method.
@@ -60,18 +55,20 @@ class _Way:
     :param settled: Part of the signs that may still change in a guess.
     :param delta: Proximal term to pivot with.
     :param enough: Residual that suffices.
+    :param trusted: Whether a guess that settles is right.
     """
 
     settled: float
     delta: float
     enough: float
+    trusted: bool
 
 
-_REGULAR = _Way(5e-4, 0.0, 1e-12)
-_MIXED = _Way(5e-4, 1e-11, ROUGH)  # a term above rounding, below what rows differ by
+_INDEPENDENT = _Way(5e-4, 0.0, 1e-12, trusted=True)
+_DEPENDENT = _Way(5e-4, 0.0, 1e-12, trusted=False)
 # Of many solutions, a proximal term chooses one near the guess. What differs between these is as
 # small as the least eigenvalues, and so are residuals.
-_CANCELLING = _Way(5e-5, 1e-8, UNSOLVED)
+_CANCELLING = _Way(5e-5, 1e-8, UNSOLVED, trusted=True)
 # Answers of residuals up to this are nearly right, and get nearer with this term.
 _NEARLY, _NEARER = 1e-7, 1e-10
 
@@ -112,7 +109,7 @@ class _Search:
     def run(self) -> None:
         one, way = len(self.Q) == 1, self.way
         # On CPUs, what comes alone was pivoted before, in numpy.
-        if (len(self.C) < _GUESSED and way is _REGULAR) or (one and not self.C.is_cpu):
+        if (len(self.C) < _GUESSED and not way.delta) or (one and not self.C.is_cpu):
             Z, residuals = pivot(self.C, self.Q, _likely(self.C, self.Q))
             # A block that turns out to be singular gives a large z, whose residual says little.
             self.keep(self.all, Z, torch.where(Z.amax(1) <= LARGE, residuals, torch.inf))
@@ -141,19 +138,16 @@ class _Search:
     def come_nearer(self, rows: Tensor, Z: Tensor) -> None:
         """Take other z to begin from for some rows, where their objective is lower."""
         before, Q = self.near[rows], self.Q[rows]
-        lower = _objective(self.C, Q, Z) < _objective(self.C, Q, before)
+        lower = objective(self.C, Q, Z) < objective(self.C, Q, before)
         self.near[rows] = torch.where(lower[:, None], Z, before)
 
     def _guess(self, rows: Tensor) -> None:
         """Guess, and pivot from there if that is close."""
-        Q = self.Q[rows]
-        steps = _STEPS if Q.is_cpu else _STEPS_ELSEWHERE
-        [X], changing = Splitting(self.C, (_SCALE,)).run(Q, -Q, steps, self.way.settled)
+        X, changing = guess(self.C, self.Q[rows], self.way.settled)
         self.X[rows], self.near[rows] = X, X.clamp_min(0.0).double()
-        if changing:  # to look for a better scale costs less than to pivot from far
-            sample = _sample(rows)
-            changing = float(self._wrong(sample, self.X[sample]).mean()) > _GOOD * len(self.C)
-        if not changing:
+        # To look for a better scale costs less than to pivot from far.
+        sure = self.way.trusted and not changing
+        if sure or self._wrong(few := rows[_sample(rows)], self.X[few][None])[0] <= GOOD:
             self._pivot_about(rows, self.near[rows])
 
     def _by_face(self) -> None:
@@ -171,23 +165,20 @@ class _Search:
         # What is nearly right is so because many signs are rounding: no guess tells these.
         rows = self.left(_NEARLY)
         if len(rows) > _ALONE:
-            splitting = self._best(_sample(rows))
-            [X], _ = splitting.run(self.Q[rows], self.X[rows], _MORE_STEPS)
+            sample = _sample(rows)
+            wrong = functools.partial(self._wrong, rows[sample])
+            X = guess_again(self.C, self.Q[rows], self.X[rows], sample, wrong)
             centre = X.clamp_min(0.0).double()
             self.come_nearer(rows, centre)
             self._pivot_about(rows, centre)
 
-    def _best(self, rows: Tensor) -> Splitting:
-        """What gets fewest signs of some rows wrong."""
-        splitting = Splitting(self.C, _SCALES)
-        found, _ = splitting.run(self.Q[rows], self.X[rows], _MORE_STEPS)
-        wrong = self._wrong(rows.repeat(len(_SCALES)), found.flatten(0, 1))
-        return splitting.only(int(wrong.view(len(_SCALES), -1).sum(1).argmin()))
-
-    def _wrong(self, rows: Tensor, X: Tensor) -> Tensor:
-        """How many signs of a guess are wrong."""
-        centre, delta = X.clamp_min(0.0).double(), self.way.delta
-        return misplaced(self.C, self.Q[rows], X > 0.0, delta=delta, centre=centre).double()
+    def _wrong(self, rows: Tensor, X: Tensor) -> list[float]:
+        """The parts of the signs that some guesses get wrong, [s, k, m] -> [s]."""
+        centre = X.flatten(0, 1).clamp_min(0.0).double()
+        Q = self.Q[rows].repeat(len(X), 1)
+        wrong = misplaced(self.C, Q, centre > 0.0, delta=self.way.delta, centre=centre)
+        parts: list[float] = (wrong.view(len(X), -1).double().mean(1) / len(self.C)).tolist()
+        return parts
 
     def _pivot_about(self, rows: Tensor, centre: Tensor) -> None:
         self._pivot(rows, centre, self.way.delta)
@@ -202,7 +193,7 @@ class _Search:
 
     def _pivot(self, rows: Tensor, centre: Tensor, delta: float) -> None:
         C, Q, sets = self.C, self.Q[rows], centre > 0.0
-        Z, residuals = pivot(C, Q, sets, delta=delta, centre=centre, few=_FEW)
+        Z, residuals = pivot(C, Q, sets, delta=delta, centre=centre)
         self.keep(rows, Z, residuals)
         left = residuals > self.way.enough
         self.come_nearer(rows[left], Z[left])
@@ -219,15 +210,15 @@ class _Search:
             self.keep(rows, torch.from_numpy(np.stack(Z)).to(self.Q), self.Q.new_tensor(residuals))
 
 
-def _objective(C: Tensor, Q: Tensor, Z: Tensor) -> Tensor:
+def objective(C: Tensor, Q: Tensor, Z: Tensor) -> Tensor:
     """``zᵀ C z / 2 + qᵀ z``, which solutions minimise, for every row [k]."""
     return (Z * torch.addmm(Q, Z, C, alpha=0.5)).sum(1)
 
 
 def _sample(rows: Tensor) -> Tensor:
-    """A few of some rows."""
+    """The positions of a few of some rows."""
     count = min(_SAMPLE, len(rows))
-    return rows[torch.linspace(0, len(rows) - 1, count, device=rows.device).long()]
+    return torch.linspace(0, len(rows) - 1, count, device=rows.device).long()
 
 
 def _way(C: Tensor) -> _Way:
@@ -235,14 +226,10 @@ def _way(C: Tensor) -> _Way:
     shifted = C.clone()
     shifted.diagonal().add_(0.1 * _SINGULAR)  # so that only an indefinite matrix has no factor
     factor, failed = torch.linalg.cholesky_ex(shifted)
-    pivots = torch.where(failed == 0, factor.diagonal() ** 2, 0.0)
-    between = ((pivots > _SINGULAR) & (pivots < _DISTINCT)).sum()
-    smallest, between = torch.stack((pivots.min(), between)).tolist()
-    if smallest >= _SINGULAR:
-        return _REGULAR
-    if between > _BETWEEN[0] + _BETWEEN[1] * len(C):
-        return _MIXED
-    return _CANCELLING
+    smallest = float(torch.where(failed == 0, factor.diagonal() ** 2, 0.0).min())
+    if smallest < _SINGULAR:
+        return _CANCELLING
+    return _INDEPENDENT if smallest >= _FAR else _DEPENDENT
 
 
 def solve_one(C: Floats, q: Floats, passive: Mask | None = None) -> tuple[Floats, float]:
