@@ -25,7 +25,7 @@ from jdcore.graph._root_shares import RootShares
 from jdcore.graph._saved import function_of
 from jdcore.graph._serving import Serving
 from jdcore.graph._site import Site
-from jdcore.graph._tampering import refused_tampering, tampers
+from jdcore.graph._tampering import refused_tampering, tampers, try_functions
 from jdcore.graph._tasks import Passes, starts_of
 from jdcore.graph.rules import Rules
 from jdcore.graph.shares import (
@@ -38,6 +38,7 @@ _HOOKED = (
     "there are hooks that were made since the last call, and torch does not show whether they are "
     "on tensors of this graph"
 )
+_TAMPERED = "a function writes into the gradients that its backward is given"
 
 
 class Jacobian:
@@ -91,8 +92,8 @@ class Jacobian:
         # Such a loss is behind no operation.
         elif {n for n, _ in self.graph.form.starts} & self.graph.leaves.keys():
             self._take_plain_rows("a loss is a parameter itself")
-        elif self.graph.form.has_functions and self._is_tampered_with():
-            self._take_plain_rows("a function writes into the gradients that its backward is given")
+        elif tampers(self.graph):
+            self._take_plain_rows(_TAMPERED)
         self.roots: RootShares | None = None
         """Once they were made, the shares."""
         self._plan: Plan
@@ -104,10 +105,6 @@ class Jacobian:
             with torch.no_grad(), without_autocast(self._device.type), self.fields_unchanged():
                 self._settled = self._find_plan()
         return self.one_by_one is not None
-
-    def _is_tampered_with(self) -> bool:
-        with torch.no_grad(), without_autocast(self._device.type), self.fields_unchanged():
-            return tampers(self.graph, self.objectives.outputs)
 
     def _refuse_hooks_for_several(self) -> None:
         heard = self.graph.leaves if self._all_leaves else self.graph.wanted
@@ -198,8 +195,13 @@ class Jacobian:
         self.objectives = OneByOne(self.objectives.outputs, self.objectives.batch_dim)
         self._apart = True
         self._hooked = set(self.graph.wanted)
+        self.__dict__.pop("_of_tasks", None)  # it is another one now
 
     def _find_plan(self) -> Plan:
+        if not isinstance(self.objectives, OneByOne):
+            try_functions(self.graph, self.objectives.outputs)
+            if tampers(self.graph):
+                self._take_plain_rows(_TAMPERED)
         objectives, batch_dim = self.objectives, self.objectives.batch_dim
         if not self._without_samples and batch_dim is not None:
             output = objectives.outputs[0]

@@ -28,21 +28,23 @@ from jdcore.graph._saved import function_of
 _KNOWN: WeakKeyDictionary[type, bool] = WeakKeyDictionary()
 
 
-def tampers(graph: Graph, outputs: Sequence[Tensor]) -> bool:
-    """
-    Whether a function of a graph writes into its gradients.
+def tampers(graph: Graph) -> bool:
+    """Whether a function of a graph is known to write into its gradients."""
+    return any(map(_KNOWN.get, _foreign(graph).values()))
 
-    Of functions that have not run yet, one more pass tells.
+
+def try_functions(graph: Graph, outputs: Sequence[Tensor]) -> None:
+    """
+    Get to know the functions of a graph that have not run yet, by one more pass.
 
     :param outputs: Where the graph starts.
     """
-    functions = set(_foreign(graph).values())
-    if not functions.issubset(_KNOWN):
-        live = [output for output in outputs if output.requires_grad]
-        edges = [graph.edge(place) for place in graph.form.targets]
-        with _watched(graph):
-            differentiate(live, edges, [torch.ones_like(output) for output in live], True)
-    return any(_KNOWN.get(function) for function in functions)
+    if set(_foreign(graph).values()).issubset(_KNOWN):
+        return
+    live = [output for output in outputs if output.requires_grad]
+    edges = [graph.edge(place) for place in graph.form.targets]
+    with _watched(graph):
+        differentiate(live, edges, [torch.ones_like(output) for output in live], True)
 
 
 @contextmanager
