@@ -23,7 +23,13 @@ def words_of(tensors: Sequence[Tensor], promised: Collection[Tensor]) -> list[ob
     """
     gathered, given = Gathered(), set(promised)
     places = places_in(replicas_of(tensors))
-    found = [places.get(t) or gathered.place(gathered.shard(t)) for t in tensors]
+    sharded = [gathered.place(gathered.shard(t)) for t in tensors]
+    modules = sorted({place[0] for place in sharded if place is not None})
+    order = {module: position for position, module in enumerate(modules)}
+    found = [
+        places.get(t) or (None if place is None else (order[place[0]], place[1]))
+        for t, place in zip(tensors, sharded, strict=True)
+    ]
     unknown = [
         t
         for t, place in zip(tensors, found, strict=True)

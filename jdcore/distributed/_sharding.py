@@ -47,7 +47,7 @@ class Gathered:
     def __init__(self) -> None:
         self._shards: dict[int, Tensor] = {}
         self._gathered: dict[int, Tensor] = {}
-        self._places: dict[int, str] = {}
+        self._places: dict[int, tuple[int, int]] = {}
         self._states: list[Any] = []
         self.modules: list[Any] = []
         """What torch knows of the modules, in a fixed order."""
@@ -57,7 +57,7 @@ class Gathered:
             for group in groups:
                 self.modules.append(group)
                 for number, parameter in enumerate(group.fsdp_params):
-                    self._places[id(parameter.sharded_param)] = f"{len(self.modules)}.{number}"
+                    self._places[id(parameter.sharded_param)] = len(self.modules), number
                     self._add(parameter)
 
     def _add(self, parameter: Any) -> None:
@@ -79,8 +79,13 @@ class Gathered:
         """:meth:`shard` of each."""
         return list(map(self.shard, tensors)) if self._shards else list(tensors)
 
-    def place(self, tensor: Tensor) -> str | None:
-        """What tells a sharded parameter from others on all processes; None for any other one."""
+    def place(self, tensor: Tensor) -> tuple[int, int] | None:
+        """
+        The numbers of the module of a sharded parameter, and of it there; None for any other one.
+
+        Modules that are garbage count on some processes only, so that what agrees on all of them is
+        which of two modules comes first.
+        """
         return self._places.get(id(tensor))
 
     def leaf(self, tensor: Tensor) -> Tensor:

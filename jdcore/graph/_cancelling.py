@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -67,9 +68,9 @@ def _is_coarse(gramian: Tensor) -> bool:
 
 def _leaves_range(gramian: Tensor) -> bool:
     """Whether no row is long enough, or one too long, for its square in float32."""
-    if not len(gramian):
-        return False
-    return not _LEAST <= float(gramian.diagonal().max()) < torch.inf  # nor NaN
+    squares = gramian.diagonal().tolist()  # one call, and no kernel
+    # The sum is infinite or NaN if one of them is.
+    return not (max(squares, default=1.0) >= _LEAST and sum(squares) < math.inf)
 
 
 def rows_cancel(gramian: Tensor) -> bool:

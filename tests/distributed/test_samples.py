@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import itertools
 import warnings
 from collections.abc import Callable
@@ -159,6 +160,19 @@ def _shards() -> None:
 
 def test_parameters_under_fsdp(two: Run) -> None:
     two(_shards)
+
+
+def _left_over() -> None:
+    """A module that one process has and the garbage collector of the other took away."""
+    left = [_sharded(_perceptron())]
+    if dist.get_rank() == 1:
+        left.clear()
+        gc.collect()
+    _compared(_perceptron, _numbers([2, 3], 5), "upgrad", _sharded)
+
+
+def test_other_modules_under_fsdp_do_not_matter(two: Run) -> None:
+    two(_left_over)
 
 
 def test_parameters_under_fsdp_with_replicas(four: Run) -> None:

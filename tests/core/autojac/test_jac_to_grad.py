@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from jdcore import ParameterError, ParameterTypeError
 from jdcore._fields import get_jac
-from jdcore.aggregation import GramianAggregator, MeanWeighting, as_module
+from jdcore.aggregation import GramianAggregator, as_module
 from jdcore.autojac import backward, gramian_backward, jac, jac_to_grad, zero_jac
+from tests.core.methods import EqualWeighting
 
 
 def _by_norm(gramian: Tensor) -> Tensor:
@@ -289,10 +290,10 @@ def test_a_weighting_is_refused_with_the_way_to_its_aggregator_though_a_square_j
 ) -> None:
     w = torch.tensor([1.0, 2.0], requires_grad=True)
     backward([2 * w[0] + w[1], w[0] + 2 * w[1]])
-    with pytest.raises(ParameterTypeError, match=r"GramianAggregator\(.*MeanWeighting\(\)"):
-        jac_to_grad([w], wrap(MeanWeighting()))
+    with pytest.raises(ParameterTypeError, match=r"GramianAggregator\(.*EqualWeighting\("):
+        jac_to_grad([w], wrap(EqualWeighting()))
     assert w.grad is None
-    jac_to_grad([w], GramianAggregator(wrap(MeanWeighting())))
+    jac_to_grad([w], GramianAggregator(wrap(EqualWeighting())))
     assert w.grad.tolist() == [1.5, 1.5]
 
 
