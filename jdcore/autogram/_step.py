@@ -98,45 +98,39 @@ class Step:
         :returns: The weights, of that shape.
         """
         with plain_modes(self.objectives.outputs):
-            return self._backward(weighting, shape, retain_graph, second_pass)
+            jacobian = self.jacobian()
+            outputs = self.objectives.outputs
+            # Shares that do not fit into memory are added up and dropped, so that the gradients
+            # need a pass of their own.
+            second_pass |= jacobian.too_large or self.objectives.rows == 0
+            changed = jacobian.graph.leaves if self.all_leaves else jacobian.graph.targets
+            fields = [*changed.values(), *jacobian.graph.retained]
+            # Whether a sparse `.grad` fits shows when its gradient is there, which may be sparse as
+            # well; `write_grads` then checks before it writes.
+            check_grads(t for t in fields if t.grad is None or not t.grad.is_sparse)
 
-    def _backward(
-        self,
-        weighting: Callable[[Tensor], Tensor],
-        shape: Sequence[int] | None,
-        retain_graph: bool,
-        second_pass: bool,
-    ) -> Tensor:
-        jacobian = self.jacobian()
-        outputs = self.objectives.outputs
-        # Shares that do not fit into memory are added up and dropped, so that the gradients need a
-        # pass of their own.
-        second_pass |= jacobian.too_large or self.objectives.rows == 0
-        changed = jacobian.graph.leaves if self.all_leaves else jacobian.graph.targets
-        fields = [*changed.values(), *jacobian.graph.retained]
-        # Whether a sparse `.grad` fits shows when its gradient is there, which may be sparse as
-        # well; `write_grads` then checks before it writes.
-        check_grads(t for t in fields if t.grad is None or not t.grad.is_sparse)
+            def compute() -> Tensor:
+                return jacobian.gramian(
+                    keep=not second_pass, retain_graph=retain_graph or second_pass
+                )
 
-        def compute() -> Tensor:
-            return jacobian.gramian(keep=not second_pass, retain_graph=retain_graph or second_pass)
-
-        losses = torch.cat([output.detach().reshape(-1) for output in outputs])
-        source = source_of(jacobian, losses, compute)
-        # Weighings of small Gramians run on the CPU; sums of rows where the rows are.
-        weights = weights_of(weighting, source, shape)
-        placed = weights.to(outputs[0].device)
-        # A weighting that asked for no Gramian, such as the mean, left no pass to take gradients
-        # from.
-        if second_pass or jacobian.roots is None:
-            gradients = jacobian.differentiated(placed, retain_graph=retain_graph)
-        else:
-            wide = source.rounding_shows(weights.reshape(-1))
-            del source  # and the Gramian, which is as large as a layer where there are many losses
-            gradients = jacobian.weighted(placed, retain_graph=retain_graph, wide=wide)
-        # Two leaves may have got the same tensor, as both terms of a sum do.
-        write_grads(dict(zip(gradients, disjoint(gradients.values()), strict=True)))
-        return weights
+            losses = torch.cat([output.detach().reshape(-1) for output in outputs])
+            source = source_of(jacobian, losses, compute)
+            # Weighings of small Gramians run on the CPU; sums of rows where the rows are.
+            weights = weights_of(weighting, source, shape)
+            placed = weights.to(outputs[0].device)
+            # A weighting that asked for no Gramian, such as the mean, left no pass to take
+            # gradients from.
+            if second_pass or jacobian.roots is None:
+                gradients = jacobian.differentiated(placed, retain_graph=retain_graph)
+            else:
+                wide = source.rounding_shows(weights.reshape(-1))
+                # And the Gramian, which is as large as a layer where there are many losses.
+                del source
+                gradients = jacobian.weighted(placed, retain_graph=retain_graph, wide=wide)
+            # Two leaves may have got the same tensor, as both terms of a sum do.
+            write_grads(dict(zip(gradients, disjoint(gradients.values()), strict=True)))
+            return weights
 
 
 def source_of(jacobian: Jacobian, losses: Tensor, compute: Callable[[], Tensor]) -> GramianSource:
