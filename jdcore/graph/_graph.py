@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from functools import cached_property
 from typing import Any, TypeAlias
 
 from torch import Tensor
@@ -9,7 +10,7 @@ from torch.autograd.graph import GradientEdge, Node
 from jdcore.errors import UnservedGraphError
 from jdcore.graph._form import Form, Place, form_of
 from jdcore.graph._retained import retaining
-from jdcore.graph._saved import plain_attributes, results_of
+from jdcore.graph._saved import function_of, plain_attributes, results_of
 from jdcore.graph._walk import LEAF, REENTRANT, edge_of
 
 _Properties: TypeAlias = (
@@ -95,6 +96,23 @@ class Graph:
             inputs.append(tuple(edges))
             described.append(results_of(node))
         return tuple(names), tuple(inputs), tuple(described)
+
+    @cached_property
+    def functions_of_others(self) -> dict[Any, type]:
+        """
+        By node, the functions of Python that gradients pass through.
+
+        Torch's own, such as those of compiled regions, are left out: their backward is trusted.
+        """
+        form = self.form
+        if not form.has_functions:
+            return {}
+        found = {self.nodes[node]: function_of(self.nodes[node]) for node in form.leading}
+        return {
+            node: function
+            for node, function in found.items()
+            if function is not None and not function.__module__.startswith("torch.")
+        }
 
     def _computes(self, tensor: Tensor) -> bool:
         return tensor.grad_fn is not None and tensor.grad_fn in self._index

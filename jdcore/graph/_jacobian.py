@@ -173,10 +173,8 @@ class Jacobian:
                 self.roots = RootShares(*given, report=self._report)
                 serving = Serving(self.graph, plan, self._rules, self.memory, self.roots)
                 # Passes that end at parameters leave nothing that could be written to.
-                watched = self.graph.form.has_functions and not isinstance(
-                    self.objectives, OneByOne
-                )
-                with refused_tampering(self.graph) if watched else nullcontext():
+                plain = isinstance(self.objectives, OneByOne) or not self.graph.functions_of_others
+                with nullcontext() if plain else refused_tampering(self.graph):
                     if self._without_samples:
                         self._run_tasks(serving, total.keep, retain_graph)
                     else:

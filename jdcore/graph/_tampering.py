@@ -22,7 +22,6 @@ from jdcore.errors import UnservedGraphError
 from jdcore.graph._graph import Graph
 from jdcore.graph._hooks import own_hooks
 from jdcore.graph._passes import differentiate
-from jdcore.graph._saved import function_of
 
 # By function, whether it was seen to do so when it ran.
 _KNOWN: WeakKeyDictionary[type, bool] = WeakKeyDictionary()
@@ -30,7 +29,7 @@ _KNOWN: WeakKeyDictionary[type, bool] = WeakKeyDictionary()
 
 def tampers(graph: Graph) -> bool:
     """Whether a function of a graph is known to write into its gradients."""
-    return any(map(_KNOWN.get, _foreign(graph).values()))
+    return any(map(_KNOWN.get, graph.functions_of_others.values()))
 
 
 def try_functions(graph: Graph, outputs: Sequence[Tensor]) -> None:
@@ -39,7 +38,7 @@ def try_functions(graph: Graph, outputs: Sequence[Tensor]) -> None:
 
     :param outputs: Where the graph starts.
     """
-    if set(_foreign(graph).values()).issubset(_KNOWN):
+    if set(graph.functions_of_others.values()).issubset(_KNOWN):
         return
     live = [output for output in outputs if output.requires_grad]
     edges = [graph.edge(place) for place in graph.form.targets]
@@ -82,22 +81,9 @@ def _watched(graph: Graph) -> Iterator[list[type]]:
             guilty.append(function)
 
     def hooks() -> Iterator[RemovableHandle]:
-        for node, function in _foreign(graph).items():
+        for node, function in graph.functions_of_others.items():
             yield node.register_prehook(partial(before, node))
             yield node.register_hook(partial(after, node, function))
 
     with own_hooks(hooks()):
         yield guilty
-
-
-def _foreign(graph: Graph) -> dict[Any, type]:
-    """The functions that gradients pass through, by node. Those of torch itself are trusted."""
-    form = graph.form
-    if not form.has_functions:
-        return {}
-    of_nodes = {graph.nodes[node]: function_of(graph.nodes[node]) for node in form.leading}
-    return {
-        node: function
-        for node, function in of_nodes.items()
-        if function is not None and not function.__module__.startswith("torch.")
-    }
