@@ -20,7 +20,7 @@ from jdcore.graph._memory import Memory
 from jdcore.graph._objectives import Objectives, OneByOne
 from jdcore.graph._passes import Grads, Listener, differentiate
 from jdcore.graph._plan import Plan, Plans, plan_of_tasks
-from jdcore.graph._probe import Nested
+from jdcore.graph._probe import Hidden, Nested
 from jdcore.graph._root_shares import RootShares
 from jdcore.graph._saved import function_of
 from jdcore.graph._serving import Serving
@@ -211,6 +211,8 @@ class Jacobian:
                 raise
             except Nested:
                 self._take_plain_rows("samples lie in nested tensors")
+            except Hidden:
+                self._take_plain_rows("a function of the graph makes numbers of NaN")
             except Exception:
                 # A function that stops at NaN does not show where the samples are.
                 if not any(function_of(node) for node in self.graph.nodes):

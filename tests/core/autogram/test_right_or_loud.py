@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from jdcore import ParameterError, ParameterTypeError
+from jdcore import ParameterError, ParameterTypeError, RowByRowWarning
 from jdcore.aggregation import GramianAggregator
 from jdcore.autogram import Engine, backward, gramian
 from jdcore.errors import UnservedGraphError
@@ -152,6 +152,60 @@ def test_an_outlier_does_not_hide_what_mixes() -> None:
     h = net(randn(B, 3) * torch.tensor([1e6, 1.0, 1.0, 1.0])[:, None])
     with pytest.raises(UnservedGraphError, match="mix"):
         Engine(net, batch_dim=0).compute_gramian((h - h.mean(0)).square().sum(1))
+
+
+class _Sanitized(torch.autograd.Function):
+    """Hides NaN from what shows where samples are, here also inside of the function itself."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, inside: bool) -> Tensor:
+        ctx.inside = inside
+        return x.flip(0) if inside else x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        grad = torch.nan_to_num(grads[0])
+        return grad.flip(0) if ctx.inside else grad, None
+
+
+class _Guided(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, inside: bool) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return torch.where(grads[0] > 0, grads[0], 0.0), None
+
+
+@pytest.mark.parametrize(
+    ("function", "inside"), [(_Sanitized, False), (_Sanitized, True), (_Guided, False)]
+)
+def test_mixing_behind_a_function_that_makes_numbers_of_nan(function: Any, inside: bool) -> None:
+    net = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 2))
+    hidden = net[0](randn(B, 3))
+    # Another way to the same samples shows them apart.
+    mixed = hidden + function.apply(hidden if inside else hidden.flip(0), inside)
+    losses = net[2](mixed.tanh()).square().sum(1)
+    with pytest.warns(RowByRowWarning, match="makes numbers of NaN"):
+        _right(Engine(net, batch_dim=0), losses, list(net.parameters()))
+
+
+class _Masked(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.relu()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return torch.where(ctx.saved_tensors[0] > 0, grads[0], 0.0)
+
+
+def test_a_function_with_gradients_that_are_zero_hides_nothing() -> None:
+    net = nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 2))
+    losses = net[1](_Masked.apply(net[0](randn(B, 3)))).square().sum(1)
+    _right(Engine(net, batch_dim=0), losses, list(net.parameters()))
 
 
 def test_prototypes_that_all_samples_share_are_served() -> None:
