@@ -7,7 +7,7 @@ are what rules for further operations are written with: see :class:`GramianRule`
 """
 
 from jdcore.autogram._engine import Engine
-from jdcore.autogram._functions import backward, gramian, gramian_backward
+from jdcore.autogram._functions import backward, gramian
 from jdcore.autogram._report import Check, Verification
 from jdcore.graph import Dense, GramianRule, Layout, NoRule, OneHot, Outer, Patches, Share, Site
 
@@ -26,5 +26,4 @@ __all__ = [
     "Verification",
     "backward",
     "gramian",
-    "gramian_backward",
 ]

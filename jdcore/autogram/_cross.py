@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from jdcore._modes import without_autocast
 from jdcore.autogram._step import Step
-from jdcore.autogram._together import collect, plain_shares
+from jdcore.autogram._together import collect
 from jdcore.distributed._exchange import Collected, forms_of
 from jdcore.graph import (
     Accumulator,
     Dense,
+    Jacobian,
     Share,
     multiplied,
 )
@@ -28,25 +30,29 @@ def crossed(one: Step, other: Step) -> Tensor:
     :param one: Of a vector of m losses, with samples.
     :param other: Of a vector of l losses, with samples, of the same parameters.
     """
-    steps, jacobians = (one, other), (one.jacobian(), other.jacobian())
+    with one.opened() as of_one, other.opened() as of_other:
+        return _crossed((one, other), (of_one, of_other))
+
+
+def _crossed(steps: Sequence[Step], jacobians: Sequence[Jacobian]) -> Tensor:
     alone = [j.objectives.samples < 2 or j.goes_one_by_one() for j in jacobians]
     # The shares of one sample alone are others than those of several.
     if any(alone):
-        return _by_rows(one, other)
-    device, memory = one.objectives.outputs[0].device, jacobians[0].memory
+        return _by_rows(jacobians)
+    device, memory = steps[0].objectives.outputs[0].device, jacobians[0].memory
     found = [Collected(step.objectives, device, memory) for step in steps]
     for step, jacobian, collected in zip(steps, jacobians, found, strict=True):
         collect(step, jacobian, collected, retain_graph=True)
     # Batches may take different branches of a model; shares are paired by their order, which then
     # means nothing.
     if _kinds(found[0]) != _kinds(found[1]):
-        return _by_rows(one, other)
+        return _by_rows(jacobians)
     m, rows = found[0].rows, found[0].rows + found[1].rows
     shares = [_joined(*pair) for pair in zip(found[0].shares, found[1].shares, strict=True)]
 
     def added_up() -> tuple[Tensor, bool]:
         total = Accumulator(rows, device, False, memory)
-        with torch.no_grad(), without_autocast(device.type):
+        with torch.no_grad():
             for share in shares:
                 total.add_share(share)
             found = total.total
@@ -74,12 +80,11 @@ def _joined(share: Share, other: Share) -> Share:
     return share.of([torch.cat([a, b], dimension) for (a, dimension), (b, _) in pairs])
 
 
-def _by_rows(one: Step, other: Step) -> Tensor:
+def _by_rows(jacobians: Sequence[Jacobian]) -> Tensor:
     """By one backward pass for each loss."""
-    rows = [plain_shares(step, step.jacobian()) for step in (one, other)]
-    both = [tensor for tensor in rows[0] if tensor in rows[1]]
-    blocks = [[of_batch[tensor].flat() for tensor in both] for of_batch in rows]
-    if not both:
-        output = one.objectives.outputs[0]
-        return output.new_zeros(len(output), other.objectives.rows, dtype=torch.float64)
-    return sum_cross_gramians(*blocks)
+    one, other = (jacobian.plain_rows() for jacobian in jacobians)
+    both = [tensor for tensor in one if tensor in other]
+    if both:
+        return sum_cross_gramians([one[t] for t in both], [other[t] for t in both])
+    sizes = [jacobian.objectives.rows for jacobian in jacobians]
+    return jacobians[0].objectives.outputs[0].new_zeros(sizes, dtype=torch.float64)

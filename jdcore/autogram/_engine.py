@@ -3,24 +3,19 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel
 from torch.nn.parameter import is_lazy
 
-from jdcore._modes import plain_modes
-from jdcore.aggregation import as_weighting
 from jdcore.autogram._cross import crossed
-from jdcore.autogram._losses import checked_batch_dim, checked_budget, objectives_of
+from jdcore.autogram._losses import checked_batch_dim, checked_budget, objectives_of, shape_of
 from jdcore.autogram._report import Verification, explained, verified
 from jdcore.autogram._step import Step
-from jdcore.autogram._together import backward_together
-from jdcore.distributed._holders import find_holders
+from jdcore.autogram._together import take_step
 from jdcore.distributed._sharding import Gathered
 from jdcore.errors import ParameterError, ParameterTypeError
 from jdcore.graph import Objectives, Plans
-from jdcore.linalg import unflatten_gramian
-from jdcore.validators import check_flag, describe_tensor
+from jdcore.validators import describe_tensor
 
 
 class Engine:
@@ -110,8 +105,7 @@ class Engine:
         :raises ParameterTypeError: If the output is no floating Tensor.
         :raises ParameterError: If what was asked for cannot be right: see the class.
         """
-        total = self._step(output, self._trainable()).gramian()
-        return shaped(total, output, None if output.ndim == 1 else output.shape)
+        return self._step(output, self._trainable()).gramian()
 
     def cross_gramian(self, output: Tensor, other: Tensor, /) -> Tensor:
         """
@@ -140,14 +134,11 @@ class Engine:
             if losses.ndim != 1:
                 raise ParameterError(name, "a vector of losses", describe_tensor(losses))
         trainable, both = self._trainable(), objectives_of([output, other], None, "output")
+        step = self._step_of(both, trainable, None)
         if self._batch_dim is None:
             # The losses of both batches as one vector: what is wanted is above the diagonal blocks.
-            total = self._step_of(both, trainable).gramian()[: len(output), len(output) :]
-        else:
-            with plain_modes([output, other]):
-                total = crossed(self._step(output, trainable), self._step(other, trainable))
-        dtype = torch.promote_types(result_dtype(output), result_dtype(other))
-        return total.to(dtype, copy=True)
+            return step.gramian()[: len(output), len(output) :].clone()
+        return step.for_user(crossed(self._step(output, trainable), self._step(other, trainable)))
 
     def backward(
         self,
@@ -194,34 +185,19 @@ class Engine:
         :raises PeerError: If another process could not make this step. None of them writes
             anything.
         """
-        # Before anything is computed: an aggregator taken for a weighting would give other numbers
-        # without a word.
-        chosen = as_weighting(weighting)
-        check_flag(retain_graph, "retain_graph")
-        check_flag(second_pass, "second_pass")
-        check_flag(per_process, "per_process")
         # Looked up at each call, since modules change: layers are replaced, parameters frozen and
         # thawed.
         trainable = self._trainable()
-        holders = find_holders(trainable, group)
-        if holders is not None:
-            with plain_modes(trainable):
-                weights = backward_together(
-                    lambda: self._step(output, trainable),
-                    holders,
-                    chosen,
-                    retain_graph=retain_graph,
-                    second_pass=second_pass,
-                    per_process=per_process,
-                )
-            return weights.to(result_dtype(output), copy=True)
-        weights = self._step(output, trainable).backward(
-            chosen,
-            None if output.ndim == 1 else output.shape,
+        return take_step(
+            lambda: self._step(output, trainable),
+            weighting,
+            trainable,
+            group,
+            named=True,
             retain_graph=retain_graph,
             second_pass=second_pass,
+            per_process=per_process,
         )
-        return weights.to(result_dtype(output), copy=True)
 
     def explain(self, output: Tensor, /) -> str:
         """
@@ -231,9 +207,7 @@ class Engine:
 
         :param output: As for :meth:`compute_gramian`.
         """
-        step = self._step(output, self._trainable())
-        with plain_modes(step.objectives.outputs):
-            return explained(step, self._names())
+        return explained(self._step(output, self._trainable()), self._names())
 
     def verify(self, output: Tensor, /) -> Verification:
         """
@@ -244,9 +218,7 @@ class Engine:
         :param output: As for :meth:`compute_gramian`.
         :returns: One entry for each parameter behind the losses; printed, a table.
         """
-        step = self._step(output, self._trainable())
-        with plain_modes(step.objectives.outputs):
-            return verified(step, self._names())
+        return verified(self._step(output, self._trainable()), self._names())
 
     def _names(self) -> dict[Tensor, str]:
         names: dict[Tensor, str] = {}
@@ -266,9 +238,12 @@ class Engine:
         if not isinstance(output, Tensor):
             hint = "Stack the losses: torch.stack(losses)." if isinstance(output, list) else None
             raise ParameterTypeError("output", "a floating Tensor", describe_tensor(output), hint)
-        return self._step_of(objectives_of(output, self._batch_dim, "output"), trainable)
+        objectives = objectives_of(output, self._batch_dim, "output")
+        return self._step_of(objectives, trainable, shape_of(output))
 
-    def _step_of(self, objectives: Objectives, trainable: list[Tensor]) -> Step:
+    def _step_of(
+        self, objectives: Objectives, trainable: list[Tensor], shape: Sequence[int] | None
+    ) -> Step:
         # Under FSDP2 the graph ends at gathered parameters, not at those that modules have outside
         # of their forward pass.
         wanted = Gathered().leaves(trainable)
@@ -279,7 +254,7 @@ class Engine:
                 raise ParameterError(
                     "modules", "initialised", "a lazy parameter", "Run one forward pass before."
                 )
-        return Step(objectives, wanted, self._plans, "modules", self._budget, True)
+        return Step(objectives, wanted, self._plans, "modules", self._budget, True, shape)
 
     def __getstate__(self) -> dict[str, Any]:
         # Plans concern graphs of this process.
@@ -300,14 +275,3 @@ def _refuse_replicating(module: nn.Module) -> None:
                 "The graph goes through copies of its parameters. Give one process to each device, "
                 "and DistributedDataParallel to each process.",
             )
-
-
-def result_dtype(output: Tensor) -> torch.dtype:
-    """The dtype of what users get: float64 for float64 losses, else float32."""
-    return output.dtype if output.dtype == torch.float64 else torch.float32
-
-
-def shaped(total: Tensor, output: Tensor, shape: Sequence[int] | None) -> Tensor:
-    """The Gramian of flattened losses in the form that belongs to a shape, None for a vector."""
-    total = total.to(result_dtype(output))
-    return total if shape is None else unflatten_gramian(total, shape)

@@ -61,6 +61,11 @@ def objectives_of(
     return Objectives(outputs, _checked_dim(outputs[0], batch_dim))
 
 
+def shape_of(losses: Tensor | Sequence[Tensor]) -> Sequence[int] | None:
+    """The shape of a generalized Gramian; None for the ordinary one, of a vector or of a list."""
+    return losses.shape if isinstance(losses, Tensor) and losses.ndim != 1 else None
+
+
 def _several(losses: Sequence[Tensor], batch_dim: int | None, parameter: str) -> Sequence[Tensor]:
     outputs = tensor_list(losses, parameter)
     if batch_dim is not None:

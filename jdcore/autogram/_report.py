@@ -58,9 +58,9 @@ class Verification:
 
 def explained(step: Step, names: Mapping[Tensor, str]) -> str:
     """A table of what serves each parameter."""
-    jacobian = step.jacobian(report=True)
     # What serves an operand is decided as its gradient arrives, so that a pass has to be made.
-    jacobian.gramian(keep=False, retain_graph=True)
+    with step.opened(report=True) as jacobian:
+        jacobian.gramian(keep=False, retain_graph=True)
     entries = _by_parameter(jacobian, names)
     rows = [(c.parameter, c.operation, c.share, c.rule) for c in entries.values()]
     table = _table([("parameter", "operation", "share", "rule"), *rows])
@@ -71,12 +71,12 @@ def explained(step: Step, names: Mapping[Tensor, str]) -> str:
 
 def verified(step: Step, names: Mapping[Tensor, str]) -> Verification:
     """Each parameter against its rows."""
-    whole = step.jacobian(report=True)
-    whole.gramian(keep=False, retain_graph=True)
-    entries = _by_parameter(whole, names)
-    # Plain passes write the `.grad` of what retains it.
-    with whole.fields_unchanged():
-        rows = _rows(step, list(entries))
+    with step.opened(report=True) as whole:
+        whole.gramian(keep=False, retain_graph=True)
+        entries = _by_parameter(whole, names)
+        # Plain passes write the `.grad` of what retains it.
+        with whole.fields_unchanged():
+            rows = _rows(step, list(entries))
     checks = [
         # One parameter at a time: an error shows at the parameter that it comes from, and cannot
         # drown in the sum over all.
@@ -143,14 +143,14 @@ def _rows(step: Step, tensors: list[Tensor]) -> list[Tensor]:
 
 
 def _error(step: Step, rows: Tensor) -> float:
-    jacobian = step.jacobian(report=True)
-    gramian = jacobian.gramian(keep=True, retain_graph=True)
     # All different and of both signs, so that rows in a wrong order show.
     weights = torch.linspace(-1.0, 2.0, len(rows), dtype=torch.float64, device=rows.device)
     # The Gramian does not see everything: rows that are all rotated alike have the same one, but
     # another weighted sum.
     [tensor] = step.wanted
-    gradient = jacobian.weighted(weights, retain_graph=True)[tensor]
+    with step.opened(report=True) as jacobian:
+        gramian = jacobian.gramian(keep=True, retain_graph=True)
+        gradient = jacobian.weighted(weights, retain_graph=True)[tensor]
     expected = rows @ rows.T
     return max(
         _relative(gramian, expected), _relative(gradient.to_dense().flatten(), weights @ rows)

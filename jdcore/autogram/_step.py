@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from attrs import frozen
@@ -16,6 +17,7 @@ from jdcore.autogram._rules import RULES_IN_USE
 from jdcore.distributed._refusals import refuse_replicated, refuse_sharded
 from jdcore.errors import ParameterError, UnservedGraphError
 from jdcore.graph import Jacobian, Objectives, Plans, products_of
+from jdcore.linalg import unflatten_gramian
 
 
 @frozen(eq=False)
@@ -29,6 +31,7 @@ class Step:
     :param parameter: What the tensors are called in messages.
     :param budget: Bytes that a temporary may have; None lets the library choose.
     :param all_leaves: Whether all leaves behind the losses get a gradient.
+    :param shape: Shape of the losses, to which Gramian and weights belong; None for a vector.
     """
 
     objectives: Objectives
@@ -37,15 +40,21 @@ class Step:
     parameter: str
     budget: int | None
     all_leaves: bool
+    shape: Sequence[int] | None
 
-    def jacobian(self, *, together: bool = False, report: bool = False) -> Jacobian:
+    @contextmanager
+    def opened(self, *, together: bool = False, report: bool = False) -> Iterator[Jacobian]:
         """
-        The Jacobian, not yet computed.
+        The Jacobian, not yet computed, and the modes of torch in which it may be.
 
         :param together: Whether the processes that hold the tensors make the step together.
         :param report: Whether it notes what serves each operand, and nothing of it is written.
         :raises UnservedGraphError: If it cannot be right.
         """
+        with plain_modes(self.objectives.outputs):
+            yield self._jacobian(together, report)
+
+    def _jacobian(self, together: bool, report: bool) -> Jacobian:
         # Refused by kind before the graph is read, where the same things fail with errors that name
         # no argument.
         refuse_divided(self.objectives.outputs)
@@ -77,28 +86,31 @@ class Step:
         return jacobian
 
     def gramian(self) -> Tensor:
-        """The Gramian of the flattened losses, float64. The graph is kept."""
-        with plain_modes(self.objectives.outputs):
-            return self.jacobian().gramian(keep=False, retain_graph=True)
+        """The Gramian in the form that belongs to the shape of the losses. The graph is kept."""
+        with self.opened() as jacobian:
+            total = self.for_user(jacobian.gramian(keep=False, retain_graph=True))
+        return total if self.shape is None else unflatten_gramian(total, self.shape)
+
+    def for_user(self, result: Tensor) -> Tensor:
+        """A copy of a result: float64 for float64 losses, else float32."""
+        wide = any(output.dtype == torch.float64 for output in self.objectives.outputs)
+        return result.to(torch.float64 if wide else torch.float32, copy=True)
 
     def backward(
         self,
         weighting: Callable[[Tensor], Tensor],
-        shape: Sequence[int] | None,
         *,
         retain_graph: bool,
-        second_pass: bool,
+        second_pass: bool = False,
     ) -> Tensor:
         """
         Weigh the Gramian and write the weighted gradients.
 
         :param weighting: As :func:`~jdcore.aggregation.as_weighting` gives it.
-        :param shape: Shape of the losses, None for a vector.
         :param second_pass: Whether to take the gradients from a second backward pass.
-        :returns: The weights, of that shape.
+        :returns: The weights.
         """
-        with plain_modes(self.objectives.outputs):
-            jacobian = self.jacobian()
+        with self.opened() as jacobian:
             outputs = self.objectives.outputs
             # Shares that do not fit into memory are added up and dropped, so that the gradients
             # need a pass of their own.
@@ -117,7 +129,7 @@ class Step:
             losses = torch.cat([output.detach().reshape(-1) for output in outputs])
             source = source_of(jacobian, losses, compute)
             # Weighings of small Gramians run on the CPU; sums of rows where the rows are.
-            weights = weights_of(weighting, source, shape)
+            weights = weights_of(weighting, source, self.shape)
             placed = weights.to(outputs[0].device)
             # A weighting that asked for no Gramian, such as the mean, left no pass to take
             # gradients from.
@@ -130,7 +142,7 @@ class Step:
                 gradients = jacobian.weighted(placed, retain_graph=retain_graph, wide=wide)
             # Two leaves may have got the same tensor, as both terms of a sum do.
             write_grads(dict(zip(gradients, disjoint(gradients.values()), strict=True)))
-            return weights
+            return self.for_user(weights)
 
 
 def source_of(jacobian: Jacobian, losses: Tensor, compute: Callable[[], Tensor]) -> GramianSource:

@@ -1,28 +1,71 @@
-"""The computation of a step whose samples lie on several processes."""
+"""Steps, and the computation of those whose samples lie on several processes."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from jdcore._fields import check_grads, write_grads
+from jdcore._modes import plain_modes
+from jdcore.aggregation import as_weighting
 from jdcore.autogram._step import Step, source_of, weights_of
 from jdcore.distributed._exchange import Collected, Union
-from jdcore.distributed._gathering import without_hooks
-from jdcore.distributed._holders import Holders
+from jdcore.distributed._holders import Holders, find_holders
 from jdcore.distributed._meeting import Group, Meeting, Stage
 from jdcore.distributed._replicas import check_replicas
 from jdcore.distributed._replicated import weights_of_first
 from jdcore.distributed._sharding import Gathered
 from jdcore.distributed._step import state_kept
 from jdcore.errors import ParameterError
-from jdcore.graph import Dense, Jacobian, reach
+from jdcore.graph import Dense, Jacobian, Share, reach
+from jdcore.validators import check_flag
 
 
-def backward_together(
+def take_step(
+    make_step: Callable[[], Step],
+    weighting: Callable[[Tensor], Tensor],
+    tensors: Sequence[Tensor],
+    group: Group | None,
+    *,
+    named: bool,
+    retain_graph: bool,
+    second_pass: bool,
+    per_process: bool,
+) -> Tensor:
+    """
+    Weigh losses and write the weighted gradients, with all processes that hold the tensors.
+
+    :param make_step: Checks and gives what there is to do with the losses of this process.
+    :param weighting: A weighting, or the aggregator of one.
+    :param tensors: Those that the Jacobian is with respect to.
+    :param group: The processes, if the user says which.
+    :param named: Whether the user named the tensors.
+    :param per_process: Whether each process weighs its own samples alone.
+    :returns: The weights: of the losses of all processes, or of those of this one.
+    """
+    # Before anything is computed: an aggregator taken for a weighting would give other numbers
+    # without a word.
+    chosen = as_weighting(weighting)
+    check_flag(retain_graph, "retain_graph")
+    check_flag(second_pass, "second_pass")
+    check_flag(per_process, "per_process")
+    holders = find_holders(tensors, group, named=named)
+    if holders is None:
+        return make_step().backward(chosen, retain_graph=retain_graph, second_pass=second_pass)
+    return _backward_together(
+        make_step,
+        holders,
+        chosen,
+        retain_graph=retain_graph,
+        second_pass=second_pass,
+        per_process=per_process,
+    )
+
+
+def _backward_together(
     make_step: Callable[[], Step],
     holders: Holders,
     weighting: Callable[[Tensor], Tensor],
@@ -34,14 +77,16 @@ def backward_together(
     """
     Weigh the samples of all processes, and write the same gradients on all.
 
-    :param make_step: Checks and gives what there is to do with the losses of this process.
-    :param holders: The processes.
-    :param per_process: Whether each process weighs its own samples alone.
-    :returns: The weights: of all losses, or of those of this process.
     :raises ParameterError: If what the processes have does not fit together.
     :raises PeerError: If another process could not make the step.
     """
-    with state_kept(weighting), holders.meeting() as meeting, holders.gathered(meeting):
+    # The modes from here on, as parameters are gathered before the losses are seen.
+    with (
+        plain_modes(holders.tensors),
+        state_kept(weighting),
+        holders.meeting() as meeting,
+        holders.gathered(meeting),
+    ):
         # Inside of the meeting, so that an error in the arguments of one process is told to the
         # others.
         step = make_step()
@@ -60,18 +105,20 @@ def backward_together(
                 "For losses of whole batches: gramian_backward, or backward and jac_to_grad.",
             )
         check_replicas(step.wanted, [reach(step.objectives.outputs)], step.parameter)
-        jacobian = step.jacobian(together=True)
-        changed = jacobian.graph.leaves if step.all_leaves else jacobian.graph.targets
-        known = holders.agreed(meeting, changed.values(), step.parameter)
-        shard = Gathered().shard
-        written = map(shard, [*changed.values(), *jacobian.graph.retained])
-        check_grads(t for t in written if t.grad is None or not t.grad.is_sparse)
-        weigh = _own_weights if per_process else _all_weights
-        weights, own, rows = weigh(step, jacobian, weighting, meeting, holders.group, retain_graph)
-        if jacobian.roots is not None:
-            gradients = jacobian.weighted(own, retain_graph=retain_graph)
-        else:
-            gradients = jacobian.differentiated(own, retain_graph=retain_graph)
+        with step.opened(together=True) as jacobian:
+            changed = jacobian.graph.leaves if step.all_leaves else jacobian.graph.targets
+            known = holders.agreed(meeting, changed.values(), step.parameter)
+            shard = Gathered().shard
+            written = map(shard, [*changed.values(), *jacobian.graph.retained])
+            check_grads(t for t in written if t.grad is None or not t.grad.is_sparse)
+            weigh = _own_weights if per_process else _all_weights
+            weights, own, rows = weigh(
+                step, jacobian, weighting, meeting, holders.group, retain_graph
+            )
+            if jacobian.roots is not None:
+                gradients = jacobian.weighted(own, retain_graph=retain_graph)
+            else:
+                gradients = jacobian.differentiated(own, retain_graph=retain_graph)
         # Rows of single passes are kept by parameter, beside the Jacobian, which has no share of
         # them.
         for tensor, share in rows.items():
@@ -83,7 +130,7 @@ def backward_together(
         parts = 1 if per_process else meeting.size
         local = {t: gradient / parts for t, gradient in found.items() if t not in means}
     write_grads(means | local)
-    return weights
+    return step.for_user(weights)
 
 
 def _own_weights(
@@ -93,7 +140,7 @@ def _own_weights(
     meeting: Meeting,
     group: Group,
     retain_graph: bool,
-) -> tuple[Tensor, Tensor, Mapping[Tensor, Dense]]:
+) -> tuple[Tensor, Tensor, Mapping[Tensor, Share]]:
     # Nothing is exchanged before the gradients: the arguments are those of the other way to weigh.
     del meeting, group
     [output] = step.objectives.outputs
@@ -102,7 +149,7 @@ def _own_weights(
         output.detach().reshape(-1),
         lambda: jacobian.gramian(keep=True, retain_graph=retain_graph),
     )
-    weights = weights_of(weighting, source, None if output.ndim == 1 else output.shape)
+    weights = weights_of(weighting, source, step.shape)
     return weights, weights.to(output.device).reshape(-1), {}
 
 
@@ -113,7 +160,7 @@ def _all_weights(
     meeting: Meeting,
     group: Group,
     retain_graph: bool,
-) -> tuple[Tensor, Tensor, Mapping[Tensor, Dense]]:
+) -> tuple[Tensor, Tensor, Mapping[Tensor, Share]]:
     """
     The weights of all losses, and those of this process, as the mean over processes has them.
 
@@ -125,20 +172,26 @@ def _all_weights(
     # The shares of one sample alone are others than those of several; without any there are none.
     few = step.objectives.samples < 2 or jacobian.goes_one_by_one()
     plain = meeting.agree(Stage.SAMPLES, int(few)) != [0]
-    rows: dict[Tensor, Dense] = {}
+    rows: dict[Tensor, Share] = {}
+    dimension = step.objectives.batch_dim or 0
 
     def compute() -> Tensor:
         if plain:
-            found = plain_shares(step, jacobian)
-            collected.shares.extend(found.values())
-            collected.names.extend(i for i, tensor in enumerate(step.wanted) if tensor in found)
-            rows.update(found if step.objectives.samples else {})
+            found, samples = jacobian.plain_rows(), step.objectives.samples
+            tasks = math.prod(output.shape[:dimension] + output.shape[dimension + 1 :])
+            for i, tensor in enumerate(step.wanted):
+                if tensor in found:
+                    of_tensor = found[tensor].view(tasks, samples, tensor.numel())
+                    collected.shares.append(Dense(of_tensor, tensor.shape))
+                    collected.names.append(i)
+                    if samples:
+                        rows[tensor] = collected.shares[-1]
         else:
             collect(step, jacobian, collected, retain_graph=retain_graph)
         return union.gramian(collected, jacobian.graph.form.precision)
 
     source = source_of(jacobian, union.values(output), compute)
-    shape = None if output.ndim == 1 else union.shape
+    shape = None if step.shape is None else union.shape
     weights = weights_of_first(meeting, weights_of(weighting, source, shape), output.device)
     # What is written is the mean over processes, but the update is a sum over the samples of all.
     return weights, union.own(weights).to(output.device, torch.float64) * meeting.size, rows
@@ -155,26 +208,3 @@ def collect(step: Step, jacobian: Jacobian, collected: Collected, *, retain_grap
         ways = dict.fromkeys(map(jacobian.graph.way, roots))
         names = [(places[jacobian.graph.leaves[leaf]], way) for leaf, way in ways]
         collected.names.append(names)
-
-
-def plain_shares(step: Step, jacobian: Jacobian) -> dict[Tensor, Dense]:
-    """The rows of every parameter by backward passes of this process, zero for one not reached."""
-    # Not above: autojac has functions of autogram, too.
-    from jdcore.autojac.transform import Diagonalize, Init, Jac
-
-    [output] = step.objectives.outputs
-    reached = set(jacobian.graph.targets.values())
-    targets = [tensor for tensor in step.wanted if tensor in reached]
-    found: Mapping[Tensor, Tensor] = {t: t.new_zeros(0, t.numel()) for t in targets}
-    if output.numel():
-        graph = without_hooks(reach([output]))
-        jac = Jac([output], targets, retain_graph=True, graph=graph)
-        with jacobian.fields_unchanged():
-            found = (Init([output]) >> Diagonalize([output]) >> jac)()
-    samples, dimension = step.objectives.samples, step.objectives.batch_dim or 0
-    tasks = math.prod(output.shape[:dimension] + output.shape[dimension + 1 :])
-    shares = {}
-    for target in targets:
-        rows = found[target].reshape(*output.shape, target.numel()).movedim(dimension, -2)
-        shares[target] = Dense(rows.reshape(tasks, samples, target.numel()), target.shape)
-    return shares

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from jdcore._fields import dense
-from jdcore._modes import without_autocast
 from jdcore.errors import JDCoreError, RowByRowWarning, UnservedGraphError, warn
 from jdcore.graph._batchable import is_sparse
 from jdcore.graph._cancelling import multiplied
@@ -44,6 +43,8 @@ _TAMPERED = "a function writes into the gradients that its backward is given"
 class Jacobian:
     """
     The Jacobian of some losses, as shares at the roots of parameters.
+
+    Its methods are called where :func:`~jdcore._modes.plain_modes` holds.
 
     :param objectives: The losses.
     :param wanted: The parameters.
@@ -102,7 +103,7 @@ class Jacobian:
     def goes_one_by_one(self) -> bool:
         """Whether each loss gets a backward pass of its own, which may show in the first ones."""
         if self._settled is None:
-            with torch.no_grad(), without_autocast(self._device.type), self.fields_unchanged():
+            with torch.no_grad(), self.fields_unchanged():
                 self._settled = self._find_plan()
         return self.one_by_one is not None
 
@@ -153,7 +154,7 @@ class Jacobian:
         if not before.keep:
             return self._added_up(False, retain_graph)
         total = Accumulator(self.objectives.rows, self._device, True, self.memory)
-        with torch.no_grad(), without_autocast(self._device.type):
+        with torch.no_grad():
             for share in before.added:
                 total.add_share(share)
             total.finish()
@@ -166,7 +167,7 @@ class Jacobian:
         :param total: Of the rows in the order [K, B].
         :param retain_graph: Whether the graph is needed afterwards.
         """
-        with torch.no_grad(), without_autocast(self._device.type):
+        with torch.no_grad():
             with self.fields_unchanged():
                 plan = self._plan = self._settled or self._find_plan()
                 given = self.graph, self.objectives, plan, self._hooked, self.memory, total
@@ -346,6 +347,24 @@ class Jacobian:
         size = sum(self.graph.form.result(place).shape.numel() for place in self._of_tasks.ordinary)
         return self.objectives.rows * size > self.memory.held
 
+    def plain_rows(self) -> dict[Tensor, Tensor]:
+        """
+        The rows of every tensor in the graph, by a backward pass for each loss. The graph is kept.
+
+        :returns: Shape [R, n] each, in the order [K, B].
+        """
+        graph, rows = self.graph, self.objectives.rows
+        starts = starts_of(graph, self.objectives)
+        passes = Passes(graph, starts.places, starts.seeds, self.memory, apart=True)
+        found: Sequence[Tensor | None] = [None] * len(graph.targets)
+        if rows:
+            with torch.no_grad(), self.fields_unchanged():
+                found = passes.gradients(list(graph.targets), retain_graph=True)
+        return {
+            t: t.new_zeros(rows, t.numel()) if g is None else g.reshape(rows, -1)
+            for t, g in zip(graph.targets.values(), found, strict=True)
+        }
+
     # -- the weighted gradient ---------------------------------------------------------------------
 
     def weighted(
@@ -360,7 +379,7 @@ class Jacobian:
         :returns: Gradient by tensor, in its dtype.
         """
         # First of all what needs operations called, while the graph is there.
-        with torch.no_grad(), without_autocast(self._device.type):
+        with torch.no_grad():
             wide = wide or any(t.dtype == torch.float64 for t in self.graph.targets.values())
             placed = factors(weights, self._device, wide=wide)
             assert self.roots is not None  # see above

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from jdcore import RowByRowWarning, autogram
-from jdcore.autogram import Engine, gramian_backward
+from jdcore.autogram import Engine
+from jdcore.autojac import gramian_backward
 from jdcore.errors import UnservedGraphError
 from tests.core.autogram.oracle import explicit_jacobian, randn, relative_error
 

@@ -11,7 +11,8 @@ from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from jdcore import ParameterError, ParameterTypeError
-from jdcore.autogram import Engine, backward, gramian, gramian_backward
+from jdcore.autogram import Engine, backward, gramian
+from jdcore.autojac import gramian_backward
 from jdcore.errors import SinglePassError
 from tests.core.autogram.oracle import check_engine, randn
 

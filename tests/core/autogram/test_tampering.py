@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from jdcore.autogram import Engine, gramian_backward
+from jdcore.autogram import Engine
+from jdcore.autojac import gramian_backward
 from jdcore.errors import ParameterError, RowByRowWarning
 from tests.core.autogram.oracle import relative_error
 
