@@ -5,7 +5,6 @@ It knows no method, no module and no ``.grad``.
 """
 
 from jdcore.graph._agreement import agree, mixed
-from jdcore.graph._batchable import EMBEDDING, is_listed, is_sparse, some_batched_wrongly
 from jdcore.graph._batched import (
     batched_gradients,
     is_known_to_be_left,
@@ -31,12 +30,19 @@ from jdcore.graph._leaving import Exit, leaving
 from jdcore.graph._memory import Memory, free_memory
 from jdcore.graph._nesting import OuterPass
 from jdcore.graph._objectives import Objectives
+from jdcore.graph._operations import (
+    EMBEDDING,
+    MATRIX_PRODUCTS,
+    is_listed,
+    is_sparse,
+    note_handing_on,
+    some_batched_wrongly,
+)
 from jdcore.graph._passes import SinglePassesExplained, differentiate
 from jdcore.graph._plan import Plans
 from jdcore.graph._retained import retains_gradients
 from jdcore.graph._root_shares import Served
 from jdcore.graph._saved import (
-    MATRIX_PRODUCTS,
     Unreadable,
     function_of,
     is_batched,
@@ -45,7 +51,6 @@ from jdcore.graph._saved import (
     saved_as_it_is,
 )
 from jdcore.graph._site import NoRule, Site
-from jdcore.graph._steady import note_handing_on
 from jdcore.graph._walk import REENTRANT, Edge, Reach, edge_of, largest_gradient, reach, united
 from jdcore.graph.rules import RULES, GramianRule, Rule, Rules
 from jdcore.graph.shares import Accumulator, Dense, OneHot, Outer, Patches, Share

@@ -9,6 +9,7 @@ from weakref import WeakValueDictionary
 import torch
 from attrs import field, frozen
 
+from jdcore.graph._operations import PARTS, REARRANGING, operation
 from jdcore.graph._walk import LEAF
 
 P = ParamSpec("P")
@@ -16,31 +17,6 @@ R = TypeVar("R")
 
 Place: TypeAlias = "tuple[int, int]"
 """The number of a node, and one of its results."""
-
-# torch numbers the overloads of an operation in the names of nodes: `squeeze()` has 0,
-# `squeeze(dim)` 1, and `squeeze(dims)` 2.
-ISOMETRIES = frozenset(
-    f"{name}Backward0"
-    for name in (
-        "T",
-        "Transpose",
-        "Permute",
-        "View",
-        "UnsafeView",
-        "ReshapeAlias",
-        "Unsqueeze",
-        "Squeeze",
-        "ToCopy",
-        "Clone",
-        "Alias",
-    )
-) | {"SqueezeBackward1", "SqueezeBackward2"}
-"""Operations that only rearrange what they are given, so that inner products stay as they are."""
-
-PARTS = frozenset(
-    {"SplitBackward0", "UnsafeSplitBackward0", "SplitWithSizesBackward0", "UnbindBackward0"}
-)
-"""Operations whose results are parts of what they are given that do not overlap."""
 
 
 class Result(NamedTuple):
@@ -80,6 +56,11 @@ class Form:
             [Result(torch.Size(sizes), dtype) for *sizes, dtype in of_node]
             for of_node in self.described
         ]
+
+    @cached_property
+    def operations(self) -> list[str]:
+        """By node, its operation, whatever the overload; empty for what is none of torch."""
+        return [operation(name) for name in self.names]
 
     @cached_property
     def leaves(self) -> frozenset[int]:
@@ -134,9 +115,9 @@ class Form:
     def rearranged(self) -> set[int]:
         """The leaves, and what does nothing but rearrange one of them."""
         found = set(self.leaves)
-        starts = {node for node, _ in self.starts}
+        starts, ways = {node for node, _ in self.starts}, REARRANGING | PARTS
         for node in self.upwards:
-            if self.names[node] not in ISOMETRIES and self.names[node] not in PARTS:
+            if self.operations[node] not in ways:
                 continue
             if node not in starts and all(c < 0 or c in found for c, _ in self.inputs[node]):
                 found.add(node)

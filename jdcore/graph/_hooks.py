@@ -21,7 +21,14 @@ from torch.utils.hooks import RemovableHandle
 
 from jdcore._living import living
 from jdcore.graph._graph import Graph
-from jdcore.graph._saved import hooks_made, next_computed_at, some_computed_before
+from jdcore.graph._operations import SAVED_OPERANDS, operation
+from jdcore.graph._saved import (
+    Unreadable,
+    hooks_made,
+    next_computed_at,
+    saved_as_it_is,
+    some_computed_before,
+)
 
 
 class _LastLook(threading.local):
@@ -124,6 +131,20 @@ def node_has_hooks(node: Any) -> bool:
     # of one more of them knows.
     with own_hooks(probes()):
         return any(len(handle.hooks_dict_ref() or ()) > 1 for handle in made)
+
+
+def operand_has_hooks(node: Any, operand: int) -> bool:
+    """
+    Whether an operand of an operation is a tensor with hooks, as far as torch shows it.
+
+    What an operation saved is the tensor itself, hooks included.
+    """
+    name = SAVED_OPERANDS.get(operation(node.name()), {}).get(operand)
+    try:
+        tensor = None if name is None else saved_as_it_is(node, name)
+    except Unreadable:
+        return False
+    return isinstance(tensor, Tensor) and (bool(tensor._backward_hooks) or tensor.retains_grad)
 
 
 def _hand_on(*gradients: object) -> None:

@@ -10,13 +10,13 @@ from torch import Tensor
 
 from jdcore._fields import dense
 from jdcore.errors import JDCoreError, RowByRowWarning, UnservedGraphError, warn
-from jdcore.graph._batchable import is_sparse
 from jdcore.graph._cancelling import multiplied
 from jdcore.graph._form import Place
 from jdcore.graph._graph import Graph
 from jdcore.graph._hooks import has_hook_for_several, may_have_hooks
 from jdcore.graph._memory import Memory
 from jdcore.graph._objectives import Objectives, OneByOne
+from jdcore.graph._operations import is_sparse
 from jdcore.graph._passes import Grads, Listener, differentiate
 from jdcore.graph._plan import Plan, Plans, plan_of_tasks
 from jdcore.graph._probe import Hidden, Nested

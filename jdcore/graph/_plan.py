@@ -10,21 +10,28 @@ from torch import Size, Tensor
 
 from jdcore.errors import UnservedGraphError
 from jdcore.graph._cost import outer_ghost_beats_rows
-from jdcore.graph._form import ISOMETRIES, PARTS, Form, Place
+from jdcore.graph._form import Form, Place
 from jdcore.graph._graph import Graph
-from jdcore.graph._hooks import look
+from jdcore.graph._hooks import look, operand_has_hooks
 from jdcore.graph._layout import Layout
+from jdcore.graph._operations import (
+    MATRIX_PRODUCTS,
+    PARTS,
+    REARRANGING,
+    having,
+    operation,
+    sizes_decide,
+)
 from jdcore.graph._probe import Findings, find_layouts
 from jdcore.graph._saved import (
-    MATRIX_PRODUCTS,
     Unreadable,
     has_unpack_hooks,
-    operand_has_hooks,
     plain_attributes,
     saved,
 )
-from jdcore.graph._steady import sizes_decide
 from jdcore.graph.rules import RULES, Rules
+
+_STRAIGHT, _ALONG_ALL, _ALONG_FIRST = map(having, ("straight", "along-all", "along-first"))
 
 
 @frozen
@@ -219,14 +226,14 @@ def descend(form: Form, root: Place) -> Descent | None:
     part: Place | None = None
     turned: bool | None = False
     while node not in form.leaves:
-        name = form.names[node]
-        if name in PARTS and part is None:
+        kind = form.operations[node]
+        if kind in PARTS and part is None:
             part, turned = (node, number), None
-        elif name not in ISOMETRIES:
+        elif kind not in REARRANGING:
             return None
-        elif name == "TBackward0":
+        elif kind == "T":
             turned = None if turned is None else not turned
-        elif name not in _STRAIGHT:
+        elif kind not in _STRAIGHT:
             turned = None
         node, number = form.inputs[node][0]
         if node < 0:
@@ -234,26 +241,12 @@ def descend(form: Form, root: Place) -> Descent | None:
     return Descent(node, part, turned) if node in form.wanted else None
 
 
-_STRAIGHT = {"ToCopyBackward0", "CloneBackward0", "AliasBackward0"}
-
-# Operations whose operands have their samples where the result has them: all, or the first one.
-_ALONG_ALL = {f"{name}Backward0" for name in ("Add", "Sub", "Mul", "Div")}
-_ALONG_FIRST = {
-    f"{name}Backward0"
-    for name in (
-        *("Pow", "Exp", "Log", "Relu", "Tanh", "Sigmoid", "Gelu", "Softmax", "LogSoftmax"),
-        *("NativeLayerNorm", "NativeGroupNorm", "NativeBatchNorm", "CudnnBatchNorm"),
-    )
-}
-_PRODUCTS = {"MmBackward0": 0, "AddmmBackward0": 1}
-"""Matrix products: their operand whose rows are the rows of the result."""
-
-
 def _goes_along(name: str, operand: int, layout: Layout) -> bool:
     """Whether an operand has its samples where the result of the operation has them."""
-    if name in _PRODUCTS:
-        return operand == _PRODUCTS[name] and layout.dim == 0
-    return name in _ALONG_ALL or (name in _ALONG_FIRST and operand == 0)
+    if name in MATRIX_PRODUCTS:
+        return operand == MATRIX_PRODUCTS[name][0] - 1 and layout.dim == 0
+    kind = operation(name)
+    return kind in _ALONG_ALL or (kind in _ALONG_FIRST and operand == 0)
 
 
 def _refuse_mixing(form: Form, plan: Plan, node: int, operand: int) -> None:
@@ -305,8 +298,9 @@ def plan_of_tasks(graph: Graph, tasks: int, hooked: set[int]) -> Plan:
     """
     plan, form = Plan({}, called=set()), graph.form
     uses: dict[int, list[tuple[int, int]]] = {}
+    inner = REARRANGING | PARTS
     for node, edges in enumerate(form.inputs):
-        if form.names[node] in ISOMETRIES or form.names[node] in PARTS:
+        if form.operations[node] in inner:
             continue
         for operand, root in enumerate(edges):
             descent = descend(form, root) if root[0] in form.leading else None

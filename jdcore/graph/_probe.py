@@ -23,9 +23,9 @@ from torch import Tensor
 from jdcore.graph._form import Place
 from jdcore.graph._graph import Graph
 from jdcore.graph._layout import Layout
+from jdcore.graph._operations import is_sparse_product, spread
 from jdcore.graph._passes import Grads, Listener
 from jdcore.graph._saved import current_pass, function_of
-from jdcore.graph._steady import is_sparse_product, spread
 
 
 class Nested(Exception):  # noqa: N818 - a signal, not an error

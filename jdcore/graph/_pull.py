@@ -3,14 +3,13 @@ from __future__ import annotations
 from torch import Tensor
 
 from jdcore.graph._call import call, called_for_rows, reduced
-from jdcore.graph._form import ISOMETRIES, Place
+from jdcore.graph._form import Place
 from jdcore.graph._graph import Graph
 from jdcore.graph._memory import Memory
+from jdcore.graph._operations import REARRANGING
 from jdcore.graph._passes import Grads
 from jdcore.graph._plan import Plan
 from jdcore.graph.shares import sum_of
-
-_CAST = "ToCopyBackward0"
 
 
 def pull(graph: Graph, plan: Plan, grads: dict[Place, Tensor]) -> dict[int, Tensor]:
@@ -47,13 +46,13 @@ def pull(graph: Graph, plan: Plan, grads: dict[Place, Tensor]) -> dict[int, Tens
 def _passed(graph: Graph, node: int, given: Grads) -> Grads:
     """The gradients at the operands of an operation, in the dtypes that it gives."""
     form = graph.form
-    name, [child, *others] = form.names[node], form.inputs[node]
-    if name not in ISOMETRIES:
+    kind, [child, *others] = form.operations[node], form.inputs[node]
+    if kind not in REARRANGING:
         given = [
             None if g is None else g.to(result.dtype)
             for g, result in zip(given, form.results[node], strict=True)
         ]
-    elif name == _CAST and not others and child[0] in graph.leaves:
+    elif kind == "ToCopy" and not others and child[0] in graph.leaves:
         # A conversion to half precision (by autocast) and back would cost two kernels for each
         # parameter, and digits. What moves a tensor to another device has this name as well.
         [grad], leaf = given, graph.leaves[child[0]]

@@ -18,7 +18,6 @@ from torch.utils import checkpoint
 from torch.utils.hooks import RemovableHandle
 
 __all__ = [
-    "MATRIX_PRODUCTS",
     "Unreadable",
     "all_saved",
     "current_pass",
@@ -28,7 +27,6 @@ __all__ = [
     "is_batched",
     "is_transformed",
     "next_computed_at",
-    "operand_has_hooks",
     "plain_attributes",
     "results_of",
     "saved",
@@ -37,9 +35,6 @@ __all__ = [
     "some_computed_before",
     "zeros_at",
 ]
-
-MATRIX_PRODUCTS = {"AddmmBackward0": (2, "mat1"), "MmBackward0": (1, "self")}
-"""Matrix products: which operand is the weight, and under which name the other one is saved."""
 
 
 class Unreadable(Exception):  # noqa: N818 - a signal, not an error
@@ -120,32 +115,6 @@ def _frames(function: Any) -> Iterator[Any]:
             yield cell.cell_contents
         elif callable(cell.cell_contents):
             yield from _frames(cell.cell_contents)
-
-
-# Under which names operations save the operands that may be computed from parameters.
-_OPERANDS = {
-    "AddmmBackward0": {1: "mat1", 2: "mat2"},
-    "MmBackward0": {0: "self", 1: "mat2"},
-    "BmmBackward0": {0: "self", 1: "mat2"},
-    "MulBackward0": {0: "self", 1: "other"},
-    "ConvolutionBackward0": {1: "weight"},
-    "NativeLayerNormBackward0": {1: "weight"},
-    "NativeGroupNormBackward0": {1: "weight"},
-}
-
-
-def operand_has_hooks(node: Any, operand: int) -> bool:
-    """
-    Whether an operand of an operation is a tensor with hooks, as far as torch shows it.
-
-    What an operation saved is the tensor itself, hooks included.
-    """
-    name = _OPERANDS.get(node.name(), {}).get(operand)
-    try:
-        tensor = None if name is None else saved_as_it_is(node, name)
-    except Unreadable:
-        return False
-    return isinstance(tensor, Tensor) and (bool(tensor._backward_hooks) or tensor.retains_grad)
 
 
 def saved_sparse(node: Any) -> bool:

@@ -17,7 +17,6 @@ from attrs import frozen
 from torch import Tensor
 
 from jdcore._fields import dense
-from jdcore.graph._batchable import is_batchable
 from jdcore.graph._batched import batched_gradients
 from jdcore.graph._cost import batch_beats_single_passes
 from jdcore.graph._form import Form, Place, once_for_each_form
@@ -25,6 +24,7 @@ from jdcore.graph._graph import Graph
 from jdcore.graph._leaving import Exit, leaving
 from jdcore.graph._memory import Memory, pieces
 from jdcore.graph._objectives import Objectives
+from jdcore.graph._operations import having, is_batchable
 from jdcore.graph._passes import differentiate, stacked
 
 _Kind: TypeAlias = "frozenset[tuple[str, tuple[torch.dtype, ...]]]"
@@ -33,8 +33,8 @@ _Kind: TypeAlias = "frozenset[tuple[str, tuple[torch.dtype, ...]]]"
 _PASSED: set[_Kind] = set()
 _FAILED: set[_Kind] = set()
 
-_JOINS = {"StackBackward0", "CatBackward0"}
-"""Operations that do nothing but put losses into a row."""
+# Operations that do nothing but put losses into a row.
+_JOINS = having("join")
 
 
 @frozen
@@ -109,7 +109,7 @@ def _entries(graph: Graph, place: Place) -> list[tuple[Place | None, int]]:
 def _parts(graph: Graph, place: Place) -> Sequence[Place]:
     """What a row of losses was put together from, if each part is a place to start at."""
     form, whole = graph.form, graph.form.result(place)
-    if form.names[place[0]] not in _JOINS or len(whole.shape) != 1 or place in graph.targets:
+    if form.operations[place[0]] not in _JOINS or len(whole.shape) != 1 or place in graph.targets:
         return ()
     parts = form.inputs[place[0]]
     # What is no operation has no place to start at; another dtype would need a conversion.

@@ -3,8 +3,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
+from jdcore.graph._operations import is_steady
 from jdcore.graph._site import Site
-from jdcore.graph._steady import is_steady
 from jdcore.graph.shares import Share
 
 

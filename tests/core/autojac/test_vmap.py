@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from jdcore.autojac import _vmap, backward, jac
 from jdcore.errors import VectorizationError, VectorizationWarning
-from jdcore.graph import _batchable, reach
+from jdcore.graph import _operations, reach
 from tests.core.autojac.conftest import Truth
 
 
@@ -99,7 +99,7 @@ def test_custom_functions_just_work(truth: Truth) -> None:
 def test_rows_of_what_is_not_known_to_be_batched_rightly_are_compared_with_a_single_pass(
     truth: Truth, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_batchable, "_WRONG", frozenset())  # as in a torch of which nobody knows
+    monkeypatch.setattr(_operations, "_WRONG", frozenset())  # as in a torch of which nobody knows
     a = _leaf(6)
     losses = torch.cdist(a.view(2, 3), torch.arange(6.0, dtype=a.dtype).view(2, 3)).flatten()
     [expected] = truth([losses], [a])

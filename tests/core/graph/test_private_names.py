@@ -57,7 +57,6 @@ READ = {
         "_Handle",
         "_Holder",
         "_autograd",
-        "_backward_hooks",
         "_current_graph_task_id",
         "_forward_cls",
         "_functorch",

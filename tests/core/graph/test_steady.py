@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -136,3 +137,27 @@ def test_the_size_of_a_constant_kernel_decides_what_it_reads() -> None:
         read = F.conv1d(hidden, randn(1, 2, size), stride=4, padding=1)
         assert read.shape == (1, 1, 3)
         assert _right_or_refused(read[0, 0].square(), weight)
+
+
+class Flip(torch.autograd.Function):
+    """Its node is called as one of torch is, but for the number, and data decide what it does."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, order: Tensor) -> Tensor:
+        ctx.order = order
+        return x[order]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return torch.zeros_like(grad).index_copy(0, ctx.order, grad), None
+
+
+def test_functions_of_python_are_not_taken_for_operations_of_the_same_name() -> None:
+    weight = randn(3, 3).requires_grad_()
+
+    def losses(*order: int) -> Tensor:
+        passed: Tensor = Flip.apply((randn(B, 3) @ weight).tanh(), torch.tensor(order))  # type: ignore[no-untyped-call]
+        return (passed @ weight).square().sum(1)
+
+    for order in ((0, 1, 2, 3), (2, 0, 3, 1), (3, 2, 1, 0)):
+        assert _right_or_refused(losses(*order), weight)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from jdcore.graph import _batched, batched_gradients
-from jdcore.graph._batchable import BATCHABLE, is_batchable
+from jdcore.graph._operations import having, is_batchable, operation
 
 _ENTRIES = """
     neg exp exp2 expm1 sigmoid tanh sin cos tan sinh cosh asinh atan erf erfc abs relu reciprocal
@@ -192,11 +192,11 @@ def test_vmap_itself_gives_the_same_where_torch_does_not_show_what_it_is_made_of
 
 def test_all_names_are_covered() -> None:
     seen = {
-        name.partition("Backward")[0]
+        operation(name)
         for function in OPERATIONS.values()
         for name in _names(function(*_operands()))
     }
-    assert seen == BATCHABLE
+    assert seen == having("batched")
 
 
 def test_what_torch_batches_wrongly_or_what_runs_python_is_not_batched() -> None:
