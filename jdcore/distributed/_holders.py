@@ -84,8 +84,12 @@ class Holders:
         found = dict.fromkeys(self.tensors)
         others = [shard for shard in shards if shard not in found]
         everything, count = [*self.tensors, *others], len(self.tensors)
-        words = words_of(everything, self.tensors if self.promised else ())
-        same, equal = meeting.agree_on_each(Stage.COPIES, words[:count], words[count:])
+        promised = self.tensors if self.promised else ()
+        for by_numbers in (False, True):
+            words = words_of(everything, promised, by_numbers=by_numbers)
+            same, equal = meeting.agree_on_each(Stage.COPIES, words[:count], words[count:])
+            if same and equal:
+                break
         if not same:
             raise ParameterError(
                 parameter,

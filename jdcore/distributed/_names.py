@@ -12,7 +12,9 @@ from jdcore.distributed._sharding import Gathered
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def words_of(tensors: Sequence[Tensor], promised: Collection[Tensor]) -> list[object]:
+def words_of(
+    tensors: Sequence[Tensor], promised: Collection[Tensor], *, by_numbers: bool = False
+) -> list[object]:
     """
     What tells tensors from others on all processes: their places, or the numbers in them.
 
@@ -20,9 +22,11 @@ def words_of(tensors: Sequence[Tensor], promised: Collection[Tensor]) -> list[ob
 
     :param promised: Those of which the user says that they are copies, in this order, if torch does
         not keep them equal.
+    :param by_numbers: Whether copies that torch keeps equal are told by their numbers as well. Of
+        their places, a process that has more wrappers than another one may say something else.
     """
     gathered, given = Gathered(), set(promised)
-    places = places_in(replicas_of(tensors))
+    places = {} if by_numbers else places_in(replicas_of(tensors))
     sharded = [gathered.place(gathered.shard(t)) for t in tensors]
     modules = sorted({place[0] for place in sharded if place is not None})
     order = {module: position for position, module in enumerate(modules)}

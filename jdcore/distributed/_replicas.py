@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import weakref
 from collections.abc import Iterable
 from typing import Any
@@ -12,7 +13,7 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.weak import WeakIdKeyDictionary
 
-from jdcore._living import living
+from jdcore._living import instances
 from jdcore.errors import ParameterError
 from jdcore.graph import Reach
 
@@ -24,9 +25,7 @@ def several_processes() -> bool:
 
 def replicas_of(tensors: Iterable[Tensor]) -> list[DistributedDataParallel]:
     """The DistributedDataParallel modules that keep tensors equal on several processes."""
-    if not several_processes():
-        return []
-    return list(dict.fromkeys(r for t in tensors if (r := _WRAPPERS.replica_of(t)) is not None))
+    return _WRAPPERS.of(tensors) if several_processes() else []
 
 
 def parameters_of(replica: DistributedDataParallel) -> list[Tensor]:
@@ -57,45 +56,89 @@ class _Wrappers:
     """
     The DistributedDataParallel modules of this process.
 
-    A parameter does not know the reducer that watches it, nor does torch list the wrappers. One
-    search through all objects finds those that are there; a hook of torch tells of later ones.
+    A parameter does not know the reducer that watches it, nor does torch list the wrappers. A hook
+    of torch tells of those that are constructed. Earlier ones, copies, and those that were loaded
+    are found by a search through all objects, for parameters that none of the known ones has.
     """
 
-    modules: weakref.WeakSet[DistributedDataParallel] = field(factory=weakref.WeakSet)
-    searched: bool = False
+    known: list[weakref.ref[DistributedDataParallel]] = field(factory=list)
+    """In the order in which they were made, as far as that was heard."""
+    listens: bool = False
     owners: Any = field(factory=WeakIdKeyDictionary)
     """By parameter, a weak reference to its wrapper, or None if it has none."""
 
-    def replica_of(self, tensor: Tensor) -> DistributedDataParallel | None:
-        """The wrapper of a parameter."""
-        if not self.searched:
+    def of(self, tensors: Iterable[Tensor]) -> list[DistributedDataParallel]:
+        """The wrappers of those tensors that have one."""
+        # Nothing else is wrapped, such as inputs, of which each step has new ones.
+        parameters = [tensor for tensor in tensors if isinstance(tensor, nn.Parameter)]
+        if any(map(self._is_unknown, parameters)):
+            self._assign(parameters)
+        found = (self.owners[parameter] for parameter in parameters)
+        owners = (reference() for reference in found if reference is not None)
+        return list(dict.fromkeys(owner for owner in owners if owner is not None))
+
+    def made(self) -> list[DistributedDataParallel]:
+        """Those that can reduce, in the order in which they were made."""
+        modules = (reference() for reference in self.known)
+        return [module for module in modules if module is not None and _can_reduce(module)]
+
+    def _is_unknown(self, parameter: Tensor) -> bool:
+        if parameter not in self.owners:
+            return True
+        reference = self.owners[parameter]
+        # Where its wrapper is gone, an earlier one may still be there.
+        return reference is not None and reference() is None
+
+    def _assign(self, parameters: Iterable[Tensor]) -> None:
+        """Find out the wrappers of some parameters."""
+        unknown = [parameter for parameter in parameters if self._is_unknown(parameter)]
+        for parameter in unknown:
+            self.owners.pop(parameter, None)
+        self._file()
+        if any(parameter not in self.owners for parameter in unknown):
+            self._search()
+            self._file()
+        for parameter in unknown:
+            self.owners.setdefault(parameter, None)
+
+    def _file(self) -> None:
+        for module in self.made():  # the last one counts, should several have a parameter
+            for parameter in parameters_of(module):
+                self.owners[parameter] = weakref.ref(module)
+
+    def _search(self) -> None:
+        if not self.listens:
             # Before the search, so that a wrapper made by another thread meanwhile is not missed. A
             # wrapper registers the module that it wraps.
             register_module_module_registration_hook(self._notice)
-            self.modules.update(living(DistributedDataParallel))
-            self.searched = True
-        if tensor not in self.owners:
-            self._assign(tensor)
-        reference = self.owners[tensor]
-        return None if reference is None else reference()
-
-    def made(self) -> list[DistributedDataParallel]:
-        """Those whose construction did not fail."""
-        return [module for module in list(self.modules) if hasattr(module, "reducer")]
-
-    def _assign(self, tensor: Tensor) -> None:
-        for module in self.made():
-            for parameter in parameters_of(module):
-                self.owners[parameter] = weakref.ref(module)
-        if tensor not in self.owners:
-            self.owners[tensor] = None
+            self.listens = True
+            # Which of those found was made last, nobody can tell: at least none of them is garbage.
+            gc.collect()
+        heard = {reference() for reference in self.known}
+        found = (module for module in instances(DistributedDataParallel) if module not in heard)
+        self.known = [
+            *(reference for reference in self.known if reference() is not None),
+            *map(weakref.ref, found),
+        ]
 
     def _notice(self, module: nn.Module, name: str, submodule: nn.Module) -> None:
-        del name, submodule
+        del name
         if isinstance(module, DistributedDataParallel):
-            self.modules.add(module)
-            # A parameter that had no wrapper may have this one.
-            self.owners.clear()
+            self.known.append(weakref.ref(module))
+            # They may have had no wrapper, or an earlier one.
+            for parameter in submodule.parameters():
+                self.owners.pop(parameter, None)
+
+
+def _can_reduce(module: DistributedDataParallel) -> bool:
+    """Whether the construction of a wrapper did not fail, and its processes are still a group."""
+    if not hasattr(module, "reducer"):
+        return False
+    try:
+        dist.get_backend(module.process_group)
+    except ValueError:  # the group was destroyed
+        return False
+    return True
 
 
 _WRAPPERS = _Wrappers()

@@ -97,8 +97,7 @@ class Replicas:
         """Number of rows, tensors with a ``.jac`` anywhere, and those with a local gradient."""
         aggregator, losses = arguments
         lacks = len(own.matrices) < len(self.given) or any(map(is_local, self.members))
-        layout = self._layout()
-        count, some = start(meeting, own, aggregator, layout, losses, lacks=lacks)
+        count, some = start(meeting, own, aggregator, self._words, losses, lacks=lacks)
         # The usual case, in which no process has anything to add, is told without a second
         # exchange.
         if not some:
@@ -110,9 +109,10 @@ class Replicas:
         targets = [tensor for tensor, (has_rows, _) in table if has_rows]
         return count, targets, [t for t, (has_rows, waits) in table if waits and not has_rows]
 
-    def _layout(self) -> list[object]:
+    def _words(self, by_numbers: bool) -> list[object]:
         """Words that tell lists of tensors apart, also where shapes repeat."""
-        return words_of(self.members, self.members if self.promised else ())
+        promised = self.members if self.promised else ()
+        return words_of(self.members, promised, by_numbers=by_numbers)
 
     def _means(self, meeting: Meeting, heads: list[Tensor]) -> dict[Tensor, Tensor]:
         if not heads:

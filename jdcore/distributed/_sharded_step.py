@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from attrs import frozen
@@ -64,7 +65,9 @@ class Shards:
         device = self.given[0].device
         with state_kept(aggregator), Meeting(self.grid.groups, device) as meeting:
             own = local()
-            rows, _ = start(meeting, own, aggregator, self._layout(own), losses is not None)
+            rows, _ = start(
+                meeting, own, aggregator, partial(self._layout, own), losses is not None
+            )
             values = mean_losses(meeting, check_losses(losses, rows))
             targets = list(own.matrices)
             check_grads(targets)
@@ -84,7 +87,8 @@ class Shards:
             check_grads(gradients)  # again: the aggregator may have changed them
         return Update(gradients, weights=promoted(weights, matrices))
 
-    def _layout(self, own: LocalRows) -> list[object]:
+    def _layout(self, own: LocalRows, by_numbers: bool) -> list[object]:
+        del by_numbers  # placements are the same on all processes
         return [
             (t in own.matrices, tuple(t.shape), t.dtype, str(getattr(t, "placements", None)))
             for t in self.given

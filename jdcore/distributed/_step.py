@@ -89,20 +89,28 @@ def no_jacobians(got: str) -> ParameterError:
 
 
 def start(
-    meeting: Meeting, own: LocalRows, aggregator: Any, *layout: object, lacks: bool = False
+    meeting: Meeting,
+    own: LocalRows,
+    aggregator: Any,
+    words: Callable[[bool], object],
+    *arguments: object,
+    lacks: bool = False,
 ) -> tuple[int, bool]:
     """
     Begin a step, if all processes have the same things.
 
     :param own: What this process has.
-    :param layout: Words for the tensors and arguments of the step.
+    :param words: Words for the tensors of the step. It is called with True where those of the
+        processes differ: then, the numbers in copies are to tell these, if there are any.
+    :param arguments: Words for the arguments of the step.
     :param lacks: Whether this process has something to say about single tensors.
     :returns: The number of rows, and whether some process has something to say.
     :raises ParameterError: If rows, tensors or arguments differ, or no process has a ``.jac``.
     """
     rows = own.rows
     kinds = [type(aggregator).__name__, type(getattr(aggregator, "weighting", None)).__name__]
-    number = number_of(layout, kinds, own.second is None)
+    others = arguments, kinds, own.second is None
+    number = number_of(words(False), others)
     most, least, one, other, some = meeting.agree(
         Stage.START, rows, None if rows is None else -rows, number, -number, int(lacks)
     )
@@ -117,7 +125,7 @@ def start(
             "An objective that is absent from the batch of a process is a loss of zero there: see "
             "jdcore.distributed.global_means.",
         )
-    if not is_same(one, other):
+    if not (is_same(one, other) or meeting.agree_on(Stage.COPIES, words(True), others)):
         raise ParameterError(
             "tensors",
             "the same tensors in the same order, with the same arguments, on all processes",

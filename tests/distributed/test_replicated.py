@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import gc
+import io
 from contextlib import nullcontext
 from typing import Any
 
@@ -436,3 +439,49 @@ def _unshared_seeds() -> None:
 
 def test_random_numbers_need_no_shared_seed(two: Run) -> None:
     two(_unshared_seeds)
+
+
+def _same_as_alone(wrapped: nn.Module) -> None:
+    alone = Tasks()
+    for module, of in ((wrapped, own_batch), (alone, whole_batch)):
+        module.zero_grad()
+        backward(losses_of(module(of())[1]))
+        jac_to_grad(module.parameters(), GramianAggregator(_mean))
+    assert_close(gradients(wrapped), gradients(alone))
+
+
+def _wrappers_come_and_go() -> None:
+    """Copies and loaded wrappers, new ones of the same module, and those that only one has."""
+    first = DistributedDataParallel(Tasks())
+    _same_as_alone(first)
+    _same_as_alone(copy.deepcopy(first))
+    file = io.BytesIO()
+    torch.save(first, file)
+    file.seek(0)
+    _same_as_alone(torch.load(file, weights_only=False))
+    # Another wrapper of the same module, which goes again.
+    other = DistributedDataParallel(first.module)
+    _same_as_alone(other)
+    del other
+    gc.collect()
+    _same_as_alone(first)
+    # A wrapper whose processes are no group any longer.
+    group = dist.new_group()
+    module = Tasks()
+    old = DistributedDataParallel(module, process_group=group)
+    _same_as_alone(old)
+    dist.destroy_process_group(group)
+    _same_as_alone(DistributedDataParallel(module))
+    # One that only the first process keeps, as garbage may be collected on others alone.
+    if dist.get_rank():
+        del first, old
+        gc.collect()
+    wrapped = DistributedDataParallel(Tasks())
+    _same_as_alone(wrapped)
+    losses = wrapped(own_batch())[1][0].square().sum(1)
+    Engine(wrapped, batch_dim=0).backward(losses, _mean)
+    assert_identical(gradients(wrapped))
+
+
+def test_wrappers_come_and_go(two: Run) -> None:
+    two(_wrappers_come_and_go)
