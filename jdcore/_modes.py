@@ -12,7 +12,7 @@ from torch import Tensor
 def without_autocast(device_type: str) -> AbstractContextManager[object]:
     """Our own products are not those of the user's forward pass."""
     # Entering autocast costs as much as some layers, also where nothing is to be turned off.
-    enabled = torch.is_autocast_enabled(device_type)
+    enabled = _casts(device_type)
     return torch.autocast(device_type, enabled=False) if enabled else nullcontext()
 
 
@@ -29,8 +29,14 @@ def plain_modes(tensors: Iterable[Tensor]) -> AbstractContextManager[object]:
     devices = {tensor.device.type for tensor in tensors}
     # Asked first: to enter a mode costs more than the question, and drops autocast's cache.
     inference = torch.is_inference_mode_enabled()
-    casting = [device for device in devices if torch.is_autocast_enabled(device)]
+    casting = [device for device in devices if _casts(device)]
     return _left(inference, casting) if inference or casting else nullcontext()
+
+
+def _casts(device_type: str) -> bool:
+    # Of devices without autocast, torch refuses to tell: parameters on "meta" may be among those
+    # that get nothing.
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 
 @contextmanager

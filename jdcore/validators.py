@@ -123,6 +123,11 @@ def tensor_list(
     return tensors
 
 
+def is_frozen(tensor: Tensor) -> bool:
+    """Whether a tensor is a parameter that does not require grad: any other one is a mistake."""
+    return not tensor.requires_grad and isinstance(tensor, torch.nn.Parameter)
+
+
 def _no_tensor(parameter: str, expected: str, value: object) -> ParameterTypeError:
     word = repr(value) if value is None else describe_tensor(value)
     is_module = isinstance(value, torch.nn.Module)

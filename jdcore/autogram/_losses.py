@@ -8,7 +8,7 @@ from torch import Tensor
 from jdcore.distributed._sharding import is_dtensor, still_trainable
 from jdcore.errors import ParameterError, ParameterTypeError
 from jdcore.graph import Objectives, is_transformed, reach
-from jdcore.validators import describe_tensor, tensor_list
+from jdcore.validators import describe_tensor, is_frozen, tensor_list
 
 
 def objectives_of(
@@ -126,11 +126,13 @@ def wanted_leaves(objectives: Objectives, inputs: Tensor | Iterable[Tensor] | No
     given = tensor_list(inputs, "inputs")
     for i, tensor in enumerate(given):
         label = f"inputs[{i}]"
+        if is_frozen(tensor):  # of any kind, such as the integers of quantized layers
+            continue
         if not tensor.is_floating_point():
             raise ParameterTypeError(
                 label, "a Tensor of a real floating dtype", describe_tensor(tensor)
             )
-        if not tensor.requires_grad and not isinstance(tensor, torch.nn.Parameter):
+        if not tensor.requires_grad:
             raise ParameterError(
                 label, "a tensor that requires grad", describe_tensor(tensor) + " that does not"
             )

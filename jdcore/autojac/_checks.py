@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from jdcore.errors import ParameterError, ParameterTypeError
-from jdcore.validators import check_flag, describe_tensor
+from jdcore.validators import check_flag, describe_tensor, is_frozen
 
 
 def check_outputs(tensors: Sequence[Tensor], parameter: str) -> None:
@@ -56,25 +56,28 @@ def check_real(tensors: Sequence[Tensor], parameter: str) -> None:
     :raises ParameterTypeError: If a tensor is not of a real floating dtype, or nested or sparse.
     """
     for i, tensor in enumerate(tensors):
-        name = f"{parameter}[{i}]"
-        if not tensor.is_floating_point():
-            raise ParameterTypeError(
-                name,
-                "of a real floating dtype",
-                describe_tensor(tensor),
-                "Give real and imaginary parts apart: torch.view_as_real(tensor)."
-                if tensor.is_complex()
-                else None,
-            )
-        # autograd differentiates these, but vmap, views of rows and sums in place do not know them.
-        if tensor.is_nested or tensor.layout != torch.strided:
-            kind = "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")
-            raise ParameterTypeError(
-                name,
-                "a dense Tensor",
-                f"a {kind} Tensor",
-                "Differentiate the values of a nested or sparse Tensor: tensor.values().",
-            )
+        _check_real(tensor, f"{parameter}[{i}]")
+
+
+def _check_real(tensor: Tensor, name: str) -> None:
+    if not tensor.is_floating_point():
+        raise ParameterTypeError(
+            name,
+            "of a real floating dtype",
+            describe_tensor(tensor),
+            "Give real and imaginary parts apart: torch.view_as_real(tensor)."
+            if tensor.is_complex()
+            else None,
+        )
+    # autograd differentiates these, but vmap, views of rows and sums in place do not know them.
+    if tensor.is_nested or tensor.layout != torch.strided:
+        kind = "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")
+        raise ParameterTypeError(
+            name,
+            "a dense Tensor",
+            f"a {kind} Tensor",
+            "Differentiate the values of a nested or sparse Tensor: tensor.values().",
+        )
 
 
 def check_differentiable(tensors: Sequence[Tensor], parameter: str) -> None:
@@ -84,12 +87,14 @@ def check_differentiable(tensors: Sequence[Tensor], parameter: str) -> None:
     :raises ParameterTypeError: As :func:`check_real`.
     :raises ParameterError: If a tensor is on the meta device.
     """
-    check_real(tensors, parameter)
     for i, tensor in enumerate(tensors):
-        if tensor.is_meta:
-            raise ParameterError(
-                f"{parameter}[{i}]", "a Tensor that holds values", "a Tensor on the meta device"
-            )
+        _check_differentiable(tensor, f"{parameter}[{i}]")
+
+
+def _check_differentiable(tensor: Tensor, name: str) -> None:
+    _check_real(tensor, name)
+    if tensor.is_meta:
+        raise ParameterError(name, "a Tensor that holds values", "a Tensor on the meta device")
 
 
 def check_distinct(tensors: Sequence[Tensor], parameter: str) -> None:
@@ -115,15 +120,16 @@ def trainable(tensors: Iterable[Tensor], parameter: str) -> list[Tensor]:
     """
     The distinct tensors among those given, without frozen parameters.
 
-    :raises ParameterTypeError: If a tensor is not of a real floating dtype.
+    :raises ParameterTypeError: If another tensor than these is not of a real floating dtype.
     :raises ParameterError: If a tensor that is not an ``nn.Parameter`` does not require grad.
     """
     given = list(tensors)
-    check_differentiable(given, parameter)
     for i, tensor in enumerate(given):
-        # A parameter that does not require grad was frozen on purpose; any other tensor is a
-        # mistake.
-        if not tensor.requires_grad and not isinstance(tensor, torch.nn.Parameter):
+        # Frozen ones may be of any kind, such as the integers of quantized layers.
+        if is_frozen(tensor):
+            continue
+        _check_differentiable(tensor, f"{parameter}[{i}]")
+        if not tensor.requires_grad:
             raise ParameterError(
                 f"{parameter}[{i}]",
                 "a tensor that requires grad",

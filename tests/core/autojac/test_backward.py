@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor, nn
 
-from jdcore.autojac import backward, jac_to_grad
+from jdcore.autojac import backward, gramian_backward, jac_to_grad, mtl_backward
 from tests.core.autojac.conftest import Truth
 
 CHUNK_SIZES = [None, 1, 2, 3, 100]
@@ -86,6 +88,47 @@ def test_frozen_parameters_are_skipped() -> None:
     backward(layer(torch.randn(2)), inputs=layer.parameters())
     assert layer.weight.jac.shape == (2, 2, 2)
     assert not hasattr(layer.bias, "jac")
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        torch.ones(2, dtype=torch.int8),
+        torch.ones(2, dtype=torch.complex64),
+        torch.eye(2).to_sparse(),
+        torch.empty(2, device="meta"),
+    ],
+    ids=["quantized", "complex", "sparse", "meta"],
+)
+def test_frozen_parameters_may_be_of_any_kind(kind: Tensor) -> None:
+    frozen = nn.Parameter(kind, requires_grad=False)
+    layer = nn.Linear(2, 2)
+    parameters = [*layer.parameters(), frozen]
+    losses = layer(torch.ones(3, 2)).square().mean(0)
+    expected = [
+        torch.autograd.grad(losses.sum(), p, retain_graph=True)[0] for p in layer.parameters()
+    ]
+
+    def mtl_step() -> None:
+        features = losses * 1
+        mtl_backward(features.unbind(), features, shared_params=parameters, retain_graph=True)
+
+    for rows in (partial(backward, losses, inputs=parameters, retain_graph=True), mtl_step):
+        rows()
+        jac_to_grad(parameters, lambda matrix: matrix.sum(0))
+        for parameter, gradient in zip(layer.parameters(), expected, strict=True):
+            assert torch.allclose(parameter.grad, gradient)
+            parameter.grad = None
+    gramian_backward(losses, torch.diag, inputs=parameters, retain_graph=True)
+    assert layer.weight.grad is not None
+
+
+def test_parameters_without_values_that_get_nothing_are_passed_by() -> None:
+    used, unused = nn.Linear(2, 2), nn.Linear(2, 2, device="meta")
+    backward(used(torch.ones(3, 2)).square().mean(0))
+    jac_to_grad([*used.parameters(), *unused.parameters()], lambda matrix: matrix.sum(0))
+    assert used.weight.grad is not None
+    assert unused.weight.grad is None
 
 
 def test_jacobians_of_several_calls_are_summed_in_place(truth: Truth) -> None:
