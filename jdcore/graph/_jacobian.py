@@ -213,7 +213,7 @@ class Jacobian:
             except Nested:
                 self._take_plain_rows("samples lie in nested tensors")
             except Hidden:
-                self._take_plain_rows("a function of the graph makes numbers of NaN")
+                self._take_plain_rows("a function of the graph treats NaN otherwise than numbers")
             except Exception:
                 # A function that stops at NaN does not show where the samples are.
                 if not any(function_of(node) for node in self.graph.nodes):

@@ -22,10 +22,11 @@ from torch import Tensor
 
 from jdcore.graph._form import Place
 from jdcore.graph._graph import Graph
+from jdcore.graph._hiding import hides_samples
 from jdcore.graph._layout import Layout
 from jdcore.graph._operations import is_sparse_product, spread
 from jdcore.graph._passes import Grads, Listener
-from jdcore.graph._saved import current_pass, function_of
+from jdcore.graph._saved import current_pass
 
 
 class Nested(Exception):  # noqa: N818 - a signal, not an error
@@ -33,7 +34,7 @@ class Nested(Exception):  # noqa: N818 - a signal, not an error
 
 
 class Hidden(Exception):  # noqa: N818 - a signal, not an error
-    """A function makes numbers of NaN, and does not show on which samples they depend."""
+    """A function treats NaN otherwise than numbers, and does not show where the samples are."""
 
 
 @frozen
@@ -65,9 +66,7 @@ def find_layouts(graph: Graph, output: Tensor, batch_dim: int) -> Findings:
     form = graph.form
     nodes = [n for n in form.upwards if n in form.leading and n not in form.rearranged]
     listener = Listener(graph, nodes)
-    hooks = [(n, hook) for n in nodes if (hook := spread(form.names[n], graph.nodes[n]))]
-    functions = _Functions()
-    hooks += [(n, partial(functions.note, n)) for n in nodes if function_of(graph.nodes[n])]
+    steady = [(n, hook) for n in nodes if (hook := spread(form.names[n], graph.nodes[n]))]
     seen: dict[Place, list[Tensor]] = {}
     sparse: list[int] = []
     shape = [-1 if d == batch_dim else 1 for d in range(output.ndim)]
@@ -76,7 +75,7 @@ def find_layouts(graph: Graph, output: Tensor, batch_dim: int) -> Findings:
         # Anomaly detection would take the poison for an error of the user.
         with torch.autograd.set_detect_anomaly(False):
             listener.run(
-                [output], [seed], lambda n, g, _: note(n, g), hooks=hooks, retain_graph=True
+                [output], [seed], lambda n, g, _: note(n, g), hooks=steady, retain_graph=True
             )
 
     def poison(poisoned: Tensor, bit: int) -> None:
@@ -114,14 +113,10 @@ def find_layouts(graph: Graph, output: Tensor, batch_dim: int) -> Findings:
         if layout is not None and place != start:
             layouts[place] = layout
     reached = {place for place, dims in found.items() if any(map(any, dims))}
-    if functions.may_hide():
-        # Random, so that tasks do not cancel.
-        generator = torch.Generator().manual_seed(0)
-        seed = torch.randn(output.shape, generator=generator, device="cpu").to(output)
-        run(seed, lambda node, grads: None)
-        if functions.hide():
-            raise Hidden
-    return Findings(_whole(layouts, found), reached, sure)
+    layouts = _whole(layouts, found)
+    if hides_samples(graph, output, batch_dim, layouts, reached):
+        raise Hidden
+    return Findings(layouts, reached, sure)
 
 
 # The highest bit of an int64 beside its sign: no code is that long.
@@ -145,39 +140,6 @@ def _note(seen: dict[Place, list[Tensor]], bit: int, node: int, grads: Grads) ->
         seen[node, number] = (
             hit if known is None else [a | b for a, b in zip(known, hit, strict=True)]
         )
-
-
-class _Functions:
-    """
-    What functions of Python return when they are given NaN, and what afterwards.
-
-    What torch's own operations make of NaN is known; a function may compare it, or replace it.
-    """
-
-    def __init__(self) -> None:
-        self._never: dict[Place, Tensor] = {}
-        """By function and operand, the entries of its gradients that never were NaN."""
-        self._hidden: list[Tensor] | None = None
-
-    def note(self, node: int, found: Grads, _: Grads) -> None:
-        for operand, grad in enumerate(found):
-            if grad is None or grad.is_nested:
-                continue
-            grad, never = grad.detach().to_dense(), self._never.get((node, operand))
-            if self._hidden is None:
-                fine = ~torch.isnan(grad)
-                self._never[node, operand] = fine if never is None else never & fine
-            elif never is not None:
-                self._hidden.append((grad != 0) & never)
-
-    def may_hide(self) -> bool:
-        """Whether some entries never were NaN; what is noted from now on tells why."""
-        self._hidden = []
-        return any(bool(never.any()) for never in self._never.values())
-
-    def hide(self) -> bool:
-        """Whether some of them were not zero either."""
-        return any(bool(hidden.any()) for hidden in self._hidden or ())
 
 
 def _layout(of_dims: Sequence[list[int]], sample_of: dict[int, int], samples: int) -> Layout | None:

@@ -18,6 +18,7 @@ from jdcore.autogram import Engine, backward, gramian
 from jdcore.errors import UnservedGraphError
 from tests.core.autogram.oracle import explicit_jacobian, randn, relative_error
 from tests.functions import Redone
+from tests.zoo.specimen import as_matrix
 
 B = 4
 
@@ -168,27 +169,47 @@ class _Sanitized(torch.autograd.Function):
         return grad.flip(0) if ctx.inside else grad, None
 
 
-class _Guided(torch.autograd.Function):
+class _Clipped(torch.autograd.Function):
+    """Compares gradients, of which NaN is no larger than anything."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, inside: bool) -> Tensor:
         return x.clone()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return torch.where(grads[0] > 0, grads[0], 0.0), None
+        length = grads[0].norm()
+        return grads[0] / length if length > 1e-3 else grads[0], None
 
 
+class _Thresholded(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, inside: bool) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return torch.where(grads[0].abs() > 1e-9, grads[0], 0.0), None
+
+
+@pytest.mark.parametrize("tasks", [1, 2])
 @pytest.mark.parametrize(
-    ("function", "inside"), [(_Sanitized, False), (_Sanitized, True), (_Guided, False)]
+    ("function", "inside"),
+    [(_Sanitized, False), (_Sanitized, True), (_Thresholded, False), (_Clipped, False)],
 )
-def test_mixing_behind_a_function_that_makes_numbers_of_nan(function: Any, inside: bool) -> None:
+def test_mixing_behind_a_function_that_treats_nan_otherwise_than_numbers(
+    function: Any, inside: bool, tasks: int
+) -> None:
     net = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 2))
     hidden = net[0](randn(B, 3))
     # Another way to the same samples shows them apart.
     mixed = hidden + function.apply(hidden if inside else hidden.flip(0), inside)
-    losses = net[2](mixed.tanh()).square().sum(1)
-    with pytest.warns(RowByRowWarning, match="makes numbers of NaN"):
-        _right(Engine(net, batch_dim=0), losses, list(net.parameters()))
+    losses = net[2](mixed.tanh()).square()
+    losses = losses.sum(1) if tasks == 1 else losses.T
+    with pytest.warns(RowByRowWarning, match="treats NaN otherwise"):
+        found = Engine(net, batch_dim=losses.ndim - 1).compute_gramian(losses)
+    jacobian = explicit_jacobian(losses, list(net.parameters()))
+    assert relative_error(as_matrix(found, losses.ndim), jacobian @ jacobian.T) < 1e-12
 
 
 class _Masked(torch.autograd.Function):
