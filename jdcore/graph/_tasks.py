@@ -23,7 +23,7 @@ from jdcore.graph._form import Form, Place, once_for_each_form
 from jdcore.graph._graph import Graph
 from jdcore.graph._leaving import Exit, leaving
 from jdcore.graph._memory import Memory, pieces
-from jdcore.graph._objectives import Objectives
+from jdcore.graph._objectives import Objectives, OneByOne
 from jdcore.graph._operations import having, is_batchable
 from jdcore.graph._passes import differentiate, stacked
 
@@ -75,13 +75,15 @@ def starts_of(graph: Graph, objectives: Objectives) -> Starts:
     """
     Where each of the losses starts, all of which count as tasks.
 
-    A loss that was put into a row with others starts where it was computed.
+    A loss that was put into a row with others starts where it was computed, unless the row itself
+    may have a hook.
     """
     found: list[tuple[Place | None, int]] = []
+    entries = _at_row if isinstance(objectives, OneByOne) else _entries
     places = iter(graph.form.starts)
     for output in objectives.outputs:
         if output.requires_grad:
-            found += _entries(graph, next(places))
+            found += entries(graph, next(places))
         else:
             found += [(None, i) for i in range(output.numel())]
     if objectives.batch_dim is not None:
@@ -102,8 +104,13 @@ def _entries(graph: Graph, place: Place) -> list[tuple[Place | None, int]]:
         if parts:
             stack += reversed(parts)
         else:
-            found += [(place, i) for i in range(graph.form.result(place).shape.numel())]
+            found += _at_row(graph, place)
     return found
+
+
+def _at_row(graph: Graph, place: Place) -> list[tuple[Place | None, int]]:
+    """The losses at a place, as they are."""
+    return [(place, i) for i in range(graph.form.result(place).shape.numel())]
 
 
 def _parts(graph: Graph, place: Place) -> Sequence[Place]:

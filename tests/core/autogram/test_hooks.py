@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 import torch
@@ -200,6 +201,17 @@ def test_hooks_of_the_graph_are_run_row_by_row_which_is_told(
         _right(engine, losses, net)
     with pytest.warns(RowByRowWarning):
         assert "backward pass of its own" in engine.explain(losses)
+
+
+@pytest.mark.filterwarnings("ignore::jdcore.RowByRowWarning")
+@pytest.mark.parametrize("batch_dim", [0, None])
+@pytest.mark.parametrize("join", [torch.stack, torch.cat])
+def test_hooks_of_losses_that_were_put_into_a_row(join: Any, batch_dim: int | None) -> None:
+    net = _net()
+    outputs = net(randn(3, 3))
+    losses = join([output.square().sum(0, keepdim=join is torch.cat) for output in outputs])
+    losses.register_hook(lambda gradient: gradient * torch.tensor([2.0, 1.0, 3.0]))
+    _right(Engine(net, batch_dim=batch_dim), losses, net)
 
 
 @pytest.mark.parametrize("way", WAYS)
