@@ -225,7 +225,7 @@ def test_what_would_take_too_long_is_given_up_with_a_warning(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     G, U = gramian_of("products of factors", 64, seed=2), np.eye(64)
-    monkeypatch.setattr(_lcp, "_WORK", 0.0)
+    monkeypatch.setattr(_lcp, "WORK", 0.0)
     monkeypatch.setattr(_guess, "_MORE_STEPS", 0)
     with pytest.warns(UnsolvedWarning) as caught:
         V = NativeDualConeSolver()(G, U)

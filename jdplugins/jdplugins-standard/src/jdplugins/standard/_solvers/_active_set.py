@@ -10,9 +10,12 @@ Floats = NDArray[np.float64]
 # The matrix is definite by this much, so that one set of positive entries is right. What the term
 # changes is corrected by moving its centre.
 _PROXIMAL, _CENTRES = 1e-12, 12
-_ENOUGH = 1e-13  # residual of a solution
+_ENOUGH = 1e-13  # residual of a solution, or less where rounding allows it
 # Of the entries that are negative, those are taken in that are so by this part of the worst.
 _PART = 0.1
+WORK = 1e11
+"""Multiplications that rows may take that are solved one by one: some 30 seconds of a CPU."""
+
 _TIMES = 8  # the number of entries: times that entries join, at most, should rounding decide
 
 
@@ -45,9 +48,9 @@ class ActiveSet:
         :returns: z >= 0 [m], and its natural residual.
         """
         best, least = start, self._residual(q, start)
-        z = start
+        z, enough = start, min(_ENOUGH, 6.0 * len(q) * EPS)
         for _ in range(_CENTRES):
-            if least <= _ENOUGH or self.work <= 0.0:
+            if least <= enough or self.work <= 0.0:
                 break
             try:
                 z = self._minimised(_PROXIMAL * z - q, z)

@@ -2,7 +2,8 @@
 One right-hand side, in numpy, whose calls take half as long as torch's.
 
 Block pivoting as in :func:`jdcore.linalg.pivot`, from the set that gradient steps suggest, as far
-as it gets without a proximal term. What cycles or is singular is left to the others.
+as it gets without a proximal term. What cycles or is singular is left to the method that always
+ends.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from jdcore.linalg import EPS, product, solve_definite
+from jdcore.linalg import EPS, one_thread, product, solve_definite
+from jdplugins.standard._solvers._active_set import WORK, ActiveSet
 from jdplugins.standard._solvers._guess import descend
 
 Floats = NDArray[np.float64]
@@ -19,21 +21,36 @@ _ROUNDS = 12
 EXACT = 1e-13
 """Residual of a solution."""
 
+THREADS = 256
+"""Rows up to which several threads would wait for each other longer than they work."""
+
 LARGE = 1e3
 """Entries of z that may come from rounding."""
 
 
-def solve_alone(
-    C: Floats, q: Floats, passive: NDArray[np.bool_] | None
-) -> tuple[Floats, float] | None:
+def solve_one(
+    C: Floats, q: Floats, passive: NDArray[np.bool_] | None = None
+) -> tuple[Floats, float]:
     """
     Solve one linear complementarity problem.
 
     :param C: Positive semi-definite matrix [m, m] with a diagonal of order one.
     :param q: Vector [m].
     :param passive: Where z is positive, if that is known roughly. Not modified.
-    :returns: z >= 0 [m] and its natural residual; None where that was not exact.
+    :returns: z >= 0 [m] and its natural residual.
     """
+    pivoted = _pivoted(C, q, passive)
+    if pivoted is not None:
+        return pivoted
+    with one_thread(len(q) <= THREADS):
+        # From zero, as a set that is too large would have to lose its dependent rows one by one.
+        return ActiveSet(C, WORK).solve(q, np.zeros_like(q))
+
+
+def _pivoted(
+    C: Floats, q: Floats, passive: NDArray[np.bool_] | None
+) -> tuple[Floats, float] | None:
+    """:func:`solve_one` by block pivoting; None where that is not exact."""
     tolerance = 16.0 * len(q) * EPS
     start = descend(C, q, np.zeros_like(q)) > 0.0 if passive is None else passive
     for _ in range(_ROUNDS):

@@ -1,5 +1,5 @@
 """
-Projections onto the dual cone of few rows, which call torch for nothing.
+Projections onto the dual cone of few rows, or of one vector, which hardly call torch.
 
 Their time is that of calls: a handful of rows is solved in plain floats, more in numpy, whose calls
 take half as long as those of torch. What cycles or is nearly singular is left to others.
@@ -11,9 +11,12 @@ from functools import lru_cache
 from operator import mul
 
 import numpy as np
+import torch
 
 from jdcore.linalg import equilibrate, product
-from jdplugins.standard._solvers._alone import LARGE, Floats, solve_alone
+from jdplugins.standard._solvers._alone import LARGE, solve_one
+from jdplugins.standard._solvers._lcp import ROUGH, Floats
+from jdplugins.standard._solvers._semidefinite import is_plausible
 from jdplugins.standard._solvers._tiny import Rows, roots_of, solve_few
 
 # Rows up to which plain floats take less time: for one projection, and for those of all rows.
@@ -49,10 +52,13 @@ def project_few(gramian: Floats, references: Floats) -> Floats | None:
         return found
     if m > _MANY and k != 1:
         return None
-    cosines, _, inverses, scales, Q = lcps_of(gramian, references)
+    cosines, norms, inverses, scales, Q = lcps_of(gramian, references)
     if k == 1:
-        alone = solve_alone(cosines, Q[0], None)
-        Z = None if alone is None else alone[0][None]
+        z, residual = solve_one(cosines, Q[0])
+        Z = z[None] if residual <= ROUGH else None
+        if Z is not None and z.max() > LARGE:
+            given = cosines, references * norms / scales, Q, Z
+            Z = Z if is_plausible(*map(torch.from_numpy, given)) else None
     else:
         cosines.flat[:: m + 1] = 1.0  # of zero rows, too, which are left alone then
         try:

@@ -7,9 +7,10 @@ from attrs import define, frozen
 
 from jdcore.aggregation import report_residual
 from jdcore.linalg import EPS, equilibrate, lcp_residual, product, solve_definite
+from jdplugins.standard._solvers._alone import solve_one
 from jdplugins.standard._solvers._averse_of_few import STATIONARY, avert_few
 from jdplugins.standard._solvers._guess import descend
-from jdplugins.standard._solvers._lcp import Floats, Mask, solve_one
+from jdplugins.standard._solvers._lcp import Floats, Mask
 from jdplugins.standard._solvers._min_norm import shortest
 from jdplugins.standard._solvers._unsolved import warn_if_unsolved
 

@@ -5,11 +5,10 @@ from attrs import frozen
 from torch import Tensor
 
 from jdcore.aggregation import report_residual
-from jdcore.linalg import EPS, lcp_residual
-from jdplugins.standard._solvers._alone import LARGE
+from jdcore.linalg import lcp_residual
 from jdplugins.standard._solvers._cone_of_few import lcps_of, project_few
-from jdplugins.standard._solvers._lcp import ROUGH, Floats, objective, solve_lcps
-from jdplugins.standard._solvers._semidefinite import nearest_semidefinite
+from jdplugins.standard._solvers._lcp import ROUGH, Floats, solve_lcps
+from jdplugins.standard._solvers._semidefinite import is_plausible, nearest_semidefinite
 from jdplugins.standard._solvers._unsolved import UNSOLVED, warn_if_unsolved
 
 
@@ -69,7 +68,7 @@ def _solve(C: Tensor, U: Tensor) -> Tensor:
     Q = _products(C, U)
     Z, residuals = solve_lcps(C, Q)
     worst = float(residuals.max())
-    if worst > ROUGH or not _is_plausible(C, U, Q, Z):
+    if worst > ROUGH or not is_plausible(C, U, Q, Z):
         # Not before, as eigenvalues take longer than most solutions.
         definite = nearest_semidefinite(C)
         if definite is not C:
@@ -78,19 +77,6 @@ def _solve(C: Tensor, U: Tensor) -> Tensor:
         Z = _shortened(C, U, Z)
     warn_if_unsolved("dual_cone", worst)
     return Z
-
-
-def _is_plausible(C: Tensor, U: Tensor, Q: Tensor, Z: Tensor) -> bool:
-    """Whether none is an answer of an indefinite matrix, of which a large z tells nothing."""
-    sizes = Z.amax(1)
-    large = sizes > LARGE
-    if not large.any():
-        return True
-    # A solution is shorter than what is projected, and not by more than that is long.
-    shortened = -2.0 * objective(C, Q[large], Z[large])
-    rounding = (len(C) * EPS * sizes[large].square()).clamp_max_(1.0)
-    squared = (Q * U).sum(1)[large]
-    return bool(((shortened >= -rounding) & (shortened <= squared + rounding)).all())
 
 
 def _products(C: Tensor, U: Tensor) -> Tensor:

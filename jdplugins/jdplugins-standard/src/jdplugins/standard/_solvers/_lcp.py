@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from jdcore.linalg import misplaced, natural_residual, one_thread, pivot, refine
-from jdplugins.standard._solvers._active_set import ActiveSet
-from jdplugins.standard._solvers._alone import LARGE, solve_alone
+from jdplugins.standard._solvers._active_set import WORK, ActiveSet
+from jdplugins.standard._solvers._alone import LARGE, THREADS, solve_one
 from jdplugins.standard._solvers._faces import find_face
 from jdplugins.standard._solvers._guess import GOOD, descend, guess, guess_again
 from jdplugins.standard._solvers._unsolved import UNSOLVED
@@ -35,11 +35,8 @@ _GUESSED = 48
 # Squared pivots of C. Below the first one, some combination of rows is zero, and above the second
 # one, they are as good as independent.
 _SINGULAR, _FAR = 1e-10, 1e-3
-# Multiplications that rows may take that are solved one by one: some 30 seconds of a CPU.
-_WORK = 1e11
 
 _SAMPLE = 4  # rows that tell which scale is right for all
-_THREADS = 256  # rows from which on products pay for more threads than one
 _ALONE = 16  # rows that are solved one by one before another guess would be made
 
 
@@ -81,8 +78,10 @@ def solve_lcps(C: Tensor, Q: Tensor) -> tuple[Tensor, Tensor]:
     :param Q: Vectors q [k, m], float64.
     :returns: Solutions Z [k, m] and their natural residuals [k].
     """
-    # Threads would wait for each other longer than they work.
-    with one_thread(C.is_cpu and len(C) <= _THREADS):
+    if len(Q) == 1 and C.is_cpu:
+        z, residual = solve_one(C.numpy(), Q[0].numpy())
+        return torch.from_numpy(z)[None], Q.new_tensor([residual])
+    with one_thread(C.is_cpu and len(C) <= THREADS):
         search = _Search(C, Q)
         search.run()
     return search.Z, search.residuals
@@ -108,8 +107,7 @@ class _Search:
 
     def run(self) -> None:
         one, way = len(self.Q) == 1, self.way
-        # On CPUs, what comes alone was pivoted before, in numpy.
-        if (len(self.C) < _GUESSED and not way.delta) or (one and not self.C.is_cpu):
+        if one or (len(self.C) < _GUESSED and not way.delta):
             Z, residuals = pivot(self.C, self.Q, _likely(self.C, self.Q))
             # A block that turns out to be singular gives a large z, whose residual says little.
             self.keep(self.all, Z, torch.where(Z.amax(1) <= LARGE, residuals, torch.inf))
@@ -204,7 +202,7 @@ class _Search:
         few = len(self.C) < _GUESSED
         rows = self.left(min(ROUGH, self.way.enough) if few else self.way.enough)
         if len(rows):
-            method = ActiveSet(self.C.numpy(force=True), _WORK)
+            method = ActiveSet(self.C.numpy(force=True), WORK)
             pairs = zip(*(X[rows].numpy(force=True) for X in (self.Q, self.near)), strict=True)
             Z, residuals = zip(*(method.solve(q, z) for q, z in pairs), strict=True)
             self.keep(rows, torch.from_numpy(np.stack(Z)).to(self.Q), self.Q.new_tensor(residuals))
@@ -230,19 +228,6 @@ def _way(C: Tensor) -> _Way:
     if smallest < _SINGULAR:
         return _CANCELLING
     return _INDEPENDENT if smallest >= _FAR else _DEPENDENT
-
-
-def solve_one(C: Floats, q: Floats, passive: Mask | None = None) -> tuple[Floats, float]:
-    """
-    :func:`solve_lcps` of one vector q [m], with arrays.
-
-    :param passive: Where z is positive, if that is known roughly. Not modified.
-    """
-    alone = solve_alone(C, q, passive)
-    if alone is not None:
-        return alone
-    Z, residuals = solve_lcps(torch.from_numpy(C), torch.from_numpy(q)[None])
-    return Z[0].numpy(), float(residuals[0])
 
 
 def _likely(C: Tensor, Q: Tensor) -> Tensor:

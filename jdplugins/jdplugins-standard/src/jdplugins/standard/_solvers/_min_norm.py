@@ -7,8 +7,9 @@ from attrs import frozen
 
 from jdcore.aggregation import report_residual
 from jdcore.linalg import equilibrate, lcp_residual, product
+from jdplugins.standard._solvers._alone import solve_one
 from jdplugins.standard._solvers._guess import descend
-from jdplugins.standard._solvers._lcp import Floats, solve_one
+from jdplugins.standard._solvers._lcp import Floats
 from jdplugins.standard._solvers._tiny import Rows, roots_of, solve_few
 from jdplugins.standard._solvers._unsolved import warn_if_unsolved
 

@@ -4,6 +4,8 @@ import torch
 from torch import Tensor
 
 from jdcore.linalg import EPS
+from jdplugins.standard._solvers._alone import LARGE
+from jdplugins.standard._solvers._lcp import objective
 
 
 def nearest_semidefinite(C: Tensor) -> Tensor:
@@ -28,3 +30,16 @@ def nearest_semidefinite(C: Tensor) -> Tensor:
     definite: Tensor = roots @ roots.T
     definite.diagonal().copy_(C.diagonal())
     return definite
+
+
+def is_plausible(C: Tensor, U: Tensor, Q: Tensor, Z: Tensor) -> bool:
+    """Whether none is an answer of an indefinite matrix, of which a large z tells nothing."""
+    sizes = Z.amax(1)
+    large = sizes > LARGE
+    if not large.any():
+        return True
+    # A solution is shorter than what is projected, and not by more than that is long.
+    shortened = -2.0 * objective(C, Q[large], Z[large])
+    rounding = (len(C) * EPS * sizes[large].square()).clamp_max_(1.0)
+    squared = (Q * U).sum(1)[large]
+    return bool(((shortened >= -rounding) & (shortened <= squared + rounding)).all())
