@@ -44,14 +44,14 @@ def combine(
         if weights.is_cpu and weights.dtype == torch.float64:
             if is_small(block):
                 return small_combination(weights.detach().numpy(), block.numpy(), dtype)
-            exact = exact or _extreme(weights.tolist())
+            exact = exact or _extreme(weights.detach().numpy())
         vector = weights
         if vector.dtype != _DTYPES[exact]:
             vector = vector.double() if exact else vector.float()  # half the time of `to`
     else:
-        entries = weights if isinstance(weights, list) else weights.tolist()
+        entries = np.asarray(weights, np.float64)
         exact = exact or _extreme(entries)
-        vector = torch.from_numpy(np.array(weights, np.float64 if exact else np.float32))
+        vector = torch.from_numpy(entries.astype(np.float64 if exact else np.float32))
     if not block.is_cpu:
         vector = vector.to(block.device)
     kind = block.device.type
@@ -131,12 +131,11 @@ def factors(weights: Tensor, device: torch.device, *, wide: bool) -> Tensor:
     :param wide: Whether it is to be float64 anyway, as :func:`rounding_shows` advises.
     """
     if not wide and weights.is_cpu and weights.dtype == torch.float64:
-        wide = _extreme(weights.flatten().tolist())
+        wide = _extreme(weights.detach().numpy())
     return weights.to(device, torch.float64 if wide else torch.float32)
 
 
-def _extreme(weights: list[float]) -> bool:
+def _extreme(weights: NDArray[np.float64]) -> bool:
     smallest, largest = _SAFE
-    if weights and smallest <= min(weights) and max(weights) <= largest:
-        return False
-    return any(weight != 0.0 and not smallest <= abs(weight) <= largest for weight in weights)
+    sizes = np.abs(weights)
+    return bool((~((smallest <= sizes) & (sizes <= largest)) & (sizes != 0.0)).any())

@@ -13,10 +13,11 @@ _PROXIMAL, _CENTRES = 1e-12, 12
 _ENOUGH = 1e-13  # residual of a solution, or less where rounding allows it
 # Of the entries that are negative, those are taken in that are so by this part of the worst.
 _PART = 0.1
+_ROUNDING = 1e-11  # residual up to which what does not halve it is taken for rounding
+_TIMES = 8  # the number of entries: times that entries join, at most, should rounding decide
+
 WORK = 1e11
 """Multiplications that rows may take that are solved one by one: some 30 seconds of a CPU."""
-
-_TIMES = 8  # the number of entries: times that entries join, at most, should rounding decide
 
 
 class ActiveSet:
@@ -56,9 +57,11 @@ class ActiveSet:
                 z = self._minimised(_PROXIMAL * z - q, z)
             except np.linalg.LinAlgError:  # where C is not semi-definite
                 break
-            residual = self._residual(q, z)
+            before, residual = least, self._residual(q, z)
             if residual < least:
                 best, least = z, residual
+            if 0.5 * before < residual < _ROUNDING:
+                break
         return best, least
 
     def _residual(self, q: Floats, z: Floats) -> float:

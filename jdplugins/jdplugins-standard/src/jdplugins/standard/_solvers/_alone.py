@@ -8,6 +8,8 @@ ends.
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -20,6 +22,8 @@ Floats = NDArray[np.float64]
 _ROUNDS = 12
 EXACT = 1e-13
 """Residual of a solution."""
+
+_NEAR = 1e-9  # residual of what is a solution but for rounding
 
 THREADS = 256
 """Rows up to which several threads would wait for each other longer than they work."""
@@ -39,18 +43,20 @@ def solve_one(
     :param passive: Where z is positive, if that is known roughly. Not modified.
     :returns: z >= 0 [m] and its natural residual.
     """
-    pivoted = _pivoted(C, q, passive)
-    if pivoted is not None:
-        return pivoted
+    start, residual = _pivoted(C, q, passive)
+    if residual <= EXACT:
+        return start, residual
     with one_thread(len(q) <= THREADS):
-        # From zero, as a set that is too large would have to lose its dependent rows one by one.
-        return ActiveSet(C, WORK).solve(q, np.zeros_like(q))
+        return ActiveSet(C, WORK).solve(q, start)
 
 
-def _pivoted(
-    C: Floats, q: Floats, passive: NDArray[np.bool_] | None
-) -> tuple[Floats, float] | None:
-    """:func:`solve_one` by block pivoting; None where that is not exact."""
+def _pivoted(C: Floats, q: Floats, passive: NDArray[np.bool_] | None) -> tuple[Floats, float]:
+    """
+    :func:`solve_one` by block pivoting.
+
+    :returns: z and its residual, or zero and infinity where that cycles: a method that began at a
+        set that is too large would have to lose its dependent rows one by one.
+    """
     tolerance = 16.0 * len(q) * EPS
     start = descend(C, q, np.zeros_like(q)) > 0.0 if passive is None else passive
     for _ in range(_ROUNDS):
@@ -59,13 +65,15 @@ def _pivoted(
         try:
             z[indices] = solve_definite(C[indices[:, None], indices], -q[indices])
         except np.linalg.LinAlgError:
-            return None
+            break
         y = product(C, z)
         y += q
         largest = float(z.max())
         wrong = np.where(start, z, y + tolerance * (1.0 + largest)) < 0.0
         if not wrong.any():
             residual = float(np.abs(np.minimum(z, y)).max()) / (1.0 + largest)
-            return (z, residual) if residual <= EXACT and largest <= LARGE else None
+            if residual > _NEAR or largest > LARGE:
+                break
+            return z, residual
         start = start ^ wrong
-    return None
+    return np.zeros_like(q), math.inf
