@@ -185,7 +185,10 @@ class Patches(Share):
         _, B, r = self._sizes
 
         def folded(tensor: Tensor) -> Tensor:
-            return tensor.reshape(B, r, *tensor.shape[1:]).transpose(0, 1).flatten(1, 2)
+            found = tensor.reshape(B, r, *tensor.shape[1:]).transpose(0, 1).flatten(1, 2)
+            # A size of one may have any stride, and torch refuses groups of what looks as if it had
+            # its channels last.
+            return found.flatten().view(found.shape) if found.is_contiguous() else found
 
         return self._geometry.weight_gradient(
             folded(grads), folded(self._images), self._weight, samples=B

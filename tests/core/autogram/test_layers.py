@@ -166,6 +166,23 @@ def test_convolution_over_samples_folded_with_time(
     check_engine(_cnn, losses, 0)
 
 
+@pytest.mark.parametrize("transposed", [True, False])
+def test_convolutions_of_one_position_behind_a_layer_with_channels_last(transposed: bool) -> None:
+    """Torch refuses one convolution for all samples, by strides that tell nothing."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+            kind = nn.ConvTranspose1d if transposed else nn.Conv1d
+            self.convolution = kind(4, 4, 3, padding=1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.convolution(self.layer(x).transpose(1, 2))
+
+    check_engine(Net, _flat((1, 4)), 0)
+
+
 class _Tokens(nn.Module):
     def __init__(self, **options: object) -> None:
         super().__init__()
