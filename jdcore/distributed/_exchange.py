@@ -22,6 +22,7 @@ from jdcore.distributed._meeting import Group, Meeting, Stage, number_of
 from jdcore.errors import ParameterError
 from jdcore.graph import (
     Accumulator,
+    Addend,
     Dense,
     Objectives,
     Share,
@@ -40,6 +41,8 @@ class Collected(Accumulator):
     def __init__(self, objectives: Objectives, device: torch.device, memory: Memory) -> None:
         # Without a matrix: nothing is added up before the shares of all processes have met.
         super().__init__(0, device, True, memory)
+        # Which layers come together depends on the memory of a process.
+        self.joins = False
         self.rows = objectives.rows
         self.device = device
         self.shares: list[Share] = []
@@ -47,7 +50,8 @@ class Collected(Accumulator):
         """What tells each share from the others, the same on all processes."""
         self._tasks = objectives.tasks
 
-    def add_share(self, share: Share) -> None:
+    def add_share(self, share: Addend) -> None:
+        assert isinstance(share, Share)  # as nothing joins
         self.shares.append(share)
 
     def add_rows(self, rows: Tensor) -> None:

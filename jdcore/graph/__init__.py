@@ -53,7 +53,7 @@ from jdcore.graph._saved import (
 from jdcore.graph._site import NoRule, Site
 from jdcore.graph._walk import REENTRANT, Edge, Reach, edge_of, largest_gradient, reach, united
 from jdcore.graph.rules import RULES, GramianRule, Rule, Rules
-from jdcore.graph.shares import Accumulator, Dense, OneHot, Outer, Patches, Share
+from jdcore.graph.shares import Accumulator, Addend, Dense, OneHot, Outer, Patches, Share
 
 __all__ = [
     "EMBEDDING",
@@ -61,6 +61,7 @@ __all__ = [
     "REENTRANT",
     "RULES",
     "Accumulator",
+    "Addend",
     "Dense",
     "Edge",
     "Exit",

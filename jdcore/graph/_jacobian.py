@@ -1,9 +1,8 @@
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +16,7 @@ from jdcore.graph._hooks import has_hook_for_several, may_have_hooks
 from jdcore.graph._memory import Memory
 from jdcore.graph._objectives import Objectives, OneByOne
 from jdcore.graph._operations import is_sparse
-from jdcore.graph._passes import Grads, Listener, differentiate
+from jdcore.graph._passes import Heard, Listener, differentiate
 from jdcore.graph._plan import Plan, Plans, plan_of_tasks
 from jdcore.graph._probe import Hidden, Nested
 from jdcore.graph._root_shares import RootShares
@@ -157,7 +156,6 @@ class Jacobian:
         with torch.no_grad():
             for share in before.added:
                 total.add_share(share)
-            total.finish()
         return total
 
     def add_to(self, total: Accumulator, *, retain_graph: bool) -> None:
@@ -267,22 +265,23 @@ class Jacobian:
         first, tasks = self._all_but_the_last(), objectives.tasks
         unserved: dict[int, tuple[Site, list[int]]] = {}
 
-        def receive(node: int, grads: Grads, tensors: Mapping[str, Any]) -> None:
-            rows = (
-                [_row(grad) for grad in grads]
-                if tasks == 1
-                else [_joined(first.pop((node, i), None), g, tasks) for i, g in enumerate(grads)]
-            )
-            found = serving.serve(node, rows, tensors)
-            if found is not None:
-                unserved[node] = found
+        def receive(heard: Iterable[Heard]) -> None:
+            for node, grads, tensors in serving.serve_alike(heard) if tasks == 1 else heard:
+                if tasks == 1:
+                    rows = [_row(grad) for grad in grads]
+                else:
+                    of_first = [first.pop((node, i), None) for i in range(len(grads))]
+                    rows = [_joined(f, g, tasks) for f, g in zip(of_first, grads, strict=True)]
+                found = serving.serve(node, rows, tensors)
+                if found is not None:
+                    unserved[node] = found
 
         listener = Listener(self.graph, plan.frontier, late=plan.late, room=self.memory.waiting)
         seed = objectives.seeds_of_tasks([tasks - 1])[0]
         listener.run(objectives.outputs, [seed], receive, retain_graph=retain_graph)
         # What is left arrived from earlier tasks alone: the last one does not reach these nodes.
-        for node in dict.fromkeys(node for node, _ in list(first)):
-            receive(node, [None] * len(self.graph.form.results[node]), {})
+        left = dict.fromkeys(node for node, _ in first)
+        receive([(n, [None] * len(self.graph.form.results[n]), {}) for n in left])
         for node, (site, rest) in unserved.items():
             serving.call(node, site, rest)
         plan.called = {*(plan.called or ()), *unserved}

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextvars import copy_context
 from functools import partial
 from itertools import chain
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,8 +18,11 @@ from jdcore.graph._nesting import OuterPass
 from jdcore.graph._saved import all_saved
 
 Grads = Sequence["Tensor | None"]
-Receive = Callable[[int, Grads, Mapping[str, Any]], None]
 
+Heard: TypeAlias = "tuple[int, Grads, Mapping[str, Any]]"
+"""A node, the gradients at its results, and what it saved if the pass may have freed that."""
+
+Receive = Callable[[Iterator[Heard]], None]
 
 _NONE: Mapping[Any, Any] = {}
 
@@ -84,20 +87,18 @@ class Listener:
 
         :param outputs: Where it starts.
         :param seeds: With which gradients.
-        :param receive: Called with each of the nodes that has gradients, these, and the tensors
-            that it saved if the pass may have freed them. May raise.
+        :param receive: Called with those nodes that have gradients, some at a time. May raise.
         :param hooks: Further hooks of nodes, for this pass.
         """
         graph, own, context = self._graph, OuterPass(), copy_context()
 
-        waiting: deque[tuple[int, Grads, Mapping[str, Any]]] = deque()
+        waiting: deque[Heard] = deque()
         free = self._room
 
         def hand_on() -> None:
             nonlocal free
             free = self._room
-            for heard in _taken(waiting):
-                receive(*heard)
+            receive(_taken(waiting))
 
         def hear(node: int, grads: Grads) -> None:
             nonlocal free
@@ -125,8 +126,7 @@ class Listener:
                 of_node.setdefault(node, nothing)[number] = grad
         # From here on, each gradient is freed as soon as its receiver is done with it.
         del found
-        for node in list(of_node):
-            receive(node, of_node.pop(node), self._saved.pop(node, _NONE))
+        receive((n, of_node.pop(n), self._saved.pop(n, _NONE)) for n in list(of_node))
 
 
 def _taken(waiting: deque[Item]) -> Iterator[Item]:

@@ -29,7 +29,7 @@ from jdcore.graph._saved import (
     plain_attributes,
     saved,
 )
-from jdcore.graph.rules import RULES, Rules
+from jdcore.graph.rules import FOR_LAYERS, RULES, Rules
 
 _STRAIGHT, _ALONG_ALL, _ALONG_FIRST = map(having, ("straight", "along-all", "along-first"))
 
@@ -61,6 +61,8 @@ class Spot:
     :param complex: Whether some of its results are.
     :param silent: Whether no loss depends on some of its results.
     :param may_join: Whether it adds a bias to a product, both of which are finished at once.
+    :param alike: A number that it shares with those operations that one call of its rule may serve
+        together with it, None if no other one may be.
     """
 
     name: str
@@ -70,6 +72,7 @@ class Spot:
     complex: bool
     silent: bool
     may_join: bool
+    alike: int | None
     known: dict[Any, Any] = field(factory=dict, init=False)
     """What its rule found out about it for all these graphs."""
 
@@ -109,6 +112,7 @@ class Plan:
     called: set[int] | None = None
     """Operations that are called after the pass; None before the first one."""
     _spots: dict[int, Spot] = field(factory=dict, init=False)
+    _kinds: dict[Any, int] = field(factory=dict, init=False)
 
     def spot(self, form: Form, node: int) -> Spot:
         """What is known of an operation of the frontier, found out once."""
@@ -126,8 +130,22 @@ class Plan:
                 any(result.dtype.is_complex for result in results),
                 None in layouts,
                 name == "AddmmBackward0" and {roots.get(0), roots.get(2)} <= self.alone,
+                self._kind(form, node, layouts[0]),
             )
         return spot
+
+    def _kind(self, form: Form, node: int, layout: Layout | None) -> int | None:
+        """A number of the form of an operation whose operands are parameters that it has alone."""
+        operands, (shape, dtype) = self.frontier[node], form.result((node, 0))
+        ends = [self.ends.get(form.inputs[node][p]) for p in operands]
+        if form.names[node] not in FOR_LAYERS or dtype.is_complex or None in ends:
+            return None
+        if layout is None or not layout.leads(shape[0]):
+            return None
+        shapes = [form.result(form.inputs[node][p]).shape for p in operands]
+        turned = [end.turned for end in ends if end is not None]
+        described = form.described[node], layout.samples, *operands, *shapes, *turned
+        return self._kinds.setdefault((form.names[node], *described), len(self._kinds))
 
     def of_results(self, form: Form, node: int) -> list[Layout | None]:
         """Where the samples are in each result of an operation."""

@@ -11,7 +11,7 @@ sample alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial
 from itertools import combinations
 from math import comb
@@ -25,7 +25,7 @@ from jdcore.graph._graph import Graph
 from jdcore.graph._hiding import hides_samples
 from jdcore.graph._layout import Layout
 from jdcore.graph._operations import is_sparse_product, spread
-from jdcore.graph._passes import Grads, Listener
+from jdcore.graph._passes import Grads, Heard, Listener
 from jdcore.graph._saved import current_pass
 
 
@@ -72,11 +72,13 @@ def find_layouts(graph: Graph, output: Tensor, batch_dim: int) -> Findings:
     shape = [-1 if d == batch_dim else 1 for d in range(output.ndim)]
 
     def run(seed: Tensor, note: Callable[[int, Grads], None]) -> None:
+        def receive(heard: Iterator[Heard]) -> None:
+            for node, grads, _ in heard:
+                note(node, grads)
+
         # Anomaly detection would take the poison for an error of the user.
         with torch.autograd.set_detect_anomaly(False):
-            listener.run(
-                [output], [seed], lambda n, g, _: note(n, g), hooks=steady, retain_graph=True
-            )
+            listener.run([output], [seed], receive, hooks=steady, retain_graph=True)
 
     def poison(poisoned: Tensor, bit: int) -> None:
         seed = torch.where(poisoned.view(shape), torch.nan, 0.0).to(output).expand_as(output)

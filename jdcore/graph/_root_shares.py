@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 
 import torch
 from attrs import frozen
@@ -14,7 +14,7 @@ from jdcore.graph._objectives import Objectives
 from jdcore.graph._plan import Plan
 from jdcore.graph._pull import pull, pull_rows
 from jdcore.graph._short_rows import SHORT, ShortRows
-from jdcore.graph.shares import Accumulator, Dense, Outer, Share, Uses, sum_of
+from jdcore.graph.shares import Accumulator, Addend, Dense, Outer, OuterLayers, Share, Uses, sum_of
 
 
 @frozen(eq=False)
@@ -67,7 +67,13 @@ class RootShares:
         self._total = total
         self._keep = total.keep
         self._shares: dict[Place, list[Share]] = {}
+        self._layers: list[tuple[list[Place], OuterLayers]] = []
         self._short = ShortRows(memory)
+        self.joins = total.joins and not (memory.reused or report)
+        """Whether layers of one form may come together, as accelerators compute them fastest."""
+        # Entries that may be copied for that and kept. Larger models have larger layers, the
+        # operations of which take longer than their launches.
+        self._room = memory.entries // 4
         self._finished: dict[int, Tensor] = {}
         self.served: list[Served] = []
         self.sources: list[list[Place]] = []
@@ -100,6 +106,36 @@ class RootShares:
         place, _ = self._at_end(root, share)
         self._short.add(place, share, counted=True)
 
+    def has_room(self, entries: int) -> bool:
+        """Whether so many entries may be kept for several layers beside what they are copies of."""
+        return not self._keep or entries <= self._room
+
+    def take_layers(
+        self, roots: Sequence[Place], share: Share, biases: Sequence[Place], entries: int
+    ) -> None:
+        """
+        Take the shares of operands of several layers of one form, for one task.
+
+        Each is a parameter that nothing else uses, as it is or turned.
+
+        :param share: With the layers in the place of tasks.
+        :param biases: The operands whose Gramian is in that of this share.
+        :param entries: Of what was copied for it.
+        """
+        ends = [self._plan.ends[root] for root in roots]
+        places = [(end.leaf, 0) for end in ends]
+        if isinstance(share, Outer):
+            bias = self._graph.form.result(biases[0]).shape if biases else None
+            layers = OuterLayers(share.turned() if ends[0].turned else share, bias)
+            self._add(layers, list(roots))
+            if self._keep:
+                of_biases = [(self._plan.ends[root].leaf, 0) for root in biases]
+                self._layers.append(([*places, *of_biases], layers))
+                self._room -= entries
+        else:
+            assert isinstance(share, Dense)
+            self._short.add_layers(list(roots) if ends[0].turned else places, share)
+
     def finish(self) -> None:
         """Add what waited until all shares are there."""
         for group in self._plan.groups:
@@ -108,14 +144,13 @@ class RootShares:
             self._add_rows(self._plan.derived)
         for share, roots in self._short.shares(self._keep):
             self._add(share, roots)
-        self._total.finish()
         # It has the same shares, which are to be freed one after the other by what weighs them.
         del self._total
 
     def _note(self, root: Place, share: Share, operation: str, how: str) -> None:
         self.served.append(Served(operation, root, repr(share), how))
 
-    def _add(self, share: Share, roots: list[Place]) -> None:
+    def _add(self, share: Addend, roots: list[Place]) -> None:
         self._total.add_share(share)
         self.sources.append(roots)
 
@@ -175,8 +210,9 @@ class RootShares:
         :param by_task: Weights [K, B].
         """
         graph, grads = self._graph, self._short.weighted(by_task)
-        for root, found in self._of_alike(by_task):
-            grads[root] = grads[root] + found if root in grads else found
+        while self._layers:
+            places, layers = self._layers.pop()
+            grads.update(zip(places, layers.weighted(by_task), strict=True))
         for root in sorted(self._shares, key=self._growth):
             shares = self._shares.pop(root)
             of_uses = [share.weighted(by_task) for share in shares]
@@ -200,25 +236,6 @@ class RootShares:
         """How many entries more there are once the weighted gradient of a root is there."""
         held = sum(share.entries for share in self._shares[root])
         return self._graph.form.result(root).shape.numel() - held
-
-    def _of_alike(self, by_task: Tensor) -> Iterator[tuple[Place, Tensor]]:
-        """Weighted gradients of layers of one form, which accelerators compute together."""
-        alike: dict[Hashable, list[Place]] = {}
-        for root, [share, *others] in self._shares.items():
-            kind = None if self._memory.reused or others else share.alike
-            if kind is not None:
-                alike.setdefault(kind, []).append(root)
-        largest = self._memory.joined
-        room = largest // 8
-        for roots in alike.values():
-            while len(roots) > 1:
-                # Copied are the factors of layers that are small or that others made room for.
-                entries = self._shares[roots[0]][0].entries
-                count = max(1, min(room, largest) // max(1, entries))
-                some, roots = roots[:count], roots[count:]
-                room += len(some) * entries
-                shares = [self._shares.pop(root)[0] for root in some]
-                yield from zip(some, shares[0].weighted_together(shares, by_task), strict=True)
 
 
 def _through_hooks(leaf: Tensor, rows: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from attrs import frozen
@@ -8,11 +8,13 @@ from torch import Tensor
 
 from jdcore.graph._call import called_shares
 from jdcore.graph._graph import Graph
-from jdcore.graph._memory import Memory
-from jdcore.graph._plan import Plan, Spot
+from jdcore.graph._memory import Memory, pieces
+from jdcore.graph._passes import Grads, Heard
+from jdcore.graph._plan import Plan
 from jdcore.graph._root_shares import RootShares
-from jdcore.graph._saved import Unreadable
-from jdcore.graph._site import NoRule, Site
+from jdcore.graph._saved import Unreadable, all_saved
+from jdcore.graph._short_rows import SHORT
+from jdcore.graph._site import Layers, NoRule, Site, stacked_alike
 from jdcore.graph.rules import Rule, Rules
 from jdcore.graph.shares import Dense, Outer, Share
 
@@ -38,7 +40,7 @@ class Serving:
     def serve(
         self,
         node: int,
-        grads: Sequence[Tensor | None],
+        grads: Grads,
         tensors: Mapping[str, Any],
     ) -> tuple[Site, list[int]] | None:
         """
@@ -66,8 +68,8 @@ class Serving:
                 rest.append(operand)
             else:
                 shares[operand] = share
-        if spot.may_join:
-            self._join_bias(site, spot, shares)
+        if spot.may_join and (bias := _join_bias(site, shares)) is not None:
+            self.roots.take_counted(spot.roots[0], bias, spot.name, "with its weight")
         for operand, share in shares.items():
             self.roots.take(spot.roots[operand], share, spot.name, "closed form")
         return (site, rest) if rest else None
@@ -90,21 +92,108 @@ class Serving:
         ).items():
             self.roots.take(spot.roots[operand], share, spot.name, "called for each sample")
 
-    def _join_bias(self, site: Site, spot: Spot, shares: dict[int, Share]) -> None:
-        """The bias of a linear layer is the weight of one more input, which is 1."""
-        weight, bias = shares.get(2), shares.get(0)
-        if not (isinstance(bias, Dense) and isinstance(weight, Outer)):
+    # -- several operations at once ----------------------------------------------------------------
+
+    def serve_alike(self, heard: Iterable[Heard]) -> Iterable[Heard]:
+        """
+        Serve operations of one form by one call of their rule, where that spares launches.
+
+        What they saved and their gradients are copied for that, as long as there is room.
+
+        :param heard: Operations, and their gradients for one task.
+        :returns: Those that are left, which belong to no others or for which there is no room.
+        """
+        if not self.roots.joins:
+            yield from heard
             return
-        _, _, positions, outputs = weight.grads.shape
-        # One bias may be added to all outputs, or more of it than of the product.
-        if positions > 1 or bias.shape.numel() != outputs:
-            return
-        # Only then do both have the same gradient: that of the product times alpha, that of the
-        # bias times beta.
-        if site.saved("alpha") == site.saved("beta"):
-            weight.plus = 1.0
-            del shares[0]
-            self.roots.take_counted(spot.roots[0], bias, spot.name, "with its weight")
+        groups: dict[int, list[Heard]] = {}
+        for one in heard:
+            node, [grad, *others], _ = one
+            alike = self.plan.spot(self.graph.form, node).alike
+            if alike is None or grad is None or any(g is not None for g in others):
+                yield one
+            else:
+                groups.setdefault(alike, []).append(one)
+            del one, grad, others  # freed as soon as they are served
+        for group in groups.values():
+            yield from self._of_group(group)
+
+    def _of_group(self, group: list[Heard]) -> Iterable[Heard]:
+        size = _entries(self.graph.nodes[group[0][0]], group[0])
+        count = self.memory.joined // size if size else 1
+        for start, stop in pieces(len(group), max(1, count)):
+            some, group[: stop - start] = group[: stop - start], []
+            if len(some) == 1 or not self._serve_layers(some, len(some) * size):
+                yield from some
+
+    def _serve_layers(self, heard: Sequence[Heard], entries: int) -> bool:
+        """
+        Serve several operations by one call of their rule.
+
+        :param entries: Of what is copied.
+        :returns: Whether it serves them; else nothing is done.
+        """
+        if not self.roots.has_room(entries):
+            return False
+        spots = [self.plan.spot(self.graph.form, node) for node, _, _ in heard]
+        nodes, spot = [self.graph.nodes[node] for node, _, _ in heard], spots[0]
+        rule = self.rules.find(spot.name, nodes[0])
+        shares: dict[int, Share] = {}
+        try:
+            grads = stacked_alike([of_results[0] for _, of_results, _ in heard])
+            of_place = spot.name, [grads], spot.layouts, spot.shapes, spot.known
+            saved = [(n, tensors) for n, (_, _, tensors) in zip(nodes, heard, strict=True)]
+            site = Layers(nodes[0], *of_place, operations=saved)
+            for operand in spot.roots:
+                if (share := _made(rule, site, operand)) is None:
+                    return False
+                shares[operand] = share
+            joins = spot.may_join and _join_bias(site, shares) is not None
+        except NoRule:
+            return False
+        if any(isinstance(s, Dense) and s.shape.numel() >= SHORT for s in shares.values()):
+            return False
+        for operand, share in shares.items():
+            biases = [of.roots[0] for of in spots] if joins else []
+            self.roots.take_layers([of.roots[operand] for of in spots], share, biases, entries)
+        return True
+
+
+def _entries(node: Any, heard: Heard) -> int:
+    """
+    Of the gradient at an operation and of what it saved that is laid out like it.
+
+    :returns: 0 if Python code makes what it saved.
+    """
+    _, [grad, *_], given = heard
+    tensors = given or all_saved(node)
+    if grad is None or tensors is None:
+        return 0
+    saved = [t for t in tensors.values() if isinstance(t, Tensor) and t.shape[:1] == grad.shape[:1]]
+    return sum([t.numel() for t in saved], grad.numel())
+
+
+def _join_bias(site: Site, shares: dict[int, Share]) -> Dense | None:
+    """
+    The bias of a linear layer is the weight of one more input, which is 1.
+
+    :param shares: By operand; that of the bias is taken out if it is that.
+    :returns: It, None if it is not that.
+    """
+    weight, bias = shares.get(2), shares.get(0)
+    if not (isinstance(bias, Dense) and isinstance(weight, Outer)):
+        return None
+    _, _, positions, outputs = weight.grads.shape
+    # One bias may be added to all outputs, or more of it than of the product.
+    if positions > 1 or bias.shape.numel() != outputs:
+        return None
+    # Only then do both have the same gradient: that of the product times alpha, that of the bias
+    # times beta.
+    if site.saved("alpha") != site.saved("beta"):
+        return None
+    weight.plus = 1.0
+    del shares[0]
+    return bias
 
 
 def _made(rule: Rule | None, site: Site, operand: int) -> Share | None:

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from operator import attrgetter
 from typing import TypeAlias
 
 import torch
@@ -9,7 +8,7 @@ from torch import Tensor
 
 from jdcore.graph._form import Place
 from jdcore.graph._memory import Memory
-from jdcore.graph.shares import Dense, Sums, Waiting, combined
+from jdcore.graph.shares import Dense, combined
 
 SHORT = 1 << 16
 """Entries of a row, below which few large products are faster than many small ones."""
@@ -22,7 +21,6 @@ class ShortRows:
 
     def __init__(self, memory: Memory) -> None:
         self._memory = memory
-        self._waiting = Waiting[tuple[Place, Sums]](memory, self._put_together, attrgetter("kind"))
         self._groups: dict[tuple[torch.dtype, bool], list[tuple[list[_Entry], Tensor]]] = {}
         self._joined: list[tuple[Tensor, list[_Entry]]] = []
 
@@ -33,16 +31,19 @@ class ShortRows:
         :param root: Where the gradient belongs.
         :param counted: Whether their Gramian is in that of another share.
         """
-        waits = isinstance(share, Sums) and not counted and self._waiting.take(share, (root, share))
-        if not waits:
-            self._put([(root, share.shape)], share.flat_rows(), counted)
+        self._put([(root, share.shape)], share.flat_rows(), counted)
+
+    def add_layers(self, roots: Sequence[Place], share: Dense) -> None:
+        """
+        Add the rows of the operands of several layers, for one task.
+
+        :param share: With the layers in the place of tasks.
+        """
+        rows = share.flat_rows().transpose(0, 1).flatten(1)[None]
+        self._put([(root, share.shape) for root in roots], rows, False)
 
     def _put(self, entries: list[_Entry], rows: Tensor, counted: bool) -> None:
         self._groups.setdefault((rows.dtype, counted), []).append((entries, rows))
-
-    def _put_together(self, pairs: list[tuple[Place, Sums]]) -> None:
-        rows = Sums.rows_together([share for _, share in pairs])
-        self._put([(root, share.shape) for root, share in pairs], rows, False)
 
     def shares(self, keep: bool) -> Iterator[tuple[Dense, list[Place]]]:
         """
@@ -50,7 +51,6 @@ class ShortRows:
 
         :param keep: Whether :meth:`weighted` will be called.
         """
-        self._waiting.finish()
         for (_, counted), parts in self._groups.items():
             if counted and not keep:
                 continue

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import Size, Tensor
 
 from jdcore.graph._layout import Layout
 from jdcore.graph._saved import saved
-from jdcore.graph.shares import Dense, Sums, as_they_are, sum_over
+from jdcore.graph.shares import Dense, sum_over
 
 
 class NoRule(Exception):  # noqa: N818 - a signal, not an error
@@ -135,7 +136,7 @@ class Site:
         if lead > 1 and self.samples_lead and grads.shape[lead:] == shape:
             # All that it was broadcast to are positions of samples, as for the bias of a layer.
             rows = self.positions(grads, 1, len(shape))
-            return Sums(as_they_are, [rows], shape) if rows.shape[2] > 1 else Dense(rows, shape)
+            return Dense(sum_over(rows, [2]) if rows.shape[2] > 1 else rows, shape)
         # Broadcasting puts missing dimensions in front.
         full = (1,) * (grads.ndim - 1 - len(shape)) + tuple(shape)
         if full[dim] != 1:
@@ -148,9 +149,67 @@ class Site:
             axis += len(axes)
         return Dense(sum_over(split, summed) if summed else split, shape)
 
+    @property
+    def layers(self) -> int:
+        """How many operations this stands for, 0 if it is one alone."""
+        return 0
+
     def turned(self, dim: int) -> Site:
         """The same site, with the samples of the first result in another dimension."""
         return evolve(self, layouts=[self.layout.at(dim), *self.layouts[1:]])
+
+
+@define(eq=False)
+class Layers(Site):
+    """
+    Several operations of one form, as their rule sees them: as the tasks of one of them.
+
+    What they saved lies one behind the other in a first dimension, as their gradients do.
+
+    :param operations: Their nodes, and what each saved.
+    """
+
+    operations: Sequence[tuple[Any, Mapping[str, Any]]] = ()
+
+    @property
+    def layers(self) -> int:
+        return len(self.operations)
+
+    def saved(self, name: str) -> Any:
+        """
+        What all of them saved.
+
+        :raises NoRule: If they did not save the same number, or tensors of one form.
+        """
+        if name not in self.memo:
+            values = [
+                tensors[name] if name in tensors else saved(node, name)
+                for node, tensors in self.operations
+            ]
+            if isinstance(values[0], Tensor):
+                self.memo[name] = stacked_alike(values)
+            elif all(value == values[0] for value in values):
+                self.memo[name] = values[0]
+            else:
+                raise NoRule
+        return self.memo[name]
+
+    def positions(self, tensor: Tensor, lead: int = 0, features: int = 1) -> Tensor:
+        return super().positions(tensor, 1, features)
+
+
+_FORM = attrgetter("shape", "dtype", "layout", "device")
+
+
+def stacked_alike(tensors: Sequence[Any]) -> Tensor:
+    """
+    Tensors of several operations, one behind the other.
+
+    :raises NoRule: If they are not dense and of one form.
+    """
+    if tensors[0].layout != torch.strided or len(set(map(_FORM, tensors))) > 1:
+        raise NoRule
+    return torch.stack(tensors)  # type: ignore[arg-type]
 
 
 def _sizes(layout: Layout, shape: Size, lead: int, features: int) -> Sequence[int] | None:

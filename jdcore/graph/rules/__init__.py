@@ -5,8 +5,8 @@ An operation without one is served as well: it is called once for each sample.
 """
 
 from jdcore.graph.rules import _convolution, _entries, _look_ups, _norms, _products, _recurrent
-from jdcore.graph.rules._table import RULES, GramianRule, Rule, Rules
+from jdcore.graph.rules._table import FOR_LAYERS, RULES, GramianRule, Rule, Rules
 
-__all__ = ["RULES", "GramianRule", "Rule", "Rules"]
+__all__ = ["FOR_LAYERS", "RULES", "GramianRule", "Rule", "Rules"]
 
 del _convolution, _entries, _look_ups, _norms, _products, _recurrent

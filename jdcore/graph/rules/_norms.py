@@ -5,41 +5,34 @@ from torch import Tensor
 
 from jdcore.graph._site import NoRule, Site
 from jdcore.graph.rules._table import rule
-from jdcore.graph.shares import Dense, Share, Sums, as_they_are, widened
+from jdcore.graph.shares import Dense, Share, sum_over, widened
 
 
 def _summed(rows: Tensor) -> Tensor:
     """Over the positions of each sample, [K, B, T, ...]."""
-    return rows.sum(2) if rows.shape[2] > 1 else rows[:, :, 0]
+    return sum_over(rows, [2]) if rows.shape[2] > 1 else rows[:, :, 0]
 
 
-@rule("NativeLayerNormBackward0", "FusedRmsNormBackward0")
+@rule("NativeLayerNormBackward0", "FusedRmsNormBackward0", layers=True)
 def layer_norm(site: Site, operand: int) -> Share:
     """Sums over positions of the gradient, for the weight times the normalized input."""
     shape = site.shapes[operand]
     features = len(shape)
     grads = site.positions(site.grad, 1, features)
     if operand == 2:
-        return Sums(as_they_are, [grads], shape)
+        return Dense(_summed(grads), shape)
     if operand != 1:
         raise NoRule
     # The results behind the first are what was measured: mean and reciprocal deviation, or for an
     # RMS norm the reciprocal root mean square alone.
     rms = site.name == "FusedRmsNormBackward0"
     names = ("input", "result1") if rms else ("input", "result1", "result2")
-    parts = [site.positions(site.saved(name), 0, features) for name in names]
-    return Sums(_times_divided if rms else _times_normalized, [grads, *parts], shape)
+    images, *mean, deviation = (site.positions(site.saved(n), 0, features) for n in names)
+    centred = widened(images) - mean[0] if mean else widened(images)
+    return Dense(_summed(widened(grads) * (centred * deviation)), shape)
 
 
-def _times_normalized(grads: Tensor, images: Tensor, mean: Tensor, deviation: Tensor) -> Tensor:
-    return widened(grads) * ((widened(images) - mean) * deviation)
-
-
-def _times_divided(grads: Tensor, images: Tensor, deviation: Tensor) -> Tensor:
-    return widened(grads) * (widened(images) * deviation)
-
-
-@rule("NativeGroupNormBackward0")
+@rule("NativeGroupNormBackward0", layers=True)
 def group_norm(site: Site, operand: int) -> Share:
     """One kernel, for which the samples are further groups."""
     if not site.samples_lead or operand not in (1, 2):
@@ -56,7 +49,9 @@ def group_norm(site: Site, operand: int) -> Share:
 def _group_norm_rows(site: Site) -> tuple[Tensor, Tensor]:
     """Rows of weight and bias, shape [K, B, channels of all images of a sample] each."""
     images, mean, deviation = (widened(site.saved(n)) for n in ("input", "result1", "result2"))
-    channels, grads = images.shape[0] * images.shape[1], site.grad.to(images.dtype).contiguous()
+    grads = site.grad.to(images.dtype).contiguous()
+    # Those of all images. Tasks have the same ones, layers have more.
+    channels = images.shape[: images.ndim - grads.ndim + 3].numel()
     # The kernel asks for numbers of entries alone, but takes other orders of them from the images.
     images = images.contiguous().view(1, channels, -1)
     numbers = 1, channels, images.shape[2], mean.numel(), [False, True, True]
@@ -65,7 +60,7 @@ def _group_norm_rows(site: Site) -> tuple[Tensor, Tensor]:
         torch.ops.aten.native_group_norm_backward(
             of_task, images, mean, deviation, weight, *numbers
         )
-        for of_task in (grads if len(grads) > 1 else (grads,))
+        for of_task in (grads if len(grads) > 1 and not site.layers else (grads,))
     ]
     _, *both = zip(*of_tasks, strict=True)
     # A copy is not free.

@@ -10,14 +10,14 @@ from jdcore.graph.rules._table import rule
 from jdcore.graph.shares import Dense, Outer, Share, outer
 
 
-@rule("MmBackward0")
+@rule("MmBackward0", layers=True)
 def matrix_product(site: Site, operand: int) -> Share:
     """``a @ b``."""
     other = site.saved("self" if operand else "mat2")
     return _factor(site, operand, operand == 0, other, site.grad)
 
 
-@rule("AddmmBackward0")
+@rule("AddmmBackward0", layers=True)
 def matrix_product_and_sum(site: Site, operand: int) -> Share:
     """``beta * bias + alpha * a @ b``."""
     if operand == 0:

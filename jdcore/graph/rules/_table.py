@@ -55,11 +55,21 @@ RULES: dict[str, Rule] = {}
 """The rules of the core, by the name of a node."""
 
 
-def rule(*names: str) -> Callable[[Rule], Rule]:
-    """Add a function to the table, as the rule of nodes of some names."""
+FOR_LAYERS: set[str] = set()
+"""Names of nodes whose rules serve several operations at once, see :class:`Layers`."""
+
+
+def rule(*names: str, layers: bool = False) -> Callable[[Rule], Rule]:
+    """
+    Add a function to the table, as the rule of nodes of some names.
+
+    :param layers: Whether it reads the site alone, not the node, so that it serves
+        :class:`~jdcore.graph._site.Layers` as well.
+    """
 
     def add(function: Rule) -> Rule:
         RULES.update(dict.fromkeys(names, function))
+        FOR_LAYERS.update(names if layers else ())
         return function
 
     return add

@@ -8,8 +8,8 @@ from attrs import evolve, frozen
 from torch import Tensor
 
 from jdcore.graph._cost import outer_ghost_beats_direct
-from jdcore.graph._memory import Memory, pieces
-from jdcore.graph.shares._ghost import Gram, add_contracted, linear_gram, summed_up
+from jdcore.graph._memory import Memory
+from jdcore.graph.shares._ghost import Gram, add_contracted, linear_gram
 from jdcore.graph.shares._product import (
     outer,
     product,
@@ -130,10 +130,10 @@ class Outer(Share):
         if grads.stride(0) < grads.stride(1):
             # Positions lie before samples. In which order both are summed up is the same.
             inputs, grads = inputs.transpose(0, 1), grads.transpose(0, 1)
-        total = self._summed(inputs.flatten(0, 1), grads.flatten(0, 1))
+        total = self.summed(inputs.flatten(0, 1), grads.flatten(0, 1))
         return total if total.shape == self.shape else total.reshape(self.shape)
 
-    def _summed(self, inputs: Tensor, grads: Tensor) -> Tensor:
+    def summed(self, inputs: Tensor, grads: Tensor) -> Tensor:
         """Outer products [..., N, i] by [..., N, o], summed over N."""
         left, right = (grads, inputs) if self.grads_first else (inputs, grads)
         return product(left.mT, right)
@@ -158,51 +158,10 @@ class Outer(Share):
             return outer(self.inputs, grads, grads_first=self.grads_first).view(K, B, *self.shape)
         return (rows.mT if self.grads_first else rows).reshape(K, B, *self.shape)
 
-    # -- layers of one form ------------------------------------------------------------------------
-
-    @property
-    def alike(self) -> Hashable | None:
-        inputs, grads = self.inputs, self.grads
-        if isinstance(inputs, OneHot) or grads.shape[0] > 1:
-            return None
-        forms = inputs.shape, inputs.dtype, grads.shape, grads.dtype
-        return (Outer, *forms, self.grads_first, self.shape, self.plus)
-
     @property
     def entries(self) -> int:
         inputs = self.inputs.index if isinstance(self.inputs, OneHot) else self.inputs
         return inputs.numel() + self.grads.numel()
-
-    @staticmethod
-    def add_together(shares: Sequence[Outer], gramian: Accumulator) -> None:
-        memory, (_, B, T, o) = gramian.memory, shares[0].grads.shape
-        i = shares[0].shape.numel() // o if o else 0
-        ghost = T == 1 or outer_ghost_beats_direct(1, B, T, i, o)
-        # Of each layer there are the copies of its factors, and its matrices of positions or rows.
-        size = max(shares[0].entries, 2 * (B * T) ** 2 if ghost else B * i * o)
-        for start, stop in pieces(len(shares), memory.joined // size):
-            if stop - start == 1:
-                shares[start].add_gramian(gramian)
-            elif ghost:
-                _add_ghosts(shares[start:stop], gramian)
-            else:
-                _add_rows(shares[start:stop], gramian)
-
-    @staticmethod
-    def weighted_together(shares: Sequence[Outer], weights: Tensor) -> Sequence[Tensor]:
-        first = shares[0]
-        if len(shares) == 1:
-            return [first.weighted(weights)]
-        inputs, grads = _stacked(shares, 0)
-        # The same scale for all of them, of the smaller factor.
-        if inputs.shape[3] < grads.shape[3]:
-            inputs = scaled(weights, inputs)
-        else:
-            grads = scaled(weights, grads)
-        total = first._summed(inputs.flatten(1, 2), grads.flatten(1, 2))
-        # In memory of their own, by one call: to keep one of them must not keep all.
-        layers = torch._foreach_mul(total.unbind(), 1.0)
-        return [one if one.shape == first.shape else one.reshape(first.shape) for one in layers]
 
     # -- samples of several processes --------------------------------------------------------------
 
@@ -258,36 +217,6 @@ class Outer(Share):
     def factors(self) -> tuple[Tensor | OneHot, Tensor | OneHot]:
         """What the first and what the second dimension of the operand comes from."""
         return (self.grads, self.inputs) if self.grads_first else (self.inputs, self.grads)
-
-
-def _stacked(shares: Sequence[Outer], dim: int) -> tuple[Tensor, Tensor]:
-    """
-    The factors of several layers of one task.
-
-    :param dim: Where the layers come: 0 before the samples, 1 behind them.
-    :returns: Inputs and gradients, shape ``[n, B, T, ...]`` or ``[B, n, T, ...]``.
-    """
-    inputs = torch.stack([share.inputs for share in shares], dim)  # type: ignore[misc]
-    grads = [share.grads for share in shares]
-    return inputs, torch.stack(grads, 2)[0] if dim else torch.cat(grads)
-
-
-def _add_ghosts(shares: Sequence[Outer], gramian: Accumulator) -> None:
-    """Gramians by Gram matrices over positions, of several layers at once."""
-    T, (inputs, grads) = shares[0].grads.shape[2], _stacked(shares, 0)
-    inputs, grads = inputs.flatten(1, 2), grads.flatten(1, 2)
-    gram = product(inputs, inputs.mT)
-    if shares[0].plus:
-        gram += shares[0].plus
-    found = product(grads, grads.mT).mul_(gram)
-    gramian.pend(summed_up(found, T, gramian) if T > 1 else found)
-
-
-def _add_rows(shares: Sequence[Outer], gramian: Accumulator) -> None:
-    """Gramians by rows, those of several layers one behind the other."""
-    inputs, grads = _stacked(shares, 1)
-    rows = product(inputs.flatten(0, 1).mT, grads.flatten(0, 1))
-    gramian.add_rows(rows.view(len(inputs), -1))
 
 
 class Uses(Share):

@@ -1,11 +1,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from functools import lru_cache
-from operator import attrgetter
-from typing import Any, Generic, TypeVar
-from weakref import WeakMethod
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -55,23 +53,6 @@ class Share(ABC):
     @abstractmethod
     def entries(self) -> int:
         """Of the tensors that it is made of."""
-
-    # -- layers of one form ------------------------------------------------------------------------
-
-    @property
-    def alike(self) -> Hashable | None:
-        """What other shares have to agree in to be computed together with this one, if any may."""
-        return None
-
-    @staticmethod
-    def add_together(shares: Sequence[Any], gramian: Accumulator) -> None:
-        """Add the Gramians of shares that are alike, by fewer and larger operations."""
-        raise NotImplementedError
-
-    @staticmethod
-    def weighted_together(shares: Sequence[Any], weights: Tensor) -> Sequence[Tensor]:
-        """:meth:`weighted` of shares that are alike."""
-        raise NotImplementedError
 
     # -- samples of several processes --------------------------------------------------------------
 
@@ -139,56 +120,10 @@ class Dense(Share):
         return rows.reshape(*rows.shape[:2], *self.shape)
 
 
-Item = TypeVar("Item")
+class Addend(Protocol):
+    """What has a Gramian: a share, or several of them at once."""
 
-
-class Waiting(Generic[Item]):
-    """
-    Shares that wait for others like them, to be computed together.
-
-    On accelerators alone, where the launch of a small operation takes longer than the operation.
-
-    :param memory: Says how many entries may wait.
-    :param serve: A method of the object that has it, called with some that are alike.
-    :param kind: What shares have to agree in to be computed together; None for one that may not.
-    """
-
-    def __init__(
-        self,
-        memory: Memory,
-        serve: Callable[[list[Item]], None],
-        kind: Callable[[Any], Hashable | None],
-    ) -> None:
-        # Not held: a cycle would keep the shares, and with them activations, until the garbage
-        # collector comes.
-        self._serve = WeakMethod(serve)
-        self._room, self._kind = None if memory.reused else memory.joined, kind
-        self._items: dict[Hashable, list[Item]] = {}
-        self._entries = 0
-
-    def take(self, share: Share, item: Item) -> bool:
-        """
-        Let a share wait.
-
-        :param item: What stands for it.
-        :returns: Whether it waits.
-        """
-        if self._room is None or (kind := self._kind(share)) is None:
-            return False
-        self._items.setdefault(kind, []).append(item)
-        self._entries += share.entries
-        if self._entries > self._room:
-            self.finish()
-        return True
-
-    def finish(self) -> None:
-        """Serve all that wait."""
-        serve = self._serve()
-        assert serve is not None  # it is called by its owner
-        for items in self._items.values():
-            serve(items)
-        self._items.clear()
-        self._entries = 0
+    def add_gramian(self, gramian: Accumulator) -> None: ...
 
 
 class Accumulator:
@@ -208,17 +143,17 @@ class Accumulator:
         self.rows = rows
         self.keep = keep
         self.memory = memory
+        self.joins = True
+        """Whether the shares of several layers may come as one."""
         self._pending: list[Tensor] = []
         self._entries_pending = 0
-        self._waiting = Waiting(memory, self._add_together, attrgetter("alike"))
         self._squares: dict[tuple[int, int], list[Tensor]] = {}
-        self.added: list[Share] = []
+        self.added: list[Addend] = []
         """The shares that were added, if they are kept."""
 
     @property
     def total(self) -> Tensor:
-        """What was added up, exactly symmetric. Products are made before :meth:`finish`."""
-        self.finish()
+        """What was added up, exactly symmetric."""
         self._add_pending()
         # A transposed copy is faster than adding what lies transposed.
         upper = self._lower.T.clone(memory_format=torch.contiguous_format).triu_(1)
@@ -254,22 +189,11 @@ class Accumulator:
             summed[first : first + count] += torch.stack(noted).sum(0)
         return bool((total.diagonal() < _LEFT * summed).any())
 
-    def add_share(self, share: Share) -> None:
-        """Add the Gramian of a share, on accelerators later, with those that are like it."""
+    def add_share(self, share: Addend) -> None:
+        """Add the Gramian of a share."""
         if self.keep:
             self.added.append(share)
-        if not self._waiting.take(share, share):
-            share.add_gramian(self)
-
-    def _add_together(self, shares: list[Share]) -> None:
-        if len(shares) == 1:
-            shares[0].add_gramian(self)
-        else:
-            shares[0].add_together(shares, self)
-
-    def finish(self) -> None:
-        """Add what waits for shares that are like it."""
-        self._waiting.finish()
+        share.add_gramian(self)
 
     def add(self, product: Tensor, first: int = 0) -> None:
         """

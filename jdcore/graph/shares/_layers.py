@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+import torch
+from torch import Size, Tensor
+
+from jdcore.graph._cost import outer_ghost_beats_direct
+from jdcore.graph.shares._ghost import summed_up
+from jdcore.graph.shares._outer import Outer
+from jdcore.graph.shares._product import product, scaled
+from jdcore.graph.shares._share import Accumulator
+
+
+class OuterLayers:
+    """
+    What the weights of several layers of one form contribute to the Jacobian, for one task.
+
+    On accelerators, where the launch of a small operation takes longer than the operation, they
+    are computed together.
+
+    :param share: With the layers in the place of tasks, and the inputs ``[n, B, T, i]`` of each.
+    :param bias: The shape of a bias, if the weighted gradients of biases are wanted as well: each
+        is the weight of one more input, which is 1.
+    """
+
+    def __init__(self, share: Outer, bias: Size | None) -> None:
+        assert isinstance(share.inputs, Tensor)  # tables are served one by one
+        self._inputs, self._share, self._bias = share.inputs, share, bias
+
+    def add_gramian(self, gramian: Accumulator) -> None:
+        """Add the Gramian of the rows of all layers."""
+        inputs, grads = self._inputs, self._share.grads
+        n, B, T, o = grads.shape
+        i, ghost = inputs.shape[3], T == 1
+        ghost = ghost or outer_ghost_beats_direct(1, B, T, i, o)
+        # Of each layer there are matrices of positions, or rows twice.
+        size = (B * T) ** 2 if ghost else B * i * o
+        parts = gramian.memory.pieces(n, 32 * size)
+        for start, stop in parts:
+            some = slice(start, stop) if len(parts) > 1 else ...
+            if ghost:
+                self._add_ghosts(inputs[some], grads[some], gramian)
+            else:
+                self._add_rows(inputs[some], grads[some], gramian)
+
+    def _add_ghosts(self, inputs: Tensor, grads: Tensor, gramian: Accumulator) -> None:
+        """By Gram matrices over positions."""
+        T, plus = grads.shape[2], self._share.plus
+        inputs, grads = inputs.flatten(1, 2), grads.flatten(1, 2)
+        gram = product(inputs, inputs.mT)
+        if plus:
+            gram += plus
+        found = product(grads, grads.mT).mul_(gram)
+        gramian.pend(summed_up(found, T, gramian) if T > 1 else found)
+
+    def _add_rows(self, inputs: Tensor, grads: Tensor, gramian: Accumulator) -> None:
+        """By rows, those of several layers one behind the other."""
+        n, B = grads.shape[:2]
+        rows = product(inputs.flatten(0, 1).mT, grads.flatten(0, 1)).view(n, B, -1)
+        gramian.add_rows(rows.transpose(0, 1).flatten(1))
+
+    def weighted(self, weights: Tensor) -> list[Tensor]:
+        """
+        The weighted gradients of all weights, and behind them those of all biases.
+
+        :param weights: Shape [1, B], in float64 where they are to be summed in float64.
+        """
+        inputs, grads, shape = self._inputs, self._share.grads, self._share.shape
+        views: list[Tensor] = []
+        if self._bias is not None:
+            biases = product(weights.expand(grads.shape[0], *weights.shape), grads.flatten(1, 2))
+            views += biases.view(-1, *self._bias).unbind()
+        # The same scale for all of them, of the smaller factor.
+        if inputs.shape[3] < grads.shape[3]:
+            inputs = scaled(weights, inputs)
+        else:
+            grads = scaled(weights, grads)
+        total = self._share.summed(inputs.flatten(1, 2), grads.flatten(1, 2))
+        views[:0] = total.view(-1, *shape).unbind()
+        # In memory of their own, by one call: to keep one of them must not keep all.
+        return list(torch._foreach_mul(views, 1.0))
