@@ -1,9 +1,11 @@
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import cache, partial
 from typing import Any
 
-from jdcore.aggregation._state import StateFields
+from jdcore.aggregation._state import StateFields, state_fields
 from jdcore.errors import ParameterError, ParameterTypeError
 from jdcore.protocols import Stateful
 
@@ -71,7 +73,51 @@ def stateful_part(method: Any) -> Stateful | None:
     """The outermost part of a method that has state: adapters delegate to what they hold."""
     while method is not None:
         method = getattr(method, "wrapped", method)
-        if isinstance(method, Stateful):
-            return method
+        cls: Any = type(method)
+        if _is_stateful(cls):
+            part: Stateful = method
+            return part
         method = getattr(method, "weighting", None)
     return None
+
+
+@cache
+def _is_stateful(cls: Any) -> bool:
+    # Asked in every step: a comparison of each object with the protocol takes as long as to weigh.
+    return all(hasattr(cls, name) for name in ("reset", "state_dict", "load_state_dict"))
+
+
+@contextmanager
+def state_kept(method: Any) -> Iterator[None]:
+    """
+    Restore the state of a method, and of what it holds, if a ``with`` block fails.
+
+    For steps that may fail after they have asked the method, be it on another process.
+
+    :param method: A weighting or aggregator, with or without state.
+    """
+    part = stateful_part(method)
+    restore = None if part is None else _restorer(part)
+    try:
+        yield
+    except BaseException:
+        if restore is not None:
+            restore()
+        raise
+
+
+def _restorer(part: Stateful) -> Callable[[], None]:
+    """What brings a method back into its present state."""
+    if type(part).state_dict not in (StateFields.state_dict, NestedState.state_dict):
+        return partial(part.load_state_dict, part.state_dict())
+    # Values, not copies, which may be as large as a Jacobian: state is replaced, never modified.
+    values = {state.name: getattr(part, state.name) for state in state_fields(type(part))}
+    inner = part._stateful_parts().values() if isinstance(part, NestedState) else ()
+    return partial(_restore, part, values, [_restorer(each) for each in inner])
+
+
+def _restore(part: Stateful, values: Mapping[str, Any], others: list[Callable[[], None]]) -> None:
+    for name, value in values.items():
+        setattr(part, name, value)
+    for other in others:
+        other()

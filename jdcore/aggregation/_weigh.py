@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from jdcore.aggregation._columns import Columns, power
+from jdcore.aggregation._nested_state import state_kept
 from jdcore.aggregation._observation import Observation, Residuals, observed, told
 from jdcore.aggregation._source import ColumnsSource, GramianSource
 from jdcore.errors import ParameterError, ParameterTypeError
@@ -90,7 +91,8 @@ def weigh(weighting: Any, source: GramianSource, shape: Sequence[int] | None = N
         flat = of_rows if of_rows.ndim == 1 else of_rows.flatten()
         return Observation(weighting, source, flat, None, seconds, residuals)
 
-    return told(partial(_ask, weighting, source, shape), observation)
+    with state_kept(weighting):  # an observer may fail
+        return told(partial(_ask, weighting, source, shape), observation)
 
 
 def unscaled(weights: Tensor, weighting: Any, scale: float) -> Tensor:
@@ -183,4 +185,5 @@ def watched(method: Any, columns: Columns, aggregate: Callable[[], Result]) -> R
         source, update = ColumnsSource(columns), partial(columns.inner, vectors)
         return Observation(method, source, weights, update, seconds, residuals)
 
-    return told(aggregate, observation)
+    with state_kept(method):  # an observer may fail
+        return told(aggregate, observation)

@@ -11,6 +11,7 @@ from torch import Tensor
 from jdcore._fields import check_grads, write_grads
 from jdcore._modes import plain_modes
 from jdcore.aggregation import as_weighting
+from jdcore.aggregation._nested_state import state_kept
 from jdcore.autogram._step import Step, source_of, weights_of
 from jdcore.distributed._exchange import Collected, Union
 from jdcore.distributed._holders import Holders, find_holders
@@ -18,7 +19,6 @@ from jdcore.distributed._meeting import Group, Meeting, Stage
 from jdcore.distributed._replicas import check_replicas
 from jdcore.distributed._replicated import weights_of_first
 from jdcore.distributed._sharding import Gathered
-from jdcore.distributed._step import state_kept
 from jdcore.errors import ParameterError
 from jdcore.graph import Dense, Jacobian, Share, reach
 from jdcore.validators import check_flag

@@ -10,6 +10,7 @@ from torch import Tensor
 from jdcore._fields import check_grads, check_jac, disjoint, free_jacs, get_jac, write_grads
 from jdcore._modes import plain_modes
 from jdcore.aggregation._any import vectors_of
+from jdcore.aggregation._nested_state import state_kept
 from jdcore.aggregation._source import check_losses
 from jdcore.aggregation._weigh import check_aggregator
 from jdcore.autojac._gradients import as_matrix
@@ -122,13 +123,14 @@ def _alone(
         raise no_jacobians("tensors that have none")
     blocks = list(local.matrices.values())
     others = None if local.second is None else list(local.second.values())
-    vectors, weights = aggregate_blocks(
-        aggregator, blocks, check_losses(losses, len(blocks[0])), others
-    )
-    # Everything that may fail comes before the first field is written.
-    check_grads(local.matrices)  # again: the aggregator may have changed them
-    pairs = zip(local.matrices, vectors, strict=True)
-    gradients = {t: vector if t.ndim == 1 else vector.view(t.shape) for t, vector in pairs}
+    with state_kept(aggregator):
+        vectors, weights = aggregate_blocks(
+            aggregator, blocks, check_losses(losses, len(blocks[0])), others
+        )
+        # Everything that may fail comes before the first field is written.
+        check_grads(local.matrices)  # again: the aggregator may have changed them
+        pairs = zip(local.matrices, vectors, strict=True)
+        gradients = {t: vector if t.ndim == 1 else vector.view(t.shape) for t, vector in pairs}
     return Update(gradients, weights=weights)
 
 

@@ -9,6 +9,7 @@ from attrs import frozen
 from torch import Tensor
 
 from jdcore._fields import check_grads, dense
+from jdcore.aggregation._nested_state import state_kept
 from jdcore.aggregation._source import check_losses, taken_by
 from jdcore.distributed._heads import check_none_left, is_local
 from jdcore.distributed._meeting import Group, Meeting, Stage
@@ -24,7 +25,6 @@ from jdcore.distributed._step import (
     mean_losses,
     promoted,
     start,
-    state_kept,
 )
 from jdcore.distributed._transfers import buckets_of, mean_rows
 from jdcore.errors import ParameterError

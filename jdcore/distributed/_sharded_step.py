@@ -8,6 +8,7 @@ from attrs import frozen
 from torch import Tensor
 
 from jdcore._fields import check_grads
+from jdcore.aggregation._nested_state import state_kept
 from jdcore.aggregation._source import check_losses, taken_by
 from jdcore.distributed._grid import Grid
 from jdcore.distributed._meeting import Meeting, Stage
@@ -23,7 +24,6 @@ from jdcore.distributed._step import (
     mean_losses,
     promoted,
     start,
-    state_kept,
 )
 from jdcore.protocols import Aggregator
 

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -10,7 +9,6 @@ from torch import Tensor
 
 from jdcore.distributed._meeting import Meeting, Stage, is_same, number_of
 from jdcore.errors import ParameterError
-from jdcore.protocols import Stateful
 
 Whole: TypeAlias = Callable[..., "tuple[list[Tensor], Tensor | None]"]
 """
@@ -64,18 +62,6 @@ def divides(aggregator: Any) -> bool:
     """
     needs_all = getattr(aggregator, "needs_all_columns", False)
     return hasattr(aggregator, "aggregate_columns") and not needs_all
-
-
-@contextmanager
-def state_kept(aggregator: Any) -> Iterator[None]:
-    """Restore the state of an aggregator if the step fails, be it on another process."""
-    state = aggregator.state_dict() if isinstance(aggregator, Stateful) else None
-    try:
-        yield
-    except Exception:
-        if state is not None:
-            aggregator.load_state_dict(state)
-        raise
 
 
 def no_jacobians(got: str) -> ParameterError:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -10,9 +11,18 @@ import torch
 from attrs import define, field
 from torch import Tensor
 
-from jdcore import ParameterError, ParameterTypeError, Stateful
+from jdcore import ParameterError, ParameterTypeError, Stateful, autogram, monitor
 from jdcore._methods import ComposedAggregator, compose
-from jdcore.aggregation import GramianWeighting, StateFields, state_field
+from jdcore.aggregation import (
+    GramianAggregator,
+    GramianWeighting,
+    NestedState,
+    StateFields,
+    as_module,
+    state_field,
+)
+from jdcore.aggregation._nested_state import state_kept
+from jdcore.autojac import backward, jac_to_grad
 from jdcore.validators import integer
 
 
@@ -197,3 +207,117 @@ def test_a_composed_aggregator_of_a_stateless_weighting_has_none() -> None:
 
     assert not isinstance(aggregator, Stateful)
     assert not any(hasattr(aggregator, name) for name in ("reset", "state_dict"))
+
+
+class Third:
+    """Satisfies the protocol without a class of ours, and changes its state in place."""
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def __call__(self, gramian: Tensor) -> Tensor:
+        self.total += gramian.diagonal()
+        return self.total.clone()
+
+    def reset(self) -> None:
+        self.total = torch.zeros(2, dtype=torch.float64)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"total": self.total.clone()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.total = state["total"].clone()
+
+
+@define(eq=False)
+class Around(NestedState):
+    """Holds another method, and counts."""
+
+    inner: Averaging = field(factory=Averaging)
+    calls: int = state_field(int)
+
+    def inner_parts(self) -> dict[str, Any]:
+        return {"inner": self.inner}
+
+    def __call__(self, gramian: Tensor) -> Tensor:
+        self.calls += 1
+        return self.inner(gramian)
+
+
+STATEFUL = {
+    "own": Averaging,
+    "nested": Around,
+    "third party": Third,
+    "composed": compose("Averaging", Averaging, "tests:averaging"),
+    "aggregator": lambda: GramianAggregator(Averaging()),
+    "module": lambda: as_module(Averaging()),
+}
+
+
+def _interrupted(method: Any, gramian: Tensor) -> None:
+    with state_kept(method):
+        method(gramian)
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("make", STATEFUL.values(), ids=STATEFUL)
+def test_steps_that_fail_after_the_weighing_leave_the_state(make: Callable[[], Any]) -> None:
+    method, other = make(), make()
+    gramian = torch.tensor([[1.0, 1.0], [1.0, 10.0]], dtype=torch.float64)
+    for each in (method, other):
+        each(gramian)
+    with pytest.raises(KeyboardInterrupt):
+        _interrupted(method, gramian)
+    assert torch.equal(method(2 * gramian), other(2 * gramian))
+
+
+class Stops(torch.autograd.Function):
+    """Makes some backward passes."""
+
+    left = 0
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        Stops.left -= 1
+        if Stops.left < 0:
+            raise MemoryError
+        return grads[0]
+
+
+def test_a_second_pass_that_fails_leaves_the_state_of_the_weighting() -> None:
+    weighting = Averaging()
+    w = torch.tensor([1.0, 2.0], requires_grad=True)
+    failed = 0
+    for Stops.left in range(8):
+        try:
+            autogram.backward(Stops.apply(w**2), weighting, batch_dim=None, second_pass=True)
+        except MemoryError:
+            failed += 1
+            assert weighting.calls == 0
+            assert w.grad is None
+        else:
+            break
+    assert failed > 1
+    assert weighting.calls == 1
+
+
+def test_an_observer_that_fails_leaves_the_state() -> None:
+    def refuse(step: object) -> None:
+        raise ValueError("no")
+
+    weighting = Averaging()
+    aggregator = GramianAggregator(weighting)
+    w = torch.tensor([1.0, 2.0], requires_grad=True)
+    backward(w**2)
+    with monitor.record(refuse):
+        with pytest.raises(ValueError, match="no"):
+            weighting(torch.eye(2))
+        with pytest.raises(ValueError, match="no"):
+            jac_to_grad(w, aggregator)
+    assert weighting.calls == 0
+    jac_to_grad(w, aggregator)
+    assert weighting.calls == 1
