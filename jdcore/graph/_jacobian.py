@@ -18,7 +18,7 @@ from jdcore.graph._objectives import Objectives, OneByOne
 from jdcore.graph._operations import is_sparse
 from jdcore.graph._passes import Heard, Listener, differentiate
 from jdcore.graph._plan import Plan, Plans, plan_of_tasks
-from jdcore.graph._probe import Hidden, Nested
+from jdcore.graph._probe import Unshown
 from jdcore.graph._root_shares import RootShares
 from jdcore.graph._saved import function_of
 from jdcore.graph._serving import Serving
@@ -89,9 +89,6 @@ class Jacobian:
             self._take_plain_rows("a parameter has a hook that hears of one gradient in a pass")
         elif self._hooked and any(map(is_sparse, self.graph.form.names, self.graph.nodes)):
             self._take_plain_rows("a hook of a parameter may be meant for sparse gradients")
-        # Such a loss is behind no operation.
-        elif {n for n, _ in self.graph.form.starts} & self.graph.leaves.keys():
-            self._take_plain_rows("a loss is a parameter itself")
         elif tampers(self.graph):
             self._take_plain_rows(_TAMPERED)
         self.roots: RootShares | None = None
@@ -208,10 +205,8 @@ class Jacobian:
             # NaN.
             except JDCoreError:
                 raise
-            except Nested:
-                self._take_plain_rows("samples lie in nested tensors")
-            except Hidden:
-                self._take_plain_rows("a function of the graph treats NaN otherwise than numbers")
+            except Unshown as reason:
+                self._take_plain_rows(str(reason))
             except Exception:
                 # A function that stops at NaN does not show where the samples are.
                 if not any(function_of(node) for node in self.graph.nodes):

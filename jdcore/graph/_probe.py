@@ -29,12 +29,8 @@ from jdcore.graph._passes import Grads, Heard, Listener
 from jdcore.graph._saved import current_pass
 
 
-class Nested(Exception):  # noqa: N818 - a signal, not an error
-    """A gradient is a nested tensor, which has no dimensions to look for samples in."""
-
-
-class Hidden(Exception):  # noqa: N818 - a signal, not an error
-    """A function treats NaN otherwise than numbers, and does not show where the samples are."""
+class Unshown(Exception):  # noqa: N818 - a signal, not an error
+    """Where the samples are cannot be shown, for the reason that it is raised with."""
 
 
 @frozen
@@ -59,8 +55,8 @@ def find_layouts(graph: Graph, output: Tensor, batch_dim: int) -> Findings:
 
     :param output: The losses, the only output of the graph.
     :param batch_dim: Their dimension of samples.
-    :raises Nested: If there are nested tensors between the losses and the parameters.
-    :raises Hidden: If a function of Python hides samples.
+    :raises Unshown: If there are nested tensors between the losses and the parameters, or a
+        function of Python hides samples.
     """
     samples = output.shape[batch_dim]
     form = graph.form
@@ -117,7 +113,7 @@ def find_layouts(graph: Graph, output: Tensor, batch_dim: int) -> Findings:
     reached = {place for place, dims in found.items() if any(map(any, dims))}
     layouts = _whole(layouts, found)
     if hides_samples(graph, output, batch_dim, layouts, reached):
-        raise Hidden
+        raise Unshown("a function of the graph treats NaN otherwise than numbers")
     return Findings(layouts, reached, sure)
 
 
@@ -130,7 +126,7 @@ def _note(seen: dict[Place, list[Tensor]], bit: int, node: int, grads: Grads) ->
         if grad is None:
             continue
         if grad.is_nested:
-            raise Nested
+            raise Unshown("samples lie in nested tensors")  # without dimensions to look in
         # Gradients of tables may be sparse, and such tensors have no `any` by dimension.
         bad = torch.isnan(grad.detach().to_dense())
         bad = bad if bad.ndim else bad[None]  # a number is reached as well

@@ -14,7 +14,16 @@ from jdcore.graph._objectives import Objectives
 from jdcore.graph._plan import Plan
 from jdcore.graph._pull import pull, pull_rows
 from jdcore.graph._short_rows import SHORT, ShortRows
-from jdcore.graph.shares import Accumulator, Addend, Dense, Outer, OuterLayers, Share, Uses, sum_of
+from jdcore.graph.shares import (
+    Accumulator,
+    Addend,
+    Dense,
+    Outer,
+    OuterLayers,
+    Share,
+    joined,
+    sum_of,
+)
 
 
 @frozen(eq=False)
@@ -178,7 +187,7 @@ class RootShares:
         ]
         if len(outer) == len(pairs):
             # Factored uses are multiplied pairwise; none of them needs its rows written out.
-            self._add(Uses(outer), list(group))
+            self._add(joined(outer), list(group))
         elif len(group) == 1:
             rows = sum_of(share.rows() for _, share in pairs)
             self._add(Dense(rows, pairs[0][1].shape), list(group))

@@ -123,6 +123,12 @@ class Site:
             made = self.memo[kind] = tensor, tensor.reshape(sizes)
         return made[1]
 
+    def of_channels(self, grads: Tensor, operand: int) -> Dense:
+        """:meth:`broadcast` for an operand with an entry for each channel, as biases have it."""
+        # Channels come behind the samples, and before what is summed over.
+        shape = self.shapes[operand]
+        return self._broadcast(grads, (*shape, *[1] * (grads.ndim - 3)), shape)
+
     def broadcast(self, grads: Tensor, operand: int) -> Dense:
         """
         The share of an operand that was broadcast to the shape of the first result.
@@ -131,14 +137,18 @@ class Site:
             broadcast to, shape ``[K, *result.shape]``.
         :raises NoRule: If the operand has samples of its own.
         """
-        shape, dim = self.shapes[operand], self.layout.dim
+        shape = self.shapes[operand]
         lead = grads.ndim - len(shape)
         if lead > 1 and self.samples_lead and grads.shape[lead:] == shape:
             # All that it was broadcast to are positions of samples, as for the bias of a layer.
             rows = self.positions(grads, 1, len(shape))
-            return Dense(sum_over(rows, [2]) if rows.shape[2] > 1 else rows, shape)
+            return Dense.summed(rows, shape)
+        return self._broadcast(grads, shape, shape)
+
+    def _broadcast(self, grads: Tensor, given: Sequence[int], shape: Size) -> Dense:
+        dim = self.layout.dim
         # Broadcasting puts missing dimensions in front.
-        full = (1,) * (grads.ndim - 1 - len(shape)) + tuple(shape)
+        full = (1,) * (grads.ndim - 1 - len(given)) + tuple(given)
         if full[dim] != 1:
             raise NoRule
         split = self.layout.split(grads, 1)  # [K, B, dims before, before, after, dims after]

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from jdcore.graph._site import NoRule, Site
 from jdcore.graph.rules._table import rule
-from jdcore.graph.shares import Dense, Geometry, Patches, Share
+from jdcore.graph.shares import Geometry, Patches, Share
 
 
 @rule("ConvolutionBackward0")
@@ -10,17 +10,14 @@ def convolution(site: Site, operand: int) -> Share:
     """Convolutions of all kinds, also transposed and grouped ones."""
     if not site.samples_lead:
         raise NoRule
-    grads = site.grad
     if operand == 2:
-        summed = grads.flatten(3).sum(3) if grads.ndim > 3 else grads
-        rows = site.positions(summed, 1)
-        return Dense(rows.sum(2) if rows.shape[2] > 1 else rows, site.shapes[2])
+        return site.of_channels(site.grad, 2)
     if operand != 1:
         raise NoRule
     if "geometry" not in site.known:
         site.known["geometry"] = _geometry(site)
     geometry = site.known["geometry"]
-    return Patches(site.saved("weight"), geometry, site.saved("input"), grads, site.samples)
+    return Patches(site.saved("weight"), geometry, site.saved("input"), site.grad, site.samples)
 
 
 def _geometry(site: Site) -> Geometry:

@@ -5,12 +5,7 @@ from torch import Tensor
 
 from jdcore.graph._site import NoRule, Site
 from jdcore.graph.rules._table import rule
-from jdcore.graph.shares import Dense, Share, sum_over, widened
-
-
-def _summed(rows: Tensor) -> Tensor:
-    """Over the positions of each sample, [K, B, T, ...]."""
-    return sum_over(rows, [2]) if rows.shape[2] > 1 else rows[:, :, 0]
+from jdcore.graph.shares import Dense, Share, widened
 
 
 @rule("NativeLayerNormBackward0", "FusedRmsNormBackward0", layers=True)
@@ -20,7 +15,7 @@ def layer_norm(site: Site, operand: int) -> Share:
     features = len(shape)
     grads = site.positions(site.grad, 1, features)
     if operand == 2:
-        return Dense(_summed(grads), shape)
+        return Dense.summed(grads, shape)
     if operand != 1:
         raise NoRule
     # The results behind the first are what was measured: mean and reciprocal deviation, or for an
@@ -29,7 +24,7 @@ def layer_norm(site: Site, operand: int) -> Share:
     names = ("input", "result1") if rms else ("input", "result1", "result2")
     images, *mean, deviation = (site.positions(site.saved(n), 0, features) for n in names)
     centred = widened(images) - mean[0] if mean else widened(images)
-    return Dense(_summed(widened(grads) * (centred * deviation)), shape)
+    return Dense.summed(widened(grads) * (centred * deviation), shape)
 
 
 @rule("NativeGroupNormBackward0", layers=True)
@@ -43,7 +38,7 @@ def group_norm(site: Site, operand: int) -> Share:
     of_sample = rows.shape[2]  # channels, times images
     if of_sample == shape[0]:
         return Dense(rows, shape)
-    return Dense(_summed(rows.view(len(rows), site.samples, -1, *shape)), shape)
+    return Dense.summed(rows.view(len(rows), site.samples, -1, *shape), shape)
 
 
 def _group_norm_rows(site: Site) -> tuple[Tensor, Tensor]:
@@ -75,19 +70,13 @@ def running_norm(site: Site, operand: int) -> Share:
     # In training mode the statistics are those of all samples, and the losses mix them.
     if site.saved("training") or not site.samples_lead or operand not in (1, 2):
         raise NoRule
-    grads = widened(site.grad)
     if operand == 2:
-        return Dense(_by_channel(site, grads), site.shapes[2])
-    mean, variance = site.saved("running_mean"), site.saved("running_var")
-    images = widened(site.saved("input"))
+        return site.of_channels(site.grad, 2)
     # Torch's formulas for the two kernels name it differently.
     epsilon = site.saved("epsilon" if site.name.startswith("Cudnn") else "eps")
+    images, scale = widened(site.saved("input")), (site.saved("running_var") + epsilon).rsqrt()
+    mean, scale = (
+        of.view(-1, *[1] * (images.ndim - 2)) for of in (site.saved("running_mean"), scale)
+    )
     # Centred first: afterwards digits would cancel.
-    centred = images - mean.view(-1, *[1] * (images.ndim - 2))
-    rows = _by_channel(site, grads * centred) * (variance + epsilon).rsqrt()
-    return Dense(rows, site.shapes[1])
-
-
-def _by_channel(site: Site, grads: Tensor) -> Tensor:
-    summed = grads.flatten(3).sum(3) if grads.ndim > 3 else grads
-    return _summed(site.positions(summed, 1))
+    return site.of_channels(widened(site.grad) * ((images - mean) * scale), 1)

@@ -80,7 +80,7 @@ def matrix_and_vector(site: Site, operand: int) -> Share:
         raise NoRule
     inputs, grads = site.saved("self"), site.grad
     rows = site.positions(inputs * grads[..., None], 1)
-    return Dense(rows.sum(2) if rows.shape[2] > 1 else rows, site.shapes[1])
+    return Dense.summed(rows, site.shapes[1])
 
 
 def times(grads: Tensor, factor: Any) -> Tensor:

@@ -2,7 +2,7 @@
 
 from jdcore.graph.shares._geometry import Geometry
 from jdcore.graph.shares._layers import OuterLayers
-from jdcore.graph.shares._outer import OneHot, Outer, Uses
+from jdcore.graph.shares._outer import OneHot, Outer, joined
 from jdcore.graph.shares._patches import Patches
 from jdcore.graph.shares._product import HALVES, combined, outer, product, sum_of, sum_over, widened
 from jdcore.graph.shares._share import Accumulator, Addend, Dense, Share
@@ -18,8 +18,8 @@ __all__ = [
     "OuterLayers",
     "Patches",
     "Share",
-    "Uses",
     "combined",
+    "joined",
     "outer",
     "product",
     "sum_of",

@@ -8,7 +8,6 @@ from attrs import evolve, frozen
 from torch import Tensor
 
 from jdcore.graph._cost import outer_ghost_beats_direct
-from jdcore.graph._memory import Memory
 from jdcore.graph.shares._ghost import Gram, add_contracted, linear_gram
 from jdcore.graph.shares._product import (
     outer,
@@ -223,21 +222,22 @@ class Uses(Share):
     """
     The sum of several shares of one and the same operand.
 
-    :param shares: At least one.
+    :param shares: Those of different kinds, see :func:`joined`.
     """
 
     def __init__(self, shares: Sequence[Outer]) -> None:
         self._shares, self.shape = shares, shares[0].shape
 
     def add_gramian(self, gramian: Accumulator) -> None:
-        add_uses(self._shares, gramian)
+        for i, share in enumerate(self._shares):
+            gramian.note(share.squares())
+            share.add_gramian(gramian)
+            for other in self._shares[i + 1 :]:
+                _add_between(share, other, gramian)
 
     @property
     def entries(self) -> int:
         return sum(share.entries for share in self._shares)
-
-    def weighted(self, weights: Tensor) -> Tensor:
-        return sum_of(share.weighted(weights) for share in self._shares)
 
     def rows(self) -> Tensor:
         return sum_of(share.rows() for share in self._shares)
@@ -252,6 +252,24 @@ class Uses(Share):
     @property
     def setting(self) -> tuple[Hashable, ...]:
         return tuple(share.setting for share in self._shares)
+
+
+def joined(shares: Sequence[Outer]) -> Outer | Uses:
+    """The sum of shares of one and the same operand, which has several uses."""
+    kinds: dict[Hashable, list[Outer]] = {}
+    for share in shares:
+        kind = isinstance(share.inputs, OneHot), share.grads_first
+        kinds.setdefault(kind, []).append(share)
+    found = [
+        of_kind[0] if len(of_kind) == 1 else _lengthened(of_kind) for of_kind in kinds.values()
+    ]
+    return found[0] if len(found) == 1 else Uses(found)
+
+
+def _lengthened(shares: Sequence[Outer]) -> Outer:
+    # A sum over positions does not mind where they come from: the uses are positions of one share.
+    inputs, grads = zip(*(share.factors_of_samples() for share in shares), strict=True)
+    return shares[0].of([torch.cat([i for i, _ in inputs], 1), torch.cat([g for g, _ in grads], 2)])
 
 
 def _same(index: Tensor) -> Gram:
@@ -270,46 +288,20 @@ def _scatter(rows: Tensor, place: Tensor, length: int, grads: Tensor) -> None:
     rows.index_add_(0, (offset + place).reshape(-1), grads.reshape(K * B * T, -1))
 
 
-def add_uses(shares: Sequence[Outer], gramian: Accumulator) -> None:
-    """Add the Gramian of the sum of shares of one and the same operand."""
-    first, *others = shares
-    inputs = [s.inputs for s in shares if isinstance(s.inputs, Tensor)]
-    if len(inputs) == len(shares) and all(s.grads_first == first.grads_first for s in others):
-        grads = torch.cat([s.grads for s in shares], 2)
-        # A sum over positions does not mind where they come from, so the uses are positions of one
-        # share.
-        together = torch.cat(inputs, 1)
-        whole = Outer(together, grads, grads_first=first.grads_first, shape=first.shape)
-        whole.add_gramian(gramian)
-        return
-    for i, share in enumerate(shares):
-        gramian.note(share.squares())
-        share.add_gramian(gramian)
-        for other in shares[i + 1 :]:
-            _add_between(share, other, gramian)
-
-
 def _add_between(u: Outer, v: Outer, gramian: Accumulator) -> None:
     """Add the inner products of the rows of one share and those of another, both ways."""
     K, B, Tu, _ = u.grads.shape
     m, Tv = K * B, v.grads.shape[2]
     total = u.grads.new_zeros(m, m, dtype=torch.float64)
-    for part in _parts(gramian.memory, m, Tu * m * Tv):
+    for part in [slice(*piece) for piece in gramian.memory.pieces(m, Tu * m * Tv)]:
         first, second = (_inner(a, b, part, K) for a, b in zip(u.factors, v.factors, strict=True))
         block = (first * second).view(part.stop - part.start, Tu, m, Tv)
         total[part] = block.sum((1, 3), dtype=torch.float64)
     gramian.add(total.add_(total.T.clone()))
 
 
-def _parts(memory: Memory, length: int, size: int) -> list[slice]:
-    return [slice(*piece) for piece in memory.pieces(length, size)]
-
-
 def _inner(a: Tensor | OneHot, b: Tensor | OneHot, part: slice, K: int) -> Tensor:
     """Inner products of one factor of some of the rows with one of all rows: [n Tu, m Tv]."""
-    if isinstance(a, OneHot) and isinstance(b, OneHot):
-        first = _by_row(a.index, K)[part].flatten()
-        return first[:, None] == _by_row(b.index, K).flatten()
     if isinstance(a, OneHot):
         index = _by_row(a.index, K)[part].flatten()
         return widened(_by_row(b, K).flatten(0, 1).index_select(1, index).T)  # type: ignore[arg-type]

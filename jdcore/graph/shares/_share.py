@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from jdcore.graph._memory import Memory, pieces
-from jdcore.graph.shares._product import columns_at_once, combined, product, widened
+from jdcore.graph.shares._product import columns_at_once, combined, product, sum_over, widened
 
 # Products of fewer rows are slow.
 _ROWS = 128
@@ -33,17 +33,17 @@ class Share(ABC):
     shape: torch.Size
     """The shape of the operand."""
 
-    @abstractmethod
     def add_gramian(self, gramian: Accumulator) -> None:
         """Add the Gramian of the rows."""
+        gramian.add_rows(self.flat_rows().flatten(0, 1))
 
-    @abstractmethod
     def weighted(self, weights: Tensor) -> Tensor:
         """
         ``sum_kb weights[k, b] J_kb``, in the shape of the operand.
 
         :param weights: Shape [K, B], in float64 where it is to be summed in float64.
         """
+        return combined(weights.reshape(-1), self.flat_rows().flatten(0, 1)).view(self.shape)
 
     @abstractmethod
     def rows(self) -> Tensor:
@@ -98,25 +98,17 @@ class Dense(Share):
     def entries(self) -> int:
         return self._rows.numel()
 
-    def _written(self) -> Tensor:
-        return self._rows
+    @classmethod
+    def summed(cls, terms: Tensor, shape: Sequence[int]) -> Dense:
+        """Rows that are sums of terms ``[K, B, T, *shape]`` over positions."""
+        return cls(sum_over(terms, [2]) if terms.shape[2] > 1 else terms, shape)
 
     def flat_rows(self) -> Tensor:
-        rows = widened(self._written())
+        rows = widened(self._rows)
         return rows if rows.ndim == 3 else rows.reshape(*rows.shape[:2], self.shape.numel())
 
-    def flat(self) -> Tensor:
-        """The rows as a matrix [R, n]."""
-        return self.flat_rows().flatten(0, 1)
-
-    def add_gramian(self, gramian: Accumulator) -> None:
-        gramian.add_rows(self.flat())
-
-    def weighted(self, weights: Tensor) -> Tensor:
-        return combined(weights.reshape(-1), self.flat()).view(self.shape)
-
     def rows(self) -> Tensor:
-        rows = widened(self._written())
+        rows = widened(self._rows)
         return rows.reshape(*rows.shape[:2], *self.shape)
 
 

@@ -102,6 +102,24 @@ class _TiedEmbedding(nn.Module):
         return self.out(self.norm(self.table(tokens)))
 
 
+class _UsedInAllWays(nn.Module):
+    """A table that is looked up twice, and a factor of two products, once transposed."""
+
+    def __init__(self, last: bool = False) -> None:
+        super().__init__()
+        self.table, self.norm, self.last = nn.Embedding(9, 9), nn.LayerNorm(9), last
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        found = functional.one_hot(tokens, 9).to(self.table.weight) * 0.5
+        if not self.last:
+            found = self._looked_up(tokens)
+        found = self.norm(found @ self.table.weight) @ self.table.weight.t()
+        return self._looked_up(tokens) * found if self.last else found
+
+    def _looked_up(self, tokens: Tensor) -> Tensor:
+        return self.table(tokens) + self.table(tokens.flip(1) // 2).tanh()
+
+
 class _InPlace(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -256,6 +274,8 @@ SCENARIOS = {
     "module reuse": Scenario(_Reuse),
     "tied weights across modules": Scenario(_Tied),
     "tied weights of different layers": Scenario(_TiedEmbedding, _of_tokens),
+    "one table in all ways": Scenario(_UsedInAllWays, _of_tokens),
+    "one table in all ways, looked up at last": Scenario(lambda: _UsedInAllWays(True), _of_tokens),
     "in-place ReLU and other in-place operations": Scenario(_InPlace),
     "view outputs": Scenario(_View),
     "frozen and unused parameters": Scenario(_Frozen),

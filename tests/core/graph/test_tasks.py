@@ -343,8 +343,9 @@ def test_no_batched_gradient_stays_with_a_tensor_that_retains_its_own() -> None:
         lambda weight: weight.T,
         lambda weight: weight.unbind()[1],
         lambda weight: torch.stack([weight[0, 0], weight.squeeze()[1, 1]]),
+        lambda weight: weight,
     ],
-    ids=["view", "transpose", "part", "entries"],
+    ids=["view", "transpose", "part", "entries", "all of it"],
 )
 def test_a_loss_may_be_a_part_of_a_parameter_that_is_used_elsewhere(
     loss: Callable[[Tensor], Tensor],
@@ -353,7 +354,8 @@ def test_a_loss_may_be_a_part_of_a_parameter_that_is_used_elsewhere(
         weight = randn(30, 20).requires_grad_()
         return [F.linear(randn(2, 20), weight).square().mean(), loss(weight)], [weight]
 
-    _check(make, None)
+    for budget in (None, ALWAYS):
+        _check(make, budget)
 
 
 def test_losses_that_a_loop_put_into_a_row_start_where_they_were_computed() -> None:
