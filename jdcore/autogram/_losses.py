@@ -2,13 +2,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-import torch
 from torch import Tensor
 
+from jdcore._differentiable import check_accumulates, check_distinct, check_one, trainable
 from jdcore.distributed._sharding import is_dtensor, still_trainable
 from jdcore.errors import ParameterError, ParameterTypeError
 from jdcore.graph import Objectives, is_transformed, reach
-from jdcore.validators import describe_tensor, is_frozen, tensor_list
+from jdcore.validators import describe_tensor, tensor_list
+
+_REMEDY = "Compute the losses as one dense floating tensor, such as torch.stack of them."
+_DISPATCH = Tensor.__torch_dispatch__
 
 
 def objectives_of(
@@ -24,8 +27,7 @@ def objectives_of(
     outputs = [losses] if isinstance(losses, Tensor) else _several(losses, batch_dim, parameter)
     for i, output in enumerate(outputs):
         label = parameter if isinstance(losses, Tensor) else f"{parameter}[{i}]"
-        if not output.is_floating_point():
-            raise ParameterTypeError(label, "a floating Tensor", describe_tensor(output))
+        check_one(output, label, _REMEDY)
         if is_transformed(output):
             raise ParameterError(
                 label,
@@ -33,22 +35,15 @@ def objectives_of(
                 "a tensor inside of vmap, grad or jvp",
                 "Let the transform return the losses, and call autogram on these.",
             )
-        kind = _unusable_kind(output) or _own_kind(output)
-        if kind is not None:
+        # Numbers of such a wrapper are somewhere else. Of DTensors there is more to say than this.
+        if not is_dtensor(output) and type(output).__torch_dispatch__ is not _DISPATCH:
             raise ParameterError(
                 label,
-                "dense, in memory",
-                f"{describe_tensor(output)}, which is {kind}",
-                "Compute the losses as one dense tensor, such as torch.stack of them.",
+                "a Tensor with numbers of its own",
+                f"a {type(output).__name__} with a __torch_dispatch__ of its own",
+                _REMEDY,
             )
-        # By identity, since `in` would compare the entries of tensors.
-        if any(output is other for other in outputs[:i]):
-            raise ParameterError(
-                label,
-                "another tensor than those before it",
-                "one that came already",
-                "If an objective is really meant twice, give a copy: tensor.clone().",
-            )
+    check_distinct(outputs, parameter)
     # With samples, a leaf as losses has no operation that could show where the samples are.
     one = isinstance(losses, Tensor) and batch_dim is not None and losses.grad_fn is None
     if one or not any(output.requires_grad for output in outputs):
@@ -124,34 +119,17 @@ def wanted_leaves(objectives: Objectives, inputs: Tensor | Iterable[Tensor] | No
     if inputs is None:
         return still_trainable(reach(objectives.outputs).leaves)
     given = tensor_list(inputs, "inputs")
+    found = trainable(given, "inputs")
     for i, tensor in enumerate(given):
-        label = f"inputs[{i}]"
-        if is_frozen(tensor):  # of any kind, such as the integers of quantized layers
-            continue
-        if not tensor.is_floating_point():
-            raise ParameterTypeError(
-                label, "a Tensor of a real floating dtype", describe_tensor(tensor)
-            )
-        if not tensor.requires_grad:
-            raise ParameterError(
-                label, "a tensor that requires grad", describe_tensor(tensor) + " that does not"
-            )
         if not tensor.is_leaf and objectives.batch_dim is not None:
             raise ParameterError(
-                label,
+                f"inputs[{i}]",
                 "a leaf where `batch_dim` is given",
                 "the result of an operation",
                 "Detach it and let the detached tensor require grad.",
             )
-        if not tensor.is_leaf and not tensor.retains_grad:
-            raise ParameterError(
-                label,
-                "a leaf, or a tensor that retains its gradient",
-                describe_tensor(tensor),
-                "Call .retain_grad() on it before.",
-            )
-    # Frozen parameters are skipped, as optimizers skip them: fine-tuning passes all of a model.
-    return [tensor for tensor in dict.fromkeys(given) if tensor.requires_grad]
+    check_accumulates(given, "inputs")
+    return found
 
 
 def refuse_divided(outputs: Sequence[Tensor]) -> None:
@@ -168,39 +146,3 @@ def refuse_divided(outputs: Sequence[Tensor]) -> None:
                 f"{describe_tensor(output)} that is a DTensor",
                 "Give losses.full_tensor(), or losses.to_local() for the samples of this process.",
             )
-
-
-def refuse_unusable(wanted: Sequence[Tensor], parameter: str) -> None:
-    """
-    Refuse tensors that have no dense real gradient in this process.
-
-    :raises ParameterError: Naming the kind of tensor.
-    """
-    for tensor in wanted:
-        kind = _unusable_kind(tensor)
-        if kind is not None:
-            raise ParameterError(
-                parameter,
-                "dense and real, in memory",
-                f"{describe_tensor(tensor)}, which is {kind}",
-                "Freeze it (requires_grad_(False)), or use a dense real tensor in its place.",
-            )
-
-
-def _unusable_kind(tensor: Tensor) -> str | None:
-    """What keeps a tensor from being dense and real, and in memory."""
-    if tensor.is_complex():
-        return "complex"
-    if tensor.is_nested:
-        return "nested"
-    if tensor.layout != torch.strided:
-        return f"of the layout {str(tensor.layout).removeprefix('torch.')}"
-    return "on the meta device" if tensor.is_meta else None
-
-
-def _own_kind(tensor: Tensor) -> str | None:
-    """What keeps losses from having numbers of their own: those of wrappers are somewhere else."""
-    # Of those divided among processes there is more to say than this.
-    if type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__ or is_dtensor(tensor):
-        return None
-    return f"a {type(tensor).__name__} with a __torch_dispatch__ of its own"

@@ -9,16 +9,19 @@ import torch
 from attrs import frozen
 from torch import Tensor
 
+from jdcore._differentiable import check_one
 from jdcore._fields import check_grads, disjoint, write_grads
 from jdcore._modes import plain_modes
 from jdcore.aggregation import GramianSource, weigh
 from jdcore.aggregation._nested_state import state_kept
-from jdcore.autogram._losses import refuse_divided, refuse_unusable
+from jdcore.autogram._losses import refuse_divided
 from jdcore.autogram._rules import RULES_IN_USE
 from jdcore.distributed._refusals import refuse_replicated, refuse_sharded
 from jdcore.errors import ParameterError, UnservedGraphError
 from jdcore.graph import Jacobian, Objectives, Plans, products_of
 from jdcore.linalg import unflatten_gramian
+
+_REMEDY = "Freeze it (requires_grad_(False)), or use a dense real tensor in its place."
 
 
 @frozen(eq=False)
@@ -65,7 +68,8 @@ class Step:
         # copies would drift apart.
         if not (together or report):
             refuse_replicated(self.wanted, self.parameter)
-        refuse_unusable(self.wanted, self.parameter)
+        for tensor in self.wanted:
+            check_one(tensor, self.parameter, _REMEDY)
         jacobian = Jacobian(
             self.objectives,
             self.wanted,

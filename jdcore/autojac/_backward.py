@@ -4,9 +4,9 @@ from collections.abc import Iterable, Sequence
 
 from torch import Tensor
 
+from jdcore._differentiable import check_accumulates, check_differentiable, trainable
 from jdcore._fields import check_jacs
 from jdcore._modes import plain_modes
-from jdcore.autojac import _checks as checks
 from jdcore.autojac._hidden import may_reach
 from jdcore.autojac._initial import begun, inputs_or_leaves
 from jdcore.autojac.transform import AccumulateJac
@@ -99,10 +99,10 @@ def reached(found: Reach, inputs: Tensor | Iterable[Tensor] | None) -> list[Tens
     targets = inputs_or_leaves(found, inputs)
     gathered = Gathered()
     if inputs is None:
-        checks.check_differentiable(targets, "inputs")
+        check_differentiable(targets, "inputs")
     else:
-        given = checks.trainable(targets, "inputs")
-        checks.check_accumulates(given, "inputs")
+        given = trainable(targets, "inputs")
+        check_accumulates(given, "inputs")
         targets = may_reach(found, [gathered.leaf(tensor) for tensor in given])
     if not targets:
         raise ParameterError(

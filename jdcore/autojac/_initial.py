@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from attrs import frozen
 from torch import Tensor
 
+from jdcore._differentiable import check_real
 from jdcore.autojac import _checks as checks
 from jdcore.autojac._hidden import default_error, is_reentrant
 from jdcore.autojac.transform import Diagonalize, Init, Transform
@@ -120,7 +121,7 @@ def initial_jacobians(
     if value is None:
         return None
     jacobians = tensor_list(value, parameter)
-    checks.check_real(jacobians, parameter)
+    check_real(jacobians, parameter)
     _check_count(jacobians, outputs, parameter)
     m = jacobians[0].shape[0] if jacobians[0].ndim else 0
     for i, (jacobian, output) in enumerate(zip(jacobians, outputs, strict=True)):
@@ -160,7 +161,7 @@ def initial_gradients(
                 )
         return None
     gradients = tensor_list(value, parameter)
-    checks.check_real(gradients, parameter)
+    check_real(gradients, parameter)
     _check_count(gradients, outputs, parameter)
     for i, (gradient, output) in enumerate(zip(gradients, outputs, strict=True)):
         if gradient.shape != output.shape:

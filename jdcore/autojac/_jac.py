@@ -4,8 +4,8 @@ from collections.abc import Iterable, Sequence
 
 from torch import Tensor
 
+from jdcore._differentiable import check_differentiable
 from jdcore._modes import plain_modes
-from jdcore.autojac import _checks as checks
 from jdcore.autojac._initial import begun, inputs_or_leaves
 from jdcore.distributed._passes import is_spread
 from jdcore.distributed._sharding import Gathered
@@ -71,7 +71,7 @@ def _targets(found: Reach, inputs: Tensor | Iterable[Tensor] | None) -> list[Ten
     # Leaves of a graph under FSDP2 are gathered parameters that nobody holds: the answer is given
     # for those that optimizers know.
     targets = gathered.shards(inputs_or_leaves(found, inputs))
-    checks.check_differentiable(targets, "inputs")
+    check_differentiable(targets, "inputs")
     spread = is_spread([*targets, *found.leaves])
     for i, target in enumerate(targets):
         if not target.requires_grad:

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 from attrs import frozen
 from torch import Tensor
 
+from jdcore._differentiable import check_accumulates, check_differentiable, trainable
 from jdcore.autojac import _checks as checks
 from jdcore.autojac._hidden import default_error, hides, is_reentrant, may_reach
 from jdcore.distributed._gathering import has_hooks, without_hooks
@@ -176,7 +177,7 @@ def _shown(graphs: Iterable[Reach], tensor: Tensor) -> bool:
 
 def _shared(trunk: Reach, heads: list[Reach], named: list[Tensor] | None) -> list[Tensor]:
     if named is None:
-        checks.check_differentiable(trunk.leaves, "shared_params")
+        check_differentiable(trunk.leaves, "shared_params")
         return still_trainable(trunk.leaves)
     return [p for p in named if any(may_reach(graph, [p]) for graph in (trunk, *heads))]
 
@@ -214,9 +215,9 @@ def _named(params: Iterable[Tensor], parameter: str) -> list[Tensor]:
     """The trainable ones among parameters, possibly none."""
     gathered = Gathered()
     tensors = [gathered.leaf(t) for t in tensor_list(params, parameter, least=0)]
-    trainable = checks.trainable(tensors, parameter)
-    checks.check_accumulates(trainable, parameter)
-    return trainable
+    found = trainable(tensors, parameter)
+    check_accumulates(found, parameter)
+    return found
 
 
 def _check_overlap(shared: list[Tensor], tasks: list[list[Tensor]]) -> None:

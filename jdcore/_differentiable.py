@@ -1,0 +1,118 @@
+"""Checks of tensors that are differentiated, or with respect to which."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from jdcore.errors import ParameterError, ParameterTypeError
+from jdcore.validators import describe_tensor, is_frozen
+
+
+def check_kind(tensor: Tensor, name: str, remedy: str | None = None) -> None:
+    """
+    Check that a tensor is dense and real.
+
+    :param name: What it is called.
+    :param remedy: What to do about it; by default what suits the kind of tensor.
+    :raises ParameterTypeError: If it is not of a real floating dtype, or nested or sparse.
+    """
+    if not tensor.is_floating_point():
+        parts = "Give real and imaginary parts apart: torch.view_as_real(tensor)."
+        hint = remedy or (parts if tensor.is_complex() else None)
+        raise ParameterTypeError(name, "of a real floating dtype", describe_tensor(tensor), hint)
+    # autograd differentiates these, but vmap, views of rows and sums in place do not know them.
+    if tensor.is_nested or tensor.layout != torch.strided:
+        kind = "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")
+        raise ParameterTypeError(
+            name,
+            "a dense Tensor",
+            f"a {kind} Tensor",
+            remedy or "Differentiate the values of a nested or sparse Tensor: tensor.values().",
+        )
+
+
+def check_real(tensors: Sequence[Tensor], parameter: str) -> None:
+    """:func:`check_kind` for all of a list."""
+    for i, tensor in enumerate(tensors):
+        check_kind(tensor, f"{parameter}[{i}]")
+
+
+def check_one(tensor: Tensor, name: str, remedy: str | None = None) -> None:
+    """
+    Check that a tensor is of a kind that can be differentiated, or with respect to which.
+
+    :raises ParameterTypeError: As :func:`check_kind`.
+    :raises ParameterError: If it is on the meta device.
+    """
+    check_kind(tensor, name, remedy)
+    if tensor.is_meta:
+        raise ParameterError(
+            name, "a Tensor that holds values", "a Tensor on the meta device", remedy
+        )
+
+
+def check_differentiable(tensors: Sequence[Tensor], parameter: str) -> None:
+    """:func:`check_one` for all of a list."""
+    for i, tensor in enumerate(tensors):
+        check_one(tensor, f"{parameter}[{i}]")
+
+
+def check_distinct(tensors: Sequence[Tensor], parameter: str) -> None:
+    """
+    Check that no tensor comes twice.
+
+    :raises ParameterError: Naming the first repetition.
+    """
+    # Tensors are told apart by identity here: their hash is that of the object.
+    first: dict[Tensor, int] = {}
+    for i, tensor in enumerate(tensors):
+        if tensor in first:
+            raise ParameterError(
+                parameter,
+                "distinct tensors",
+                f"the same one at positions {first[tensor]} and {i}",
+                "If an objective is really meant twice, give a copy: tensor.clone().",
+            )
+        first[tensor] = i
+
+
+def trainable(tensors: Iterable[Tensor], parameter: str) -> list[Tensor]:
+    """
+    The distinct tensors among those given, without frozen parameters.
+
+    :raises ParameterTypeError: If another tensor than these is not of a real floating dtype.
+    :raises ParameterError: If a tensor that is not an ``nn.Parameter`` does not require grad.
+    """
+    given = list(tensors)
+    for i, tensor in enumerate(given):
+        # Frozen ones may be of any kind, such as the integers of quantized layers.
+        if is_frozen(tensor):
+            continue
+        check_one(tensor, f"{parameter}[{i}]")
+        if not tensor.requires_grad:
+            raise ParameterError(
+                f"{parameter}[{i}]",
+                "a tensor that requires grad",
+                describe_tensor(tensor) + " that does not",
+            )
+    return [tensor for tensor in dict.fromkeys(given) if tensor.requires_grad]
+
+
+def check_accumulates(tensors: Sequence[Tensor], parameter: str) -> None:
+    """
+    Check that tensors keep what is accumulated into them.
+
+    :raises ParameterError: If a tensor is neither a leaf nor retains its gradient.
+    """
+    for i, tensor in enumerate(tensors):
+        node = tensor.grad_fn
+        if node is not None and not tensor.retains_grad:
+            raise ParameterError(
+                f"{parameter}[{i}]",
+                "a leaf, or a tensor that retains its gradient",
+                describe_tensor(tensor) + f" computed by {node.name()}",
+                "Call .retain_grad() on it before, or use jac to get its Jacobian directly.",
+            )
