@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -55,21 +56,13 @@ def take_step(
     holders = find_holders(tensors, group, named=named)
     if holders is None:
         return make_step().backward(chosen, retain_graph=retain_graph, second_pass=second_pass)
-    return _backward_together(
-        make_step,
-        holders,
-        chosen,
-        retain_graph=retain_graph,
-        second_pass=second_pass,
-        per_process=per_process,
-    )
+    return _together(make_step, holders, chosen, retain_graph, second_pass, per_process)
 
 
-def _backward_together(
+def _together(
     make_step: Callable[[], Step],
     holders: Holders,
     weighting: Callable[[Tensor], Tensor],
-    *,
     retain_graph: bool,
     second_pass: bool,
     per_process: bool,
@@ -111,10 +104,16 @@ def _backward_together(
             shard = Gathered().shard
             written = map(shard, [*changed.values(), *jacobian.graph.retained])
             check_grads(t for t in written if t.grad is None or not t.grad.is_sparse)
-            weigh = _own_weights if per_process else _all_weights
-            weights, own, rows = weigh(
-                step, jacobian, weighting, meeting, holders.group, retain_graph
-            )
+            if per_process:
+                [output] = step.objectives.outputs
+                compute = partial(jacobian.gramian, keep=True, retain_graph=retain_graph)
+                source = source_of(jacobian, output.detach().reshape(-1), compute)
+                weights = weights_of(weighting, source, step.shape)
+                own, rows = weights.to(output.device).reshape(-1), dict[Tensor, Share]()
+            else:
+                weights, own, rows = _all_weights(
+                    step, jacobian, weighting, meeting, holders.group, retain_graph
+                )
             if jacobian.roots is not None:
                 gradients = jacobian.weighted(own, retain_graph=retain_graph)
             else:
@@ -133,26 +132,6 @@ def _backward_together(
     return step.for_user(weights)
 
 
-def _own_weights(
-    step: Step,
-    jacobian: Jacobian,
-    weighting: Callable[[Tensor], Tensor],
-    meeting: Meeting,
-    group: Group,
-    retain_graph: bool,
-) -> tuple[Tensor, Tensor, Mapping[Tensor, Share]]:
-    # Nothing is exchanged before the gradients: the arguments are those of the other way to weigh.
-    del meeting, group
-    [output] = step.objectives.outputs
-    source = source_of(
-        jacobian,
-        output.detach().reshape(-1),
-        lambda: jacobian.gramian(keep=True, retain_graph=retain_graph),
-    )
-    weights = weights_of(weighting, source, step.shape)
-    return weights, weights.to(output.device).reshape(-1), {}
-
-
 def _all_weights(
     step: Step,
     jacobian: Jacobian,
@@ -160,7 +139,7 @@ def _all_weights(
     meeting: Meeting,
     group: Group,
     retain_graph: bool,
-) -> tuple[Tensor, Tensor, Mapping[Tensor, Share]]:
+) -> tuple[Tensor, Tensor, dict[Tensor, Share]]:
     """
     The weights of all losses, and those of this process, as the mean over processes has them.
 

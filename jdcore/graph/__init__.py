@@ -4,10 +4,11 @@ Reading the autograd graph: what lies behind losses, where the samples are, and 
 It knows no method, no module and no ``.grad``.
 """
 
-from jdcore.graph._agreement import agree, mixed
 from jdcore.graph._batched import (
+    agree,
     batched_gradients,
     is_known_to_be_left,
+    mixed,
     note_left,
     some_are_batched_now,
 )
@@ -26,9 +27,8 @@ from jdcore.graph._hooks import (
 )
 from jdcore.graph._jacobian import Jacobian
 from jdcore.graph._layout import Layout
-from jdcore.graph._leaving import Exit, leaving
 from jdcore.graph._memory import Memory, free_memory
-from jdcore.graph._nesting import OuterPass
+from jdcore.graph._nesting import Exit, OuterPass, leaving
 from jdcore.graph._objectives import Objectives
 from jdcore.graph._operations import (
     EMBEDDING,

@@ -7,12 +7,12 @@ from attrs import frozen
 from torch import Tensor
 
 from jdcore._fields import through_tensor_hooks
+from jdcore.graph._call import pull, pull_rows
 from jdcore.graph._form import Place
 from jdcore.graph._graph import Graph
 from jdcore.graph._memory import Memory
 from jdcore.graph._objectives import Objectives
 from jdcore.graph._plan import Plan
-from jdcore.graph._pull import pull, pull_rows
 from jdcore.graph._short_rows import SHORT, ShortRows
 from jdcore.graph.shares import (
     Accumulator,
