@@ -8,7 +8,7 @@ saved gets :class:`Unreadable` where torch does not show it, and finds a way tha
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from functools import cache
 from typing import Any
 
@@ -104,17 +104,10 @@ def _put_back(raw: Any, value: Tensor) -> None:
     if task < 0 or not isinstance(holder, checkpoint._Holder):
         return
     if holder.handles.get(task) is None:
-        frame = next(_frames(raw.unpack_hook))
+        kept = [cell.cell_contents for cell in raw.unpack_hook.__closure__]
+        [frame] = [frame for frame in kept if isinstance(frame, checkpoint._CheckpointFrame)]
         handle = holder.handles[task] = checkpoint._Handle()
         frame.recomputed[task][handle] = value
-
-
-def _frames(function: Any) -> Iterator[Any]:
-    for cell in getattr(function, "__closure__", None) or ():
-        if isinstance(cell.cell_contents, checkpoint._CheckpointFrame):
-            yield cell.cell_contents
-        elif callable(cell.cell_contents):
-            yield from _frames(cell.cell_contents)
 
 
 def saved_sparse(node: Any) -> bool:

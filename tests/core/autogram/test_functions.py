@@ -104,3 +104,32 @@ def test_arguments_of_all_kinds_and_missing_gradients(use: str, batch_dim: int |
     autogram.backward(losses, lambda _: weights, inputs=[scale], batch_dim=batch_dim)
     assert scale.grad is not None
     assert relative_error(scale.grad, weights @ jacobian) <= 1e-12
+
+
+class _Quiet(torch.autograd.Function):
+    """It returns None where its gradient is zero."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor | None:
+        return grad.clone() if grad.any() else None
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_operations_that_only_some_tasks_reach(first: int) -> None:
+    scale, shift = randn(3).requires_grad_(), randn(3).requires_grad_()
+    parts = [_Quiet.apply(randn(4, 3) * scale), _Quiet.apply(randn(4, 3) + shift)]  # type: ignore[no-untyped-call]
+    losses = torch.stack([part.square().sum(1) for part in (parts[first], parts[1 - first])], 1)
+    jacobian = explicit_jacobian(losses.T, [scale, shift])
+    weights = torch.linspace(-1, 2, 8).view(4, 2)
+    gramian = autogram.gramian(losses, inputs=[scale, shift], batch_dim=0)
+    ordered = gramian.transpose(0, 1).reshape(8, 8)
+    assert relative_error(ordered, jacobian @ jacobian.T) <= 1e-12
+    autogram.backward(losses, lambda _: weights, inputs=[scale, shift], batch_dim=0)
+    assert scale.grad is not None
+    assert shift.grad is not None
+    update = torch.cat([scale.grad, shift.grad])
+    assert relative_error(update, weights.T.flatten() @ jacobian) <= 1e-12

@@ -183,6 +183,15 @@ def test_convolutions_of_one_position_behind_a_layer_with_channels_last(transpos
     check_engine(Net, _flat((1, 4)), 0)
 
 
+@pytest.mark.parametrize("name", ["conv1d grouped, same", "conv transpose 2d"])
+def test_large_images_are_differentiated_one_by_one(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr(_patches, "_ONE_IMAGE", 0)
+    make, shape = LAYERS[name]
+    check_engine(make, _tasks(shape), 0)
+
+
 class _Tokens(nn.Module):
     def __init__(self, **options: object) -> None:
         super().__init__()
@@ -203,7 +212,6 @@ def test_embedding(
     monkeypatch: pytest.MonkeyPatch, options: dict[str, object], scatter: bool
 ) -> None:
     if not scatter:
-        monkeypatch.setattr("jdcore.graph._memory.CAPACITY", 1)
         monkeypatch.setattr("jdcore.graph._memory.CAPACITY", 1)
     check_engine(lambda: _Tokens(**options), lambda m: m(TOKENS).pow(2).sum((1, 2)), 0)
     check_engine(lambda: _Tokens(**options), lambda m: m(TOKENS).pow(2).sum(1)[:, :2], 0)

@@ -102,6 +102,17 @@ class _TiedEmbedding(nn.Module):
         return self.out(self.norm(self.table(tokens)))
 
 
+class _Turned(nn.Module):
+    """The transpose of a parameter is no factor of a matrix product."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.scale = nn.Linear(6, 12), nn.Parameter(randn(4, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.first(x).view(-1, 3, 4) * self.scale.t()).flatten(1).tanh()
+
+
 class _UsedInAllWays(nn.Module):
     """A table that is looked up twice, and a factor of two products, once transposed."""
 
@@ -274,6 +285,7 @@ SCENARIOS = {
     "module reuse": Scenario(_Reuse),
     "tied weights across modules": Scenario(_Tied),
     "tied weights of different layers": Scenario(_TiedEmbedding, _of_tokens),
+    "a transpose that scales": Scenario(_Turned),
     "one table in all ways": Scenario(_UsedInAllWays, _of_tokens),
     "one table in all ways, looked up at last": Scenario(lambda: _UsedInAllWays(True), _of_tokens),
     "in-place ReLU and other in-place operations": Scenario(_InPlace),

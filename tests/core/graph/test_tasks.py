@@ -129,6 +129,17 @@ def _some_reach_little() -> tuple[list[Tensor], list[Tensor]]:
     return [*losses, torch.zeros(())], [*net.parameters(), own, unused]
 
 
+def _a_row_below_heads() -> tuple[list[Tensor], list[Tensor]]:
+    net = _Net()
+    row = net.trunk(randn(7, 4)).mean(0)
+    return [*(head(row).square().sum() for head in net.heads[:2]), row], list(net.parameters())
+
+
+def _one_is_absent() -> tuple[list[Tensor], list[Tensor]]:
+    losses, leaves = _separate()
+    return [*losses[:2], torch.ones(2), *losses[2:]], leaves
+
+
 def _deep_and_shallow() -> tuple[list[Tensor], list[Tensor]]:
     """Some losses enter the trunk at several depths, and one is a part of it."""
     net = _Net()
@@ -219,6 +230,7 @@ MODELS = {
         *(_separate, _in_a_row, _in_rows_of_rows, _one_vector, _norms, _samples_mix),
         *(_some_reach_little, _deep_and_shallow, _tied, _recurrent, _parts_of_one_result),
         *(_infinite_elsewhere, _retained, _heads_of_all_kinds),
+        *(_a_row_below_heads, _one_is_absent),
     )
 }
 
@@ -234,6 +246,7 @@ def test_gramian_and_gradient_are_those_of_plain_rows(name: str, budget: int | N
     [
         *(("in_a_row", [5]), ("one_vector", [6]), ("samples_mix", [4]), ("recurrent", [4])),
         *(("norms", [4]), ("parts_of_one_result", [3]), ("some_reach_little", [])),
+        *(("a_row_below_heads", [8]), ("one_is_absent", [5])),
     ],
 )
 def test_what_all_losses_pass_through_is_passed_once(
