@@ -93,14 +93,10 @@ class Jacobian:
             self._take_plain_rows(_TAMPERED)
         self.roots: RootShares | None = None
         """Once they were made, the shares."""
-        self._plan: Plan
-        self._settled: Plan | None = None
 
     def goes_one_by_one(self) -> bool:
         """Whether each loss gets a backward pass of its own, which may show in the first ones."""
-        if self._settled is None:
-            with torch.no_grad(), self.fields_unchanged():
-                self._settled = self._find_plan()
+        self._plan  # noqa: B018 - to look for it may show this
         return self.one_by_one is not None
 
     def _refuse_hooks_for_several(self) -> None:
@@ -164,7 +160,7 @@ class Jacobian:
         """
         with torch.no_grad():
             with self.fields_unchanged():
-                plan = self._plan = self._settled or self._find_plan()
+                plan = self._plan
                 given = self.graph, self.objectives, plan, self._hooked, self.memory, total
                 self.roots = RootShares(*given, report=self._report)
                 serving = Serving(self.graph, plan, self._rules, self.memory, self.roots)
@@ -190,6 +186,11 @@ class Jacobian:
         self._apart = True
         self._hooked = set(self.graph.wanted)
         self.__dict__.pop("_of_tasks", None)  # it is another one now
+
+    @cached_property
+    def _plan(self) -> Plan:
+        with torch.no_grad(), self.fields_unchanged():
+            return self._find_plan()
 
     def _find_plan(self) -> Plan:
         if not isinstance(self.objectives, OneByOne):
