@@ -18,8 +18,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from jdcore import _differentiable
 from jdcore.aggregation import GramianAggregator
-from jdcore.autojac import _checks, _vmap, backward, jac, jac_to_grad, mtl_backward
+from jdcore.autojac import _vmap, backward, jac, jac_to_grad, mtl_backward
 from jdcore.autojac._problem import Problem
 from jdcore.autojac._vmap import Kind, choose_chunk_size
 from jdcore.autojac.transform import Diagonalize, Init
@@ -76,7 +77,7 @@ def _fresh() -> None:
 @pytest.fixture
 def _meta_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
     """Meta tensors, which hold nothing to be differentiated, and which torch does not autocast."""
-    monkeypatch.setattr(_checks, "check_differentiable", lambda *_: None)
+    monkeypatch.setattr(_differentiable, "check_one", lambda *_: None)
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)
 
 
