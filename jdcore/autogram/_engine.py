@@ -135,10 +135,14 @@ class Engine:
                 raise ParameterError(name, "a vector of losses", describe_tensor(losses))
         trainable, both = self._trainable(), objectives_of([output, other], None, "output")
         step = self._step_of(both, trainable, None)
-        if self._batch_dim is None:
-            # The losses of both batches as one vector: what is wanted is above the diagonal blocks.
-            return step.gramian()[: len(output), len(output) :].clone()
-        return step.for_user(crossed(self._step(output, trainable), self._step(other, trainable)))
+        batches = self._step(output, trainable), self._step(other, trainable)
+        if self._batch_dim is not None:
+            return step.for_user(crossed(*batches))
+        for batch in batches:
+            with batch.opened():
+                pass  # each of them is refused by itself where it depends on no parameter
+        # The losses of both batches as one vector: what is wanted is above the diagonal blocks.
+        return step.gramian()[: len(output), len(output) :].clone()
 
     def backward(
         self,

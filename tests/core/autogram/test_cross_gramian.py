@@ -12,6 +12,7 @@ from jdcore import ParameterError, ParameterTypeError
 from jdcore.aggregation import CrossGramianWeighting, GramianSource, LossWeighting, weigh
 from jdcore.autogram import Engine
 from jdcore.autojac import jac
+from jdcore.errors import UnservedGraphError
 from tests.core.autogram.oracle import explicit_jacobian, randn, relative_error
 
 
@@ -187,6 +188,17 @@ def test_unusable_losses_are_refused(other: Any, error: type[Exception], message
 
     with pytest.raises(error, match=message):
         Engine(model, batch_dim=None).cross_gramian(losses, other)
+
+
+@pytest.mark.parametrize("batch_dim", [0, None])
+def test_a_batch_of_another_model_is_refused(batch_dim: int | None) -> None:
+    """Its products with the other one would be zero."""
+    model, copy = model_of("dense").double(), model_of("dense").double()
+    engine = Engine(model, batch_dim=batch_dim)
+    own, foreign = (losses_of(net, "dense", 1, 6) for net in (model, copy))
+    for pair in ((own, foreign), (foreign, own)):
+        with pytest.raises(UnservedGraphError, match="do not depend on it"):
+            engine.cross_gramian(*pair)
 
 
 def test_one_batch_twice_is_refused() -> None:
