@@ -21,7 +21,8 @@ class Check:
     :param operation: The operations that it enters.
     :param share: The forms of its shares of the Jacobian.
     :param rule: What made them.
-    :param error: Relative error of its Gramian or of its weighted gradient, the larger one.
+    :param error: Relative error of its Gramian or of its weighted gradient, the larger one; for a
+        parameter whose rows are zero but for rounding, relative to the longest rows of all.
     """
 
     parameter: str
@@ -77,10 +78,20 @@ def verified(step: Step, names: Mapping[Tensor, str]) -> Verification:
         # Plain passes write the `.grad` of what retains it.
         with whole.fields_unchanged():
             rows = _rows(step, list(entries))
+    longest = max((float(of_tensor.norm()) for of_tensor in rows), default=0.0)
+    # Rows shorter than that are zero but for rounding, as those of a bias in front of a norm.
+    nothing = _ROUNDING * torch.finfo(whole.graph.form.precision).eps * longest
     checks = [
         # One parameter at a time: an error shows at the parameter that it comes from, and cannot
         # drown in the sum over all.
-        evolve(check, error=_error(evolve(step, wanted=[tensor], all_leaves=False), of_tensor))
+        evolve(
+            check,
+            error=_error(
+                evolve(step, wanted=[tensor], all_leaves=False),
+                of_tensor,
+                longest if of_tensor.norm() <= nothing else 0.0,
+            ),
+        )
         for (tensor, check), of_tensor in zip(entries.items(), rows, strict=True)
     ]
     return Verification(tuple(checks))
@@ -142,7 +153,17 @@ def _rows(step: Step, tensors: list[Tensor]) -> list[Tensor]:
     return [torch.stack(of_tensor) for of_tensor in rows]
 
 
-def _error(step: Step, rows: Tensor) -> float:
+_ROUNDING = 100.0
+"""Times the eps of their precision, what is left of rows that cancel."""
+
+
+def _error(step: Step, rows: Tensor, length: float) -> float:
+    """
+    The error of one parameter.
+
+    :param rows: Its rows by plain passes.
+    :param length: What to measure rows by that are zero but for rounding; else zero.
+    """
     # All different and of both signs, so that rows in a wrong order show.
     weights = torch.linspace(-1.0, 2.0, len(rows), dtype=torch.float64, device=rows.device)
     # The Gramian does not see everything: rows that are all rotated alike have the same one, but
@@ -153,12 +174,13 @@ def _error(step: Step, rows: Tensor) -> float:
         gradient = jacobian.weighted(weights, retain_graph=True)[tensor]
     expected = rows @ rows.T
     return max(
-        _relative(gramian, expected), _relative(gradient.to_dense().flatten(), weights @ rows)
+        _relative(gramian, expected, length**2),
+        _relative(gradient.to_dense().flatten(), weights @ rows, length),
     )
 
 
-def _relative(got: Tensor, expected: Tensor) -> float:
-    error, scale = (got.double() - expected).norm(), expected.norm()
+def _relative(got: Tensor, expected: Tensor, length: float) -> float:
+    error, scale = (got.double() - expected).norm(), expected.norm().clamp(min=length)
     return float(error / scale) if scale > 0 else float(error)
 
 

@@ -514,6 +514,28 @@ def test_verification_names_every_parameter() -> None:
 # -- two batches -----------------------------------------------------------------------------------
 
 
+class _Attention(nn.Module):
+    """Whose gradient of the bias of keys is zero."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.key, self.value = (nn.Linear(4, 4) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        factors = self.query(x), self.key(x), self.value(x)
+        return nn.functional.scaled_dot_product_attention(*factors)
+
+
+def test_verification_takes_no_rounding_for_an_error() -> None:
+    for seed in range(3):
+        torch.manual_seed(seed)
+        net = _Attention()
+        losses = net(torch.randn(B, 5, 4)).square().sum((1, 2))
+        found = Engine(net, batch_dim=0).verify(losses)
+        assert found.worst < 1e-12
+        assert "key.bias" in [check.parameter for check in found]
+
+
 def test_the_cross_gramian_is_that_of_both_jacobians() -> None:
     table, net = nn.Embedding(9, 6), nn.Sequential(nn.Linear(6, 6), nn.LayerNorm(6), nn.Tanh())
     convolution = nn.Conv1d(6, 4, 3)
