@@ -14,7 +14,8 @@ import numpy as np
 import torch
 
 from jdcore.linalg import equilibrate, product
-from jdplugins.standard._solvers._alone import LARGE, solve_one
+from jdplugins.standard._solvers._active_set import WORK, ActiveSet
+from jdplugins.standard._solvers._alone import EXACT, LARGE, solve_one
 from jdplugins.standard._solvers._lcp import ROUGH, Floats
 from jdplugins.standard._solvers._semidefinite import is_plausible
 from jdplugins.standard._solvers._tiny import Rows, roots_of, solve_few
@@ -56,9 +57,6 @@ def project_few(gramian: Floats, references: Floats) -> Floats | None:
     if k == 1:
         z, residual = solve_one(cosines, Q[0])
         Z = z[None] if residual <= ROUGH else None
-        if Z is not None and z.max() > LARGE:
-            given = cosines, references * norms / scales, Q, Z
-            Z = Z if is_plausible(*map(torch.from_numpy, given)) else None
     else:
         cosines.flat[:: m + 1] = 1.0  # of zero rows, too, which are left alone then
         try:
@@ -67,6 +65,10 @@ def project_few(gramian: Floats, references: Floats) -> Floats | None:
             Z = None
     if Z is None:
         return None
+    if Z.max() > LARGE:
+        given = cosines, references * norms / scales, Q, Z
+        if not is_plausible(*map(torch.from_numpy, given)):
+            return None
     found = references + Z * inverses * scales
     return found
 
@@ -92,7 +94,7 @@ def _identity(m: int) -> Floats:
 
 
 def _exchanged(C: Floats, Q: Floats) -> Floats | None:
-    """Solutions of the LCPs of all rows of Q, by block pivoting; None where they are not exact."""
+    """Solutions of the LCPs of all rows of Q, together at first; None where they are not exact."""
     identity = _identity(len(C))
     # A residual does not tell answers from others where rows depend on each other to rounding.
     if np.linalg.cholesky(C).diagonal().min() < _INDEPENDENT:
@@ -109,10 +111,16 @@ def _exchanged(C: Floats, Q: Floats) -> Floats | None:
         wrong = np.abs(gaps) > _EXACT * (1.0 + z.max(axis=1, initial=0.0, keepdims=True))
         Z[rows] = z
         going = wrong.any(axis=1)
-        if not going.any():
-            return np.maximum(Z, 0.0) if Z.max() <= LARGE else None
         rows, q, passive = rows[going], q[going], passive[going] ^ wrong[going]
-    return None
+        if not rows.size:
+            break
+    # Where rows depend on each other, a few of many go on exchanging the same entries.
+    method = ActiveSet(C, WORK)
+    for row, vector in zip(rows, q, strict=True):
+        Z[row], residual = method.solve(vector, np.zeros_like(vector))
+        if residual > EXACT:
+            return None
+    return np.maximum(Z, 0.0)
 
 
 def _project_handful(G: Rows, references: list[list[float]]) -> list[list[float]] | None:

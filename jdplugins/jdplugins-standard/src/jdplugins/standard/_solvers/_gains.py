@@ -23,12 +23,15 @@ import numpy as np
 from attrs import frozen
 from numpy.typing import NDArray
 
+from jdcore.aggregation import report_residual
 from jdcore.linalg import equilibrate, product, solve_definite
+from jdplugins.standard._solvers._gains_of_few import balance_few
 from jdplugins.standard._solvers._unsolved import UNSOLVED, warn_if_unsolved
 from jdplugins.standard._spectrum import spectrum
 
 Floats = NDArray[np.float64]
 
+_FEW = 8  # rows, up to which a call of numpy takes longer than the arithmetic
 _PROXIMAL = 1e-12
 _STEPS = 100
 # From this number of rows on, a factorisation takes longer than a product for every 8 of them.
@@ -63,6 +66,11 @@ class Gains:
         :param level: Squared length of a combination of unit rows that is rounding, for all rows or
             for each [m].
         """
+        if 0 < len(gramian) <= _FEW and not logarithms.any():
+            few = balance_few(gramian.tolist(), self.exponent)
+            if few is not None:
+                report_residual(lambda: few[1])
+                return np.array(few[0])
         cosines, norms, inverses = equilibrate(gramian)
         rows = np.flatnonzero(norms)
         weights = np.zeros_like(norms)
