@@ -52,9 +52,9 @@ def combine(
         entries = np.asarray(weights, np.float64)
         exact = exact or _extreme(entries)
         vector = torch.from_numpy(entries.astype(np.float64 if exact else np.float32))
+    kind = "cpu"
     if not block.is_cpu:
-        vector = vector.to(block.device)
-    kind = block.device.type
+        vector, kind = vector.to(block.device), block.device.type
     if torch.is_autocast_enabled(kind):  # asked here, since to enter no context takes longer
         with without_autocast(kind):
             return _summed(vector, block)
