@@ -69,7 +69,8 @@ class Graph:
         names: list[str] = []
         inputs: list[tuple[Place, ...]] = []
         described: list[tuple[tuple[Any, ...], ...]] = []
-        nodes, index = self.nodes, self._index
+        nodes = self.nodes
+        known: dict[Any, int] = {None: -1, **self._index}
         # A list that grows rather than recursion: graphs are deeper than Python's stack.
         for node in nodes:
             name = node.name()
@@ -88,13 +89,15 @@ class Graph:
                 )
             edges = []
             for child, result in node.next_functions:
-                number = -1 if child is None else index.get(child)
+                number = known.get(child)
                 if number is None:
-                    number = index[child] = len(nodes)
+                    number = known[child] = len(nodes)
                     nodes.append(child)
                 edges.append((number, result))
             inputs.append(tuple(edges))
             described.append(results_of(node))
+        del known[None]
+        self._index = known
         return tuple(names), tuple(inputs), tuple(described)
 
     @cached_property

@@ -8,8 +8,9 @@ saved gets :class:`Unreadable` where torch does not show it, and finds a way tha
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import cache
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -160,26 +161,39 @@ def plain_attributes(node: Any) -> tuple[Any, ...]:
     Two operations with the same name, shapes and integers move entries in the same way, unless they
     move them by an index tensor.
     """
+    names, read = _plain_reader(type(node))  # type: ignore[arg-type]  # classes can be hashed
+    if not names:
+        return ()
+    values = read(node)
+    if _PLAIN.issuperset(map(type, values)):
+        return values
     # Floats (a slope, a threshold, an epsilon) scale entries or choose among them, and move none,
     # but for the scales of an interpolation.
     return tuple(
         [
             value
-            for name in _plain_names(type(node))  # type: ignore[arg-type]  # classes can be hashed
-            if (value := getattr(node, name)) is None
+            for name, value in zip(names, values, strict=True)
+            if value is None
             or isinstance(value, (int, str, tuple))
             or name.startswith("_saved_scales")
         ]
     )
 
 
+_PLAIN = frozenset({int, bool, str, tuple, type(None)})
+
+
 @cache
-def _plain_names(kind: Any) -> tuple[str, ...]:
+def _plain_reader(kind: Any) -> tuple[tuple[str, ...], Callable[[Any], tuple[Any, ...]]]:
+    """Names of attributes, and what reads them all: by one call, as each step reads all nodes."""
     names = [name for name in dir(kind) if name.startswith("_saved_")]
     raw = {name.removeprefix("_raw") for name in _raw_names(kind)}
     # Tensors have a raw form, too, and are left out, as are the sizes of operands
     # (`_saved_self_sym_sizes`): shapes are compared by themselves.
-    return tuple(n for n in names if n not in raw and "_sym_" not in n)
+    plain = tuple(n for n in names if n not in raw and "_sym_" not in n)
+    if len(plain) > 1:
+        return plain, attrgetter(*plain)
+    return plain, lambda node: tuple([getattr(node, name) for name in plain])
 
 
 def function_of(node: Any) -> type | None:

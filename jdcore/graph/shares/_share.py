@@ -131,7 +131,8 @@ class Accumulator:
     """
 
     def __init__(self, rows: int, device: torch.device, keep: bool, memory: Memory) -> None:
-        self._lower = torch.zeros(rows, rows, dtype=torch.float64, device=device)
+        self._found: Tensor | None = None
+        self._device = device
         self.rows = rows
         self.keep = keep
         self.memory = memory
@@ -142,6 +143,14 @@ class Accumulator:
         self._squares: dict[tuple[int, int], list[Tensor]] = {}
         self.added: list[Addend] = []
         """The shares that were added, if they are kept."""
+
+    @property
+    def _lower(self) -> Tensor:
+        if self._found is None:
+            self._found = torch.zeros(
+                self.rows, self.rows, dtype=torch.float64, device=self._device
+            )
+        return self._found
 
     @property
     def total(self) -> Tensor:
@@ -198,7 +207,7 @@ class Accumulator:
         if n < self.rows:
             self._lower[first : first + n, :c] += product
         elif self.memory.reused:
-            self._lower += product
+            self._lower.add_(product)
         else:
             self.pend(product[None])
 
@@ -212,7 +221,9 @@ class Accumulator:
     def _add_pending(self) -> None:
         for dtype in dict.fromkeys(pending.dtype for pending in self._pending):
             same = [pending for pending in self._pending if pending.dtype == dtype]
-            self._lower += torch.cat(same).sum(0, dtype=torch.float64)
+            joined = torch.cat(same) if len(same) > 1 else same[0]
+            summed = joined.sum(0, dtype=torch.float64)
+            self._found = summed if self._found is None else self._found.add_(summed)
         self._pending.clear()
         self._entries_pending = 0
 
