@@ -21,13 +21,16 @@ Validator = Callable[[Any, "Attribute[Any]", Any], None]
 
 
 def integer(minimum: int) -> Validator:
-    """An int (not a bool) that is at least ``minimum``."""
+    """An int (not a bool) that is at least ``minimum``, and no longer than an index can be."""
 
     def validate(_: Any, attribute: Attribute[Any], value: Any) -> None:
         if isinstance(value, bool) or not isinstance(value, numbers.Integral):
             raise ParameterTypeError(attribute.name, "an int", repr(value))
         if value < minimum:
             raise ParameterError(attribute.name, f">= {minimum}", value)
+        # Longer ones are beyond what torch and numpy take, and some beyond all floats.
+        if int(value) > sys.maxsize:
+            raise ParameterError(attribute.name, f"<= {sys.maxsize}", _shown(int(value)))
 
     return validate
 
@@ -63,7 +66,8 @@ def one_of(*options: str) -> Validator:
     """One of the strings given."""
 
     def validate(_: Any, attribute: Attribute[Any], value: Any) -> None:
-        if value not in options:
+        # Of an array, Python could not tell whether it is one of them.
+        if not isinstance(value, str) or value not in options:
             expected = f"one of {', '.join(map(repr, options))}"
             raise ParameterError(attribute.name, expected, repr(value))
 

@@ -90,7 +90,8 @@ def row_vector(_: Any, attribute: Attribute[Any], value: Any) -> None:
         raise ParameterTypeError(
             attribute.name, expected, describe_tensor(value), "Wrap it: torch.tensor([...])."
         )
-    if value.ndim != 1 or not value.is_floating_point():
+    dense = value.layout == torch.strided and not value.is_nested
+    if not dense or value.ndim != 1 or not value.is_floating_point():
         raise ParameterError(attribute.name, expected, describe_tensor(value))
     if value.device.type != "meta" and not bool(torch.isfinite(value).all()):
         raise ParameterError(attribute.name, expected, value.tolist())

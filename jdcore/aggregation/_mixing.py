@@ -41,7 +41,8 @@ class RowMixing:
     A subclass is an attrs class (``@define(eq=False)``) that implements :meth:`mix`, a matrix M
     [k, m]: the update is that of the wrapped aggregator for ``M J``. If the wrapped method looks at
     the Gramian only, so does the whole, which then has a ``weighting`` and works with autogram;
-    ``M J`` is formed for other methods only, block by block. A field whose validator is
+    ``M J`` is formed for other methods only, block by block. Where M has no rows, the update is
+    zero, and the wrapped aggregator is not asked. A field whose validator is
     :func:`jdcore.validators.row_vector` is checked against the rows and the device at each call.
 
     It is :class:`~jdcore.Stateful`, with the state of the wrapped aggregator, if that has one.
@@ -59,7 +60,7 @@ class RowMixing:
         """
         :param source: A Jacobian of m >= 1 rows. :func:`finite_gramian` gives its Gramian, and
             :func:`row_lengths` the norms of its rows.
-        :returns: float64 array [k, m] with k >= 1.
+        :returns: float64 array [k, m].
         :raises ParameterError: If the method is not defined for this number of rows.
         """
         raise NotImplementedError
@@ -144,6 +145,8 @@ class RowMixing:
             if finite_required(self.check_finite):
                 raise
             return columns.apply(lambda block: block.new_full(block.shape[1:], math.nan)), None
+        if not len(mixing):
+            return columns.apply(lambda block: block.new_zeros(block.shape[1:])), None
         mixed = MixedColumns(columns, mixing, source)
         return self._aggregate_mixed(mixed, _mixed_losses(mixing, source))
 
@@ -228,6 +231,9 @@ class MixedWeighting:
             return torch.empty(0, dtype=torch.float64, device="cpu")
         try:
             mixing = self.mixing.mix(source)
+            if not len(mixing):
+                finite_gramian(source)  # NaN is not to be taken for nothing
+                return torch.zeros(m, dtype=torch.float64, device="cpu")
             # Rows that are mixed to another scale would leave the range of float64 when squared.
             scale = _scale_of(mixing)
             weights = weigh(self.weighting, _mixed_source(mixing / scale, scale, source))

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import numbers
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -82,6 +83,8 @@ def _solver(problem: str, solver: Any, path: str) -> dict[str, Any] | None:
 def _plain(value: Any, path: str) -> Any:
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
+    if isinstance(value, numbers.Integral):  # those of numpy, which arguments may be, are no data
+        return int(value)
     if isinstance(value, Tensor):
         return write_tensor(value, path)
     if isinstance(value, (list, tuple)):

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from attrs import define, field
+from torch import Tensor
 
 from jdcore import ParameterError, ParameterTypeError
-from jdcore.validators import real
+from jdcore.validators import integer, one_of, real, row_vector
 
 
 @define
@@ -45,3 +48,29 @@ def test_other_numbers_are_refused_with_their_bounds(
 def test_what_is_no_real_number_is_refused(value: Any) -> None:
     with pytest.raises(ParameterTypeError, match="`part` must be a real number"):
         Bounded(part=value)
+
+
+@define(eq=False)
+class Chosen:
+    count: int = field(default=1, validator=integer(1))
+    mode: str = field(default="min", validator=one_of("min", "max"))
+    weights: Tensor | None = field(default=None, validator=row_vector)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"count": 2**63}, "`count` must be <= 9223372036854775807, got 9223372036854775808"),
+        ({"count": 10**400}, "`count` must be <= 9223372036854775807, got an integer of 1329 bits"),
+        ({"mode": np.ones(2)}, "`mode` must be one of 'min', 'max', got array"),
+        ({"mode": ["min"]}, "`mode` must be one of 'min', 'max', got \\['min'\\]"),
+        ({"weights": torch.ones(2).to_sparse()}, "`weights` must be .*, got a sparse_coo float32"),
+        (
+            {"weights": torch.nested.nested_tensor([torch.ones(2)], layout=torch.jagged)},
+            "`weights` must be .*, got a nested float32 Tensor",
+        ),
+    ],
+)
+def test_what_cannot_be_used_is_refused_by_name(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ParameterError, match=message):
+        Chosen(**arguments)

@@ -112,6 +112,12 @@ def test_every_kind_of_argument_survives_the_round_trip() -> None:
     assert jdcore.to_config(rebuilt) == config
 
 
+def test_integers_of_numpy_are_written_as_those_of_python() -> None:
+    config = jdcore.to_config(ConfigurableWeighting(steps=np.int64(7)))
+
+    assert through_json(config) == {"name": "configurable", "steps": 7}
+
+
 @given(
     values=st.lists(st.floats(-1e30, 1e30), min_size=1, max_size=5),
     dtype=st.sampled_from([torch.bfloat16, torch.float32, torch.float64]),

@@ -81,3 +81,17 @@ def test_whether_rows_are_dependent_does_not_depend_on_their_order() -> None:
     rows[-1, -1] = 1.2e-3
     last, first = (ConFIG()(r.half()).double() for r in (rows, rows.roll(1, 0)))
     assert float((last - first).norm()) <= 1e-3 * float(last.norm())
+
+
+@pytest.mark.parametrize("scale", [1e-300, 1e-160, 1e160, 1e300])
+def test_only_the_ratios_of_preferences_matter_at_any_scale(scale: float) -> None:
+    preferences = torch.tensor([1.0, 2.0, 0.5], dtype=torch.float64)
+    matrix = torch.tensor([[1.0, 0.0, 0.0], [0.5, 1.0, 0.0], [0.0, 0.3, 2.0]], dtype=torch.float64)
+
+    vector = get_aggregator("config", pref_vector=preferences * scale)(matrix)
+
+    torch.testing.assert_close(vector, get_aggregator("config", pref_vector=preferences)(matrix))
+
+
+def test_preferences_of_zero_ask_for_nothing() -> None:
+    assert not get_aggregator("config", pref_vector=torch.zeros(2))(torch.eye(2)).any()

@@ -66,3 +66,14 @@ def test_a_zero_row_stays_zero() -> None:
     vector = get_aggregator("db_mtl", beta=0.0)(matrix, losses=torch.ones(2))
 
     torch.testing.assert_close(vector, matrix[1])
+
+
+@pytest.mark.parametrize("exponent", [1e300, 10**18])
+def test_a_past_that_decays_at_once_is_forgotten(exponent: float) -> None:
+    aggregator = get_aggregator("db_mtl", beta_sigma=exponent)
+    losses = torch.ones(2)
+    aggregator(torch.tensor([[9.0, 0.0], [0.0, 9.0]]), losses=losses)
+
+    vector = aggregator(torch.tensor([[4.0, 0.0], [0.0, 1.0]]), losses=losses)
+
+    assert vector.tolist() == [4.0, 4.0]

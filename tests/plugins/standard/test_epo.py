@@ -121,3 +121,15 @@ def test_conditions_that_nothing_satisfies_are_told() -> None:
         weights = maximize_on_simplex(np.ones(2), np.array([[1.0, 0.0]]), np.array([3.0]))
 
     assert weights.tolist() == [1.0, 0.0]
+
+
+def test_preferences_whose_products_leave_the_range_are_balanced() -> None:
+    preference = torch.tensor([1e-200, 1.0], dtype=torch.float64)
+    losses = torch.tensor([1e-200, 1.0], dtype=torch.float64)
+    weighting = get_weighting("epo", preference=preference)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        weights = weighting(torch.eye(2, dtype=torch.float64), losses=losses)
+
+    assert weights.tolist() == [0.0, 1.0]

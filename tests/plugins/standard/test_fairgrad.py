@@ -191,3 +191,8 @@ def test_a_fairness_beyond_what_float64_can_solve_warns() -> None:
         weights = get_weighting("fairgrad", alpha=1e-300)(torch.tensor([[1.0, 0.9], [0.9, 0.85]]))
     assert weights.isfinite().all()
     assert bool((weights >= 0).all())
+
+
+def test_degrees_without_an_inverse_are_refused() -> None:
+    with pytest.raises(ParameterError, match="`alpha` must be 0, or a number that has an inverse"):
+        get_weighting("fairgrad", alpha=1e-320)

@@ -118,3 +118,11 @@ def test_bad_arguments_are_refused_and_the_old_ones_kept() -> None:
 
 def test_it_shows_itself_without_addresses() -> None:
     assert repr(get_aggregator("graddrop")) == "GradDrop(f=identity, leak=None)"
+
+
+def test_fractions_let_through_are_parts_of_a_whole() -> None:
+    for leak in (torch.tensor([0.5, 1.5]), torch.tensor([-0.5, 0.5])):
+        with pytest.raises(
+            ParameterError, match=r"`leak` must be a vector of fractions in \[0, 1\]"
+        ):
+            get_aggregator("graddrop", leak=leak)(torch.eye(2))

@@ -94,3 +94,17 @@ def test_a_state_that_no_call_leaves_is_refused() -> None:
     with pytest.raises(ParameterError, match="`weights` must be free of negative numbers"):
         weighting.load_state_dict({"weights": -ones, "first_losses": ones})
     assert not weighting.state_dict()["weights"].numel()
+
+
+@pytest.mark.parametrize("lr", [None, 0.5])
+def test_powers_of_rates_beyond_all_numbers_leave_finite_weights(lr: float | None) -> None:
+    weighting = get_weighting("gradnorm", alpha=1e4, lr=lr)
+    gramian = torch.eye(2, dtype=torch.float64)
+    weighting(gramian, losses=torch.tensor([1.0, 1.0]))
+
+    weights = weighting(gramian, losses=torch.tensor([10.0, 0.1]))
+
+    # The first is the slower one by far.
+    expected = [2.0, 0.0] if lr is None else [1.5, 0.5]
+    assert weights.tolist() == pytest.approx(expected)
+    assert weighting.weights.isfinite().all()

@@ -87,3 +87,15 @@ def test_blocks_of_several_dtypes_keep_them() -> None:
     assert [v.dtype for v in vectors] == [torch.float16, torch.float32, torch.float32]
     assert [v.tolist() for v in vectors] == [[0.5] * 3, [0.5] * 2, []]
     assert weights is None
+
+
+@pytest.mark.parametrize("exponent", [1e300, 10**18])
+def test_rates_that_decay_at_once_are_zero_from_the_second_call_on(exponent: float) -> None:
+    aggregator = get_aggregator("moco", beta_sigma=exponent, gamma_sigma=exponent)
+    first = aggregator(torch.tensor([[1.0, 0.0], [0.0, 2.0]]))
+    history = aggregator.history
+
+    aggregator(torch.tensor([[9.0, 0.0], [0.0, 9.0]]))
+
+    assert first.tolist() != [0.0, 0.0]
+    assert torch.equal(aggregator.history, history)

@@ -164,3 +164,21 @@ def test_a_direction_that_is_rounding_of_the_rows_counts_as_zero(dtype: torch.dt
     opposite = torch.cat([row, -row / 3]).to(dtype)
 
     assert not get_aggregator("pcd", tau=0.0)(opposite).any()
+
+
+@pytest.mark.parametrize("gap", [1e-2, 1e-3, 1e-4])
+def test_demands_of_nearly_opposite_rows_are_met(gap: float) -> None:
+    # What has as much of both is long, and the shortest of it lies along the gap between them.
+    matrix = torch.tensor([[0.0, 1.0], [gap, 1.0], [gap, -1.0]], dtype=torch.float64)
+
+    vector = get_aggregator("pcd", tau=0.5)(matrix)
+
+    torch.testing.assert_close(vector, torch.tensor([1.0, 0.0], dtype=torch.float64))
+
+
+@pytest.mark.parametrize("where", ["sparse", "meta"])
+def test_fractions_without_entries_to_read_are_refused(where: str) -> None:
+    tau = torch.tensor([0.5])
+
+    with pytest.raises(ParameterError, match="`tau` must be in"):
+        get_weighting("pcd", tau=tau.to_sparse() if where == "sparse" else tau.to(where))

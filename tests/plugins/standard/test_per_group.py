@@ -129,3 +129,9 @@ def test_losses_reach_the_wrapped_method() -> None:
     assert vector.tolist() == [1.0, 1.0]
     with pytest.raises(ParameterError, match="`losses` must be given"):
         aggregator(torch.eye(2))
+
+
+@pytest.mark.parametrize("columns", [2, torch.tensor(2), torch.tensor([2, 3]), "23"])
+def test_what_is_no_sequence_of_ints_is_refused(columns: object) -> None:
+    with pytest.raises(ParameterTypeError, match="`columns` must be numbers of columns"):
+        get_aggregator("per_group", aggregator=get_aggregator("mean"), columns=columns)

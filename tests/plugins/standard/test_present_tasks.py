@@ -67,3 +67,50 @@ def test_losses_of_absent_tasks_are_left_out() -> None:
     vector = aggregator(MATRIX, losses=torch.tensor([2.0, 0.0, 2.0]))
 
     torch.testing.assert_close(vector, torch.tensor([0.5, 0.5]))
+
+
+ARGUMENTS: dict[str, dict[str, Any]] = {
+    "krum": {"n_byzantine": 1},
+    "trimmed_mean": {"trim_number": 1},
+    "constant": {"weights": torch.ones(4)},
+    "nash_mtl": {"n_tasks": 4},
+    "gradvac": {},
+    "moco": {},
+}
+
+
+@pytest.mark.parametrize("name", ARGUMENTS)
+def test_where_no_task_is_present_the_method_is_not_asked(name: str) -> None:
+    inner = get_aggregator(name, **ARGUMENTS[name])
+    aggregator = get_aggregator("present_tasks", aggregator=inner)
+    matrix = torch.tensor([[2.0, 0.0], [1.0, 1.0], [0.0, 2.0], [1.0, 0.5]])
+
+    # Neither a number of rows nor of arguments nor of what is in a state has to fit then.
+    assert aggregator(torch.zeros(4, 2)).tolist() == [0.0, 0.0]
+    before = aggregator(matrix)
+    aggregator.present = torch.zeros(4)
+    assert aggregator(matrix).tolist() == [0.0, 0.0]
+    aggregator.present = None
+    assert before.isfinite().all()
+    assert aggregator(matrix).isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["mgda", "coordinate_wise_median"])
+def test_absent_rows_of_nan_are_told_where_no_task_is_present(name: str) -> None:
+    pytest.importorskip("jdplugins.robust")
+    aggregator = get_aggregator(
+        "present_tasks", aggregator=get_aggregator(name), present=torch.zeros(3)
+    )
+
+    assert aggregator(torch.full((3, 2), torch.nan)).isnan().all()
+    if aggregator.weighting is not None:
+        assert aggregator.weighting(torch.full((3, 3), torch.nan)).isnan().all()
+        assert aggregator.weighting(torch.eye(3)).tolist() == [0.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("where", ["sparse", "meta"])
+def test_a_mask_without_entries_to_read_is_refused(where: str) -> None:
+    mask = torch.ones(3).to_sparse() if where == "sparse" else torch.ones(3, device=where)
+
+    with pytest.raises(ParameterError, match="`present` must be a vector with one entry"):
+        get_aggregator("present_tasks", aggregator=get_aggregator("mean"), present=mask)

@@ -43,7 +43,7 @@ class ConFIGWeighting(GramianWeighting):
     ) -> NDArray[np.float64]:
         m = len(gramian)
         cosines, norms, inverses = equilibrate(gramian)
-        preferences = np.ones(m) if self.pref_vector is None else row_weights(self.pref_vector, m)
+        preferences = np.ones(m) if self.pref_vector is None else _ratios(self.pref_vector, m)
         direction = pseudo_solve(cosines, preferences, source.proximal_level)
         projections = cosines @ direction
         squared = float(direction @ projections)
@@ -51,3 +51,10 @@ class ConFIGWeighting(GramianWeighting):
             return np.zeros(m)
         weights: NDArray[np.float64] = direction * inverses * (float(norms @ projections) / squared)
         return weights
+
+
+def _ratios(preferences: Tensor, m: int) -> NDArray[np.float64]:
+    """Preferences relative to the largest one, as the squares of any others may leave the range."""
+    weights = row_weights(preferences, m)
+    largest = float(np.abs(weights).max())
+    return weights / largest if largest else weights

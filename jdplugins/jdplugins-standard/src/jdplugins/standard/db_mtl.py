@@ -9,6 +9,7 @@ from torch import Tensor
 from jdcore.aggregation import Columns, HistoryAggregator, state_field
 from jdcore.errors import ParameterError
 from jdcore.validators import integer, real
+from jdplugins.standard._decay import decayed
 
 
 @define(eq=False)
@@ -60,7 +61,7 @@ class DBMTL(HistoryAggregator):
     def advance(self, rows: Tensor, history: Tensor | None, losses: Tensor | None) -> Tensor:
         assert losses is not None  # the class looks at them
         # Calls are counted from one.
-        past = self.beta / (self.calls + 1) ** self.beta_sigma
+        past = decayed(self.beta, self.calls, self.beta_sigma)
         fresh: Tensor = (1.0 - past) * (rows / losses[:, None].to(rows))
         return fresh if history is None else fresh + past * history
 

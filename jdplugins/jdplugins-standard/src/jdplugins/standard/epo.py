@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+
 import numpy as np
 from attrs import define, field
 from numpy.typing import NDArray
@@ -59,15 +61,17 @@ class EPOWeighting(LossWeighting):
         # The linear program wants numbers of order one; its solution does not depend on their
         # scale.
         products = gramian / largest
-        # Shares do not depend on the scale either, and sums of large losses leave the range.
-        weighted = preferences * (losses / losses.max())
-        shares = weighted / weighted.sum()
-        logarithms = np.log(m * shares)
+        # By logarithms, as neither products of preferences and losses nor their sums need be in the
+        # range of float64.
+        logarithms = np.log(preferences) + np.log(losses)
+        logarithms -= np.logaddexp.reduce(logarithms) - math.log(m)
+        shares = np.exp(logarithms) / m
         imbalance = float(shares @ logarithms)
         if imbalance <= self.eps:
             return _solve(products.sum(axis=0), products, np.zeros(m))
         anchor = preferences * (logarithms - imbalance)
         descents = products @ anchor
+        weighted = preferences * (losses / losses.max())
         return _solve(descents, products, _bounds(descents, weighted))
 
     def _preferences(self, m: int) -> Floats:

@@ -1,12 +1,22 @@
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import numpy as np
-from attrs import define, field
+from attrs import Attribute, define, field
 from numpy.typing import NDArray
 
 from jdcore.aggregation import GramianSource, GramianWeighting, find_solver, solver_field
+from jdcore.errors import ParameterError
 from jdcore.protocols import FairAllocationSolver
 from jdcore.validators import real
+
+
+def _degree(instance: Any, attribute: Attribute[float], value: float) -> None:
+    real(0.0)(instance, attribute, value)
+    if value and math.isinf(1.0 / value):
+        raise ParameterError(attribute.name, "0, or a number that has an inverse", value)
 
 
 @define(eq=False)
@@ -36,7 +46,7 @@ class FairGradWeighting(GramianWeighting):
     tensor([1., 1.])
     """
 
-    alpha: float = field(default=1.0, validator=real(0.0))
+    alpha: float = field(default=1.0, validator=_degree)
     solver: FairAllocationSolver | str = solver_field("fair_allocation")
 
     @property

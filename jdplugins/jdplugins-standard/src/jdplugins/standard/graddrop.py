@@ -64,6 +64,17 @@ class GradDrop(CoordinatewiseAggregator):
         default=None, kw_only=True, repr=False, validator=generator
     )
 
+    def check_rows(self, m: int) -> None:
+        """
+        Refuse fractions to let through that are none.
+
+        :param m: Number of rows.
+        :raises ParameterError: If an entry of ``leak`` is not in [0, 1].
+        """
+        leak = self.leak
+        if leak is not None and not bool(((leak >= 0.0) & (leak <= 1.0)).all()):
+            raise ParameterError("leak", "a vector of fractions in [0, 1]", leak.tolist())
+
     def compute(self, columns: Tensor) -> Tensor:
         positive, negative = _signed_sums(columns.sum(0, dtype=torch.float64), columns.abs())
         magnitude = (positive - negative).clamp_min_(_TINY)

@@ -13,6 +13,8 @@ from jdcore.errors import ParameterError
 from jdcore.validators import real
 from jdplugins.standard._simplex import kept_weights, no_weights, weights_state
 
+_LARGEST = 300.0  # logarithm of a power of rates
+
 
 def _rate(instance: Any, attribute: Attribute[Any], value: Any) -> None:
     if value is not None:
@@ -74,12 +76,20 @@ class GradNormWeighting(StateFields, LossWeighting):
         ratios = np.log(losses) - np.log(first)
         ratios -= np.logaddexp.reduce(ratios) - np.log(m)
         norms = np.sqrt(np.diagonal(gramian))
-        new = self._moved(old, norms, np.exp(self.alpha * ratios))
+        new = self._moved(old, norms, self._rates(ratios))
         # As the paper does after each step, so that the sum of the weights is no learning rate in
         # disguise.
         new *= m / new.sum()
         self.weights, self.first_losses = torch.from_numpy(new), torch.from_numpy(first.copy())
         return np.array(new)
+
+    def _rates(self, ratios: NDArray[np.float64]) -> NDArray[np.float64]:
+        """The powers ``r^α`` of ratios given by their logarithms, in the range of float64."""
+        exponents = self.alpha * ratios
+        if self.lr is None:  # a common factor makes no difference then
+            exponents -= max(0.0, float(exponents.max()) - _LARGEST)
+        # Steps of a limited length end long before.
+        return np.exp(np.minimum(exponents, _LARGEST))
 
     def _moved(
         self, weights: NDArray[np.float64], norms: NDArray[np.float64], rates: NDArray[np.float64]

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from jdcore.aggregation import Columns, HistoryAggregator, state_field
 from jdcore.validators import integer, one_of, real
+from jdplugins.standard._decay import decayed
 from jdplugins.standard._simplex import (
     descend,
     kept_weights,
@@ -64,7 +65,7 @@ class MoCo(HistoryAggregator):
 
     def advance(self, rows: Tensor, history: Tensor | None, losses: Tensor | None) -> Tensor:
         del losses
-        rate = self.beta / (self.calls + 1) ** self.beta_sigma
+        rate = decayed(self.beta, self.calls, self.beta_sigma)
         return rate * rows if history is None else torch.lerp(history, rows, rate)
 
     def weigh_rows(
@@ -74,7 +75,7 @@ class MoCo(HistoryAggregator):
         gramian, scale = history.gramian().cpu().numpy(), history.scale
         old = kept_weights(self.weights, len(gramian), "matrix")
         old = np.full(len(gramian), 1.0 / len(gramian)) if old is None else old
-        gamma = self.gamma / (self.calls + 1) ** self.gamma_sigma
+        gamma = decayed(self.gamma, self.calls, self.gamma_sigma)
         shrunk = (1.0 - gamma * self.rho) * old
         # The Gramian is that of the tracked rows divided by the scale.
         lowered = descend(shrunk, gramian @ old, gamma * scale * scale)

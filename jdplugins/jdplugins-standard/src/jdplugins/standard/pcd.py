@@ -12,11 +12,13 @@ from torch import Tensor
 from jdcore.aggregation import GramianSource, GramianWeighting, StateFields
 from jdcore.errors import ParameterError
 from jdcore.linalg import add_proximal, equilibrate
-from jdcore.validators import describe_tensor, real
+from jdcore.validators import describe_tensor, holds_real_numbers, real
 from jdplugins.standard._simplex import kept_weights, weights_state
 from jdplugins.standard._solvers import solve_one
 
-_INFEASIBLE = 1e7  # multipliers of unit rows that stand for none
+# Multipliers of unit rows that stand for none: those of conditions that two rows opposite up to an
+# angle of 1e-5 make. Larger ones would let rounding of the cosines decide the direction.
+_INFEASIBLE = 1e10
 _UNSOLVED = 1e-9
 _MISSED = 1e-2  # part of what is demanded that conditions may miss by the proximal term
 _ROUNDED = 2.0  # squared length that rounding leaves, relative to what the proximal term adds
@@ -27,7 +29,7 @@ def _fraction(instance: Any, attribute: Attribute[Any], value: Any) -> None:
         real(0.0, 1.0)(instance, attribute, value)
         return
     expected = "in [0, 1], or a vector of such numbers, one per secondary objective"
-    if value.ndim != 1 or not value.is_floating_point():
+    if not holds_real_numbers(value) or value.ndim != 1 or not value.is_floating_point():
         raise ParameterError(attribute.name, expected, describe_tensor(value))
     if not bool(((value >= 0.0) & (value <= 1.0)).all()):
         raise ParameterError(attribute.name, expected, value.tolist())
@@ -52,7 +54,8 @@ class PCDWeighting(StateFields, GramianWeighting):
     leaves d as it is, and nothing is added here: rows may have any scale.
 
     If g_1 is zero, or d is, the update is zero. If no d satisfies the conditions (as for two
-    opposite secondary rows), they are dropped and the update is g_1.
+    secondary rows that are opposite, or are so up to an angle of about 1e-5), they are dropped and
+    the update is g_1.
 
     Stateful: the typical lengths.
 

@@ -25,7 +25,9 @@ State = dict[str, Any]
 
 
 def _widths(value: Any) -> Any:
-    return tuple(value) if isinstance(value, Iterable) and not isinstance(value, str) else value
+    # A tensor of one number says that it is iterable, too.
+    several = isinstance(value, Iterable) and not isinstance(value, (str, Tensor))
+    return tuple(value) if several else value
 
 
 def _positive(instance: Any, attribute: Attribute[Any], value: Any) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from jdcore.aggregation import GramianSource, RowMixing, row_lengths
 from jdcore.errors import ParameterError, ParameterTypeError
-from jdcore.validators import describe_tensor
+from jdcore.validators import describe_tensor, holds_real_numbers
 
 
 def _mask(_: Any, attribute: Attribute[Any], value: Any) -> None:
@@ -18,7 +18,7 @@ def _mask(_: Any, attribute: Attribute[Any], value: Any) -> None:
     expected = "a vector with one entry per objective, True where it is present"
     if not isinstance(value, Tensor):
         raise ParameterTypeError(attribute.name, expected, describe_tensor(value))
-    if value.ndim != 1 or value.is_complex():
+    if not holds_real_numbers(value) or value.ndim != 1:
         raise ParameterError(attribute.name, expected, describe_tensor(value))
 
 
@@ -30,7 +30,8 @@ class PresentTasks(RowMixing):
     Where a batch has no sample of some task, the row of that task is zero, and many a method takes
     a zero row for an objective that cannot be improved: :class:`MGDA <jdcore.aggregation.MGDA>`
     stops altogether, the mean is shortened. Here, absent objectives take no part and get weight
-    zero, and the method sees as many rows as are left. Where none is left, the update is zero.
+    zero, and the method sees as many rows as are left. Where none is left, the update is zero, and
+    the method is not asked.
 
     Arguments of the wrapped method with one entry per objective have to fit the number of those
     present, and so has its state, if it has one entry per objective.
@@ -51,11 +52,7 @@ class PresentTasks(RowMixing):
     present: Tensor | None = field(default=None, validator=_mask)
 
     def mix(self, source: GramianSource) -> NDArray[np.float64]:
-        kept = self._kept(source)
-        if not kept.any():
-            # One row of zeros, since wrapped methods are asked about one row at least.
-            return np.zeros((1, source.rows))
-        return np.eye(source.rows)[kept]
+        return np.eye(source.rows)[self._kept(source)]
 
     def _kept(self, source: GramianSource) -> NDArray[np.bool_]:
         if self.present is None:
