@@ -152,8 +152,8 @@ class Columns:
             if len(blocks) == 1:
                 return [vector]
             return list(torch.split(vector, [block.shape[1] for block in blocks]))
-        if rows is not None and weights.is_cpu:
-            return [rows.T.mv(weights.double()).to(blocks[0].dtype)]
+        if rows is not None:
+            return [rows.T.mv(weights.to(rows.device, rows.dtype)).to(blocks[0].dtype)]
         if len(blocks) == 1:
             return [combine(weights, blocks[0], wide=wide)]
         return combine_blocks(weights, blocks, wide=wide)

@@ -57,7 +57,8 @@ class Plan:
     def uses(self) -> list[list[bool]]:
         """Per task, which of the features its loss depends on, as far as the graph tells."""
         edges = [edge_of(feature) for feature in self.cut]
-        return [[edge in head.stops for edge in edges] for head in self.heads]
+        # What a gradient passes through may go on behind the features, see `deep`.
+        return [[e in head.stops or e in head.edges for e in edges] for head in self.heads]
 
 
 def find_trunk(features: Tensor | Sequence[Tensor]) -> tuple[list[Tensor], Reach]:

@@ -40,11 +40,12 @@ def combine(
     dtype = block.dtype
     exact = wide or dtype == torch.float64
     if isinstance(weights, Tensor):
-        # Asking a device would cost a synchronisation; narrower dtypes cannot hold extreme weights.
-        if weights.is_cpu and weights.dtype == torch.float64:
-            if is_small(block):
+        # Narrower dtypes cannot hold extreme weights. A device is waited for, as it was for weights
+        # that are there.
+        if weights.dtype == torch.float64:
+            if weights.is_cpu and is_small(block):
                 return small_combination(weights.detach().numpy(), block.numpy(), dtype)
-            exact = exact or _extreme(weights.detach().numpy())
+            exact = exact or _extreme(weights.numpy(force=True))
         vector = weights
         if vector.dtype != _DTYPES[exact]:
             vector = vector.double() if exact else vector.float()  # half the time of `to`
@@ -84,7 +85,8 @@ def combine_blocks(
     :param weights: Vector [m].
     :returns: One vector for each block. Those of small blocks lie behind one another in memory.
     """
-    if weights.is_cpu and not blocks[0].is_cpu:
+    if not blocks[0].is_cpu:
+        wide = wide or any(block.dtype == torch.float64 for block in blocks)
         weights = factors(weights, blocks[0].device, wide=wide)
         wide = weights.dtype == torch.float64
     vectors: dict[int, Tensor] = {}
@@ -124,14 +126,13 @@ def factors(weights: Tensor, device: torch.device, *, wide: bool) -> Tensor:
     """
     Weights on a device, in the dtype in which rows of float32 are to be multiplied by them.
 
-    That is float64 where float32 cannot hold weights that are on the CPU, where looking at them
-    costs nothing.
+    That is float64 where float32 cannot hold them.
 
     :param weights: Tensor of any shape and real floating dtype.
     :param wide: Whether it is to be float64 anyway, as :func:`rounding_shows` advises.
     """
-    if not wide and weights.is_cpu and weights.dtype == torch.float64:
-        wide = _extreme(weights.detach().numpy())
+    if not wide and weights.dtype == torch.float64:
+        wide = _extreme(weights.numpy(force=True))
     return weights.to(device, torch.float64 if wide else torch.float32)
 
 

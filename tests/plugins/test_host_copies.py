@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 import jdcore
 from jdcore._registry import registry
@@ -23,12 +24,13 @@ _READS = (
 
 
 class Elsewhere(TorchFunctionMode):
-    """Makes all Tensors say that they are on an accelerator, but those that came from the host."""
+    """Makes some Tensors, and what is computed from them, say that they are on an accelerator."""
 
-    def __init__(self) -> None:
+    def __init__(self, *given: Tensor) -> None:
         super().__init__()
         self.reads: list[str] = []
-        self._here: dict[int, Tensor] = {}  # they are held, so that no other gets their number
+        # They are held, so that no other gets their number.
+        self._there = {id(tensor): tensor for tensor in given}
 
     def __torch_function__(
         self,
@@ -38,22 +40,18 @@ class Elsewhere(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         name = getattr(function, "__name__", "")
-        first = args[0] if args and isinstance(args[0], Tensor) else None
-        here = first is not None and id(first) in self._here
+        operands = tree_leaves((args, kwargs))
+        there = any(id(operand) in self._there for operand in operands)
         if function == Tensor.is_cpu.__get__:  # type: ignore[attr-defined]  # made in C
-            return here
+            return not there
         result = function(*args, **(kwargs or {}))
-        if first is None and isinstance(result, Tensor):  # made by the host
-            here = name != "_foreach_norm"
-        elif name in _READS and not here:
+        if there and name in _READS:
             self.reads.append(name)
-            here = name in ("cpu", "numpy")
-        elif name == "to" and any(isinstance(argument, torch.device) for argument in args):
-            here = False  # sent there
-        if here:
-            for tensor in result if isinstance(result, (list, tuple)) else [result]:
-                if isinstance(tensor, Tensor):
-                    self._here[id(tensor)] = tensor
+            if name == "cpu":
+                result = result.detach()  # no longer the same Tensor
+        elif there or (name == "to" and any(isinstance(o, torch.device) for o in operands)):
+            found = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+            self._there.update((id(tensor), tensor) for tensor in found)
         return result
 
 
@@ -65,7 +63,8 @@ def reads(name: str, m: int, widths: Sequence[int]) -> list[str]:
     if "second" in inputs:
         inputs["second"] = list(inputs["second"].split(list(widths), dim=1))
     aggregator: Any = jdcore.get_aggregator(name, **spec.example(m))
-    with Elsewhere() as mode:
+    tensors = [t for t in tree_leaves((blocks, inputs)) if isinstance(t, Tensor)]
+    with Elsewhere(*tensors) as mode:
         aggregator.aggregate_blocks(blocks, **inputs)
     return mode.reads
 
