@@ -104,6 +104,10 @@ class BlockwiseAggregator(Aggregator, Protocol):
 
     ``jac_to_grad`` uses this form wherever it exists: an aggregator that lacks it forces the
     Jacobians of all parameters to be concatenated first.
+
+    An attribute ``weighting`` is the weighting of the whole: autogram and wrappers ask it in place
+    of the aggregator. A class with an attribute of that name that is a part of it only says
+    ``needs_jacobian = True``.
     """
 
     def aggregate_blocks(self, blocks: Sequence[Tensor], /) -> tuple[list[Tensor], Tensor | None]:

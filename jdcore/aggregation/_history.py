@@ -48,6 +48,9 @@ class HistoryAggregator(StateFields):
         environment variable ``JDCORE_CHECK_FINITE`` says (``1`` raises), else no.
     """
 
+    needs_jacobian: ClassVar[bool] = True
+    """That a field ``weighting`` of a subclass is an argument, not the weighting of the whole."""
+
     combines_history: ClassVar[bool] = True
     """Whether the update is a combination of the rows of the history, or of the Jacobian."""
 

@@ -29,6 +29,9 @@ class MatrixAggregator:
         environment variable ``JDCORE_CHECK_FINITE`` says (``1`` raises), else no.
     """
 
+    needs_jacobian: ClassVar[bool] = True
+    """That a field ``weighting`` of a subclass is an argument, not the weighting of the whole."""
+
     needs_all_columns: ClassVar[bool] = False
     """
     Whether a process must have all columns, where they could lie on several of them: to draw random

@@ -20,7 +20,7 @@ from jdcore.aggregation._finite import finite_required, gramian_error
 from jdcore.aggregation._nested_state import stateful_part
 from jdcore.aggregation._row_vectors import check_row_vectors
 from jdcore.aggregation._source import ColumnsSource, GramianSource, taken_by
-from jdcore.aggregation._weigh import Result, check_aggregator, watched, weigh
+from jdcore.aggregation._weigh import Result, check_aggregator, watched, weigh, weighting_of
 from jdcore.errors import NonFiniteError, ParameterError
 from jdcore.linalg import factors
 from jdcore.linalg._gramian import symmetric
@@ -68,8 +68,7 @@ class RowMixing:
     @property
     def weighting(self) -> Weighting | None:
         """Weighting of the whole; None if the wrapped aggregator needs the Jacobian itself."""
-        inner = self.aggregator
-        wrapped = getattr(inner, "weighting", None) if hasattr(inner, "aggregate_blocks") else None
+        wrapped = weighting_of(self.aggregator)
         return None if wrapped is None else MixedWeighting(self, wrapped)
 
     @property

@@ -35,7 +35,7 @@ def as_weighting(given: Any, parameter: str = "weighting") -> Any:
     # Aggregators are callable with a matrix, too: a Gramian would be aggregated as if it were a
     # Jacobian.
     aggregates = hasattr(part, "aggregate_blocks")
-    weighting = getattr(part, "weighting", None) if aggregates else part
+    weighting = weighting_of(part) if aggregates else part
     if not callable(weighting) or isinstance(weighting, type):
         raise ParameterTypeError(
             parameter,
@@ -53,6 +53,18 @@ def as_weighting(given: Any, parameter: str = "weighting") -> Any:
             "Wrap the weighting instead of the aggregator: as_module(aggregator.weighting).",
         )
     return given
+
+
+def weighting_of(aggregator: Any) -> Any:
+    """
+    The weighting of an aggregator as a whole; None if it needs the Jacobian itself.
+
+    One that needs it may have an argument of the name ``weighting``, which is a part of it only:
+    what it does to the rows before that would be lost.
+    """
+    if getattr(aggregator, "needs_jacobian", False) or not hasattr(aggregator, "aggregate_blocks"):
+        return None
+    return getattr(aggregator, "weighting", None)
 
 
 def check_aggregator(given: Any, parameter: str = "aggregator") -> None:

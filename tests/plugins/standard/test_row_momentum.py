@@ -1,9 +1,14 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
-from jdcore import ParameterError, get_aggregator, get_weighting
+from jdcore import ParameterError, ParameterTypeError, get_aggregator, get_weighting
+from jdcore.aggregation import Flattening, GramianAggregator, as_weighting
+from jdcore.autogram import Engine
+from jdcore.autojac import gramian_backward
 
 
 def test_the_method_sees_averages_by_hand() -> None:
@@ -73,3 +78,37 @@ def test_weights_that_depend_on_the_scale_are_right_out_of_range(scale: float) -
     vector = get_aggregator("row_momentum", weighting=nash)(matrix * scale)
 
     torch.testing.assert_close(vector, get_aggregator("nash_mtl", max_norm=0.0)(matrix))
+
+
+def _step_of_an_engine(aggregator: Any) -> None:
+    model = torch.nn.Linear(3, 2)
+    Engine(model, batch_dim=None).backward(model(torch.ones(3)), aggregator)
+
+
+@pytest.mark.parametrize(
+    "take",
+    [
+        as_weighting,
+        GramianAggregator,
+        Flattening,
+        lambda aggregator: get_weighting("cr_mogm", weighting=aggregator),
+        lambda aggregator: get_aggregator("row_momentum", weighting=aggregator),
+        lambda aggregator: gramian_backward(torch.ones(2, requires_grad=True) * 2, aggregator),
+        _step_of_an_engine,
+    ],
+)
+def test_what_takes_a_weighting_does_not_take_the_one_it_wraps(take: Any) -> None:
+    # The rows would be weighed as they are, without their past.
+    with pytest.raises(ParameterTypeError, match="`weighting` must be a Weighting"):
+        take(get_aggregator("row_momentum", weighting=get_weighting("upgrad")))
+
+
+def test_the_past_of_the_rows_is_kept_inside_of_other_aggregators() -> None:
+    inner, alone = (get_aggregator("row_momentum", weighting=get_weighting("upgrad")) for _ in "12")
+    wrapped = get_aggregator("present_tasks", aggregator=inner)
+    generator = torch.Generator().manual_seed(0)
+
+    assert wrapped.weighting is None
+    for _ in range(3):
+        matrix = torch.randn(3, 5, generator=generator)
+        torch.testing.assert_close(wrapped(matrix), alone(matrix))
