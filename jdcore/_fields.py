@@ -14,6 +14,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from jdcore._accumulators import accumulator_hooks
 from jdcore.errors import ParameterError
 from jdcore.validators import describe_tensor
 
@@ -102,15 +103,20 @@ def write_grads(gradients: Mapping[Tensor, Tensor]) -> None:
     Make gradients the ``.grad`` of tensors, or add them to those present, and run what follows.
 
     After all gradients are written, the hooks of
-    :meth:`torch.Tensor.register_post_accumulate_grad_hook` run, once for each tensor, so that
-    optimizers which step during the backward pass work. An exception of a hook propagates, as in a
-    backward pass: the gradients are written by then.
+    :meth:`torch.Tensor.register_post_accumulate_grad_hook` run, and those of the operations that
+    accumulate, once for each tensor, so that optimizers which step during the backward pass work.
+    An exception of a hook propagates, as in a backward pass: the gradients are written by then.
 
     :param gradients: Gradient by tensor, of its shape and on its device, dense or sparse. They
         belong to this function: they share memory with nothing else.
     :raises ParameterError: As :func:`check_grads`, or if a gradient has another shape than its
         tensor by now; nothing is written then.
     """
+    hooks = accumulator_hooks(gradients)
+    if hooks:
+        with torch.no_grad():
+            changed = {tensor: found.replaced(gradients[tensor]) for tensor, found in hooks.items()}
+        gradients = {**gradients, **changed}
     fields = [(tensor, gradient, tensor.grad) for tensor, gradient in gradients.items()]
     for tensor, gradient, present in fields:
         if gradient.shape != tensor.shape:
@@ -128,12 +134,14 @@ def write_grads(gradients: Mapping[Tensor, Tensor]) -> None:
                 present.add_(gradient)
             else:
                 tensor.grad = _as_field(tensor, gradient)
-        for tensor in gradients:
+        for tensor, gradient in gradients.items():
             # torch keeps the hooks in this field, None if there are none; there is no public way to
             # ask.
-            if (hooks := tensor._post_accumulate_grad_hooks) is not None:
-                for hook in list(hooks.values()):  # a hook may remove itself
+            if (following := tensor._post_accumulate_grad_hooks) is not None:
+                for hook in list(following.values()):  # a hook may remove itself
                     hook(tensor)
+            if hooks and tensor in hooks:
+                hooks[tensor].accumulated(gradient)
 
 
 def dense(gradient: Tensor) -> Tensor:
@@ -197,6 +205,8 @@ def set_aside(leaves: Iterable[Tensor]) -> Iterator[None]:
     before = [(leaf, leaf.grad) for leaf in leaves if _can_be_put_back(leaf, leaf.grad)]
     # torch calls what it finds in these dictionaries.
     hooks = [leaf._post_accumulate_grad_hooks for leaf, _ in before]
+    for accumulator in accumulator_hooks(leaf for leaf, _ in before).values():
+        hooks += [accumulator.before, accumulator.after]
     calls = [(found, dict(found)) for found in hooks if found]
     for found, _ in calls:
         found.clear()

@@ -2,10 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
+from torch.utils.hooks import RemovableHandle
+
+
+def on_accumulator(leaf: Tensor, hook: Callable[[Tensor], object]) -> RemovableHandle:
+    """Hooks that run after accumulation as they were registered before torch had a name for it."""
+    # It has to be kept, or it goes with its hooks.
+    leaf.accumulator = get_gradient_edge(leaf).node  # type: ignore[attr-defined]
+    handle: RemovableHandle = leaf.accumulator.register_hook(lambda *_: hook(leaf))  # type: ignore[attr-defined]
+    return handle
+
+
+AFTER_ACCUMULATION = [Tensor.register_post_accumulate_grad_hook, on_accumulator]
 
 
 class Scale(torch.autograd.Function):

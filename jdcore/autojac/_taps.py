@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
+from jdcore._handles import own_hooks
 from jdcore.autojac._products import Product
-from jdcore.graph import OuterPass, own_hooks
+from jdcore.graph import OuterPass
 
 Replace = Callable[[Tensor], "Tensor | None"]
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+from jdcore._accumulators import accumulator_hooks
 from jdcore.distributed._meeting import Group
 from jdcore.distributed._replicas import replicas_of, several_processes
 from jdcore.errors import ParameterError
@@ -30,7 +31,8 @@ def check_can_wait(tensors: Iterable[Tensor], *, spread: bool) -> None:
     """
     replicated = [tensor for tensor in tensors if replicas_of([tensor])]
     # Torch keeps the hooks in this field, None if there are none.
-    if any(tensor._post_accumulate_grad_hooks for tensor in replicated):
+    hooked = any(tensor._post_accumulate_grad_hooks for tensor in replicated)
+    if hooked or accumulator_hooks(replicated):
         raise ParameterError(
             "tasks_params",
             "without post-accumulate-grad hooks where DistributedDataParallel keeps them equal",

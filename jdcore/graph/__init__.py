@@ -23,7 +23,6 @@ from jdcore.graph._hooks import (
     ignore_hooks,
     is_ignored,
     node_has_hooks,
-    own_hooks,
 )
 from jdcore.graph._jacobian import Jacobian
 from jdcore.graph._layout import Layout
@@ -111,7 +110,6 @@ __all__ = [
     "node_has_hooks",
     "note_handing_on",
     "note_left",
-    "own_hooks",
     "products_of",
     "reach",
     "retains_gradients",

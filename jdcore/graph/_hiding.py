@@ -14,9 +14,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from jdcore._handles import own_hooks
 from jdcore.graph._form import Place
 from jdcore.graph._graph import Graph
-from jdcore.graph._hooks import own_hooks
 from jdcore.graph._layout import Layout
 from jdcore.graph._operations import is_steady
 from jdcore.graph._passes import Grads, differentiate

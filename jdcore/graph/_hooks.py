@@ -11,20 +11,18 @@ from __future__ import annotations
 import gc
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.hooks import RemovableHandle
 
+from jdcore._handles import hooks_made, hooks_of
 from jdcore._living import living
 from jdcore.graph._graph import Graph
 from jdcore.graph._operations import SAVED_OPERANDS, operation
 from jdcore.graph._saved import (
     Unreadable,
-    hooks_made,
     next_computed_at,
     saved_as_it_is,
     some_computed_before,
@@ -53,22 +51,19 @@ class _Watch:
     """
 
     def __init__(self) -> None:
-        self._own = self._harmless = 0
+        self._harmless = 0
         self._last = _LastLook()
-
-    def _made(self) -> int:
-        return hooks_made() - self._own
 
     def look(self) -> None:
         """Notice new hooks."""
-        made, last = self._made(), self._last
+        made, last = hooks_made(), self._last
         if made != last.seen:
             last.seen, last.until = made, next_computed_at()
 
     def may_have_hooks(self, graph: Graph) -> bool:
         """Whether somebody may have put a hook on something in a graph, parameters apart."""
         nodes = [node for i, node in enumerate(graph.nodes) if i not in graph.leaves]
-        made = self._made()
+        made = hooks_made()
         # Where none of so many hooks was on a tensor of any graph, none is until there are more.
         if not self.made_lately(nodes) or made == self._harmless:
             return False
@@ -85,21 +80,6 @@ class _Watch:
         """
         self.look()
         return some_computed_before(nodes, self._last.until)
-
-    @contextmanager
-    def own_hooks(self, made: Iterable[RemovableHandle]) -> Iterator[None]:
-        """
-        Have hooks of ours for the time of a ``with`` block, which do not count.
-
-        :param made: Makes them, one whenever the next one is asked for.
-        """
-        handles = list(made)
-        self._own += len(handles)  # not what the count grew by: another thread may make some, too
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
 
 def hooks_anywhere(leaves: Iterable[Tensor]) -> bool:
@@ -120,17 +100,7 @@ def node_has_hooks(node: Any) -> bool:
     """Whether somebody put hooks on an operation itself, which run when it is executed."""
     if not hooks_made_lately([node]):
         return False
-    made: list[RemovableHandle] = []
-
-    def probes() -> Iterator[RemovableHandle]:
-        for register in (node.register_prehook, node.register_hook):
-            made.append(register(_hand_on))
-            yield made[-1]
-
-    # Torch does not show its hooks, but keeps all of one kind in one dictionary, which the handle
-    # of one more of them knows.
-    with own_hooks(probes()):
-        return any(len(handle.hooks_dict_ref() or ()) > 1 for handle in made)
+    return any(hooks_of(node))
 
 
 def operand_has_hooks(node: Any, operand: int) -> bool:
@@ -145,10 +115,6 @@ def operand_has_hooks(node: Any, operand: int) -> bool:
     except Unreadable:
         return False
     return isinstance(tensor, Tensor) and (bool(tensor._backward_hooks) or tensor.retains_grad)
-
-
-def _hand_on(*gradients: object) -> None:
-    del gradients
 
 
 # What torch registers with each tensor of a hook for several, by mode. It bears the name of the
@@ -209,4 +175,4 @@ def _fields_with_hooks(owner: object) -> list[object]:
 
 _WATCH = _Watch()
 hooks_made_lately = _WATCH.made_lately
-look, may_have_hooks, own_hooks = _WATCH.look, _WATCH.may_have_hooks, _WATCH.own_hooks
+look, may_have_hooks = _WATCH.look, _WATCH.may_have_hooks

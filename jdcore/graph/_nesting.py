@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
 from jdcore._fields import dense
-from jdcore.graph._hooks import own_hooks
+from jdcore._handles import own_hooks
 from jdcore.graph._saved import current_pass
 from jdcore.graph._walk import edge_of
 

@@ -10,10 +10,10 @@ from typing import Any, TypeAlias, TypeVar
 import torch
 from torch import Tensor
 
+from jdcore._handles import own_hooks
 from jdcore.errors import SinglePassError
 from jdcore.graph._form import Form, Place, once_for_each_form
 from jdcore.graph._graph import Graph
-from jdcore.graph._hooks import own_hooks
 from jdcore.graph._nesting import OuterPass
 from jdcore.graph._saved import all_saved
 

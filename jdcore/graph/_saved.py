@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils import checkpoint
-from torch.utils.hooks import RemovableHandle
 
 __all__ = [
     "Unreadable",
@@ -24,7 +23,6 @@ __all__ = [
     "current_pass",
     "function_of",
     "has_unpack_hooks",
-    "hooks_made",
     "is_batched",
     "is_transformed",
     "next_computed_at",
@@ -234,8 +232,3 @@ def next_computed_at() -> int:
     """The number that the next operation of this thread will have."""
     number: int = torch._C._autograd._get_sequence_nr()
     return number
-
-
-def hooks_made() -> int:
-    """How many hooks of any kind were made so far in this process."""
-    return RemovableHandle.next_id

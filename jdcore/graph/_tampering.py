@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
+from jdcore._handles import own_hooks
 from jdcore.errors import UnservedGraphError
 from jdcore.graph._graph import Graph
-from jdcore.graph._hooks import own_hooks
 from jdcore.graph._passes import differentiate
 
 # By function, whether it was seen to do so when it ran.

@@ -8,11 +8,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 
 from jdcore import ParameterError
 from jdcore._fields import disjoint, through_tensor_hooks, write_grads, write_jacs
 from jdcore.autogram import Engine
 from jdcore.autojac import backward, gramian_backward, jac_to_grad, mtl_backward
+from tests.functions import AFTER_ACCUMULATION
 
 
 def equal_weights(gramian: Tensor) -> Tensor:
@@ -100,22 +102,23 @@ def test_a_step_that_cannot_be_written_changes_no_grad(name: str, place: int) ->
 class _Watch:
     """Counts the calls of post-accumulate-grad hooks and keeps the gradients they found."""
 
-    def __init__(self, *leaves: Tensor) -> None:
+    def __init__(self, register: Callable[..., Any], *leaves: Tensor) -> None:
         self.seen: list[list[float]] = []
         for leaf in leaves:
-            leaf.register_post_accumulate_grad_hook(self)
+            register(leaf, self)
 
     def __call__(self, leaf: Tensor) -> None:
         assert leaf.grad is not None
         self.seen.append(leaf.grad.tolist())
 
 
+@pytest.mark.parametrize("register", AFTER_ACCUMULATION)
 @pytest.mark.parametrize("step", _steps().values(), ids=_steps())
 def test_hooks_after_accumulation_run_once_and_see_the_whole_gradient(
-    step: Callable[[Tensor, Tensor], Any],
+    step: Callable[[Tensor, Tensor], Any], register: Callable[..., Any]
 ) -> None:
     a, b = torch.full((2,), 3.0, requires_grad=True), torch.ones(2, requires_grad=True)
-    watch = _Watch(a, b)
+    watch = _Watch(register, a, b)
     step(a, b)
     # d(ab)/da + d(a-b)^2/da = b + 2 (a - b) = 5, and a - 2 (a - b) = -1 for b
     assert sorted(watch.seen) == [[-1.0, -1.0], [5.0, 5.0]]
@@ -130,16 +133,37 @@ def test_all_gradients_are_written_before_the_first_hook_runs() -> None:
     assert b.grad is not None
 
 
-def test_a_hook_may_remove_itself() -> None:
+@pytest.mark.parametrize("register", AFTER_ACCUMULATION)
+def test_a_hook_may_remove_itself(register: Callable[..., Any]) -> None:
     a = _leaf(1)
-    handle = a.register_post_accumulate_grad_hook(lambda leaf: handle.remove())
+    handle = register(a, lambda leaf: handle.remove())
     write_grads({a: torch.ones(1)})
     write_grads({a: torch.ones(1)})
     assert a.grad.tolist() == [2.0]
 
 
+def test_hooks_before_accumulation_may_replace_the_gradient_or_stop_the_step() -> None:
+    a, b = _leaf(2), _leaf(2)
+    node = get_gradient_edge(a).node
+    handles = [
+        node.register_prehook(lambda gradients: (2 * gradients[0],)),
+        node.register_prehook(lambda gradients: None),
+    ]
+    write_grads({a: torch.ones(2), b: torch.ones(2)})
+    assert (a.grad.tolist(), b.grad.tolist()) == ([2.0, 2.0], [1.0, 1.0])
+    node.register_prehook(lambda gradients: (gradients[0][:1],))
+    with pytest.raises(ParameterError, match="of the shape of its tensor"):
+        write_grads({b: torch.ones(2), a: torch.ones(2)})
+    assert b.grad.tolist() == [1.0, 1.0]
+    for handle in handles:
+        handle.remove()
+
+
+@pytest.mark.parametrize("register", AFTER_ACCUMULATION)
 @pytest.mark.parametrize("way", ["autojac", "autogram"])
-def test_an_optimizer_that_steps_in_its_hook_trains_as_after_a_backward_pass(way: str) -> None:
+def test_an_optimizer_that_steps_in_its_hook_trains_as_after_a_backward_pass(
+    way: str, register: Callable[..., Any]
+) -> None:
     torch.manual_seed(0)
     x = torch.randn(6, 3, dtype=torch.float64)
     model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
@@ -153,7 +177,7 @@ def test_an_optimizer_that_steps_in_its_hook_trains_as_after_a_backward_pass(way
         optimizers[parameter].zero_grad()
 
     for parameter in model.parameters():
-        parameter.register_post_accumulate_grad_hook(advance)
+        register(parameter, advance)
     optimizer = torch.optim.SGD(plain.parameters(), lr=0.1, momentum=0.9)
     for _ in range(3):
         losses = model(x).square().mean(dim=0)

@@ -35,6 +35,7 @@ from tests.distributed.common import (
     whole_batch,
 )
 from tests.distributed.conftest import Run
+from tests.functions import AFTER_ACCUMULATION
 
 
 def _mean(gramian: Tensor) -> Tensor:
@@ -375,11 +376,12 @@ def _not_served() -> None:
 
     # An optimizer that steps as soon as a gradient is there would step before it is averaged.
     bias = apart.heads[0].bias
-    hook = bias.register_post_accumulate_grad_hook(lambda parameter: None)
     features = trunk(own_batch())
     losses = losses_of([head(features) for head in heads])
-    refused(ParameterError, "after that", mtl_backward, losses, features)
-    hook.remove()
+    for register in AFTER_ACCUMULATION:
+        hook = register(bias, lambda parameter: None)
+        refused(ParameterError, "after that", mtl_backward, losses, features)
+        hook.remove()
     mtl_backward(losses, features)
     jac_to_grad(apart.parameters(), GramianAggregator(_mean))
 

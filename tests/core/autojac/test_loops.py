@@ -16,7 +16,7 @@ from jdcore import ParameterError
 from jdcore.aggregation import GramianAggregator
 from jdcore.autojac import _vmap, backward, jac, jac_to_grad, mtl_backward
 from jdcore.errors import SinglePassError, VectorizationError
-from tests.functions import Redone, RedoneOnTheParameter
+from tests.functions import AFTER_ACCUMULATION, Redone, RedoneOnTheParameter
 
 STEPS = 3
 Losses = Callable[[nn.Module], "list[Tensor] | Tensor"]
@@ -426,11 +426,14 @@ def test_reentrant_checkpoints_in_heads_need_the_parameters_of_the_tasks() -> No
         mtl_backward(*_Checkpointed().losses())
 
 
-def test_a_reentrant_checkpoint_runs_hooks_after_accumulation_once_per_step() -> None:
+@pytest.mark.parametrize("register", AFTER_ACCUMULATION)
+def test_a_reentrant_checkpoint_runs_hooks_after_accumulation_once_per_step(
+    register: Callable[..., Any],
+) -> None:
     layer = nn.Linear(3, 3).double()
     calls: list[Tensor] = []
     for parameter in layer.parameters():
-        parameter.register_post_accumulate_grad_hook(calls.append)
+        register(parameter, calls.append)
     y = checkpoint(layer, X.clone().requires_grad_(), use_reentrant=True)
     backward([y.sum(), y.square().sum(), y.exp().sum()], inputs=layer.parameters())
     assert not calls
@@ -451,7 +454,10 @@ def test_an_intermediate_input_before_a_reentrant_checkpoint_gets_its_rows() -> 
             torch.testing.assert_close(jacobian[k], row)
 
 
-def test_optimizers_that_step_in_hooks_make_the_steps_of_one_that_steps_behind() -> None:
+@pytest.mark.parametrize("register", AFTER_ACCUMULATION)
+def test_optimizers_that_step_in_hooks_make_the_steps_of_one_that_steps_behind(
+    register: Callable[..., Any],
+) -> None:
     def losses(model: nn.Module) -> tuple[list[Tensor], Tensor]:
         features = model.trunk(X)
         return [(head(features) - 1.0).square().mean() for head in model.heads], features
@@ -474,7 +480,7 @@ def test_optimizers_that_step_in_hooks_make_the_steps_of_one_that_steps_behind()
         parameter.grad = None  # as is done to save memory
 
     for parameter in ours:
-        parameter.register_post_accumulate_grad_hook(step)
+        register(parameter, step)
     train(inside, {})
     train(behind, others)
     for got, expected in zip(inside.parameters(), behind.parameters(), strict=True):
