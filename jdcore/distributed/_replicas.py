@@ -171,6 +171,15 @@ def check_replicas(tensors: Iterable[Tensor], graphs: Iterable[Reach], parameter
                 "let them go on with global_means and counts of zero. torch stays in this mode "
                 "until `with model.join(enable=False): pass`.",
             )
+        # It takes away the hooks by which they would step, for a hook of its reducer.
+        if any(hasattr(p, "_in_backward_optimizers") for p in parameters_of(replica)):
+            raise ParameterError(
+                parameter,
+                "without optimizers that DistributedDataParallel steps in its reduction",
+                "some with _apply_optimizer_in_backward",
+                "They would never step. Put them into hooks of the parameters, "
+                "register_post_accumulate_grad_hook, which run once in each step.",
+            )
         if replica.mixed_precision is not None:
             raise ParameterError(
                 parameter,

@@ -385,6 +385,16 @@ def _not_served() -> None:
     mtl_backward(losses, features)
     jac_to_grad(apart.parameters(), GramianAggregator(_mean))
 
+    # The wrapper itself steps such optimizers, as soon as its reducer has averaged. The module
+    # warns where it is imported, which is not done by the tests of one process therefore.
+    from torch.distributed.optim import _apply_optimizer_in_backward
+
+    stepped = Tasks()
+    _apply_optimizer_in_backward(torch.optim.SGD, stepped.parameters(), {"lr": 0.1})
+    wrapped = DistributedDataParallel(stepped)
+    losses = losses_of(wrapped(own_batch())[1])
+    refused(ParameterError, "never step", backward, losses)
+
     joined = DistributedDataParallel(Tasks())
     with pytest.raises(ParameterError, match="join"), joined.join():
         backward(losses_of(joined(own_batch())[1]))

@@ -30,7 +30,11 @@ READ = {
         "_reduce_scatter_comm",
     },
     "jdcore/distributed/_heads.py": {"_post_accumulate_grad_hooks"},
-    "jdcore/distributed/_replicas.py": {"_DDPSinkBackward", "_join_config"},
+    "jdcore/distributed/_replicas.py": {
+        "_DDPSinkBackward",
+        "_in_backward_optimizers",
+        "_join_config",
+    },
     "jdcore/distributed/_sharding.py": {
         "_composable_state",
         "_fsdp_param_group",

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from torch.utils.hooks import RemovableHandle
 
+from jdcore._handles import hooks_made
 from jdcore.graph import RULES, Unreadable, saved, saved_as_it_is
 from jdcore.graph import _saved as reader
 from jdcore.graph._hooks import operand_has_hooks
@@ -226,7 +227,7 @@ def test_operations_are_numbered_in_the_order_of_the_forward_pass() -> None:
 
 
 def test_hooks_of_all_kinds_are_counted() -> None:
-    made = reader.hooks_made()
+    made = hooks_made()
     hidden = V * 2
     handles: list[RemovableHandle] = [
         hidden.register_hook(lambda _: None),
@@ -234,10 +235,10 @@ def test_hooks_of_all_kinds_are_counted() -> None:
         hidden.grad_fn.register_prehook(lambda _: None),
         V.register_post_accumulate_grad_hook(lambda _: None),
     ]
-    assert reader.hooks_made() == made + 4
+    assert hooks_made() == made + 4
     for handle in handles:
         handle.remove()
-    assert reader.hooks_made() == made + 4
+    assert hooks_made() == made + 4
 
 
 def test_passes_are_told_apart() -> None:
