@@ -1,13 +1,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 from hypothesis import settings
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 from jdcore.graph._hooks import look
+from tests.functions import AFTER_ACCUMULATION
 
 # The same examples in every run, so that a failure is there again tomorrow; no deadline, because
 # the first call of a torch operator on a busy machine takes longer than any bound that means
@@ -31,6 +34,21 @@ def _hooks_of_other_tests_are_known() -> None:
     Some of these are alive: torch never frees a hook that holds the graph that it is on.
     """
     look()
+
+
+@pytest.fixture(params=AFTER_ACCUMULATION)
+def register(request: pytest.FixtureRequest) -> Iterator[Callable[..., RemovableHandle]]:
+    """Both ways to have a hook run after accumulation, which is removed in the end."""
+    made: list[RemovableHandle] = []
+
+    def registered(leaf: Tensor, hook: Callable[[Tensor], object]) -> RemovableHandle:
+        made.append(request.param(leaf, hook))
+        return made[-1]
+
+    yield registered
+    # Hooks of operations are never freed where they hold, by their leaf, what they are on.
+    for handle in made:
+        handle.remove()
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,6 @@ from jdcore import ParameterError
 from jdcore._fields import disjoint, through_tensor_hooks, write_grads, write_jacs
 from jdcore.autogram import Engine
 from jdcore.autojac import backward, gramian_backward, jac_to_grad, mtl_backward
-from tests.functions import AFTER_ACCUMULATION
 
 
 def equal_weights(gramian: Tensor) -> Tensor:
@@ -112,7 +111,6 @@ class _Watch:
         self.seen.append(leaf.grad.tolist())
 
 
-@pytest.mark.parametrize("register", AFTER_ACCUMULATION)
 @pytest.mark.parametrize("step", _steps().values(), ids=_steps())
 def test_hooks_after_accumulation_run_once_and_see_the_whole_gradient(
     step: Callable[[Tensor, Tensor], Any], register: Callable[..., Any]
@@ -133,7 +131,6 @@ def test_all_gradients_are_written_before_the_first_hook_runs() -> None:
     assert b.grad is not None
 
 
-@pytest.mark.parametrize("register", AFTER_ACCUMULATION)
 def test_a_hook_may_remove_itself(register: Callable[..., Any]) -> None:
     a = _leaf(1)
     handle = register(a, lambda leaf: handle.remove())
@@ -159,7 +156,6 @@ def test_hooks_before_accumulation_may_replace_the_gradient_or_stop_the_step() -
         handle.remove()
 
 
-@pytest.mark.parametrize("register", AFTER_ACCUMULATION)
 @pytest.mark.parametrize("way", ["autojac", "autogram"])
 def test_an_optimizer_that_steps_in_its_hook_trains_as_after_a_backward_pass(
     way: str, register: Callable[..., Any]

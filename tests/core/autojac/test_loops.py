@@ -16,7 +16,7 @@ from jdcore import ParameterError
 from jdcore.aggregation import GramianAggregator
 from jdcore.autojac import _vmap, backward, jac, jac_to_grad, mtl_backward
 from jdcore.errors import SinglePassError, VectorizationError
-from tests.functions import AFTER_ACCUMULATION, Redone, RedoneOnTheParameter
+from tests.functions import Redone, RedoneOnTheParameter
 
 STEPS = 3
 Losses = Callable[[nn.Module], "list[Tensor] | Tensor"]
@@ -426,7 +426,6 @@ def test_reentrant_checkpoints_in_heads_need_the_parameters_of_the_tasks() -> No
         mtl_backward(*_Checkpointed().losses())
 
 
-@pytest.mark.parametrize("register", AFTER_ACCUMULATION)
 def test_a_reentrant_checkpoint_runs_hooks_after_accumulation_once_per_step(
     register: Callable[..., Any],
 ) -> None:
@@ -454,7 +453,6 @@ def test_an_intermediate_input_before_a_reentrant_checkpoint_gets_its_rows() -> 
             torch.testing.assert_close(jacobian[k], row)
 
 
-@pytest.mark.parametrize("register", AFTER_ACCUMULATION)
 def test_optimizers_that_step_in_hooks_make_the_steps_of_one_that_steps_behind(
     register: Callable[..., Any],
 ) -> None:
