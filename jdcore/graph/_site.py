@@ -110,9 +110,7 @@ class Site:
             sizes = self.known[kind] = _sizes(layout, tensor.shape, lead, features)
         if sizes is None:
             split = layout.split(tensor, lead)
-            return split.reshape(
-                *split.shape[: lead + 1], -1, *tensor.shape[tensor.ndim - features :]
-            )
+            return split.flatten(lead + 1, split.ndim - features - 1)
         if sizes == tensor.shape:
             return tensor  # as it is: each view costs a call
         if not lead:

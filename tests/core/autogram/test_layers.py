@@ -192,6 +192,16 @@ def test_large_images_are_differentiated_one_by_one(
     check_engine(make, _tasks(shape), 0)
 
 
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+def test_layers_without_features_for_samples_that_are_chosen() -> None:
+    """Clusters of an adaptive softmax may have none."""
+
+    def losses(model: nn.Module) -> Tensor:
+        return -model(randn(B, 4), torch.tensor([0, 4, 7, 9, 3])).output
+
+    check_engine(lambda: nn.AdaptiveLogSoftmaxWithLoss(4, 10, [3, 6]), losses, 0)
+
+
 class _Tokens(nn.Module):
     def __init__(self, **options: object) -> None:
         super().__init__()
