@@ -42,7 +42,8 @@ def jac_to_grad(
     aggregator of the Gramian kind never sees the matrix in one piece: its memory is that of the
     ``.jac`` fields and the gradients. Tensors without ``.jac`` are skipped, as optimizers skip
     parameters without ``.grad``. Nothing changes if the call fails. At its end, the hooks of
-    ``register_post_accumulate_grad_hook`` run, once for each tensor.
+    ``register_post_accumulate_grad_hook``, and of the operations that accumulate, run once for each
+    tensor.
 
     On several processes, what is aggregated is the mean of their Jacobians, and all get the same
     update: for parameters of a ``DistributedDataParallel`` module, and where ``group`` is given.
