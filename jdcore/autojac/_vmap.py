@@ -248,7 +248,7 @@ def insist(
     retain_graph: bool,
     is_right: Callable[[Result, bool], bool],
     *,
-    doubt: bool = False,
+    doubt: bool,
 ) -> Result:
     """
     Solve with vmap because the user asked for it.

@@ -61,13 +61,13 @@ class Jacobian:
         wanted: Sequence[Tensor],
         plans: Plans,
         *,
-        rules: Rules | None = None,
+        rules: Rules,
         budget: int | None = None,
         all_leaves: bool = False,
         report: bool = False,
     ) -> None:
         self._report = report
-        self._plans, self._rules = plans, rules or Rules()
+        self._plans, self._rules = plans, rules
         self._device = objectives.outputs[0].device
         self._all_leaves = all_leaves
         self.memory = Memory.of(self._device, budget, objectives.outputs[0].dtype)

@@ -140,14 +140,13 @@ class Memory:
         rows = self.take((shape[0] * shape[1], length + _GAP), like)[:, :length]
         return rows.view(shape)
 
-    def pieces(self, length: int, size: int, least: int = 1) -> Sequence[tuple[int, int]]:
+    def pieces(self, length: int, size: int) -> Sequence[tuple[int, int]]:
         """
         Cut ``range(length)``.
 
         :param size: Entries that a temporary has for each index.
-        :param least: Indices that a piece has at least.
         """
-        return pieces(length, max(least, self.entries // max(1, size)))
+        return pieces(length, max(1, self.entries // max(1, size)))
 
 
 def blocks(shape: Sequence[int], largest: int) -> Iterator[tuple[slice, ...]]:

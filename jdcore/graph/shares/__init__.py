@@ -4,11 +4,10 @@ from jdcore.graph.shares._geometry import Geometry
 from jdcore.graph.shares._layers import OuterLayers
 from jdcore.graph.shares._outer import OneHot, Outer, joined
 from jdcore.graph.shares._patches import Patches
-from jdcore.graph.shares._product import HALVES, combined, outer, product, sum_of, sum_over, widened
+from jdcore.graph.shares._product import combined, outer, product, sum_of, sum_over, widened
 from jdcore.graph.shares._share import Accumulator, Addend, Dense, Share
 
 __all__ = [
-    "HALVES",
     "Accumulator",
     "Addend",
     "Dense",

@@ -244,12 +244,12 @@ class Accumulator:
             for start, stop in parts:
                 self.add(lower_product(columns, start, stop), start)
 
-    def halves(self, least: int = _ROWS) -> Sequence[tuple[int, int]]:
+    def halves(self) -> Sequence[tuple[int, int]]:
         """Pieces of the rows of a symmetric product, few of which cost little more than a half."""
         rows = self.rows
-        if rows <= least or not self.memory.reused:
+        if rows <= _ROWS or not self.memory.reused:
             return [(0, rows)]
-        return pieces(rows, max(least, -(-rows // 8)))
+        return pieces(rows, max(_ROWS, -(-rows // 8)))
 
 
 @lru_cache(maxsize=1024)

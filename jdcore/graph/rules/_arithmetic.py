@@ -83,6 +83,38 @@ def matrix_and_vector(site: Site, operand: int) -> Share:
     return Dense.summed(rows, site.shapes[1])
 
 
+@rule("AddBackward0", "SubBackward0", "ExpandBackward0")
+def sum_of_entries(site: Site, operand: int) -> Share:
+    """``a + alpha * b`` or ``a - alpha * b``."""
+    if operand == 0:
+        return site.broadcast(site.grad, 0)
+    alpha = site.saved("alpha")
+    return site.broadcast(times(site.grad, -alpha if site.name == "SubBackward0" else alpha), 1)
+
+
+@rule("MulBackward0")
+def product_of_entries(site: Site, operand: int) -> Share:
+    """``a * b``."""
+    return site.broadcast(site.grad * site.saved("self" if operand else "other"), operand)
+
+
+@rule("DivBackward0")
+def quotient_of_entries(site: Site, operand: int) -> Share:
+    """``a / b``."""
+    quotients = site.grad / site.saved("other")
+    if operand == 0:
+        return site.broadcast(quotients, 0)
+    return site.broadcast(-quotients * (site.saved("self") / site.saved("other")), 1)
+
+
+@rule("PreluKernelBackward0")
+def prelu(site: Site, operand: int) -> Share:
+    """The slopes of a PReLU: sums of the negative inputs."""
+    if operand != 1:
+        raise NoRule
+    return site.broadcast(site.grad * site.saved("self").clamp(max=0), 1)
+
+
 def times(grads: Tensor, factor: Any) -> Tensor:
     """The gradients times a number, that is mostly one."""
     return grads if isinstance(factor, (int, float)) and factor == 1 else grads * factor
