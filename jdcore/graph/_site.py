@@ -102,24 +102,16 @@ class Site:
         :returns: Shape ``[*lead, B, T, *features]``.
         :raises NoRule: If the samples are in one of the features.
         """
-        layout = self.layout
-        # The same for all operations in this place: most samples come one after the other.
-        kind = tensor.shape, layout.dim, lead, features
-        sizes = self.known.get(kind, ())
-        if sizes == ():
-            sizes = self.known[kind] = _sizes(layout, tensor.shape, lead, features)
-        if sizes is None:
+        layout, shape = self.layout, tensor.shape
+        end = len(shape) - features
+        if not layout.dim + lead < end:
+            raise NoRule
+        if not layout.leads(shape[lead]):  # the samples have to be collected
             split = layout.split(tensor, lead)
             return split.flatten(lead + 1, split.ndim - features - 1)
-        if sizes == tensor.shape:
-            return tensor  # as it is: each view costs a call
-        if not lead:
-            return tensor.reshape(sizes)
-        # Gradients are asked for again, as by a weight and by its bias.
-        made: tuple[Tensor, Tensor] | None = self.memo.get(kind)
-        if made is None or made[0] is not tensor:
-            made = self.memo[kind] = tensor, tensor.reshape(sizes)
-        return made[1]
+        count = layout.after * shape[lead + 1 : end].numel()
+        sizes = *shape[:lead], layout.samples, count, *shape[end:]
+        return tensor if sizes == shape else tensor.reshape(sizes)  # each view costs a call
 
     def of_channels(self, grads: Tensor, operand: int) -> Dense:
         """:meth:`broadcast` for an operand with an entry for each channel, as biases have it."""
@@ -218,14 +210,3 @@ def stacked_alike(tensors: Sequence[Any]) -> Tensor:
     if tensors[0].layout != torch.strided or len(set(map(_FORM, tensors))) > 1:
         raise NoRule
     return torch.stack(tensors)  # type: ignore[arg-type]
-
-
-def _sizes(layout: Layout, shape: Size, lead: int, features: int) -> Sequence[int] | None:
-    """What :meth:`Site.positions` reshapes to; None where the samples have to be collected."""
-    end = len(shape) - features
-    if not layout.dim + lead < end:
-        raise NoRule
-    if not layout.leads(shape[lead]):
-        return None
-    count = layout.after * shape[lead + 1 : end].numel()
-    return (*shape[:lead], layout.samples, count, *shape[end:])
