@@ -251,5 +251,14 @@ def pull_rows(
     passed = {*plan.below, *plan.pulled, *(node for node, _ in places)}
     size = max(result.shape.numel() for node in passed for result in graph.form.results[node])
     parts = memory.pieces(len(rows[places[0]]), size)
-    found, _ = called_for_rows(one, lambda a, b: [rows[p][a:b] for p in places], parts)
+    # Functions of Python may keep the gradients that they are given, which must not be several in
+    # one then, unless they say that they can be batched.
+    below = {graph.nodes[node] for node in plan.below}
+    alone = any(
+        node in below and not getattr(function, "generate_vmap_rule", False)
+        for node, function in graph.functions_of_others.items()
+    )
+    found, _ = called_for_rows(
+        one, lambda a, b: [rows[p][a:b] for p in places], parts, one_by_one=alone
+    )
     return dict(zip(reached, found, strict=True))

@@ -6,7 +6,7 @@ import copy
 import io
 import pickle
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -422,6 +422,32 @@ def test_a_function_that_accumulates_in_its_backward_is_refused() -> None:
 
 
 # -- weightings ------------------------------------------------------------------------------------
+
+
+class _Rounded(torch.autograd.Function):
+    """A quantised weight, which keeps how large its gradients were."""
+
+    seen: ClassVar[list[Tensor]] = []
+
+    @staticmethod
+    def forward(ctx: Any, w: Tensor) -> Tensor:
+        return w.round(decimals=1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        _Rounded.seen.append(grads[0].norm())
+        return 2.0 * grads[0]
+
+
+@pytest.mark.parametrize("batch_dim", [0, None])
+def test_functions_of_weights_meet_one_gradient_at_a_time(batch_dim: int | None) -> None:
+    net = nn.Linear(3, 2, bias=False)
+    losses = (randn(B, 3) @ _Rounded.apply(net.weight).T).square().sum(1)
+    _Rounded.seen.clear()
+    _right(Engine(net, batch_dim=batch_dim), losses, [net.weight])
+    lengths = torch.stack(_Rounded.seen)  # none of them is batched
+    expected = explicit_jacobian(losses, [net.weight]).norm(dim=1) / 2.0
+    assert all((lengths - length).abs().min() < 1e-12 for length in expected)
 
 
 class _Matrix:
