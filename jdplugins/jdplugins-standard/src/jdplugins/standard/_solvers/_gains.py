@@ -225,7 +225,9 @@ class _Game:
         previous, change, full = math.inf, math.inf, False
         products = len(shares) // _ROWS_PER_PRODUCT if len(shares) >= _MANY else 0
         # Steps may be as rough as float32, in which a product takes half of the time.
-        narrow = torch.from_numpy(self.cosines).float() if products else torch.empty(0)
+        narrow = (
+            torch.from_numpy(self.cosines).float() if products else torch.empty(0, device="cpu")
+        )
         for _ in range(_STEPS):
             spent, gained = self.spent(shares), self._gained(shares, shift)
             gradient = gained - spent
