@@ -258,6 +258,7 @@ class Jacobian:
         retain_graph |= plan.called is None or bool(plan.called)
         # So may be others, as a rule of a plugin may hold for some data only.
         retain_graph |= len(plan.late) < len(plan.frontier)
+        serving.roots.graph_stays = retain_graph
         first, tasks = self._all_but_the_last(), objectives.tasks
         unserved: dict[int, tuple[Site, list[int]]] = {}
 

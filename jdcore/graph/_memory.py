@@ -104,7 +104,7 @@ class Memory:
     @property
     def waiting(self) -> int:
         """Entries of gradients that may wait during a pass, until several are served at a time."""
-        return self.entries // 4 if self.reused else self.joined
+        return self.entries // 4 if self.reused else 2 * self.joined
 
     def take(self, shape: tuple[int, ...], like: Tensor, slot: int = 0) -> Tensor:
         """

@@ -80,9 +80,9 @@ class RootShares:
         self._short = ShortRows(memory)
         self.joins = total.joins and not (memory.reused or report)
         """Whether layers of one form may come together, as accelerators compute them fastest."""
-        # Entries that may be copied for that and kept. Larger models have larger layers, the
-        # operations of which take longer than their launches.
-        self._room = memory.entries // 4
+        self.graph_stays = True
+        """Whether what operations saved stays in memory, beside what was copied for that."""
+        self._room = memory.entries // 4  # for such copies
         self._finished: dict[int, Tensor] = {}
         self.served: list[Served] = []
         self.sources: list[list[Place]] = []
@@ -116,8 +116,8 @@ class RootShares:
         self._short.add(place, share, counted=True)
 
     def has_room(self, entries: int) -> bool:
-        """Whether so many entries may be kept for several layers beside what they are copies of."""
-        return not self._keep or entries <= self._room
+        """Whether so many entries may be copied for several layers."""
+        return entries <= self._room or not (self._keep and self.graph_stays)
 
     def take_layers(
         self, roots: Sequence[Place], share: Share, biases: Sequence[Place], entries: int
