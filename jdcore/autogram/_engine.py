@@ -57,7 +57,8 @@ class Engine:
         if any loss may depend on the whole batch (multi-task learning); then the losses go through
         the trunk that they share together where that is known to be right and faster, else one
         after the other. With a ``batch_dim`` the first call for a kind of graph takes a few
-        backward passes more, which show where in the graph the samples are.
+        backward passes more, which show where in the graph the samples are. Their gradients are
+        NaN, so a function of Python that keeps a state in its backward needs None.
     :param memory_budget: Bytes that a temporary may have. By default 256 MB on an accelerator, or
         an eighth of its free memory if that is less, and what the caches hold on a CPU.
     :raises ParameterTypeError: If a module is no ``nn.Module``, or another argument of the wrong
