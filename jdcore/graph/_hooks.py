@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from jdcore._accumulators import accumulator_hooks
 from jdcore._handles import hooks_made, hooks_of
 from jdcore._living import living
 from jdcore.graph._graph import Graph
@@ -88,8 +89,13 @@ def hooks_anywhere(leaves: Iterable[Tensor]) -> bool:
     # since another thread may add a hook meanwhile.
     dictionaries = [d for d in living(OrderedDict) if type(d) is OrderedDict and _by_number(d)]
     found = {id(d): d for d in dictionaries if any(map(_matters, list(d.values())))}
+    leaves = list(leaves)
     for leaf in leaves:
         found.pop(id(leaf._post_accumulate_grad_hooks), None)
+    # These run where gradients are written, whatever has made them.
+    for behind in accumulator_hooks(leaves).values():
+        found.pop(id(behind.before), None)
+        found.pop(id(behind.after), None)
     for owner in gc.get_referrers(*found.values()):
         for hooks in _fields_with_hooks(owner):
             found.pop(id(hooks), None)

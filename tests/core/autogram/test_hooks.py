@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 
 from jdcore import RowByRowWarning, autogram
 from jdcore.autogram import Engine
@@ -147,6 +148,11 @@ def _behind_a_parameter(net: nn.Sequential) -> None:
     net[0].weight.register_post_accumulate_grad_hook(_ignore)
 
 
+def _on_the_accumulator_of_a_parameter(net: nn.Sequential) -> None:
+    net.accumulator = get_gradient_edge(net[0].weight).node  # else it goes, and its hooks
+    net.accumulator.register_hook(_ignore)
+
+
 def _removed(net: nn.Sequential) -> None:
     net(randn(B, 3)).register_hook(_ignore).remove()
 
@@ -161,6 +167,7 @@ HARMLESS = [
     _on_an_optimizer,
     _on_a_parameter,
     _behind_a_parameter,
+    _on_the_accumulator_of_a_parameter,
     _removed,
     _on_another_graph_that_is_gone,
 ]
