@@ -109,8 +109,6 @@ Tensor tensor_over(Storage storage, const Tensor& like, DispatchKey key) {
   auto* impl = made.unsafeGetTensorImpl();
   impl->set_storage_offset(like.storage_offset());
   impl->set_sizes_and_strides(like.sizes(), like.strides());
-  made._set_conj(like.is_conj());
-  made._set_neg(like.is_neg());
   return made;
 }
 
@@ -126,7 +124,8 @@ class Call {
       others |= t.is_cpu() && t.dim() > 0;
       return t;
     }
-    TORCH_CHECK_NOT_IMPLEMENTED(t.layout() == at::kStrided, "standin: dense tensors only");
+    TORCH_CHECK_NOT_IMPLEMENTED(
+        t.layout() == at::kStrided && !t.is_complex(), "standin: dense real tensors only");
     ours = true;
     auto* key = t.storage().unsafeGetStorageImpl();
     auto found = below_.find(key);
