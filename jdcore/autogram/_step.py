@@ -134,18 +134,16 @@ class Step:
             losses = torch.cat([output.detach().reshape(-1) for output in outputs])
             source = source_of(jacobian, losses, compute)
             with state_kept(weighting):  # what follows the weighing may fail
-                # Weighings of small Gramians run on the CPU; sums of rows where the rows are.
                 weights = weights_of(weighting, source, self.shape)
-                placed = weights.to(outputs[0].device)
                 # A weighting that asked for no Gramian, such as the mean, left no pass to take
                 # gradients from.
                 if second_pass or jacobian.roots is None:
-                    gradients = jacobian.differentiated(placed, retain_graph=retain_graph)
+                    gradients = jacobian.differentiated(weights, retain_graph=retain_graph)
                 else:
                     wide = source.rounding_shows(weights.reshape(-1))
                     # And the Gramian, which is as large as a layer where there are many losses.
                     del source
-                    gradients = jacobian.weighted(placed, retain_graph=retain_graph, wide=wide)
+                    gradients = jacobian.weighted(weights, retain_graph=retain_graph, wide=wide)
             # Two leaves may have got the same tensor, as both terms of a sum do.
             write_grads(dict(zip(gradients, disjoint(gradients.values()), strict=True)))
             return self.for_user(weights)

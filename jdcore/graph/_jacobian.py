@@ -369,7 +369,7 @@ class Jacobian:
         """
         Gradients of the weighted losses, after :meth:`gramian` with ``keep``.
 
-        :param weights: One entry per loss, in their order.
+        :param weights: One entry per loss, in their order, on any device.
         :param retain_graph: Whether the graph is needed afterwards.
         :param wide: Whether to sum in float64, as :func:`jdcore.linalg.rounding_shows` advises.
         :returns: Gradient by tensor, in its dtype.

@@ -28,8 +28,8 @@ from tests.zoo.specimen import (
 
 pytestmark = pytest.mark.filterwarnings("ignore::jdcore.RowByRowWarning")  # some have hooks
 
-# Fused cells, for which the device has no kernel, complex numbers, which it does not know, and samples
-# that mix, which may be refused.
+# Fused cells, for which the device has no kernel, complex numbers, which it does not know, and
+# samples that mix, which may be refused.
 NOT_HERE = {
     *("lstm", "lstm_with_projection", "gru", "cells", "packed_sequences", "fourier"),
     "batch_norm_in_training",
