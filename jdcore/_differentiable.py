@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from jdcore.errors import ParameterError, ParameterTypeError
-from jdcore.validators import describe_tensor, is_frozen
+from jdcore.validators import describe_tensor, is_frozen, no_float64
 
 
 def check_kind(tensor: Tensor, name: str, remedy: str | None = None) -> None:
@@ -45,9 +45,11 @@ def check_one(tensor: Tensor, name: str, remedy: str | None = None) -> None:
     Check that a tensor is of a kind that can be differentiated, or with respect to which.
 
     :raises ParameterTypeError: As :func:`check_kind`.
-    :raises ParameterError: If it is on the meta device.
+    :raises ParameterError: If it is on the meta device, or on one without float64.
     """
     check_kind(tensor, name, remedy)
+    if tensor.is_mps:
+        raise no_float64(name, "Train on the CPU.")
     if tensor.is_meta:
         raise ParameterError(
             name, "a Tensor that holds values", "a Tensor on the meta device", remedy

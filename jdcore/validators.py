@@ -142,10 +142,13 @@ def check_floating(tensor: Tensor, parameter: str, expected: str = "a Tensor") -
 
     :param expected: What it should be, for the message to those who give no Tensor.
     :raises ParameterTypeError: If it is no Tensor, or not of a real floating dtype.
-    :raises ParameterError: If it is sparse or nested, or has no entries, as on the meta device.
+    :raises ParameterError: If it is sparse or nested, or has no entries, as on the meta device, or
+        is on a device without float64.
     """
     if not isinstance(tensor, Tensor):
         raise ParameterTypeError(parameter, expected, describe_tensor(tensor))
+    if tensor.is_mps:
+        raise no_float64(parameter, f"Move it: {parameter}.cpu().")
     if not tensor.is_floating_point():
         raise ParameterTypeError(
             parameter,
@@ -159,6 +162,16 @@ def check_floating(tensor: Tensor, parameter: str, expected: str = "a Tensor") -
         raise ParameterError(
             parameter, "a dense Tensor with entries", f"{describe_tensor(tensor)} {kind}", hint
         )
+
+
+def no_float64(parameter: str, remedy: str) -> ParameterError:
+    """The error for tensors on Apple's MPS, on which torch has no float64."""
+    return ParameterError(
+        parameter,
+        "on a device with float64, in which Gramians are summed",
+        "a Tensor on mps",
+        remedy,
+    )
 
 
 def check_matrix(matrix: Tensor, parameter: str = "matrix") -> None:

@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 import torch
 from attrs import define, field
-from torch import Tensor
+from torch import Tensor, nn
 
 from jdcore import ParameterError, ParameterTypeError
-from jdcore.validators import integer, one_of, real, row_vector
+from jdcore.autogram import Engine
+from jdcore.autojac import backward, gramian_backward
+from jdcore.validators import check_matrix, integer, one_of, real, row_vector
 
 
 @define
@@ -74,3 +76,20 @@ class Chosen:
 def test_what_cannot_be_used_is_refused_by_name(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ParameterError, match=message):
         Chosen(**arguments)
+
+
+def test_devices_without_float64_are_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    matrix, layer = torch.ones(2, 3), nn.Linear(2, 2)
+    losses = layer(torch.ones(2))
+    monkeypatch.setattr(Tensor, "is_mps", True, raising=False)
+    for call in (
+        lambda: check_matrix(matrix),
+        lambda: backward(list(losses)),
+        lambda: gramian_backward(list(losses), weighting),
+        lambda: Engine(layer, batch_dim=None).backward(
+            torch.stack(losses), lambda gramian: gramian[0]
+        ),
+    ):
+        with pytest.raises(ParameterError, match="a device with float64.* got a Tensor on mps"):
+            call()
+    assert layer.weight.grad is None
