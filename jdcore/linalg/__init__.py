@@ -2,13 +2,13 @@
 
 from jdcore.linalg._blas import cholesky, eigh, one_thread, product, solve, solve_definite
 from jdcore.linalg._combine import combine, factors
-from jdcore.linalg._complementarity import lcp_residual, refine, refine_lcp
+from jdcore.linalg._complementarity import lcp_residual, refine_lcp
 from jdcore.linalg._conflicts import alignment_score, conflicting_share, cosines
 from jdcore.linalg._distances import squared_distances
 from jdcore.linalg._equilibrate import equilibrate
 from jdcore.linalg._generalized import flatten_gramian, objectives_shape, unflatten_gramian
 from jdcore.linalg._gramian import cross_gramian, gramian
-from jdcore.linalg._pivoting import EPS, misplaced, natural_residual, pivot
+from jdcore.linalg._pivoting import EPS, exchange_few, misplaced, natural_residual, pivot
 from jdcore.linalg._precision import add_proximal, proximal_level, rounding_shows
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "cross_gramian",
     "eigh",
     "equilibrate",
+    "exchange_few",
     "factors",
     "flatten_gramian",
     "gramian",
@@ -33,7 +34,6 @@ __all__ = [
     "pivot",
     "product",
     "proximal_level",
-    "refine",
     "refine_lcp",
     "rounding_shows",
     "solve",

@@ -11,7 +11,6 @@ from __future__ import annotations
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from jdcore.linalg._blas import product
 from jdcore.linalg._pivoting import EPS, natural_residual, pivot
@@ -73,22 +72,17 @@ def refine_lcp(
     """
     if not Q.size:
         return Z.copy(), np.zeros(len(Q))
-    best = refine(*map(torch.from_numpy, (C, Q, Z)))[0].numpy()
-    return best, lcp_residual(C, Q, best)
-
-
-def refine(C: Tensor, Q: Tensor, Z: Tensor) -> tuple[Tensor, Tensor]:
-    """:func:`refine_lcp` for float64 Tensors on any device."""
-    best, residuals = Z.clone(), natural_residual(C, Q, Z)
-    passive = torch.addmm(Q, Z, C) < Z
+    c, q, best = (torch.from_numpy(array) for array in (C, Q, Z.copy()))
+    residuals = natural_residual(c, q, best)
+    passive = torch.addmm(q, best, c) < best
     for delta in _DELTAS:
         rows = (residuals > 6.0 * len(C) * EPS).nonzero()[:, 0]
         if not len(rows):
             break
         sets, before = passive[rows], best[rows]
-        found, achieved = pivot(C, Q[rows], sets, delta=delta, centre=before, rounds=_ROUNDS)
+        found, achieved = pivot(c, q[rows], sets, delta=delta, centre=before, rounds=_ROUNDS)
         passive[rows] = sets
         better = achieved < residuals[rows]
         best[rows] = torch.where(better[:, None], found, before)
         residuals[rows] = torch.where(better, achieved, residuals[rows])
-    return best, residuals
+    return best.numpy(), lcp_residual(C, Q, best.numpy())

@@ -12,6 +12,7 @@ Tensor, on any device; the host asks for two numbers per row and round.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cached_property
 from typing import Any
 
@@ -21,13 +22,14 @@ from attrs import frozen
 from numpy.typing import NDArray
 from torch import Tensor
 
-from jdcore.linalg._blas import one_thread
+from jdcore.linalg._blas import one_thread, product, solve
 
 EPS = 2.0**-52
-# Up to this size, gathering the block of a set costs more than it saves, and numpy less than torch.
-_SMALL = 32
-# Rounds of small problems in which all rows go on: telling them apart would take longer.
-_TOGETHER = 6
+# Exchanges of small problems. What takes more is left to others.
+_ROUNDS = 6
+# Entries of the matrices of which blocks are factorised at once: so few that caches hold them.
+_BATCH = 1 << 16
+_MASKED = 32  # up to this size, gathering the block of a set costs more than it saves
 # Exchanges that may fail to reduce the number of wrong entries.
 _CREDIT = 8
 # Cosine from which on two rows are nearly equal or opposite.
@@ -83,15 +85,13 @@ def pivot(
         which is NaN where a block was singular.
     """
     b = -Q if centre is None else torch.sub(centre * delta, Q)
-    if len(C) <= _SMALL and C.is_cpu and rounds >= _TOGETHER:
-        try:
-            c, q, rhs, sets = C.numpy(), Q.numpy(), b.numpy(), passive.numpy()
-            found = exchange_few(c, q, rhs, sets, delta)
-        except np.linalg.LinAlgError:
-            found = None
-        if found is not None:
-            together = torch.from_numpy(found)
-            return together, natural_residual(C, Q, together)
+    if len(C) <= _MASKED and C.is_cpu:
+        c, q, rhs, sets = C.numpy(), Q.numpy(), b.numpy(), passive.numpy()
+        with suppress(np.linalg.LinAlgError):
+            Z = torch.from_numpy(exchange_few(c, q, rhs, sets, delta))
+            residuals = natural_residual(C, Q, Z)
+            if bool((residuals <= _tolerance(len(C))).all()):
+                return Z, residuals
     return _Exchange(C, Q, b, passive, delta).run(rounds)
 
 
@@ -111,46 +111,93 @@ def _tolerance(m: int) -> float:
 
 
 def exchange_few(
-    C: Floats, Q: Floats, b: Floats, passive: NDArray[np.bool_], delta: float = 0.0
-) -> Floats | None:
+    C: Floats,
+    Q: Floats,
+    b: Floats,
+    passive: NDArray[np.bool_],
+    delta: float = 0.0,
+) -> Floats:
     """
     :func:`pivot` of small problems, in numpy, whose calls take half as long as those of torch.
 
     :param b: ``delta centre - Q``.
     :param passive: As for :func:`pivot`: replaced by the sets found.
-    :returns: z >= 0 [k, m]; None if that takes too many exchanges.
-    :raises numpy.linalg.LinAlgError: If a block is singular.
+    :returns: z >= 0 [k, m], as far as a few exchanges find it.
+    :raises numpy.linalg.LinAlgError: If a block of up to 32 rows is singular.
     """
-    own, diagonal = C.diagonal() + delta, np.arange(len(C))
+    padded = np.pad(C, (0, 1))
+    padded.flat[:: len(C) + 2][:-1] += delta
     Z, left, sets, rhs = np.zeros_like(Q), np.arange(len(Q)), passive, b
-    for _ in range(_TOGETHER):
-        A = C * sets[:, :, None]
-        A *= sets[:, None, :]
-        # Outside of its set, a row is that of the unit matrix: so all systems of the batch have one
-        # size.
-        A[:, diagonal, diagonal] = np.where(sets, own, 1.0)
-        z: Floats = np.asarray(np.linalg.solve(A, (rhs * sets)[:, :, None]), np.float64)[:, :, 0]
-        y = z.dot(C)
+    for _ in range(_ROUNDS):
+        solver = _solver_of_few(padded, sets)
+        z = solver(rhs)
+        y = product(z, C)
         y -= rhs
         y += _tolerance(len(C)) * (1.0 + np.abs(z).max(axis=1, keepdims=True))
         wrong = np.where(sets, z, y) < 0.0
         going = wrong.any(axis=1)
         if delta and not going.all():
-            z[~going] = _refined_few(C, Q[left[~going]], z[~going], sets[~going], A[~going])
+            for _ in range(_REFINEMENTS):
+                new = z - solver(product(z, C) + Q[left])
+                z = np.where(new.min(axis=1, keepdims=True) < -_SLIGHT, z, new)
         Z[left] = np.maximum(z, 0.0)
         if not going.any():
-            return Z
+            break
         left = left[going]
         sets, rhs = sets[going] ^ wrong[going], rhs[going]
         passive[left] = sets
-    return None
+    return Z
 
 
-def _refined_few(C: Floats, Q: Floats, z: Floats, sets: NDArray[np.bool_], A: Floats) -> Floats:
-    for _ in range(_REFINEMENTS):
-        new = z - np.linalg.solve(A, ((z.dot(C) + Q) * sets)[:, :, None])[:, :, 0]
-        z = np.where(new.min(axis=1, keepdims=True) < -_SLIGHT, z, new)
-    return z
+def _solver_of_few(padded: Floats, sets: NDArray[np.bool_]) -> Callable[[Floats], Floats]:
+    """
+    What solves with blocks of a matrix.
+
+    :param padded: The matrix with one more row and column of zeros.
+    :param sets: The indices of a block in each row [k, m].
+    """
+    k, m = sets.shape
+    if m <= _MASKED:
+        # Outside of its set, a row is that of the unit matrix: so all blocks have one size.
+        inside = sets[:, :, None] & sets[:, None, :]
+        blocks = np.where(inside, padded[:-1, :-1], np.eye(m))
+        return lambda b: solve(blocks, (b * sets)[:, :, None])[:, :, 0]
+    count = max(1, _BATCH // (m * m))
+    if k <= count:
+        return _batch_of_few(padded, sets)
+    order = np.argsort(sets.sum(axis=1))
+    parts = [
+        (rows, _batch_of_few(padded, sets[rows]))
+        for rows in np.split(order, range(count, k, count))
+    ]
+
+    def together(b: Floats) -> Floats:
+        z = np.empty_like(b)
+        for rows, part in parts:
+            z[rows] = part(b[rows])
+        return z
+
+    return together
+
+
+def _batch_of_few(padded: Floats, sets: NDArray[np.bool_]) -> Callable[[Floats], Floats]:
+    m, sizes = sets.shape[1], sets.sum(axis=1)
+    rows, members = sets.nonzero()
+    places = np.arange(len(rows)) - np.repeat(sizes.cumsum() - sizes, sizes)
+    indices = np.full((len(sets), sizes.max(initial=0)), m)
+    indices[rows, places] = members
+    blocks = padded.take(indices[:, :, None] * (m + 1) + indices[:, None, :])
+    blocks.reshape(len(sets), -1)[:, :: indices.shape[1] + 1] += indices == m
+    factors = torch.linalg.cholesky_ex(torch.from_numpy(blocks))[0]
+
+    def apply(b: Floats) -> Floats:
+        gathered, z = np.zeros(indices.shape), np.zeros_like(b)
+        gathered[rows, places] = b[sets]
+        x = torch.cholesky_solve(torch.from_numpy(gathered)[:, :, None], factors).numpy()
+        z[sets] = x[rows, places, 0]
+        return z
+
+    return apply
 
 
 @frozen(slots=False)
@@ -372,8 +419,8 @@ class _Parts(Factors):
 
     def _together(self, b: Tensor, solves: list[Callable[[Tensor], Tensor]]) -> Tensor:
         z = torch.empty_like(b)
-        for (rows, _), solve in zip(self.parts, solves, strict=True):
-            z[rows] = solve(b[rows])
+        for (rows, _), apply in zip(self.parts, solves, strict=True):
+            z[rows] = apply(b[rows])
         return z
 
 

@@ -11,13 +11,21 @@ import torch
 from torch import Tensor
 
 from jdcore.errors import UnsolvedWarning
-from jdcore.linalg import add_proximal, equilibrate, lcp_residual, natural_residual, proximal_level
+from jdcore.linalg import (
+    _pivoting,
+    add_proximal,
+    equilibrate,
+    lcp_residual,
+    natural_residual,
+    proximal_level,
+)
 from jdcore.linalg._pivoting import PassiveSets
-from jdplugins.standard._solvers import NativeDualConeSolver, _guess, _lcp
+from jdplugins.standard._solvers import NativeDualConeSolver, _guess, _parametric
 from jdplugins.standard._solvers._active_set import ActiveSet
 from jdplugins.standard._solvers._faces import find_face
 from jdplugins.standard._solvers._guess import Splitting
 from jdplugins.standard._solvers._lcp import solve_lcps
+from jdplugins.standard._solvers._parametric import _Paths
 from tests.plugins.standard.dependent_rows import KINDS
 
 # Of the work that independent rows take.
@@ -41,6 +49,7 @@ class _Work:
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.done = 0.0
         factors, run, solve = PassiveSets.factors, Splitting.run, ActiveSet.solve
+        batch, pivot = _pivoting._batch_of_few, _Paths._pivot
 
         def counted(sets: PassiveSets, passive: Tensor, sizes: np.ndarray) -> Any:
             smaller = np.minimum(sizes, passive.shape[1] - sizes).astype(np.float64)
@@ -57,6 +66,17 @@ class _Work:
             self.done += before - method.work
             return answer
 
+        def factorised(padded: np.ndarray, sets: np.ndarray) -> Any:
+            self.done += float((sets.sum(axis=1) ** 3.0).sum()) / 6.0
+            return batch(padded, sets)
+
+        def followed(paths: _Paths, limit: int) -> int:
+            pivots = pivot(paths, limit)
+            self.done += pivots * paths.Q.shape[1] ** 2
+            return pivots
+
+        patch.setattr(_pivoting, "_batch_of_few", factorised)
+        patch.setattr(_Paths, "_pivot", followed)
         patch.setattr(PassiveSets, "factors", counted)
         patch.setattr(Splitting, "run", guessed)
         patch.setattr(ActiveSet, "solve", alone)
@@ -225,7 +245,7 @@ def test_what_would_take_too_long_is_given_up_with_a_warning(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     G, U = gramian_of("products of factors", 64, seed=2), np.eye(64)
-    monkeypatch.setattr(_lcp, "WORK", 0.0)
+    monkeypatch.setattr(_parametric, "WORK", 0.0)
     monkeypatch.setattr(_guess, "_MORE_STEPS", 0)
     with pytest.warns(UnsolvedWarning) as caught:
         V = NativeDualConeSolver()(G, U)

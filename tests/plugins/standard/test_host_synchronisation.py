@@ -71,7 +71,7 @@ def test_the_host_waits_once_for_a_round_of_pivots(
 
 def test_the_host_does_not_wait_longer_for_more_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
-    for m in (48, 128):
+    for m in (96, 192):
         G, U = gramian_of("gauss", m), torch.eye(m, dtype=torch.float64)
         with waits(monkeypatch) as mode:
             NativeDualConeSolver().project(G, U)

@@ -12,10 +12,11 @@ from jdcore.errors import UnsolvedWarning
 from jdcore.linalg import add_proximal, equilibrate, lcp_residual
 from jdcore.linalg._pivoting import PassiveSets
 from jdcore.testing import FAMILIES, family
-from jdplugins.standard._solvers import NativeDualConeSolver, _dual_cone
+from jdplugins.standard._solvers import NativeDualConeSolver, _dual_cone, _parametric
 from jdplugins.standard._solvers._active_set import ActiveSet
 from jdplugins.standard._solvers._cone_of_few import project_few
 from jdplugins.standard._solvers._lcp import solve_lcps, solve_one
+from jdplugins.standard._solvers._parametric import follow
 from jdplugins.standard._solvers._semidefinite import nearest_semidefinite
 from jdplugins.standard._solvers._tiny import roots_of, solve_few
 from tests.plugins.standard.oracle import LD, project_exactly
@@ -68,6 +69,14 @@ def alone(C: np.ndarray, q: np.ndarray, start: np.ndarray | None = None) -> np.n
     return z
 
 
+def followed(C: np.ndarray, Q: np.ndarray) -> np.ndarray:
+    """By parametric pivots alone."""
+    Z, residuals = follow(C, np.atleast_2d(Q))
+    assert residuals.max() <= 1e-11
+    assert lcp_residual(C, Q, Z).max() == pytest.approx(residuals.max(), abs=1e-15)
+    return Z.reshape(Q.shape)
+
+
 def distance(J: np.ndarray, Z: np.ndarray, other: np.ndarray) -> float:
     """Largest distance between the vectors that two sets of solutions stand for."""
     return float(np.linalg.norm((Z - other) @ J, axis=-1).max())
@@ -92,6 +101,7 @@ def test_three_rows_with_two_passive_indices() -> None:
     assert tiny(C, C[0]) == pytest.approx(expected, abs=1e-15)
     assert solve_one(C, C[0])[0] == pytest.approx(expected, abs=1e-15)
     assert solve_all(C, C)[0][0] == pytest.approx(expected, abs=1e-15)
+    assert followed(C, C[0]) == pytest.approx(expected, abs=1e-12)
     assert alone(C, C[0]) == pytest.approx(expected, abs=1e-12)
 
 
@@ -144,6 +154,7 @@ def test_one_many_and_the_active_set_method_agree(name: str, m: int) -> None:
     for i in range(0, m, max(3, m // 6)):
         assert distance(J, Z[i], solve_one(C, C[i])[0]) <= limit
         assert distance(J, Z[i], alone(C, C[i])) <= limit
+        assert distance(J, Z[i], followed(C, C[i])) <= limit
 
 
 @pytest.mark.parametrize("name", ["special", "lowdim", "neardup", "half", "conflict"])
@@ -249,6 +260,55 @@ def test_the_active_set_method_gives_the_best_it_has_where_work_ends() -> None:
     z, residual = ActiveSet(C, 0.0).solve(C[0], np.zeros(60))
     assert not z.any()
     assert residual == pytest.approx(-C[0].min())
+
+
+@pytest.mark.parametrize("kind", [*FAMILIES, "opposites", "clusters", "weak", "low rank"])
+def test_parametric_pivots_end_with_the_solution(kind: str) -> None:
+    m = 48
+    J = jacobian(kind, m) if kind in FAMILIES else dependent_rows(kind, m)
+    C = low_rank(m, 8) if kind == "low rank" else equilibrate(add_proximal(J @ J.T, 3.6e-12))[0]
+    np.fill_diagonal(C, 1.0)
+    Q = np.stack([C[0], C[m // 2], C[-1], C.mean(axis=0), np.ones(m)])
+    before = Q.copy()
+    Z = followed(C, Q)
+    assert (before == Q).all()
+    assert (Z >= 0.0).all()
+    assert not Z[4].any()
+    # Rows do not depend on which others are solved with them.
+    for q, z in zip(Q, Z, strict=True):
+        C_z = C @ (followed(C, q) - z)
+        assert np.abs(C_z).max() <= 1e-9
+
+
+def test_parametric_pivots_take_two_exchanges_of_two_rows() -> None:
+    # z is positive where q < 0, so the first row alone: z = 1, y = (0, 1/2).
+    C = np.array([[1.0, -0.5], [-0.5, 1.0]])
+    assert followed(C, np.array([-1.0, 1.0])) == pytest.approx([1.0, 0.0], abs=1e-12)
+    # Both: z = C⁻¹ (1, 1) = (2, 2).
+    assert followed(C, np.array([-1.0, -1.0])) == pytest.approx([2.0, 2.0], abs=1e-12)
+    # The second one follows the first: y of z = (1, 0) would be (0, -0.2); z = C⁻¹ (1, -0.3).
+    expected = [(1.0 - 0.15) / 0.75, (0.5 - 0.3) / 0.75]
+    assert followed(C, np.array([-1.0, 0.3])) == pytest.approx(expected, abs=1e-12)
+
+
+def test_parametric_pivots_say_how_far_they_came_where_work_ends(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(_parametric, "WORK", 0.0)
+    C = low_rank(60, 8)
+    Z, residuals = follow(C, C[:3])
+    assert (residuals > 1e-3).all()
+    np.testing.assert_allclose(lcp_residual(C, C[:3], Z), residuals, atol=1e-15)
+
+
+def test_matrices_that_are_not_semidefinite_end_without_a_warning() -> None:
+    random = np.random.default_rng(0)
+    C = random.standard_normal((20, 20))
+    C = (C + C.T) / 9.0
+    np.fill_diagonal(C, 1.0)
+    Z, residuals = follow(C, C)
+    assert Z.shape == C.shape
+    assert residuals.shape == (20,)
 
 
 def test_a_warm_start_does_not_change_the_solution() -> None:

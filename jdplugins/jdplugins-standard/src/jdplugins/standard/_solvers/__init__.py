@@ -3,8 +3,9 @@ Native solvers: exact, scale-free, torch and numpy only.
 
 The dual-cone projection, the min-norm point and the conflict-averse direction all reduce to one
 linear complementarity problem (LCP) with the matrix of cosines of the rows. One solver serves them:
-a guess, block pivoting from there, and an active-set method for what is left; a handful of rows is
-solved in plain floats. Nash bargaining is solved by Newton's method.
+a guess, block pivoting from there, and an active-set method for what is left; up to some 90 rows
+that depend on each other take parametric pivots, and a handful of rows plain floats. Nash
+bargaining is solved by Newton's method.
 """
 
 from jdplugins.standard._solvers._alone import solve_one

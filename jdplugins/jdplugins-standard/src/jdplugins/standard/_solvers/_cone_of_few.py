@@ -7,25 +7,22 @@ take half as long as those of torch. What cycles or is nearly singular is left t
 
 from __future__ import annotations
 
-from functools import lru_cache
 from operator import mul
 
 import numpy as np
 import torch
 
-from jdcore.linalg import equilibrate, product
-from jdplugins.standard._solvers._active_set import WORK, ActiveSet
+from jdcore.linalg import equilibrate, exchange_few, lcp_residual, product
 from jdplugins.standard._solvers._alone import EXACT, LARGE, solve_one
 from jdplugins.standard._solvers._lcp import ROUGH, Floats
+from jdplugins.standard._solvers._parametric import follow
 from jdplugins.standard._solvers._semidefinite import is_plausible
 from jdplugins.standard._solvers._tiny import Rows, roots_of, solve_few
 
 # Rows up to which plain floats take less time: for one projection, and for those of all rows.
 _ALONE, _TOGETHER = 8, 6
-_MANY = 32  # rows from which on it pays to solve for those that are positive alone
-_ROUNDS = 8
-_EXACT = 1e-15  # residual of an answer: some multiples of what 32 terms are rounded by
-_INDEPENDENT = 1.4e-6  # length of what a unit row has beside those before it
+_MANY = 32  # rows from which on a guess pays
+_INDEPENDENT = 3e-3  # length of what each unit row has beside those before it
 
 
 def project_few(gramian: Floats, references: Floats) -> Floats | None:
@@ -59,10 +56,7 @@ def project_few(gramian: Floats, references: Floats) -> Floats | None:
         Z = z[None] if residual <= ROUGH else None
     else:
         cosines.flat[:: m + 1] = 1.0  # of zero rows, too, which are left alone then
-        try:
-            Z = _exchanged(cosines, Q)
-        except np.linalg.LinAlgError:
-            Z = None
+        Z = _solved(cosines, Q)
     if Z is None:
         return None
     if Z.max() > LARGE:
@@ -88,39 +82,26 @@ def lcps_of(gramian: Floats, references: Floats) -> tuple[Floats, Floats, Floats
     return cosines, norms, inverses, scales, product(scaled, cosines)
 
 
-@lru_cache(maxsize=32)
-def _identity(m: int) -> Floats:
-    return np.eye(m)
-
-
-def _exchanged(C: Floats, Q: Floats) -> Floats | None:
-    """Solutions of the LCPs of all rows of Q, together at first; None where they are not exact."""
-    identity = _identity(len(C))
-    # A residual does not tell answers from others where rows depend on each other to rounding.
-    if np.linalg.cholesky(C).diagonal().min() < _INDEPENDENT:
-        return None
-    Z = np.maximum(-Q, 0.0)
-    # After one projected gradient step, which is nearer the truth than ``q < 0``.
-    passive, rows, q = Z.dot(C) + Q < Z, np.arange(len(Q)), Q
-    for _ in range(_ROUNDS):
-        # Outside of its set, a row is that of the unit matrix: so all systems have one size.
-        blocks = np.where(passive[:, :, None] & passive[:, None, :], C, identity)
-        z = np.linalg.solve(blocks, (-q * passive)[:, :, None])[:, :, 0]
-        # Of z and C z + q, the smaller one has to be zero.
-        gaps = np.minimum(z, z.dot(C) + q)
-        wrong = np.abs(gaps) > _EXACT * (1.0 + z.max(axis=1, initial=0.0, keepdims=True))
-        Z[rows] = z
-        going = wrong.any(axis=1)
-        rows, q, passive = rows[going], q[going], passive[going] ^ wrong[going]
-        if not rows.size:
-            break
-    # Where rows depend on each other, a few of many go on exchanging the same entries.
-    method = ActiveSet(C, WORK)
-    for row, vector in zip(rows, q, strict=True):
-        Z[row], residual = method.solve(vector, np.zeros_like(vector))
-        if residual > EXACT:
+def _solved(C: Floats, Q: Floats) -> Floats | None:
+    """Solutions of the LCPs of all rows of Q; None where there may be none."""
+    Z, rows = np.zeros_like(Q), np.flatnonzero(Q.min(axis=1) < 0.0)
+    if rows.size and _are_independent(C):
+        q = Q[rows]
+        near = np.maximum(-q, 0.0)  # one projected gradient step, nearer the truth than ``q < 0``
+        Z[rows] = z = exchange_few(C, q, -q, product(near, C) + q < near)
+        rows = rows[~(lcp_residual(C, q, z) <= EXACT)]
+    if rows.size:
+        Z[rows], residuals = follow(C, Q[rows])
+        if not residuals.max() <= ROUGH:
             return None
-    return np.maximum(Z, 0.0)
+    return Z
+
+
+def _are_independent(C: Floats) -> bool:
+    try:
+        return bool(np.linalg.cholesky(C).diagonal().min() >= _INDEPENDENT)
+    except np.linalg.LinAlgError:
+        return False
 
 
 def _project_handful(G: Rows, references: list[list[float]]) -> list[list[float]] | None:

@@ -18,25 +18,27 @@ from attrs import frozen
 from numpy.typing import NDArray
 from torch import Tensor
 
-from jdcore.linalg import misplaced, natural_residual, one_thread, pivot, refine
+from jdcore.linalg import exchange_few, misplaced, natural_residual, one_thread, pivot
 from jdplugins.standard._solvers._active_set import WORK, ActiveSet
 from jdplugins.standard._solvers._alone import LARGE, THREADS, solve_one
 from jdplugins.standard._solvers._faces import find_face
 from jdplugins.standard._solvers._guess import GOOD, descend, guess, guess_again
+from jdplugins.standard._solvers._parametric import follow
 from jdplugins.standard._solvers._unsolved import UNSOLVED
 
 Floats: TypeAlias = NDArray[np.float64]
 Mask: TypeAlias = NDArray[np.bool_]
 
-# Fewer rows than this are pivoted before a guess would be made. They cost little, and are solved as
-# far as rounding allows, as is one alone: where rows that are nearly opposite or equal make z
-# large, what is small beside it still leaves an error in ``Jᵀ z``.
-_GUESSED = 48
+# Up to so many rows, to follow solutions takes no longer than a guess and what comes after it; and
+# up to so many multiplications, than what comes after a guess that is not good enough.
+_FOLLOWED, _WORTH = 32, 6e7
+_GATHERED = 88  # rows up to which a few exchanges take less time in numpy
 # Squared pivots of C. Below the first one, some combination of rows is zero, and above the second
 # one, they are as good as independent.
 _SINGULAR, _FAR = 1e-10, 1e-3
 
 _SAMPLE = 4  # rows that tell which scale is right for all
+_EXACT = 1e-12  # residual that suffices for few rows
 _ALONE = 16  # rows that are solved one by one before another guess would be made
 
 
@@ -99,29 +101,36 @@ class _Search:
     # with the lowest objective that was met, from which the active-set method begins.
 
     def __init__(self, C: Tensor, Q: Tensor) -> None:
-        self.C, self.Q, self.way = C, Q, _way(C)
+        self.C, self.Q = C, Q
         self.X, self.Z = Q.neg().float(), torch.zeros_like(Q)
         self.near = self.Z.clone()
         self.residuals = Q.amin(1).neg_().clamp_min_(0.0)
         self.all = torch.arange(len(Q), device=Q.device)
 
+    @functools.cached_property
+    def way(self) -> _Way:
+        return _way(self.C)
+
     def run(self) -> None:
-        one, way = len(self.Q) == 1, self.way
-        if one or (len(self.C) < _GUESSED and not way.delta):
-            Z, residuals = pivot(self.C, self.Q, _likely(self.C, self.Q))
+        (k, m), one = self.Q.shape, len(self.Q) == 1
+        if one:
+            Z, residuals = pivot(self.C, self.Q, _likely(self.C, self.Q[0]))
             # A block that turns out to be singular gives a large z, whose residual says little.
             self.keep(self.all, Z, torch.where(Z.amax(1) <= LARGE, residuals, torch.inf))
         left = self.left(ROUGH)
         if not len(left):
             return
-        if not one:
+        few = k * m**3 <= _WORTH
+        if not one and (not few or (m > _FOLLOWED and self.way is _INDEPENDENT)):
             self._guess(left)
+        if few:
+            self._follow()
+            return
+        if not one:
             if self.way is _CANCELLING:
                 self._by_face()
             self._guess_again()
         self._one_by_one()
-        if one or len(self.C) < _GUESSED:
-            self.keep(self.all, *refine(self.C, self.Q, self.Z))
 
     def left(self, residual: float) -> Tensor:
         """The rows that are not solved yet: those of larger residuals."""
@@ -190,17 +199,28 @@ class _Search:
             self._pivot(rows, self.Z[rows], _NEARER)
 
     def _pivot(self, rows: Tensor, centre: Tensor, delta: float) -> None:
-        C, Q, sets = self.C, self.Q[rows], centre > 0.0
-        Z, residuals = pivot(C, Q, sets, delta=delta, centre=centre)
+        C, Q = self.C, self.Q[rows]
+        if len(C) > _GATHERED or delta:
+            Z, residuals = pivot(C, Q, centre > 0.0, delta=delta, centre=centre)
+        else:
+            c, q, sets = (X.numpy(force=True) for X in (C, Q, centre > 0.0))
+            Z = torch.from_numpy(exchange_few(c, q, -q, sets)).to(Q)
+            residuals = natural_residual(C, Q, Z)
         self.keep(rows, Z, residuals)
         left = residuals > self.way.enough
         self.come_nearer(rows[left], Z[left])
 
+    def _follow(self) -> None:
+        """Solve for those that are left of few rows by the method that always ends, on the host."""
+        rows = self.left(_EXACT)
+        if len(rows):
+            C, Q = (X.numpy(force=True) for X in (self.C, self.Q[rows]))
+            Z, residuals = map(torch.from_numpy, follow(C, Q))
+            self.keep(rows, Z.to(self.Q), residuals.to(self.Q))
+
     def _one_by_one(self) -> None:
-        """Solve for those that are left by the method that always ends, on the host."""
-        # Of few rows, less suffices for the update to change with their order.
-        few = len(self.C) < _GUESSED
-        rows = self.left(min(ROUGH, self.way.enough) if few else self.way.enough)
+        """The same for many, where to begin near a solution takes less than to come from zero."""
+        rows = self.left(self.way.enough)
         if len(rows):
             method = ActiveSet(self.C.numpy(force=True), WORK)
             pairs = zip(*(X[rows].numpy(force=True) for X in (self.Q, self.near)), strict=True)
@@ -230,9 +250,6 @@ def _way(C: Tensor) -> _Way:
     return _INDEPENDENT if smallest >= _FAR else _DEPENDENT
 
 
-def _likely(C: Tensor, Q: Tensor) -> Tensor:
-    """Where z is likely to be positive."""
-    if len(Q) == 1:
-        return (descend(C, Q[0], torch.zeros_like(Q[0])) > 0.0)[None]
-    Z = (-Q).clamp_min_(0.0)  # after one projected gradient step, nearer the truth than ``q < 0``
-    return torch.addmm(Q, Z, C) < Z
+def _likely(C: Tensor, q: Tensor) -> Tensor:
+    """Where the z of one problem is likely to be positive, [m] -> [1, m]."""
+    return (descend(C, q, torch.zeros_like(q)) > 0.0)[None]
