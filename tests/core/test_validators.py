@@ -79,6 +79,9 @@ def test_what_cannot_be_used_is_refused_by_name(arguments: dict[str, Any], messa
 
 
 def test_devices_without_float64_are_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    def weighting(gramian: Tensor) -> Tensor:
+        return gramian[0]
+
     matrix, layer = torch.ones(2, 3), nn.Linear(2, 2)
     losses = layer(torch.ones(2))
     monkeypatch.setattr(Tensor, "is_mps", True, raising=False)
@@ -86,10 +89,8 @@ def test_devices_without_float64_are_refused_by_name(monkeypatch: pytest.MonkeyP
         lambda: check_matrix(matrix),
         lambda: backward(list(losses)),
         lambda: gramian_backward(list(losses), weighting),
-        lambda: Engine(layer, batch_dim=None).backward(
-            torch.stack(losses), lambda gramian: gramian[0]
-        ),
+        lambda: Engine(layer, batch_dim=None).backward(losses, weighting),
     ):
-        with pytest.raises(ParameterError, match="a device with float64.* got a Tensor on mps"):
+        with pytest.raises(ParameterError, match=r"a device with float64.* got a Tensor on mps"):
             call()
     assert layer.weight.grad is None
