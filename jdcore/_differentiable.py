@@ -60,7 +60,8 @@ def check_differentiable(tensors: Sequence[Tensor], parameter: str) -> None:
     """:func:`check_one` for all of a list."""
     for i, tensor in enumerate(tensors):
         # Nearly all pass, and to make the name of each would take as long as to look at it.
-        if not (_is_dense(tensor) and tensor.is_floating_point()) or tensor.is_meta:
+        plain = _is_dense(tensor) and tensor.is_floating_point()
+        if not plain or tensor.is_meta or tensor.is_mps:
             check_one(tensor, f"{parameter}[{i}]")
 
 
