@@ -44,7 +44,12 @@ def cosines(kind: str, m: int, seed: int = 0, dtype: torch.dtype = torch.float32
 
 
 class _Work:
-    """Multiplications of what costs most, those of guesses being eight times as fast as others."""
+    """
+    Multiplications of what costs most.
+
+    Those of guesses are eight times as fast as those of factorisations, and those of parametric
+    pivots five times: 4.9 and 0.85 in a nanosecond for 64 rows on a CPU.
+    """
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.done = 0.0
@@ -72,7 +77,7 @@ class _Work:
 
         def followed(paths: _Paths, limit: int) -> int:
             pivots = pivot(paths, limit)
-            self.done += pivots * paths.Q.shape[1] ** 2
+            self.done += pivots * paths.Q.shape[1] ** 2 / 5.0
             return pivots
 
         patch.setattr(_pivoting, "_batch_of_few", factorised)
