@@ -8,6 +8,7 @@ import UPGrad, UPGradWeighting``; these are the classes that :func:`jdcore.get_a
 
 from typing import Any
 
+from jdcore._compilation import not_traced
 from jdcore.aggregation._aggregator import GramianAggregator
 from jdcore.aggregation._any import vectors_of
 from jdcore.aggregation._columns import Columns
@@ -63,6 +64,7 @@ __all__ = [
     "finite_gramian",
     "finite_required",
     "forbid_differentiation",
+    "not_traced",
     "portions",
     "report_residual",
     "row_lengths",

@@ -8,6 +8,7 @@ import torch
 from attrs import define, field
 from torch import Tensor
 
+from jdcore._compilation import not_traced
 from jdcore.aggregation._columns import Columns
 from jdcore.aggregation._differentiation import forbid_differentiation
 from jdcore.aggregation._finite import all_finite, finite_required, is_finite
@@ -52,6 +53,9 @@ class GramianAggregator:
         :raises NonFiniteError: If the weighting asks for finite input and the matrix is not.
         :raises NonDifferentiableError: When differentiating through a non-differentiable method.
         """
+        if torch.compiler.is_dynamo_compiling():  # as `not_traced` does, which is one more call
+            untraced = not_traced(GramianAggregator.__call__)
+            return untraced(self, matrix, losses=losses, second=second)
         check_matrix(matrix)
         others = None if second is None else check_second([second], [matrix])
         [vector], _, source = _aggregate(self.weighting, Columns([matrix], others), losses)
@@ -103,8 +107,10 @@ def _aggregate(
     weighting: Weighting, columns: Columns, losses: Tensor | None
 ) -> tuple[list[Tensor], Tensor, GramianSource]:
     source = ColumnsSource(columns, losses)
-    # Processes that hold the columns together must take the same weights.
-    weights = columns.agreed(weigh(weighting, source))
+    weights = weigh(weighting, source)
+    if type(columns) is not Columns:
+        # Processes that hold the columns together must take the same weights.
+        weights = columns.agreed(weights)
     if source.asked:
         # A cross-Gramian does not tell the lengths of the rows, so that nothing can be said of how
         # they cancel.

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from attrs import define, field
 from torch import Tensor
 
+from jdcore._compilation import not_traced
 from jdcore.aggregation._differentiation import forbid_differentiation
 from jdcore.aggregation._source import GramianSource
 from jdcore.aggregation._weigh import as_weighting, weigh
@@ -30,6 +31,7 @@ class Flattening:
 
     weighting: Weighting = field(converter=as_weighting)
 
+    @not_traced
     def __call__(self, gramian: Tensor, /, *, losses: Tensor | None = None) -> Tensor:
         """
         :param gramian: Generalized Gramian [m1, ..., mk, mk, ..., m1].

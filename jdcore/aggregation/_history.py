@@ -9,6 +9,7 @@ import torch
 from attrs import Attribute, define, field
 from torch import Tensor
 
+from jdcore._compilation import not_traced
 from jdcore.aggregation._columns import Columns
 from jdcore.aggregation._coordinatewise import portions
 from jdcore.aggregation._differentiation import forbid_differentiation
@@ -100,6 +101,7 @@ class HistoryAggregator(StateFields):
         """
         raise NotImplementedError
 
+    @not_traced
     def __call__(
         self, matrix: Tensor, /, *, losses: Tensor | None = None, second: Tensor | None = None
     ) -> Tensor:

@@ -6,6 +6,7 @@ from typing import ClassVar
 from attrs import define, field
 from torch import Tensor
 
+from jdcore._compilation import not_traced
 from jdcore.aggregation._columns import Columns
 from jdcore.aggregation._differentiation import forbid_differentiation
 from jdcore.aggregation._finite import finite_required
@@ -55,6 +56,7 @@ class MatrixAggregator:
         """
         raise NotImplementedError
 
+    @not_traced
     def __call__(self, matrix: Tensor, /) -> Tensor:
         """
         :param matrix: Jacobian, real floating Tensor [m, n].

@@ -11,6 +11,7 @@ from attrs import Attribute, define, field
 from numpy.typing import NDArray
 from torch import Tensor
 
+from jdcore._compilation import not_traced
 from jdcore._modes import without_autocast
 from jdcore.aggregation._aggregator import GramianAggregator
 from jdcore.aggregation._any import vectors_of
@@ -78,6 +79,7 @@ class RowMixing:
         needs = getattr(inner, "needs_all_columns", False)
         return bool(needs) or not hasattr(inner, "aggregate_columns")
 
+    @not_traced
     def __call__(self, matrix: Tensor, /, *, losses: Tensor | None = None) -> Tensor:
         """
         :param matrix: Jacobian, real floating Tensor [m, n].
@@ -203,6 +205,7 @@ class MixedWeighting:
         degree: int = getattr(self.weighting, "scale_degree", 0)
         return degree
 
+    @not_traced
     def __call__(self, gramian: Tensor, /, *, losses: Tensor | None = None) -> Tensor:
         """
         :param gramian: Gramian of the Jacobian, real floating Tensor [m, m].

@@ -9,6 +9,7 @@ from attrs import define, field
 from numpy.typing import NDArray
 from torch import Tensor
 
+from jdcore._compilation import not_traced
 from jdcore.aggregation._row_vectors import check_row_vectors
 from jdcore.aggregation._source import GramianSource
 from jdcore.aggregation._weigh import weigh
@@ -60,6 +61,7 @@ class ScalarizationWeighting:
         """
         raise NotImplementedError
 
+    @not_traced
     def __call__(self, gramian: Tensor, /, *, losses: Tensor | None = None) -> Tensor:
         """
         :param gramian: Real floating Tensor [m, m], whose entries are not read.

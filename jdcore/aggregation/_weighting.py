@@ -10,6 +10,7 @@ from attrs import define, field
 from numpy.typing import NDArray
 from torch import Tensor
 
+from jdcore._compilation import not_traced
 from jdcore.aggregation._differentiation import forbid_differentiation
 from jdcore.aggregation._finite import finite_required, gramian_error
 from jdcore.aggregation._row_vectors import check_row_vectors
@@ -69,6 +70,7 @@ class GramianWeighting:
         """
         return None
 
+    @not_traced
     def __call__(self, gramian: Tensor, /, *, losses: Tensor | None = None) -> Tensor:
         """
         :param gramian: Gramian of the Jacobian, real floating Tensor [m, m].

@@ -8,6 +8,7 @@ import torch
 from attrs import define, field
 from torch import Tensor
 
+from jdcore._compilation import not_traced
 from jdcore.aggregation._differentiation import forbid_differentiation
 from jdcore.aggregation._finite import finite_required, gramian_error, is_finite
 from jdcore.aggregation._nested_state import NestedState
@@ -56,6 +57,7 @@ class WeightingWrapper(NestedState):
         degree: float = getattr(self.weighting, "scale_degree", 0)
         return degree
 
+    @not_traced
     def __call__(self, gramian: Tensor, /, *, losses: Tensor | None = None) -> Tensor:
         """
         :param gramian: The matrix that the wrapped weighting takes, real floating Tensor [m, m].

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DataParallel
 from torch.nn.parameter import is_lazy
 
+from jdcore._compilation import not_traced
 from jdcore.autogram._cross import crossed
 from jdcore.autogram._losses import checked_batch_dim, checked_budget, objectives_of, shape_of
 from jdcore.autogram._report import Verification, explained, verified
@@ -92,6 +93,7 @@ class Engine:
         """The dimension of samples in the losses."""
         return self._batch_dim
 
+    @not_traced
     def compute_gramian(self, output: Tensor, /) -> Tensor:
         """
         Compute the Gramian of the Jacobian of the losses.
@@ -108,6 +110,7 @@ class Engine:
         """
         return self._step(output, self._trainable()).gramian()
 
+    @not_traced
     def cross_gramian(self, output: Tensor, other: Tensor, /) -> Tensor:
         """
         Compute the inner products of the gradients of the losses of two batches.
@@ -145,6 +148,7 @@ class Engine:
         # The losses of both batches as one vector: what is wanted is above the diagonal blocks.
         return step.gramian()[: len(output), len(output) :].clone()
 
+    @not_traced
     def backward(
         self,
         output: Tensor,
@@ -204,6 +208,7 @@ class Engine:
             per_process=per_process,
         )
 
+    @not_traced
     def explain(self, output: Tensor, /) -> str:
         """
         Say what serves each parameter, in a table without numbers.
@@ -214,6 +219,7 @@ class Engine:
         """
         return explained(self._step(output, self._trainable()), self._names())
 
+    @not_traced
     def verify(self, output: Tensor, /) -> Verification:
         """
         Compare the Gramian with that of rows by plain backward passes, parameter by parameter.

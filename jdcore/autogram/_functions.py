@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
+from jdcore._compilation import not_traced
 from jdcore.autogram._losses import (
     checked_batch_dim,
     checked_budget,
@@ -22,6 +23,7 @@ from jdcore.graph import Plans
 _PLANS = Plans()
 
 
+@not_traced
 def backward(
     losses: Tensor | Sequence[Tensor],
     /,

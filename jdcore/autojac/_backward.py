@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 
 from torch import Tensor
 
+from jdcore._compilation import not_traced
 from jdcore._differentiable import check_accumulates, check_differentiable, trainable
 from jdcore._fields import check_jacs
 from jdcore._modes import plain_modes
@@ -17,6 +18,7 @@ from jdcore.graph import Reach
 from jdcore.validators import tensor_list
 
 
+@not_traced
 def backward(
     tensors: Tensor | Sequence[Tensor],
     /,

@@ -6,6 +6,7 @@ from typing import Any
 from attrs import evolve
 from torch import Tensor
 
+from jdcore._compilation import not_traced
 from jdcore._fields import write_grads
 from jdcore._modes import plain_modes
 from jdcore.aggregation import GramianAggregator, as_weighting
@@ -21,6 +22,7 @@ from jdcore.graph import reach
 from jdcore.validators import check_flag
 
 
+@not_traced
 def gramian_backward(
     tensors: Tensor | Sequence[Tensor],
     /,

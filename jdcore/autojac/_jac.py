@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 
 from torch import Tensor
 
+from jdcore._compilation import not_traced
 from jdcore._differentiable import check_differentiable
 from jdcore._modes import plain_modes
 from jdcore.autojac._initial import begun, inputs_or_leaves
@@ -14,6 +15,7 @@ from jdcore.graph import Reach
 from jdcore.validators import describe_tensor
 
 
+@not_traced
 def jac(
     outputs: Tensor | Sequence[Tensor],
     /,

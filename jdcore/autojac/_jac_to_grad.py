@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from jdcore._compilation import not_traced
 from jdcore._fields import check_grads, check_jac, disjoint, free_jacs, get_jac, write_grads
 from jdcore._modes import plain_modes
 from jdcore.aggregation._any import vectors_of
@@ -24,6 +25,7 @@ from jdcore.validators import check_flag, describe_tensor, tensor_list
 
 
 @torch.no_grad()
+@not_traced
 def jac_to_grad(
     tensors: Tensor | Iterable[Tensor],
     /,

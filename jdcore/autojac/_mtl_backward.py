@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 
 from torch import Tensor
 
+from jdcore._compilation import not_traced
 from jdcore._fields import check_grads, check_jacs
 from jdcore._modes import plain_modes
 from jdcore.autojac import _checks as checks
@@ -27,6 +28,7 @@ from jdcore.distributed._sharding import Gathered
 from jdcore.validators import tensor_list
 
 
+@not_traced
 def mtl_backward(
     tensors: Sequence[Tensor],
     /,

@@ -14,6 +14,7 @@ from jdcore.aggregation import (
     aggregator_validator,
     finite_required,
     forbid_differentiation,
+    not_traced,
     stateful_part,
     vectors_of,
 )
@@ -69,6 +70,7 @@ class PerGroup:
     check_finite: bool | None = field(default=None, kw_only=True, validator=boolean, repr=False)
     _states: list[State] = field(factory=list, init=False, repr=False)
 
+    @not_traced
     def __call__(
         self, matrix: Tensor, /, *, losses: Tensor | None = None, second: Tensor | None = None
     ) -> Tensor:

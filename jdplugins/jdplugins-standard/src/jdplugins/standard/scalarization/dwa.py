@@ -4,7 +4,7 @@ import torch
 from attrs import define, field
 from torch import Tensor
 
-from jdcore.aggregation import StateFields, state_field
+from jdcore.aggregation import StateFields, not_traced, state_field
 from jdcore.errors import ParameterError
 from jdcore.scalarization import LossScalarizer
 from jdcore.validators import integer
@@ -46,6 +46,7 @@ class DWA(StateFields, LossScalarizer):
     last: Tensor = vector_state()
     before_last: Tensor = vector_state()
 
+    @not_traced
     def scalarize(self, losses: Tensor) -> Tensor:
         values = losses.detach().double().cpu()
         require_as_many(self.total, len(values))
@@ -56,6 +57,7 @@ class DWA(StateFields, LossScalarizer):
             self.count += 1
         return result
 
+    @not_traced
     def step(self) -> None:
         """
         End an epoch: the means of the losses since the last call become the latest ones.

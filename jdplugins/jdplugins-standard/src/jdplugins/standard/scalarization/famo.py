@@ -4,7 +4,7 @@ import torch
 from attrs import define, field
 from torch import Tensor
 
-from jdcore.aggregation import StateFields
+from jdcore.aggregation import StateFields, not_traced
 from jdcore.errors import ParameterError
 from jdcore.scalarization import LossScalarizer, check_losses, require_above
 from jdcore.validators import describe_tensor, real, row_vector
@@ -52,6 +52,7 @@ class FAMO(StateFields, LossScalarizer):
     xi: Tensor = vector_state()
     before: Tensor = vector_state()
 
+    @not_traced
     def scalarize(self, losses: Tensor) -> Tensor:
         logarithms = self._logarithms(losses)
         values = logarithms.detach().double().cpu()
@@ -63,6 +64,7 @@ class FAMO(StateFields, LossScalarizer):
             self.before = values
         return (scale * shares).to(losses) @ logarithms
 
+    @not_traced
     def update(self, losses_after: Tensor) -> None:
         """
         Move ξ by what each loss has gained in a step.
