@@ -166,18 +166,26 @@ def descend(C: Vector, q: Vector, start: Vector) -> Vector:
     :param start: Where to begin, z >= 0 [m].
     :returns: ``z - y`` [m] at the end, which is positive where z is likely to be.
     """
-    z, y, length = start, C @ start + q, cast(Any, 1.0)
     if len(q) < _LARGE:
-        z = (z - y).clip(min=0.0)
-        return z - (C @ z + q)
+        near: Vector = (start - (C @ start + q)).clip(min=0.0)
+        return near - (C @ near + q)
+    # Products with a matrix take as long as it takes to read it, and nothing relies on the result.
+    C, q, z = (_as(torch.float32, given) for given in (C, q, start))
+    y, length = C @ z + q, cast(Any, 1.0)
     positive = z > y
     for number in range(1, _DESCENTS + 1):
         step = (z - length * y).clip(min=0.0) - z
         change = C @ step
-        length = (step @ change) / (change @ change + 1e-300)
+        length = (step @ change) / (change @ change + 1e-30)
         z, y = z + step, y + change
         if number % _CHECK_DESCENT == 0:
             before, positive = positive, z > y
             if bool((positive == before).all()):
                 break
-    return z - y
+    return cast(Vector, _as(torch.float64, z - y))
+
+
+def _as(dtype: torch.dtype, given: Any) -> Any:
+    if isinstance(given, Tensor):
+        return given.to(dtype)
+    return given.astype(np.float32 if dtype == torch.float32 else np.float64)
