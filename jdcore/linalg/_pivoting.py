@@ -125,7 +125,8 @@ def exchange_few(
     :returns: z >= 0 [k, m], as far as a few exchanges find it.
     :raises numpy.linalg.LinAlgError: If a block of up to 32 rows is singular.
     """
-    padded = np.pad(C, (0, 1))
+    padded = np.zeros((len(C) + 1, len(C) + 1))  # in a fraction of the time of `np.pad`
+    padded[:-1, :-1] = C
     padded.flat[:: len(C) + 2][:-1] += delta
     Z, left, sets, rhs = np.zeros_like(Q), np.arange(len(Q)), passive, b
     for _ in range(_ROUNDS):
