@@ -47,3 +47,8 @@ def _left(inference: bool, casting: Sequence[str]) -> Iterator[None]:
         for device in casting:
             stack.enter_context(torch.autocast(device, enabled=False))
         yield
+
+
+def is_transformed(tensor: Tensor) -> bool:
+    """Whether a tensor exists inside of a transform of ``torch.func`` only."""
+    return torch._C._functorch.is_functorch_wrapped_tensor(tensor)

@@ -11,6 +11,7 @@ from attrs import define, field
 from numpy.typing import NDArray
 from torch import Tensor
 
+from jdcore._modes import is_transformed
 from jdcore.aggregation._columns import Columns, power
 from jdcore.errors import ParameterError, ParameterTypeError
 from jdcore.linalg import add_proximal, proximal_level, rounding_shows
@@ -208,9 +209,20 @@ class GramianSource:
         :meth:`gramian` on the host, float64 array [m, m]. Not to be modified.
 
         It is copied from an accelerator once, as the host waits for that.
+
+        :raises ParameterError: If it exists inside of a transform of ``torch.func`` only, which
+            numpy does not follow.
         """
         if self._array is None:
-            self._array = self.gramian().cpu().numpy()
+            gramian = self.gramian().cpu()
+            if is_transformed(gramian):
+                raise ParameterError(
+                    "gramian",
+                    "a matrix of numbers, for methods that look at them",
+                    "one inside of a transform of torch.func (vmap, functionalize, jvp, ...)",
+                    "Call the method outside of it.",
+                )
+            self._array = gramian.numpy()
         self.asked = True
         return self._array
 

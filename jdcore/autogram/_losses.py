@@ -5,9 +5,10 @@ from collections.abc import Iterable, Sequence
 from torch import Tensor
 
 from jdcore._differentiable import check_accumulates, check_distinct, check_one, trainable
+from jdcore._modes import is_transformed
 from jdcore.distributed._sharding import is_dtensor, still_trainable
 from jdcore.errors import ParameterError, ParameterTypeError
-from jdcore.graph import Objectives, is_transformed, reach
+from jdcore.graph import Objectives, reach
 from jdcore.validators import describe_tensor, tensor_list
 
 _REMEDY = "Compute the losses as one dense floating tensor, such as torch.stack of them."

@@ -45,7 +45,6 @@ from jdcore.graph._saved import (
     Unreadable,
     function_of,
     is_batched,
-    is_transformed,
     saved,
     saved_as_it_is,
 )
@@ -102,7 +101,6 @@ __all__ = [
     "is_known_to_be_left",
     "is_listed",
     "is_sparse",
-    "is_transformed",
     "largest_gradient",
     "leaving",
     "mixed",

@@ -24,7 +24,6 @@ __all__ = [
     "function_of",
     "has_unpack_hooks",
     "is_batched",
-    "is_transformed",
     "next_computed_at",
     "plain_attributes",
     "results_of",
@@ -210,11 +209,6 @@ def current_pass() -> int:
 def is_batched(tensor: Tensor | None) -> bool:
     """Whether ``torch.vmap`` hides a dimension of a tensor."""
     return tensor is not None and torch._C._functorch.is_batchedtensor(tensor)
-
-
-def is_transformed(tensor: Tensor) -> bool:
-    """Whether a tensor exists inside of a transform of ``torch.func`` only."""
-    return torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
 
 def some_computed_before(nodes: Iterable[Any], number: int) -> bool:

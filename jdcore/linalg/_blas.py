@@ -19,6 +19,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from jdcore._modes import is_transformed
+
 _PRODUCT = 64 * 64
 # Up to these sizes numpy multiplies rows by one another, or by weights, without threads.
 _ENTRIES, _ROWS = 9216, 8
@@ -50,6 +52,7 @@ def is_small(*blocks: Tensor, dtypes: Container[torch.dtype] = _ARRAYS) -> bool:
             and type(block) is Tensor
             and not block.requires_grad
             and not block.is_neg()  # as imaginary parts of conjugates, which numpy cannot look at
+            and not is_transformed(block)
         ):
             return False
     return True

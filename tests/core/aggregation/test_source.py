@@ -129,3 +129,14 @@ def test_a_matrix_whose_diagonal_holds_no_squares_is_no_gramian(dtype: torch.dty
         source.gramian()
     assert GramianSource.of(matrix.abs()).gramian().min() > 0.0
     assert GramianSource.of(matrix[:0, :0]).gramian().shape == (0, 0)
+
+
+@pytest.mark.parametrize("transform", [torch.func.functionalize, torch.vmap])
+@pytest.mark.parametrize("shape", [(3, 4), (3, 3000)])
+def test_numbers_inside_of_a_transform_are_not_looked_at(
+    transform: Any, shape: tuple[int, ...]
+) -> None:
+    aggregator = GramianAggregator(InverseNorms())
+    matrix = torch.ones(shape)[None] if transform is torch.vmap else torch.ones(shape)
+    with pytest.raises(ParameterError, match=r"got one inside of a transform of torch\.func"):
+        transform(aggregator)(matrix)

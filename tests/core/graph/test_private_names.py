@@ -45,6 +45,7 @@ READ = {
         "_state_ctx",
         "_unsharded_param",
     },
+    "jdcore/_modes.py": {"_C", "_functorch"},
     "jdcore/graph/_batched.py": {
         "_C",
         "_add_batch_dim",
