@@ -125,12 +125,10 @@ def exchange_few(
     :returns: z >= 0 [k, m], as far as a few exchanges find it.
     :raises numpy.linalg.LinAlgError: If a block of up to 32 rows is singular.
     """
-    padded = np.zeros((len(C) + 1, len(C) + 1))  # in a fraction of the time of `np.pad`
-    padded[:-1, :-1] = C
-    padded.flat[:: len(C) + 2][:-1] += delta
+    shifted = C + delta * np.eye(len(C)) if delta else C
     Z, left, sets, rhs = np.zeros_like(Q), np.arange(len(Q)), passive, b
     for _ in range(_ROUNDS):
-        solver = _solver_of_few(padded, sets)
+        solver = _solver_of_few(shifted, sets)
         z = solver(rhs)
         y = product(z, C)
         y -= rhs
@@ -150,26 +148,25 @@ def exchange_few(
     return Z
 
 
-def _solver_of_few(padded: Floats, sets: NDArray[np.bool_]) -> Callable[[Floats], Floats]:
+def _solver_of_few(C: Floats, sets: NDArray[np.bool_]) -> Callable[[Floats], Floats]:
     """
     What solves with blocks of a matrix.
 
-    :param padded: The matrix with one more row and column of zeros.
+    :param C: The matrix [m, m].
     :param sets: The indices of a block in each row [k, m].
     """
     k, m = sets.shape
     if m <= _MASKED:
         # Outside of its set, a row is that of the unit matrix: so all blocks have one size.
         inside = sets[:, :, None] & sets[:, None, :]
-        blocks = np.where(inside, padded[:-1, :-1], np.eye(m))
+        blocks = np.where(inside, C, np.eye(m))
         return lambda b: solve(blocks, (b * sets)[:, :, None])[:, :, 0]
     count = max(1, _BATCH // (m * m))
     if k <= count:
-        return _batch_of_few(padded, sets)
+        return _batch_of_few(C, sets)
     order = np.argsort(sets.sum(axis=1))
     parts = [
-        (rows, _batch_of_few(padded, sets[rows]))
-        for rows in np.split(order, range(count, k, count))
+        (rows, _batch_of_few(C, sets[rows])) for rows in np.split(order, range(count, k, count))
     ]
 
     def together(b: Floats) -> Floats:
@@ -181,8 +178,10 @@ def _solver_of_few(padded: Floats, sets: NDArray[np.bool_]) -> Callable[[Floats]
     return together
 
 
-def _batch_of_few(padded: Floats, sets: NDArray[np.bool_]) -> Callable[[Floats], Floats]:
+def _batch_of_few(C: Floats, sets: NDArray[np.bool_]) -> Callable[[Floats], Floats]:
     m, sizes = sets.shape[1], sets.sum(axis=1)
+    padded = np.zeros((m + 1, m + 1))  # in a fraction of the time of `np.pad`
+    padded[:-1, :-1] = C
     rows, members = sets.nonzero()
     places = np.arange(len(rows)) - np.repeat(sizes.cumsum() - sizes, sizes)
     indices = np.full((len(sets), sizes.max(initial=0)), m)

@@ -20,7 +20,7 @@ from jdplugins.standard._solvers._semidefinite import is_plausible
 from jdplugins.standard._solvers._tiny import Rows, roots_of, solve_few
 
 # Rows up to which plain floats take less time: for one projection, and for those of all rows.
-_ALONE, _TOGETHER = 8, 6
+_ALONE, _TOGETHER = 8, 7
 _MANY = 32  # rows from which on a guess pays
 _INDEPENDENT = 3e-3  # length of what each unit row has beside those before it
 
@@ -84,14 +84,14 @@ def lcps_of(gramian: Floats, references: Floats) -> tuple[Floats, Floats, Floats
 
 def _solved(C: Floats, Q: Floats) -> Floats | None:
     """Solutions of the LCPs of all rows of Q; None where there may be none."""
-    Z, rows = np.zeros_like(Q), np.flatnonzero(Q.min(axis=1) < 0.0)
-    if rows.size and _are_independent(C):
-        q = Q[rows]
-        near = np.maximum(-q, 0.0)  # one projected gradient step, nearer the truth than ``q < 0``
-        Z[rows] = z = exchange_few(C, q, -q, product(near, C) + q < near)
-        rows = rows[~(lcp_residual(C, q, z) <= EXACT)]
-    if rows.size:
-        Z[rows], residuals = follow(C, Q[rows])
+    if _are_independent(C):
+        near = np.maximum(-Q, 0.0)  # one projected gradient step, nearer the truth than ``q < 0``
+        Z = exchange_few(C, Q, -Q, product(near, C) + Q < near)
+        left = ~(lcp_residual(C, Q, Z) <= EXACT)
+    else:
+        Z, left = np.zeros_like(Q), Q.min(axis=1) < 0.0
+    if left.any():
+        Z[left], residuals = follow(C, Q[left])
         if not residuals.max() <= ROUGH:
             return None
     return Z
