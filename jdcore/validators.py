@@ -26,6 +26,7 @@ __all__ = [
     "check_floating",
     "check_gramian",
     "check_matrix",
+    "check_second",
     "describe_tensor",
     "generator",
     "holds_real_numbers",
@@ -208,6 +209,27 @@ def check_blocks(blocks: Sequence[Tensor], parameter: str = "blocks") -> int:
             expected = f"matrices with {blocks[0].shape[0]} rows, as the first"
             raise ParameterError(parameter, expected, describe_tensor(block))
     return blocks[0].shape[0]
+
+
+def check_second(second: Sequence[Tensor] | None, blocks: Sequence[Tensor]) -> list[Tensor] | None:
+    """
+    The column blocks of a second Jacobian, detached.
+
+    :raises ParameterTypeError: If one of them is no real floating Tensor.
+    :raises ParameterError: If they differ in shape from those of the first.
+    """
+    if second is None:
+        return None
+    for block in second:
+        check_matrix(block, "second")
+    shapes, got = ([list(block.shape) for block in given] for given in (blocks, second))
+    if shapes != got:
+        raise ParameterError("second", f"of shape {_shapes(shapes)}, as the first", _shapes(got))
+    return [block.detach() for block in second]
+
+
+def _shapes(shapes: list[list[int]]) -> str:
+    return " and ".join(map(str, shapes))
 
 
 def check_gramian(gramian: Tensor) -> None:

@@ -14,9 +14,9 @@ from jdcore.aggregation._differentiation import forbid_differentiation
 from jdcore.aggregation._finite import all_finite, finite_required, is_finite
 from jdcore.aggregation._source import ColumnsSource, GramianSource
 from jdcore.aggregation._weigh import as_weighting, half_unit, weigh
-from jdcore.errors import NonFiniteError, ParameterError
+from jdcore.errors import NonFiniteError
 from jdcore.protocols import Weighting
-from jdcore.validators import check_blocks, check_matrix
+from jdcore.validators import check_blocks, check_matrix, check_second
 
 
 @define(eq=False)
@@ -126,27 +126,6 @@ def _aggregate(
     if not (is_finite(vectors[0]) if len(vectors) == 1 else all_finite(vectors)):
         vectors, weights = _examine(weighting, columns, source, vectors, weights)
     return vectors, weights, source
-
-
-def check_second(second: Sequence[Tensor] | None, blocks: Sequence[Tensor]) -> list[Tensor] | None:
-    """
-    The column blocks of a second Jacobian, detached.
-
-    :raises ParameterTypeError: If one of them is no real floating Tensor.
-    :raises ParameterError: If they differ in shape from those of the first.
-    """
-    if second is None:
-        return None
-    for block in second:
-        check_matrix(block, "second")
-    shapes, got = ([list(block.shape) for block in given] for given in (blocks, second))
-    if shapes != got:
-        raise ParameterError("second", f"of shape {_shapes(shapes)}, as the first", _shapes(got))
-    return [block.detach() for block in second]
-
-
-def _shapes(shapes: list[list[int]]) -> str:
-    return " and ".join(map(str, shapes))
 
 
 def _examine(

@@ -96,6 +96,9 @@ class Columns:
 
     def cross_gramian(self) -> Tensor:
         """The Gramian of the rows with those of the second batch, as :meth:`gramian`."""
+        # A method may have asked for the Gramian before: there is one scale for both.
+        if self.scale != 1.0:
+            return self.cross_product(self.scale)
         return self._scaled(self.cross_product(1.0), self.cross_product)
 
     def _scaled(self, result: Tensor, product: Callable[[float], Tensor]) -> Tensor:

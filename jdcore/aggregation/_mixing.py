@@ -26,7 +26,7 @@ from jdcore.errors import NonFiniteError, ParameterError
 from jdcore.linalg import factors
 from jdcore.linalg._gramian import symmetric
 from jdcore.protocols import Aggregator, Weighting
-from jdcore.validators import boolean, check_blocks, check_gramian, check_matrix
+from jdcore.validators import boolean, check_blocks, check_gramian, check_matrix, check_second
 
 
 def aggregator_validator(_: Any, attribute: Attribute[Any], value: Any) -> None:
@@ -80,11 +80,15 @@ class RowMixing:
         return bool(needs) or not hasattr(inner, "aggregate_columns")
 
     @not_traced
-    def __call__(self, matrix: Tensor, /, *, losses: Tensor | None = None) -> Tensor:
+    def __call__(
+        self, matrix: Tensor, /, *, losses: Tensor | None = None, second: Tensor | None = None
+    ) -> Tensor:
         """
         :param matrix: Jacobian, real floating Tensor [m, n].
         :param losses: Values of the objectives, Tensor [m], if the wrapped method looks at them. It
             is given ``M losses``, of which ``M J`` is the Jacobian.
+        :param second: Jacobian of a second, independent batch, Tensor [m, n], if the wrapped method
+            looks at the cross-Gramian. Its rows are combined by the M of the first.
         :returns: Update [n], same dtype and device.
         :raises ParameterError: If the matrix is not a real floating matrix, or an argument does not
             fit it.
@@ -92,23 +96,30 @@ class RowMixing:
         :raises NonDifferentiableError: When differentiating through the aggregation.
         """
         check_matrix(matrix)
-        [vector], _ = self.aggregate_columns(Columns([matrix.detach()]), losses=losses)
+        others = None if second is None else check_second([second], [matrix])
+        [vector], _ = self.aggregate_columns(Columns([matrix.detach()], others), losses=losses)
         return forbid_differentiation(self, matrix, vector)
 
     def aggregate_blocks(
-        self, blocks: Sequence[Tensor], /, *, losses: Tensor | None = None
+        self,
+        blocks: Sequence[Tensor],
+        /,
+        *,
+        losses: Tensor | None = None,
+        second: Sequence[Tensor] | None = None,
     ) -> tuple[list[Tensor], Tensor | None]:
         """
         Aggregate the Jacobian given as column blocks, without putting them together.
 
         :param blocks: At least one matrix [m, n1], [m, n2], ...; their dtypes may differ.
         :param losses: As for a call.
+        :param second: As for a call, as column blocks of the same shapes.
         :returns: Vectors [n1], [n2], ... in the dtypes of the blocks; and the weights [m] in the
             promoted dtype, or None if the update is not a weighted sum of the rows.
         :raises ParameterError: If a block is no real floating matrix or the numbers of rows differ.
         """
         check_blocks(blocks)
-        columns = Columns([block.detach() for block in blocks])
+        columns = Columns([block.detach() for block in blocks], check_second(second, blocks))
         vectors, weights = self.aggregate_columns(columns, losses=losses)
         dtype = reduce(torch.promote_types, (block.dtype for block in blocks))
         return vectors, None if weights is None else weights.to(blocks[0].device, dtype, copy=True)
@@ -157,7 +168,9 @@ class RowMixing:
             known = taken_by(inner.aggregate_columns, losses=losses)
             vectors, weights = inner.aggregate_columns(columns, **known)
         else:
-            wide, weights = vectors_of(inner, columns.local_blocks(), losses)
+            wide, weights = vectors_of(
+                inner, columns.local_blocks(), losses, columns.local_second()
+            )
             pairs = zip(wide, columns.blocks, strict=True)
             vectors = [vector.to(block.dtype) for vector, block in pairs]
         return vectors, None if weights is None else columns.mixed_weights(weights)
@@ -205,10 +218,17 @@ class MixedWeighting:
         degree: int = getattr(self.weighting, "scale_degree", 0)
         return degree
 
+    def source_of(self, matrix: Tensor, losses: Tensor | None) -> GramianSource:
+        """What the matrix that a call is given stands for, as for the wrapped weighting."""
+        of = getattr(self.weighting, "source_of", GramianSource.of)
+        source: GramianSource = of(matrix, losses)
+        return source
+
     @not_traced
     def __call__(self, gramian: Tensor, /, *, losses: Tensor | None = None) -> Tensor:
         """
-        :param gramian: Gramian of the Jacobian, real floating Tensor [m, m].
+        :param gramian: The matrix that the wrapped weighting takes, of the rows before they are
+            combined, real floating Tensor [m, m].
         :param losses: As for the wrapper.
         :returns: Weights [m], same dtype and device.
         :raises ParameterError: If the Gramian is not a real floating square matrix, or an argument
@@ -217,7 +237,7 @@ class MixedWeighting:
         :raises NonDifferentiableError: When differentiating through the weights.
         """
         check_gramian(gramian)
-        weights = weigh(self, GramianSource.of(gramian, losses)).to(gramian)
+        weights = weigh(self, self.source_of(gramian, losses)).to(gramian)
         return forbid_differentiation(self, gramian, weights)
 
     def weigh(self, source: GramianSource, /) -> Tensor:
@@ -234,7 +254,8 @@ class MixedWeighting:
         try:
             mixing = self.mixing.mix(source)
             if not len(mixing):
-                finite_gramian(source)  # NaN is not to be taken for nothing
+                # NaN is not to be taken for nothing.
+                finite_gramian(source) if source.compute is not None else _finite_cross(source)
                 return torch.zeros(m, dtype=torch.float64, device="cpu")
             # Rows that are mixed to another scale would leave the range of float64 when squared.
             scale = _scale_of(mixing)
@@ -260,7 +281,7 @@ class MixedColumns(Columns):
     def __init__(
         self, columns: Columns, mixing: NDArray[np.float64], source: GramianSource
     ) -> None:
-        super().__init__(columns.blocks)
+        super().__init__(columns.blocks, columns.second)
         self._columns = columns
         self._mixing = torch.from_numpy(mixing)
         self._power = _scale_of(mixing)
@@ -276,6 +297,11 @@ class MixedColumns(Columns):
 
     def gramian(self) -> Tensor:
         gramian = self._source.gramian()
+        self.scale = self._source.scale()
+        return gramian
+
+    def cross_gramian(self) -> Tensor:
+        gramian = self._source.cross_gramian()
         self.scale = self._source.scale()
         return gramian
 
@@ -312,9 +338,14 @@ class MixedColumns(Columns):
                 "one that needs all columns at once",
             )
         columns = self._columns
-        if isinstance(columns, MixedColumns):
-            return [self._mixed(block) for block in columns.local_blocks()]
-        return [self._mixed(block) for block in columns.blocks]
+        blocks = columns.local_blocks() if isinstance(columns, MixedColumns) else columns.blocks
+        return [self._mixed(block) for block in blocks]
+
+    def local_second(self) -> list[Tensor] | None:
+        """The combined rows of the second batch, if there is one, as :meth:`local_blocks`."""
+        columns = self._columns
+        blocks = columns.local_second() if isinstance(columns, MixedColumns) else columns.second
+        return None if blocks is None else [self._mixed(block) for block in blocks]
 
     def _mixed(self, block: Tensor) -> Tensor:
         # Not in half precision, which would round the rows before they are aggregated, nor by
@@ -332,6 +363,13 @@ def finite_gramian(source: GramianSource) -> NDArray[np.float64]:
     :raises NonFiniteError: If it holds NaN or infinite values.
     """
     gramian = source.array()
+    if not np.isfinite(gramian).all():
+        raise gramian_error(gramian)
+    return gramian
+
+
+def _finite_cross(source: GramianSource) -> NDArray[np.float64]:
+    gramian: NDArray[np.float64] = source.cross_gramian().cpu().numpy()
     if not np.isfinite(gramian).all():
         raise gramian_error(gramian)
     return gramian
@@ -358,11 +396,20 @@ def _mixed_source(
         # The product of three matrices is symmetric up to rounding only.
         return symmetric(torch.from_numpy(product))
 
+    def compute_cross() -> Tensor:
+        return torch.from_numpy(mixing @ _finite_cross(source) @ mixing.T)
+
     return GramianSource(
-        *(len(mixing), source.precision, source.device, compute),
+        *(
+            len(mixing),
+            source.precision,
+            source.device,
+            None if source.compute is None else compute,
+        ),
         rounded_to=source.rounded_to,
         products=source.products,
         losses=_mixed_losses(scale * mixing, source),
+        compute_cross=None if source.compute_cross is None else compute_cross,
         scale=lambda: scale * source.scale(),
     )
 

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from jdcore.aggregation import (
+    CrossGramianWeighting,
     Flattening,
     GramianAggregator,
     GramianSource,
@@ -265,3 +266,74 @@ def test_a_weighting_is_refused_with_the_way_to_its_aggregator() -> None:
 def test_a_wrapped_function_that_returns_no_update_is_refused() -> None:
     with pytest.raises(ParameterError, match=r"returns a real Tensor of shape \[2\]"):
         Pairs(lambda jacobian: jacobian[0, :1])(MATRIX)
+
+
+@define(eq=False)
+class ByCross(CrossGramianWeighting):
+    """The first column of the cross-Gramian, which tells both batches and the order of the rows."""
+
+    def compute(self, gramian: NDArray[np.float64]) -> NDArray[np.float64]:
+        column: NDArray[np.float64] = gramian[:, 0] / np.abs(gramian).max()
+        return column
+
+
+class RowsTimesSecond:
+    """Needs both Jacobians, and knows no blocks."""
+
+    def __call__(self, matrix: Tensor, /, *, second: Tensor) -> Tensor:
+        return (matrix * second).sum(dim=0)
+
+
+SECOND = torch.tensor([[1.0, 2.0], [-1.0, 1.0], [0.0, 3.0]])
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0**-600, 2.0**600])
+def test_the_second_batch_is_combined_as_the_first(scale: float) -> None:
+    first, second = MATRIX.double() * scale, SECOND.double() * scale
+    mixing = torch.diag(1.0 / MATRIX.double().norm(dim=1)) / scale
+    mixed = mixing @ first
+    cross = mixed @ (mixing @ second).T
+    weights = cross[:, 0] / cross.abs().max()
+    aggregator = UnitLength(GramianAggregator(ByCross()))
+
+    torch.testing.assert_close(aggregator(first, second=second), weights @ mixed)
+    vectors, _ = aggregator.aggregate_blocks(
+        [first[:, :1], first[:, 1:]], second=[second[:, :1], second[:, 1:]]
+    )
+    torch.testing.assert_close(torch.cat(vectors), weights @ mixed)
+
+
+def test_a_weighting_of_combined_rows_takes_the_cross_gramian() -> None:
+    cross = MATRIX @ SECOND.T
+    mixing = torch.tensor([[1.0, 1.0, 0.0], [0.0, 1.0, 1.0]])
+    mixed = mixing @ cross @ mixing.T
+    expected = mixed[:, 0] / mixed.abs().max() @ mixing
+
+    weighting = as_weighting(Pairs(GramianAggregator(ByCross())))
+
+    torch.testing.assert_close(weighting(cross), expected)
+    with pytest.raises(ParameterError, match="the cross-Gramian of two batches"):
+        as_weighting(UnitLength(GramianAggregator(ByCross())))(cross)
+
+
+def test_a_function_of_both_jacobians_is_given_the_combinations_of_both() -> None:
+    pair = torch.tensor([[1.0, 1.0, 0.0], [0.0, 1.0, 1.0]])
+    twice = torch.tensor([[1.0, 1.0]]) @ pair
+
+    once = Pairs(RowsTimesSecond())(MATRIX, second=SECOND)
+    nested = Pairs(Pairs(RowsTimesSecond()))(MATRIX, second=SECOND)
+
+    torch.testing.assert_close(once, ((pair @ MATRIX) * (pair @ SECOND)).sum(dim=0))
+    torch.testing.assert_close(nested, ((twice @ MATRIX) * (twice @ SECOND)).sum(dim=0))
+
+
+def test_a_second_batch_that_does_not_fit_or_is_missing_is_told() -> None:
+    aggregator = Pairs(GramianAggregator(ByCross()))
+
+    with pytest.raises(ParameterError, match=r"`second`.*\[3, 2\], as the first"):
+        aggregator(MATRIX, second=SECOND[:2])
+    with pytest.raises(ParameterError, match="the cross-Gramian of two independent batches"):
+        aggregator(MATRIX)
+    broken = SECOND.clone()
+    broken[1, 0] = math.nan
+    assert aggregator(MATRIX, second=broken).isnan().all()

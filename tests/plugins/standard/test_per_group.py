@@ -135,3 +135,39 @@ def test_losses_reach_the_wrapped_method() -> None:
 def test_what_is_no_sequence_of_ints_is_refused(columns: object) -> None:
     with pytest.raises(ParameterTypeError, match="`columns` must be numbers of columns"):
         get_aggregator("per_group", aggregator=get_aggregator("mean"), columns=columns)
+
+
+@pytest.mark.parametrize("method", ["modo", "sdmgrad"])
+def test_groups_are_given_the_second_batch(method: str) -> None:
+    first, second = draw(0), draw(1)
+    wrapped = get_aggregator("per_group", aggregator=get_aggregator(method), columns=[4])
+    alone = [get_aggregator(method) for _ in range(2)]
+
+    for _ in range(3):  # with a state for each group
+        vector = wrapped(first, second=second)
+        parts = zip(alone, first.split([4, 6], dim=1), second.split([4, 6], dim=1), strict=True)
+        expected = [aggregator(one, second=two) for aggregator, one, two in parts]
+        torch.testing.assert_close(vector, torch.cat(expected))
+
+    blocks = wrapped.aggregate_blocks(
+        [first[:, :6], first[:, 6:]], second=[second[:, :6], second[:, 6:]]
+    )
+    parts = zip(alone, first.split([4, 6], dim=1), second.split([4, 6], dim=1), strict=True)
+    expected = [aggregator(one, second=two) for aggregator, one, two in parts]
+    torch.testing.assert_close(torch.cat(blocks[0]), torch.cat(expected))
+
+
+def test_a_second_batch_that_is_not_finite_leaves_the_state_of_all_groups() -> None:
+    wrapped = get_aggregator("per_group", aggregator=get_aggregator("modo"), columns=[4])
+    second = draw(1)
+    second[0, -1] = float("nan")
+
+    assert wrapped(draw(0), second=second).isnan().all()
+    assert wrapped.state_dict() == {}
+
+
+@pytest.mark.parametrize("wrapper", ["row_normalized", "present_tasks", "nnm", "bucketing"])
+def test_wrappers_of_rows_give_the_second_batch_on(wrapper: str) -> None:
+    more = {"nnm": {"n_byzantine": 0}}.get(wrapper, {})
+    aggregator = get_aggregator(wrapper, aggregator=get_aggregator("modo"), **more)
+    assert aggregator(draw(0), second=draw(1)).isfinite().all()

@@ -20,7 +20,7 @@ from jdcore.aggregation import (
 )
 from jdcore.errors import NonFiniteError, ParameterError, ParameterTypeError
 from jdcore.protocols import Aggregator
-from jdcore.validators import boolean, check_blocks, check_matrix, integer
+from jdcore.validators import boolean, check_blocks, check_matrix, check_second, integer
 
 State = dict[str, Any]
 
@@ -77,36 +77,47 @@ class PerGroup:
         """
         :param matrix: Jacobian, real floating Tensor [m, n].
         :param losses: Values of the objectives, Tensor [m], if the wrapped method looks at them.
+        :param second: Jacobian of a second, independent batch, Tensor [m, n], if the wrapped method
+            looks at the cross-Gramian. It is cut into the same groups.
         :returns: Update [n], same dtype and device.
         :raises ParameterError: If the matrix is not a real floating matrix, has fewer columns than
             the groups, or does not fit the wrapped method.
         :raises NonFiniteError: See ``check_finite``.
         :raises NonDifferentiableError: When differentiating through the aggregation.
         """
-        del second
         check_matrix(matrix)
-        [vector], _ = self._aggregate([matrix.detach()], losses)
+        others = None if second is None else check_second([second], [matrix])
+        [vector], _ = self._aggregate([matrix.detach()], losses, others)
         return forbid_differentiation(self, matrix, vector)
 
     def aggregate_blocks(
-        self, blocks: Sequence[Tensor], /, *, losses: Tensor | None = None
+        self,
+        blocks: Sequence[Tensor],
+        /,
+        *,
+        losses: Tensor | None = None,
+        second: Sequence[Tensor] | None = None,
     ) -> tuple[list[Tensor], None]:
         """
         Aggregate the Jacobian given as column blocks, which groups may cut or join.
 
         :param blocks: At least one matrix [m, n1], [m, n2], ...; their dtypes may differ.
         :param losses: As for a call.
+        :param second: As for a call, as column blocks of the same shapes.
         :returns: Vectors [n1], [n2], ... in the dtypes of the blocks; and None, because the weights
             differ between groups.
         :raises ParameterError: As for a call, or if the numbers of rows differ.
         """
         check_blocks(blocks)
-        return self._aggregate([block.detach() for block in blocks], losses)
+        others = check_second(second, blocks)
+        return self._aggregate([block.detach() for block in blocks], losses, others)
 
-    def _aggregate(self, blocks: list[Tensor], losses: Tensor | None) -> tuple[list[Tensor], None]:
+    def _aggregate(
+        self, blocks: list[Tensor], losses: Tensor | None, second: list[Tensor] | None
+    ) -> tuple[list[Tensor], None]:
         if not len(blocks[0]):
             return [block.new_zeros(block.shape[1]) for block in blocks], None
-        columns = Columns(blocks)
+        columns = Columns([*blocks, *(second or [])])
         if not columns.finite():
             if finite_required(self.check_finite):
                 raise NonFiniteError(columns.nonfinite_rows())
@@ -119,7 +130,8 @@ class PerGroup:
             if inner is not None:
                 self._enter(inner, number)
             parts = [blocks[index][:, cut] for index, cut in group]
-            vectors, _ = vectors_of(self.aggregator, parts, losses)
+            others = None if second is None else [second[index][:, cut] for index, cut in group]
+            vectors, _ = vectors_of(self.aggregator, parts, losses, others)
             for (index, _), vector in zip(group, vectors, strict=True):
                 pieces[index].append(vector.to(blocks[index].dtype))
             states += [] if inner is None else [inner.state_dict()]
