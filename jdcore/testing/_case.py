@@ -90,16 +90,16 @@ class Case:
         ).double()
 
 
-def accelerators() -> list[str]:
+def accelerator() -> str:
     """
-    The kinds of accelerators that this machine has.
+    The kind of accelerator that this machine has.
 
-    :raises NotApplicable: If it has none.
+    :raises NotApplicable: If it has none, or one without float64, in which Gramians are summed.
     """
-    found = [kind for kind in ("cuda", "mps", "xpu") if getattr(torch, kind).is_available()]
-    if not found:
-        raise NotApplicable("this machine has no accelerator")
-    return found
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if found is None or found.type == "mps":
+        raise NotApplicable("this machine has no accelerator with float64")
+    return found.type
 
 
 def quietly(call: Callable[[], Tensor]) -> Tensor:

@@ -24,7 +24,7 @@ from jdcore.config._arguments import arguments_of
 from jdcore.protocols import Stateful
 from jdcore.registry import get_scalarizer
 from jdcore.spec import ScalarizerSpec
-from jdcore.testing._case import accelerators, demand, demand_close, demand_refusal
+from jdcore.testing._case import accelerator, demand, demand_close, demand_refusal
 from jdcore.testing._check import ConformanceCheck, checks_by, distribution_test
 from jdcore.testing._description import Names, demand_description, modules_after_listing
 from jdcore.testing._lifecycle import foreign_states
@@ -82,17 +82,17 @@ def makes_one_loss_of_the_same_dtype(case: ScalarizerCase) -> None:
 
 
 def works_on_accelerators(case: ScalarizerCase) -> None:
-    for kind in accelerators():
-        arguments = {
-            name: value.to(kind)
-            for name, value in case.spec.example(4).items()
-            if isinstance(value, Tensor)
-        }
-        scalarizer = case.make(arguments=arguments)
-        if isinstance(scalarizer, torch.nn.Module):
-            scalarizer.to(kind)
-        result = scalarizer(case.losses().float().to(kind))
-        demand(result.device.type == kind, f"{kind} in, {result.device} out")
+    kind = accelerator()
+    arguments = {
+        name: value.to(kind)
+        for name, value in case.spec.example(4).items()
+        if isinstance(value, Tensor)
+    }
+    scalarizer = case.make(arguments=arguments)
+    if isinstance(scalarizer, torch.nn.Module):
+        scalarizer.to(kind)
+    result = scalarizer(case.losses().float().to(kind))
+    demand(result.device.type == kind, f"{kind} in, {result.device} out")
 
 
 def leaves_the_losses_alone(case: ScalarizerCase) -> None:

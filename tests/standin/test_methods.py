@@ -14,7 +14,9 @@ from jdcore import AggregatorSpec
 from jdcore.errors import UnsolvedWarning
 from jdcore.linalg import combine
 from jdcore.linalg._combine import combine_blocks, factors
-from jdcore.testing import family
+from jdcore.testing import _laws, _scalarizers, family
+from jdcore.testing._case import Case
+from jdcore.testing._scalarizers import ScalarizerCase
 from tests.standin.conftest import NAME
 
 SPECS = [spec for plugin in jdcore.list_plugins() for spec in plugin.aggregators]
@@ -56,6 +58,16 @@ def test_updates_are_those_of_the_cpu(
         assert update.device.type == NAME
         assert update.dtype == wanted.dtype
         torch.testing.assert_close(update.cpu(), wanted, rtol=tolerance, atol=tolerance * scale)
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
+def test_methods_obey_the_law_of_accelerators(spec: AggregatorSpec) -> None:
+    _laws.works_on_accelerators(Case(spec.name))
+
+
+@pytest.mark.parametrize("name", jdcore.list_scalarizers())
+def test_scalarizers_obey_the_law_of_accelerators(name: str) -> None:
+    _scalarizers.works_on_accelerators(ScalarizerCase(name))
 
 
 @pytest.mark.parametrize("here", ["cpu", NAME])

@@ -115,7 +115,8 @@ class Dense(Share):
 class Addend(Protocol):
     """What has a Gramian: a share, or several of them at once."""
 
-    def add_gramian(self, gramian: Accumulator) -> None: ...
+    def add_gramian(self, gramian: Accumulator) -> None:
+        """Add it, float64 [R, R], to those of others."""
 
 
 class Accumulator:
