@@ -66,7 +66,10 @@ class _Accumulators:
         found: dict[Tensor, AccumulatorHooks] = {}
         # In one expression, which takes no call of Python for each leaf.
         for leaf in [leaf for leaf in leaves if id(leaf) not in without]:
-            hooks = _found(leaf) if leaf.is_leaf and leaf.requires_grad else None
+            # What is frozen shows none, but may have some when it is thawed.
+            if not (leaf.is_leaf and leaf.requires_grad):
+                continue
+            hooks = _found(leaf)
             if hooks is None:
                 without.add(id(leaf))
             else:

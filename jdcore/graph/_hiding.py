@@ -96,6 +96,8 @@ def _has_grown(grad: Tensor, grown: Tensor, layout: Layout, factors: Tensor) -> 
     of_entries = torch.where(owners < 0, 0.0, factors.to(grad.device)[owners])
     wrong = (grown - grad * of_entries.view(-1, *[1] * (grad.ndim - layout.dim - 1))).abs()
     others = [d for d in range(grad.ndim) if d != layout.dim]
-    largest = grown.abs().amax(others, keepdim=True)
+    largest = grown.abs()
+    if others:  # of no dimensions, torch takes all
+        largest = largest.amax(others, keepdim=True)
     # What is not finite cannot be told.
     return not bool((wrong > torch.finfo(grad.dtype).eps ** 0.5 * largest).any())

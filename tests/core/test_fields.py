@@ -139,6 +139,18 @@ def test_a_hook_may_remove_itself(register: Callable[..., Any]) -> None:
     assert a.grad.tolist() == [2.0]
 
 
+def test_hooks_of_what_was_frozen_for_a_while_run() -> None:
+    a, b = _leaf(2), _leaf(2)
+    node = get_gradient_edge(a).node
+    handle = node.register_prehook(lambda gradients: (2 * gradients[0],))
+    a.requires_grad_(False)
+    write_grads({a: torch.ones(2), b: torch.ones(2)})
+    a.requires_grad_(True)
+    write_grads({a: torch.ones(2)})
+    assert a.grad.tolist() == [3.0, 3.0]
+    handle.remove()
+
+
 def test_hooks_before_accumulation_may_replace_the_gradient_or_stop_the_step() -> None:
     a, b = _leaf(2), _leaf(2)
     node = get_gradient_edge(a).node

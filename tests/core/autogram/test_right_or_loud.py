@@ -212,6 +212,32 @@ def test_mixing_behind_a_function_that_treats_nan_otherwise_than_numbers(
     assert relative_error(as_matrix(found, losses.ndim), jacobian @ jacobian.T) < 1e-12
 
 
+class _Coupled(torch.autograd.Function):
+    """Mixes all samples but the first one, unless gradients are NaN."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        [grad] = grads
+        if grad.isnan().any():
+            return grad
+        return torch.cat([grad[:1], grad[1:] + grad[1:].flip(0)])
+
+
+@pytest.mark.parametrize("features", [(), (1,)])
+def test_a_long_row_does_not_hide_that_a_function_mixes_others(features: tuple[int, ...]) -> None:
+    net = nn.Linear(3, 1)
+    outputs = _Coupled.apply(net(randn(B, 3)).view(B, *features)).view(B)
+    losses = outputs * torch.tensor([1e10, 1.0, 1.0, 1.0])
+    with pytest.warns(RowByRowWarning, match="treats NaN otherwise"):
+        found = Engine(net, batch_dim=0).compute_gramian(losses)
+    jacobian = explicit_jacobian(losses, list(net.parameters()))
+    torch.testing.assert_close(found, jacobian @ jacobian.T, rtol=1e-12, atol=0.0)
+
+
 class _Masked(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
