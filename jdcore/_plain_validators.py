@@ -21,14 +21,14 @@ Validator = Callable[[Any, "Attribute[Any]", Any], None]
 
 
 def integer(minimum: int) -> Validator:
-    """An int (not a bool) that is at least ``minimum``, and no longer than an index can be."""
+    """An int (not a bool) that is at least ``minimum``, and no larger than an index can be."""
 
     def validate(_: Any, attribute: Attribute[Any], value: Any) -> None:
         if isinstance(value, bool) or not isinstance(value, numbers.Integral):
             raise ParameterTypeError(attribute.name, "an int", repr(value))
         if value < minimum:
             raise ParameterError(attribute.name, f">= {minimum}", value)
-        # Longer ones are beyond what torch and numpy take, and some beyond all floats.
+        # Larger ones are beyond what torch and numpy take, and some beyond all floats.
         if int(value) > sys.maxsize:
             raise ParameterError(attribute.name, f"<= {sys.maxsize}", _shown(int(value)))
 

@@ -101,6 +101,7 @@ def jac_to_grad(
     return update.weights
 
 
+@not_traced
 def zero_jac(tensors: Tensor | Iterable[Tensor], /) -> None:
     """
     Remove the ``.jac`` of tensors, as ``optimizer.zero_grad()`` removes their ``.grad``.

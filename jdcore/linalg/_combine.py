@@ -40,8 +40,7 @@ def combine(
     dtype = block.dtype
     exact = wide or dtype == torch.float64
     if isinstance(weights, Tensor):
-        # Narrower dtypes cannot hold extreme weights. A device is waited for, as it was for weights
-        # that are there.
+        # Narrower dtypes cannot hold extreme weights. Those on a device are waited for.
         if weights.dtype == torch.float64:
             if weights.is_cpu and is_small(block):
                 return small_combination(weights.detach().numpy(), block.numpy(), dtype)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from jdcore import get_aggregator, get_scalarizer, get_weighting
 from jdcore.aggregation import Flattening
 from jdcore.autogram import Engine
-from jdcore.autojac import backward, gramian_backward, jac, jac_to_grad, mtl_backward
+from jdcore.autojac import backward, gramian_backward, jac, jac_to_grad, mtl_backward, zero_jac
 
 # What torch says of what it traces around the calls.
 pytestmark = [
@@ -71,6 +71,12 @@ def of_backward(model: nn.Sequential, x: Tensor) -> None:
     jac_to_grad(model.parameters(), get_aggregator("upgrad"))
 
 
+def of_a_batch_that_is_skipped(model: nn.Sequential, x: Tensor) -> None:
+    backward((-model(x)).exp().mean(0))
+    zero_jac(model.parameters())
+    of_backward(model, x)
+
+
 def of_mtl_backward(model: nn.Sequential, x: Tensor) -> None:
     features = model[0](x)
     mtl_backward(list(model[1](features).square().mean(0)), features)
@@ -98,7 +104,10 @@ def of_a_gramian(model: nn.Sequential, x: Tensor) -> None:
 
 @pytest.mark.parametrize(
     "step",
-    [of_backward, of_mtl_backward, of_jac, of_gramian_backward, of_an_engine, of_a_gramian],
+    [
+        *(of_backward, of_a_batch_that_is_skipped, of_mtl_backward, of_jac),
+        *(of_gramian_backward, of_an_engine, of_a_gramian),
+    ],
 )
 def test_a_step_leaves_the_gradients_of_one_outside(
     step: Callable[[nn.Sequential, Tensor], None],

@@ -2,7 +2,8 @@
 Projections onto the dual cone of few rows, or of one vector, which hardly call torch.
 
 Their time is that of calls: a handful of rows is solved in plain floats, more in numpy, whose calls
-take half as long as those of torch. What cycles or is nearly singular is left to others.
+take half as long as those of torch. What exchanges do not solve takes parametric pivots; what these
+do not, as where the Gramian is indefinite, is left to others.
 """
 
 from __future__ import annotations
