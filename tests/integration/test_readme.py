@@ -121,7 +121,9 @@ def test_the_changelog_mentions_every_scalarizer() -> None:
 
 def test_the_tools_that_tox_installs_are_pinned() -> None:
     pinned = set(re.findall(r"^([\w-]+)==", text_of(".ci/constraints.txt"), re.MULTILINE))
-    named = re.findall(r"^(?:tools|libraries|build) = ((?:.*\\\n)*.*)$", text_of("tox.ini"), re.MULTILINE)
+    named = re.findall(
+        r"^(?:tools|libraries|build) = ((?:.*\\\n)*.*)$", text_of("tox.ini"), re.MULTILINE
+    )
 
     assert {
         *" ".join(named).replace("\\", "").split(),
