@@ -7,6 +7,9 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+
+from jdcore.errors import ParameterError
 
 
 def without_autocast(device_type: str) -> AbstractContextManager[object]:
@@ -50,5 +53,50 @@ def _left(inference: bool, casting: Sequence[str]) -> Iterator[None]:
 
 
 def is_transformed(tensor: Tensor) -> bool:
-    """Whether a tensor exists inside of a transform of ``torch.func`` only."""
-    return torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    """
+    Whether a tensor is more than the numbers in its memory.
+
+    It exists inside of a transform of ``torch.func`` only, or carries a tangent of forward-mode AD,
+    of which numpy would see nothing.
+    """
+    return torch._C._functorch.is_functorch_wrapped_tensor(tensor) or has_tangent(tensor)
+
+
+def has_tangent(tensor: Tensor) -> bool:
+    """Whether a tensor is a dual one of the innermost level of forward-mode AD."""
+    # Asked first whether there is a level: this is called for each block of a step.
+    if forward_ad._current_level < 0:
+        return False
+    tangent: Tensor | None = forward_ad.unpack_dual(tensor).tangent  # type: ignore[no-untyped-call]
+    return tangent is not None
+
+
+def refuse_tangents(tensors: Iterable[Tensor], parameter: str) -> None:
+    """
+    Refuse dual tensors of forward-mode AD, for what has no derivative.
+
+    :raises ParameterError: If one of them carries a tangent.
+    """
+    # Asked first: this is called at each step, and there is hardly ever a level.
+    if forward_ad._current_level >= 0 and any(map(has_tangent, tensors)):
+        raise ParameterError(
+            parameter,
+            "without a tangent of forward-mode AD, as methods that look at numbers have none",
+            "a dual Tensor",
+            "Give its numbers: torch.autograd.forward_ad.unpack_dual(tensor).primal.",
+        )
+
+
+def without_graph(tensor: Tensor) -> Tensor:
+    """
+    A tensor outside of the graph of reverse mode, still with its tangent of forward-mode AD.
+
+    ``detach`` drops the tangent, too, and who computes with the numbers could not refuse it.
+    """
+    if not tensor.requires_grad:
+        return tensor
+    if not has_tangent(tensor):
+        return tensor.detach()
+    primal, tangent = forward_ad.unpack_dual(tensor)  # type: ignore[no-untyped-call]
+    dual: Tensor = forward_ad.make_dual(primal.detach(), tangent.detach())  # type: ignore[no-untyped-call]
+    return dual

@@ -15,6 +15,7 @@ import torch
 from attrs import Attribute
 from torch import Tensor
 
+from jdcore._modes import without_graph
 from jdcore._plain_validators import Validator, boolean, integer, one_of, real
 from jdcore.errors import ParameterError, ParameterTypeError
 
@@ -225,7 +226,7 @@ def check_second(second: Sequence[Tensor] | None, blocks: Sequence[Tensor]) -> l
     shapes, got = ([list(block.shape) for block in given] for given in (blocks, second))
     if shapes != got:
         raise ParameterError("second", f"of shape {_shapes(shapes)}, as the first", _shapes(got))
-    return [block.detach() for block in second]
+    return [without_graph(block) for block in second]
 
 
 def _shapes(shapes: list[list[int]]) -> str:

@@ -9,6 +9,7 @@ from attrs import define, field
 from torch import Tensor
 
 from jdcore._compilation import not_traced
+from jdcore._modes import without_graph
 from jdcore.aggregation._columns import Columns
 from jdcore.aggregation._differentiation import forbid_differentiation
 from jdcore.aggregation._finite import all_finite, finite_required, is_finite
@@ -83,7 +84,7 @@ class GramianAggregator:
         :raises ParameterError: If a block is no real floating matrix or the numbers of rows differ.
         """
         check_blocks(blocks)
-        detached = [block.detach() if block.requires_grad else block for block in blocks]
+        detached = [without_graph(block) if block.requires_grad else block for block in blocks]
         columns = Columns(detached, check_second(second, blocks))
         vectors, weights = self.aggregate_columns(columns, losses=losses)
         dtype = reduce(torch.promote_types, dict.fromkeys(block.dtype for block in blocks))

@@ -9,6 +9,7 @@ from attrs import define, field
 from numpy.typing import NDArray
 from torch import Tensor
 
+from jdcore._modes import refuse_tangents, without_graph
 from jdcore.aggregation._finite import all_finite, nonfinite_rows
 from jdcore.linalg._blas import is_small, small_combination, small_gramian
 from jdcore.linalg._combine import combine, combine_blocks
@@ -121,6 +122,7 @@ class Columns:
     def product(self, scale: float) -> Tensor:
         """The Gramian of the rows divided by ``scale``."""
         blocks = self.blocks
+        refuse_tangents(blocks, "matrix")
         single = type(self) is Columns and len(blocks) == 1 and scale == 1.0
         # What is differentiable is to stay so, for those who ask for the derivative to be told.
         if not single or blocks[0].requires_grad or blocks[0].dtype == torch.float64:
@@ -130,6 +132,7 @@ class Columns:
 
     def cross_product(self, scale: float) -> Tensor:
         """The Gramian of the rows with those of the second batch, both divided by ``scale``."""
+        refuse_tangents([*self.blocks, *(self.second or [])], "matrix")
         one, two = (_divided(blocks, scale) for blocks in (self.blocks, self.second or []))
         return sum_cross_gramians(one, two)
 
@@ -192,8 +195,8 @@ class Columns:
 
 
 def _divided(blocks: list[Tensor], scale: float) -> list[Tensor]:
-    # Asked first: to detach is an operation, which costs a call for each of many blocks.
-    detached = [block.detach() if block.requires_grad else block for block in blocks]
+    # Asked first: a call for each of many blocks costs as much as what is done with them.
+    detached = [without_graph(block) if block.requires_grad else block for block in blocks]
     return detached if scale == 1.0 else [block / scale for block in detached]
 
 

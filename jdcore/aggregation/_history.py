@@ -10,6 +10,7 @@ from attrs import Attribute, define, field
 from torch import Tensor
 
 from jdcore._compilation import not_traced
+from jdcore._modes import refuse_tangents, without_graph
 from jdcore.aggregation._columns import Columns
 from jdcore.aggregation._coordinatewise import portions
 from jdcore.aggregation._differentiation import forbid_differentiation
@@ -117,7 +118,7 @@ class HistoryAggregator(StateFields):
         """
         del second
         check_matrix(matrix)
-        [vector], _ = self._aggregate([matrix.detach()], losses)
+        [vector], _ = self._aggregate([without_graph(matrix)], losses)
         return forbid_differentiation(self, matrix, vector)
 
     def aggregate_blocks(
@@ -133,7 +134,7 @@ class HistoryAggregator(StateFields):
         :raises ParameterError: If a block is no real floating matrix or the numbers of rows differ.
         """
         check_blocks(blocks)
-        return self._aggregate([block.detach() for block in blocks], losses)
+        return self._aggregate(list(map(without_graph, blocks)), losses)
 
     def _aggregate(
         self, blocks: list[Tensor], losses: Tensor | None
@@ -142,6 +143,7 @@ class HistoryAggregator(StateFields):
         known = self._known(losses, m)
         if not m:
             return [block.new_zeros(block.shape[1]) for block in blocks], blocks[0].new_zeros(0)
+        refuse_tangents(blocks, "matrix")  # its state would keep them
         columns = Columns(blocks)
         return watched(self, columns, lambda: self._vectors(columns, known))
 

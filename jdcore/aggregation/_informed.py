@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from jdcore.aggregation._finite import finite_required
-from jdcore.aggregation._source import GramianSource
+from jdcore.aggregation._source import GramianSource, numbers_of
 from jdcore.aggregation._weighting import GramianWeighting
 from jdcore.errors import NonFiniteError
 from jdcore.spec import AggregatorSpec
@@ -100,5 +100,4 @@ class CrossGramianWeighting(GramianWeighting):
 
     def array_of(self, source: GramianSource) -> NDArray[np.float64]:
         """The cross-Gramian, float64 array [m, m]."""
-        array: NDArray[np.float64] = self.matrix_of(source).cpu().numpy()
-        return array
+        return numbers_of(self.matrix_of(source))

@@ -7,6 +7,7 @@ from attrs import define, field
 from torch import Tensor
 
 from jdcore._compilation import not_traced
+from jdcore._modes import without_graph
 from jdcore.aggregation._columns import Columns
 from jdcore.aggregation._differentiation import forbid_differentiation
 from jdcore.aggregation._finite import finite_required
@@ -67,8 +68,7 @@ class MatrixAggregator:
         :raises NonDifferentiableError: When differentiating through the aggregation.
         """
         check_matrix(matrix)
-        rows = matrix.detach() if matrix.requires_grad else matrix
-        [vector], _ = self.aggregate_columns(Columns([rows]))
+        [vector], _ = self.aggregate_columns(Columns([without_graph(matrix)]))
         return forbid_differentiation(self, matrix, vector)
 
     def aggregate_blocks(self, blocks: Sequence[Tensor], /) -> tuple[list[Tensor], None]:
@@ -81,7 +81,7 @@ class MatrixAggregator:
         :raises ParameterError: If a block is no real floating matrix or the numbers of rows differ.
         """
         check_blocks(blocks)
-        return self.aggregate_columns(Columns([block.detach() for block in blocks]))
+        return self.aggregate_columns(Columns(list(map(without_graph, blocks))))
 
     def aggregate_columns(self, columns: Columns, /) -> tuple[list[Tensor], None]:
         """

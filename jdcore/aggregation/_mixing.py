@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from jdcore._compilation import not_traced
-from jdcore._modes import without_autocast
+from jdcore._modes import without_autocast, without_graph
 from jdcore.aggregation._aggregator import GramianAggregator
 from jdcore.aggregation._any import vectors_of
 from jdcore.aggregation._columns import Columns, power, power_of_two
@@ -20,7 +20,7 @@ from jdcore.aggregation._differentiation import forbid_differentiation
 from jdcore.aggregation._finite import finite_required, gramian_error
 from jdcore.aggregation._nested_state import stateful_part
 from jdcore.aggregation._row_vectors import check_row_vectors
-from jdcore.aggregation._source import ColumnsSource, GramianSource, taken_by
+from jdcore.aggregation._source import ColumnsSource, GramianSource, numbers_of, taken_by
 from jdcore.aggregation._weigh import Result, check_aggregator, watched, weigh, weighting_of
 from jdcore.errors import NonFiniteError, ParameterError
 from jdcore.linalg import factors
@@ -97,7 +97,9 @@ class RowMixing:
         """
         check_matrix(matrix)
         others = None if second is None else check_second([second], [matrix])
-        [vector], _ = self.aggregate_columns(Columns([matrix.detach()], others), losses=losses)
+        [vector], _ = self.aggregate_columns(
+            Columns([without_graph(matrix)], others), losses=losses
+        )
         return forbid_differentiation(self, matrix, vector)
 
     def aggregate_blocks(
@@ -119,7 +121,7 @@ class RowMixing:
         :raises ParameterError: If a block is no real floating matrix or the numbers of rows differ.
         """
         check_blocks(blocks)
-        columns = Columns([block.detach() for block in blocks], check_second(second, blocks))
+        columns = Columns(list(map(without_graph, blocks)), check_second(second, blocks))
         vectors, weights = self.aggregate_columns(columns, losses=losses)
         dtype = reduce(torch.promote_types, (block.dtype for block in blocks))
         return vectors, None if weights is None else weights.to(blocks[0].device, dtype, copy=True)
@@ -369,7 +371,7 @@ def finite_gramian(source: GramianSource) -> NDArray[np.float64]:
 
 
 def _finite_cross(source: GramianSource) -> NDArray[np.float64]:
-    gramian: NDArray[np.float64] = source.cross_gramian().cpu().numpy()
+    gramian = numbers_of(source.cross_gramian())
     if not np.isfinite(gramian).all():
         raise gramian_error(gramian)
     return gramian

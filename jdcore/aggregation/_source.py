@@ -11,7 +11,7 @@ from attrs import define, field
 from numpy.typing import NDArray
 from torch import Tensor
 
-from jdcore._modes import is_transformed
+from jdcore._modes import is_transformed, refuse_tangents, without_graph
 from jdcore.aggregation._columns import Columns, power
 from jdcore.errors import ParameterError, ParameterTypeError
 from jdcore.linalg import add_proximal, proximal_level, rounding_shows
@@ -129,7 +129,7 @@ class GramianSource:
     @classmethod
     def of(cls, gramian: Tensor, losses: Tensor | None = None) -> GramianSource:
         """The source of a Gramian [m, m] that is there already; its dtype is its precision."""
-        wide = gramian.detach().double()
+        wide = without_graph(gramian).double()
         # Products of float32 may be as rough as those of TF32, and may be in float64 by now.
         tolerance = max(_ROUGH_PRODUCTS, 4.0 * torch.finfo(gramian.dtype).eps)
         return cls(
@@ -142,7 +142,7 @@ class GramianSource:
     @classmethod
     def of_cross(cls, cross_gramian: Tensor, losses: Tensor | None = None) -> GramianSource:
         """The source of a cross-Gramian [m, m] that is there already, without a Gramian."""
-        wide = cross_gramian.detach().double()
+        wide = without_graph(cross_gramian).double()
         return cls(
             *(len(wide), cross_gramian.dtype, cross_gramian.device, None),
             losses=check_losses(losses, len(wide)),
@@ -210,19 +210,10 @@ class GramianSource:
 
         It is copied from an accelerator once, as the host waits for that.
 
-        :raises ParameterError: If it exists inside of a transform of ``torch.func`` only, which
-            numpy does not follow.
+        :raises ParameterError: See :func:`numbers_of`.
         """
         if self._array is None:
-            gramian = self.gramian().cpu()
-            if is_transformed(gramian):
-                raise ParameterError(
-                    "gramian",
-                    "a matrix of numbers, for methods that look at them",
-                    "one inside of a transform of torch.func (vmap, functionalize, jvp, ...)",
-                    "Call the method outside of it.",
-                )
-            self._array = gramian.numpy()
+            self._array = numbers_of(self.gramian())
         self.asked = True
         return self._array
 
@@ -304,6 +295,26 @@ class ColumnsSource(GramianSource):
 
     def rounded_to(self) -> torch.dtype:
         return self._columns.rounded_to()
+
+
+def numbers_of(gramian: Tensor) -> NDArray[np.float64]:
+    """
+    A matrix on the host, for methods that compute with numpy.
+
+    :raises ParameterError: If it exists inside of a transform of ``torch.func`` only, or carries a
+        tangent of forward-mode AD: numpy follows neither.
+    """
+    gramian = gramian.cpu()
+    refuse_tangents([gramian], "gramian")
+    if not is_transformed(gramian):
+        array: NDArray[np.float64] = gramian.numpy()
+        return array
+    raise ParameterError(
+        "gramian",
+        "a matrix of numbers, for methods that look at them",
+        "one inside of a transform of torch.func (vmap, functionalize, jvp, ...)",
+        "Call the method outside of it.",
+    )
 
 
 def check_losses(

@@ -31,6 +31,11 @@ def _widths(value: Any) -> Any:
     return tuple(value) if several else value
 
 
+def _plain(block: Tensor) -> Tensor:
+    # `detach` would drop tangents of forward-mode AD, too, which the wrapped method may refuse.
+    return block.detach() if block.requires_grad else block
+
+
 def _positive(instance: Any, attribute: Attribute[Any], value: Any) -> None:
     if not isinstance(value, tuple):
         raise ParameterTypeError(attribute.name, "numbers of columns", repr(value))
@@ -87,7 +92,7 @@ class PerGroup:
         """
         check_matrix(matrix)
         others = None if second is None else check_second([second], [matrix])
-        [vector], _ = self._aggregate([matrix.detach()], losses, others)
+        [vector], _ = self._aggregate([_plain(matrix)], losses, others)
         return forbid_differentiation(self, matrix, vector)
 
     def aggregate_blocks(
@@ -110,7 +115,7 @@ class PerGroup:
         """
         check_blocks(blocks)
         others = check_second(second, blocks)
-        return self._aggregate([block.detach() for block in blocks], losses, others)
+        return self._aggregate(list(map(_plain, blocks)), losses, others)
 
     def _aggregate(
         self, blocks: list[Tensor], losses: Tensor | None, second: list[Tensor] | None
