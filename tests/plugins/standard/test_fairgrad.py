@@ -196,3 +196,21 @@ def test_a_fairness_beyond_what_float64_can_solve_warns() -> None:
 def test_degrees_without_an_inverse_are_refused() -> None:
     with pytest.raises(ParameterError, match="`alpha` must be 0, or a number that has an inverse"):
         get_weighting("fairgrad", alpha=1e-320)
+
+
+@pytest.mark.parametrize("name", ["gauss", "conflict", "neardup", "badscale"])
+@pytest.mark.parametrize("alpha", [0.05, 0.01, 0.001, 1e-4, 1e-6])
+def test_little_fairness_is_solved_as_well(name: str, alpha: float) -> None:
+    # What is spent is the power 1/alpha of a share, which the rounding of the share changes by
+    # 1/alpha times as much. A warning would be an error.
+    for m in (2, 3, 8, 12, 32):
+        assert residual(draw(name, m).double(), alpha) < 1e-12 + 4e-15 / alpha
+
+
+def test_little_fairness_of_conflicting_rows_by_hand() -> None:
+    # G = [[1, -1/2], [-1/2, 1]]: both weights are w with w / 2 = w^(-1000), w = 2^(1/1001).
+    gramian = torch.tensor([[1.0, -0.5], [-0.5, 1.0]], dtype=torch.float64)
+
+    weights = get_weighting("fairgrad", alpha=0.001)(gramian)
+
+    torch.testing.assert_close(weights, torch.full((2,), 2.0 ** (1 / 1001), dtype=torch.float64))

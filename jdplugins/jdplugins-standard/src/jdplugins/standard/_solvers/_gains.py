@@ -39,7 +39,8 @@ _STEPS = 100
 # From this number of rows on, a factorisation takes longer than a product for every 8 of them.
 _MANY, _ROWS_PER_PRODUCT = 96, 8
 _NARROW = 1e-5  # accuracy of products in float32
-_NEARBY = 0.1  # relative change from which convergence is certain and quadratic
+_NEARBY = 0.1  # see `_Game.nearby`
+_ROUNDINGS = 16.0  # of a share, in what it is found by
 _UNSEEN = 1e-60  # part of the largest share that changes no sum
 # Combinations of stationary rows vanish to 1e-6, which is more than rounding to float32 leaves, or
 # to some multiple of their rounding.
@@ -162,7 +163,9 @@ class Gains:
         missed = np.abs(shares * product(game.cosines, shares) - wanted) / scale
         # What is not seen is settled by the others.
         residual = float(missed[game.seen(shares)].max(initial=0.0))
-        warn_if_unsolved(self.problem, residual, limit)
+        # A share that is rounded changes what is spent by e times as much.
+        rounding = _ROUNDINGS * float(np.finfo(np.float64).eps) * self.exponent
+        warn_if_unsolved(self.problem, residual, max(limit, rounding))
 
 
 @np.errstate(over="ignore", invalid="ignore", divide="ignore")
@@ -187,6 +190,16 @@ class _Game:
     @property
     def is_nash(self) -> bool:
         return self.exponent == 1.0 and not self.logarithms.any()
+
+    @property
+    def nearby(self) -> float:
+        """
+        Relative change from which convergence is certain and quadratic.
+
+        Where the exponent e is large, what is spent is a power of the share that a step of more
+        than about 1/e does not follow.
+        """
+        return _NEARBY / max(1.0, self.exponent)
 
     def spent(self, shares: Floats) -> Floats:
         """The s of the module docstring: gain times share, as wanted."""
@@ -222,6 +235,7 @@ class _Game:
 
         :returns: The shares, and the largest relative change in the last step.
         """
+        nearby = self.nearby
         previous, change, full = math.inf, math.inf, False
         products = len(shares) // _ROWS_PER_PRODUCT if len(shares) >= _MANY else 0
         # Steps may be as rough as float32, in which a product takes half of the time.
@@ -232,7 +246,7 @@ class _Game:
             spent, gained = self.spent(shares), self._gained(shares, shift)
             gradient = gained - spent
             # Nearby, where both agree, the mean would take longer than it is worth.
-            weights = spent if previous < _NEARBY else _between(gained, spent)
+            weights = spent if previous < nearby else _between(gained, spent)
             system = self._system(shares, shift, weights)
             accuracy = max(0.1 * min(previous, 1.0), _NARROW)
             step = system.approximate(gradient, narrow, accuracy, products)
@@ -243,13 +257,13 @@ class _Game:
                 except np.linalg.LinAlgError:  # shares whose squares leave the range of float64
                     return shares, math.inf
             change = max(-float(step.min()), float(step.max()))
-            if change > _NEARBY:  # what nobody sees any more may shrink further
+            if change > nearby:  # what nobody sees any more may shrink further
                 change = float(np.abs(step[self.seen(shares) | (step < 0.0)]).max())
             if not change <= give_up or math.isinf(change):
                 break
             # After a full step, what has not shrunk by far is rounding.
-            stalled = full and 0.5 * previous < change < _NEARBY
-            slope = 0.0 if change < _NEARBY else float(gradient @ step)
+            stalled = full and 0.5 * previous < change < nearby
+            slope = 0.0 if change < nearby else float(gradient @ step)
             shares, full = self._stepped(shares, shift, step, slope)
             if change < 1e-7 or stalled:
                 break
