@@ -33,7 +33,7 @@ def objectives_of(
             raise ParameterError(
                 label,
                 "computed outside of the transforms of torch.func",
-                "a tensor inside of vmap, grad or jvp",
+                "a tensor inside of vmap, grad or jvp, or a dual one of forward-mode AD",
                 "Let the transform return the losses, and call autogram on these.",
             )
         # Numbers of such a wrapper are somewhere else. Of DTensors there is more to say than this.

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
@@ -158,6 +159,16 @@ def test_losses_inside_of_a_transform(batch_dim: int | None) -> None:
     for transform in (torch.func.vmap(total), torch.func.grad(total)):
         with pytest.raises(ParameterError, match="`output` must be computed outside of the trans"):
             transform(torch.ones(2, 4, 6))
+
+
+# Torch makes its derivatives of forward mode by TorchScript.
+@pytest.mark.filterwarnings("ignore:`torch.jit.script`:DeprecationWarning")
+def test_losses_with_a_tangent() -> None:
+    layer = nn.Linear(6, 3)
+    with forward_ad.dual_level():  # type: ignore[no-untyped-call]
+        inputs = forward_ad.make_dual(torch.ones(2, 6), torch.ones(2, 6))  # type: ignore[no-untyped-call]
+        with pytest.raises(ParameterError, match=r"got a tensor .* or a dual one of forward-mode"):
+            Engine(layer, batch_dim=0).compute_gramian(layer(inputs).sum(1))
 
 
 @pytest.mark.parametrize("output", [1.0, torch.ones(3, dtype=torch.int64)])
