@@ -52,6 +52,9 @@ def backward(
     :param batch_dim: The dimension of samples in the losses, if each loss depends on one sample
         only; None if any loss may depend on the whole batch.
     :param retain_graph: Whether to keep the graph for another backward pass.
+        Otherwise it may be freed, but is not where the step reads what operations saved after its
+        last pass, or tries for the first time to differentiate several rows at once: it then lives
+        as long as the losses, and another differentiation is no error.
     :param second_pass: Whether to take the weighted gradients from a second backward pass instead
         of keeping what the first one found: slower, with less memory. By one process only.
     :param memory_budget: Bytes that a temporary may have; None lets the library choose.

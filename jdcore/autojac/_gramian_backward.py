@@ -48,6 +48,9 @@ def gramian_backward(
     :param inputs: Tensors with respect to which to differentiate. By default all leaves behind
         ``tensors``.
     :param retain_graph: Whether to keep the graph for another differentiation.
+        Otherwise it may be freed, but is not where the step reads what operations saved after its
+        last pass, or tries for the first time to differentiate several rows at once: it then lives
+        as long as the losses, and another differentiation is no error.
     :param group: The process group whose processes hold the tensors, as for
         :func:`~jdcore.autojac.jac_to_grad`. On several processes rows are held.
     :returns: The weights [m], float64 for float64 losses, else float32. Taken from a second pass,
