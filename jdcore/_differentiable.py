@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+from jdcore._modes import is_functionalized, is_wrapped
 from jdcore.errors import ParameterError, ParameterTypeError
 from jdcore.validators import describe_tensor, is_frozen, no_float64
 
@@ -67,6 +68,26 @@ def check_differentiable(tensors: Sequence[Tensor], parameter: str) -> None:
 
 def _is_dense(tensor: Tensor) -> bool:
     return tensor.layout == torch.strided and not tensor.is_nested
+
+
+def refuse_transformed(tensors: Sequence[Tensor], parameter: str, remedy: str) -> None:
+    """
+    Refuse to differentiate inside of transforms of ``torch.func``.
+
+    Tensors of theirs depend on what the transform wraps only: parameters would get nothing. And
+    what is written under ``functionalize`` is not there afterwards.
+
+    :param remedy: What to do about it.
+    :raises ParameterError: If a tensor exists inside of one, or the call is under functionalize.
+    """
+    wrapped = any(map(is_wrapped, tensors))
+    if wrapped or is_functionalized():
+        raise ParameterError(
+            parameter,
+            "computed outside of the transforms of torch.func",
+            "a tensor inside of vmap, grad or jvp" if wrapped else "a call inside of functionalize",
+            remedy,
+        )
 
 
 def check_distinct(tensors: Sequence[Tensor], parameter: str) -> None:

@@ -59,7 +59,19 @@ def is_transformed(tensor: Tensor) -> bool:
     It exists inside of a transform of ``torch.func`` only, or carries a tangent of forward-mode AD,
     of which numpy would see nothing.
     """
-    return torch._C._functorch.is_functorch_wrapped_tensor(tensor) or has_tangent(tensor)
+    return is_wrapped(tensor) or has_tangent(tensor)
+
+
+def is_wrapped(tensor: Tensor) -> bool:
+    """Whether a tensor exists inside of a transform of ``torch.func`` only."""
+    return torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+
+
+def is_functionalized() -> bool:
+    """Whether ``torch.func.functionalize`` is the innermost transform around this code."""
+    functorch = torch._C._functorch
+    interpreter = functorch.peek_interpreter_stack()
+    return interpreter is not None and interpreter.key() == functorch.TransformType.Functionalize
 
 
 def has_tangent(tensor: Tensor) -> bool:
@@ -73,7 +85,7 @@ def has_tangent(tensor: Tensor) -> bool:
 
 def refuse_tangents(tensors: Iterable[Tensor], parameter: str) -> None:
     """
-    Refuse dual tensors of forward-mode AD, for what has no derivative.
+    Refuse dual tensors of forward-mode AD, for what does not differentiate by them.
 
     :raises ParameterError: If one of them carries a tangent.
     """
@@ -81,7 +93,7 @@ def refuse_tangents(tensors: Iterable[Tensor], parameter: str) -> None:
     if forward_ad._current_level >= 0 and any(map(has_tangent, tensors)):
         raise ParameterError(
             parameter,
-            "without a tangent of forward-mode AD, as methods that look at numbers have none",
+            "without a tangent of forward-mode AD, which would be lost",
             "a dual Tensor",
             "Give its numbers: torch.autograd.forward_ad.unpack_dual(tensor).primal.",
         )

@@ -4,14 +4,21 @@ from collections.abc import Iterable, Sequence
 
 from torch import Tensor
 
-from jdcore._differentiable import check_accumulates, check_distinct, check_one, trainable
-from jdcore._modes import is_transformed
+from jdcore._differentiable import (
+    check_accumulates,
+    check_distinct,
+    check_one,
+    refuse_transformed,
+    trainable,
+)
+from jdcore._modes import refuse_tangents
 from jdcore.distributed._sharding import is_dtensor, still_trainable
 from jdcore.errors import ParameterError, ParameterTypeError
 from jdcore.graph import Objectives, reach
 from jdcore.validators import describe_tensor, tensor_list
 
 _REMEDY = "Compute the losses as one dense floating tensor, such as torch.stack of them."
+_TRANSFORMED = "Let the transform return the losses, and call autogram on these."
 _DISPATCH = Tensor.__torch_dispatch__
 
 
@@ -29,13 +36,8 @@ def objectives_of(
     for i, output in enumerate(outputs):
         label = parameter if isinstance(losses, Tensor) else f"{parameter}[{i}]"
         check_one(output, label, _REMEDY)
-        if is_transformed(output):
-            raise ParameterError(
-                label,
-                "computed outside of the transforms of torch.func",
-                "a tensor inside of vmap, grad or jvp, or a dual one of forward-mode AD",
-                "Let the transform return the losses, and call autogram on these.",
-            )
+        refuse_transformed([output], label, _TRANSFORMED)
+        refuse_tangents([output], label)
         # Numbers of such a wrapper are somewhere else. Of DTensors there is more to say than this.
         if not is_dtensor(output) and type(output).__torch_dispatch__ is not _DISPATCH:
             raise ParameterError(

@@ -5,9 +5,12 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from jdcore._differentiable import check_differentiable, check_distinct
+from jdcore._differentiable import check_differentiable, check_distinct, refuse_transformed
+from jdcore._modes import refuse_tangents
 from jdcore.errors import ParameterError, ParameterTypeError
 from jdcore.validators import check_flag, describe_tensor
+
+_TRANSFORMED = "Let the transform return what is to be differentiated, and call autojac on that."
 
 
 def check_outputs(tensors: Sequence[Tensor], parameter: str) -> None:
@@ -18,6 +21,8 @@ def check_outputs(tensors: Sequence[Tensor], parameter: str) -> None:
     :raises ParameterError: If they repeat, hold no element, or none of them requires grad.
     """
     check_differentiable(tensors, parameter)
+    refuse_transformed(tensors, parameter, _TRANSFORMED)
+    refuse_tangents(tensors, parameter)
     check_distinct(tensors, parameter)
     # One empty tensor among others gives no row; nothing but empty ones is more likely a mistake,
     # such as a mask that leaves no sample.
@@ -29,8 +34,7 @@ def check_outputs(tensors: Sequence[Tensor], parameter: str) -> None:
             "tensors of which at least one requires grad",
             (describe_tensor(tensors[0]) if len(tensors) == 1 else f"{len(tensors)} tensors")
             + " without grad_fn",
-            "Were they computed under torch.no_grad(), detached, from frozen parameters only, or "
-            "inside of a transform of torch.func?",
+            "Were they computed under torch.no_grad(), detached, or from frozen parameters only?",
         )
 
 

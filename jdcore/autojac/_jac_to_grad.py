@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from jdcore._compilation import not_traced
+from jdcore._differentiable import refuse_transformed
 from jdcore._fields import check_grads, check_jac, disjoint, free_jacs, get_jac, write_grads
 from jdcore._modes import plain_modes
 from jdcore.aggregation._any import vectors_of
@@ -131,6 +132,7 @@ def _local(
 ) -> LocalRows:
     """What this process has, checked."""
     check_aggregator(aggregator)
+    refuse_transformed((), "tensors", "Call jac_to_grad outside of the transform.")
     check_flag(retain_jac, "retain_jac")
     jacobians = _jacobians(given)
     check_grads(jacobians)

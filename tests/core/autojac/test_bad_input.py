@@ -353,7 +353,7 @@ def test_losses_inside_of_a_transform_are_refused_with_the_reason() -> None:
 
     def inside(x: Tensor) -> Tensor:
         losses = [(w * x).sum(), (w * x).square().sum()]
-        with pytest.raises(ParameterError, match=r"transform of torch\.func"):
+        with pytest.raises(ParameterError, match=r"outside of the transforms of torch\.func"):
             backward(losses)
         return losses[0]
 
