@@ -179,9 +179,9 @@ class Engine:
         :param weighting: A :class:`~jdcore.Weighting` for a vector of losses, a
             :class:`~jdcore.GeneralizedWeighting` for any other shape, or the aggregator of one.
         :param retain_graph: Whether to keep the graph for another backward pass.
-            Otherwise it may be freed, but is not where the step reads what operations saved after its
-            last pass, or tries for the first time to differentiate several rows at once: it then lives
-            as long as the losses, and another differentiation is no error.
+            Otherwise it may be freed, but is not where the step reads what operations saved after
+            its last pass, or tries for the first time to differentiate several rows at once: it
+            then lives as long as the losses, and another differentiation is no error.
         :param second_pass: Whether to take the weighted gradients from a second backward pass
             instead of keeping what the first one found: slower, with less memory. By one process
             only.
