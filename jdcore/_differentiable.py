@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
+from torch.masked import MaskedTensor
 
 from jdcore._modes import is_functionalized, is_wrapped
 from jdcore.errors import ParameterError, ParameterTypeError
@@ -18,13 +19,16 @@ def check_kind(tensor: Tensor, name: str, remedy: str | None = None) -> None:
 
     :param name: What it is called.
     :param remedy: What to do about it; by default what suits the kind of tensor.
-    :raises ParameterTypeError: If it is not of a real floating dtype, or nested or sparse.
+    :raises ParameterTypeError: If it is not of a real floating dtype, or nested, sparse or masked.
     """
     if not tensor.is_floating_point():
         parts = "Give real and imaginary parts apart: torch.view_as_real(tensor)."
         hint = remedy or (parts if tensor.is_complex() else None)
         raise ParameterTypeError(name, "of a real floating dtype", describe_tensor(tensor), hint)
     # autograd differentiates these, but vmap, views of rows and sums in place do not know them.
+    if isinstance(tensor, MaskedTensor):
+        hint = remedy or "Mask by torch.where(mask, values, 0.0) in place of torch.masked."
+        raise ParameterTypeError(name, "a dense Tensor", "a masked Tensor", hint)
     if not _is_dense(tensor):
         kind = "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")
         raise ParameterTypeError(
@@ -67,7 +71,8 @@ def check_differentiable(tensors: Sequence[Tensor], parameter: str) -> None:
 
 
 def _is_dense(tensor: Tensor) -> bool:
-    return tensor.layout == torch.strided and not tensor.is_nested
+    strided = tensor.layout == torch.strided and not tensor.is_nested
+    return strided and not isinstance(tensor, MaskedTensor)
 
 
 def refuse_transformed(tensors: Sequence[Tensor], parameter: str, remedy: str) -> None:

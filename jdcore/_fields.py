@@ -13,9 +13,10 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+from torch.masked import MaskedTensor
 
 from jdcore._accumulators import accumulator_hooks
-from jdcore.errors import ParameterError
+from jdcore.errors import ParameterError, ParameterTypeError
 from jdcore.validators import describe_tensor
 
 
@@ -145,8 +146,21 @@ def write_grads(gradients: Mapping[Tensor, Tensor]) -> None:
 
 
 def dense(gradient: Tensor) -> Tensor:
-    """A gradient that is not sparse."""
-    return gradient if gradient.layout == torch.strided else gradient.to_dense()
+    """
+    A gradient that is not sparse.
+
+    :raises ParameterTypeError: If it is masked: some of its entries have no value.
+    """
+    if gradient.layout != torch.strided:
+        return gradient.to_dense()
+    if type(gradient) is not Tensor and isinstance(gradient, MaskedTensor):
+        raise ParameterTypeError(
+            "inputs",
+            "tensors whose gradients are plain ones",
+            "a gradient that is a MaskedTensor, of which some entries have no value",
+            "Mask by torch.where(mask, values, 0.0) in place of torch.masked.",
+        )
+    return gradient
 
 
 def disjoint(gradients: Iterable[Tensor], others: Iterable[Tensor] = ()) -> list[Tensor]:

@@ -314,7 +314,10 @@ class Problem:
                 places.append(row[i])
                 values.append(gradient)
         if places:
-            values = [v if v.layout == torch.strided else dense(v) for v in values]
+            # Of plain ones, which nearly all are, it is not asked.
+            values = [
+                v if type(v) is Tensor and v.layout == torch.strided else dense(v) for v in values
+            ]
             # One call, and on accelerators few kernels, for all of them.
             torch._foreach_copy_(places, values)
         return missing
