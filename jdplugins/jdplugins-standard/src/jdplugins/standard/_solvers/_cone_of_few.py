@@ -20,8 +20,7 @@ from jdplugins.standard._solvers._parametric import follow
 from jdplugins.standard._solvers._semidefinite import is_plausible
 from jdplugins.standard._solvers._tiny import Rows, roots_of, solve_few
 
-# Rows up to which plain floats take less time: for one projection, and for those of all rows.
-_ALONE, _TOGETHER = 8, 7
+_HANDFUL = 8  # rows up to which plain floats take less time
 _MANY = 32  # rows from which on a guess pays
 _INDEPENDENT = 3e-3  # length of what each unit row has beside those before it
 
@@ -38,7 +37,7 @@ def project_few(gramian: Floats, references: Floats) -> Floats | None:
     found: Floats
     if not references.size:
         return None
-    if m <= (_ALONE if k == 1 else _TOGETHER):
+    if m <= _HANDFUL:
         project = _project_two if m == 2 else _project_handful
         few = project(gramian.tolist(), references.tolist())
         if few is not None:
