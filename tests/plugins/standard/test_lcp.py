@@ -236,12 +236,21 @@ def low_rank(m: int, rank: int) -> np.ndarray:
     return equilibrate(add_proximal(rows @ rows.T, 3.6e-12))[0]
 
 
-@pytest.mark.parametrize("kind", [*FAMILIES, "opposites", "clusters", "weak", "low rank"])
-def test_the_active_set_method_ends_wherever_it_begins(kind: str) -> None:
-    m = 48
+KINDS = [*FAMILIES, "opposites", "clusters", "weak", "low rank"]
+
+
+def unit_cosines(kind: str, m: int) -> np.ndarray:
+    """The cosines of rows of a kind [m, m], with ones on the diagonal for zero rows, too."""
     J = jacobian(kind, m) if kind in FAMILIES else dependent_rows(kind, m)
     C = low_rank(m, 8) if kind == "low rank" else equilibrate(add_proximal(J @ J.T, 3.6e-12))[0]
     np.fill_diagonal(C, 1.0)
+    return C
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_active_set_method_ends_wherever_it_begins(kind: str) -> None:
+    m = 48
+    C = unit_cosines(kind, m)
     random = np.random.default_rng(0)
     for q in (C[0], C[m // 2], C[-1], C.mean(axis=0)):
         for start in (np.zeros(m), np.ones(m), 1e3 * random.random(m)):
@@ -262,12 +271,10 @@ def test_the_active_set_method_gives_the_best_it_has_where_work_ends() -> None:
     assert residual == pytest.approx(-C[0].min())
 
 
-@pytest.mark.parametrize("kind", [*FAMILIES, "opposites", "clusters", "weak", "low rank"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_parametric_pivots_end_with_the_solution(kind: str) -> None:
     m = 48
-    J = jacobian(kind, m) if kind in FAMILIES else dependent_rows(kind, m)
-    C = low_rank(m, 8) if kind == "low rank" else equilibrate(add_proximal(J @ J.T, 3.6e-12))[0]
-    np.fill_diagonal(C, 1.0)
+    C = unit_cosines(kind, m)
     Q = np.stack([C[0], C[m // 2], C[-1], C.mean(axis=0), np.ones(m)])
     before = Q.copy()
     Z = followed(C, Q)
