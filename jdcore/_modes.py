@@ -104,6 +104,9 @@ def without_graph(tensor: Tensor) -> Tensor:
     A tensor outside of the graph of reverse mode, still with its tangent of forward-mode AD.
 
     ``detach`` drops the tangent, too, and who computes with the numbers could not refuse it.
+
+    :param tensor: Of any shape and dtype.
+    :returns: It itself where it does not require grad.
     """
     if not tensor.requires_grad:
         return tensor

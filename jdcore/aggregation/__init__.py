@@ -9,6 +9,7 @@ import UPGrad, UPGradWeighting``; these are the classes that :func:`jdcore.get_a
 from typing import Any
 
 from jdcore._compilation import not_traced
+from jdcore._modes import without_graph
 from jdcore.aggregation._aggregator import GramianAggregator
 from jdcore.aggregation._any import vectors_of
 from jdcore.aggregation._columns import Columns
@@ -75,6 +76,7 @@ __all__ = [
     "taken_by",
     "vectors_of",
     "weigh",
+    "without_graph",
 ]
 
 

@@ -1,6 +1,7 @@
 # Written by `jdcore stubs`; a test compares it with the classes. Not to be edited.
 from typing import Any as Any
 from jdcore._compilation import not_traced as not_traced
+from jdcore._modes import without_graph as without_graph
 from jdcore.aggregation._aggregator import GramianAggregator as GramianAggregator
 from jdcore.aggregation._any import vectors_of as vectors_of
 from jdcore.aggregation._columns import Columns as Columns

@@ -17,6 +17,7 @@ from jdcore.aggregation import (
     not_traced,
     stateful_part,
     vectors_of,
+    without_graph,
 )
 from jdcore.errors import NonFiniteError, ParameterError, ParameterTypeError
 from jdcore.protocols import Aggregator
@@ -29,11 +30,6 @@ def _widths(value: Any) -> Any:
     # A tensor of one number says that it is iterable, too.
     several = isinstance(value, Iterable) and not isinstance(value, (str, Tensor))
     return tuple(value) if several else value
-
-
-def _plain(block: Tensor) -> Tensor:
-    # `detach` would drop tangents of forward-mode AD, too, which the wrapped method may refuse.
-    return block.detach() if block.requires_grad else block
 
 
 def _positive(instance: Any, attribute: Attribute[Any], value: Any) -> None:
@@ -92,7 +88,7 @@ class PerGroup:
         """
         check_matrix(matrix)
         others = None if second is None else check_second([second], [matrix])
-        [vector], _ = self._aggregate([_plain(matrix)], losses, others)
+        [vector], _ = self._aggregate([without_graph(matrix)], losses, others)
         return forbid_differentiation(self, matrix, vector)
 
     def aggregate_blocks(
@@ -115,7 +111,7 @@ class PerGroup:
         """
         check_blocks(blocks)
         others = check_second(second, blocks)
-        return self._aggregate(list(map(_plain, blocks)), losses, others)
+        return self._aggregate(list(map(without_graph, blocks)), losses, others)
 
     def _aggregate(
         self, blocks: list[Tensor], losses: Tensor | None, second: list[Tensor] | None
