@@ -274,20 +274,24 @@ class UnservedGraphError(ParameterError):
     :param operation: The operation or layer at fault, as far as it is known, a noun phrase.
     :param reason: Why it cannot be served, a clause with "it" as its subject.
     :param remedy: What to do instead, a full sentence.
-    :param parameter: Name of the argument that the graph came with.
+    :param parameter: Name of the argument that does not fit the graph, mostly the losses.
+    :param expected: What the argument must be.
     """
 
-    def __init__(self, operation: str, reason: str, remedy: str, parameter: str = "output") -> None:
+    def __init__(
+        self,
+        operation: str,
+        reason: str,
+        remedy: str,
+        parameter: str = "output",
+        expected: str = "computed by operations that autogram can serve",
+    ) -> None:
         self.operation, self.reason, self.remedy = operation, reason, remedy
-        super().__init__(
-            parameter,
-            "computed by operations that autogram can serve",
-            f"{operation}: {reason}",
-            remedy,
-        )
+        super().__init__(parameter, expected, f"{operation}: {reason}", remedy)
 
     def __reduce__(self) -> tuple[type, tuple[object, ...]]:
-        return type(self), (self.operation, self.reason, self.remedy, self.parameter)
+        parts = (self.operation, self.reason, self.remedy, self.parameter, self.expected)
+        return type(self), parts
 
 
 class JDCoreWarning(UserWarning):
@@ -399,9 +403,9 @@ def warn(warning: Warning) -> None:
     warnings.warn(warning, stacklevel=level)
 
 
-# Frames of these packages are ours, or stand between ours and those of the user: torch.no_grad as a
-# decorator, a backward pass, a hook.
-_INSIDE = ("jdcore", "jdplugins", "torch", "contextlib")
+# Frames of these packages are ours, or stand between ours and those of the user: torch.no_grad and
+# np.errstate as decorators, a backward pass, a hook.
+_INSIDE = ("jdcore", "jdplugins", "torch", "contextlib", "numpy")
 
 
 def _package_of(frame: FrameType) -> str:

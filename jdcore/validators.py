@@ -51,8 +51,11 @@ def describe_tensor(value: object) -> str:
             return f"a nested {dtype} Tensor"
         layout = str(value.layout).removeprefix("torch.").replace("strided", "")
         where = " on the meta device" if value.is_meta else ""
-        return f"a {f'{layout} {dtype}'.strip()} Tensor of shape {list(value.shape)}{where}"
-    return f"a {type(value).__name__}"
+        kind = f"{layout} {dtype}".strip()
+        article = "an" if kind.startswith("int") else "a"
+        return f"{article} {kind} Tensor of shape {list(value.shape)}{where}"
+    name = type(value).__name__
+    return f"{'an' if name[:1].lower() in 'aeio' else 'a'} {name}"
 
 
 def holds_real_numbers(value: object) -> TypeGuard[Tensor]:

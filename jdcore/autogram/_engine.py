@@ -134,7 +134,7 @@ class Engine:
         """
         for name, losses in (("output", output), ("other", other)):
             if not isinstance(losses, Tensor):
-                raise ParameterTypeError(name, "a floating Tensor", repr(losses))
+                raise ParameterTypeError(name, "a floating Tensor", describe_tensor(losses))
             if losses.ndim != 1:
                 raise ParameterError(name, "a vector of losses", describe_tensor(losses))
         trainable, both = self._trainable(), objectives_of([output, other], None, "output")

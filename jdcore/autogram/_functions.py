@@ -86,6 +86,7 @@ def backward(
     )
 
 
+@not_traced
 def gramian(
     losses: Tensor | Sequence[Tensor],
     /,
@@ -120,5 +121,6 @@ def step_of(
     objectives = objectives_of(losses, checked_batch_dim(batch_dim), parameter)
     wanted = Gathered().leaves(wanted_leaves(objectives, inputs))
     return Step(
-        objectives, wanted, _PLANS, "inputs", checked_budget(budget), False, shape_of(losses)
+        *(objectives, wanted, _PLANS, "inputs", checked_budget(budget), False, shape_of(losses)),
+        losses=parameter,
     )

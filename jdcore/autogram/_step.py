@@ -36,6 +36,7 @@ class Step:
     :param budget: Bytes that a temporary may have; None lets the library choose.
     :param all_leaves: Whether all leaves behind the losses get a gradient.
     :param shape: Shape of the losses, to which Gramian and weights belong; None for a vector.
+    :param losses: What the losses are called in messages.
     """
 
     objectives: Objectives
@@ -45,6 +46,7 @@ class Step:
     budget: int | None
     all_leaves: bool
     shape: Sequence[int] | None
+    losses: str = "output"
 
     @contextmanager
     def opened(self, *, together: bool = False, report: bool = False) -> Iterator[Jacobian]:
@@ -55,8 +57,19 @@ class Step:
         :param report: Whether it notes what serves each operand, and nothing of it is written.
         :raises UnservedGraphError: If it cannot be right.
         """
-        with plain_modes(self.objectives.outputs):
+        with plain_modes(self.objectives.outputs), self._named():
             yield self._jacobian(together, report)
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        """Call the losses in errors of the graph, which knows no arguments, as the caller does."""
+        try:
+            yield
+        except UnservedGraphError as error:
+            if error.parameter != "output" or self.losses == "output":
+                raise
+            parts = error.operation, error.reason, error.remedy
+            raise UnservedGraphError(*parts, self.losses) from None
 
     def _jacobian(self, together: bool, report: bool) -> Jacobian:
         # Refused by kind before the graph is read, where the same things fail with errors that name
@@ -81,12 +94,12 @@ class Step:
         )
         # The Gramian would be zero, and training would do nothing without a word.
         if not jacobian.graph.form.leading:
-            raise UnservedGraphError(
-                f"none of `{self.parameter}`",
-                "the losses do not depend on it",
+            raise ParameterError(
+                self.parameter,
+                "something that the losses depend on",
+                "nothing behind the losses",
                 "Were the parameters replaced, frozen, or the losses computed by another model or "
                 "a copy?",
-                self.parameter,
             )
         return jacobian
 

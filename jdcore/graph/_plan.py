@@ -289,6 +289,7 @@ def _refuse_mixing(form: Form, plan: Plan, node: int, operand: int) -> None:
         "Use batch_dim=None, whose losses may depend on all samples"
         + (", call .eval() on it, or use GroupNorm or InstanceNorm." if norm else "."),
         "batch_dim",
+        "a dimension of samples that stay apart",
     )
 
 

@@ -29,7 +29,7 @@ EXAMPLES = [
     errors.SinglePassError("its memory is reused", "Set a switch."),
     errors.PeerError(3, "it ran out of data"),
     errors.PeerError(None, "their shapes differ"),
-    errors.UnservedGraphError("a layer", "it mixes samples", "Leave it out.", "losses"),
+    errors.UnservedGraphError("a layer", "it mixes", "Leave it out.", "batch_dim", "None"),
     errors.JDCoreWarning("something"),
     errors.PluginWarning("a plugin failed"),
     errors.RowByRowWarning(3, "a tensor has a hook"),
@@ -101,8 +101,12 @@ def test_a_warning_of_the_core_points_at_the_line_that_called_it(
 
 
 _PLUGIN = """
+import numpy as np
+import torch
 from jdcore.errors import JDCoreWarning, warn
 
+@torch.no_grad()
+@np.errstate(all="ignore")
 def inner():
     warn(JDCoreWarning("x"))
 

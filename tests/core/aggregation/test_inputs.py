@@ -118,7 +118,11 @@ def test_a_gramian_method_does_not_take_a_cross_gramian_for_a_gramian() -> None:
     ("losses", "error", "message"),
     [
         (LOSSES[:1], ParameterError, "must be 2 values, one for each objective"),
-        (torch.tensor([1, 2]), ParameterTypeError, "a floating Tensor with 2 entries, got a int64"),
+        (
+            torch.tensor([1, 2]),
+            ParameterTypeError,
+            "a floating Tensor with 2 entries, got an int64",
+        ),
         ([0.5, 4.0], ParameterTypeError, "got a list"),
         (3.0, ParameterTypeError, "got a float"),
     ],

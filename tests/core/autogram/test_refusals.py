@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 from jdcore import ParameterError, ParameterTypeError
 from jdcore.autogram import Engine, backward, gramian
 from jdcore.autojac import gramian_backward
-from jdcore.errors import SinglePassError
+from jdcore.errors import SinglePassError, UnservedGraphError
 from tests.core.autogram.oracle import check_engine, randn
 
 B = 5
@@ -41,6 +41,25 @@ def test_reentrant_checkpointing(batch_dim: int | None) -> None:
         return out.pow(2).sum(1)
 
     _refused(model, losses, "reentrant", batch_dim)
+
+
+@pytest.mark.parametrize(
+    ("call", "name"),
+    [
+        (lambda losses: Engine(nn.Linear(6, 6), batch_dim=None).compute_gramian(losses), "output"),
+        (lambda losses: gramian(losses, batch_dim=None), "losses"),
+        (lambda losses: gramian_backward(losses, torch.diag), "tensors"),
+    ],
+)
+def test_the_losses_are_called_as_the_caller_calls_them(
+    call: Callable[[Tensor], Any], name: str
+) -> None:
+    losses = checkpoint(nn.Linear(6, 1), randn(B, 6).requires_grad_(), use_reentrant=True)
+
+    with pytest.raises(UnservedGraphError, match=f"Parameter `{name}` .* reentrant") as caught:
+        call(losses)
+
+    assert caught.value.operation == "a reentrant checkpoint"
 
 
 @pytest.mark.parametrize("batch_dim", [0, None])

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from jdcore import get_aggregator, get_scalarizer, get_weighting
 from jdcore.aggregation import Flattening
-from jdcore.autogram import Engine
+from jdcore.autogram import Engine, gramian
 from jdcore.autojac import backward, gramian_backward, jac, jac_to_grad, mtl_backward, zero_jac
 
 # What torch says of what it traces around the calls.
@@ -61,9 +61,9 @@ def test_a_method_is_called_as_outside(make: Callable[[], Callable[[Tensor], Ten
 
 def test_a_flattening_is_called_as_outside() -> None:
     flattening = Flattening(get_weighting("mgda"))
-    gramian = torch.eye(4).reshape(2, 2, 2, 2).transpose(2, 3)
+    generalized = torch.eye(4).reshape(2, 2, 2, 2).transpose(2, 3)
 
-    torch.testing.assert_close(compiled(flattening)(gramian), torch.full((2, 2), 0.25))
+    torch.testing.assert_close(compiled(flattening)(generalized), torch.full((2, 2), 0.25))
 
 
 def of_backward(model: nn.Sequential, x: Tensor) -> None:
@@ -102,11 +102,16 @@ def of_a_gramian(model: nn.Sequential, x: Tensor) -> None:
     losses.backward(get_weighting("mgda")(Engine(model, batch_dim=0).compute_gramian(losses)))
 
 
+def of_a_gramian_without_modules(model: nn.Sequential, x: Tensor) -> None:
+    losses = model(x).square().mean(1)
+    losses.backward(get_weighting("mgda")(gramian(losses, batch_dim=0)))
+
+
 @pytest.mark.parametrize(
     "step",
     [
         *(of_backward, of_a_batch_that_is_skipped, of_mtl_backward, of_jac),
-        *(of_gramian_backward, of_an_engine, of_a_gramian),
+        *(of_gramian_backward, of_an_engine, of_a_gramian, of_a_gramian_without_modules),
     ],
 )
 def test_a_step_leaves_the_gradients_of_one_outside(

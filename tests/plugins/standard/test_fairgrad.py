@@ -187,8 +187,9 @@ def test_powers_of_norms_that_leave_the_range_do_no_harm(alpha: float) -> None:
 
 
 def test_a_fairness_beyond_what_float64_can_solve_warns() -> None:
-    with pytest.warns(UnsolvedWarning, match="fair_allocation"):
+    with pytest.warns(UnsolvedWarning, match="fair_allocation") as caught:
         weights = get_weighting("fairgrad", alpha=1e-300)(torch.tensor([[1.0, 0.9], [0.9, 0.85]]))
+    assert caught[0].filename == __file__
     assert weights.isfinite().all()
     assert bool((weights >= 0).all())
 
