@@ -12,18 +12,22 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from operator import attrgetter
-from types import FunctionType, MethodType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from jdcore._fields import grad_versions, set_aside
 from jdcore.errors import ParameterError
-from jdcore.graph import REENTRANT, OuterPass, Reach, edge_of, has_hook_for_several
+from jdcore.graph import (
+    REENTRANT,
+    OuterPass,
+    Reach,
+    edge_of,
+    has_hook_for_several,
+    kept_leaves,
+)
 
-# How deep attributes, containers and closures are searched for modules.
-_DEPTH = 5
 # Most leaves have none: to ask this way takes no call of Python for each.
 _hooks_of: Callable[[Tensor], dict[int, Any] | None] = attrgetter("_backward_hooks")
 
@@ -43,28 +47,12 @@ def default_error(parameter: str) -> ParameterError:
     )
 
 
-def kept_parameters(graph: Reach) -> list[Tensor]:
-    """
-    Leaves that custom functions keep in attributes of their context, there or inside of modules.
-
-    They may accumulate into the ``.grad`` of these.
-    """
-    found: dict[Tensor, None] = {}
-    seen: set[int] = set()
-    # Only functions of Python can hide anything: torch's own operations have all of their operands
-    # as edges.
-    for node in graph.functions:
-        # The node of a custom function is the `ctx` of its forward, with all that was set there.
-        _collect(vars(node), found, seen, _DEPTH)
-    return list(found)
-
-
 def may_reach(graph: Reach, tensors: Iterable[Tensor]) -> list[Tensor]:
     """Those of some tensors that a graph reaches or may hide."""
     # What a checkpoint runs again is not known before it does, so that any tensor may be inside.
     if is_reentrant(graph):
         return list(tensors)
-    hidden = set(map(id, kept_parameters(graph)))
+    hidden = set(map(id, kept_leaves(graph.functions)))
     return [tensor for tensor in tensors if graph.reaches(tensor) or id(tensor) in hidden]
 
 
@@ -77,47 +65,7 @@ def hides(graph: Reach, tensors: Iterable[Tensor]) -> bool:
         return True
     if not graph.functions:
         return False
-    return is_reentrant(graph) or not set(kept_parameters(graph)).isdisjoint(tensors)
-
-
-def _collect(value: Any, found: dict[Tensor, None], seen: set[int], depth: int) -> None:
-    # Contexts may refer to themselves, and to whatever else the user keeps there: a whole trainer,
-    # say.
-    if id(value) in seen or depth < 0:
-        return
-    if isinstance(value, Tensor):
-        if value.requires_grad and value.is_leaf:
-            found[value] = None
-        return
-    seen.add(id(value))
-    for part in _parts(value):
-        _collect(part, found, seen, depth - 1)
-
-
-def _parts(value: Any) -> Iterable[Any]:
-    if isinstance(value, nn.Module):
-        return value.parameters()
-    if isinstance(value, dict):
-        return value.values()
-    if isinstance(value, (list, tuple, set)):
-        return value
-    # Reversible blocks often keep the forward of their halves as a bound method, a partial or a
-    # closure.
-    if isinstance(value, MethodType):
-        return (value.__self__, value.__func__)
-    if isinstance(value, partial):
-        return (value.func, value.args, value.keywords)
-    if isinstance(value, FunctionType):
-        return [cell.cell_contents for cell in value.__closure__ or () if _is_filled(cell)]
-    return ()
-
-
-def _is_filled(cell: Any) -> bool:
-    try:
-        cell.cell_contents  # noqa: B018 - raises for a variable that is not assigned yet
-    except ValueError:
-        return False
-    return True
+    return is_reentrant(graph) or not set(kept_leaves(graph.functions)).isdisjoint(tensors)
 
 
 @contextmanager

@@ -17,7 +17,6 @@ from jdcore.autojac._hidden import (
     check_unchanged,
     guarded,
     hides,
-    kept_parameters,
 )
 from jdcore.autojac._products import Product, find_products
 from jdcore.autojac._taps import RowTaps, worth_a_hook
@@ -30,6 +29,7 @@ from jdcore.graph import (
     batched_gradients,
     differentiate,
     hooks_made_lately,
+    kept_leaves,
     mixed,
     reach,
     retains_gradients,
@@ -85,7 +85,7 @@ class Problem:
         differentiated = [outputs[k] for k in live]
         rows = [cotangents[k] for k in live]
         found = reach(differentiated) if graph is None else graph
-        aside = kept_parameters(found)
+        aside = kept_leaves(found.functions)
         aside += [tensor for tensor in watched if tensor.requires_grad and tensor.is_leaf]
         live_uses = None if uses is None else [[row[k] for k in live] for row in uses]
         return Problem(differentiated, list(inputs), rows, found, aside, live_uses)

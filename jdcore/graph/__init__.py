@@ -25,6 +25,7 @@ from jdcore.graph._hooks import (
     node_has_hooks,
 )
 from jdcore.graph._jacobian import Jacobian
+from jdcore.graph._kept import kept_leaves
 from jdcore.graph._layout import Layout
 from jdcore.graph._memory import Memory, free_memory
 from jdcore.graph._nesting import Exit, OuterPass, leaving
@@ -101,6 +102,7 @@ __all__ = [
     "is_known_to_be_left",
     "is_listed",
     "is_sparse",
+    "kept_leaves",
     "largest_gradient",
     "leaving",
     "mixed",

@@ -13,6 +13,7 @@ from jdcore.graph._cancelling import multiplied
 from jdcore.graph._form import Place
 from jdcore.graph._graph import Graph
 from jdcore.graph._hooks import has_hook_for_several, may_have_hooks
+from jdcore.graph._kept import kept_leaves
 from jdcore.graph._memory import Memory
 from jdcore.graph._objectives import Objectives, OneByOne
 from jdcore.graph._operations import is_sparse
@@ -219,6 +220,12 @@ class Jacobian:
     def _of_tasks(self) -> Plan:
         return plan_of_tasks(self.graph, self.objectives.rows, self._hooked)
 
+    @cached_property
+    def _kept(self) -> list[Tensor]:
+        """Further leaves that functions of Python know of."""
+        functions = [node for node in self.graph.nodes if function_of(node)]
+        return [*self.graph.leaves.values(), *kept_leaves(functions)]
+
     @contextmanager
     def fields_unchanged(self) -> Iterator[None]:
         """
@@ -232,7 +239,7 @@ class Jacobian:
         kept = len(tensors)
         # Only the backward of a Python function can accumulate into parameters behind torch's back.
         if self.graph.form.has_functions:
-            tensors += self._given
+            tensors += self._given + self._kept
         before = [tensor.grad for tensor in tensors]
         for tensor in tensors:
             # Where there is no gradient, nothing can be added to one in place, and a new one shows.
@@ -247,7 +254,8 @@ class Jacobian:
             raise UnservedGraphError(
                 "a function whose backward accumulates into .grad",
                 "it does not return all gradients, as in a reversible block",
-                "Use functions that return the gradients of their parameters.",
+                "Use functions that return the gradients of their parameters, or "
+                "jdcore.autojac.backward with all parameters as `inputs`, and jac_to_grad.",
             )
 
     def _run(self, serving: Serving, retain_graph: bool) -> None:

@@ -447,6 +447,29 @@ def test_a_function_that_accumulates_in_its_backward_is_refused() -> None:
     assert hidden.bias.grad is None
 
 
+@pytest.mark.parametrize("batch_dim", [0, None])
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda first, losses, dim: Engine(first, batch_dim=dim).compute_gramian(losses),
+        lambda first, losses, dim: Engine(first, batch_dim=dim).backward(losses, torch.diag),
+        lambda first, losses, dim: gramian(losses, batch_dim=dim),
+        lambda first, losses, dim: backward(losses, torch.diag, batch_dim=dim),
+    ],
+)
+def test_such_a_function_is_refused_where_nobody_asks_for_what_it_hides(
+    call: Callable[[nn.Module, Tensor, int | None], Any], batch_dim: int | None
+) -> None:
+    """Its parameters would get the sum of all rows, and others a weight that leaves them out."""
+    first, hidden = nn.Linear(3, 3), nn.Linear(3, 3)
+    hidden.weight.grad = torch.ones(3, 3)
+    losses = _Accumulating.apply(first(randn(B, 3)), hidden).square().sum(1)
+    with pytest.raises(UnservedGraphError, match=r"accumulates into \.grad"):
+        call(first, losses, batch_dim)
+    assert hidden.weight.grad.tolist() == [[1.0] * 3] * 3
+    assert hidden.bias.grad is first.weight.grad is None
+
+
 # -- weightings ------------------------------------------------------------------------------------
 
 
