@@ -269,8 +269,9 @@ class Registry:
         The entry of a solver backend and the variant asked for, from ``"name"``, ``"name:variant"``
         or either after ``"distribution:"``. Raises as :meth:`entry`.
         """
-        if not isinstance(name, str):
-            raise ParameterTypeError("solver", "a string", repr(name))
+        for parameter, value in (("problem", problem), ("solver", name)):
+            if not isinstance(value, str):
+                raise ParameterTypeError(parameter, "a string", repr(value))
         known = self._discover()
         table = known.solver_table(problem)
         # "a:b" is first of all the solver b of the distribution a: qualified names always work.

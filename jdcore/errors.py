@@ -403,6 +403,15 @@ def warn(warning: Warning) -> None:
     warnings.warn(warning, stacklevel=level)
 
 
+def left_out(owner: object, method: str) -> NotImplementedError:
+    """
+    The error of a base class for a method that its subclasses implement.
+
+    :param owner: An object of the subclass.
+    """
+    return NotImplementedError(f"{type(owner).__name__} must implement `{method}`.")
+
+
 # Frames of these packages are ours, or stand between ours and those of the user: torch.no_grad and
 # np.errstate as decorators, a backward pass, a hook.
 _INSIDE = ("jdcore", "jdplugins", "torch", "contextlib", "numpy")

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from jdcore.aggregation._columns import Columns
 from jdcore.aggregation._matrix_aggregator import MatrixAggregator
+from jdcore.errors import left_out
 
 # Entries handled at once: few enough to stay in the cache of a CPU through several passes over
 # them, enough to occupy an accelerator.
@@ -48,7 +49,7 @@ class CoordinatewiseAggregator(MatrixAggregator):
             modified.
         :returns: The aggregation of each column, Tensor [k].
         """
-        raise NotImplementedError
+        raise left_out(self, "compute")
 
     def aggregate_finite(self, columns: Columns) -> list[Tensor]:
         return columns.apply(self._aggregate_block)

@@ -18,7 +18,7 @@ from jdcore.aggregation._finite import finite_required, is_finite
 from jdcore.aggregation._source import GramianSource, check_losses
 from jdcore.aggregation._state import StateFields, state_field
 from jdcore.aggregation._weigh import Result, watched
-from jdcore.errors import NonFiniteError, ParameterError
+from jdcore.errors import NonFiniteError, ParameterError, left_out
 from jdcore.linalg._pages import new_tensor
 from jdcore.validators import boolean, check_blocks, check_matrix, describe_tensor
 
@@ -87,7 +87,7 @@ class HistoryAggregator(StateFields):
             the caller gave them. They are there if the class looks at them.
         :returns: Tensor [m, k] of that dtype.
         """
-        raise NotImplementedError
+        raise left_out(self, "advance")
 
     def weigh_rows(
         self, rows: Columns, history: Columns, losses: Tensor | None
@@ -100,7 +100,7 @@ class HistoryAggregator(StateFields):
         :param losses: See :meth:`advance`.
         :returns: float64 weights [m] on any device, and values by the names of state fields.
         """
-        raise NotImplementedError
+        raise left_out(self, "weigh_rows")
 
     @not_traced
     def __call__(

@@ -12,7 +12,7 @@ from torch import Tensor
 from jdcore.aggregation._finite import finite_required
 from jdcore.aggregation._source import GramianSource, numbers_of
 from jdcore.aggregation._weighting import GramianWeighting
-from jdcore.errors import NonFiniteError
+from jdcore.errors import NonFiniteError, left_out
 from jdcore.spec import AggregatorSpec
 
 
@@ -52,7 +52,7 @@ class LossWeighting(GramianWeighting):
         :param losses: Finite float64 values [m] of the objectives. Must not be modified.
         :returns: float64 weights [m].
         """
-        raise NotImplementedError
+        raise left_out(self, "compute_with")
 
     def weigh(self, source: GramianSource, /) -> Tensor:
         """

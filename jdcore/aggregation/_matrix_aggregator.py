@@ -13,7 +13,7 @@ from jdcore.aggregation._differentiation import forbid_differentiation
 from jdcore.aggregation._finite import finite_required
 from jdcore.aggregation._row_vectors import check_row_vectors
 from jdcore.aggregation._weigh import watched
-from jdcore.errors import NonFiniteError
+from jdcore.errors import NonFiniteError, left_out
 from jdcore.validators import boolean, check_blocks, check_matrix
 
 
@@ -55,7 +55,7 @@ class MatrixAggregator:
         :param columns: The Jacobian, finite and of at least one row.
         :returns: One vector [k] for each block [m, k], in its dtype.
         """
-        raise NotImplementedError
+        raise left_out(self, "aggregate_finite")
 
     @not_traced
     def __call__(self, matrix: Tensor, /) -> Tensor:

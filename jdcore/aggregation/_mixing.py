@@ -22,7 +22,7 @@ from jdcore.aggregation._nested_state import stateful_part
 from jdcore.aggregation._row_vectors import check_row_vectors
 from jdcore.aggregation._source import ColumnsSource, GramianSource, numbers_of, taken_by
 from jdcore.aggregation._weigh import Result, check_aggregator, watched, weigh, weighting_of
-from jdcore.errors import NonFiniteError, ParameterError
+from jdcore.errors import NonFiniteError, ParameterError, left_out
 from jdcore.linalg import factors
 from jdcore.linalg._gramian import symmetric
 from jdcore.protocols import Aggregator, Weighting
@@ -64,7 +64,7 @@ class RowMixing:
         :returns: float64 array [k, m].
         :raises ParameterError: If the method is not defined for this number of rows.
         """
-        raise NotImplementedError
+        raise left_out(self, "mix")
 
     @property
     def weighting(self) -> Weighting | None:

@@ -6,7 +6,7 @@ from functools import cache, partial
 from typing import Any
 
 from jdcore.aggregation._state import StateFields, state_fields
-from jdcore.errors import ParameterError, ParameterTypeError
+from jdcore.errors import ParameterError, ParameterTypeError, left_out
 from jdcore.protocols import Stateful
 
 
@@ -21,7 +21,7 @@ class NestedState(StateFields):
 
     def inner_parts(self) -> dict[str, Any]:
         """The methods that it holds, with or without state, under keys that are no field names."""
-        raise NotImplementedError
+        raise left_out(self, "inner_parts")
 
     def reset(self) -> None:
         """Return to the state of a new object, what it holds included."""

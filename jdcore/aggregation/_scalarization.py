@@ -13,6 +13,7 @@ from jdcore._compilation import not_traced
 from jdcore.aggregation._row_vectors import check_row_vectors
 from jdcore.aggregation._source import GramianSource
 from jdcore.aggregation._weigh import weigh
+from jdcore.errors import left_out
 from jdcore.validators import boolean, check_gramian
 
 _ARRAYS = {torch.float32: np.float32, torch.float64: np.float64}
@@ -59,7 +60,7 @@ class ScalarizationWeighting:
         :param dtype: float64, or float32 for Jacobians of narrower dtypes.
         :returns: Weights [m] of this dtype, on any device. They will not be modified.
         """
-        raise NotImplementedError
+        raise left_out(self, "compute")
 
     @not_traced
     def __call__(self, gramian: Tensor, /, *, losses: Tensor | None = None) -> Tensor:

@@ -143,6 +143,7 @@ def _ask(weighting: Any, source: GramianSource, shape: Sequence[int] | None) -> 
             "weighting",
             f"one that returns real weights of shape {list(expected)}",
             describe_tensor(weights),
+            None if isinstance(weights, Tensor) else "Use torch.from_numpy(weights).",
         )
     return weights.detach() if weights.requires_grad else weights
 

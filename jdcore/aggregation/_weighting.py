@@ -16,6 +16,7 @@ from jdcore.aggregation._finite import finite_required, gramian_error
 from jdcore.aggregation._row_vectors import check_row_vectors
 from jdcore.aggregation._source import GramianSource
 from jdcore.aggregation._weigh import weigh
+from jdcore.errors import left_out
 from jdcore.linalg import add_proximal
 from jdcore.validators import boolean, check_gramian
 
@@ -56,7 +57,7 @@ class GramianWeighting:
         :param gramian: Finite float64 Gramian [m, m] with m >= 1. Must not be modified.
         :returns: float64 weights [m].
         """
-        raise NotImplementedError
+        raise left_out(self, "compute")
 
     def compute_there(self, gramian: Tensor) -> Tensor | None:
         """

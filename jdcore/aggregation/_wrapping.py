@@ -16,6 +16,7 @@ from jdcore.aggregation._row_vectors import check_row_vectors
 from jdcore.aggregation._source import GramianSource
 from jdcore.aggregation._state import state_fields
 from jdcore.aggregation._weigh import as_weighting, weigh
+from jdcore.errors import left_out
 from jdcore.protocols import Weighting
 from jdcore.validators import boolean, check_gramian
 
@@ -49,7 +50,7 @@ class WeightingWrapper(NestedState):
         :returns: Weights [m], a Tensor on any device. Weights that are not finite are for input
             that is not finite, and must leave the state as it was.
         """
-        raise NotImplementedError
+        raise left_out(self, "rewrite")
 
     @property
     def scale_degree(self) -> float:

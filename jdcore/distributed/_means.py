@@ -9,7 +9,7 @@ from torch import Tensor
 
 from jdcore.distributed._meeting import Meeting, Stage
 from jdcore.distributed._replicated_step import check_group
-from jdcore.errors import ParameterError
+from jdcore.errors import ParameterError, ParameterTypeError
 from jdcore.validators import describe_tensor
 
 
@@ -30,7 +30,8 @@ def global_means(
     :param counts: Number of samples (or their total weight) of each task on this process.
     :param group: The process group. By default all processes.
     :returns: One loss per task, to be given to ``backward`` or ``mtl_backward``.
-    :raises ParameterError: If the numbers of sums and counts differ, or a count is negative.
+    :raises ParameterError: If the numbers of sums and counts differ, or a count is negative or not
+        finite.
     :raises PeerError: If another process could not take part.
 
     >>> import torch
@@ -40,14 +41,16 @@ def global_means(
     """
     if group is None:
         if not (dist.is_available() and dist.is_initialized()):
-            return _scaled(list(sums), _checked(sums, counts), 1)
+            losses = _checked_sums(sums)
+            return _scaled(losses, _checked_counts(losses, counts), 1)
         group = dist.group.WORLD
     chosen = check_group(group)
     # The counts may be on the CPU while the backend exchanges tensors of the losses' device alone.
-    losses = list(sums)
-    device = losses[0].device if losses else torch.device("cpu")
+    first = next(iter(sums), None) if isinstance(sums, (Tensor, list, tuple)) else None
+    device = first.device if isinstance(first, Tensor) else torch.device("cpu")
     with Meeting([chosen], device) as meeting:
-        own = _checked(sums, counts).to(device)
+        losses = _checked_sums(sums)
+        own = _checked_counts(losses, counts).to(device)
         if not meeting.agree_on(Stage.START, len(own)):
             raise ParameterError(
                 "counts", "of the same number of tasks on all processes", f"{len(own)} here"
@@ -56,20 +59,28 @@ def global_means(
     return _scaled(losses, total, meeting.size)
 
 
-def _checked(sums: Tensor | Sequence[Tensor], counts: Tensor | Sequence[float]) -> Tensor:
-    given = (
-        counts
-        if isinstance(counts, Tensor)
-        else torch.tensor(counts, dtype=torch.float64, device="cpu")
-    )
-    if given.shape != (len(sums),):
-        raise ParameterError(
-            "counts", f"{len(sums)} numbers, one for each sum", describe_tensor(given)
-        )
-    wide = given.detach().to(torch.float64)  # in float32, the factors would cost 1e-8
-    if not bool((wide >= 0).all()):
-        raise ParameterError("counts", ">= 0", wide.tolist())
-    return wide
+def _checked_sums(sums: Tensor | Sequence[Tensor]) -> list[Tensor]:
+    is_vector = isinstance(sums, Tensor) and sums.ndim == 1
+    losses = list(sums) if is_vector or isinstance(sums, (list, tuple)) else None
+    if losses is None or not all(isinstance(t, Tensor) and t.ndim == 0 for t in losses):
+        expected = "a vector, or a list of Tensors that are scalars"
+        raise ParameterTypeError("sums", expected, describe_tensor(sums))
+    return losses
+
+
+def _checked_counts(losses: list[Tensor], counts: Tensor | Sequence[float]) -> Tensor:
+    expected = f"{len(losses)} numbers, one for each sum"
+    try:
+        # In float32, the factors would cost 1e-8.
+        device = counts.device if isinstance(counts, Tensor) else "cpu"
+        given = torch.as_tensor(counts, dtype=torch.float64, device=device).detach()
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        raise ParameterTypeError("counts", expected, describe_tensor(counts)) from None
+    if given.shape != (len(losses),):
+        raise ParameterError("counts", expected, describe_tensor(given))
+    if not bool(((given >= 0) & given.isfinite()).all()):
+        raise ParameterError("counts", "finite and >= 0", given.tolist())
+    return given
 
 
 def _scaled(losses: list[Tensor], total: Tensor, size: int) -> list[Tensor]:

@@ -1,7 +1,7 @@
 """
 Reading the autograd graph: what lies behind losses, where the samples are, and the Jacobian.
 
-It knows no method, no module and no ``.grad``.
+It knows no method, and leaves every ``.grad`` as it is.
 """
 
 from jdcore.graph._batched import (

@@ -1,12 +1,12 @@
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from jdcore.errors import ParameterError
+from jdcore.errors import ParameterError, ParameterTypeError
 from jdcore.linalg._blas import add_short_products, is_small, small_gramian
 from jdcore.validators import check_blocks
 
@@ -39,9 +39,17 @@ def gramian(jacobian: Tensor | Sequence[Tensor], /) -> Tensor:
     :returns: float64 Tensor [m, m] on the device of the Jacobian, exactly symmetric.
     :raises ParameterError: If a block is no matrix, or the blocks differ in their number of rows.
     """
-    blocks = [jacobian] if isinstance(jacobian, Tensor) else list(jacobian)
+    blocks = _blocks_of(jacobian, "jacobian")
     check_blocks(blocks, "jacobian")
     return sum_gramians(blocks)
+
+
+def _blocks_of(jacobian: Tensor | Sequence[Tensor], parameter: str) -> list[Tensor]:
+    if isinstance(jacobian, Tensor):
+        return [jacobian]
+    if not isinstance(jacobian, Iterable):
+        raise ParameterTypeError(parameter, "a matrix, or a list of them", repr(jacobian))
+    return list(jacobian)
 
 
 def sum_gramians(blocks: Sequence[Tensor]) -> Tensor:
@@ -161,8 +169,7 @@ def cross_gramian(
     :returns: float64 Tensor [m, l] on that device.
     :raises ParameterError: If a block is no matrix, or the two do not have the same columns.
     """
-    one = [jacobian] if isinstance(jacobian, Tensor) else list(jacobian)
-    two = [other] if isinstance(other, Tensor) else list(other)
+    one, two = _blocks_of(jacobian, "jacobian"), _blocks_of(other, "other")
     check_blocks(one, "jacobian")
     check_blocks(two, "other")
     columns, others = ([block.shape[1] for block in blocks] for blocks in (one, two))

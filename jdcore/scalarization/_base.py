@@ -8,7 +8,7 @@ from torch import Tensor
 
 from jdcore._modes import without_autocast
 from jdcore.aggregation._row_vectors import check_row_vectors
-from jdcore.errors import ParameterError, ParameterTypeError
+from jdcore.errors import ParameterError, ParameterTypeError, left_out
 from jdcore.scalarization._losses import check_losses
 from jdcore.validators import describe_tensor
 
@@ -29,7 +29,7 @@ class LossScalarizer:
         :param losses: Losses [m] of float32 or float64 with m >= 1. Must not be modified.
         :returns: One loss [], in the same dtype on the same device.
         """
-        raise NotImplementedError
+        raise left_out(self, "scalarize")
 
     def __call__(self, losses: Tensor, /) -> Tensor:
         """
@@ -53,7 +53,7 @@ class WeightedSum(LossScalarizer):
         :param dtype: float32 or float64.
         :returns: Weights [m] of this dtype, on any device.
         """
-        raise NotImplementedError
+        raise left_out(self, "weights")
 
     def scalarize(self, losses: Tensor) -> Tensor:
         return self.weights(len(losses), losses.dtype).to(losses.device) @ losses
@@ -84,7 +84,7 @@ class TrainableScalarizer(torch.nn.Module):
         :param logits: The parameters [m], in the same dtype.
         :returns: One loss [], in the same dtype on the same device.
         """
-        raise NotImplementedError
+        raise left_out(self, "scalarize")
 
     def forward(self, losses: Tensor, /) -> Tensor:
         """

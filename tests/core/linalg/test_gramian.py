@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from jdcore import ParameterError, ParameterTypeError
-from jdcore.linalg import _gramian, gramian
+from jdcore.linalg import _gramian, cross_gramian, gramian
 from jdcore.linalg._gramian import sum_gramians
 from tests.operations import Operations
 
@@ -164,3 +165,11 @@ def test_products_in_batches_are_those_of_the_whole_matrix(widths: list[int], co
     total = _gramian._sum_in_batches(torch.zeros(3, 3, dtype=torch.float64), pieces, columns)
     matrix = torch.cat(blocks, dim=1).double()
     torch.testing.assert_close(total, matrix @ matrix.T, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("jacobian", [None, 1.0, object()])
+def test_what_is_neither_a_matrix_nor_a_list_is_refused_by_name(jacobian: Any) -> None:
+    with pytest.raises(ParameterTypeError, match="`jacobian` must be a matrix, or a list of them"):
+        gramian(jacobian)
+    with pytest.raises(ParameterTypeError, match="`other` must be a matrix, or a list of them"):
+        cross_gramian(torch.ones(2, 3), jacobian)

@@ -243,3 +243,9 @@ def test_listing_solvers_makes_none(fill: Fill, monkeypatch: pytest.MonkeyPatch)
 
     assert jdcore.list_solvers() == {"nothing": ("many", "single")}
     assert jdcore.list_solvers("dual_cone") == {"dual_cone": ()}
+
+
+@pytest.mark.parametrize("problem", [None, 1, [], {}])
+def test_a_problem_is_a_string(problem: Any) -> None:
+    with pytest.raises(ParameterTypeError, match="`problem` must be a string"):
+        jdcore.get_solver(problem, "native")

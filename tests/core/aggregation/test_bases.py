@@ -1,0 +1,49 @@
+"""What base classes say to those who derive from them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+
+from jdcore import ParameterError
+from jdcore.aggregation import (
+    CoordinatewiseAggregator,
+    GramianAggregator,
+    GramianWeighting,
+    HistoryAggregator,
+    LossWeighting,
+    RowMixing,
+    ScalarizationWeighting,
+    WeightingWrapper,
+)
+from jdcore.scalarization import LossScalarizer
+
+
+@pytest.mark.parametrize(
+    ("base", "method", "call"),
+    [
+        (GramianWeighting, "compute", lambda weighting: weighting(torch.eye(2))),
+        (ScalarizationWeighting, "compute", lambda weighting: weighting(torch.eye(2))),
+        (LossWeighting, "compute_with", lambda w: w(torch.eye(2), losses=torch.ones(2))),
+        (CoordinatewiseAggregator, "compute", lambda aggregator: aggregator(torch.eye(2))),
+        (HistoryAggregator, "advance", lambda aggregator: aggregator(torch.eye(2))),
+        (partial(WeightingWrapper, torch.diag), "rewrite", lambda w: w(torch.eye(2))),
+        (partial(RowMixing, torch.sum), "mix", lambda aggregator: aggregator(torch.eye(2))),
+        (LossScalarizer, "scalarize", lambda scalarizer: scalarizer(torch.ones(2))),
+    ],
+)
+def test_a_base_class_names_what_a_subclass_has_to_implement(
+    base: Callable[[], Any], method: str, call: Callable[[Any], Any]
+) -> None:
+    owner = base()
+    with pytest.raises(NotImplementedError, match=f"{type(owner).__name__} .* `{method}`"):
+        call(owner)
+
+
+def test_weights_as_an_array_are_refused_with_the_way_to_a_tensor() -> None:
+    with pytest.raises(ParameterError, match=r"torch\.from_numpy"):
+        GramianAggregator(lambda gramian: gramian.diagonal().numpy())(torch.eye(2))
