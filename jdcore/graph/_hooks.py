@@ -21,13 +21,7 @@ from jdcore._accumulators import accumulator_hooks
 from jdcore._handles import hooks_made, hooks_of
 from jdcore._living import living
 from jdcore.graph._graph import Graph
-from jdcore.graph._operations import SAVED_OPERANDS, operation
-from jdcore.graph._saved import (
-    Unreadable,
-    next_computed_at,
-    saved_as_it_is,
-    some_computed_before,
-)
+from jdcore.graph._saved import next_computed_at, some_computed_before
 
 
 class _LastLook(threading.local):
@@ -107,20 +101,6 @@ def node_has_hooks(node: Any) -> bool:
     if not hooks_made_lately([node]):
         return False
     return any(hooks_of(node))
-
-
-def operand_has_hooks(node: Any, operand: int) -> bool:
-    """
-    Whether an operand of an operation is a tensor with hooks, as far as torch shows it.
-
-    What an operation saved is the tensor itself, hooks included.
-    """
-    name = SAVED_OPERANDS.get(operation(node.name()), {}).get(operand)
-    try:
-        tensor = None if name is None else saved_as_it_is(node, name)
-    except Unreadable:
-        return False
-    return isinstance(tensor, Tensor) and (bool(tensor._backward_hooks) or tensor.retains_grad)
 
 
 # What torch registers with each tensor of a hook for several, by mode. It bears the name of the

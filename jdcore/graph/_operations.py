@@ -93,16 +93,6 @@ _WRONG, _WRONG_FOR_NUMBERS = having("wrong-if-batched"), having("wrong-for-numbe
 
 MATRIX_PRODUCTS = {"AddmmBackward0": (2, "mat1"), "MmBackward0": (1, "self")}
 """By node: which operand is the weight, and under which name the one before it is saved."""
-SAVED_OPERANDS = {
-    "Addmm": {1: "mat1", 2: "mat2"},
-    "Mm": {0: "self", 1: "mat2"},
-    "Bmm": {0: "self", 1: "mat2"},
-    "Mul": {0: "self", 1: "other"},
-    "Convolution": {1: "weight"},
-    "NativeLayerNorm": {1: "weight"},
-    "NativeGroupNorm": {1: "weight"},
-}
-"""Under which names operations save the operands that may be computed from parameters."""
 
 # An argument of this operation says whether its gradient is sparse.
 EMBEDDING = "EmbeddingBackward0"

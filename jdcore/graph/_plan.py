@@ -12,7 +12,7 @@ from jdcore.errors import UnservedGraphError
 from jdcore.graph._cost import outer_ghost_beats_rows
 from jdcore.graph._form import Form, Place
 from jdcore.graph._graph import Graph
-from jdcore.graph._hooks import look, operand_has_hooks
+from jdcore.graph._hooks import look
 from jdcore.graph._layout import Layout
 from jdcore.graph._operations import (
     MATRIX_PRODUCTS,
@@ -184,7 +184,6 @@ def plan_of_samples(graph: Graph, found: Findings, hooked: set[int]) -> Plan:
                 continue
             if root in found.reached or root[0] in form.rearranged:
                 _refuse_mixing(form, plan, node, operand)
-                _refuse_hooks(graph, node, operand)
                 plan.frontier.setdefault(node, []).append(operand)
                 uses[root] = uses.get(root, 0) + 1
     inside = apart | form.leaves
@@ -293,16 +292,6 @@ def _refuse_mixing(form: Form, plan: Plan, node: int, operand: int) -> None:
     )
 
 
-def _refuse_hooks(graph: Graph, node: int, operand: int) -> None:
-    root = graph.form.inputs[node][operand][0]
-    if root not in graph.leaves and operand_has_hooks(graph.nodes[node], operand):
-        raise UnservedGraphError(
-            f"a hook of an operand of {graph.form.names[node]} that is computed from parameters",
-            "it acts on sums over samples",
-            "Register the hook on the parameter itself, or use batch_dim=None.",
-        )
-
-
 # -- without samples -------------------------------------------------------------------------------
 
 
@@ -358,8 +347,6 @@ def _is_cheap(graph: Graph, tasks: int, leaf: int, node: int, operand: int) -> b
         if saved(graph.nodes[node], other).layout != torch.strided:
             return False
     except Unreadable:
-        return False
-    if operand_has_hooks(graph.nodes[node], operand):  # of a transpose of the weight
         return False
     positions, outputs = form.result((node, 0)).shape
     inputs = form.result((leaf, 0)).shape.numel() // outputs

@@ -212,6 +212,20 @@ def test_hooks_of_the_graph_are_run_row_by_row_which_is_told(
 
 @pytest.mark.filterwarnings("ignore::jdcore.RowByRowWarning")
 @pytest.mark.parametrize("batch_dim", [0, None])
+@pytest.mark.parametrize("hook", [_on_an_activation, _on_an_operation])
+def test_hooks_of_what_is_computed_from_a_parameter_are_heard_in_every_step(
+    hook: Callable[[Tensor], None], batch_dim: int | None
+) -> None:
+    net = _net()
+    turned = net[0].weight.T  # once, for all steps
+    hook(turned)
+    for _ in range(2):
+        losses = net[2](torch.tanh(randn(B, 3) @ turned)).square().sum(1)
+        _right(Engine(net, batch_dim=batch_dim), losses, net)
+
+
+@pytest.mark.filterwarnings("ignore::jdcore.RowByRowWarning")
+@pytest.mark.parametrize("batch_dim", [0, None])
 @pytest.mark.parametrize("join", [torch.stack, torch.cat])
 def test_hooks_of_losses_that_were_put_into_a_row(join: Any, batch_dim: int | None) -> None:
     net = _net()
