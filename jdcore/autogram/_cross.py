@@ -10,13 +10,8 @@ from torch import Tensor
 from jdcore.autogram._step import Step
 from jdcore.autogram._together import collect
 from jdcore.distributed._exchange import Collected, forms_of
-from jdcore.graph import (
-    Accumulator,
-    Dense,
-    Jacobian,
-    Share,
-    multiplied,
-)
+from jdcore.graph import Accumulator, Dense, Jacobian, Share
+from jdcore.graph._cancelling import multiplied
 from jdcore.linalg._gramian import sum_cross_gramians
 
 

@@ -1,8 +1,9 @@
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
+from attrs import evolve
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel
 from torch.nn.parameter import is_lazy
@@ -15,7 +16,7 @@ from jdcore.autogram._step import Step
 from jdcore.autogram._together import take_step
 from jdcore.distributed._sharding import Gathered
 from jdcore.errors import ParameterError, ParameterTypeError
-from jdcore.graph import Objectives, Plans
+from jdcore.graph import Plans
 from jdcore.validators import describe_tensor
 
 
@@ -132,21 +133,19 @@ class Engine:
         :raises ParameterError: If they are no vectors, or what was asked for cannot be right: see
             the class.
         """
+        trainable = self._trainable()
+        batches = [self._step(output, trainable), self._step(other, trainable, "other")]
+        both = evolve(batches[0], objectives=objectives_of([output, other], None, "output"))
         for name, losses in (("output", output), ("other", other)):
-            if not isinstance(losses, Tensor):
-                raise ParameterTypeError(name, "a floating Tensor", describe_tensor(losses))
             if losses.ndim != 1:
                 raise ParameterError(name, "a vector of losses", describe_tensor(losses))
-        trainable, both = self._trainable(), objectives_of([output, other], None, "output")
-        step = self._step_of(both, trainable, None)
-        batches = self._step(output, trainable), self._step(other, trainable)
         if self._batch_dim is not None:
-            return step.for_user(crossed(*batches))
+            return both.for_user(crossed(*batches))
         for batch in batches:
             with batch.opened():
                 pass  # each of them is refused by itself where it depends on no parameter
         # The losses of both batches as one vector: what is wanted is above the diagonal blocks.
-        return step.gramian()[: len(output), len(output) :].clone()
+        return both.gramian()[: len(output), len(output) :].clone()
 
     @not_traced
     def backward(
@@ -248,27 +247,23 @@ class Engine:
         found = {id(p): p for module in self._modules for p in module.parameters()}
         return [parameter for parameter in found.values() if parameter.requires_grad]
 
-    def _step(self, output: Any, trainable: list[Tensor]) -> Step:
+    def _step(self, output: Any, trainable: list[Tensor], parameter: str = "output") -> Step:
         if not isinstance(output, Tensor):
             hint = "Stack the losses: torch.stack(losses)." if isinstance(output, list) else None
-            raise ParameterTypeError("output", "a floating Tensor", describe_tensor(output), hint)
-        objectives = objectives_of(output, self._batch_dim, "output")
-        return self._step_of(objectives, trainable, shape_of(output))
-
-    def _step_of(
-        self, objectives: Objectives, trainable: list[Tensor], shape: Sequence[int] | None
-    ) -> Step:
+            raise ParameterTypeError(parameter, "a floating Tensor", describe_tensor(output), hint)
+        objectives = objectives_of(output, self._batch_dim, parameter)
         # Under FSDP2 the graph ends at gathered parameters, not at those that modules have outside
         # of their forward pass.
         wanted = Gathered().leaves(trainable)
-        for parameter in wanted:
+        for tensor in wanted:
             # A lazy parameter has no shape yet: without this, torch's error would come from deep
             # inside.
-            if is_lazy(parameter):
+            if is_lazy(tensor):
                 raise ParameterError(
                     "modules", "initialised", "a lazy parameter", "Run one forward pass before."
                 )
-        return Step(objectives, wanted, self._plans, "modules", self._budget, True, shape)
+        known, shape = (self._plans, "modules", self._budget), shape_of(output)
+        return Step(objectives, wanted, *known, all_leaves=True, shape=shape, losses=parameter)
 
     def __getstate__(self) -> dict[str, Any]:
         # Plans concern graphs of this process.

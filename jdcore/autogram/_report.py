@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
@@ -9,7 +10,8 @@ from attrs import evolve, frozen
 from torch import Tensor
 
 from jdcore.autogram._step import Step
-from jdcore.graph import Graph, Jacobian, Place, Served
+from jdcore.graph import Graph, Jacobian, Place
+from jdcore.graph._root_shares import Served
 
 
 @frozen
@@ -103,9 +105,6 @@ def _by_parameter(jacobian: Jacobian, names: Mapping[Tensor, str]) -> dict[Tenso
     for entry in jacobian.roots.served if jacobian.roots else ():
         for tensor in _behind(jacobian.graph, entry.root):
             served.setdefault(tensor, []).append(entry)
-    # In the order of the modules; tensors without a name come last.
-    order = [tensor for tensor in names if tensor in served]
-    order += [tensor for tensor in served if tensor not in names]
     return {
         tensor: Check(
             names.get(tensor, f"a tensor of shape {list(tensor.shape)}"),
@@ -114,7 +113,9 @@ def _by_parameter(jacobian: Jacobian, names: Mapping[Tensor, str]) -> dict[Tenso
             _joined([entry.how for entry in served[tensor]]),
             float("nan"),
         )
-        for tensor in order
+        # In the order of the modules; tensors without a name come last.
+        for tensor in dict.fromkeys([*names, *served])
+        if tensor in served
     }
 
 
@@ -136,9 +137,7 @@ def _behind(graph: Graph, root: Place) -> list[Tensor]:
 
 
 def _joined(parts: Sequence[str]) -> str:
-    distinct = dict.fromkeys(parts)
-    counted = [(part, parts.count(part)) for part in distinct]
-    return " + ".join(part if n == 1 else f"{n} {part}" for part, n in counted)
+    return " + ".join(part if n == 1 else f"{n} {part}" for part, n in Counter(parts).items())
 
 
 def _rows(step: Step, tensors: list[Tensor]) -> list[Tensor]:

@@ -6,7 +6,8 @@ from jdcore._operations import CHOOSE
 from jdcore._registry import get_gramian_rule, registry
 from jdcore._tables import Entry
 from jdcore.errors import PluginError, PluginWarning, warn
-from jdcore.graph import RULES, Rule, Rules, function_of
+from jdcore.graph import RULES, Rule, Rules
+from jdcore.graph._saved import function_of
 from jdcore.spec import API_VERSION, GramianRuleSpec
 
 

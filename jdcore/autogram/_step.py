@@ -18,7 +18,8 @@ from jdcore.autogram._losses import refuse_divided
 from jdcore.autogram._rules import RULES_IN_USE
 from jdcore.distributed._refusals import refuse_replicated, refuse_sharded
 from jdcore.errors import ParameterError, UnservedGraphError
-from jdcore.graph import Jacobian, Objectives, Plans, products_of
+from jdcore.graph import Jacobian, Objectives, Plans
+from jdcore.graph._cancelling import products_of
 from jdcore.linalg import unflatten_gramian
 
 _REMEDY = "Freeze it (requires_grad_(False)), or use a dense real tensor in its place."

@@ -19,14 +19,11 @@ from torch import Tensor
 
 from jdcore._fields import grad_versions, set_aside
 from jdcore.errors import ParameterError
-from jdcore.graph import (
-    REENTRANT,
-    OuterPass,
-    Reach,
-    edge_of,
-    has_hook_for_several,
-    kept_leaves,
-)
+from jdcore.graph import Reach, edge_of
+from jdcore.graph._functions import kept_leaves
+from jdcore.graph._hooks import has_hook_for_several
+from jdcore.graph._nesting import OuterPass
+from jdcore.graph._walk import REENTRANT
 
 # Most leaves have none: to ask this way takes no call of Python for each.
 _hooks_of: Callable[[Tensor], dict[int, Any] | None] = attrgetter("_backward_hooks")

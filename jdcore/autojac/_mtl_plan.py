@@ -13,7 +13,8 @@ from jdcore.distributed._refusals import refuse_flat
 from jdcore.distributed._replicas import check_replicas, check_trunk
 from jdcore.distributed._sharding import Gathered, still_trainable
 from jdcore.errors import ParameterError
-from jdcore.graph import Reach, edge_of, reach, united
+from jdcore.graph import Reach, edge_of, reach
+from jdcore.graph._walk import united
 from jdcore.validators import describe_tensor, tensor_list
 
 # Fewer heads take as long one by one: in a pass through all of them, each one is listened to.

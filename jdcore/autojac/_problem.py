@@ -22,18 +22,12 @@ from jdcore.autojac._products import Product, find_products
 from jdcore.autojac._taps import RowTaps, worth_a_hook
 from jdcore.autojac._vmap import Kind, attempt, choose_chunk_size, insist, seems_hooked
 from jdcore.errors import VectorizationError
-from jdcore.graph import (
-    Reach,
-    SinglePassesExplained,
-    agree,
-    batched_gradients,
-    differentiate,
-    hooks_made_lately,
-    kept_leaves,
-    mixed,
-    reach,
-    retains_gradients,
-)
+from jdcore.graph import Reach, reach
+from jdcore.graph._batched import agree, batched_gradients, mixed
+from jdcore.graph._functions import kept_leaves
+from jdcore.graph._hooks import hooks_made_lately
+from jdcore.graph._passes import SinglePassesExplained, differentiate
+from jdcore.graph._retained import retains_gradients
 from jdcore.linalg._pages import new_tensors
 
 Gradients = list["Tensor | None"]

@@ -15,15 +15,10 @@ from attrs import frozen
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
-from jdcore.graph import (
-    MATRIX_PRODUCTS,
-    Reach,
-    Unreadable,
-    edge_of,
-    node_has_hooks,
-    saved,
-    saved_as_it_is,
-)
+from jdcore.graph import Reach, edge_of
+from jdcore.graph._hooks import node_has_hooks
+from jdcore.graph._operations import MATRIX_PRODUCTS
+from jdcore.graph._saved import Unreadable, saved, saved_as_it_is
 
 
 @frozen(eq=False)

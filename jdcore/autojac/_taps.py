@@ -10,7 +10,7 @@ from torch.utils.hooks import RemovableHandle
 
 from jdcore._handles import own_hooks
 from jdcore.autojac._products import Product
-from jdcore.graph import OuterPass
+from jdcore.graph._nesting import OuterPass
 
 Replace = Callable[[Tensor], "Tensor | None"]
 

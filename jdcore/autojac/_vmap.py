@@ -12,21 +12,13 @@ from torch import Tensor
 
 from jdcore._living import living
 from jdcore.errors import JDCoreError, VectorizationError, VectorizationWarning, warn
-from jdcore.graph import (
-    EMBEDDING,
-    Reach,
-    free_memory,
-    hooks_anywhere,
-    hooks_made_lately,
-    is_batched,
-    is_known_to_be_left,
-    is_listed,
-    is_sparse,
-    largest_gradient,
-    note_left,
-    some_are_batched_now,
-    some_batched_wrongly,
-)
+from jdcore.graph import Reach
+from jdcore.graph._batched import is_known_to_be_left, note_left, some_are_batched_now
+from jdcore.graph._hooks import hooks_anywhere, hooks_made_lately
+from jdcore.graph._memory import free_memory
+from jdcore.graph._operations import EMBEDDING, is_listed, is_sparse, some_batched_wrongly
+from jdcore.graph._saved import is_batched
+from jdcore.graph._walk import largest_gradient
 
 Result = TypeVar("Result")
 

@@ -20,15 +20,10 @@ from torch import Tensor
 
 from jdcore.distributed._meeting import Group, Meeting, Stage, number_of
 from jdcore.errors import ParameterError
-from jdcore.graph import (
-    Accumulator,
-    Addend,
-    Dense,
-    Objectives,
-    Share,
-    multiplied,
-)
+from jdcore.graph import Accumulator, Dense, Objectives, Share
+from jdcore.graph._cancelling import multiplied
 from jdcore.graph._memory import Memory
+from jdcore.graph.shares import Addend
 from jdcore.linalg._gramian import symmetric
 
 # Bytes that a process sends at once.

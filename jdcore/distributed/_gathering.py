@@ -22,7 +22,9 @@ from torch.autograd.graph import Node
 from jdcore.distributed._meeting import Group, Meeting, Stage
 from jdcore.distributed._sharding import Gathered, is_dtensor, local_part
 from jdcore.distributed._transfers import scattered
-from jdcore.graph import Reach, ignore_hooks, is_ignored, note_handing_on
+from jdcore.graph import Reach
+from jdcore.graph._hooks import ignore_hooks, is_ignored
+from jdcore.graph._operations import note_handing_on
 
 # As much as DistributedDataParallel sends at once.
 _BYTES = 25 << 20

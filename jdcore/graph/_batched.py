@@ -95,29 +95,17 @@ def batched_gradients(
         warnings.filterwarnings("ignore", message="There is a performance drop")
         if not QUICK:
             return _by_vmap(row, cotangents, len(inputs))
+        # What `torch.vmap` does around a function. Some rules are made when they are needed first.
+        lazy_load_decompositions()
         m = cotangents[0].shape[0]
-        with _nested(m) as level:
-            rows = [functorch._add_batch_dim(cotangent, 0, level) for cotangent in cotangents]
-            found = row(*rows)
+        level = functorch._vmap_increment_nesting(m, "error")
+        try:
+            found = row(*[functorch._add_batch_dim(c, 0, level) for c in cotangents])
             return [
                 None if g is None else functorch._remove_batch_dim(g, level, m, 0) for g in found
             ]
-
-
-@contextmanager
-def _nested(size: int) -> Iterator[int]:
-    """
-    What ``torch.vmap`` does around a function.
-
-    :param size: Number of rows.
-    :returns: The level of the batched tensors.
-    """
-    lazy_load_decompositions()  # some rules are made when they are needed for the first time
-    level = functorch._vmap_increment_nesting(size, "error")
-    try:
-        yield level
-    finally:
-        functorch._vmap_decrement_nesting()
+        finally:
+            functorch._vmap_decrement_nesting()
 
 
 def _by_vmap(row: Any, cotangents: Sequence[Tensor], count: int) -> list[Tensor | None]:

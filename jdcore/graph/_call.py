@@ -12,8 +12,7 @@ from torch import Tensor
 
 from jdcore._fields import dense
 from jdcore.graph._batched import agree, mixed
-from jdcore.graph._form import Place
-from jdcore.graph._graph import Graph
+from jdcore.graph._graph import Graph, Place
 from jdcore.graph._memory import Memory
 from jdcore.graph._operations import REARRANGING
 from jdcore.graph._passes import Grads
@@ -156,24 +155,19 @@ def _batched(
     :param check: Whether to compare with a call for a combination of all rows.
     :returns: Its results, stacked, or None if one of its operations cannot be batched.
     """
-    found = _vmapped(one, rows)
-    if found is None or not check:
-        return found
-    expected = one(*map(mixed, rows))
-    return found if all(agree([pair]) for pair in zip(found, expected, strict=True)) else None
-
-
-def _vmapped(
-    one: Callable[..., tuple[Tensor, ...]], rows: Sequence[Tensor]
-) -> tuple[Tensor, ...] | None:
     try:
         with warnings.catch_warnings():
             # Some operations are batched by a loop; that is what would be done otherwise.
             warnings.filterwarnings("ignore", message="There is a performance drop")
-            return torch.vmap(one)(*rows)
+            found: tuple[Tensor, ...] = torch.vmap(one)(*rows)
     # vmap raises it for what it cannot batch, such as Python code that asks for a value.
     except RuntimeError:
         return None
+    if check:
+        expected = one(*map(mixed, rows))
+        if not all(agree([pair]) for pair in zip(found, expected, strict=True)):
+            return None
+    return found
 
 
 def _masked(grad: Tensor, mask: Tensor) -> Tensor:

@@ -25,14 +25,6 @@ _CALL = 8000.0
 GHOST_LIMIT = 8 << 20
 """Entries of an [N, N] matrix that are still worth having on a CPU."""
 
-__all__ = [
-    "GHOST_LIMIT",
-    "batch_beats_single_passes",
-    "conv_ghost_beats_direct",
-    "outer_ghost_beats_direct",
-    "outer_ghost_beats_rows",
-]
-
 
 def _time(flops: float, entries: float) -> float:
     return flops / _FLOPS + entries * _ENTRY / _BYTES

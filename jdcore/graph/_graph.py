@@ -1,17 +1,202 @@
+"""
+The graph of a step, numbered, and its form: what the graphs of all steps have in common.
+
+What follows from names, shapes and edges alone is found out once, for the form.
+"""
+
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from functools import cached_property
-from typing import Any, TypeAlias
+from collections import deque
+from collections.abc import Callable, Collection, Sequence
+from functools import cached_property, wraps
+from typing import Any, NamedTuple, ParamSpec, TypeAlias, TypeVar
+from weakref import WeakValueDictionary
 
+import torch
+from attrs import field, frozen
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
 from jdcore.errors import UnservedGraphError
-from jdcore.graph._form import Form, Place, form_of
+from jdcore.graph._operations import PARTS, REARRANGING, operation
 from jdcore.graph._retained import retaining
 from jdcore.graph._saved import function_of, plain_attributes, results_of
 from jdcore.graph._walk import LEAF, REENTRANT, edge_of
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+Place: TypeAlias = "tuple[int, int]"
+"""The number of a node, and one of its results."""
+
+
+class Result(NamedTuple):
+    """What is known of a result of an operation without having it."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+
+
+@frozen(eq=False, slots=False)  # slots leave no room for cached properties
+class Form:
+    """
+    What the graphs of all steps of a training have in common, and what follows from it.
+
+    Equal forms are one object (see :func:`form_of`), so what was found out once is known for all
+    later graphs of this form.
+
+    :param names: By node, that of its operation.
+    :param inputs: By node, where its operands come from; node -1 for what is not differentiated.
+    :param described: By node, the sizes of each of its results, and its dtype behind them.
+    :param starts: The outputs.
+    :param targets: The places of the wanted tensors, leaves or not.
+    """
+
+    names: tuple[str, ...]
+    inputs: tuple[tuple[Place, ...], ...]
+    described: tuple[tuple[tuple[Any, ...], ...], ...]
+    starts: tuple[Place, ...]
+    targets: tuple[Place, ...]
+    known: dict[Any, Any] = field(factory=dict, init=False)
+    """What others found out about it, see :func:`once_for_each_form`."""
+
+    @cached_property
+    def results(self) -> list[list[Result]]:
+        """By node, its results."""
+        return [
+            [Result(torch.Size(sizes), dtype) for *sizes, dtype in of_node]
+            for of_node in self.described
+        ]
+
+    @cached_property
+    def operations(self) -> list[str]:
+        """By node, its operation, whatever the overload; empty for what is none of torch."""
+        return [operation(name) for name in self.names]
+
+    @cached_property
+    def leaves(self) -> frozenset[int]:
+        """The nodes of leaves."""
+        return frozenset(node for node, name in enumerate(self.names) if name == LEAF)
+
+    @cached_property
+    def wanted(self) -> frozenset[int]:
+        """The nodes of leaves that are wanted."""
+        return frozenset(node for node, _ in self.targets if node in self.leaves)
+
+    @cached_property
+    def upwards(self) -> list[int]:
+        """All nodes, operands before what is computed from them."""
+        done: set[int] = set()
+        order: list[int] = []
+        # A node stays on the stack until all its operands are done, so no recursion is needed.
+        stack = [start for start, _ in reversed(self.starts)]
+        while stack:
+            node = stack[-1]
+            todo = [c for c, _ in self.inputs[node] if c >= 0 and c not in done]
+            if todo and node not in done:
+                stack += todo
+                continue
+            stack.pop()
+            if node not in done:
+                done.add(node)
+                order.append(node)
+        return order
+
+    def above(self, nodes: Collection[int]) -> set[int]:
+        """The nodes from which another one of some nodes can be reached."""
+        found: set[int] = set()
+        for node in self.upwards:
+            if any(child in found or child in nodes for child, _ in self.inputs[node]):
+                found.add(node)
+        return found
+
+    @cached_property
+    def has_functions(self) -> bool:
+        """Whether the backward of some node may be code of Python."""
+        # Behind "Backward", nodes of torch's own operations have the number of an overload.
+        return any(name.endswith("Backward") for name in self.names)
+
+    @cached_property
+    def leading(self) -> set[int]:
+        """The nodes that a wanted tensor can be reached from, and those of these tensors."""
+        found = {node for node, _ in self.targets}
+        return found | self.above(found)
+
+    @cached_property
+    def rearranged(self) -> set[int]:
+        """The leaves, and what does nothing but rearrange one of them."""
+        found = set(self.leaves)
+        starts, ways = {node for node, _ in self.starts}, REARRANGING | PARTS
+        for node in self.upwards:
+            if self.operations[node] not in ways:
+                continue
+            if node not in starts and all(c < 0 or c in found for c, _ in self.inputs[node]):
+                found.add(node)
+        return found
+
+    @cached_property
+    def used(self) -> list[Place]:
+        """The results that something is computed from, and the outputs, in order."""
+        return sorted({place for edges in self.inputs for place in edges} | {*self.starts})
+
+    @cached_property
+    def precision(self) -> torch.dtype:
+        """The narrowest floating dtype that gradients pass through on their way to the leaves."""
+        dtypes = {
+            result.dtype
+            for node in self.leading
+            for result in self.results[node]
+            if result.dtype.is_floating_point
+        }
+        return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
+
+    def result(self, place: Place) -> Result:
+        """What is known of a result."""
+        return self.results[place[0]][place[1]]
+
+
+# Of sequences of ever new lengths there are ever new forms: those that nobody has are forgotten.
+_FORMS: WeakValueDictionary[tuple[Any, ...], Form] = WeakValueDictionary()
+
+# Large graphs of ever new lengths take memory: besides those of plans, forms of the last steps are
+# kept.
+_RECENT: deque[Form] = deque(maxlen=32)
+
+
+def form_of(
+    names: tuple[str, ...],
+    inputs: tuple[tuple[Place, ...], ...],
+    described: tuple[tuple[tuple[Any, ...], ...], ...],
+    starts: tuple[Place, ...],
+    targets: tuple[Place, ...],
+) -> Form:
+    """The one form with these properties."""
+    key = names, inputs, described, starts, targets
+    form = _FORMS.get(key)
+    if form is None:
+        form = _FORMS[key] = Form(*key)
+    _RECENT.append(form)
+    return form
+
+
+def once_for_each_form(function: Callable[P, R]) -> Callable[P, R]:
+    """
+    Let a function of a form keep what it returns, for as long as there is the form.
+
+    :param function: Its first argument is the form, the others can be hashed.
+    """
+
+    @wraps(function)
+    def known(*arguments: P.args, **options: P.kwargs) -> R:
+        form: Any = arguments[0]
+        key = (function, *arguments[1:])
+        if key not in form.known:
+            form.known[key] = function(*arguments, **options)
+        found: R = form.known[key]
+        return found
+
+    return known
+
 
 _Properties: TypeAlias = (
     "tuple[tuple[str, ...], tuple[tuple[Place, ...], ...], tuple[tuple[tuple[Any, ...], ...], ...]]"

@@ -24,18 +24,7 @@ from jdcore.graph._graph import Graph
 from jdcore.graph._saved import next_computed_at, some_computed_before
 
 
-class _LastLook(threading.local):
-    """
-    The last look of a thread at the count of hooks.
-
-    Each has its own, since each numbers the operations that it computes by itself.
-    """
-
-    def __init__(self) -> None:
-        self.seen = self.until = 0
-
-
-class _Watch:
+class _Watch(threading.local):
     """
     Tells graphs that may have hooks from those that cannot.
 
@@ -43,17 +32,18 @@ class _Watch:
     computed. When the count has grown since the last look, a hook may be on any graph of that time:
     on all those with an operation older than this look. Most often it is elsewhere, on a module or
     an optimizer, which a look at all hooks there are can tell; it takes tens of milliseconds.
+
+    Each thread has its own, since each numbers the operations that it computes by itself.
     """
 
-    def __init__(self) -> None:
-        self._harmless = 0
-        self._last = _LastLook()
+    _seen = _until = _harmless = 0
+    """Hooks at the last look, the operations before it, and hooks of which none was on a graph."""
 
     def look(self) -> None:
         """Notice new hooks."""
-        made, last = hooks_made(), self._last
-        if made != last.seen:
-            last.seen, last.until = made, next_computed_at()
+        made = hooks_made()
+        if made != self._seen:
+            self._seen, self._until = made, next_computed_at()
 
     def may_have_hooks(self, graph: Graph) -> bool:
         """Whether somebody may have put a hook on something in a graph, parameters apart."""
@@ -74,7 +64,7 @@ class _Watch:
         Of operations of another thread nothing is known, and it may be so.
         """
         self.look()
-        return some_computed_before(nodes, self._last.until)
+        return some_computed_before(nodes, self._until)
 
 
 def hooks_anywhere(leaves: Iterable[Tensor]) -> bool:

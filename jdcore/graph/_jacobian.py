@@ -10,10 +10,9 @@ from torch import Tensor
 from jdcore._fields import dense
 from jdcore.errors import JDCoreError, RowByRowWarning, UnservedGraphError, warn
 from jdcore.graph._cancelling import multiplied
-from jdcore.graph._form import Place
-from jdcore.graph._graph import Graph
+from jdcore.graph._functions import kept_leaves, refused_tampering, tampers, try_functions
+from jdcore.graph._graph import Graph, Place
 from jdcore.graph._hooks import has_hook_for_several, may_have_hooks
-from jdcore.graph._kept import kept_leaves
 from jdcore.graph._memory import Memory
 from jdcore.graph._objectives import Objectives, OneByOne
 from jdcore.graph._operations import is_sparse
@@ -24,7 +23,6 @@ from jdcore.graph._root_shares import RootShares
 from jdcore.graph._saved import function_of
 from jdcore.graph._serving import Serving
 from jdcore.graph._site import Site
-from jdcore.graph._tampering import refused_tampering, tampers, try_functions
 from jdcore.graph._tasks import Passes, starts_of
 from jdcore.graph.rules import Rules
 from jdcore.graph.shares import (

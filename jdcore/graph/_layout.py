@@ -67,9 +67,6 @@ class Layout:
             those after it in place of the dots.
         """
         dim = self.dim + lead
-        if self.leads(tensor.shape[lead]):
-            shape = tensor.shape
-            return tensor.reshape(*shape[:lead], self.samples, 1, self.after, *shape[lead + 1 :])
         if self.index is None:
             before = tensor.shape[dim] // (self.samples * self.after)
             sizes = (before, self.samples, self.after)
@@ -112,7 +109,3 @@ class Layout:
         rows = torch.arange(self.samples, device=device)[:, None].expand_as(index)
         owners[index.flatten()] = rows.flatten()  # what is missing goes to the last, -1
         return owners[:-1]
-
-    def at(self, dim: int) -> Layout:
-        """The same order of entries in another dimension."""
-        return Layout(dim, self.samples, self.after, self.index)

@@ -12,8 +12,7 @@ from torch import Tensor
 
 from jdcore._handles import own_hooks
 from jdcore.errors import SinglePassError
-from jdcore.graph._form import Form, Place, once_for_each_form
-from jdcore.graph._graph import Graph
+from jdcore.graph._graph import Form, Graph, Place, once_for_each_form
 from jdcore.graph._nesting import OuterPass
 from jdcore.graph._saved import all_saved
 

@@ -10,8 +10,7 @@ from torch import Size, Tensor
 
 from jdcore.errors import UnservedGraphError
 from jdcore.graph._cost import outer_ghost_beats_rows
-from jdcore.graph._form import Form, Place
-from jdcore.graph._graph import Graph
+from jdcore.graph._graph import Form, Graph, Place
 from jdcore.graph._hooks import look
 from jdcore.graph._layout import Layout
 from jdcore.graph._operations import (
@@ -73,8 +72,6 @@ class Spot:
     silent: bool
     may_join: bool
     alike: int | None
-    known: dict[Any, Any] = field(factory=dict, init=False)
-    """What its rule found out about it for all these graphs."""
 
 
 @define
@@ -305,7 +302,7 @@ def plan_of_tasks(graph: Graph, tasks: int, hooked: set[int]) -> Plan:
     :param hooked: Parameters whose hooks have to see the rows.
     """
     plan, form = Plan({}, called=set()), graph.form
-    uses: dict[int, list[tuple[int, int]]] = {}
+    uses: dict[int, list[tuple[int, int, Descent]]] = {}
     inner = REARRANGING | PARTS
     for node, edges in enumerate(form.inputs):
         if form.operations[node] in inner:
@@ -313,23 +310,20 @@ def plan_of_tasks(graph: Graph, tasks: int, hooked: set[int]) -> Plan:
         for operand, root in enumerate(edges):
             descent = descend(form, root) if root[0] in form.leading else None
             if descent is not None:
-                uses.setdefault(descent.leaf, []).append((node, operand))
+                uses.setdefault(descent.leaf, []).append((node, operand, descent))
     for start in form.starts:
         # A loss may be an entry of a parameter, or all of one.
         descent = descend(form, start)
         if descent is not None:
-            uses.setdefault(descent.leaf, []).append(start)
+            uses.setdefault(descent.leaf, []).append((*start, descent))
     served: set[int] = set()
     for leaf, found in uses.items():
-        node, operand = found[0]
+        node, operand, descent = found[0]
         if len(found) == 1 and leaf not in hooked and _is_cheap(graph, tasks, leaf, node, operand):
             plan.frontier[node] = [operand]
             # One sample that has all positions: the share is that of one row per task.
             plan.layouts[node, 0] = Layout(0, 1, form.result((node, 0)).shape[0])
-            root = form.inputs[node][operand]
-            descent = descend(form, root)
-            assert descent is not None  # which is how it was found
-            plan.finish_at_once(root, descent)
+            plan.finish_at_once(form.inputs[node][operand], descent)
             served.add(leaf)
     plan.ordinary = [place for place in form.targets if place[0] not in served]
     plan.below = [n for n in reversed(form.upwards) if n in form.rearranged - form.leaves]

@@ -20,9 +20,8 @@ import torch
 from attrs import frozen
 from torch import Tensor
 
-from jdcore.graph._form import Place
-from jdcore.graph._graph import Graph
-from jdcore.graph._hiding import hides_samples
+from jdcore.graph._functions import hides_samples
+from jdcore.graph._graph import Graph, Place
 from jdcore.graph._layout import Layout
 from jdcore.graph._operations import is_sparse_product, spread
 from jdcore.graph._passes import Grads, Heard, Listener

@@ -11,8 +11,8 @@ asks. Those of before are found by one look at all tensors.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterable
+from functools import cache, wraps
 from typing import Any
 
 from torch import Tensor
@@ -22,27 +22,25 @@ from jdcore._living import living
 from jdcore.graph._walk import Reach
 
 
-class _Calls:
+@cache
+def _noted() -> WeakTensorKeyDictionary:
     """The tensors that ``retain_grad`` was called on."""
+    noted = WeakTensorKeyDictionary()
+    _note_calls(noted)
+    noted.update({found: True for found in living(Tensor) if found.retains_grad})
+    return noted
 
-    def __init__(self) -> None:
-        self._noted: WeakTensorKeyDictionary | None = None
 
-    def retaining(self) -> list[Tensor]:
-        """All living tensors that retain their gradient, leaves aside."""
-        if self._noted is None:
-            self._noted = WeakTensorKeyDictionary()
-            _note_calls(self._noted)
-            for found in living(Tensor):
-                if found.retains_grad:
-                    self._noted[found] = True
-        return [t for t in list(self._noted) if t.retains_grad] if self._noted else []
+def retaining() -> list[Tensor]:
+    """All living tensors that retain their gradient, leaves aside."""
+    noted = _noted()
+    return [tensor for tensor in list(noted) if tensor.retains_grad] if noted else []
 
 
 def _note_calls(noted: WeakTensorKeyDictionary) -> None:
     retain_grad: Any = Tensor.retain_grad
 
-    @functools.wraps(retain_grad)
+    @wraps(retain_grad)
     def note(tensor: Any, *args: Any, **kwargs: Any) -> Any:
         result = retain_grad(tensor, *args, **kwargs)
         if isinstance(tensor, Tensor) and not tensor.is_leaf:
@@ -50,9 +48,6 @@ def _note_calls(noted: WeakTensorKeyDictionary) -> None:
         return result
 
     Tensor.retain_grad = note  # type: ignore[method-assign, assignment]
-
-
-retaining = _Calls().retaining
 
 
 def retains_gradients(graph: Reach, but: Iterable[Tensor]) -> bool:

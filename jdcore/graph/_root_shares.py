@@ -8,8 +8,7 @@ from torch import Tensor
 
 from jdcore._fields import through_tensor_hooks
 from jdcore.graph._call import pull, pull_rows
-from jdcore.graph._form import Place
-from jdcore.graph._graph import Graph
+from jdcore.graph._graph import Graph, Place
 from jdcore.graph._memory import Memory
 from jdcore.graph._objectives import Objectives
 from jdcore.graph._plan import Plan

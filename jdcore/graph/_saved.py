@@ -17,23 +17,6 @@ import torch
 from torch import Tensor
 from torch.utils import checkpoint
 
-__all__ = [
-    "Unreadable",
-    "all_saved",
-    "current_pass",
-    "function_of",
-    "has_unpack_hooks",
-    "is_batched",
-    "next_computed_at",
-    "plain_attributes",
-    "results_of",
-    "saved",
-    "saved_as_it_is",
-    "saved_sparse",
-    "some_computed_before",
-    "zeros_at",
-]
-
 
 class Unreadable(Exception):  # noqa: N818 - a signal, not an error
     """Torch does not show what an operation saved."""
@@ -68,9 +51,10 @@ def all_saved(node: Any) -> dict[str, Any] | None:
     :returns: None if Python code makes some of them, or torch does not show that none does.
     """
     found = {}
-    for raw, name in _raw_and_saved_names(type(node)):  # type: ignore[arg-type]  # classes can be hashed
+    for raw in _raw_names(type(node)):  # type: ignore[arg-type]  # classes can be hashed
         if getattr(getattr(node, raw), "unpack_hook", node) is not None:
             return None
+        name = raw.removeprefix("_raw_saved_")
         found[name] = getattr(node, f"_saved_{name}")
     return found
 
@@ -123,11 +107,6 @@ def has_unpack_hooks(node: Any) -> bool:
             if getattr(one, "unpack_hook", None) is not None:
                 return True
     return False
-
-
-@cache
-def _raw_and_saved_names(kind: Any) -> tuple[tuple[str, str], ...]:
-    return tuple((name, name.removeprefix("_raw_saved_")) for name in _raw_names(kind))
 
 
 @cache

@@ -57,7 +57,7 @@ class Serving:
             grads = [None if layout is None else grad for layout, grad in pairs]
         if all(g is None for g in grads):
             return None
-        of_place = spot.name, grads, spot.layouts, spot.shapes, spot.known
+        of_place = spot.name, grads, spot.layouts, spot.shapes
         site = Site(self.graph.nodes[node], *of_place, tensors)
         rest, shares = [], {}
         # Of complex numbers some factors are conjugated, which the node itself knows best.
@@ -141,7 +141,7 @@ class Serving:
         shares: dict[int, Share] = {}
         try:
             grads = stacked_alike([of_results[0] for _, of_results, _ in heard])
-            of_place = spot.name, [grads], spot.layouts, spot.shapes, spot.known
+            of_place = spot.name, [grads], spot.layouts, spot.shapes
             saved = [(n, tensors) for n, (_, _, tensors) in zip(nodes, heard, strict=True)]
             site = Layers(nodes[0], *of_place, operations=saved)
             for operand in spot.roots:

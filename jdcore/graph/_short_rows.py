@@ -6,7 +6,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from jdcore.graph._form import Place
+from jdcore.graph._graph import Place
 from jdcore.graph._memory import Memory
 from jdcore.graph.shares import Dense, combined
 

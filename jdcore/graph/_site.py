@@ -38,11 +38,6 @@ class Site:
     grads: Sequence[Tensor | None]
     layouts: Sequence[Layout | None]
     shapes: Mapping[int, Size]
-    known: dict[Any, Any] = field(factory=dict)
-    """
-    Room for what all operations in this place of graphs of one kind have in common: what follows
-    from names, shapes and saved integers alone.
-    """
     tensors: Mapping[str, Any] = field(factory=dict)
     """The tensors that the operation saved, where a pass may have freed them since."""
     memo: dict[Any, Any] = field(factory=dict)
@@ -149,14 +144,9 @@ class Site:
             axis += len(axes)
         return Dense(sum_over(split, summed) if summed else split, shape)
 
-    @property
-    def layers(self) -> int:
-        """How many operations this stands for, 0 if it is one alone."""
-        return 0
-
     def turned(self, dim: int) -> Site:
         """The same site, with the samples of the first result in another dimension."""
-        return evolve(self, layouts=[self.layout.at(dim), *self.layouts[1:]])
+        return evolve(self, layouts=[evolve(self.layout, dim=dim), *self.layouts[1:]])
 
 
 @define(eq=False)
@@ -170,10 +160,6 @@ class Layers(Site):
     """
 
     operations: Sequence[tuple[Any, Mapping[str, Any]]] = ()
-
-    @property
-    def layers(self) -> int:
-        return len(self.operations)
 
     def saved(self, name: str) -> Any:
         """

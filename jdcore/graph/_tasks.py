@@ -19,8 +19,7 @@ from torch import Tensor
 from jdcore._fields import dense
 from jdcore.graph._batched import batched_gradients
 from jdcore.graph._cost import batch_beats_single_passes
-from jdcore.graph._form import Form, Place, once_for_each_form
-from jdcore.graph._graph import Graph
+from jdcore.graph._graph import Form, Graph, Place, once_for_each_form
 from jdcore.graph._memory import Memory, pieces
 from jdcore.graph._nesting import Exit, leaving
 from jdcore.graph._objectives import Objectives, OneByOne

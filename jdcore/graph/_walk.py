@@ -86,50 +86,16 @@ def reach(outputs: Iterable[Tensor], stop: Iterable[Tensor] = ()) -> Reach:
     :param outputs: Where to start. Tensors that do not require grad have nothing behind them.
     :param stop: Tensors at which to turn back; what lies behind only them is not visited.
     """
+    # Depth first, entering each edge once, expanding each node once. The order depends on the graph
+    # alone, so the columns of Jacobians are in the same order in every run.
     barrier = {edge_of(tensor) for tensor in stop if tensor.requires_grad}
-    return _walk([edge_of(tensor) for tensor in outputs if tensor.requires_grad], barrier)
-
-
-def united(graphs: Iterable[Reach]) -> Reach | None:
-    """
-    What lies behind the outputs of all of some graphs, if no two of them have anything in common.
-
-    :returns: None if two have an operation or a leaf in common, or a graph has no operations.
-    """
-    given = list(graphs)
-    edges: dict[Edge, int] = {}
-    nodes: dict[Node, str] = {}
-    last: dict[Node, dict[int, Edge]] = {}
-    leaves: dict[int, Tensor] = {}
-    for graph in given:
-        edges |= graph.edges
-        nodes |= graph.nodes
-        last |= graph.last
-        leaves |= {id(leaf): leaf for leaf in graph.leaves}
-    apart = len(nodes) == sum(len(graph.nodes) for graph in given) and len(leaves) == sum(
-        len(graph.leaves) for graph in given
-    )
-    if not apart or not all(graph.nodes for graph in given):
-        return None
-    functions = tuple(function for graph in given for function in graph.functions)
-    stops = frozenset().union(*(graph.stops for graph in given))
-    return Reach(edges, nodes, tuple(leaves.values()), functions, stops, last)
-
-
-def _walk(starts: list[Edge], barrier: set[Edge]) -> Reach:
-    """
-    Depth first, entering each edge once, expanding each node once.
-
-    The order depends on the graph alone, so the columns of Jacobians are in the same order in every
-    run.
-    """
     edges: dict[Edge, int] = {}
     names: dict[Node, str] = {}
     leaves: dict[Node, Tensor] = {}
     functions: list[Node] = []
     stops: set[Edge] = set()
     last: dict[Node, dict[int, Edge]] = {}
-    stack = starts[::-1]
+    stack = [edge_of(tensor) for tensor in outputs if tensor.requires_grad][::-1]
     while stack:
         edge = stack.pop()
         if edge in edges:
@@ -160,3 +126,29 @@ def _walk(starts: list[Edge], barrier: set[Edge]) -> Reach:
     # As in a backward pass, what was frozen after the forward pass gets nothing.
     trainable = tuple([leaf for leaf in leaves.values() if leaf.requires_grad])
     return Reach(edges, names, trainable, tuple(functions), frozenset(stops), last)
+
+
+def united(graphs: Iterable[Reach]) -> Reach | None:
+    """
+    What lies behind the outputs of all of some graphs, if no two of them have anything in common.
+
+    :returns: None if two have an operation or a leaf in common, or a graph has no operations.
+    """
+    given = list(graphs)
+    edges: dict[Edge, int] = {}
+    nodes: dict[Node, str] = {}
+    last: dict[Node, dict[int, Edge]] = {}
+    leaves: dict[int, Tensor] = {}
+    for graph in given:
+        edges |= graph.edges
+        nodes |= graph.nodes
+        last |= graph.last
+        leaves |= {id(leaf): leaf for leaf in graph.leaves}
+    apart = len(nodes) == sum(len(graph.nodes) for graph in given) and len(leaves) == sum(
+        len(graph.leaves) for graph in given
+    )
+    if not apart or not all(graph.nodes for graph in given):
+        return None
+    functions = tuple(function for graph in given for function in graph.functions)
+    stops = frozenset().union(*(graph.stops for graph in given))
+    return Reach(edges, nodes, tuple(leaves.values()), functions, stops, last)

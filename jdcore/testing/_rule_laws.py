@@ -10,7 +10,8 @@ from attrs import frozen
 from jdcore._registry import get_gramian_rule
 from jdcore._tables import Entry
 from jdcore.autogram._rules import InstalledRules
-from jdcore.graph import GramianRule, Rule, Share, Site, call
+from jdcore.graph import GramianRule, Rule, Share, Site
+from jdcore.graph._call import call
 from jdcore.testing._case import NotApplicable, demand, demand_close
 from jdcore.testing._trial import (
     OperationExample,

@@ -9,19 +9,10 @@ import torch
 from attrs import field, frozen
 from torch import Tensor
 
-from jdcore.graph import (
-    Jacobian,
-    Memory,
-    NoRule,
-    Objectives,
-    Plans,
-    Rule,
-    Rules,
-    Share,
-    Site,
-    called_shares,
-)
+from jdcore.graph import Jacobian, NoRule, Objectives, Plans, Rule, Rules, Share, Site
+from jdcore.graph._call import called_shares
 from jdcore.graph._hooks import look
+from jdcore.graph._memory import Memory
 
 
 @frozen(eq=False)

@@ -28,7 +28,7 @@ from jdcore.autojac import (
     mtl_backward,
 )
 from jdcore.distributed import global_means
-from jdcore.graph import batched_gradients
+from jdcore.graph._batched import batched_gradients
 from tests.distributed.common import (
     TASKS,
     Tasks,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from jdcore.autogram import Engine
-from jdcore.graph import saved
+from jdcore.graph._saved import saved
 from jdcore.graph.shares import product
 from tests.zoo.models import MODELS
 from tests.zoo.specimen import (

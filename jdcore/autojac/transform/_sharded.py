@@ -12,7 +12,8 @@ from jdcore.distributed._gathering import without_hooks
 from jdcore.distributed._passes import Pass, SpreadPasses, is_spread
 from jdcore.distributed._sharded import check_copies
 from jdcore.distributed._sharding import Gathered, is_dtensor, like, local_part, rows_like
-from jdcore.graph import Reach, free_memory
+from jdcore.graph import Reach
+from jdcore.graph._memory import free_memory
 
 # Bytes of the rows of gathered parameters, where a device does not tell how much memory it has.
 _MOST_BYTES = 512 << 20

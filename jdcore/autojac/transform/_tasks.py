@@ -8,7 +8,9 @@ from torch import Tensor
 from jdcore._fields import disjoint
 from jdcore.autojac._problem import Problem
 from jdcore.autojac.transform._base import Transform, Values, describe_keys
-from jdcore.graph import Edge, Exit, Reach, edge_of, leaving
+from jdcore.graph import Reach, edge_of
+from jdcore.graph._nesting import Exit, leaving
+from jdcore.graph._walk import Edge
 
 
 class PerTask(Transform):

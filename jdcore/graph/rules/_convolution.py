@@ -14,10 +14,8 @@ def convolution(site: Site, operand: int) -> Share:
         return site.of_channels(site.grad, 2)
     if operand != 1:
         raise NoRule
-    if "geometry" not in site.known:
-        site.known["geometry"] = _geometry(site)
-    geometry = site.known["geometry"]
-    return Patches(site.saved("weight"), geometry, site.saved("input"), site.grad, site.samples)
+    saved = site.saved("weight"), _geometry(site), site.saved("input")
+    return Patches(*saved, site.grad, site.samples)
 
 
 def _geometry(site: Site) -> Geometry:

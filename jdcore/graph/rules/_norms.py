@@ -3,7 +3,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from jdcore.graph._site import NoRule, Site
+from jdcore.graph._site import Layers, NoRule, Site
 from jdcore.graph.rules._table import rule
 from jdcore.graph.shares import Dense, Share, widened
 
@@ -55,7 +55,7 @@ def _group_norm_rows(site: Site) -> tuple[Tensor, Tensor]:
         torch.ops.aten.native_group_norm_backward(
             of_task, images, mean, deviation, weight, *numbers
         )
-        for of_task in (grads if len(grads) > 1 and not site.layers else (grads,))
+        for of_task in (grads if len(grads) > 1 and not isinstance(site, Layers) else (grads,))
     ]
     _, *both = zip(*of_tasks, strict=True)
     # A copy is not free.

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -43,29 +43,22 @@ def add_contracted(gram: Gram, grads: Tensor, total: Accumulator) -> None:
     :param gram: The Gram matrix of the inputs.
     :param grads: Shape [K, B, T, o].
     """
-    for found, first in _contracted(gram, grads, total):
-        total.add(found, first)
-
-
-def _contracted(gram: Gram, grads: Tensor, total: Accumulator) -> Iterator[tuple[Tensor, int]]:
-    """Some rows of the Gramian at a time, up to their diagonal, and the number of the first."""
     K, B, T, o = grads.shape
     if K == 1:
-        yield from _contract_one_task(gram, grads[0], total)
+        _add_one_task(gram, grads[0], total)
     elif T == 1:
         flat = grads.reshape(K * B, o)
         # One product of all tasks; the Gram matrix of the inputs is the same for each pair of them.
         found = product(flat, flat.T).view(K, B, K, B)
-        yield found.mul_(gram(0, B).view(1, B, 1, B)).view(K * B, K * B), 0
+        total.add(found.mul_(gram(0, B).view(1, B, 1, B)).view(K * B, K * B))
     elif B == 1:
-        yield _contract_tasks(gram(0, 1), grads, total), 0
+        total.add(_contract_tasks(gram(0, 1), grads, total))
     else:
-        yield _contract_samples(gram(0, B), grads, total), 0
+        total.add(_contract_samples(gram(0, B), grads, total))
 
 
-def _contract_one_task(
-    gram: Gram, grads: Tensor, total: Accumulator
-) -> Iterator[tuple[Tensor, int]]:
+def _add_one_task(gram: Gram, grads: Tensor, total: Accumulator) -> None:
+    """Some rows of the Gramian at a time, up to their diagonal."""
     B, T, o = grads.shape
     flat = grads.reshape(B * T, o)
     memory = total.memory
@@ -79,7 +72,7 @@ def _contract_one_task(
         parts = memory.pieces(B, T * B * T)
     for start, stop in parts:
         found = lower_product(flat, start * T, stop * T).mul_(gram(start, stop))
-        yield (summed_up(found[None], T, total, start)[0] if T > 1 else found), start
+        total.add(summed_up(found[None], T, total, start)[0] if T > 1 else found, start)
 
 
 def summed_up(products: Tensor, T: int, total: Accumulator, first: int = 0) -> Tensor:

@@ -13,7 +13,8 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.hooks import RemovableHandle
 
 from jdcore.autogram import Engine
-from jdcore.graph import RULES, Jacobian, Memory, Outer
+from jdcore.graph import RULES, Jacobian, Outer
+from jdcore.graph._memory import Memory
 from tests.core.autogram.oracle import explicit_jacobian, parameters_of, randn, relative_error
 from tests.memory import peak_bytes
 

@@ -24,7 +24,8 @@ from jdcore.autojac import _vmap, backward, jac, jac_to_grad, mtl_backward
 from jdcore.autojac._problem import Problem
 from jdcore.autojac._vmap import Kind, choose_chunk_size
 from jdcore.autojac.transform import Diagonalize, Init
-from jdcore.graph import largest_gradient, reach
+from jdcore.graph import reach
+from jdcore.graph._walk import largest_gradient
 from tests.operations import Operations
 
 M = 4
@@ -254,8 +255,8 @@ def test_a_walk_over_the_graph_is_taken_once_per_call(monkeypatch: pytest.Monkey
     from jdcore.graph import _walk
 
     walks = []
-    walk = _walk._walk
-    monkeypatch.setattr(_walk, "_walk", lambda *given: walks.append(0) or walk(*given))
+    found = _walk.Reach  # of which each walk makes one
+    monkeypatch.setattr(_walk, "Reach", lambda *given: walks.append(0) or found(*given))
     model = _net(2)
     backward(_losses(model(torch.randn(3, 8))))
     assert len(walks) == 1

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from jdcore.graph import _batched, batched_gradients
+from jdcore.graph import _batched
+from jdcore.graph._batched import batched_gradients
 from jdcore.graph._operations import having, is_batchable, operation
 
 _ENTRIES = """

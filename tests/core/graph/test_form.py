@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from jdcore.autogram import Engine
 from jdcore.graph import Graph
-from jdcore.graph._form import Form
+from jdcore.graph._graph import Form
 
 
 def _graph(model: nn.Module, samples: int = 3, *, frozen: bool = False) -> Graph:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from jdcore.graph._memory import Memory
 from jdcore.graph.shares import Geometry
-from jdcore.graph.shares._geometry import patch_gram, patches
+from jdcore.graph.shares._patches import patch_gram, patches
 
 POLICIES = {
     "caches": Memory(1 << 20, 1 << 20, 1 << 20, reused=True),

@@ -74,7 +74,7 @@ READ = {
         "_sequence_nr",
         "_sym_",
     },
-    "jdcore/graph/_tampering.py": {"_version"},
+    "jdcore/graph/_functions.py": {"_version"},
     "jdcore/graph/_walk.py": {"_input_metadata"},
 }
 """By module, all that it reads."""

@@ -43,4 +43,4 @@ def test_products_are_made_in_one_place_where_tf32_is_kept_out() -> None:
         if _multiplies(node)
     }
     # The second one calls torch's own weight gradient, in the same context.
-    assert found == {"shares/_product.py", "shares/_geometry.py"}
+    assert found == {"shares/_product.py", "shares/_patches.py"}

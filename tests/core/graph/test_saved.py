@@ -19,8 +19,9 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.hooks import RemovableHandle
 
 from jdcore._handles import hooks_made
-from jdcore.graph import RULES, Unreadable, saved, saved_as_it_is
+from jdcore.graph import RULES
 from jdcore.graph import _saved as reader
+from jdcore.graph._saved import Unreadable, saved, saved_as_it_is
 
 W = torch.arange(12.0).view(4, 3).sin().requires_grad_()
 X = torch.arange(6.0).view(2, 3).cos().requires_grad_()

@@ -1,0 +1,248 @@
+"""
+Functions of Python whose backward does what torch asks them not to, and does not stop.
+
+Some **write into the gradients** that they are given. Such a tensor may be the gradient at another
+operation as well (a sum hands the same one to both of its operands). If that one came first,
+autograd is done with the tensor by then; who kept it would go on with other numbers.
+
+Some **treat NaN otherwise than numbers**, and so hide where samples are: they compare gradients,
+replace what is not finite or take another branch, as torch's own derivatives do not. So two passes
+of numbers follow those of NaN: in the second one each sample has another factor, by which all that
+belongs to it has to grow.
+
+Some **keep** what the graph does not show, such as the modules that blocks of reversible networks
+run once more, which accumulates into the ``.grad`` of their parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from types import FunctionType, MethodType
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from jdcore._handles import own_hooks
+from jdcore.errors import UnservedGraphError
+from jdcore.graph._graph import Graph, Place
+from jdcore.graph._layout import Layout
+from jdcore.graph._operations import is_steady
+from jdcore.graph._passes import Grads, differentiate
+from jdcore.graph._saved import function_of
+
+# -- those that write into gradients ---------------------------------------------------------------
+
+# By function, whether it was seen to do so when it ran.
+_KNOWN: WeakKeyDictionary[type, bool] = WeakKeyDictionary()
+
+
+def tampers(graph: Graph) -> bool:
+    """Whether a function of a graph is known to write into its gradients."""
+    return any(map(_KNOWN.get, graph.functions_of_others.values()))
+
+
+def try_functions(graph: Graph, outputs: Sequence[Tensor]) -> None:
+    """
+    Get to know the functions of a graph that have not run yet, by one more pass.
+
+    :param outputs: Where the graph starts.
+    """
+    if set(graph.functions_of_others.values()).issubset(_KNOWN):
+        return
+    live = [output for output in outputs if output.requires_grad]
+    edges = [graph.edge(place) for place in graph.form.targets]
+    with _watched(graph):
+        differentiate(live, edges, [torch.ones_like(output) for output in live], True)
+
+
+@contextmanager
+def refused_tampering(graph: Graph) -> Iterator[None]:
+    """
+    Refuse passes in which a function writes into its gradients that did not do so before.
+
+    :raises UnservedGraphError: At the end of the ``with`` block.
+    """
+    with _watched(graph) as guilty:
+        yield
+    if guilty:
+        raise UnservedGraphError(
+            f"{guilty[0].__name__}, whose backward writes into the gradient that it is given",
+            "another operation may have the same one, and the function did not do so before",
+            "Let it write into a clone, or make this step once more: from now on, such graphs get "
+            "a pass for each loss.",
+        )
+
+
+@contextmanager
+def _watched(graph: Graph) -> Iterator[list[type]]:
+    """Notice those functions that write into their gradients, for the time of a ``with`` block."""
+    given: dict[Any, list[tuple[Tensor, int]]] = {}
+    guilty: list[type] = []
+
+    def before(node: Any, grads: Sequence[Tensor | None]) -> None:
+        # Held until afterwards, since tensors know how often they were written to.
+        given[node] = [(grad, grad._version) for grad in grads if grad is not None]
+
+    def after(node: Any, function: type, *_: object) -> None:
+        changed = any(grad._version != version for grad, version in given.pop(node, ()))
+        _KNOWN[function] = changed or _KNOWN.get(function, False)
+        if changed:
+            guilty.append(function)
+
+    def hooks() -> Iterator[RemovableHandle]:
+        for node, function in graph.functions_of_others.items():
+            yield node.register_prehook(partial(before, node))
+            yield node.register_hook(partial(after, node, function))
+
+    with own_hooks(hooks()):
+        yield guilty
+
+
+# -- those that hide samples -----------------------------------------------------------------------
+
+
+def hides_samples(
+    graph: Graph,
+    output: Tensor,
+    batch_dim: int,
+    layouts: Mapping[Place, Layout],
+    reached: Collection[Place],
+) -> bool:
+    """
+    Whether a function of Python does something else with numbers than with NaN.
+
+    :param output: The losses, the only output of the graph.
+    :param batch_dim: Their dimension of samples.
+    :param layouts: Where NaN showed the samples.
+    :param reached: The places that NaN came to.
+    """
+    form = graph.form
+    functions = [
+        node
+        for node in (form.leading if form.has_functions else ())
+        if function_of(graph.nodes[node]) and not is_steady(form.names[node])
+    ]
+    if not functions:
+        return False
+    samples = output.shape[batch_dim]
+    factors = _factors(samples)
+    of_losses = factors.view(-1, *[1] * (output.ndim - batch_dim - 1)).to(output)
+    # One task starts as it will in the pass that counts; of several ones, none cancels another.
+    tasks = _factors(output.numel() // samples).view(-1, 1).to(output)
+    others = output.shape[:batch_dim] + output.shape[batch_dim + 1 :]
+    seed = (tasks / tasks[0]).expand(-1, samples).reshape(*others, samples).movedim(-1, batch_dim)
+    apart = {node for node, _ in layouts}
+    first, second = (_returned(graph, output, s, functions) for s in (seed, seed * of_losses))
+    for (node, operand), grad in first.items():
+        place = form.inputs[node][operand]
+        layout = layouts.get(place)
+        if layout is None:
+            inside = place[0] in form.leading and place[0] not in form.rearranged
+            # Where samples are not apart, what is zero for all together may not be so for one.
+            if inside and place not in reached and (node not in apart or bool(grad.any())):
+                return True
+        elif not _has_grown(grad, second[node, operand], layout, factors):
+            return True
+    return False
+
+
+def _factors(count: int) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.rand(count, dtype=torch.float64, generator=generator, device="cpu") + 0.5
+
+
+def _returned(
+    graph: Graph, output: Tensor, seed: Tensor, functions: Collection[int]
+) -> dict[Place, Tensor]:
+    """The gradients that functions return in a pass, by function and operand."""
+    kept: dict[Place, Tensor] = {}
+
+    def keep(node: int, found: Grads, _: Grads) -> None:
+        for operand, grad in enumerate(found):
+            if grad is not None and not grad.is_nested:
+                kept[node, operand] = grad.detach().to_dense().clone()
+
+    hooks = (graph.nodes[node].register_hook(partial(keep, node)) for node in functions)
+    with own_hooks(hooks):
+        differentiate([output], [graph.edge(p) for p in graph.form.targets], [seed], True)
+    return kept
+
+
+def _has_grown(grad: Tensor, grown: Tensor, layout: Layout, factors: Tensor) -> bool:
+    """Whether what belongs to a sample grew by its factor, and what belongs to none is zero."""
+    owners = layout.owners(grad.shape[layout.dim], grad.device)
+    of_entries = torch.where(owners < 0, 0.0, factors.to(grad.device)[owners])
+    wrong = (grown - grad * of_entries.view(-1, *[1] * (grad.ndim - layout.dim - 1))).abs()
+    others = [d for d in range(grad.ndim) if d != layout.dim]
+    largest = grown.abs()
+    if others:  # of no dimensions, torch takes all
+        largest = largest.amax(others, keepdim=True)
+    # What is not finite cannot be told.
+    return not bool((wrong > torch.finfo(grad.dtype).eps ** 0.5 * largest).any())
+
+
+# -- those that keep what the graph does not show --------------------------------------------------
+
+# How deep attributes, containers and closures are searched for modules.
+_DEPTH = 5
+
+
+def kept_leaves(functions: Iterable[Any]) -> list[Tensor]:
+    """
+    Leaves that custom functions keep in attributes of their context, there or inside of modules.
+
+    They may accumulate into the ``.grad`` of these.
+
+    :param functions: Their nodes. Torch's own operations have all of their operands as edges.
+    """
+    found: dict[Tensor, None] = {}
+    seen: set[int] = set()
+    for node in functions:
+        # The node of a custom function is the `ctx` of its forward, with all that was set there.
+        _collect(vars(node), found, seen, _DEPTH)
+    return list(found)
+
+
+def _collect(value: Any, found: dict[Tensor, None], seen: set[int], depth: int) -> None:
+    # Contexts may refer to themselves, and to whatever else the user keeps there: a whole trainer,
+    # say.
+    if id(value) in seen or depth < 0:
+        return
+    if isinstance(value, Tensor):
+        if value.requires_grad and value.is_leaf:
+            found[value] = None
+        return
+    seen.add(id(value))
+    for part in _parts(value):
+        _collect(part, found, seen, depth - 1)
+
+
+def _parts(value: Any) -> Iterable[Any]:
+    if isinstance(value, nn.Module):
+        return value.parameters()
+    if isinstance(value, dict):
+        return value.values()
+    if isinstance(value, (list, tuple, set)):
+        return value
+    # Reversible blocks often keep the forward of their halves as a bound method, a partial or a
+    # closure.
+    if isinstance(value, MethodType):
+        return (value.__self__, value.__func__)
+    if isinstance(value, partial):
+        return (value.func, value.args, value.keywords)
+    if isinstance(value, FunctionType):
+        return [cell.cell_contents for cell in value.__closure__ or () if _is_filled(cell)]
+    return ()
+
+
+def _is_filled(cell: Any) -> bool:
+    try:
+        cell.cell_contents  # noqa: B018 - raises for a variable that is not assigned yet
+    except ValueError:
+        return False
+    return True
