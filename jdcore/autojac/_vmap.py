@@ -17,7 +17,7 @@ from jdcore.graph._batched import is_known_to_be_left, note_left, some_are_batch
 from jdcore.graph._hooks import hooks_anywhere, hooks_made_lately
 from jdcore.graph._memory import free_memory
 from jdcore.graph._operations import EMBEDDING, is_listed, is_sparse, some_batched_wrongly
-from jdcore.graph._saved import is_batched
+from jdcore.graph._saved import is_batched, sizes_of
 from jdcore.graph._walk import largest_gradient
 
 Result = TypeVar("Result")
@@ -38,7 +38,8 @@ class Kind:
     """
     What vmap can know of a graph before it is tried.
 
-    :param operations: Names of the operations in it.
+    :param operations: Names of the operations in it, those that are not known to be batched rightly
+        together with their sizes, see :func:`sizes_of`.
     :param size: Number of operations in it.
     :param custom: Whether Python code runs in the backward pass: custom functions, checkpoints,
         compiled regions. They may not expect batched tensors.
@@ -55,6 +56,9 @@ class Kind:
         """The kind of the graph that was walked."""
         nodes = graph.nodes
         operations = set(nodes.values())
+        unknown = {name for name in operations if not is_listed(name)}
+        if unknown:
+            operations |= {sizes_of(node) for node, name in nodes.items() if name in unknown}
         # What failed for sparse gradients works for dense ones of the same operation.
         if EMBEDDING in operations and any(is_sparse(name, node) for node, name in nodes.items()):
             operations.add("sparse")
@@ -69,7 +73,12 @@ class Kind:
     @property
     def proven(self) -> bool:
         """Whether all of its operations are known to be batched rightly."""
-        return self.operations in _WORKED or all(map(is_listed, self.operations))
+        return self.operations in _WORKED or self.listed
+
+    @property
+    def listed(self) -> bool:
+        """Whether that is so because all of them are named as such."""
+        return all(map(is_listed, self.operations))
 
     @property
     def failed(self) -> bool:
@@ -185,7 +194,8 @@ def attempt(
         results = solve(retain_graph if known else True)
     except Exception as error:
         # Any exception: what a broken batching rule raises is not specified.
-        if known and not (retain_graph or _blames_vmap(error)):
+        blamed = _blames_vmap(error) or not kind.listed
+        if known and not (retain_graph or blamed):
             raise
         reason = describe_failure(error)
         if known and not retain_graph:

@@ -9,6 +9,7 @@ saved gets :class:`Unreadable` where torch does not show it, and finds a way tha
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from functools import cache
 from operator import attrgetter
 from typing import Any
@@ -118,10 +119,41 @@ def results_of(node: Any) -> tuple[tuple[Any, ...], ...]:
     """The results of an operation: the sizes of each, and its dtype behind them."""
     # Plain tuples, since this is asked of each operation in each step; most have one result.
     found = node._input_metadata
-    if len(found) == 1:
-        [result] = found
-        return ((*result.shape, result.dtype),)
-    return tuple([(*result.shape, result.dtype) for result in found])
+    try:
+        if len(found) == 1:
+            [result] = found
+            return ((*result.shape, result.dtype),)
+        return tuple([(*result.shape, result.dtype) for result in found])
+    except RuntimeError:  # of nested tensors that are not jagged, which have no sizes
+        return tuple([(*_sizes(result), result.dtype) for result in found])
+
+
+def _sizes(result: Any) -> tuple[Any, ...]:
+    try:
+        return tuple(result.shape)
+    except RuntimeError:
+        return ()
+
+
+def sizes_of(node: Any) -> str:
+    """
+    The name of an operation, and its sizes: of its results, of its operands and of what it saved.
+
+    All numbers of entries above one count as the same. A rule that is right for some of them is so
+    for others, but may treat dimensions of one entry, or of none, otherwise, and numbers.
+    """
+    sizes = [of_result[:-1] for of_result in results_of(node)]
+    for child, number in node.next_functions:
+        if getattr(child, "_input_metadata", None):
+            sizes.append(results_of(child)[number][:-1])
+    for name in _raw_names(type(node)):  # type: ignore[arg-type]  # classes can be hashed
+        with suppress(Unreadable):
+            value = saved_as_it_is(node, name.removeprefix("_raw_saved_"))
+            if isinstance(value, Tensor) and not value.is_nested:
+                sizes.append(tuple(value.shape))
+    # The sizes of jagged tensors are no integers, and cannot be compared with any.
+    told = [tuple([n if n in (0, 1) else 2 for n in of_one]) for of_one in sizes]
+    return f"{node.name()} {told}"
 
 
 def zeros_at(node: Any, number: int) -> Tensor:

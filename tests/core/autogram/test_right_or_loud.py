@@ -628,3 +628,15 @@ def test_the_cross_gramian_is_that_of_both_jacobians() -> None:
     got = Engine(model, batch_dim=None).cross_gramian(first, second)
     assert relative_error(got, expected) < 1e-12
     assert all(p.grad is None for p in parameters)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+@pytest.mark.filterwarnings("ignore::jdcore.RowByRowWarning")
+@pytest.mark.parametrize("batch_dim", [0, None])
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+def test_nested_tensors_of_all_layouts(layout: torch.layout, batch_dim: int | None) -> None:
+    net = nn.Linear(2, 3)
+    pieces = [randn(n, 2) for n in (3, 1, 2)]
+    outputs = net(torch.nested.nested_tensor(pieces, layout=layout))
+    losses = torch.stack([piece.square().sum() for piece in outputs.unbind()])
+    _right(Engine(net, batch_dim=batch_dim), losses, list(net.parameters()))

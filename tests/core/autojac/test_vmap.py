@@ -110,6 +110,25 @@ def test_rows_of_what_is_not_known_to_be_batched_rightly_are_compared_with_a_sin
     torch.testing.assert_close(a.jac, expected)
 
 
+@pytest.mark.parametrize("single", [[1], 1], ids=["one entry", "a number"])
+def test_an_operation_batched_rightly_is_not_trusted_with_numbers_or_single_entries(
+    truth: Truth, single: Any
+) -> None:
+    # torch batches `index_copy` wrongly, or not at all, where the index is a number.
+    def losses(index: Any, entries: Any) -> Tensor:
+        source = a.take(torch.tensor(entries))
+        return torch.zeros(3, dtype=a.dtype).index_copy(0, torch.tensor(index), source)
+
+    a = _leaf(3)
+    backward(losses([0, 2], [0, 1]), inputs=[a])
+    a.jac = None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", VectorizationWarning)
+        backward(losses(1, single), inputs=[a])
+    [expected] = truth([losses(1, single)], [a])
+    torch.testing.assert_close(a.jac, expected)
+
+
 def test_an_explicit_chunk_size_is_obeyed_and_its_failure_explained() -> None:
     a = _leaf(3)
     with pytest.raises(VectorizationError, match=r"parallel_chunk_size at None") as caught:
