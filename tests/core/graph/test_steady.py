@@ -109,6 +109,16 @@ def test_a_bound_that_no_entry_meets_in_the_first_step_is_a_parameter_all_the_sa
         assert _right_or_refused(hidden.square().sum(1), weight, bound)
 
 
+@pytest.mark.parametrize("choose", [torch.maximum, torch.fmin, torch.hypot, torch.atan2])
+def test_data_choose_among_operands_of_two_dtypes(choose: Callable[..., Tensor]) -> None:
+    weight = randn(3, 3).requires_grad_()
+    hidden = randn(B, 3) @ weight
+    losses = choose(hidden.float(), hidden.tanh() + 0.5).square().sum(1)
+    jacobian = explicit_jacobian(losses, [weight])
+    found = autogram.gramian(losses, inputs=[weight], batch_dim=0)
+    assert relative_error(found, jacobian @ jacobian.T) < 1e-6
+
+
 def test_a_derivative_that_loses_nan_hides_no_samples_that_mix() -> None:
     weight = randn(3, 3).requires_grad_()
     hidden = (randn(B, 3) @ weight).tanh()
