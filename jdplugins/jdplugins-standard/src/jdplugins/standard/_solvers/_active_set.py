@@ -91,7 +91,7 @@ class ActiveSet:
         here = z[indices]
         while True:
             self.work -= len(indices) ** 3 / 6.0
-            there = solve_definite(self._A[indices[:, None], indices], b[indices])
+            there = solve_definite(self._A.take(indices, 0).take(indices, 1), b[indices])
             low = there < 0.0
             if not low.any():
                 break

@@ -19,7 +19,9 @@ from jdplugins.standard._solvers._guess import descend
 
 Floats = NDArray[np.float64]
 
-_ROUNDS = 12
+# Exchanges, of which some may fail to reduce the number of wrong entries; and the part of entries
+# that are wrong from which on zero is a better start for what comes after them.
+_ROUNDS, _CREDIT, _FAR = 12, 3, 0.125
 EXACT = 1e-13
 """Residual of a solution."""
 
@@ -54,26 +56,35 @@ def _pivoted(C: Floats, q: Floats, passive: NDArray[np.bool_] | None) -> tuple[F
     """
     :func:`solve_one` by block pivoting.
 
-    :returns: z and its residual, or zero and infinity where that cycles: a method that began at a
-        set that is too large would have to lose its dependent rows one by one.
+    :returns: z and its residual. Where that cycles: infinity, and the z >= 0 that was nearest.
     """
-    tolerance = 16.0 * len(q) * EPS
-    start = descend(C, q, np.zeros_like(q)) > 0.0 if passive is None else passive
+    m = len(q)
+    tolerance, fewest, failures, nearest = 16.0 * m * EPS, m + 1, 0, np.zeros_like(q)
+    start = descend(C, q, nearest) > 0.0 if passive is None else passive
     for _ in range(_ROUNDS):
         indices = start.nonzero()[0]
         z = np.zeros_like(q)
         try:
-            z[indices] = solve_definite(C[indices[:, None], indices], -q[indices])
+            # In two steps, each of which copies more than is wanted, in less than half of the time.
+            block = C.take(indices, 0).take(indices, 1)
+            z[indices] = solve_definite(block, -q[indices])
         except np.linalg.LinAlgError:
             break
         y = product(C, z)
         y += q
         largest = float(z.max())
         wrong = np.where(start, z, y + tolerance * (1.0 + largest)) < 0.0
-        if not wrong.any():
+        count = np.count_nonzero(wrong)
+        if not count:
             residual = float(np.abs(np.minimum(z, y)).max()) / (1.0 + largest)
             if residual > _NEAR or largest > LARGE:
                 break
             return z, residual
+        if count < fewest:
+            fewest, nearest = count, z.clip(min=0.0)
+        else:
+            failures += 1
+            if failures == _CREDIT:
+                break
         start = start ^ wrong
-    return np.zeros_like(q), math.inf
+    return nearest if fewest < _FAR * m else np.zeros_like(q), math.inf
