@@ -11,6 +11,9 @@ from torch.autograd import forward_ad
 
 from jdcore.errors import ParameterError
 
+# Whether autocast is on for any device. A call of ours around that of torch would take longer.
+casts_anywhere = torch._C._is_any_autocast_enabled
+
 
 def without_autocast(device_type: str) -> AbstractContextManager[object]:
     """Our own products are not those of the user's forward pass."""

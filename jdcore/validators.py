@@ -64,7 +64,7 @@ def holds_real_numbers(value: object) -> TypeGuard[Tensor]:
     return (
         isinstance(value, Tensor)
         and not (value.is_nested or value.is_complex() or value.is_meta)
-        and value.layout == torch.strided
+        and value.layout is torch.strided
     )
 
 

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from jdcore._compilation import not_traced
-from jdcore.aggregation._row_vectors import check_row_vectors
+from jdcore.aggregation._row_vectors import Placed, check_row_vectors
 from jdcore.aggregation._source import GramianSource
 from jdcore.aggregation._weigh import weigh
 from jdcore.errors import left_out
@@ -82,8 +82,26 @@ class ScalarizationWeighting:
         :param source: The Jacobian.
         :returns: What :meth:`compute` returns, or no weights for no rows.
         """
-        m = source.rows
-        check_row_vectors(self, m, source)
+        return self.weigh_rows(source.rows, source.precision, source)
+
+    def weigh_rows(self, m: int, precision: torch.dtype, given: Placed) -> Tensor:
+        """
+        A call for those who have nothing but rows, which saves them to make a source of these.
+
+        :param m: Their number.
+        :param precision: The narrowest dtype of their entries.
+        :param given: What lies on their device, such as the rows.
+        :returns: As :meth:`weigh`.
+        """
+        check_row_vectors(self, m, given)
         # Float32 factors hold what rows of half precision need; they are never rounded to that.
-        wide = torch.float64 if source.precision == torch.float64 else torch.float32
+        wide = torch.float64 if precision is torch.float64 else torch.float32
         return self.compute(m, wide) if m else torch.empty(0, dtype=wide, device="cpu")
+
+
+@cache
+def looks_at_no_row(cls: Any) -> bool:
+    """Whether a class of weightings inherits :meth:`ScalarizationWeighting.weigh_rows` as it is."""
+    base = ScalarizationWeighting
+    inherited = ("__call__", "weigh", "weigh_rows")
+    return all(getattr(cls, name, None) is getattr(base, name) for name in inherited)

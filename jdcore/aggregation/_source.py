@@ -267,7 +267,7 @@ class ColumnsSource(GramianSource):
     def __init__(self, columns: Columns, losses: Tensor | None = None) -> None:
         self._columns = columns
         self.rows, self.precision = columns.rows, columns.precision
-        self.losses = losses if losses is None else check_losses(losses, self.rows)
+        self.losses = None if losses is None else check_losses(losses, self.rows)
         self.asked = False
         self.undo = []
         self._gramian = self._array = None

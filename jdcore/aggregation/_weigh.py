@@ -138,6 +138,16 @@ def _ask(weighting: Any, source: GramianSource, shape: Sequence[int] | None) -> 
         expected = (source.rows,)
         takes = _takes_source(cls)
         weights = weighting.weigh(source) if takes else weighting(source.gramian())
+    return checked(weights, expected)
+
+
+def checked(weights: Any, expected: tuple[int, ...]) -> Tensor:
+    """
+    What a weighting returned, detached.
+
+    :param expected: The shape that it is to have.
+    :raises ParameterError: If it is something else.
+    """
     if not holds_real_numbers(weights) or weights.shape != expected:
         raise ParameterError(
             "weighting",

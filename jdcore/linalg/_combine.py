@@ -7,7 +7,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from jdcore._modes import without_autocast
+from jdcore._modes import casts_anywhere, without_autocast
 from jdcore.linalg._blas import is_small, small_combination
 from jdcore.linalg._pages import new_tensor
 
@@ -38,25 +38,25 @@ def combine(
     :returns: Vector [n]. Differentiable with respect to the block.
     """
     dtype = block.dtype
-    exact = wide or dtype == torch.float64
+    exact = wide or dtype is torch.float64
     if isinstance(weights, Tensor):
         # Narrower dtypes cannot hold extreme weights. Those on a device are waited for.
-        if weights.dtype == torch.float64:
+        given = weights.dtype
+        if given is torch.float64:
             if weights.is_cpu and is_small(block):
                 return small_combination(weights.detach().numpy(), block.numpy(), dtype)
             exact = exact or _extreme(weights.numpy(force=True))
         vector = weights
-        if vector.dtype != _DTYPES[exact]:
+        if given is not _DTYPES[exact]:
             vector = vector.double() if exact else vector.float()  # half the time of `to`
     else:
         entries = np.asarray(weights, np.float64)
         exact = exact or _extreme(entries)
         vector = torch.from_numpy(entries.astype(np.float64 if exact else np.float32))
-    kind = "cpu"
     if not block.is_cpu:
-        vector, kind = vector.to(block.device), block.device.type
-    if torch.is_autocast_enabled(kind):  # asked here, since to enter no context takes longer
-        with without_autocast(kind):
+        vector = vector.to(block.device)
+    if casts_anywhere():  # asked here, since to enter no context takes longer
+        with without_autocast(block.device.type):
             return _summed(vector, block)
     return _summed(vector, block)
 
@@ -64,7 +64,7 @@ def combine(
 def _summed(vector: Tensor, block: Tensor) -> Tensor:
     """``vector @ block`` in the dtype of the block, multiplied in that of the vector."""
     dtype = block.dtype
-    if dtype != vector.dtype:
+    if dtype is not vector.dtype:
         pieces = torch.split(block, _COLUMNS, dim=1)
         return torch.cat([(vector @ piece.to(vector.dtype)).to(dtype) for piece in pieces])
     if block.numel() >= _LARGE and not block.requires_grad:

@@ -6,7 +6,7 @@ from attrs import define, field
 from torch import Tensor
 
 from jdcore import ParameterError, Weighting
-from jdcore.aggregation import GramianAggregator, ScalarizationWeighting
+from jdcore.aggregation import GramianAggregator, GramianSource, ScalarizationWeighting
 from jdcore.autojac import gramian_backward
 from jdcore.errors import NonFiniteError
 from jdcore.validators import row_vector
@@ -40,6 +40,36 @@ def test_the_aggregator_sums_the_weighted_rows_and_can_be_differentiated() -> No
 
     assert torch.equal(vector.detach(), torch.tensor([12.0, 24.0]))
     assert torch.equal(matrix.grad, torch.tensor([[2.0, 2.0], [1.0, 1.0]]))
+
+
+@define(eq=False)
+class OtherWeights(CountdownWeighting):
+    def weigh(self, source: GramianSource, /) -> Tensor:
+        return super().weigh(source) * 10.0
+
+
+@define(eq=False)
+class OtherCall(CountdownWeighting):
+    def __call__(self, gramian: Tensor, /, *, losses: Tensor | None = None) -> Tensor:
+        return gramian.diagonal()
+
+
+def test_an_aggregator_asks_a_subclass_as_that_means_to_be_asked() -> None:
+    matrix = torch.eye(2)
+
+    assert GramianAggregator(OtherWeights())(matrix).tolist() == [20.0, 10.0]
+    assert GramianAggregator(OtherCall())(2.0 * matrix).tolist() == [8.0, 8.0]
+
+
+@define(eq=False)
+class TooMany(CountdownWeighting):
+    def compute(self, m: int, dtype: torch.dtype) -> Tensor:
+        return torch.ones(m + 1, dtype=dtype)
+
+
+def test_an_aggregator_refuses_weights_of_another_shape() -> None:
+    with pytest.raises(ParameterError, match=r"shape \[2\]"):
+        GramianAggregator(TooMany())(torch.eye(2))
 
 
 def test_blocks_are_summed_one_by_one_with_the_weights_in_the_promoted_dtype() -> None:

@@ -89,7 +89,10 @@ def spectrum(matrix: NDArray[np.float64], /, level: float | NDArray[np.float64] 
         all of them or for each [m].
     """
     values, vectors = eigh(matrix)
-    noise = _ROUNDED * ((level * np.diagonal(matrix)) @ (vectors * vectors))
-    rounding = np.maximum(noise, _RANK_TOLERANCE * len(matrix) * values[-1])
-    kept = values > rounding
+    noise = _ROUNDED * level * matrix.diagonal()
+    rounding = _RANK_TOLERANCE * len(matrix) * values[-1]
+    # No mean of the noise of the rows is above the largest one. Nearly always, that suffices.
+    if values[0] > max(float(noise.max()), rounding):
+        return Spectrum(values, vectors, vectors[:, :0])
+    kept = values > np.maximum(noise @ (vectors * vectors), rounding)
     return Spectrum(values[kept], vectors[:, kept], vectors[:, ~kept])

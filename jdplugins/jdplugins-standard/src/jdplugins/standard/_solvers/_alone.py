@@ -74,7 +74,7 @@ def _pivoted(C: Floats, q: Floats, passive: NDArray[np.bool_] | None) -> tuple[F
         y += q
         largest = float(z.max())
         wrong = np.where(start, z, y + tolerance * (1.0 + largest)) < 0.0
-        count = np.count_nonzero(wrong)
+        count = int(np.count_nonzero(wrong))
         if not count:
             residual = float(np.abs(np.minimum(z, y)).max()) / (1.0 + largest)
             if residual > _NEAR or largest > LARGE:
