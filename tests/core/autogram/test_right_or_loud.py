@@ -436,11 +436,32 @@ class _Accumulating(torch.autograd.Function):
         return x.grad, None
 
 
-def test_a_function_that_accumulates_in_its_backward_is_refused() -> None:
+class _KeptElsewhere(torch.autograd.Function):
+    """The same, with a module that its context does not know of."""
+
+    layer: ClassVar[nn.Module]
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: nn.Module) -> Tensor:
+        ctx.save_for_backward(x)
+        _KeptElsewhere.layer = layer
+        return layer(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        x = ctx.saved_tensors[0].detach().requires_grad_()
+        with torch.enable_grad():
+            y = _KeptElsewhere.layer(x)
+        torch.autograd.backward(y, grads[0])
+        return x.grad, None
+
+
+@pytest.mark.parametrize("function", [_Accumulating, _KeptElsewhere])
+def test_a_function_that_accumulates_in_its_backward_is_refused(function: Any) -> None:
     first, hidden = nn.Linear(3, 3), nn.Linear(3, 3)
     hidden.weight.grad = torch.ones(3, 3)
     engine = Engine(first, hidden, batch_dim=0)
-    losses = _Accumulating.apply(first(randn(B, 3)), hidden).square().sum(1)
+    losses = function.apply(first(randn(B, 3)), hidden).square().sum(1)
     with pytest.raises(UnservedGraphError, match=r"accumulates into \.grad"):
         engine.compute_gramian(losses)
     assert hidden.weight.grad.tolist() == [[1.0] * 3] * 3

@@ -493,6 +493,27 @@ def test_a_problem_that_cannot_be_solved_warns_with_its_residual_and_stays_short
     assert ((V @ G) * V).sum(axis=1).max() <= 1.0 + 1e-12
 
 
+@pytest.mark.parametrize("size", [1e-3, 1.0, 1e3])
+def test_however_wrong_an_answer_is_it_is_no_longer_than_what_is_projected(
+    size: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The worst that a solver could do: a combination that has nothing to do with the problem."""
+
+    def wrong(C: torch.Tensor, Q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        numbers = torch.Generator().manual_seed(0)
+        Z = size * torch.rand(Q.shape, dtype=Q.dtype, generator=numbers)
+        return Z, torch.ones(len(Q), dtype=Q.dtype)
+
+    monkeypatch.setattr(_dual_cone, "solve_lcps", wrong)
+    monkeypatch.setattr(_dual_cone, "project_few", lambda gramian, references: None)
+    J = jacobian("conflict", 12)
+    G, U = J @ J.T, np.eye(12)
+    with pytest.warns(UnsolvedWarning):
+        V = NativeDualConeSolver()(G, U)
+    assert (V >= U).all()
+    assert (np.einsum("ij,jk,ik->i", V, G, V) <= G.diagonal() * (1.0 + 1e-12)).all()
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("m", [2, 6, 16, 33])
 def test_no_family_warns(name: str, m: int) -> None:
