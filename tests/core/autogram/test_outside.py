@@ -154,3 +154,19 @@ def test_a_result_modified_in_place_is_served() -> None:
     check_engine(
         lambda: nn.Sequential(nn.Linear(6, 6), Adding()), lambda m: m(randn(B, 6)).pow(2).sum(1), 0
     )
+
+
+@pytest.mark.parametrize("batch_dim", [0, None])
+@pytest.mark.parametrize("weigh", [lambda gramian: torch.ones(len(gramian)), torch.diag])
+def test_both_terms_of_a_sum_get_gradients_of_their_own(weigh: Any, batch_dim: int | None) -> None:
+    """Torch hands the same tensor to both; what changes one in place must leave the other."""
+    model, a, b = nn.Linear(3, 3), randn(3).requires_grad_(), randn(3).requires_grad_()
+
+    losses = model(a + b + torch.eye(3)).square().sum(1)
+    Engine(model, batch_dim=batch_dim).backward(losses, weigh)
+
+    assert a.grad is not None
+    assert b.grad is not None
+    before = b.grad.clone()
+    a.grad.zero_()
+    assert torch.equal(b.grad, before)
