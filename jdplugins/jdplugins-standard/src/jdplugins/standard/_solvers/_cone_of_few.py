@@ -15,7 +15,7 @@ import torch
 
 from jdcore.linalg import equilibrate, exchange_few, lcp_residual, product
 from jdplugins.standard._solvers._alone import EXACT, LARGE, solve_one
-from jdplugins.standard._solvers._lcp import ROUGH, Floats
+from jdplugins.standard._solvers._lcp import ROUGH, Floats, one_entry
 from jdplugins.standard._solvers._parametric import follow
 from jdplugins.standard._solvers._semidefinite import is_plausible
 from jdplugins.standard._solvers._tiny import Rows, roots_of, solve_few
@@ -44,8 +44,9 @@ def project_few(gramian: Floats, references: Floats) -> Floats | None:
             found = np.array(few)
             return found
     # In the cone already, as the mean of the rows often is: told without numpy's reductions, which
-    # would take longer than the rest.
-    if k == 1 and min(product(gramian, references[0]).tolist()) >= 0.0:
+    # would take longer than the rest. So are all rows if none conflicts with another.
+    inside = k == 1 and min(product(gramian, references[0]).tolist()) >= 0.0
+    if inside or (k > 1 and gramian.min() >= 0.0 and references.min() >= 0.0):
         found = references.copy()
         return found
     if m > _MANY and k != 1:
@@ -89,7 +90,8 @@ def _solved(C: Floats, Q: Floats) -> Floats | None:
         Z = exchange_few(C, Q, -Q, product(near, C) + Q < near)
         left = ~(lcp_residual(C, Q, Z) <= EXACT)
     else:
-        Z, left = np.zeros_like(Q), Q.min(axis=1) < 0.0
+        Z, residuals = one_entry(C, Q)
+        left = ~(residuals <= EXACT)
     if left.any():
         Z[left], residuals = follow(C, Q[left])
         if not residuals.max() <= ROUGH:

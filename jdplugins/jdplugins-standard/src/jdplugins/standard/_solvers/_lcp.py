@@ -10,7 +10,7 @@ accepted: all steps on the way may be as wrong as they like.
 from __future__ import annotations
 
 import functools
-from typing import TypeAlias
+from typing import TypeAlias, TypeVar
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ from jdplugins.standard._solvers._unsolved import UNSOLVED
 
 Floats: TypeAlias = NDArray[np.float64]
 Mask: TypeAlias = NDArray[np.bool_]
+Matrix = TypeVar("Matrix", Floats, Tensor)
 
 # Up to so many rows, to follow solutions takes no longer than a guess and what comes after it; and
 # up to so many multiplications, than what comes after a guess that is not good enough.
@@ -52,24 +53,23 @@ class _Way:
     How to go about a matrix.
 
     :param settled: Part of the signs that may still change in a guess.
-    :param delta: Proximal term to pivot with.
+    :param deltas: Proximal terms to pivot with, one after the other.
     :param enough: Residual that suffices.
     :param trusted: Whether a guess that settles is right.
     """
 
     settled: float
-    delta: float
+    deltas: tuple[float, ...]
     enough: float
     trusted: bool
 
 
-_INDEPENDENT = _Way(5e-4, 0.0, 1e-12, trusted=True)
-_DEPENDENT = _Way(5e-4, 0.0, 1e-12, trusted=False)
+_INDEPENDENT = _Way(5e-4, (0.0,), 1e-12, trusted=True)
+_DEPENDENT = _Way(5e-4, (0.0,), 1e-12, trusted=False)
 # Of many solutions, a proximal term chooses one near the guess. What differs between these is as
 # small as the least eigenvalues, and so are residuals.
-_CANCELLING = _Way(5e-5, 1e-8, UNSOLVED, trusted=True)
-# Answers of residuals up to this are nearly right, and get nearer with this term.
-_NEARLY, _NEARER = 1e-7, 1e-10
+_CANCELLING = _Way(5e-5, (1e-10, 1e-13), UNSOLVED, trusted=True)
+_NEARLY = 1e-7  # residual of answers of which only signs that are rounding are wrong
 
 
 def solve_lcps(C: Tensor, Q: Tensor) -> tuple[Tensor, Tensor]:
@@ -117,7 +117,9 @@ class _Search:
             Z, residuals = pivot(self.C, self.Q, _likely(self.C, self.Q[0]))
             # A block that turns out to be singular gives a large z, whose residual says little.
             self.keep(self.all, Z, torch.where(Z.amax(1) <= LARGE, residuals, torch.inf))
-        left = self.left(ROUGH)
+        elif self.way is not _INDEPENDENT:
+            self.keep(self.all, *one_entry(self.C, self.Q))
+        left = self.left(ROUGH if one else _EXACT)
         if not len(left):
             return
         few = k * m**3 <= _WORTH
@@ -155,21 +157,23 @@ class _Search:
         # To look for a better scale costs less than to pivot from far.
         sure = self.way.trusted and not changing
         if sure or self._wrong(few := rows[_sample(rows)], self.X[few][None])[0] <= GOOD:
-            self._pivot_about(rows, self.near[rows])
+            self._pivot(rows, self.near[rows])
 
     def _by_face(self) -> None:
         """Solve what is left beside the rows that cancel, if there are any."""
-        rows = self.left(ROUGH)
+        rows = self.left(self.way.enough)
         face = find_face(self.C) if len(rows) > _ALONE else None
         if face is not None:
             Z = face.solve(self.Q[rows], self.near[rows], lambda C, Q: solve_lcps(C, Q)[0])
             self.keep(rows, Z, natural_residual(self.C, self.Q[rows], Z))
             self.come_nearer(rows, Z)
-            self._pivot_nearer(rows[self.residuals[rows] > UNSOLVED])
+            rows = rows[self.residuals[rows] > UNSOLVED]
+            if len(rows):
+                self._pivot(rows, self.Z[rows])
 
     def _guess_again(self) -> None:
         """Guess those that are left on the scale that suits them, and pivot from there."""
-        # What is nearly right is so because many signs are rounding: no guess tells these.
+        # No guess tells signs that are rounding.
         rows = self.left(_NEARLY)
         if len(rows) > _ALONE:
             sample = _sample(rows)
@@ -177,38 +181,36 @@ class _Search:
             X = guess_again(self.C, self.Q[rows], self.X[rows], sample, wrong)
             centre = X.clamp_min(0.0).double()
             self.come_nearer(rows, centre)
-            self._pivot_about(rows, centre)
+            self._pivot(rows, centre)
 
     def _wrong(self, rows: Tensor, X: Tensor) -> list[float]:
         """The parts of the signs that some guesses get wrong, [s, k, m] -> [s]."""
         centre = X.flatten(0, 1).clamp_min(0.0).double()
         Q = self.Q[rows].repeat(len(X), 1)
-        wrong = misplaced(self.C, Q, centre > 0.0, delta=self.way.delta, centre=centre)
+        wrong = misplaced(self.C, Q, centre > 0.0, delta=self.way.deltas[0], centre=centre)
         parts: list[float] = (wrong.view(len(X), -1).double().mean(1) / len(self.C)).tolist()
         return parts
 
-    def _pivot_about(self, rows: Tensor, centre: Tensor) -> None:
-        self._pivot(rows, centre, self.way.delta)
-        if self.way is _CANCELLING:
+    def _pivot(self, rows: Tensor, centre: Tensor) -> None:
+        """Pivot from about some z, and from the answer where that is nearly right."""
+        for delta in self.way.deltas:
+            Z, residuals = self._pivoted(self.Q[rows], centre, delta)
+            self.keep(rows, Z, residuals)
+            left = residuals > self.way.enough
+            self.come_nearer(rows[left], Z[left])
             residuals = self.residuals[rows]
-            self._pivot_nearer(rows[(residuals > ROUGH) & (residuals < _NEARLY)])
+            rows = rows[(residuals > ROUGH) & (residuals < _NEARLY)]
+            if not len(rows):
+                break
+            centre = self.Z[rows]
 
-    def _pivot_nearer(self, rows: Tensor) -> None:
-        """Pivot from answers that are nearly right."""
-        if len(rows):
-            self._pivot(rows, self.Z[rows], _NEARER)
-
-    def _pivot(self, rows: Tensor, centre: Tensor, delta: float) -> None:
-        C, Q = self.C, self.Q[rows]
+    def _pivoted(self, Q: Tensor, centre: Tensor, delta: float) -> tuple[Tensor, Tensor]:
+        C = self.C
         if len(C) > _GATHERED or delta:
-            Z, residuals = pivot(C, Q, centre > 0.0, delta=delta, centre=centre)
-        else:
-            c, q, sets = (X.numpy(force=True) for X in (C, Q, centre > 0.0))
-            Z = torch.from_numpy(exchange_few(c, q, -q, sets)).to(Q)
-            residuals = natural_residual(C, Q, Z)
-        self.keep(rows, Z, residuals)
-        left = residuals > self.way.enough
-        self.come_nearer(rows[left], Z[left])
+            return pivot(C, Q, centre > 0.0, delta=delta, centre=centre)
+        c, q, sets = (X.numpy(force=True) for X in (C, Q, centre > 0.0))
+        Z = torch.from_numpy(exchange_few(c, q, -q, sets)).to(Q)
+        return Z, natural_residual(C, Q, Z)
 
     def _follow(self) -> None:
         """Solve for those that are left of few rows by the method that always ends, on the host."""
@@ -226,6 +228,20 @@ class _Search:
             pairs = zip(*(X[rows].numpy(force=True) for X in (self.Q, self.near)), strict=True)
             Z, residuals = zip(*(method.solve(q, z) for q, z in pairs), strict=True)
             self.keep(rows, torch.from_numpy(np.stack(Z)).to(self.Q), self.Q.new_tensor(residuals))
+
+
+def one_entry(C: Matrix, Q: Matrix) -> tuple[Matrix, Matrix]:
+    """
+    The z of which one entry may be positive, and their residuals, as of :func:`solve_lcps`.
+
+    They are solutions where all rows of a Jacobian are multiples of one.
+    """
+    rows, position = list(range(len(Q))), Q.argmin(1)
+    z = (-Q[rows, position]).clip(min=0.0) / C.diagonal()[position]
+    y = Q + C[position] * z[:, None]
+    Z = 0.0 * Q
+    Z[rows, position] = z
+    return Z, (-y[rows, y.argmin(1)]).clip(min=0.0) / (1.0 + z)
 
 
 def objective(C: Tensor, Q: Tensor, Z: Tensor) -> Tensor:

@@ -113,28 +113,30 @@ class _Paths:
     def _pivot(self, limit: int) -> int:
         """Follow the solutions to t = 0, and return the number of pivots."""
         k, _, m = self.tableaus.shape
-        tensor, numbers, pivots = torch.from_numpy(self.tableaus), np.arange(k), 0
+        numbers, pivots = np.arange(k), 0
+        tableaus, tensor, rows = self.tableaus, torch.from_numpy(self.tableaus), numbers
         for _ in range(limit):
-            w, slopes = self.tableaus[:k, m], self.tableaus[:k, m + 1]
-            times = np.divide(w, slopes, out=np.zeros_like(w), where=w < -self.tolerance)  # -t
+            w = tableaus[:, m]
+            times = np.where(w < -self.tolerance, w / tableaus[:, m + 1], 0.0)  # -t
             p = times.argmin(axis=1)
-            going = times[numbers[:k], p] < 0.0
+            going = times[rows, p] < 0.0
             left = int(np.count_nonzero(going))
             if left < k:
                 self._bring_forward(going, left, p)
                 k = left
                 if not k:
                     break
-            rows, p = numbers[:k], p[:k]
-            column, row = self.tableaus[rows, :, p], self.tableaus[rows, p]
-            pivot = row[rows, p][:, None]
-            row /= pivot
-            tensor[:k].addcmul_(
-                torch.from_numpy(column)[:, :, None], torch.from_numpy(row)[:, None, :], value=-1.0
+                tableaus, tensor, rows, p = tableaus[:k], tensor[:k], numbers[:k], p[:k]
+            column, row = tableaus[rows, :, p], tableaus[rows, p]
+            pivot = row[rows, p]
+            row /= pivot[:, None]
+            # A product of these two makes the new column and row, once what was there is zero.
+            column[rows, p], row[rows, p] = -1.0, 1.0 / pivot
+            tableaus[rows, :, p] = 0.0
+            tableaus[rows, p] = 0.0
+            tensor.addcmul_(
+                torch.from_numpy(column[:, :, None]), torch.from_numpy(row[:, None]), value=-1.0
             )
-            column /= -pivot
-            row[rows, p] = 1.0 / pivot[:, 0]
-            self.tableaus[rows, :, p], self.tableaus[rows, p] = column, row
             self.positive[rows, p] ^= True
             pivots += k
         return pivots
