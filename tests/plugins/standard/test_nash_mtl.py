@@ -361,3 +361,18 @@ def test_stationary_rows_are_found_in_few_steps(
     rows = rows_of(name, m, n, seed=0).float()
     get_aggregator("nash_mtl")(rows)
     assert steps <= 35
+
+
+def test_many_rows_that_depend_on_each_other_are_solved_by_factors_in_float32(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refused(*arguments: np.ndarray) -> np.ndarray:
+        raise AssertionError("a factorisation in float64 takes twice as long")
+
+    monkeypatch.setattr(_gains, "solve_definite", refused)
+    rows = draw("gauss", 160, 100).double()
+
+    gramian = rows @ rows.T
+    weights = get_weighting("nash_mtl", max_norm=0.0)(gramian)
+
+    torch.testing.assert_close(weights * (gramian @ weights), torch.ones(160).double())

@@ -11,10 +11,12 @@ bargaining is solved by Newton's method.
 from jdplugins.standard._solvers._alone import solve_one
 from jdplugins.standard._solvers._conflict_averse import Bracket, NativeConflictAverseSolver
 from jdplugins.standard._solvers._dual_cone import NativeDualConeSolver
-from jdplugins.standard._solvers._fair_allocation import NativeFairAllocationSolver
 from jdplugins.standard._solvers._frank_wolfe import FrankWolfeSolver
+from jdplugins.standard._solvers._gains import (
+    NativeFairAllocationSolver,
+    NativeNashBargainingSolver,
+)
 from jdplugins.standard._solvers._min_norm import NativeMinNormSolver
-from jdplugins.standard._solvers._nash_bargaining import NativeNashBargainingSolver
 
 __all__ = [
     "Bracket",

@@ -39,6 +39,8 @@ _STEPS = 100
 # From this number of rows on, a factorisation takes longer than a product for every 8 of them.
 _MANY, _ROWS_PER_PRODUCT = 96, 8
 _NARROW = 1e-5  # accuracy of products in float32
+# Products that suffice where there is a factor in float32, which sees eigenvalues above the second.
+_CORRECTIONS, _SEEN = 8, 1e-8
 _NEARBY = 0.1  # see `_Game.nearby`
 _ROUNDINGS = 16.0  # of a share, in what it is found by
 _UNSEEN = 1e-60  # part of the largest share that changes no sum
@@ -48,7 +50,7 @@ _STATIONARY, _ROUNDED = 1e-6, 4.0
 
 
 @frozen
-class Gains:
+class _Gains:
     """
     What of its gain a row is to have for its weight: ``h_i a_i^(-e)``.
 
@@ -61,16 +63,18 @@ class Gains:
 
     # What overflows makes a change that is no number, and ends a search before a step is made.
     @np.errstate(over="ignore", invalid="ignore", divide="ignore")
-    def solve(self, gramian: Floats, logarithms: Floats, level: float | Floats) -> Floats:
+    def solve(
+        self, gramian: Floats, level: float | Floats, logarithms: Floats | None = None
+    ) -> Floats:
         """
         The weights a [m], zero for zero rows.
 
         :param gramian: Finite Gramian [m, m].
-        :param logarithms: ``log h``, array [m].
         :param level: Squared length of a combination of unit rows that is rounding, for all rows or
             for each [m].
+        :param logarithms: ``log h``, array [m]; None where h is one.
         """
-        if 0 < len(gramian) <= _FEW and not logarithms.any():
+        if 0 < len(gramian) <= _FEW and logarithms is None:
             few = balance_few(gramian.tolist(), self.exponent)
             if few is not None:
                 report_residual(lambda: few[1])
@@ -84,7 +88,9 @@ class Gains:
             cosines = cosines[np.ix_(rows, rows)]
         # Logarithms, as such powers of norms leave the range of float64 though their products with
         # those of the shares do not.
-        scaled = logarithms[rows] + (self.exponent - 1.0) * np.log(norms[rows])
+        scaled = (self.exponent - 1.0) * np.log(norms[rows])
+        if logarithms is not None:
+            scaled += logarithms[rows]
         largest = float(scaled.max())
         levels = np.broadcast_to(level, norms.shape)[rows]
         shares = self._shares(cosines, scaled - largest, levels)
@@ -135,7 +141,7 @@ class Gains:
             return near
         combination /= combination.max()
         shares = np.zeros(len(cosines))
-        shares[outside] = self.solve(remaining, game.logarithms[outside], rounding / left)
+        shares[outside] = self.solve(remaining, rounding / left, game.logarithms[outside])
         cancelling = -shadows @ shares[outside]
         # Multiples of the combination are free: the least that leaves no share negative, and one
         # more.
@@ -166,6 +172,44 @@ class Gains:
         # A share that is rounded changes what is spent by e times as much.
         rounding = _ROUNDINGS * float(np.finfo(np.float64).eps) * self.exponent
         warn_if_unsolved(self.problem, residual, max(limit, rounding))
+
+
+@frozen
+class NativeNashBargainingSolver:
+    """
+    Exact Nash bargaining; the native solver of ``problem="nash_bargaining"``.
+
+    The case e = 1 of balanced gains (see the head of this module), for singular Gramians too.
+    """
+
+    def __call__(
+        self, gramian: Floats, start: Floats | None = None, level: float = 0.0, /
+    ) -> Floats:
+        """
+        :param gramian: Finite Gramian [m, m].
+        :param start: Not used: the answer is exact from any start.
+        :param level: Squared length of a combination of unit rows that is rounding.
+        :returns: Weights α [m], zero for zero rows.
+        """
+        return _Gains(1.0, "nash_bargaining").solve(gramian, level)
+
+
+@frozen
+class NativeFairAllocationSolver:
+    """
+    Exact alpha-fair allocation; the native solver of ``problem="fair_allocation"``.
+
+    The case ``e = 1 / alpha`` of balanced gains; ``alpha = 1`` is Nash bargaining.
+    """
+
+    def __call__(self, gramian: Floats, alpha: float, level: float = 0.0, /) -> Floats:
+        """
+        :param gramian: Finite Gramian [m, m].
+        :param alpha: Degree of fairness, > 0.
+        :param level: Squared length of a combination of unit rows that is rounding.
+        :returns: Weights w [m], zero for zero rows.
+        """
+        return _Gains(1.0 / alpha, "fair_allocation").solve(gramian, level)
 
 
 @np.errstate(over="ignore", invalid="ignore", divide="ignore")
@@ -250,8 +294,10 @@ class _Game:
             system = self._system(shares, shift, weights)
             accuracy = max(0.1 * min(previous, 1.0), _NARROW)
             step = system.approximate(gradient, narrow, accuracy, products)
-            if step is None:  # as it will be for the next one, too
-                products = 0
+            if step is None and len(narrow):  # as it will be for the next one, too
+                products, step = 0, system.corrected(gradient, narrow, accuracy)
+            if step is None:
+                narrow = narrow[:0]
                 try:
                     step = system.solve(gradient)
                 except np.linalg.LinAlgError:  # shares whose squares leave the range of float64
@@ -341,28 +387,50 @@ class _System:
         solution: Floats = solve_definite(matrix, right * self.inverse_roots) * self.inverse_roots
         return solution
 
+    def corrected(self, right: Floats, narrow: Tensor, accuracy: float) -> Floats | None:
+        """:meth:`approximate` with the help of a factorisation in float32, if that sees enough."""
+        if float(self.added.min()) <= _SEEN:  # no eigenvalue is below that
+            return None
+        factors, added = (torch.from_numpy(x).float() for x in (self.factors, self.added))
+        matrix = (narrow * factors[:, None]).mul_(factors)
+        matrix.diagonal().add_(added)
+        factor, failed = torch.linalg.cholesky_ex(matrix)
+        if failed.item():
+            return None
+        return self.approximate(right, narrow, accuracy, _CORRECTIONS, factor)
+
     def approximate(
-        self, right: Floats, narrow: Tensor, accuracy: float, products: int
+        self,
+        right: Floats,
+        narrow: Tensor,
+        accuracy: float,
+        products: int,
+        factor: Tensor | None = None,
     ) -> Floats | None:
         """
         Conjugate gradients to a relative accuracy; None if that takes more products.
 
         :param narrow: The cosines in float32.
+        :param factor: Cholesky factor of what they are preconditioned by, in float32.
         """
-        residual = direction = right * self.inverse_roots
+        residual = right * self.inverse_roots
         solution = np.zeros_like(right)
-        squared = float(residual @ residual)
-        enough = accuracy * accuracy * squared
+        enough = accuracy * accuracy * float(residual @ residual)
+        direction, before = np.zeros_like(right), math.inf
         for _ in range(products):
-            if squared <= enough:
+            if float(residual @ residual) <= enough:
                 return solution * self.inverse_roots
+            near = residual
+            if factor is not None:
+                column = torch.from_numpy(residual.astype(np.float32))[:, None]
+                near = torch.cholesky_solve(column, factor)[:, 0].numpy().astype(np.float64)
+            squared = float(residual @ near)
+            direction, before = near + (squared / before) * direction, squared
             scaled = torch.from_numpy((self.factors * direction).astype(np.float32))
             image = self.factors * narrow.mv(scaled).numpy() + self.added * direction
             size = squared / float(direction @ image)
             solution += size * direction
             residual = residual - size * image
-            before, squared = squared, float(residual @ residual)
-            direction = residual + (squared / before) * direction
         return None
 
 
