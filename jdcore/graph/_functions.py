@@ -6,9 +6,10 @@ operation as well (a sum hands the same one to both of its operands). If that on
 autograd is done with the tensor by then; who kept it would go on with other numbers.
 
 Some **treat NaN otherwise than numbers**, and so hide where samples are: they compare gradients,
-replace what is not finite or take another branch, as torch's own derivatives do not. So two passes
-of numbers follow those of NaN: in the second one each sample has another factor, by which all that
-belongs to it has to grow.
+replace what is not finite or take another branch, as torch's own derivatives do not. So passes of
+numbers follow those of NaN: from the second one on, each sample has another factor, by which all
+that belongs to it has to grow. The factors are powers of two, which no rounding hides: what a
+function mixes shows in the last digit of the smallest entry.
 
 Some **keep** what the graph does not show, such as the modules that blocks of reversible networks
 run once more, which accumulates into the ``.grad`` of their parameters.
@@ -130,30 +131,55 @@ def hides_samples(
     if not functions:
         return False
     samples = output.shape[batch_dim]
-    factors = _factors(samples)
-    of_losses = factors.view(-1, *[1] * (output.ndim - batch_dim - 1)).to(output)
     # One task starts as it will in the pass that counts; of several ones, none cancels another.
-    tasks = _factors(output.numel() // samples).view(-1, 1).to(output)
+    tasks = _random(output.numel() // samples).view(-1, 1).to(output)
     others = output.shape[:batch_dim] + output.shape[batch_dim + 1 :]
     seed = (tasks / tasks[0]).expand(-1, samples).reshape(*others, samples).movedim(-1, batch_dim)
+    first = _returned(graph, output, seed, functions)
     apart = {node for node, _ in layouts}
-    first, second = (_returned(graph, output, s, functions) for s in (seed, seed * of_losses))
+    known: dict[Place, Layout] = {}
     for (node, operand), grad in first.items():
         place = form.inputs[node][operand]
-        layout = layouts.get(place)
-        if layout is None:
-            inside = place[0] in form.leading and place[0] not in form.rearranged
-            # Where samples are not apart, what is zero for all together may not be so for one.
-            if inside and place not in reached and (node not in apart or bool(grad.any())):
-                return True
-        elif not _has_grown(grad, second[node, operand], layout, factors):
+        if place in layouts:
+            known[node, operand] = layouts[place]
+            continue
+        inside = place[0] in form.leading and place[0] not in form.rearranged
+        # Where samples are not apart, what is zero for all together may not be so for one.
+        if inside and place not in reached and (node not in apart or bool(grad.any())):
             return True
-    return False
+    # In half precision, factors that are far apart leave the range of numbers.
+    half = form.precision == torch.float16
+    doubtful = False
+    for factors in [_random(samples)] if half else _powers(samples):
+        of_losses = factors.view(-1, *[1] * (output.ndim - batch_dim - 1)).to(output)
+        second = _returned(graph, output, seed * of_losses, functions)
+        if second.keys() != first.keys():
+            return True
+        for place, layout in known.items():
+            wrong, largest = _errors(first[place], second[place], layout, factors)
+            # What is not finite cannot be told.
+            if bool((wrong > torch.finfo(second[place].dtype).eps ** 0.5 * largest).any()):
+                return True
+            # The smallest numbers have fewer digits, which a factor brings back.
+            limits = torch.finfo(form.precision)
+            doubtful |= not half and bool((wrong > limits.tiny / limits.eps).any())
+    # Accelerators have operations that add in no fixed order: their last digits differ as well.
+    return doubtful and _equal(first, _returned(graph, output, seed, functions))
 
 
-def _factors(count: int) -> Tensor:
+def _random(count: int) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     return torch.rand(count, dtype=torch.float64, generator=generator, device="cpu") + 0.5
+
+
+def _powers(samples: int) -> Iterator[Tensor]:
+    """Powers of two for each sample, for as many passes as no two samples have the same in all."""
+    numbers = torch.arange(samples, device="cpu")
+    while True:
+        yield torch.exp2((numbers % 8).double() - 3)
+        numbers = numbers // 8
+        if not numbers.any():
+            return
 
 
 def _returned(
@@ -173,8 +199,12 @@ def _returned(
     return kept
 
 
-def _has_grown(grad: Tensor, grown: Tensor, layout: Layout, factors: Tensor) -> bool:
-    """Whether what belongs to a sample grew by its factor, and what belongs to none is zero."""
+def _errors(grad: Tensor, grown: Tensor, layout: Layout, factors: Tensor) -> tuple[Tensor, Tensor]:
+    """
+    What is missing for a gradient to have grown as it has to, and the largest entry of each sample.
+
+    What belongs to a sample has to grow by its factor, and what belongs to none to be zero.
+    """
     owners = layout.owners(grad.shape[layout.dim], grad.device)
     of_entries = torch.where(owners < 0, 0.0, factors.to(grad.device)[owners])
     wrong = (grown - grad * of_entries.view(-1, *[1] * (grad.ndim - layout.dim - 1))).abs()
@@ -182,8 +212,12 @@ def _has_grown(grad: Tensor, grown: Tensor, layout: Layout, factors: Tensor) -> 
     largest = grown.abs()
     if others:  # of no dimensions, torch takes all
         largest = largest.amax(others, keepdim=True)
-    # What is not finite cannot be told.
-    return not bool((wrong > torch.finfo(grad.dtype).eps ** 0.5 * largest).any())
+    return wrong, largest
+
+
+def _equal(found: Mapping[Place, Tensor], again: Mapping[Place, Tensor]) -> bool:
+    same = partial(torch.allclose, rtol=0.0, atol=0.0, equal_nan=True)
+    return found.keys() == again.keys() and all(same(found[p], again[p]) for p in found)
 
 
 # -- those that keep what the graph does not show --------------------------------------------------

@@ -238,6 +238,57 @@ def test_a_long_row_does_not_hide_that_a_function_mixes_others(features: tuple[i
     torch.testing.assert_close(found, jacobian @ jacobian.T, rtol=1e-12, atol=0.0)
 
 
+class _MixedInOneFeature(torch.autograd.Function):
+    """Adds the last feature of one sample to that of another one, unless gradients are NaN."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        grad = grads[0].clone()
+        if not grad.isnan().any():
+            grad[3, -1] += grad[11, -1]  # two samples of the same place among eight
+        return grad
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_a_large_feature_does_not_hide_that_a_function_mixes_a_small_one(
+    dtype: torch.dtype,
+) -> None:
+    net = nn.Linear(3, 2).to(dtype)
+    outputs = _MixedInOneFeature.apply(net(randn(12, 3).to(dtype)))
+    losses = outputs @ torch.tensor([1.0, 1e-9], dtype=dtype)
+    with pytest.warns(RowByRowWarning, match="treats NaN otherwise"):
+        gramian(losses, inputs=list(net.parameters()), batch_dim=0)
+
+
+class _Scaled(torch.autograd.Function):
+    """Right, with some gradients that have hardly any digits left."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor) -> Tensor:
+        ctx.save_for_backward(scale)
+        return x * scale
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0] * ctx.saved_tensors[0], None
+
+
+@pytest.mark.parametrize("samples", [1, 7, 8, 65])
+@pytest.mark.parametrize("smallest", [1.0, 1e-5, 1e-40, 1e-44])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_function_of_the_smallest_numbers_is_known_to_keep_samples_apart(
+    dtype: torch.dtype, smallest: float, samples: int
+) -> None:
+    net = nn.Linear(3, 2).to(dtype)
+    scale = torch.tensor([1.0, smallest], dtype=dtype)
+    losses = _Scaled.apply(net(randn(samples, 3).to(dtype)), scale).sum(1)
+    gramian(losses, inputs=list(net.parameters()), batch_dim=0)  # warnings are errors
+
+
 class _Masked(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
