@@ -43,15 +43,10 @@ class Collected(Accumulator):
         self.shares: list[Share] = []
         self.names: list[Any] = []
         """What tells each share from the others, the same on all processes."""
-        self._tasks = objectives.tasks
 
     def add_share(self, share: Addend) -> None:
         assert isinstance(share, Share)  # as nothing joins
         self.shares.append(share)
-
-    def add_rows(self, rows: Tensor) -> None:
-        by_task = rows.view(self._tasks, -1, rows.shape[1])
-        self.shares.append(Dense(by_task, (rows.shape[1],)))
 
 
 class Union:

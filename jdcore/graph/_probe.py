@@ -11,8 +11,8 @@ sample alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from functools import cache, partial
+from collections.abc import Iterator, Sequence
+from functools import cache
 from itertools import combinations
 from math import comb
 
@@ -66,26 +66,20 @@ def find_layouts(graph: Graph, output: Tensor, batch_dim: int) -> Findings:
     sparse: list[int] = []
     shape = [-1 if d == batch_dim else 1 for d in range(output.ndim)]
 
-    def run(seed: Tensor, note: Callable[[int, Grads], None]) -> None:
+    def poison(poisoned: Tensor, bit: int) -> None:
         def receive(heard: Iterator[Heard]) -> None:
             for node, grads, _ in heard:
-                note(node, grads)
+                # Not after the pass, when a checkpoint would compute anew what the operations saved
+                # that nothing lies behind.
+                inside = bit == 0 and current_pass() >= 0
+                if inside and is_sparse_product(form.names[node], graph.nodes[node]):
+                    sparse.append(node)
+                _note(seen, bit, node, grads)
 
+        seed = torch.where(poisoned.view(shape), torch.nan, 0.0).to(output).expand_as(output)
         # Anomaly detection would take the poison for an error of the user.
         with torch.autograd.set_detect_anomaly(False):
             listener.run([output], [seed], receive, hooks=steady, retain_graph=True)
-
-    def poison(poisoned: Tensor, bit: int) -> None:
-        seed = torch.where(poisoned.view(shape), torch.nan, 0.0).to(output).expand_as(output)
-        run(seed, partial(note, bit))
-
-    def note(bit: int, node: int, grads: Grads) -> None:
-        # Not after the pass, when a checkpoint would compute anew what the operations saved that
-        # nothing lies behind.
-        inside = bit == 0 and current_pass() >= 0
-        if inside and is_sparse_product(form.names[node], graph.nodes[node]):
-            sparse.append(node)
-        _note(seen, bit, node, grads)
 
     # About log2 of the samples as many passes, in place of one for each sample.
     codes = _codes(samples)
@@ -94,14 +88,11 @@ def find_layouts(graph: Graph, output: Tensor, batch_dim: int) -> Findings:
         poison((words >> bit) & 1 == 1, bit)
     sample_of = {code: sample for sample, code in enumerate(codes)}
     everything = (1 << max(codes).bit_length()) - 1
-    found = {place: [h.tolist() for h in of_dims] for place, of_dims in seen.items()}
-    by_itself = any(word == everything for dims in found.values() for h in dims for word in h)
-    if by_itself:
+    found = _read(seen)
+    if everything in _words(found):
         poison(torch.zeros(samples, dtype=torch.bool, device=output.device), _BY_ITSELF)
-        found = {place: [h.tolist() for h in of_dims] for place, of_dims in seen.items()}
-    sure = not sparse and not any(
-        word >> _BY_ITSELF for dims in found.values() for h in dims for word in h
-    )
+        found = _read(seen)
+    sure = not sparse and not any(word >> _BY_ITSELF for word in _words(found))
     start = form.starts[0]
     layouts = {start: Layout(batch_dim, samples)}
     for place, of_dims in found.items():
@@ -137,6 +128,15 @@ def _note(seen: dict[Place, list[Tensor]], bit: int, node: int, grads: Grads) ->
         seen[node, number] = (
             hit if known is None else [a | b for a, b in zip(known, hit, strict=True)]
         )
+
+
+def _read(seen: dict[Place, list[Tensor]]) -> dict[Place, list[list[int]]]:
+    """The word of each entry, by place and dimension."""
+    return {place: [hit.tolist() for hit in of_dims] for place, of_dims in seen.items()}
+
+
+def _words(found: dict[Place, list[list[int]]]) -> set[int]:
+    return {word for of_dims in found.values() for words in of_dims for word in words}
 
 
 def _layout(of_dims: Sequence[list[int]], sample_of: dict[int, int], samples: int) -> Layout | None:
