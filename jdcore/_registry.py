@@ -25,8 +25,8 @@ from jdcore._discovery import (
     normalize_distribution,
     switched_without_effect,
 )
+from jdcore._gramian_rules import CHOOSE, RUNTIME, OperationTable, serves_itself
 from jdcore._loading import Loading
-from jdcore._operations import CHOOSE, RUNTIME, OperationTable, serves_itself
 from jdcore._tables import Entry, NameTable
 from jdcore.errors import (
     ParameterError,

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from jdcore._operations import CHOOSE
+from jdcore._gramian_rules import CHOOSE
 from jdcore._registry import get_gramian_rule, registry
 from jdcore._tables import Entry
 from jdcore.errors import PluginError, PluginWarning, warn

@@ -16,8 +16,8 @@ from attrs import frozen
 from torch import Tensor
 
 import jdcore.scalarization
+from jdcore._gramian_rules import RUNTIME
 from jdcore._methods import scalarizer_class
-from jdcore._operations import RUNTIME
 from jdcore._registry import registry
 from jdcore.config import to_config
 from jdcore.config._arguments import arguments_of

@@ -3,7 +3,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from jdcore._operations import RUNTIME
+from jdcore._gramian_rules import RUNTIME
 from jdcore._registry import registry
 from jdcore.spec import AggregatorSpec, Property
 from jdcore.testing import _arguments, _description, _laws, _lifecycle, _properties
