@@ -53,7 +53,7 @@ def _crossed(steps: Sequence[Step], jacobians: Sequence[Jacobian]) -> Tensor:
             found = total.total
             return found, total.cancelled(found)
 
-    gramian = multiplied(rows, jacobians[0].graph.form.precision, added_up)
+    gramian, _ = multiplied(rows, jacobians[0].graph.form.precision, added_up)
     # Of the Gramian of all samples, the products of one batch with the other.
     return gramian[:m, m:]
 

@@ -255,9 +255,9 @@ class Engine:
         # Under FSDP2 the graph ends at gathered parameters, not at those that modules have outside
         # of their forward pass.
         wanted = Gathered().leaves(trainable)
-        for tensor in wanted:
+        for tensor in {type(tensor): tensor for tensor in wanted}.values():
             # A lazy parameter has no shape yet: without this, torch's error would come from deep
-            # inside.
+            # inside. It has a class of its own.
             if is_lazy(tensor):
                 raise ParameterError(
                     "modules", "initialised", "a lazy parameter", "Run one forward pass before."

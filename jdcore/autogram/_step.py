@@ -9,7 +9,7 @@ import torch
 from attrs import frozen
 from torch import Tensor
 
-from jdcore._differentiable import check_one
+from jdcore._differentiable import check_each
 from jdcore._fields import check_grads, disjoint, write_grads
 from jdcore._modes import plain_modes
 from jdcore.aggregation import GramianSource, weigh
@@ -82,8 +82,7 @@ class Step:
         # copies would drift apart.
         if not (together or report):
             refuse_replicated(self.wanted, self.parameter)
-        for tensor in self.wanted:
-            check_one(tensor, self.parameter, _REMEDY)
+        check_each(self.wanted, self.parameter, _REMEDY)
         jacobian = Jacobian(
             self.objectives,
             self.wanted,
@@ -138,14 +137,15 @@ class Step:
             fields = [*changed.values(), *jacobian.graph.retained]
             # Whether a sparse `.grad` fits shows when its gradient is there, which may be sparse as
             # well; `write_grads` then checks before it writes.
-            check_grads(t for t in fields if t.grad is None or not t.grad.is_sparse)
+            check_grads([t for t in fields if t.grad is not None and not t.grad.is_sparse])
 
             def compute() -> Tensor:
                 return jacobian.gramian(
                     keep=not second_pass, retain_graph=retain_graph or second_pass
                 )
 
-            losses = torch.cat([output.detach().reshape(-1) for output in outputs])
+            values = [output.detach().reshape(-1) for output in outputs]
+            losses = values[0] if len(values) == 1 else torch.cat(values)
             source = source_of(jacobian, losses, compute)
             with state_kept(weighting):  # what follows the weighing may fail
                 weights = weights_of(weighting, source, self.shape)
@@ -154,12 +154,14 @@ class Step:
                 if second_pass or jacobian.roots is None:
                     gradients = jacobian.differentiated(weights, retain_graph=retain_graph)
                 else:
-                    wide = source.rounding_shows(weights.reshape(-1))
+                    wide = not jacobian.apart and source.rounding_shows(weights.reshape(-1))
                     # And the Gramian, which is as large as a layer where there are many losses.
                     del source
                     gradients = jacobian.weighted(weights, retain_graph=retain_graph, wide=wide)
             # Two leaves may have got the same tensor, as both terms of a sum do.
-            write_grads(dict(zip(gradients, disjoint(gradients.values()), strict=True)))
+            if not jacobian.gradients_apart:
+                gradients = dict(zip(gradients, disjoint(gradients.values()), strict=True))
+            write_grads(gradients)
             return self.for_user(weights)
 
 

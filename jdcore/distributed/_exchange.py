@@ -108,7 +108,7 @@ class Union:
         :param precision: What their rows were rounded to.
         :raises ParameterError: If the processes have shares of different graphs.
         """
-        gramian = multiplied(
+        gramian, _ = multiplied(
             self.objectives.rows,
             precision,
             lambda: self._added_up(collected),

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from torch import Tensor
 
 from jdcore.distributed._replicas import replicas_of
-from jdcore.distributed._sharding import Gathered, is_dtensor, is_flat
+from jdcore.distributed._sharding import Gathered, is_dtensor, is_flat, some_dtensor, some_flat
 from jdcore.errors import ParameterError
 from jdcore.validators import describe_tensor
 
@@ -16,8 +16,11 @@ def refuse_sharded(tensors: Iterable[Tensor], parameter: str) -> None:
 
     :raises ParameterError: Naming the kind of tensor.
     """
-    gathered = Gathered()
-    for tensor in tensors:
+    given, gathered = list(tensors), Gathered()
+    # Nearly always none is any of these, which takes fewer calls to tell of all of them.
+    if not (gathered.modules or some_dtensor(given) or some_flat(given)):
+        return
+    for tensor in given:
         kind = _kind(tensor, gathered)
         if kind is not None:
             raise ParameterError(

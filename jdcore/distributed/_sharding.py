@@ -31,8 +31,13 @@ def _is_dtensor_class(cls: type) -> bool:
 
 def is_flat(tensor: Tensor) -> bool:
     """Whether a tensor is a flat parameter of FSDP1, alone or behind the original parameters."""
+    return some_flat([tensor])
+
+
+def some_flat(tensors: Iterable[Tensor]) -> bool:
+    """Whether one of some tensors is a flat parameter of FSDP1."""
     # FSDP1 marks its parameters so.
-    return getattr(tensor, "_is_flat_param", False)
+    return bool([t for t in tensors if getattr(t, "_is_flat_param", False)])
 
 
 class Gathered:

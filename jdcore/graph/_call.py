@@ -187,7 +187,7 @@ def pull(graph: Graph, plan: Plan, grads: dict[Place, Tensor]) -> dict[int, Tens
     """
     arrived, form = dict(grads), graph.form
     allowed = graph.wanted.keys() | set(plan.below)
-    below = plan.below if any(node not in graph.wanted for node, _ in grads) else ()
+    below = plan.below if [node for node, _ in grads if node not in graph.wanted] else ()
     for node in below:
         results = form.results[node]
         given = [arrived.pop((node, number), None) for number in range(len(results))]
@@ -202,8 +202,14 @@ def pull(graph: Graph, plan: Plan, grads: dict[Place, Tensor]) -> dict[int, Tens
                 found = found.real
             found = reduced(found, result.shape)
             arrived[place] = sum_of([arrived[place], found]) if place in arrived else found
-    leaves = ((node, graph.wanted[node], grad) for (node, _), grad in arrived.items())
-    return {node: grad.to(leaf.device, leaf.dtype) for node, leaf, grad in leaves}
+    leaves = [(node, graph.wanted[node], grad) for (node, _), grad in arrived.items()]
+    return {
+        # Asked first, as a conversion costs as much as a small operation.
+        node: grad
+        if grad.dtype == leaf.dtype and grad.device == leaf.device
+        else grad.to(leaf.device, leaf.dtype)
+        for node, leaf, grad in leaves
+    }
 
 
 def _passed(graph: Graph, node: int, given: Grads) -> Grads:

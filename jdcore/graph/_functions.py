@@ -56,7 +56,7 @@ def try_functions(graph: Graph, outputs: Sequence[Tensor]) -> None:
     if set(graph.functions_of_others.values()).issubset(_KNOWN):
         return
     live = [output for output in outputs if output.requires_grad]
-    edges = [graph.edge(place) for place in graph.form.targets]
+    edges = graph.edges(graph.form.targets)
     with _watched(graph):
         differentiate(live, edges, [torch.ones_like(output) for output in live], True)
 
@@ -195,7 +195,7 @@ def _returned(
 
     hooks = (graph.nodes[node].register_hook(partial(keep, node)) for node in functions)
     with own_hooks(hooks):
-        differentiate([output], [graph.edge(p) for p in graph.form.targets], [seed], True)
+        differentiate([output], graph.edges(graph.form.targets), [seed], True)
     return kept
 
 

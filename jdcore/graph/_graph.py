@@ -217,7 +217,7 @@ class Graph:
         starts = [edge_of(output) for output in outputs if output.requires_grad]
         # Holding the nodes keeps their Python wrappers, hence their identity.
         self.nodes: list[Any] = list(dict.fromkeys(node for node, _ in starts))
-        self.leaves: dict[int, Tensor] = {}
+        self.leaves: dict[int, Tensor]
         self._index: dict[Node, int] = {node: i for i, node in enumerate(self.nodes)}
         properties = self._explore()
         # Torch gives a parameter another node when its dtype changes, and takes the gradient there
@@ -251,39 +251,38 @@ class Graph:
 
     def _explore(self) -> _Properties:
         """Number all nodes behind the first ones: their names, operands and results."""
-        names: list[str] = []
-        inputs: list[tuple[Place, ...]] = []
-        described: list[tuple[tuple[Any, ...], ...]] = []
         nodes = self.nodes
         known: dict[Any, int] = {None: -1, **self._index}
+        followed: list[Any] = []
         # A list that grows rather than recursion: graphs are deeper than Python's stack.
         for node in nodes:
-            name = node.name()
-            names.append(name)
-            if name == LEAF:
-                leaf = self.leaves[len(inputs)] = node.variable
-                inputs.append(())
-                # The node of a leaf does not know when its data are replaced.
-                described.append(((*leaf.shape, leaf.dtype),))
-                continue
-            if name == REENTRANT:
-                raise UnservedGraphError(
-                    "a reentrant checkpoint",
-                    "it hides the operations and the parameters inside it",
-                    "Call torch.utils.checkpoint.checkpoint with use_reentrant=False.",
-                )
-            edges = []
-            for child, result in node.next_functions:
-                number = known.get(child)
-                if number is None:
-                    number = known[child] = len(nodes)
+            following = node.next_functions
+            followed.append(following)
+            for child, _ in following:
+                if child not in known:
+                    known[child] = len(nodes)
                     nodes.append(child)
-                edges.append((number, result))
-            inputs.append(tuple(edges))
-            described.append(results_of(node))
+        names = tuple([node.name() for node in nodes])
+        if REENTRANT in names:
+            raise UnservedGraphError(
+                "a reentrant checkpoint",
+                "it hides the operations and the parameters inside it",
+                "Call torch.utils.checkpoint.checkpoint with use_reentrant=False.",
+            )
+        inputs = tuple([tuple([(known[node], k) for node, k in edges]) for edges in followed])
+        self.leaves = {i: nodes[i].variable for i, name in enumerate(names) if name == LEAF}
+        # The node of a leaf does not know when its data are replaced.
+        described = tuple(
+            [
+                ((*leaf.shape, leaf.dtype),)
+                if (leaf := self.leaves.get(i)) is not None
+                else results_of(node)
+                for i, node in enumerate(nodes)
+            ]
+        )
         del known[None]
         self._index = known
-        return tuple(names), tuple(inputs), tuple(described)
+        return names, inputs, described
 
     @cached_property
     def functions_of_others(self) -> dict[Any, type]:
@@ -317,6 +316,10 @@ class Graph:
             steps.append((name, number, integers))
             node, number = self.form.inputs[node][0]
         return node, tuple(steps)
+
+    def edges(self, places: Sequence[Place]) -> list[GradientEdge]:
+        """:meth:`edge` of each."""
+        return [GradientEdge(self.nodes[node], number) for node, number in places]
 
     def edge(self, place: Place) -> GradientEdge:
         """Where autograd can be asked for the gradient at a place."""

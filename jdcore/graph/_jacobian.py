@@ -1,8 +1,9 @@
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import cached_property
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from jdcore.graph._hooks import has_hook_for_several, may_have_hooks
 from jdcore.graph._memory import Memory
 from jdcore.graph._objectives import Objectives, OneByOne
 from jdcore.graph._operations import is_sparse
-from jdcore.graph._passes import Heard, Listener, differentiate
+from jdcore.graph._passes import Grads, Heard, Listener, differentiate, saved_by
 from jdcore.graph._plan import Plan, Plans, plan_of_tasks
 from jdcore.graph._probe import Unshown
 from jdcore.graph._root_shares import RootShares
@@ -35,6 +36,9 @@ _HOOKED = (
     "there are hooks that were made since the last call, and torch does not show whether they are "
     "on tensors of this graph"
 )
+Serve: TypeAlias = "Callable[[int, Grads, Mapping[str, Any]], None]"
+"""Called with an operation of the frontier, the gradients of all tasks, and what it saved."""
+
 _TAMPERED = "a function writes into the gradients that its backward is given"
 
 
@@ -73,15 +77,15 @@ class Jacobian:
         self.graph = Graph(objectives.outputs, wanted)
         self._given = [tensor for tensor in wanted if tensor.is_leaf]
         # Torch has no public way to ask whether a tensor has hooks.
-        self._hooked = {i for i, leaf in self.graph.wanted.items() if leaf._backward_hooks}
-        self._apart = any(t._backward_hooks for t in self.graph.leaves.values()) or any(
-            not t.is_leaf for t in [*self.graph.targets.values(), *self.graph.retained]
-        )
+        hooked = {i for i, leaf in self.graph.leaves.items() if leaf._backward_hooks}
+        self._hooked = hooked & self.graph.wanted.keys()
+        inner = [*self.graph.targets.values(), *self.graph.retained]
+        self._apart = bool(hooked or [tensor for tensor in inner if not tensor.is_leaf])
         """Whether somebody hears the gradients of passes, who must not meet several in one."""
         self.objectives = objectives
         self.one_by_one: str | None = None
         """Why each loss gets a backward pass of its own, if that is so in spite of samples."""
-        self._refuse_hooks_for_several()
+        self._refuse_hooks_for_several(hooked if all_leaves else self._hooked)
         if may_have_hooks(self.graph):
             self._take_plain_rows(_HOOKED)
         elif any(has_hook_for_several(self.graph.wanted[i], "any") for i in self._hooked):
@@ -92,17 +96,21 @@ class Jacobian:
             self._take_plain_rows(_TAMPERED)
         self.roots: RootShares | None = None
         """Once they were made, the shares."""
+        self.gradients_apart = False
+        """Whether the weighted gradients are known to lie in memory of their own."""
+        self.apart = False
+        """Whether the Gramian has shown that no combination of its rows nearly vanishes."""
 
     def goes_one_by_one(self) -> bool:
         """Whether each loss gets a backward pass of its own, which may show in the first ones."""
-        self._plan  # noqa: B018 - to look for it may show this
+        with torch.no_grad(), self.fields_unchanged():
+            self._plan  # noqa: B018 - to look for it may show this
         return self.one_by_one is not None
 
-    def _refuse_hooks_for_several(self) -> None:
-        heard = self.graph.leaves if self._all_leaves else self.graph.wanted
+    def _refuse_hooks_for_several(self, hooked: Iterable[int]) -> None:
         # Torch tells these hooks only of leaves that a pass accumulates into, and ours accumulate
         # into none.
-        if any(has_hook_for_several(leaf, "all") for leaf in heard.values()):
+        if any(has_hook_for_several(self.graph.leaves[leaf], "all") for leaf in hooked):
             raise UnservedGraphError(
                 "a hook of register_multi_grad_hook on parameters",
                 "it hears only of gradients that are accumulated",
@@ -133,7 +141,8 @@ class Jacobian:
             found = made[-1].total
             return found, made[-1].cancelled(found)
 
-        return self.objectives.ordered(multiplied(rows, precision, added_up))
+        found, self.apart = multiplied(rows, precision, added_up)
+        return self.objectives.ordered(found)
 
     def _added_up(self, keep: bool, retain_graph: bool) -> Accumulator:
         total = Accumulator(self.objectives.rows, self._device, keep, self.memory)
@@ -188,10 +197,7 @@ class Jacobian:
 
     @cached_property
     def _plan(self) -> Plan:
-        with torch.no_grad(), self.fields_unchanged():
-            return self._find_plan()
-
-    def _find_plan(self) -> Plan:
+        """What is known of the graph. To find it may take passes."""
         if not isinstance(self.objectives, OneByOne):
             try_functions(self.graph, self.objectives.outputs)
             if tampers(self.graph):
@@ -244,7 +250,7 @@ class Jacobian:
             tensor.grad = None
         try:
             yield
-            hidden = any(tensor.grad is not None for tensor in tensors[kept:])
+            hidden = [tensor for tensor in tensors[kept:] if tensor.grad is not None]
         finally:
             for tensor, grad in zip(tensors, before, strict=True):
                 tensor.grad = grad
@@ -257,52 +263,84 @@ class Jacobian:
             )
 
     def _run(self, serving: Serving, retain_graph: bool) -> None:
-        """All tasks, with samples. The last one is listened to, so that nothing need be kept."""
-        plan, objectives = self._plan, self.objectives
+        """All tasks, with samples."""
+        plan, tasks = self._plan, self.objectives.tasks
         # Nodes without a rule are called afterwards, and other leaves differentiated.
         retain_graph |= bool(self._others()) or bool(plan.left)
         retain_graph |= plan.called is None or bool(plan.called)
         # So may be others, as a rule of a plugin may hold for some data only.
         retain_graph |= len(plan.late) < len(plan.frontier)
         serving.roots.graph_stays = retain_graph
-        first, tasks = self._all_but_the_last(), objectives.tasks
         unserved: dict[int, tuple[Site, list[int]]] = {}
 
-        def receive(heard: Iterable[Heard]) -> None:
-            for node, grads, tensors in serving.serve_alike(heard) if tasks == 1 else heard:
-                if tasks == 1:
-                    rows = [_row(grad) for grad in grads]
-                else:
-                    of_first = [first.pop((node, i), None) for i in range(len(grads))]
-                    rows = [_joined(f, g, tasks) for f, g in zip(of_first, grads, strict=True)]
-                found = serving.serve(node, rows, tensors)
-                if found is not None:
-                    unserved[node] = found
+        def serve(node: int, rows: Grads, tensors: Mapping[str, Any]) -> None:
+            found = serving.serve(node, rows, tensors)
+            if found is not None:
+                unserved[node] = found
 
-        listener = Listener(self.graph, plan.frontier, late=plan.late, room=self.memory.waiting)
-        seed = objectives.seeds_of_tasks([tasks - 1])[0]
-        listener.run(objectives.outputs, [seed], receive, retain_graph=retain_graph)
-        # What is left arrived from earlier tasks alone: the last one does not reach these nodes.
-        left = dict.fromkeys(node for node, _ in first)
-        receive([(n, [None] * len(self.graph.form.results[n]), {}) for n in left])
+        wait = len(plan.late) == len(plan.frontier)
+        wait &= tasks * sum(plan.late.values()) <= self.memory.waiting
+        if tasks == 1:
+            self._run_one(serving, serve, retain_graph)
+        elif wait and (saved := saved_by(self.graph, plan.frontier)) is not None:
+            grads = self._of_first(tasks, retain_graph)
+            for node, tensors in saved.items():
+                numbers = range(len(self.graph.form.results[node]))
+                serve(node, [grads.pop((node, i), None) for i in numbers], tensors)
+        else:
+            self._run_several(serve, retain_graph)
         for node, (site, rest) in unserved.items():
             serving.call(node, site, rest)
         plan.called = {*(plan.called or ()), *unserved}
 
-    def _all_but_the_last(self) -> dict[Place, Tensor]:
-        """The gradients of tasks at the operations of the frontier, shape [K - 1, ...] each."""
+    def _run_one(self, serving: Serving, serve: Serve, retain_graph: bool) -> None:
+        """One task."""
+
+        def receive(heard: Iterable[Heard]) -> None:
+            for node, grads, tensors in serving.serve_alike(heard):
+                serve(node, [_row(grad) for grad in grads], tensors)
+
+        self._listen(receive, retain_graph)
+
+    def _run_several(self, serve: Serve, retain_graph: bool) -> None:
+        """Several tasks. The last one is listened to, so that nothing of it need be kept."""
+        tasks = self.objectives.tasks
+        first = self._of_first(tasks - 1, True)
+
+        def receive(heard: Iterable[Heard]) -> None:
+            for node, grads, tensors in heard:
+                of_first = [first.pop((node, i), None) for i in range(len(grads))]
+                rows = [_joined(f, g, tasks) for f, g in zip(of_first, grads, strict=True)]
+                serve(node, rows, tensors)
+
+        self._listen(receive, retain_graph)
+        # What is left arrived from earlier tasks alone: the last one does not reach these nodes.
+        left = dict.fromkeys(node for node, _ in first)
+        receive([(n, [None] * len(self.graph.form.results[n]), {}) for n in left])
+
+    def _listen(self, receive: Callable[[Iterable[Heard]], None], retain_graph: bool) -> None:
+        """The last task."""
+        objectives, frontier, late = self.objectives, self._plan.frontier, self._plan.late
+        listener = Listener(self.graph, frontier, late=late, room=self.memory.waiting)
+        seed = objectives.seeds_of_tasks([objectives.tasks - 1])[0]
+        listener.run(objectives.outputs, [seed], receive, retain_graph=retain_graph)
+
+    def _of_first(self, count: int, retain_graph: bool) -> dict[Place, Tensor]:
+        """The gradients of the first tasks at the operations of the frontier, [count, ...] each."""
         graph, objectives = self.graph, self.objectives
-        count = objectives.tasks - 1
-        if count == 0:
-            return {}
         [start] = graph.form.starts
+        # Those of all tasks at once if they are small, as each costs some calls.
+        small = count * objectives.rows <= self.memory.waiting
+        whole = objectives.seeds_of_tasks(range(count)) if small else None
 
         def seeds(place: Place, tasks: Sequence[int]) -> Tensor:
-            return objectives.seeds_of_tasks(tasks)
+            if whole is None:
+                return objectives.seeds_of_tasks(tasks)
+            return whole[tasks[0] : tasks[-1] + 1]
 
         passes = Passes(graph, [start] * count, seeds, self.memory, self._apart)
         places = [place for place in graph.form.used if place[0] in self._plan.frontier]
-        found = zip(places, passes.gradients(places, retain_graph=True), strict=True)
+        found = zip(places, passes.gradients(places, retain_graph=retain_graph), strict=True)
         return {place: grads for place, grads in found if grads is not None}
 
     def _run_tasks(self, serving: Serving, keep: bool, retain_graph: bool) -> None:
@@ -382,13 +420,14 @@ class Jacobian:
         """
         # First of all what needs operations called, while the graph is there.
         with torch.no_grad():
-            wide = wide or any(t.dtype == torch.float64 for t in self.graph.targets.values())
+            wide = wide or torch.float64 in [t.dtype for t in self.graph.targets.values()]
             placed = factors(weights, self._device, wide=wide)
             assert self.roots is not None  # see above
             gradients = self.roots.weighted(self.objectives.by_task(placed))
         # An ordinary pass knows whether the gradient of what no loss depends on is zero, or none.
-        left = [self.graph.targets[place] for place in self._plan.left]
-        gradients.update(self._differentiated([*self._others(), *left], weights, retain_graph))
+        others = self._others() + [self.graph.targets[place] for place in self._plan.left]
+        self.gradients_apart = self.roots.gradients_apart and not others
+        gradients.update(self._differentiated(others, weights, retain_graph))
         return gradients
 
     def differentiated(self, weights: Tensor, *, retain_graph: bool) -> dict[Tensor, Tensor]:

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextvars import copy_context
 from functools import partial
 from itertools import chain
@@ -64,12 +64,7 @@ class Listener:
         self._saved: dict[int, Mapping[str, Any]] = {}
         """What all nodes saved, if they are handed on after the pass, which frees it."""
         if len(late) == len(nodes) and sum(late.values()) <= room:
-            for node in nodes:
-                tensors = all_saved(graph.nodes[node])
-                if tensors is None:
-                    self._saved.clear()
-                    break
-                self._saved[node] = tensors
+            self._saved = saved_by(graph, nodes) or {}
         self._inner, self._ends = _stops(graph.form, nodes, bool(self._saved))
 
     def run(
@@ -78,7 +73,7 @@ class Listener:
         seeds: Sequence[Tensor],
         receive: Receive,
         *,
-        hooks: Iterable[tuple[int, Callable[..., Any]]] = (),
+        hooks: Collection[tuple[int, Callable[..., Any]]] = (),
         retain_graph: bool,
     ) -> None:
         """
@@ -111,13 +106,16 @@ class Listener:
                 # that were set here, such as that products are to be made in float64.
                 context.copy().run(hand_on)
 
-        ends = [graph.edge(end) for end in self._ends]
+        ends = graph.edges(self._ends)
         heard = (graph.nodes[node].register_prehook(partial(hear, node)) for node in self._inner)
         others = (graph.nodes[node].register_hook(hook) for node, hook in hooks)
-        # That of the pass first of all, since its start may be heard itself.
-        with own.starting_at(outputs if self._inner else ()), own_hooks(chain(heard, others)):
+        if self._inner or hooks:
+            # That of the pass first of all, since its start may be heard itself.
+            with own.starting_at(outputs if self._inner else ()), own_hooks(chain(heard, others)):
+                found = differentiate(outputs, ends, seeds, retain_graph)
+            hand_on()
+        else:
             found = differentiate(outputs, ends, seeds, retain_graph)
-        hand_on()
         of_node: dict[int, list[Tensor | None]] = {}
         for (node, number), grad in zip(self._ends, found, strict=True):
             if grad is not None:
@@ -126,6 +124,21 @@ class Listener:
         # From here on, each gradient is freed as soon as its receiver is done with it.
         del found
         receive((n, of_node.pop(n), self._saved.pop(n, _NONE)) for n in list(of_node))
+
+
+def saved_by(graph: Graph, nodes: Iterable[int]) -> dict[int, Mapping[str, Any]] | None:
+    """
+    What some nodes saved, for when a pass has freed it.
+
+    :returns: None if Python code makes some of it.
+    """
+    found: dict[int, Mapping[str, Any]] = {}
+    for node in nodes:
+        tensors = all_saved(graph.nodes[node])
+        if tensors is None:
+            return None
+        found[node] = tensors
+    return found
 
 
 def _taken(waiting: deque[Item]) -> Iterator[Item]:

@@ -62,6 +62,7 @@ class Spot:
     :param may_join: Whether it adds a bias to a product, both of which are finished at once.
     :param alike: A number that it shares with those operations that one call of its rule may serve
         together with it, None if no other one may be.
+    :param beside: Whether it is a product of what another one is a product of.
     """
 
     name: str
@@ -72,6 +73,7 @@ class Spot:
     silent: bool
     may_join: bool
     alike: int | None
+    beside: bool
 
 
 @define
@@ -106,6 +108,8 @@ class Plan:
     """Operations whose rules ask a site for all that they read, with the size of their results."""
     left: list[Place] = field(factory=list)
     """Parameters that no loss depends on, such as those of an expert that no sample goes to."""
+    growth: dict[Place, int] = field(factory=dict)
+    """By root, how many entries more its weighted gradient has than its shares."""
     called: set[int] | None = None
     """Operations that are called after the pass; None before the first one."""
     _spots: dict[int, Spot] = field(factory=dict, init=False)
@@ -128,8 +132,17 @@ class Plan:
                 None in layouts,
                 name == "AddmmBackward0" and {roots.get(0), roots.get(2)} <= self.alone,
                 self._kind(form, node, layouts[0]),
+                self._is_beside(form, node),
             )
         return spot
+
+    def _is_beside(self, form: Form, node: int) -> bool:
+        name = form.names[node]
+        if name not in MATRIX_PRODUCTS:
+            return False
+        factor = form.inputs[node][MATRIX_PRODUCTS[name][0] - 1]
+        uses = [n for n in self.frontier if form.names[n] == name and factor in form.inputs[n]]
+        return factor[0] >= 0 and len(uses) > 1
 
     def _kind(self, form: Form, node: int, layout: Layout | None) -> int | None:
         """A number of the form of an operation whose operands are parameters that it has alone."""

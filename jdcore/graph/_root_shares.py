@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Hashable, Mapping, Sequence, Set
 
 import torch
 from attrs import frozen
@@ -18,11 +18,16 @@ from jdcore.graph.shares import (
     Addend,
     Dense,
     Outer,
+    OuterBeside,
     OuterLayers,
+    Patches,
     Share,
+    beside,
     joined,
     sum_of,
 )
+
+_OURS = {Dense, Outer, Patches}
 
 
 @frozen(eq=False)
@@ -75,24 +80,33 @@ class RootShares:
         self._total = total
         self._keep = total.keep
         self._shares: dict[Place, list[Share]] = {}
-        self._layers: list[tuple[list[Place], OuterLayers]] = []
+        self._layers: list[tuple[list[Place], OuterLayers | OuterBeside]] = []
         self._short = ShortRows(memory)
         self.joins = total.joins and not (memory.reused or report)
         """Whether layers of one form may come together, as accelerators compute them fastest."""
+        self._beside_others = total.joins and memory.reused and not report
+        self._waiting: list[tuple[Place, Place, Outer]] = []
+        """Shares of the same inputs that are not added yet, with their roots and places."""
+        self._kind: Hashable = None  # of these
         self.graph_stays = True
         """Whether what operations saved stays in memory, beside what was copied for that."""
         self._room = memory.entries // 4  # for such copies
         self._finished: dict[int, Tensor] = {}
         self.served: list[Served] = []
+        self.gradients_apart = False
+        """Whether the weighted gradients are known to lie in memory of their own each."""
         self.sources: list[list[Place]] = []
         """The roots that each of the shares was made for, in the order in which they were added."""
 
-    def take(self, root: Place, share: Share, operation: str, how: str) -> None:
+    def take(
+        self, root: Place, share: Share, operation: str, how: str, *, beside_others: bool = False
+    ) -> None:
         """
         Take a share.
 
         :param operation: The name of the operation that the root enters.
         :param how: How the share was made, in words.
+        :param beside_others: Whether others of the same inputs may follow, or have come before.
         """
         if self._report:
             self._note(root, share, operation, how)
@@ -102,10 +116,39 @@ class RootShares:
             if isinstance(share, Dense) and share.shape.numel() < SHORT:
                 self._short.add(place, share)
                 return
-            self._add(share, [root])
-            if not self._keep:
-                return
+            if beside_others and self._beside_others and isinstance(share, Outer):
+                self._take_beside(root, place, share)
+            else:
+                self._add_alone(root, place, share)
+            return
         self._shares.setdefault(place, []).append(share)
+
+    def _take_beside(self, root: Place, place: Place, share: Outer) -> None:
+        """Add the share of a parameter together with others of its inputs."""
+        kind = beside(share)
+        if self._waiting and kind != self._kind:
+            self._add_waiting()
+        if kind is None:
+            self._add_alone(root, place, share)
+        else:
+            self._kind = kind
+            self._waiting.append((root, place, share))
+
+    def _add_alone(self, root: Place, place: Place, share: Share) -> None:
+        self._add(share, [root])
+        if self._keep:
+            self._shares.setdefault(place, []).append(share)
+
+    def _add_waiting(self) -> None:
+        """Add shares that wait for others of the same inputs."""
+        waiting, self._waiting = self._waiting, []
+        if len(waiting) == 1:
+            self._add_alone(*waiting[0])
+            return
+        whole = OuterBeside([share for _, _, share in waiting])
+        self._add(whole, [root for root, _, _ in waiting])
+        if self._keep:
+            self._layers.append(([place for _, place, _ in waiting], whole))
 
     def take_counted(self, root: Place, share: Dense, operation: str, how: str) -> None:
         """:meth:`take`, for a share whose Gramian is in that of another one."""
@@ -146,6 +189,8 @@ class RootShares:
 
     def finish(self) -> None:
         """Add what waited until all shares are there."""
+        if self._waiting:
+            self._add_waiting()
         for group in self._plan.groups:
             self._add_group(group)
         if self._plan.derived:
@@ -217,13 +262,15 @@ class RootShares:
 
         :param by_task: Weights [K, B].
         """
-        graph, grads = self._graph, self._short.weighted(by_task)
+        graph, grads, own = self._graph, self._short.weighted(by_task), True
         while self._layers:
             places, layers = self._layers.pop()
             grads.update(zip(places, layers.weighted(by_task), strict=True))
         for root in sorted(self._shares, key=self._growth):
             shares = self._shares.pop(root)
             of_uses = [share.weighted(by_task) for share in shares]
+            # Those of third parties may hand out what they keep.
+            own = own and (len(shares) > 1 or type(shares[0]) in _OURS)
             if root in grads:
                 of_uses.append(grads[root])
             grads[root] = sum_of(of_uses) if len(of_uses) > 1 else of_uses[0]
@@ -232,6 +279,8 @@ class RootShares:
             for place in self._plan.ordinary
             if place in grads
         }
+        # Operations may hand one gradient on to several leaves, or a part of it.
+        self.gradients_apart = own and not [n for n, _ in grads if n not in graph.wanted]
         for leaf, grad in pull(graph, self._plan, grads).items():
             final[graph.leaves[leaf]] = grad
         for leaf, rows in self._finished.items():
@@ -242,8 +291,12 @@ class RootShares:
 
     def _growth(self, root: Place) -> int:
         """How many entries more there are once the weighted gradient of a root is there."""
-        held = sum(share.entries for share in self._shares[root])
-        return self._graph.form.result(root).shape.numel() - held
+        known = self._plan.growth.get(root)
+        if known is None:
+            held = sum(share.entries for share in self._shares[root])
+            known = self._graph.form.result(root).shape.numel() - held
+            self._plan.growth[root] = known  # the same in each step
+        return known
 
 
 def _through_hooks(leaf: Tensor, rows: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from jdcore.graph._call import called_shares
 from jdcore.graph._graph import Graph
 from jdcore.graph._memory import Memory, pieces
 from jdcore.graph._passes import Grads, Heard
-from jdcore.graph._plan import Plan
+from jdcore.graph._plan import Plan, Spot
 from jdcore.graph._root_shares import RootShares
 from jdcore.graph._saved import Unreadable, all_saved
 from jdcore.graph._short_rows import SHORT
@@ -59,19 +59,18 @@ class Serving:
             return None
         of_place = spot.name, grads, spot.layouts, spot.shapes
         site = Site(self.graph.nodes[node], *of_place, tensors)
-        rest, shares = [], {}
         # Of complex numbers some factors are conjugated, which the node itself knows best.
         make = None if spot.complex else self.rules.find(site.name, site.node)
-        for operand in spot.roots:
-            share = _made(make, site, operand)
+        shares, bias = _shares(make, site, spot)
+        if bias is not None:
+            self.roots.take_counted(spot.roots[0], bias, spot.name, "with its weight")
+        rest = []
+        for operand, share in shares.items():
             if share is None:
                 rest.append(operand)
             else:
-                shares[operand] = share
-        if spot.may_join and (bias := _join_bias(site, shares)) is not None:
-            self.roots.take_counted(spot.roots[0], bias, spot.name, "with its weight")
-        for operand, share in shares.items():
-            self.roots.take(spot.roots[operand], share, spot.name, "closed form")
+                root = spot.roots[operand]
+                self.roots.take(root, share, spot.name, "closed form", beside_others=spot.beside)
         return (site, rest) if rest else None
 
     def call(self, node: int, site: Site, rest: list[int]) -> None:
@@ -138,23 +137,21 @@ class Serving:
         spots = [self.plan.spot(self.graph.form, node) for node, _, _ in heard]
         nodes, spot = [self.graph.nodes[node] for node, _, _ in heard], spots[0]
         rule = self.rules.find(spot.name, nodes[0])
-        shares: dict[int, Share] = {}
         try:
             grads = stacked_alike([of_results[0] for _, of_results, _ in heard])
             of_place = spot.name, [grads], spot.layouts, spot.shapes
             saved = [(n, tensors) for n, (_, _, tensors) in zip(nodes, heard, strict=True)]
             site = Layers(nodes[0], *of_place, operations=saved)
-            for operand in spot.roots:
-                if (share := _made(rule, site, operand)) is None:
-                    return False
-                shares[operand] = share
-            joins = spot.may_join and _join_bias(site, shares) is not None
+            found, bias = _shares(rule, site, spot)
         except NoRule:
             return False
-        if any(isinstance(s, Dense) and s.shape.numel() >= SHORT for s in shares.values()):
+        shares = {operand: share for operand, share in found.items() if share is not None}
+        if len(shares) < len(found) or any(
+            isinstance(s, Dense) and s.shape.numel() >= SHORT for s in shares.values()
+        ):
             return False
         for operand, share in shares.items():
-            biases = [of.roots[0] for of in spots] if joins else []
+            biases = [] if bias is None else [of.roots[0] for of in spots]
             self.roots.take_layers([of.roots[operand] for of in spots], share, biases, entries)
         return True
 
@@ -173,27 +170,42 @@ def _entries(node: Any, heard: Heard) -> int:
     return sum([t.numel() for t in saved], grad.numel())
 
 
-def _join_bias(site: Site, shares: dict[int, Share]) -> Dense | None:
+def _shares(
+    rule: Rule | None, site: Site, spot: Spot
+) -> tuple[dict[int, Share | None], Dense | None]:
+    """
+    The shares of all operands, None for those that the rule does not serve.
+
+    :returns: They, by operand, and the share of a bias whose Gramian is in that of its weight.
+    """
+    if not spot.may_join:
+        return {operand: _made(rule, site, operand) for operand in spot.roots}, None
+    weight = _made(rule, site, 2)
+    bias = _bias_of(site, weight)
+    rest = [operand for operand in spot.roots if operand not in ((0, 2) if bias else (2,))]
+    return {2: weight, **{operand: _made(rule, site, operand) for operand in rest}}, bias
+
+
+def _bias_of(site: Site, weight: Share | None) -> Dense | None:
     """
     The bias of a linear layer is the weight of one more input, which is 1.
 
-    :param shares: By operand; that of the bias is taken out if it is that.
-    :returns: It, None if it is not that.
+    :param weight: The share of the weight, which is that of both afterwards.
+    :returns: The share of the bias alone; None if it is not that.
     """
-    weight, bias = shares.get(2), shares.get(0)
-    if not (isinstance(bias, Dense) and isinstance(weight, Outer)):
+    if not isinstance(weight, Outer):
         return None
-    _, _, positions, outputs = weight.grads.shape
-    # One bias may be added to all outputs, or more of it than of the product.
-    if positions > 1 or bias.shape.numel() != outputs:
+    (_, _, positions, outputs), shape = weight.grads.shape, site.shapes[0]
+    # One bias may be added to all outputs, to each sample another one, or more of it than of the
+    # product.
+    if positions > 1 or shape[-1:] != (outputs,) or shape.numel() != outputs:
         return None
     # Only then do both have the same gradient: that of the product times alpha, that of the bias
     # times beta.
     if site.saved("alpha") != site.saved("beta"):
         return None
     weight.plus = 1.0
-    del shares[0]
-    return bias
+    return Dense(weight.grads, shape)
 
 
 def _made(rule: Rule | None, site: Site, operand: int) -> Share | None:

@@ -15,6 +15,7 @@ from typing import TypeAlias
 import torch
 from attrs import frozen
 from torch import Tensor
+from torch.autograd.graph import GradientEdge
 
 from jdcore._fields import dense
 from jdcore.graph._batched import batched_gradients
@@ -270,21 +271,23 @@ class Passes:
         return found
 
     def _one_by_one(self, places: Sequence[Place], retain_graph: bool) -> list[Tensor | None]:
-        rows = [self._single(k, places, retain_graph) for k in range(len(self.starts))]
+        edges = self.graph.edges(places)
+        rows = [self._single(k, edges, retain_graph) for k in range(len(self.starts))]
         return [stacked(of_place) for of_place in zip(*rows, strict=True)]
 
     def _single(
-        self, k: int, places: Sequence[Place], retain_graph: bool
+        self, k: int, edges: Sequence[GradientEdge], retain_graph: bool
     ) -> Sequence[Tensor | None]:
         """The gradients of one loss."""
         start = self.starts[k]
         if start is None:
-            return [None] * len(places)
-        edges = [self.graph.edge(place) for place in places]
+            return [None] * len(edges)
         seed = self.seeds(start, [k])[0]
         retain = retain_graph or k in self._ways.met_again
         found = differentiate([self.graph.edge(start)], edges, [seed], retain)
-        return [None if grad is None else dense(grad.detach()) for grad in found]
+        # Where somebody differentiates twice, gradients require grad themselves.
+        detached = [g.detach() if g is not None and g.requires_grad else g for g in found]
+        return [None if grad is None else dense(grad) for grad in detached]
 
     @cached_property
     def _ways(self) -> Ways:
@@ -344,10 +347,11 @@ class Passes:
     ) -> Mapping[Place, Sequence[Tensor | None]]:
         """The gradient of each loss at places of heads and where it enters the trunk."""
         places = [*of_heads, *self._ways.entrances]
+        edges = self.graph.edges(places)
         rows = [
             [None] * len(places)
             if start is None or start[0] in self._ways.common
-            else self._single(k, places, retain_graph)
+            else self._single(k, edges, retain_graph)
             for k, start in enumerate(self.starts)
         ]
         return dict(zip(places, zip(*rows, strict=True), strict=True))
@@ -377,7 +381,7 @@ class Passes:
         if starts:
             outputs = [self.graph.edge(start) for _, start in starts]
             seeds = [self.seeds(start, [k])[0] for k, start in starts]
-            edges = [self.graph.edge(place) for place in [*of_heads, *entrances]]
+            edges = self.graph.edges([*of_heads, *entrances])
             with leaving(exits, outputs, receive):
                 grads = differentiate(outputs, edges, seeds, retain_graph)
             for place, grad in zip(of_heads, grads, strict=False):
@@ -399,8 +403,7 @@ class Passes:
     ) -> dict[Place, Tensor | None]:
         if not places:
             return {}
-        outputs = [self.graph.edge(place) for place in arriving]
-        inputs = [self.graph.edge(place) for place in places]
+        outputs, inputs = self.graph.edges(list(arriving)), self.graph.edges(places)
         bounds = pieces(len(self._present), self._at_once)
         parts = [
             batched_gradients(

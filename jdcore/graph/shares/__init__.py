@@ -1,6 +1,6 @@
 """Shares of the Jacobian, in the forms that operations give them, and the sum of their Gramians."""
 
-from jdcore.graph.shares._layers import OuterLayers
+from jdcore.graph.shares._layers import OuterBeside, OuterLayers, beside
 from jdcore.graph.shares._outer import OneHot, Outer, joined
 from jdcore.graph.shares._patches import Geometry, Patches
 from jdcore.graph.shares._product import combined, outer, product, sum_of, sum_over, widened
@@ -13,9 +13,11 @@ __all__ = [
     "Geometry",
     "OneHot",
     "Outer",
+    "OuterBeside",
     "OuterLayers",
     "Patches",
     "Share",
+    "beside",
     "combined",
     "joined",
     "outer",

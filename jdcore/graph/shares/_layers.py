@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections.abc import Hashable, Sequence
+
 import torch
 from torch import Size, Tensor
 
@@ -8,6 +10,8 @@ from jdcore.graph.shares._ghost import summed_up
 from jdcore.graph.shares._outer import Outer
 from jdcore.graph.shares._product import product, scaled
 from jdcore.graph.shares._share import Accumulator
+
+_COPIED = 1 << 14  # entries
 
 
 class OuterLayers:
@@ -78,3 +82,55 @@ class OuterLayers:
         views[:0] = total.view(-1, *shape).unbind()
         # In memory of their own, by one call: to keep one of them must not keep all.
         return list(torch._foreach_mul(views, 1.0))
+
+
+class OuterBeside:
+    """
+    What the weights of several layers of the same inputs contribute to the Jacobian.
+
+    They are one layer with the outputs of all: its Gramian takes the products of the inputs once.
+
+    :param shares: Of one :func:`beside`.
+    """
+
+    def __init__(self, shares: Sequence[Outer]) -> None:
+        first, *_ = shares
+        self._shapes = [share.shape for share in shares]
+        self._outputs = [share.grads.shape[3] for share in shares]
+        self._whole = Outer(
+            first.inputs,
+            torch.cat([share.grads for share in shares], 3),
+            grads_first=first.grads_first,
+            shape=(sum(self._outputs), -1) if first.grads_first else (-1, sum(self._outputs)),
+            plus=first.plus,
+        )
+
+    def add_gramian(self, gramian: Accumulator) -> None:
+        """Add the Gramian of the rows of all layers."""
+        self._whole.add_gramian(gramian)
+
+    def weighted(self, weights: Tensor) -> list[Tensor]:
+        """
+        The weighted gradients of all weights.
+
+        :param weights: Shape [K, B], in float64 where they are to be summed in float64.
+        """
+        whole = self._whole.weighted(weights)
+        parts = torch.split(whole, self._outputs, 0 if self._whole.grads_first else 1)
+        # In memory of their own, by one call: to keep one of them must not keep all.
+        own = torch._foreach_mul(parts, 1.0)
+        return [part.reshape(shape) for part, shape in zip(own, self._shapes, strict=True)]
+
+
+def beside(share: Outer) -> Hashable:
+    """
+    What shares have in common that are those of one layer with the outputs of all.
+
+    :returns: None if it is faster by itself, as a copy of its gradients takes longer than calls.
+    """
+    inputs = share.inputs
+    if not isinstance(inputs, Tensor) or share.grads.numel() > _COPIED:
+        return None
+    # What lies in the same place, while both are there, is the same.
+    place = inputs.data_ptr(), inputs.shape, inputs.stride(), inputs.dtype, inputs.device
+    return place, share.grads.shape[2], share.grads.dtype, share.grads_first, share.plus
