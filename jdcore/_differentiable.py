@@ -84,7 +84,8 @@ def _are_plain(tensors: Sequence[Tensor]) -> bool:
         or not t.dtype.is_floating_point
         or (t.is_nested or t.is_meta or t.is_mps)
     ]
-    return not (others or [k for k in set(map(type, tensors)) if issubclass(k, MaskedTensor)])
+    masked = [kind for kind in set(map(type, tensors)) if issubclass(kind, MaskedTensor)]
+    return not (others or masked)
 
 
 def _is_dense(tensor: Tensor) -> bool:

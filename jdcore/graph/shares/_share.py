@@ -157,10 +157,9 @@ class Accumulator:
     def total(self) -> Tensor:
         """What was added up, exactly symmetric."""
         self._add_pending()
-        total = self._lower.tril()
-        upper = total.tril(-1).T
-        # Of large matrices, a copy that lies in order is added faster than what lies transposed.
-        total += upper if self.rows <= _ROWS else upper.contiguous()
+        # A transposed copy is faster than adding what lies transposed.
+        upper = self._lower.T.clone(memory_format=torch.contiguous_format).triu_(1)
+        total = upper.add_(self._lower.tril_())
         # What is left of the square of a row whose positions cancel is rounding of either sign.
         total.diagonal().clamp_(min=0.0)
         return total

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from jdcore.autogram import Engine
 from jdcore.graph import _jacobian
-from jdcore.graph._cancelling import rows_cancel
+from jdcore.graph._cancelling import multiplied, rows_cancel
+from jdcore.linalg import rounding_shows
 from tests.core.autogram.oracle import explicit_jacobian, relative_error
 
 
@@ -146,3 +147,28 @@ def test_squares_may_leave_the_range_of_float32(
     for factor in (1.0, scale):
         engine.backward(_losses(model, x, batch_dim) * factor, weighting)
     assert relative_error(seen[1] / scale**2, seen[0]) < 1e-6
+
+
+@pytest.mark.parametrize("m", [2, 17, 64])
+def test_weights_of_rows_that_are_apart_need_no_float64(m: int) -> None:
+    generator = torch.Generator().manual_seed(m)
+    rows = torch.randn(m, m, dtype=torch.float64, generator=generator)
+    values = torch.logspace(-1.49, 0.0, m, dtype=torch.float64)  # eigenvalues of 1e-3 of the mean
+    cosines = torch.linalg.qr(rows)[0] * values
+    gramian = cosines @ cosines.T
+    found, apart = multiplied(m, torch.float32, lambda: (gramian, False))
+    assert torch.equal(found, gramian)
+    worst = torch.linalg.eigh(gramian)[1][:, 0]
+    for weights in (worst, worst / gramian.diagonal().sqrt(), *rows):
+        assert not (apart and rounding_shows(weights, gramian))
+    if m == 2:
+        assert apart
+
+
+def test_nothing_is_said_of_many_rows_and_of_those_that_cancel() -> None:
+    for rows in (torch.eye(65), torch.ones(3, 1), torch.eye(3) * torch.nan):
+        gramian = (rows @ rows.T).double()
+        assert not multiplied(len(rows), torch.float32, lambda g=gramian: (g, False))[1]
+    gramian = torch.eye(3, dtype=torch.float64)
+    assert not multiplied(3, torch.float64, lambda: (gramian, False))[1]
+    assert multiplied(3, torch.float32, lambda: (gramian, False))[1]

@@ -1,0 +1,132 @@
+"""Layers of the same inputs, such as heads of tasks, which count as one with the outputs of all."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from jdcore.autogram import Dense, Engine, Share, Site
+from jdcore.graph import RULES
+from tests.core.autogram.oracle import (
+    check_engine,
+    explicit_jacobian,
+    parameters_of,
+    randn,
+    relative_error,
+)
+from tests.operations import Operations
+
+B, T, D = 5, 3, 6
+
+
+class _Heads(nn.Module):
+    """Linear heads of several widths, with and without a bias, and two that lie transposed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk = nn.Linear(D, D)
+        self.linear = nn.ModuleList(nn.Linear(D, o) for o in (1, 1, 2))
+        self.plain = nn.ModuleList(nn.Linear(D, o, bias=False) for o in (1, 2))
+        self.turned = nn.ParameterList(nn.Parameter(torch.randn(D, o)) for o in (1, 2))
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        hidden = self.trunk(x.flatten(0, -2)).tanh()
+        found = [head(hidden) for head in (*self.linear, *self.plain)]
+        return [*found, *(hidden @ weight for weight in self.turned)]
+
+
+def _of_samples(model: nn.Module) -> Tensor:
+    return torch.cat(model(randn(B, D)), 1).square().sum(1)
+
+
+def _of_tasks(model: nn.Module) -> Tensor:
+    return torch.stack([head.square().sum(1) for head in model(randn(B, D))], 1)
+
+
+def _of_sequences(model: nn.Module) -> Tensor:
+    heads = [head.view(B, T, -1) for head in model(randn(B, T, D))]
+    return torch.stack([head.square().sum((1, 2)) for head in heads])
+
+
+@pytest.mark.parametrize(
+    ("losses", "batch_dim"), [(_of_samples, 0), (_of_tasks, 0), (_of_sequences, 1)]
+)
+def test_heads_are_right(losses: Any, batch_dim: int) -> None:
+    check_engine(_Heads, losses, batch_dim)
+
+
+def test_products_of_their_inputs_are_made_once() -> None:
+    torch.manual_seed(0)
+    trunk, heads = nn.Linear(4, D), nn.ModuleList(nn.Linear(D, 1) for _ in range(4))
+    engine, x = Engine(trunk, heads, batch_dim=0), torch.randn(B, 4)
+
+    def losses() -> Tensor:
+        hidden = trunk(x).relu()
+        return torch.cat([head(hidden) for head in heads], 1).square()
+
+    engine.compute_gramian(losses())
+    output = losses()
+    with Operations() as counted:
+        engine.compute_gramian(output)
+    # In each of four passes one for the gradient of each head; then two for all heads, and two for
+    # the trunk.
+    assert counted.counts["mm"] == 4 * 4 + 2 + 2
+
+
+def test_inputs_that_were_exchanged_between_two_uses_are_told_apart() -> None:
+    first, second = nn.Linear(D, 1).double(), nn.Linear(D, 2).double()
+    x = randn(B, D).requires_grad_()
+    hidden = x.tanh()
+    head = first(hidden)
+    hidden.data = randn(B, D) + 1.0  # the same place in the graph, other numbers
+    losses = torch.cat([head, second(hidden)], 1).square().sum(1)
+    jacobian = explicit_jacobian(losses, parameters_of([first, second]))
+    gramian = Engine(first, second, batch_dim=0).compute_gramian(losses)
+    assert relative_error(gramian, jacobian @ jacobian.T) < 1e-12
+
+
+def test_a_bias_of_each_sample_is_none_of_each_output() -> None:
+    weight = randn(D, B).requires_grad_()
+    bias = nn.Parameter(randn(B, 1))
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.bias = nn.Parameter(weight.detach().clone()), bias
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.addmm(self.bias, x, self.weight)
+
+    model = Model()
+    losses = model(randn(B, D)).square().sum(1)
+    jacobian = explicit_jacobian(losses, parameters_of([model]))
+    gramian = Engine(model, batch_dim=0).compute_gramian(losses)
+    assert relative_error(gramian, jacobian @ jacobian.T) < 1e-12
+
+
+def test_gradients_that_a_rule_gives_to_two_parameters_are_told_apart(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    kept = torch.full((D,), 2.0)
+
+    class Keeping(Dense):
+        def weighted(self, weights: Tensor) -> Tensor:
+            return kept
+
+    def rule(site: Site, operand: int) -> Share:
+        return Keeping(site.broadcast(site.grad, operand).rows(), (D,))
+
+    monkeypatch.setitem(RULES, "MulBackward0", rule)
+    # Long rows, as those of short ones are summed together.
+    monkeypatch.setattr("jdcore.graph._root_shares.SHORT", 0)
+    scales = nn.ParameterList([nn.Parameter(torch.ones(D)), nn.Parameter(torch.ones(D))])
+    losses = (torch.randn(B, D) * scales[0] * scales[1]).sum(1)
+    Engine(scales, batch_dim=0).backward(losses, lambda gramian: torch.ones(B))
+    first, second = (scale.grad for scale in scales)
+    assert first is not None
+    assert second is not None
+    first.add_(1.0)
+    assert second.tolist() == [2.0] * D
