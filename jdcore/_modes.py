@@ -32,7 +32,8 @@ def plain_modes(tensors: Iterable[Tensor]) -> AbstractContextManager[object]:
 
     :param tensors: Those on whose devices something is computed.
     """
-    devices = {tensor.device.type for tensor in tensors}
+    # Each device once, as to name its type takes longer than to ask a tensor for it.
+    devices = {device.type for device in {tensor.device for tensor in tensors}}
     # Asked first: to enter a mode costs more than the question, and drops autocast's cache.
     inference = torch.is_inference_mode_enabled()
     casting = [device for device in devices if _casts(device)]

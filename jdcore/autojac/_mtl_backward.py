@@ -68,7 +68,8 @@ def mtl_backward(
         besides them, as a compiled region that holds the heads does.
     :param retain_graph: Whether to keep the graph for another differentiation.
     :param parallel_chunk_size: How many rows of the trunk to differentiate at once (by vmap), 1
-        meaning one by one. None lets the library choose what is fast and works.
+        meaning one by one. None lets the library choose what is fast and works, be it a pass for
+        each task from end to end.
         Under ``fully_shard``, rows one by one take less memory: see docs/distributed.md.
     :raises ParameterError: If an argument does not fit; see its message.
 
@@ -98,6 +99,8 @@ def mtl_backward(
         check_grads(private)
         spread = is_spread([*shared, *private])
         check_can_wait(private, spread=spread)
+        if plan.is_short and parallel_chunk_size is None and not spread:
+            plan = plan.from_end_to_end(losses)
         gradients: Transform = _task_gradients(plan, losses, retain_graph)
         if plan.rows_from_features:
             jac = Jac(

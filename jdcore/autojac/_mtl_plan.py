@@ -2,12 +2,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from attrs import frozen
+from attrs import evolve, frozen
 from torch import Tensor
 
 from jdcore._differentiable import check_accumulates, check_differentiable, trainable
 from jdcore.autojac import _checks as checks
 from jdcore.autojac._hidden import default_error, hides, is_reentrant, may_reach
+from jdcore.autojac._vmap import is_small
 from jdcore.distributed._gathering import has_hooks, without_hooks
 from jdcore.distributed._refusals import refuse_flat
 from jdcore.distributed._replicas import check_replicas, check_trunk
@@ -49,6 +50,21 @@ class Plan:
     deep: bool
     given: list[Tensor]
     apart: Reach | None
+
+    @property
+    def is_short(self) -> bool:
+        """Whether to start two passes, for the head and for the trunk, takes longer than both."""
+        return (
+            self.rows_from_features
+            and self.apart is None
+            and len(self.heads) < _MANY_HEADS
+            and all(parameter.is_cpu for parameter in self.shared)
+            and is_small(self.trunk, self.shared)
+        )
+
+    def from_end_to_end(self, losses: Sequence[Tensor]) -> Plan:
+        """The same with one pass for each task, through its head and the trunk."""
+        return evolve(self, heads=_whole(losses), rows_from_features=False)
 
     @property
     def rows(self) -> list[Tensor]:
@@ -131,10 +147,14 @@ def make_plan(
     # would miss what arrives there through them.
     deep = trunk.reaches_any(private)
     if whole or deep:
-        heads = [without_hooks(reach([loss])) for loss in losses]
+        heads = _whole(losses)
     rows_from_features = bool(shared) and not whole
     apart = _apart(losses, heads) if rows_from_features and not deep else None
     return Plan(cut, trunk, shared, tasks, private, heads, rows_from_features, deep, given, apart)
+
+
+def _whole(losses: Iterable[Tensor]) -> list[Reach]:
+    return [without_hooks(reach([loss])) for loss in losses]
 
 
 def _refuse_ties(trunk: Reach, heads: list[Reach], parameter: str) -> None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property, partial
+from itertools import compress
 from typing import cast
 
 import torch
@@ -31,6 +32,9 @@ from jdcore.graph._retained import retains_gradients
 from jdcore.linalg._pages import new_tensors
 
 Gradients = list["Tensor | None"]
+
+# Columns that most often tell whether a row is zero.
+_TELLING = 64
 
 
 @frozen(eq=False, slots=False)  # slots leave no room for cached properties
@@ -75,13 +79,13 @@ class Problem:
         """
         # autograd refuses outputs without a graph; the loss of an absent task has none, and its row
         # is zero.
-        live = [k for k, output in enumerate(outputs) if output.requires_grad]
-        differentiated = [outputs[k] for k in live]
-        rows = [cotangents[k] for k in live]
+        live = [output.requires_grad for output in outputs]
+        differentiated = list(compress(outputs, live))
+        rows = list(compress(cotangents, live))
         found = reach(differentiated) if graph is None else graph
         aside = kept_leaves(found.functions)
         aside += [tensor for tensor in watched if tensor.requires_grad and tensor.is_leaf]
-        live_uses = None if uses is None else [[row[k] for k in live] for row in uses]
+        live_uses = None if uses is None else [list(compress(row, live)) for row in uses]
         return Problem(differentiated, list(inputs), rows, found, aside, live_uses)
 
     @property
@@ -118,7 +122,10 @@ class Problem:
         """
         if self.uses is not None:
             return self.uses
-        masks = [as_matrix(cotangent).any(dim=1) for cotangent in self.cotangents]
+        matrices = list(map(as_matrix, self.cotangents))
+        if all(matrix.is_cpu for matrix in matrices):
+            return [list(row) for row in zip(*map(_rows_not_zero, matrices), strict=True)]
+        masks = [matrix.any(dim=1) for matrix in matrices]
         if len(masks) == 1:
             return [[used] for used in masks[0].tolist()]
         # One transfer for all rows, as each one would wait for an accelerator.
@@ -348,3 +355,10 @@ class Problem:
         products = self.products
         ends = [products[i].edge if i in products else t for i, t in enumerate(self.inputs)]
         return cast("list[Tensor]", ends)  # torch takes mixed lists, its annotations do not
+
+
+def _rows_not_zero(matrix: Tensor) -> list[bool]:
+    """Which rows of a matrix on the host are not zero."""
+    # Most often the first entries tell: of features, a loss reads all samples.
+    found: list[bool] = matrix[:, :_TELLING].any(dim=1).tolist()
+    return found if all(found) else matrix.any(dim=1).tolist()

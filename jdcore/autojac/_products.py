@@ -16,8 +16,9 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
 from jdcore.graph import Reach, edge_of
-from jdcore.graph._hooks import node_has_hooks
+from jdcore.graph._hooks import hooks_made_lately, node_has_hooks
 from jdcore.graph._operations import MATRIX_PRODUCTS
+from jdcore.graph._retained import retaining
 from jdcore.graph._saved import Unreadable, saved, saved_as_it_is
 
 
@@ -73,7 +74,7 @@ def find_products(graph: Reach, inputs: Mapping[int, Tensor]) -> dict[int, Produ
         # weight.
         if end in positions and graph.edges[end] == 1:
             passed = [node] if behind is None else [node, edge[0]]
-            product = _product(node, name, transposed=behind is not None)
+            product = _product(node, name, None if behind is None else edge[0])
             if product is not None and not any(map(node_has_hooks, passed)):
                 found[positions[end]] = product
     return found
@@ -88,27 +89,30 @@ def _behind_transposition(edge: tuple[Node | None, int]) -> tuple[Node | None, i
     return behind
 
 
-def _may_have_hooks(transpose: Any) -> bool:
+def _may_have_hooks(node: Node, transposition: Node) -> bool:
     """
     Whether a transposed weight has hooks, which a row that does not pass through it would miss.
 
-    torch saves it, the tensor itself, where the other factor requires grad. Else nobody knows.
+    torch saves it, the tensor itself, where the other factor requires grad. Else it is enough that
+    nobody made a hook or called ``retain_grad`` since it was computed, be it anywhere.
     """
-    if not isinstance(transpose, Tensor):
-        return True
-    return bool(transpose._backward_hooks) or transpose.retains_grad
+    transpose = saved_as_it_is(node, "mat2")
+    if isinstance(transpose, Tensor):
+        return bool(transpose._backward_hooks) or transpose.retains_grad
+    retained = any(tensor.grad_fn is transposition for tensor in retaining())
+    return retained or hooks_made_lately([transposition])
 
 
-def _product(node: Node, name: str, *, transposed: bool) -> Product | None:
+def _product(node: Node, name: str, transposition: Node | None) -> Product | None:
     try:
         # `beta` scales the bias alone.
         if node.name() == "AddmmBackward0" and saved(node, "alpha") != 1:
             return None
-        if transposed and _may_have_hooks(saved_as_it_is(node, "mat2")):
+        if transposition is not None and _may_have_hooks(node, transposition):
             return None
         factor = saved_as_it_is(node, name)
     except Unreadable:
         return None
     if not isinstance(factor, Tensor) or factor.layout != torch.strided:
         return None
-    return Product(GradientEdge(node, 0), factor.detach(), transposed)
+    return Product(GradientEdge(node, 0), factor.detach(), transposition is not None)

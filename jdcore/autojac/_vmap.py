@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
 from attrs import frozen
@@ -40,14 +40,12 @@ class Kind:
 
     :param operations: Names of the operations in it, those that are not known to be batched rightly
         together with their sizes, see :func:`sizes_of`.
-    :param size: Number of operations in it.
     :param custom: Whether Python code runs in the backward pass: custom functions, checkpoints,
         compiled regions. They may not expect batched tensors.
     :param wrong: Whether torch gives wrong rows for one of its operations, without a word.
     """
 
     operations: frozenset[str]
-    size: int
     custom: bool
     wrong: bool
 
@@ -63,7 +61,7 @@ class Kind:
         if EMBEDDING in operations and any(is_sparse(name, node) for node, name in nodes.items()):
             operations.add("sparse")
         wrong = some_batched_wrongly(nodes)
-        return Kind(frozenset(operations), len(nodes), bool(graph.functions), wrong)
+        return Kind(frozenset(operations), bool(graph.functions), wrong)
 
     @property
     def convolves(self) -> bool:
@@ -124,12 +122,17 @@ def choose_chunk_size(
     if m < _FEWEST_ROWS and (on_cpu or known):
         return 1
     if on_cpu:
-        small = sum(tensor.numel() for tensor in inputs) <= _SMALL * kind.size
+        small = is_small(graph, inputs)
         # An output that a row does not use may have an infinite derivative, which gives NaN under
         # vmap. Rows that use all outputs have it themselves, as on accelerators the Jacobian does.
         suits = small and not kind.convolves and all(map(all, usage()))
         return min(m, _MOST_ROWS) if suits else 1
     return _rows_that_fit(m, inputs, graph)
+
+
+def is_small(graph: Reach, inputs: Iterable[Tensor]) -> bool:
+    """Whether the calls of a backward pass on a CPU cost more than the arithmetic."""
+    return sum(tensor.numel() for tensor in inputs) <= _SMALL * len(graph.nodes)
 
 
 def _rows_that_fit(m: int, inputs: Sequence[Tensor], graph: Reach) -> int:

@@ -29,6 +29,8 @@ def check_can_wait(tensors: Iterable[Tensor], *, spread: bool) -> None:
     :param spread: Whether the Jacobian is one of parameters that are divided among processes.
     :raises ParameterError: If what follows a gradient would not wait, or no step takes the mean.
     """
+    if not several_processes():
+        return
     replicated = [tensor for tensor in tensors if replicas_of([tensor])]
     # Torch keeps the hooks in this field, None if there are none.
     hooked = any(tensor._post_accumulate_grad_hooks for tensor in replicated)

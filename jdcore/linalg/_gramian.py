@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cache
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from jdcore.errors import ParameterError, ParameterTypeError
@@ -93,7 +95,13 @@ def _sum_of_short(blocks: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
     total, buffer = np.zeros((m, m + 1)), torch.from_numpy(wide[:m])
     for filled in _filled(buffer, blocks):
         add_short_products(total, wide[:, :filled])
-    return _from_lower(torch.from_numpy(total)[:, :m]), _all_rows(buffer, blocks)
+    lower = total[:, :m]
+    return torch.from_numpy(np.where(_triangle(m), lower, lower.T)), _all_rows(buffer, blocks)
+
+
+@cache
+def _triangle(m: int) -> NDArray[np.bool_]:
+    return np.tri(m, dtype=np.bool_)
 
 
 def _all_rows(buffer: Tensor, blocks: Sequence[Tensor]) -> Tensor | None:

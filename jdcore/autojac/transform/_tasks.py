@@ -10,7 +10,11 @@ from jdcore.autojac._problem import Problem
 from jdcore.autojac.transform._base import Transform, Values, describe_keys
 from jdcore.graph import Reach, edge_of
 from jdcore.graph._nesting import Exit, leaving
+from jdcore.graph._passes import stacked
 from jdcore.graph._walk import Edge
+
+# Entries of a row up to which a call costs more than to hold the row.
+_SHORT = 1 << 16
 
 
 class PerTask(Transform):
@@ -32,16 +36,23 @@ class PerTask(Transform):
 
     def apply(self, values: dict[Tensor, Tensor], /) -> Values:
         m = len(self.tasks)
-        rows = {key: _zeros((m, *key.shape), key) for key in self.rows}
+        # Short rows are kept until all of them are there, since to copy each takes more calls. Not
+        # a single one, which may share its memory with another gradient.
+        short: dict[Tensor, list[Tensor | None]] = {
+            key: [None] * m for key in self.rows if m > 1 and key.numel() <= _SHORT
+        }
+        long = {key: _zeros(m, key) for key in self.rows if key not in short}
         # All views at once: to index each row would take as many calls as there are rows.
-        places = {key: row.unbind() for key, row in rows.items()}
+        places = {key: row.unbind() for key, row in long.items()}
         sums: dict[Tensor, Tensor] = {}
         for i, task in enumerate(self.tasks):
             own: dict[Tensor, Tensor] = {}
             # One task after the other, so that the gradients of one at a time are alive beside the
             # rows.
             for key, value in task(values).items():
-                if key in places:
+                if key in short:
+                    short[key][i] = value
+                elif key in places:
                     own[places[key][i]] = value
                 elif key in sums:
                     sums[key].add_(value)
@@ -52,7 +63,8 @@ class PerTask(Transform):
             if own:
                 # One call, and on accelerators few kernels, for all of them.
                 torch._foreach_copy_(list(own), list(own.values()))
-        return rows | sums
+        rows = {key: _stacked(found, key) for key, found in short.items()}
+        return long | rows | sums
 
     def __repr__(self) -> str:
         inner = "".join(f"\n  {task!r}".replace("\n>>", " >>") for task in self.tasks)
@@ -94,7 +106,7 @@ class Heads(Transform):
         losses = [loss for loss in values if loss.requires_grad]
         # Zeros, as a task may not reach a feature, or reach it by several operations whose
         # gradients add up.
-        rows = {key: _zeros((len(values), *key.shape), key) for key in self.rows}
+        rows = {key: _zeros(len(values), key) for key in self.rows}
         places = {edge_of(key): row for key, row in rows.items()}
         exits = [
             Exit(node, task, edges)
@@ -119,5 +131,10 @@ class Heads(Transform):
         return f"Heads({describe_keys(self.needs)} -> {describe_keys(self.gives)})"
 
 
-def _zeros(shape: tuple[int, ...], like: Tensor) -> Tensor:
-    return torch.zeros(shape, dtype=like.dtype, device=like.device)
+def _zeros(m: int, like: Tensor) -> Tensor:
+    return torch.zeros((m, *like.shape), dtype=like.dtype, device=like.device)
+
+
+def _stacked(rows: Sequence[Tensor | None], like: Tensor) -> Tensor:
+    found = stacked(rows)
+    return _zeros(len(rows), like) if found is None else found.to(like.dtype)

@@ -379,3 +379,13 @@ def test_what_is_frozen_after_the_forward_pass_gets_nothing(truth: Truth) -> Non
     for parameter in (*frozen.parameters(), *heads[0].parameters()):
         assert parameter.grad is None
         assert get_jac(parameter) is None
+
+
+def test_a_single_row_shares_its_memory_with_no_other_gradient() -> None:
+    a, b = (torch.ones(3, requires_grad=True) for _ in range(2))
+    features = a + b
+    loss = (features * features).sum()
+    mtl_backward([loss], features)
+    assert a.jac.data_ptr() != b.jac.data_ptr()
+    a.jac.zero_()
+    assert b.jac.tolist() == [[4.0] * 3]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch.nn.functional import linear
 from jdcore.autojac import _taps, backward, gramian_backward
 from jdcore.autojac._products import find_products
 from jdcore.graph import reach
+from jdcore.graph._hooks import hooks_made_lately
 from tests.core.autojac.conftest import row_by_row
 
 # Samples, inputs and outputs of a layer; fewer samples than inputs, so that gradients suffice.
@@ -215,14 +217,27 @@ def test_weights_that_act_otherwise_too_are_left_to_autograd(name: str) -> None:
     assert find_products(reach([losses]), dict(enumerate(inputs))) == {}
 
 
-def test_a_weight_whose_transpose_torch_does_not_show_is_left_to_autograd() -> None:
+def _double(tensor: Tensor) -> None:
+    tensor.register_hook(lambda gradient: gradient * 2)
+
+
+@pytest.mark.parametrize(
+    "act",
+    [None, lambda _: _layer().register_forward_hook(print), _double, lambda t: t.retain_grad()],
+)
+def test_of_a_transpose_that_torch_does_not_show_it_matters_whether_hooks_were_made_since(
+    act: Callable[[Tensor], Any] | None,
+) -> None:
+    hooks_made_lately([])  # what others made before does not matter
     w, transposed = _transposed_after_another_layer()
-    transposed.register_hook(lambda gradient: gradient * 2)
+    if act is not None:
+        act(transposed)
     losses = _losses(_tensor(N, I) @ transposed)
-    assert find_products(reach([losses]), {0: w}) == {}
+    assert list(find_products(reach([losses]), {0: w})) == ([0] if act is None else [])
     [expected] = row_by_row([losses], [w])
     backward(losses, parallel_chunk_size=1)
     torch.testing.assert_close(w.jac, expected)
+    assert not transposed.retains_grad or transposed.grad is not None
 
 
 @pytest.mark.parametrize("name", ALL)
