@@ -30,6 +30,7 @@ class CRMOGMWeighting(WeightingWrapper):
     :param alpha: Weight α of the past, in [0, 1].
     :param initial_weights: λ before the first call, Tensor [m]. If None, the first weights are
         those of the wrapped method.
+    :raises ParameterError: At a call, if the number of rows is not that of the call before.
 
     >>> import torch
     >>> from jdcore.aggregation import CRMOGM, MGDAWeighting

@@ -29,6 +29,8 @@ class DBMTL(HistoryAggregator):
 
     :param beta: Weight β of the past, in [0, 1). At 0 nothing of the size of J is kept.
     :param beta_sigma: Decay: the weight of the past at call k is ``β / k^beta_sigma``.
+    :raises ParameterError: At a call, if losses are missing or not positive, or, if β > 0, the
+        shape of the Jacobian is not that of the call before.
 
     >>> import torch
     >>> from jdcore.aggregation import DBMTL

@@ -37,6 +37,7 @@ class EPOWeighting(LossWeighting):
 
     :param preference: Preferences r, Tensor [m] of positive numbers; equal ones if None.
     :param eps: μ up to which losses count as preferred.
+    :raises ParameterError: At a call, if losses are missing, or these or preferences not positive.
 
     >>> import torch
     >>> from jdcore.aggregation import EPO

@@ -36,6 +36,7 @@ class ExcessMTL(HistoryAggregator):
     :param robust_step_size: Step size η of the weights.
     :param n_warmup_steps: Number of calls that only measure, with weights 1/m; the authors
         recommend three epochs.
+    :raises ParameterError: At a call, if the number of rows is not that of the call before.
 
     >>> import torch
     >>> from jdcore.aggregation import ExcessMTL

@@ -49,6 +49,8 @@ class GradNormWeighting(StateFields, LossWeighting):
     :param alpha: Strength α of the pull back to a common rate, >= 0.
     :param lr: Step size of the weights. None goes to the minimum at once:
         ``w_i`` proportional to ``r_i^α / ‖g_i‖``.
+    :raises ParameterError: At a call, if losses are missing or not positive, or their number has
+        changed since the first call.
 
     >>> import torch
     >>> from jdcore.aggregation import GradNorm

@@ -53,6 +53,7 @@ class GradVacWeighting(StateFields, GramianWeighting):
     :param beta: Weight of the present cosine in the moving average, in [0, 1].
     :param generator: Source of the random orders, on any device; the default generator of torch if
         None.
+    :raises ParameterError: At a call, if the number of rows is not that of the call before.
 
     >>> import torch
     >>> from jdcore.aggregation import GradVac

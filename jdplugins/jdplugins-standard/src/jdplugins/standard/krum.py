@@ -29,6 +29,7 @@ class KrumWeighting(GramianWeighting):
     :param n_selected: Number of rows to average.
     :param squared: Whether squared distances are added up, as in the paper. The default adds up
         distances, as other libraries do; the selection can differ.
+    :raises ParameterError: At a call, for fewer rows than ``n_byzantine + 3`` or ``n_selected``.
 
     >>> import torch
     >>> from jdcore.aggregation import Krum

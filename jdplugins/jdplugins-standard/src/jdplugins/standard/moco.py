@@ -44,6 +44,7 @@ class MoCo(HistoryAggregator):
     :param beta_sigma: Decay: the rate at call k is ``β / k^beta_sigma``.
     :param gamma_sigma: Decay: the step size at call k is ``γ / k^gamma_sigma``.
     :param onto: How weights are brought back to the simplex, ``"softmax"`` or ``"projection"``.
+    :raises ParameterError: At a call, if the number of rows is not that of the call before.
 
     >>> import torch
     >>> from jdcore.aggregation import MoCo

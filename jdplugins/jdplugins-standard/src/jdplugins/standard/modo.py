@@ -31,6 +31,8 @@ class MoDoWeighting(StateFields, CrossGramianWeighting):
 
     :param gamma: Step size γ.
     :param rho: Regularisation ρ towards equal weights.
+    :raises ParameterError: At a call, without a second batch, or if the number of rows is not
+        that of the call before.
 
     >>> import torch
     >>> from jdcore.aggregation import MoDo

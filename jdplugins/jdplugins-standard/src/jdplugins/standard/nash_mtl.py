@@ -53,6 +53,8 @@ class NashMTLWeighting(StateFields, GramianWeighting):
     :param update_weights_every: Solve at every k-th call, and reuse the weights (but apply
         ``max_norm`` anew) in between.
     :param solver: Name or instance of a ``"nash_bargaining"`` solver.
+    :raises ParameterError: At a call, if the number of rows is not ``n_tasks``, or weights of
+        another number of rows are to be reused.
 
     >>> import torch
     >>> from jdcore.aggregation import NashMTL

@@ -61,6 +61,8 @@ class PCDWeighting(StateFields, GramianWeighting):
 
     :param tau: Fraction τ in [0, 1] for all secondary objectives, or a Tensor [m - 1].
     :param beta: Weight β of the past in the typical lengths, in [0, 1).
+    :raises ParameterError: At a call, if the length of ``tau`` is not m - 1, or the number of rows
+        has changed since the first call.
 
     >>> import torch
     >>> from jdcore.aggregation import PCD

@@ -24,6 +24,7 @@ class PeriodicWeighting(WeightingWrapper):
 
     :param weighting: The wrapped :class:`~jdcore.Weighting`, or an aggregator made of one.
     :param every: k, the number of calls that share their weights.
+    :raises ParameterError: At a call, if the number of rows is not that of the weights to reuse.
 
     >>> import torch
     >>> from jdcore.aggregation import MGDAWeighting, Periodic

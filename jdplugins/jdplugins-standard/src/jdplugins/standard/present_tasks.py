@@ -39,6 +39,7 @@ class PresentTasks(RowMixing):
     :param aggregator: The wrapped :class:`~jdcore.Aggregator`.
     :param present: Tensor [m], true (or not zero) where an objective is present; set it before each
         step: ``aggregator.present = mask``. None takes the objectives whose row is not zero.
+    :raises ParameterError: At a call, if ``present`` does not have one entry per objective.
 
     >>> import torch
     >>> from jdcore.aggregation import MGDA, PresentTasks

@@ -26,6 +26,7 @@ class RowNormalized(RowMixing):
     :param by: ``"l2"``: each row is divided by its norm. ``"loss"``: by the value of its objective,
         which makes rows of the logarithms. ``"loss+"``: by both. ``"none"``: by nothing. The second
         and the third need positive losses, ``jac_to_grad(..., losses=losses)``.
+    :raises ParameterError: At a call, if losses are needed and missing, or not positive.
 
     >>> import torch
     >>> from jdcore.aggregation import MGDA, RowNormalized

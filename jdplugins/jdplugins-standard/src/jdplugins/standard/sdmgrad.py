@@ -34,6 +34,8 @@ class SDMGradWeighting(StateFields, CrossGramianWeighting):
     :param n_iter: Number of its steps.
     :param lambda_: Weight λ of the preferred direction.
     :param pref_vector: Preferences w̃, Tensor [m]; 1/m each if None.
+    :raises ParameterError: At a call, without a second batch, or if the number of rows is not
+        that of the call before.
 
     >>> import torch
     >>> from jdcore.aggregation import SDMGrad
