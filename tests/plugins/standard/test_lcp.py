@@ -12,7 +12,7 @@ from jdcore.errors import UnsolvedWarning
 from jdcore.linalg import add_proximal, equilibrate, lcp_residual
 from jdcore.linalg._pivoting import PassiveSets
 from jdcore.testing import FAMILIES, family
-from jdplugins.standard._solvers import NativeDualConeSolver, _dual_cone, _parametric
+from jdplugins.standard._solvers import NativeDualConeSolver, _active_set, _dual_cone, _parametric
 from jdplugins.standard._solvers._active_set import ActiveSet
 from jdplugins.standard._solvers._cone_of_few import project_few
 from jdplugins.standard._solvers._lcp import solve_lcps, solve_one
@@ -262,6 +262,36 @@ def test_the_active_set_method_ends_wherever_it_begins(kind: str) -> None:
             assert (start == before).all()
             # No more factorisations than some per row.
             assert 1e12 - method.work <= 8 * m * m**3 / 6.0
+
+
+@pytest.mark.parametrize("kind", ["half rank", "weakly stationary", "decaying columns"])
+def test_the_active_set_method_does_without_entries_as_it_does_by_factorisations(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    m, C = 120, unit_cosines(kind, 120)
+    works = {0: 0.0, 8: 0.0}
+    for q in (C[0], C.mean(axis=0), -np.linspace(0.5, 1.0, m)):
+        # Bounded from below, also where rows cancel.
+        A = C + np.multiply.outer(q, q) if q.max() < 0.0 else C
+        answers = []
+        for columns in works:
+            monkeypatch.setattr(_active_set, "_COLUMNS", columns)
+            method = ActiveSet(A, 1e12)
+            z, residual = method.solve(q, np.zeros(m))
+            assert residual <= 1e-11
+            answers.append(z)
+            works[columns] += 1e12 - method.work
+        assert np.abs(A @ (answers[0] - answers[1])).max() <= 1e-9
+    assert works[8] < works[0]
+
+
+def test_a_column_that_rounding_makes_useless_gives_way_to_a_factorisation() -> None:
+    here, there = np.full(100, 1.0), np.linspace(-1.0, 1.0, 100)
+    end, minimum, staying = _active_set._towards(np.zeros_like, here, there)
+    assert minimum is None
+    assert end.min() == 0.0
+    assert not staying[0]
+    assert staying[1:].all()
 
 
 def test_the_active_set_method_gives_the_best_it_has_where_work_ends() -> None:

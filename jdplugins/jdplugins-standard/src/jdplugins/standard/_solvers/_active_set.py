@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from jdcore.linalg import EPS, product, solve_definite
@@ -14,6 +17,9 @@ _ENOUGH = 1e-13  # residual of a solution, or less where rounding allows it
 # Of the entries that are negative, those are taken in that are so by this part of the worst.
 _PART = 0.1
 _ROUNDING = 1e-11  # residual up to which what does not halve it is taken for rounding
+# Entries up to which a factorisation takes no longer than to do without one entry, and how many are
+# done without before another factorisation.
+_SMALL, _COLUMNS = 96, 8
 _TIMES = 8  # the number of entries: times that entries join, at most, should rounding decide
 
 WORK = 1e11
@@ -91,15 +97,68 @@ class ActiveSet:
         here = z[indices]
         while True:
             self.work -= len(indices) ** 3 / 6.0
-            there = solve_definite(self._A.take(indices, 0).take(indices, 1), b[indices])
-            low = there < 0.0
-            if not low.any():
+            # In two steps, each of which copies more than is wanted, in less than half of the time.
+            solve = _solver(self._A.take(indices, 0).take(indices, 1))
+            here, there, staying = _towards(solve, here, solve(b[indices]))
+            indices, here = indices[staying], here[staying]
+            if there is not None:
                 break
-            steps = np.full(len(here), np.inf)
-            steps[low] = here[low] / (here[low] - there[low])
-            staying = steps > steps.min()
-            here = (here + steps.min() * (there - here))[staying]
-            indices = indices[staying]
         z, passive = np.zeros_like(z), np.zeros_like(passive)
-        z[indices], passive[indices] = there, True
+        z[indices], passive[indices] = there[staying], True
         return z, passive
+
+
+def _solver(block: Floats) -> Callable[[Floats], Floats]:
+    """What solves with a positive definite matrix, of which one that is not small is factorised."""
+    if len(block) > _SMALL:
+        factor, failed = torch.linalg.cholesky_ex(torch.from_numpy(block))
+        if not failed.item():
+
+            def apply(b: Floats) -> Floats:
+                column = torch.from_numpy(b)[:, None]
+                solution: Floats = torch.cholesky_solve(column, factor).numpy()[:, 0]
+                return solution
+
+            return apply
+    return lambda b: solve_definite(block, b)
+
+
+def _towards(
+    solve: Callable[[Floats], Floats], here: Floats, there: Floats
+) -> tuple[Floats, Floats | None, NDArray[np.bool_]]:
+    """
+    Go towards a minimum until no entry of it is negative, without those that get to zero.
+
+    The minimum without an entry is what is left of it when so much of a column of the inverse is
+    taken away that the entry is zero. The next column is that of the inverse without the entry,
+    which is found in the same way.
+
+    :param solve: Solves with the matrix.
+    :param here: Where to begin [k], >= 0.
+    :param there: The minimum [k].
+    :returns: Where that ends [k]; the minimum without the entries that got to zero, which is None
+        where a new factorisation is better than more columns; and which entries have stayed.
+    """
+    staying = np.ones(len(here), np.bool_)
+    columns: list[tuple[int, Floats]] = []
+    most = _COLUMNS if len(here) > _SMALL else 0
+    while (low := there < 0.0).any():
+        steps = np.full(len(here), np.inf)
+        steps[low] = here[low] / (here[low] - there[low])
+        leaving = (steps <= steps.min()).nonzero()[0]
+        here = here + steps.min() * (there - here)
+        staying[leaving] = False
+        if len(columns) + len(leaving) > most:
+            return here, None, staying
+        for j in leaving.tolist():
+            column = np.zeros_like(here)
+            column[j] = 1.0
+            column = solve(column)
+            for i, other in columns:
+                column -= (column[i] / other[i]) * other
+            if not column[j] > 0.0:  # as it is but for rounding
+                return here, None, staying
+            there = there - (there[j] / column[j]) * column
+            columns.append((j, column))
+        here[~staying] = there[~staying] = 0.0
+    return here, there, staying

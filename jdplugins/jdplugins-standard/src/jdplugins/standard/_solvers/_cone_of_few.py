@@ -18,9 +18,8 @@ from jdplugins.standard._solvers._alone import EXACT, LARGE, solve_one
 from jdplugins.standard._solvers._lcp import ROUGH, Floats, one_entry
 from jdplugins.standard._solvers._parametric import follow
 from jdplugins.standard._solvers._semidefinite import is_plausible
-from jdplugins.standard._solvers._tiny import Rows, roots_of, solve_few
+from jdplugins.standard._solvers._tiny import HANDFUL, Rows, roots_of, solve_few
 
-_HANDFUL = 8  # rows up to which plain floats take less time
 _MANY = 32  # rows from which on a guess pays
 _INDEPENDENT = 3e-3  # length of what each unit row has beside those before it
 
@@ -37,7 +36,7 @@ def project_few(gramian: Floats, references: Floats) -> Floats | None:
     found: Floats
     if not references.size:
         return None
-    if m <= _HANDFUL:
+    if m <= HANDFUL:
         project = _project_two if m == 2 else _project_handful
         few = project(gramian.tolist(), references.tolist())
         if few is not None:

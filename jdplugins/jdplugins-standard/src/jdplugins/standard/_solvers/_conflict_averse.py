@@ -12,9 +12,9 @@ from jdplugins.standard._solvers._averse_of_few import STATIONARY, avert_few
 from jdplugins.standard._solvers._guess import descend
 from jdplugins.standard._solvers._lcp import Floats, Mask
 from jdplugins.standard._solvers._min_norm import shortest
+from jdplugins.standard._solvers._tiny import HANDFUL
 from jdplugins.standard._solvers._unsolved import warn_if_unsolved
 
-_FEW = 8  # rows, up to which a call of numpy takes longer than the arithmetic
 _MAX_LEVELS = 60
 # Relative errors of the norm: as good as can be, and such as nearly dependent rows may force.
 # Rescaling v to remove the latter would disturb the levels by as much, so they are left.
@@ -46,7 +46,7 @@ class NativeConflictAverseSolver:
         :returns: Weights w [m], ``>= 1 / m`` up to rounding.
         """
         m = len(gramian)
-        if m <= _FEW and c > 0.0:
+        if m <= HANDFUL and c > 0.0:
             few = avert_few(gramian.tolist(), c, level)
             if few is not None:
                 found, residual = few

@@ -28,12 +28,12 @@ from torch import Tensor
 from jdcore.aggregation import report_residual
 from jdcore.linalg import equilibrate, product, solve_definite
 from jdplugins.standard._solvers._gains_of_few import balance_few
+from jdplugins.standard._solvers._tiny import HANDFUL
 from jdplugins.standard._solvers._unsolved import UNSOLVED, warn_if_unsolved
 from jdplugins.standard._spectrum import spectrum
 
 Floats = NDArray[np.float64]
 
-_FEW = 8  # rows, up to which a call of numpy takes longer than the arithmetic
 _PROXIMAL = 1e-12
 _STEPS = 100
 # From this number of rows on, a factorisation takes longer than a product for every 8 of them.
@@ -74,7 +74,7 @@ class _Gains:
             for each [m].
         :param logarithms: ``log h``, array [m]; None where h is one.
         """
-        if 0 < len(gramian) <= _FEW and logarithms is None:
+        if 0 < len(gramian) <= HANDFUL and logarithms is None:
             few = balance_few(gramian.tolist(), self.exponent)
             if few is not None:
                 report_residual(lambda: few[1])

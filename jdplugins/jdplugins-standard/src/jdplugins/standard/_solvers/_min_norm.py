@@ -10,10 +10,8 @@ from jdcore.linalg import equilibrate, lcp_residual, product
 from jdplugins.standard._solvers._alone import solve_one
 from jdplugins.standard._solvers._guess import descend
 from jdplugins.standard._solvers._lcp import Floats
-from jdplugins.standard._solvers._tiny import Rows, roots_of, solve_few
+from jdplugins.standard._solvers._tiny import HANDFUL, Rows, roots_of, solve_few
 from jdplugins.standard._solvers._unsolved import warn_if_unsolved
-
-_FEW = 8  # rows, up to which a call of numpy takes longer than the arithmetic
 
 
 @frozen
@@ -34,7 +32,7 @@ class NativeMinNormSolver:
         :param gramian: Finite Gramian [m, m].
         :returns: Weights w [m], >= 0, of sum one; equal on the zero rows if there are any.
         """
-        if len(gramian) <= _FEW:
+        if len(gramian) <= HANDFUL:
             rows = gramian.tolist()
             few = _shortest_of_two(rows) if len(rows) == 2 else _shortest_of_few(rows)
             if few is not None:

@@ -14,6 +14,9 @@ from typing import TypeAlias
 
 Rows: TypeAlias = Sequence[Sequence[float]]
 
+HANDFUL = 8
+"""Rows up to which a call of numpy takes longer than the arithmetic."""
+
 _TOLERANCE = 1e-14
 _MAX_PIVOTS = 8
 # Relative pivots: down to the first, values are right to many digits; down to the second, they may
