@@ -112,3 +112,11 @@ def test_the_past_of_the_rows_is_kept_inside_of_other_aggregators() -> None:
     for _ in range(3):
         matrix = torch.randn(3, 5, generator=generator)
         torch.testing.assert_close(wrapped(matrix), alone(matrix))
+
+
+@pytest.mark.parametrize("name", ["modo", "sdmgrad"])
+def test_a_method_of_two_batches_is_refused_by_name_also_where_there_are_two(name: str) -> None:
+    aggregator = get_aggregator("row_momentum", weighting=get_weighting(name))
+    with pytest.raises(ParameterError, match="`weighting` must be a method that looks at one"):
+        aggregator(torch.eye(2), second=torch.eye(2))
+    assert not len(aggregator.history)

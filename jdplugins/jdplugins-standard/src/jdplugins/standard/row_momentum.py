@@ -14,6 +14,7 @@ from jdcore.aggregation import (
     as_weighting,
     weigh,
 )
+from jdcore.errors import ParameterError
 from jdcore.protocols import Weighting
 from jdcore.validators import real
 
@@ -34,6 +35,7 @@ class RowMomentum(NestedState, HistoryAggregator):
 
     :param weighting: The wrapped :class:`~jdcore.Weighting`, or an aggregator made of one.
     :param beta: Weight β of the past, in [0, 1).
+    :raises ParameterError: In a call, if the wrapped method looks at a second batch.
 
     >>> import torch
     >>> from jdcore.aggregation import RowMomentum, SumWeighting
@@ -60,6 +62,17 @@ class RowMomentum(NestedState, HistoryAggregator):
         self, rows: Columns, history: Columns, losses: Tensor | None
     ) -> tuple[Tensor, dict[str, Any]]:
         del rows
-        weights = weigh(self.weighting, GramianSource.of_columns(history, losses))
+        try:
+            weights = weigh(self.weighting, GramianSource.of_columns(history, losses))
+        except ParameterError as error:
+            if error.parameter != "second":
+                raise
+            # Averages over the same steps are not independent, whatever the batches of each step.
+            raise ParameterError(
+                "weighting",
+                "a method that looks at one batch",
+                f"{self.weighting!r}, which looks at two",
+                "Leave the momentum to the optimizer.",
+            ) from error
         degree: float = getattr(self.weighting, "scale_degree", 0)
         return weights * history.scale**degree, {}
