@@ -12,6 +12,13 @@ from jdcore._modes import is_functionalized, is_wrapped
 from jdcore.errors import ParameterError, ParameterTypeError
 from jdcore.validators import describe_tensor, is_frozen, no_float64
 
+_DISPATCH = Tensor.__torch_dispatch__
+
+
+def dispatches(tensor: Tensor) -> bool:
+    """Whether the class of a tensor runs all operations by itself, on numbers somewhere else."""
+    return type(tensor).__torch_dispatch__ is not _DISPATCH
+
 
 def check_kind(tensor: Tensor, name: str, remedy: str | None = None) -> None:
     """

@@ -8,6 +8,7 @@ from jdcore._differentiable import (
     check_accumulates,
     check_distinct,
     check_one,
+    dispatches,
     refuse_transformed,
     trainable,
 )
@@ -19,7 +20,6 @@ from jdcore.validators import describe_tensor, tensor_list
 
 _REMEDY = "Compute the losses as one dense floating tensor, such as torch.stack of them."
 _TRANSFORMED = "Let the transform return the losses, and call autogram on these."
-_DISPATCH = Tensor.__torch_dispatch__
 
 
 def objectives_of(
@@ -39,7 +39,7 @@ def objectives_of(
         refuse_transformed([output], label, _TRANSFORMED)
         refuse_tangents([output], label)
         # Numbers of such a wrapper are somewhere else. Of DTensors there is more to say than this.
-        if not is_dtensor(output) and type(output).__torch_dispatch__ is not _DISPATCH:
+        if not is_dtensor(output) and dispatches(output):
             raise ParameterError(
                 label,
                 "a Tensor with numbers of its own",

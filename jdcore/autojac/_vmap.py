@@ -10,6 +10,7 @@ from typing import TypeVar
 from attrs import frozen
 from torch import Tensor
 
+from jdcore._differentiable import dispatches
 from jdcore._living import living
 from jdcore.errors import JDCoreError, VectorizationError, VectorizationWarning, warn
 from jdcore.graph import Reach
@@ -117,6 +118,8 @@ def choose_chunk_size(
         return 1
     # A hook would be called with a batched tensor, which its author need not expect.
     if kind.custom or kind.failed or any(tensor._backward_hooks for tensor in inputs):
+        return 1
+    if any(map(dispatches, inputs)):  # a wrapper knows of no batched tensors
         return 1
     on_cpu = any(tensor.is_cpu for tensor in inputs)
     if m < _FEWEST_ROWS and (on_cpu or known):

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.testing._internal.two_tensor import TwoTensor
 
 from jdcore.autojac import _vmap, backward, jac
 from jdcore.errors import VectorizationError, VectorizationWarning
@@ -127,6 +128,17 @@ def test_an_operation_batched_rightly_is_not_trusted_with_numbers_or_single_entr
         backward(losses(1, single), inputs=[a])
     [expected] = truth([losses(1, single)], [a])
     torch.testing.assert_close(a.jac, expected)
+
+
+def test_parameters_that_wrap_others_are_differentiated_row_by_row(truth: Truth) -> None:
+    layers = [nn.Linear(2, 3) for _ in "12"]
+    inner = layers[1].weight.detach()
+    layers[1].weight = nn.Parameter(TwoTensor(inner, inner.clone()))
+    for layer in layers:  # vmap works for the first one
+        losses = layer(torch.ones(4, 2)).square().sum(1)
+        backward(losses, inputs=layer.parameters())
+        expected = truth([layer(torch.ones(4, 2)).square().sum(1)], [layer.bias])
+        torch.testing.assert_close(layer.bias.jac, *expected)
 
 
 def test_an_explicit_chunk_size_is_obeyed_and_its_failure_explained() -> None:
