@@ -106,7 +106,13 @@ class _Gains:
         shares, decrement = nash.newton(near, 0.0, give_up=_NEARBY)
         if decrement > _NEARBY:
             # Which rows are stationary does not depend on what the others bargain for.
-            stationary = _stationary_rows(cosines, near)
+            combination = _vanishing(cosines, near)
+            # Its entries are of the order of 1e6. Other shares can be large, but have no such part.
+            stationary = combination > max(1e4, 1e-3 * float(combination.max()))
+            if stationary.all():
+                combination /= combination.max()
+                self._warn_if_inexact(game, combination, stationary, limit=_allowed(levels))
+                return combination
             if stationary.any():
                 return self._beside(game, near, stationary, levels)
             shares, decrement = nash.newton(near, 0.0)
@@ -148,8 +154,7 @@ class _Gains:
         deficit = -cancelling / np.maximum(combination, 1e-9)
         cancelling += (1.0 + max(float(deficit.max()), 0.0)) * combination
         shares[inside] = np.maximum(cancelling, 0.0)
-        limit = max(_STATIONARY, _ROUNDED * math.sqrt(float(levels.max())))
-        self._warn_if_inexact(game, shares, stationary, limit=limit)
+        self._warn_if_inexact(game, shares, stationary, limit=_allowed(levels))
         return shares
 
     def _warn_if_inexact(
@@ -434,14 +439,17 @@ class _System:
         return None
 
 
-def _stationary_rows(cosines: Floats, shares: Floats) -> NDArray[np.bool_]:
+def _vanishing(cosines: Floats, shares: Floats) -> Floats:
     """
-    Rows with a part in a combination ``v >= 0`` with ``C v = 0``.
+    The part of some shares that is a combination of rows which is zero, ``C v = 0``.
 
-    Their shares in the proximal problem are of the order of 1e6, so v is the part of all shares in
-    the null space of C. Other shares can be large as well, but have no such part.
+    :param shares: Those of the proximal problem [m].
     """
     null_space = spectrum(cosines).null_space
-    combination = null_space @ (null_space.T @ shares)
-    rows: NDArray[np.bool_] = combination > max(1e4, 1e-3 * combination.max())
-    return rows
+    combination: Floats = null_space @ (null_space.T @ shares)
+    return combination
+
+
+def _allowed(levels: Floats) -> float:
+    """The residual that rows leave which cancel."""
+    return max(_STATIONARY, _ROUNDED * math.sqrt(float(levels.max())))
