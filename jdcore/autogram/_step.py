@@ -133,8 +133,7 @@ class Step:
             # Shares that do not fit into memory are added up and dropped, so that the gradients
             # need a pass of their own.
             second_pass |= jacobian.too_large or self.objectives.rows == 0
-            changed = jacobian.graph.leaves if self.all_leaves else jacobian.graph.targets
-            fields = [*changed.values(), *jacobian.graph.retained]
+            fields = [*jacobian.changed, *jacobian.graph.retained]
             # Whether a sparse `.grad` fits shows when its gradient is there, which may be sparse as
             # well; `write_grads` then checks before it writes.
             check_grads([t for t in fields if t.grad is not None and not t.grad.is_sparse])
@@ -154,12 +153,12 @@ class Step:
                 if second_pass or jacobian.roots is None:
                     gradients = jacobian.differentiated(weights, retain_graph=retain_graph)
                 else:
-                    wide = not jacobian.apart and source.rounding_shows(weights.reshape(-1))
+                    wide = not jacobian.definite and source.rounding_shows(weights.reshape(-1))
                     # And the Gramian, which is as large as a layer where there are many losses.
                     del source
                     gradients = jacobian.weighted(weights, retain_graph=retain_graph, wide=wide)
             # Two leaves may have got the same tensor, as both terms of a sum do.
-            if not jacobian.gradients_apart:
+            if not jacobian.gradients_disjoint:
                 gradients = dict(zip(gradients, disjoint(gradients.values()), strict=True))
             write_grads(gradients)
             return self.for_user(weights)

@@ -99,10 +99,9 @@ def _together(
             )
         check_replicas(step.wanted, [reach(step.objectives.outputs)], step.parameter)
         with step.opened(together=True) as jacobian:
-            changed = jacobian.graph.leaves if step.all_leaves else jacobian.graph.targets
-            known = holders.agreed(meeting, changed.values(), step.parameter)
+            known = holders.agreed(meeting, jacobian.changed, step.parameter)
             shard = Gathered().shard
-            written = map(shard, [*changed.values(), *jacobian.graph.retained])
+            written = map(shard, [*jacobian.changed, *jacobian.graph.retained])
             check_grads(t for t in written if t.grad is None or not t.grad.is_sparse)
             if per_process:
                 [output] = step.objectives.outputs

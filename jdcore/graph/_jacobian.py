@@ -80,7 +80,7 @@ class Jacobian:
         hooked = {i for i, leaf in self.graph.leaves.items() if leaf._backward_hooks}
         self._hooked = hooked & self.graph.wanted.keys()
         inner = [*self.graph.targets.values(), *self.graph.retained]
-        self._apart = bool(hooked or [tensor for tensor in inner if not tensor.is_leaf])
+        self._single_passes = bool(hooked or [tensor for tensor in inner if not tensor.is_leaf])
         """Whether somebody hears the gradients of passes, who must not meet several in one."""
         self.objectives = objectives
         self.one_by_one: str | None = None
@@ -96,10 +96,16 @@ class Jacobian:
             self._take_plain_rows(_TAMPERED)
         self.roots: RootShares | None = None
         """Once they were made, the shares."""
-        self.gradients_apart = False
+        self.gradients_disjoint = False
         """Whether the weighted gradients are known to lie in memory of their own."""
-        self.apart = False
+        self.definite = False
         """Whether the Gramian has shown that no combination of its rows nearly vanishes."""
+
+    @property
+    def changed(self) -> list[Tensor]:
+        """The tensors whose ``.grad`` a step writes, but for those that retain it."""
+        graph = self.graph
+        return list((graph.leaves if self._all_leaves else graph.targets).values())
 
     def goes_one_by_one(self) -> bool:
         """Whether each loss gets a backward pass of its own, which may show in the first ones."""
@@ -141,7 +147,7 @@ class Jacobian:
             found = made[-1].total
             return found, made[-1].cancelled(found)
 
-        found, self.apart = multiplied(rows, precision, added_up)
+        found, self.definite = multiplied(rows, precision, added_up)
         return self.objectives.ordered(found)
 
     def _added_up(self, keep: bool, retain_graph: bool) -> Accumulator:
@@ -191,7 +197,7 @@ class Jacobian:
             self.one_by_one = reason
             warn(RowByRowWarning(self.objectives.rows, reason))
         self.objectives = OneByOne(self.objectives.outputs, self.objectives.batch_dim)
-        self._apart = True
+        self._single_passes = True
         self._hooked = set(self.graph.wanted)
         self.__dict__.pop("_of_tasks", None)  # it is another one now
 
@@ -338,7 +344,7 @@ class Jacobian:
                 return objectives.seeds_of_tasks(tasks)
             return whole[tasks[0] : tasks[-1] + 1]
 
-        passes = Passes(graph, [start] * count, seeds, self.memory, self._apart)
+        passes = Passes(graph, [start] * count, seeds, self.memory, self._single_passes)
         places = [place for place in graph.form.used if place[0] in self._plan.frontier]
         found = zip(places, passes.gradients(places, retain_graph=retain_graph), strict=True)
         return {place: grads for place, grads in found if grads is not None}
@@ -347,7 +353,7 @@ class Jacobian:
         """All tasks, without samples: ordinary gradients, beside shares of products."""
         plan, graph = self._plan, self.graph
         starts = starts_of(graph, self.objectives)
-        passes = Passes(graph, starts.places, starts.seeds, self.memory, self._apart)
+        passes = Passes(graph, starts.places, starts.seeds, self.memory, self._single_passes)
         # What operations saved is read afterwards, and other leaves differentiated.
         retain_graph |= bool(self._others()) or bool(plan.frontier)
         groups = [plan.ordinary] if keep else self._groups(plan.ordinary)
@@ -395,7 +401,7 @@ class Jacobian:
         """
         graph, rows = self.graph, self.objectives.rows
         starts = starts_of(graph, self.objectives)
-        passes = Passes(graph, starts.places, starts.seeds, self.memory, apart=True)
+        passes = Passes(graph, starts.places, starts.seeds, self.memory, single=True)
         found: Sequence[Tensor | None] = [None] * len(graph.targets)
         if rows:
             with torch.no_grad(), self.fields_unchanged():
@@ -426,7 +432,7 @@ class Jacobian:
             gradients = self.roots.weighted(self.objectives.by_task(placed))
         # An ordinary pass knows whether the gradient of what no loss depends on is zero, or none.
         others = self._others() + [self.graph.targets[place] for place in self._plan.left]
-        self.gradients_apart = self.roots.gradients_apart and not others
+        self.gradients_disjoint = self.roots.gradients_disjoint and not others
         gradients.update(self._differentiated(others, weights, retain_graph))
         return gradients
 

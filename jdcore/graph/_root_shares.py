@@ -93,7 +93,7 @@ class RootShares:
         self._room = memory.entries // 4  # for such copies
         self._finished: dict[int, Tensor] = {}
         self.served: list[Served] = []
-        self.gradients_apart = False
+        self.gradients_disjoint = False
         """Whether the weighted gradients are known to lie in memory of their own each."""
         self.sources: list[list[Place]] = []
         """The roots that each of the shares was made for, in the order in which they were added."""
@@ -280,7 +280,7 @@ class RootShares:
             if place in grads
         }
         # Operations may hand one gradient on to several leaves, or a part of it.
-        self.gradients_apart = own and not [n for n, _ in grads if n not in graph.wanted]
+        self.gradients_disjoint = own and not [n for n, _ in grads if n not in graph.wanted]
         for leaf, grad in pull(graph, self._plan, grads).items():
             final[graph.leaves[leaf]] = grad
         for leaf, rows in self._finished.items():

@@ -240,14 +240,14 @@ class Passes:
     :param starts: Where each task starts; None for one without a graph.
     :param seeds: Gives the gradients with which some tasks start at a place, one after the other.
     :param memory: How large temporaries may be.
-    :param apart: Whether each task has to have a pass of its own.
+    :param single: Whether each task has to have a pass of its own.
     """
 
     graph: Graph
     starts: Sequence[Place | None]
     seeds: Callable[[Place, Sequence[int]], Tensor]
     memory: Memory
-    apart: bool
+    single: bool
 
     def gradients(self, places: Sequence[Place], *, retain_graph: bool) -> list[Tensor | None]:
         """
@@ -303,7 +303,7 @@ class Passes:
     def _at_once(self) -> int:
         """How many losses go through the trunk together."""
         count, graph = len(self._present), self.graph
-        if count < 2 or self.apart:
+        if count < 2 or self.single:
             return 1
         weights = [leaf.numel() for leaf in graph.wanted.values()]
         if self.memory.reused and not batch_beats_single_passes(
