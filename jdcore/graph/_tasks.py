@@ -272,8 +272,10 @@ class Passes:
 
     def _one_by_one(self, places: Sequence[Place], retain_graph: bool) -> list[Tensor | None]:
         edges = self.graph.edges(places)
-        rows = [self._single(k, edges, retain_graph) for k in range(len(self.starts))]
-        return [stacked(of_place) for of_place in zip(*rows, strict=True)]
+        rows = [[*self._single(k, edges, retain_graph)] for k in range(len(self.starts))]
+        # Place by place, so that no more than one is in memory twice.
+        found = [stacked([of_loss.pop() for of_loss in rows]) for _ in places]
+        return found[::-1]
 
     def _single(
         self, k: int, edges: Sequence[GradientEdge], retain_graph: bool
@@ -338,13 +340,13 @@ class Passes:
             place: self._arriving(place, [found[place][k] for k in self._present])
             for place in self._ways.entrances
         }
-        grads = {place: stacked(found[place]) for place in of_heads}
+        grads = {place: stacked(found.pop(place)) for place in of_heads}
         grads |= self._through_trunk(arriving, of_trunk, retain_graph)
         return [grads[place] for place in places]
 
     def _head_after_head(
         self, of_heads: Sequence[Place], retain_graph: bool
-    ) -> Mapping[Place, Sequence[Tensor | None]]:
+    ) -> dict[Place, list[Tensor | None]]:
         """The gradient of each loss at places of heads and where it enters the trunk."""
         places = [*of_heads, *self._ways.entrances]
         edges = self.graph.edges(places)
@@ -354,11 +356,11 @@ class Passes:
             else self._single(k, edges, retain_graph)
             for k, start in enumerate(self.starts)
         ]
-        return dict(zip(places, zip(*rows, strict=True), strict=True))
+        return dict(zip(places, map(list, zip(*rows, strict=True)), strict=True))
 
     def _all_heads(
         self, of_heads: Sequence[Place], retain_graph: bool
-    ) -> Mapping[Place, Sequence[Tensor | None]]:
+    ) -> dict[Place, list[Tensor | None]]:
         """The same by one pass, for heads that have nothing in common."""
         owners = self._ways.owners
         assert owners is not None

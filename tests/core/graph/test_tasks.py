@@ -14,6 +14,7 @@ from jdcore import autogram, autojac
 from jdcore.graph import Graph, Objectives, _hooks, _tasks
 from jdcore.graph._tasks import starts_of
 from tests.core.autogram.oracle import explicit_jacobian, generalized, randn, relative_error
+from tests.memory import peak_bytes
 from tests.zoo.test_operations import operations
 
 ALWAYS = 1 << 24
@@ -398,6 +399,28 @@ def _operations_with(losses: int, join: Callable[[_Net, Tensor], Any]) -> int:
     output = join(net, net.trunk(randn(7, 4)))
     engine = autogram.Engine(net.first, net.second, batch_dim=None, memory_budget=ALWAYS)
     return operations(lambda: engine.compute_gramian(output))
+
+
+def test_rows_of_single_passes_are_in_memory_once() -> None:
+    net, x = nn.Sequential(*[nn.Conv1d(300, 300, 1) for _ in range(6)]), randn(2, 300, 10)
+
+    def losses() -> Tensor:
+        return net(x)[:, :4].tanh().square().mean((0, 2))
+
+    def step() -> None:
+        autogram.backward(losses(), lambda gramian: torch.ones(4), batch_dim=None)
+
+    def plain() -> None:
+        losses().sum().backward()
+
+    rows = 4 * sum(parameter.numel() * parameter.itemsize for parameter in net.parameters())
+    peaks = []
+    for run in (step, plain):
+        run()
+        net.zero_grad()
+        peaks.append(peak_bytes(run))
+        net.zero_grad()
+    assert peaks[0] - peaks[1] <= 1.1 * rows
 
 
 def test_operations_of_a_vector_of_losses_do_not_grow_with_their_number() -> None:
