@@ -274,7 +274,8 @@ def _through_hooks(leaf: Tensor, gradient: Tensor) -> Tensor:
             if not isinstance(replaced, Tensor) or replaced.shape != leaf.shape:
                 expected = f"a function that returns None or a Tensor of shape {list(leaf.shape)}"
                 raise ParameterError("hook", expected, describe_tensor(replaced))
-            gradient = replaced
+            # A hook may hand out the same buffer for each gradient.
+            gradient = gradient if replaced is gradient else replaced.clone()
     return gradient
 
 

@@ -13,6 +13,7 @@ from jdcore.autojac._mtl_plan import Plan, find_trunk, make_plan
 from jdcore.autojac.transform import (
     AccumulateGrad,
     AccumulateJac,
+    Chain,
     Grad,
     Init,
     Jac,
@@ -101,7 +102,7 @@ def mtl_backward(
         check_can_wait(private, spread=spread)
         if plan.is_short and parallel_chunk_size is None and not spread:
             plan = plan.from_end_to_end(losses)
-        gradients: Transform = _task_gradients(plan, losses, retain_graph)
+        parts = [_task_gradients(plan, losses, retain_graph)]
         if plan.rows_from_features:
             jac = Jac(
                 cut,
@@ -115,21 +116,22 @@ def mtl_backward(
                 uses=None if all(feature.is_cpu for feature in cut) else plan.uses,
             )
             # The rows go on through the trunk; the gradients of the heads are done and pass by it.
-            gradients = gradients >> (jac | Keep(plan.private))
+            parts.append(jac | Keep(plan.private))
         if spread:
-            gradients = ShardedTasks(
+            together = ShardedTasks(
                 losses,
                 shared,
                 list(map(shards, plan.tasks)),
-                gradients,
+                Chain(parts),
                 (plan.shared, plan.private),
                 retain_graph=retain_graph,
                 chunk_size=parallel_chunk_size,
             )
+            parts = [together]
         # Both writers check all their fields before they write the first one, and what they write
         # was checked above: neither fails after the other has written.
         end = AccumulateJac(shared) | AccumulateGrad(private)
-        graph = Init(losses, initial) >> gradients >> end
+        graph = Chain([Init(losses, initial), *parts, end])
         with plain_modes([*losses, *shared, *private]):
             graph()
     if not spread:

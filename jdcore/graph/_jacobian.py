@@ -449,7 +449,12 @@ class Jacobian:
         outputs, seeds = self.objectives.differentiable(), self.objectives.seeds(weights)
         with self.fields_unchanged():
             found = differentiate(outputs, tensors, seeds, retain_graph)
-        return {tensor: g for tensor, g in zip(tensors, found, strict=True) if g is not None}
+        # What a hook hands out may be a buffer of its own, which must not become a `.grad`.
+        return {
+            tensor: g.clone() if self._single_passes or tensor._backward_hooks else g
+            for tensor, g in zip(tensors, found, strict=True)
+            if g is not None
+        }
 
     def _others(self) -> list[Tensor]:
         return [*(self.graph.others if self._all_leaves else ()), *self.graph.retained]

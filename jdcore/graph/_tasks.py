@@ -289,7 +289,14 @@ class Passes:
         found = differentiate([self.graph.edge(start)], edges, [seed], retain)
         # Where somebody differentiates twice, gradients require grad themselves.
         detached = [g.detach() if g is not None and g.requires_grad else g for g in found]
-        return [None if grad is None else dense(grad) for grad in detached]
+        grads = [None if grad is None else dense(grad) for grad in detached]
+        # A hook may hand out the same buffer in each pass.
+        return [g.clone() if g is not None and self._hooked else g for g in grads]
+
+    @cached_property
+    def _hooked(self) -> bool:
+        """Whether there may be hooks."""
+        return self.single or any(leaf._backward_hooks for leaf in self.graph.leaves.values())
 
     @cached_property
     def _ways(self) -> Ways:

@@ -9,12 +9,9 @@ from jdcore._fields import disjoint
 from jdcore.autojac._problem import Problem
 from jdcore.autojac.transform._base import Transform, Values, describe_keys
 from jdcore.graph import Reach, edge_of
+from jdcore.graph._hooks import hooks_made_lately
 from jdcore.graph._nesting import Exit, leaving
-from jdcore.graph._passes import stacked
 from jdcore.graph._walk import Edge
-
-# Entries of a row up to which a call costs more than to hold the row.
-_SHORT = 1 << 16
 
 
 class PerTask(Transform):
@@ -36,23 +33,16 @@ class PerTask(Transform):
 
     def apply(self, values: dict[Tensor, Tensor], /) -> Values:
         m = len(self.tasks)
-        # Short rows are kept until all of them are there, since to copy each takes more calls. Not
-        # a single one, which may share its memory with another gradient.
-        short: dict[Tensor, list[Tensor | None]] = {
-            key: [None] * m for key in self.rows if m > 1 and key.numel() <= _SHORT
-        }
-        long = {key: _zeros(m, key) for key in self.rows if key not in short}
+        rows = {key: _zeros(m, key) for key in self.rows}
         # All views at once: to index each row would take as many calls as there are rows.
-        places = {key: row.unbind() for key, row in long.items()}
+        places = {key: row.unbind() for key, row in rows.items()}
         sums: dict[Tensor, Tensor] = {}
         for i, task in enumerate(self.tasks):
             own: dict[Tensor, Tensor] = {}
             # One task after the other, so that the gradients of one at a time are alive beside the
-            # rows.
+            # rows, and copied before the next pass: a hook may hand out the same buffer again.
             for key, value in task(values).items():
-                if key in short:
-                    short[key][i] = value
-                elif key in places:
+                if key in places:
                     own[places[key][i]] = value
                 elif key in sums:
                     sums[key].add_(value)
@@ -63,8 +53,7 @@ class PerTask(Transform):
             if own:
                 # One call, and on accelerators few kernels, for all of them.
                 torch._foreach_copy_(list(own), list(own.values()))
-        rows = {key: _stacked(found, key) for key, found in short.items()}
-        return long | rows | sums
+        return rows | sums
 
     def __repr__(self) -> str:
         inner = "".join(f"\n  {task!r}".replace("\n>>", " >>") for task in self.tasks)
@@ -124,7 +113,12 @@ class Heads(Transform):
         with leaving(exits, losses, receive):
             gradients = problem.gradients(self.retain_graph)
         # Without the sums over the tasks that arrived at the features.
-        own = disjoint(gradients[: len(self.others)], starts)
+        own = gradients[: len(self.others)]
+        # What a hook hands out may be a buffer of its own, which must not become a `.grad`.
+        hooked = hooks_made_lately(self.graph.nodes) or any(
+            key._backward_hooks for key in self.others
+        )
+        own = [gradient.clone() for gradient in own] if hooked else disjoint(own, starts)
         return rows | dict(zip(self.others, own, strict=True))
 
     def __repr__(self) -> str:
@@ -133,8 +127,3 @@ class Heads(Transform):
 
 def _zeros(m: int, like: Tensor) -> Tensor:
     return torch.zeros((m, *like.shape), dtype=like.dtype, device=like.device)
-
-
-def _stacked(rows: Sequence[Tensor | None], like: Tensor) -> Tensor:
-    found = stacked(rows)
-    return _zeros(len(rows), like) if found is None else found.to(like.dtype)

@@ -14,7 +14,8 @@ from torch.utils.checkpoint import checkpoint
 
 from jdcore import ParameterError
 from jdcore.aggregation import GramianAggregator
-from jdcore.autojac import _vmap, backward, jac, jac_to_grad, mtl_backward
+from jdcore.autogram import Engine
+from jdcore.autojac import _taps, _vmap, backward, gramian_backward, jac, jac_to_grad, mtl_backward
 from jdcore.errors import SinglePassError, VectorizationError
 from tests.functions import Redone, RedoneOnTheParameter
 
@@ -179,8 +180,13 @@ class _Nested(nn.Module):
         return _Outer.apply(self.before(x), self.w)
 
 
+@pytest.mark.parametrize("large", [False, True])
 @pytest.mark.parametrize("make", [_Redoing, _Flow, _Equilibrium, _Nested])
-def test_functions_that_differentiate_in_their_own_backward(make: type[nn.Module]) -> None:
+def test_functions_that_differentiate_in_their_own_backward(
+    make: type[nn.Module], large: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if large:  # as if their leaves were, which are listened to
+        monkeypatch.setattr(_taps, "_WORTH_A_HOOK", 0)
     trains_as_plain_rows(make(), lambda model: [(model(X) - k).square().mean() for k in range(3)])
     trains_as_plain_rows(make(), lambda model: (model(X) - 2.0).square().mean(dim=0))
 
@@ -613,6 +619,76 @@ def _quiet() -> Iterator[None]:
     yield
     _vmap._WORKED.clear()
     _vmap._FAILED.clear()
+
+
+class _Scaled(nn.Module):
+    """A network whose parameters get at their gradients in several ways."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net, self.scale = _net(), nn.Parameter(torch.ones(4, dtype=torch.float64))
+
+    def forward(self, hear: Callable[[Tensor], None]) -> Tensor:
+        hidden = self.net[0](X) * self.scale
+        hear(hidden)
+        return self.net[2](self.net[1](hidden)).square().mean(dim=0)
+
+
+def _mtl(model: nn.Module, hear: Callable[[Tensor], None], m: int) -> None:
+    hidden = model.net[0](X) * model.scale
+    hear(hidden)
+    heads = [nn.Linear(4, 1).double() for _ in range(m)]
+    for head in heads:
+        hear(head.weight)
+    mtl_backward([head(hidden.tanh()).square().mean() for head in heads], hidden)
+    assert all(head.weight.grad is not None for head in heads)
+    assert not any(head.weight.grad.data_ptr() in _ADDRESSES for head in heads)
+    jac_to_grad([model.net[0].weight, model.net[0].bias, model.scale], GramianAggregator(_by_norm))
+
+
+_ADDRESSES: set[int] = set()
+
+
+def _hand_out_a_buffer(tensor: Tensor) -> None:
+    """Hook that copies each gradient into one buffer, and returns that."""
+    buffer = torch.empty_like(tensor, requires_grad=False)
+    _ADDRESSES.add(buffer.data_ptr())
+    tensor.register_hook(buffer.copy_)
+
+
+_WAYS: dict[str, Callable[[_Scaled, Callable[[Tensor], None]], object]] = {
+    "backward": lambda model, hear: (
+        backward(model(hear)),
+        jac_to_grad(model.parameters(), GramianAggregator(_by_norm)),
+    ),
+    "few heads": lambda model, hear: _mtl(model, hear, 2),
+    "many heads": lambda model, hear: _mtl(model, hear, 5),
+    "gramian_backward": lambda model, hear: gramian_backward(list(model(hear)), _by_norm),
+    "engine": lambda model, hear: Engine(model, batch_dim=0).backward(model(hear), _by_norm),
+    "engine, second pass": lambda model, hear: Engine(model, batch_dim=None).backward(
+        model(hear), _by_norm, second_pass=True
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore::jdcore.errors.JDCoreWarning")
+@pytest.mark.parametrize("way", _WAYS)
+@pytest.mark.parametrize("inner", [False, True])
+def test_a_hook_may_hand_out_the_same_buffer_for_each_gradient(way: str, inner: bool) -> None:
+    _ADDRESSES.clear()
+    torch.manual_seed(2)
+    plain = _Scaled()
+    heard = copy.deepcopy(plain)
+    for parameter in heard.parameters():
+        _hand_out_a_buffer(parameter)
+    torch.manual_seed(3)
+    _WAYS[way](plain, lambda tensor: None)
+    torch.manual_seed(3)
+    _WAYS[way](heard, _hand_out_a_buffer if inner else lambda tensor: None)
+    for got, expected in zip(heard.parameters(), plain.parameters(), strict=True):
+        if expected.grad is not None:
+            torch.testing.assert_close(got.grad, expected.grad)
+            assert got.grad.data_ptr() not in _ADDRESSES
 
 
 @pytest.mark.filterwarnings("ignore::jdcore.errors.VectorizationWarning")

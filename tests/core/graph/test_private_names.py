@@ -23,6 +23,7 @@ READ = {
     "jdcore/aggregation/_module.py": {"_apply"},
     "jdcore/autojac/_hidden.py": {"_backward_hooks"},
     "jdcore/autojac/_products.py": {"_backward_hooks"},
+    "jdcore/autojac/transform/_tasks.py": {"_backward_hooks"},
     "jdcore/autojac/_vmap.py": {"_backward_hooks"},
     "jdcore/distributed/_gathering.py": {
         "_all_reduce_hook",
@@ -56,6 +57,7 @@ READ = {
     },
     "jdcore/graph/_hooks.py": HOOKS,
     "jdcore/graph/_jacobian.py": {"_backward_hooks"},
+    "jdcore/graph/_tasks.py": {"_backward_hooks"},
     "jdcore/graph/_saved.py": {
         "_C",
         "_CheckpointFrame",
