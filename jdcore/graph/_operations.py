@@ -247,8 +247,11 @@ def _dims_of(node: Any) -> tuple[int, ...]:
 
 def _spread(found: Tensor, given: Tensor, dims: tuple[int, ...]) -> Tensor:
     # Zero where a gradient is finite, NaN where it is not: adding it spreads the poison alone.
+    nothing = given * 0
     # In the dtype of this operand, which may be another one than that of the result.
-    nothing = (given * 0).to(found.dtype)
+    if nothing.is_complex() and not found.is_complex():
+        nothing = nothing.real + nothing.imag
+    nothing = nothing.to(found.dtype)
     if nothing.ndim == 0 or (not dims and found.ndim <= nothing.ndim):
         return found + nothing.sum_to_size(found.shape if nothing.ndim else ())
     missing = found.ndim - nothing.ndim

@@ -53,7 +53,7 @@ class RootShares:
 
     Their Gramians are added up while they come in, as far as a share is all that a parameter has;
     uses of one parameter, and what is derived from parameters, wait until all are there. What is
-    kept gives the weighted gradients later.
+    kept gives the weighted gradients later, and waits as well.
 
     :param graph: The graph.
     :param objectives: Its losses.
@@ -91,6 +91,9 @@ class RootShares:
         self.graph_stays = True
         """Whether what operations saved stays in memory, beside what was copied for that."""
         self._room = memory.entries // 4  # for such copies
+        # What is kept anyway is added after the pass: what the graph has freed by then leaves room
+        # for temporaries, and products that follow on each other find their code in the caches.
+        self._late: list[tuple[Addend, list[Place]]] | None = [] if total.keep else None
         self._finished: dict[int, Tensor] = {}
         self.served: list[Served] = []
         self.gradients_disjoint = False
@@ -191,6 +194,9 @@ class RootShares:
         """Add what waited until all shares are there."""
         if self._waiting:
             self._add_waiting()
+        late, self._late = self._late, None
+        for share, roots in late or ():
+            self._add(share, roots)
         for group in self._plan.groups:
             self._add_group(group)
         if self._plan.derived:
@@ -204,6 +210,9 @@ class RootShares:
         self.served.append(Served(operation, root, repr(share), how))
 
     def _add(self, share: Addend, roots: list[Place]) -> None:
+        if self._late is not None:
+            self._late.append((share, roots))
+            return
         self._total.add_share(share)
         self.sources.append(roots)
 

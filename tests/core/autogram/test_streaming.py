@@ -1,4 +1,4 @@
-"""The shares of operations are added while the backward pass runs."""
+"""Shares are added while the backward pass runs, those that a step keeps after it."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from torch.utils.hooks import RemovableHandle
 from jdcore.autogram import Engine
 from jdcore.graph import RULES, Jacobian, Outer
 from jdcore.graph._memory import Memory
+from jdcore.graph._saved import current_pass
+from jdcore.graph.shares import Accumulator, Share
 from tests.core.autogram.oracle import explicit_jacobian, parameters_of, randn, relative_error
 from tests.memory import peak_bytes
 
@@ -135,6 +137,29 @@ def test_the_gramian_goes_before_the_gradients_come(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(Jacobian, "weighted", noting)
     Engine(model, batch_dim=0).backward(_losses(model), weighting)
     assert gone == [True]
+
+
+def test_what_a_step_keeps_is_multiplied_once_the_pass_has_freed_the_graph(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    passes: list[int] = []
+    add_share = Accumulator.add_share
+
+    def noting(total: Accumulator, share: Share) -> None:
+        passes.append(current_pass())
+        add_share(total, share)
+
+    monkeypatch.setattr(Accumulator, "add_share", noting)
+    monkeypatch.setattr(Memory, "waiting", 0)  # so that gradients arrive inside of the pass
+    model = _deep()
+    engine = Engine(model, batch_dim=0)
+    engine.compute_gramian(_losses(model))
+    inside = [number for number in passes if number >= 0]
+    assert len(inside) > len(passes) // 2
+    passes.clear()
+    engine.backward(_losses(model), lambda _: torch.ones(B))
+    assert passes
+    assert max(passes) < 0
 
 
 def test_a_perceptron_takes_little_more_memory_than_a_plain_step() -> None:

@@ -109,7 +109,13 @@ def test_a_bound_that_no_entry_meets_in_the_first_step_is_a_parameter_all_the_sa
         assert _right_or_refused(hidden.square().sum(1), weight, bound)
 
 
-@pytest.mark.parametrize("choose", [torch.maximum, torch.fmin, torch.hypot, torch.atan2])
+def _complex_power(base: Tensor, exponent: Tensor) -> Tensor:
+    return ((base.abs() + 0.5) ** torch.complex(exponent, base.double())).abs()
+
+
+@pytest.mark.parametrize(
+    "choose", [torch.maximum, torch.fmin, torch.hypot, torch.atan2, _complex_power]
+)
 def test_data_choose_among_operands_of_two_dtypes(choose: Callable[..., Tensor]) -> None:
     weight = randn(3, 3).requires_grad_()
     hidden = randn(B, 3) @ weight
