@@ -42,6 +42,7 @@ _SLIGHT = 1e-8  # an entry of z that is negative by so little is zero in the sol
 # wants few calls.
 _ENTRIES, _ENTRIES_ELSEWHERE = 1 << 18, 1 << 26
 
+_INVERTED = 16  # sets up to which an inverse takes longer than it saves
 # Square of the smallest pivot from which a matrix can be inverted, and of those below each of which
 # answers by the inverse take one more step of refinement, without which signs are noise.
 _DEPENDENT, _CORRECTED = 1e-12, (1e-2, 1e-9)
@@ -345,7 +346,7 @@ class PassiveSets:
             full = sizes == m
             # Where most indices are in, their complement is factorised instead.
             many = ~full & (sizes * 2 > m)
-            many &= bool(many.any()) and self._whole.invertible
+            many &= np.count_nonzero(many) > _INVERTED and self._whole.invertible
             kinds: tuple[tuple[NDArray[np.bool_], Callable[[Tensor, Integers], Factors]], ...] = (
                 (full, lambda sets, sizes: self._whole),
                 (many, lambda sets, sizes: _Complement(self._whole, sets, m - sizes)),

@@ -124,7 +124,12 @@ def guess(C: Tensor, Q: Tensor, settled: float) -> tuple[Tensor, bool]:
 
 
 def guess_again(
-    C: Tensor, Q: Tensor, X: Tensor, sample: Tensor, wrong: Callable[[Tensor], Sequence[float]]
+    C: Tensor,
+    Q: Tensor,
+    X: Tensor,
+    sample: Tensor,
+    wrong: Callable[[Tensor], Sequence[float]],
+    most: float,
 ) -> Tensor:
     """
     The X of some rows, on the smaller scale that suits them.
@@ -134,7 +139,8 @@ def guess_again(
     :param X: That of the first guess [k, m].
     :param sample: The positions of a few rows, which tell the scale for all.
     :param wrong: The parts of the signs that some X of these rows get wrong, [s, n, m] -> [s].
-    :returns: X [k, m].
+    :param most: The part from which on such an X is not worth it.
+    :returns: X [k, m], which is the given one then.
     """
     splittings: list[Splitting] = []
     few, least, best = X[sample], math.inf, 0
@@ -148,6 +154,8 @@ def guess_again(
                 least, best = part, number
         if least <= GOOD:
             break
+    if least > most:
+        return X
     for number in range(best + 1):
         splitting = splittings[number // _AT_ONCE].only(number % _AT_ONCE)
         [X] = splitting.pass_by(Q, X)

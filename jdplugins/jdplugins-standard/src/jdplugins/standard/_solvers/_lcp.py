@@ -38,6 +38,9 @@ _GATHERED = 88  # rows up to which a few exchanges take less time in numpy
 # one, they are as good as independent.
 _SINGULAR, _FAR = 1e-10, 1e-3
 
+# Rows up to which pivots take less time than a guess of which this part is wrong; and up to which a
+# few are followed in less time than others come near.
+_PIVOTED, _USELESS = 256, 0.15
 _SAMPLE = 4  # rows that tell which scale is right for all
 _EXACT = 1e-12  # residual that suffices for few rows
 _ALONE = 16  # rows that are solved one by one before another guess would be made
@@ -55,20 +58,18 @@ class _Way:
     :param settled: Part of the signs that may still change in a guess.
     :param deltas: Proximal terms to pivot with, one after the other.
     :param enough: Residual that suffices.
-    :param trusted: Whether a guess that settles is right.
     """
 
     settled: float
     deltas: tuple[float, ...]
     enough: float
-    trusted: bool
 
 
-_INDEPENDENT = _Way(5e-4, (0.0,), 1e-12, trusted=True)
-_DEPENDENT = _Way(5e-4, (0.0,), 1e-12, trusted=False)
+_INDEPENDENT = _Way(5e-4, (0.0,), 1e-12)
+_DEPENDENT = _Way(5e-4, (0.0,), 1e-12)
 # Of many solutions, a proximal term chooses one near the guess. What differs between these is as
 # small as the least eigenvalues, and so are residuals.
-_CANCELLING = _Way(5e-5, (1e-10, 1e-13), UNSOLVED, trusted=True)
+_CANCELLING = _Way(5e-5, (1e-10, 1e-13), UNSOLVED)
 _NEARLY = 1e-7  # residual of answers of which only signs that are rounding are wrong
 
 
@@ -126,7 +127,7 @@ class _Search:
         if not one and (not few or (m > _FOLLOWED and self.way is _INDEPENDENT)):
             self._guess(left)
         if few:
-            self._follow()
+            self._follow(self.left(_EXACT))
             return
         if not one:
             if self.way is _CANCELLING:
@@ -155,7 +156,7 @@ class _Search:
         X, changing = guess(self.C, self.Q[rows], self.way.settled)
         self.X[rows], self.near[rows] = X, X.clamp_min(0.0).double()
         # To look for a better scale costs less than to pivot from far.
-        sure = self.way.trusted and not changing
+        sure = self.way is not _DEPENDENT and not changing
         if sure or self._wrong(few := rows[_sample(rows)], self.X[few][None])[0] <= GOOD:
             self._pivot(rows, self.near[rows])
 
@@ -178,7 +179,8 @@ class _Search:
         if len(rows) > _ALONE:
             sample = _sample(rows)
             wrong = functools.partial(self._wrong, rows[sample])
-            X = guess_again(self.C, self.Q[rows], self.X[rows], sample, wrong)
+            most = _USELESS if len(self.C) <= _PIVOTED else 1.0
+            X = guess_again(self.C, self.Q[rows], self.X[rows], sample, wrong, most)
             centre = X.clamp_min(0.0).double()
             self.come_nearer(rows, centre)
             self._pivot(rows, centre)
@@ -212,9 +214,8 @@ class _Search:
         Z = torch.from_numpy(exchange_few(c, q, -q, sets)).to(Q)
         return Z, natural_residual(C, Q, Z)
 
-    def _follow(self) -> None:
-        """Solve for those that are left of few rows by the method that always ends, on the host."""
-        rows = self.left(_EXACT)
+    def _follow(self, rows: Tensor) -> None:
+        """Solve for some rows by the method that always ends, on the host."""
         if len(rows):
             C, Q = (X.numpy(force=True) for X in (self.C, self.Q[rows]))
             Z, residuals = map(torch.from_numpy, follow(C, Q))
@@ -223,7 +224,9 @@ class _Search:
     def _one_by_one(self) -> None:
         """The same for many, where to begin near a solution takes less than to come from zero."""
         rows = self.left(self.way.enough)
-        if len(rows):
+        if len(rows) <= _ALONE and len(self.C) <= _PIVOTED:
+            self._follow(rows)
+        elif len(rows):
             method = ActiveSet(self.C.numpy(force=True), WORK)
             pairs = zip(*(X[rows].numpy(force=True) for X in (self.Q, self.near)), strict=True)
             Z, residuals = zip(*(method.solve(q, z) for q, z in pairs), strict=True)
