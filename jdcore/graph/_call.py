@@ -133,7 +133,11 @@ def called_for_rows(
             found = _batched(one, rows, check=start == 0)
             batched = found is not None
         if found is None:
-            each = [one(*(of_operand[r] for of_operand in rows)) for r in range(stop - start)]
+            # Copied one by one, since a function may hand out the same buffer for each row.
+            each = [
+                [result.clone() for result in one(*(of_operand[r] for of_operand in rows))]
+                for r in range(stop - start)
+            ]
             found = tuple(torch.stack(of_operand) for of_operand in zip(*each, strict=True))
         if len(parts) == 1:
             return found, batched

@@ -289,14 +289,17 @@ class Passes:
         found = differentiate([self.graph.edge(start)], edges, [seed], retain)
         # Where somebody differentiates twice, gradients require grad themselves.
         detached = [g.detach() if g is not None and g.requires_grad else g for g in found]
-        grads = [None if grad is None else dense(grad) for grad in detached]
-        # A hook may hand out the same buffer in each pass.
-        return [g.clone() if g is not None and self._hooked else g for g in grads]
+        return [None if grad is None else self._own(dense(grad)) for grad in detached]
+
+    def _own(self, grad: Tensor) -> Tensor:
+        """A gradient that nobody writes to later."""
+        return grad.clone() if self._reused else grad
 
     @cached_property
-    def _hooked(self) -> bool:
-        """Whether there may be hooks."""
-        return self.single or any(leaf._backward_hooks for leaf in self.graph.leaves.values())
+    def _reused(self) -> bool:
+        """Whether hooks or functions of Python may hand out the same buffer again and again."""
+        hooked = self.single or any(leaf._backward_hooks for leaf in self.graph.leaves.values())
+        return hooked or self.graph.form.has_functions
 
     @cached_property
     def _ways(self) -> Ways:
@@ -384,7 +387,7 @@ class Passes:
 
         def receive(place: Place, k: int, grad: Tensor) -> None:
             former = found[place][k]
-            found[place][k] = grad if former is None else former + grad
+            found[place][k] = self._own(grad) if former is None else former + grad
 
         starts = [(k, start) for k, start in enumerate(self.starts) if start and start[0] in owners]
         if starts:
@@ -395,7 +398,7 @@ class Passes:
                 grads = differentiate(outputs, edges, seeds, retain_graph)
             for place, grad in zip(of_heads, grads, strict=False):
                 if grad is not None:
-                    found[place][owners[place[0]]] = dense(grad.detach())
+                    found[place][owners[place[0]]] = self._own(dense(grad.detach()))
         return found
 
     def _arriving(self, place: Place, rows: Sequence[Tensor | None]) -> Tensor:

@@ -691,6 +691,44 @@ def test_a_hook_may_hand_out_the_same_buffer_for_each_gradient(way: str, inner: 
             assert got.grad.data_ptr() not in _ADDRESSES
 
 
+class _Buffered(torch.autograd.Function):
+    """Twice its argument; like captured graphs, its backward fills the same memory each time."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, buffer: Tensor) -> Tensor:
+        ctx.buffer = buffer
+        return x * 2.0
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return torch.mul(gradient, 2.0, out=ctx.buffer), None
+
+
+@pytest.mark.filterwarnings("ignore::jdcore.errors.JDCoreWarning")
+@pytest.mark.parametrize("way", ["backward", "gramian_backward", "tasks", "samples"])
+def test_a_function_may_hand_out_the_same_buffer_for_each_gradient(way: str) -> None:
+    layer = nn.Linear(3, 4).double()
+    weight, hidden = torch.empty(4, 3).double(), torch.empty(4, 4).double()
+
+    def losses() -> Tensor:
+        h = nn.functional.linear(X, _Buffered.apply(layer.weight, weight), layer.bias)
+        return _Buffered.apply(h, hidden).square().sum(dim=1)
+
+    rows = [torch.autograd.grad(losses()[k], layer.weight)[0].clone() for k in range(len(X))]
+    expected = torch.stack(rows).flatten(1)
+    expected = _by_norm(expected @ expected.T) @ expected
+    if way == "backward":
+        backward(losses(), inputs=layer.weight)
+        jac_to_grad(layer.weight, GramianAggregator(_by_norm))
+    elif way == "gramian_backward":
+        gramian_backward(list(losses()), _by_norm, inputs=layer.weight)
+    else:
+        layer.bias.requires_grad_(False)
+        engine = Engine(layer, batch_dim=0 if way == "samples" else None)
+        engine.backward(losses(), _by_norm)
+    torch.testing.assert_close(layer.weight.grad.flatten(), expected)
+
+
 @pytest.mark.filterwarnings("ignore::jdcore.errors.VectorizationWarning")
 @pytest.mark.usefixtures("_quiet")
 def test_hooks_that_read_values_and_tensors_that_retain_their_gradient() -> None:
