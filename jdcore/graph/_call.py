@@ -48,8 +48,11 @@ def _applied(function: Any, grads: Grads) -> tuple[Tensor | None, ...]:
     given = [zeros_at(function, i) if g is None else g for i, g in enumerate(grads)]
     found = function.apply(*given)
     of_arguments = found if isinstance(found, tuple) else (found,)
+    # A function may hand out the same buffer each time, as captured graphs do: autograd copies what
+    # becomes a `.grad` as well, before the function runs again.
+    own = [grad.clone() if isinstance(grad, Tensor) else grad for grad in of_arguments]
     # The arguments that need a gradient are the operands that come from somewhere, in order.
-    needed = compress(of_arguments, function.needs_input_grad)
+    needed = compress(own, function.needs_input_grad)
     return tuple([None if child is None else next(needed) for child, _ in function.next_functions])
 
 

@@ -449,9 +449,11 @@ class Jacobian:
         outputs, seeds = self.objectives.differentiable(), self.objectives.seeds(weights)
         with self.fields_unchanged():
             found = differentiate(outputs, tensors, seeds, retain_graph)
-        # What a hook hands out may be a buffer of its own, which must not become a `.grad`.
+        # What a hook or a function hands out may be a buffer of its own, which must not become a
+        # `.grad`.
+        reused = self._single_passes or self.graph.form.has_functions
         return {
-            tensor: g.clone() if self._single_passes or tensor._backward_hooks else g
+            tensor: g.clone() if reused or tensor._backward_hooks else g
             for tensor, g in zip(tensors, found, strict=True)
             if g is not None
         }

@@ -271,15 +271,13 @@ class RootShares:
 
         :param by_task: Weights [K, B].
         """
-        graph, grads, own = self._graph, self._short.weighted(by_task), True
+        graph, grads = self._graph, self._short.weighted(by_task)
         while self._layers:
             places, layers = self._layers.pop()
             grads.update(zip(places, layers.weighted(by_task), strict=True))
         for root in sorted(self._shares, key=self._growth):
             shares = self._shares.pop(root)
-            of_uses = [share.weighted(by_task) for share in shares]
-            # Those of third parties may hand out what they keep.
-            own = own and (len(shares) > 1 or type(shares[0]) in _OURS)
+            of_uses = [_weighted(share, by_task) for share in shares]
             if root in grads:
                 of_uses.append(grads[root])
             grads[root] = sum_of(of_uses) if len(of_uses) > 1 else of_uses[0]
@@ -289,7 +287,7 @@ class RootShares:
             if place in grads
         }
         # Operations may hand one gradient on to several leaves, or a part of it.
-        self.gradients_disjoint = own and not [n for n, _ in grads if n not in graph.wanted]
+        self.gradients_disjoint = not [n for n, _ in grads if n not in graph.wanted]
         for leaf, grad in pull(graph, self._plan, grads).items():
             final[graph.leaves[leaf]] = grad
         for leaf, rows in self._finished.items():
@@ -306,6 +304,13 @@ class RootShares:
             known = self._graph.form.result(root).shape.numel() - held
             self._plan.growth[root] = known  # the same in each step
         return known
+
+
+def _weighted(share: Share, by_task: Tensor) -> Tensor:
+    """The weighted gradient of a share, in memory of its own."""
+    found = share.weighted(by_task)
+    # Those of third parties may hand out what they keep, which must not become a `.grad`.
+    return found if type(share) in _OURS else found.clone()
 
 
 def _through_hooks(leaf: Tensor, rows: Tensor) -> Tensor:

@@ -131,6 +131,8 @@ def beside(share: Outer) -> Hashable:
     inputs = share.inputs
     if not isinstance(inputs, Tensor) or share.grads.numel() > _COPIED:
         return None
-    # What lies in the same place, while both are there, is the same.
+    # What lies in the same place, while both are there, is the same, unless one of them is read as
+    # the negative of what lies there, as the imaginary parts of conjugates are.
     place = inputs.data_ptr(), inputs.shape, inputs.stride(), inputs.dtype, inputs.device
-    return place, share.grads.shape[2], share.grads.dtype, share.grads_first, share.plus
+    read = place, inputs.is_neg()
+    return read, share.grads.shape[2], share.grads.dtype, share.grads_first, share.plus

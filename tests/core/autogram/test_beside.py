@@ -88,6 +88,20 @@ def test_inputs_that_were_exchanged_between_two_uses_are_told_apart() -> None:
     assert relative_error(gramian, jacobian @ jacobian.T) < 1e-12
 
 
+def test_inputs_that_are_the_negative_of_others_in_the_same_memory_are_told_apart() -> None:
+    heads = nn.ModuleList(nn.Linear(D, o).double() for o in (1, 1, 2, 2))
+    hidden = randn(B, D).requires_grad_().tanh()
+    turning = torch.complex(hidden, 2.0 * hidden)
+    inputs = turning.imag, turning.conj().imag
+    assert inputs[0].data_ptr() == inputs[1].data_ptr()
+    found = [head(inputs[i // 2]) for i, head in enumerate(heads)]
+    losses = torch.cat(found, 1).square().sum(1)
+    jacobian = explicit_jacobian(losses, parameters_of([heads]))
+    Engine(heads, batch_dim=0).backward(losses, lambda gramian: gramian.new_ones(B))
+    update = torch.cat([parameter.grad.flatten() for parameter in heads.parameters()])
+    assert relative_error(update, jacobian.sum(0)) < 1e-12
+
+
 def test_a_bias_of_each_sample_is_none_of_each_output() -> None:
     weight = randn(D, B).requires_grad_()
     bias = nn.Parameter(randn(B, 1))
@@ -130,3 +144,5 @@ def test_gradients_that_a_rule_gives_to_two_parameters_are_told_apart(
     assert second is not None
     first.add_(1.0)
     assert second.tolist() == [2.0] * D
+    second.add_(1.0)
+    assert kept.tolist() == [2.0] * D  # which the rule keeps

@@ -729,6 +729,26 @@ def test_a_function_may_hand_out_the_same_buffer_for_each_gradient(way: str) -> 
     torch.testing.assert_close(layer.weight.grad.flatten(), expected)
 
 
+@pytest.mark.parametrize("batch_dim", [0, None])
+@pytest.mark.parametrize("second_pass", [False, True])
+def test_what_a_function_hands_out_again_is_no_gradient_of_small_batches(
+    batch_dim: int | None, second_pass: bool
+) -> None:
+    layer = nn.Linear(3, 3, bias=False).double()
+    buffer = torch.empty(3, 3).double()
+    engine, expected = Engine(layer, batch_dim=batch_dim), torch.zeros(3, 3).double()
+    for scale in (1.0, 3.0, 2.0):
+        inputs = scale * X
+        losses = nn.functional.linear(inputs, _Buffered.apply(layer.weight, buffer)).square()
+        losses = losses.sum(dim=1 if batch_dim == 0 else 0)
+        rows = [
+            torch.autograd.grad(loss, layer.weight, retain_graph=True)[0].clone() for loss in losses
+        ]
+        weights = engine.backward(losses, _by_norm, second_pass=second_pass)
+        expected += torch.einsum("i,ijk->jk", weights, torch.stack(rows))
+        torch.testing.assert_close(layer.weight.grad, expected)
+
+
 @pytest.mark.filterwarnings("ignore::jdcore.errors.VectorizationWarning")
 @pytest.mark.usefixtures("_quiet")
 def test_hooks_that_read_values_and_tensors_that_retain_their_gradient() -> None:
