@@ -180,8 +180,6 @@ def test_losses_inside_of_a_transform(batch_dim: int | None) -> None:
             transform(torch.ones(2, 4, 6))
 
 
-# Torch makes its derivatives of forward mode by TorchScript.
-@pytest.mark.filterwarnings("ignore:`torch.jit.script`:DeprecationWarning")
 def test_losses_with_a_tangent() -> None:
     layer = nn.Linear(6, 3)
     with forward_ad.dual_level():  # type: ignore[no-untyped-call]

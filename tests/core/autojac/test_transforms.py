@@ -15,9 +15,6 @@ from jdcore.autogram import Engine
 from jdcore.autogram import backward as weighted_backward
 from jdcore.autojac import backward, gramian_backward, jac, jac_to_grad, mtl_backward
 
-# The first dual tensor makes torch compile decompositions of its own by what it deprecates.
-pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
-
 Transform = Callable[[Callable[[Tensor], Tensor], Tensor], Any]
 Step = Callable[[nn.Sequential, Tensor], Any]
 

@@ -11,9 +11,6 @@ from torch.autograd import forward_ad
 
 from jdcore import ParameterError, get_aggregator, get_weighting
 
-# The first dual tensor makes torch compile decompositions of its own by what it deprecates.
-pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
-
 DERIVED: list[tuple[str, dict[str, Any]]] = [
     ("mean", {}),
     ("sum", {}),
