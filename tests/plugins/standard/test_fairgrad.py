@@ -111,6 +111,21 @@ def test_stationary_rows_leave_the_others_to_share_beside_them() -> None:
     torch.testing.assert_close(vector, expected, rtol=1e-7, atol=1e-7)
 
 
+@pytest.mark.parametrize("alpha", [0.5, 1.0, 2.0])
+@pytest.mark.parametrize("noise", [0.0, 1e-8])
+@pytest.mark.parametrize("m", [80, 96, 128])
+def test_many_multiples_of_one_row_cancel(m: int, noise: float, alpha: float) -> None:
+    random = torch.Generator().manual_seed(0)
+    matrix, signs = torch.randn((2, m, 2 * m), generator=random, dtype=torch.float64)
+    matrix = signs[:, :1] * (matrix[0] + noise * matrix)
+
+    weights = get_weighting("fairgrad", alpha=alpha)(matrix @ matrix.T)
+
+    rows = weights[:, None] * matrix
+    assert weights.gt(0.0).all()
+    assert rows.sum(0).norm() < 1e-6 * rows.norm(dim=1).sum()
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("alpha", [0.5, 2.0])
 def test_no_family_leaves_a_problem_unsolved(name: str, alpha: float) -> None:

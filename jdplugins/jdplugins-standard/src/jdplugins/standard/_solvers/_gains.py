@@ -39,8 +39,8 @@ _STEPS = 100
 # From this number of rows on, a factorisation takes longer than a product for every 8 of them.
 _MANY, _ROWS_PER_PRODUCT = 96, 8
 _NARROW = 1e-5  # accuracy of products in float32
-# Products that suffice where there is a factor in float32, which sees eigenvalues above the second.
-_CORRECTIONS, _SEEN = 8, 1e-8
+_CORRECTIONS = 8  # products that suffice where there is a factor in float32
+_SEEN = 1e-6  # eigenvalues that rounding to float32 leaves a digit of
 _NEARBY = 0.1  # see `_Game.nearby`
 _ROUNDINGS = 16.0  # of a share, in what it is found by
 _UNSEEN = 1e-60  # part of the largest share that changes no sum
@@ -297,6 +297,8 @@ class _Game:
             # Nearby, where both agree, the mean would take longer than it is worth.
             weights = spent if previous < nearby else _between(gained, spent)
             system = self._system(shares, shift, weights)
+            if len(narrow) and float(system.added.min()) <= _SEEN:  # no eigenvalue is below that
+                products, narrow = 0, narrow[:0]
             accuracy = max(0.1 * min(previous, 1.0), _NARROW)
             step = system.approximate(gradient, narrow, accuracy, products)
             if step is None and len(narrow):  # as it will be for the next one, too
@@ -393,9 +395,7 @@ class _System:
         return solution
 
     def corrected(self, right: Floats, narrow: Tensor, accuracy: float) -> Floats | None:
-        """:meth:`approximate` with the help of a factorisation in float32, if that sees enough."""
-        if float(self.added.min()) <= _SEEN:  # no eigenvalue is below that
-            return None
+        """:meth:`approximate` with the help of a factorisation in float32, if there is one."""
         factors, added = (torch.from_numpy(x).float() for x in (self.factors, self.added))
         matrix = (narrow * factors[:, None]).mul_(factors)
         matrix.diagonal().add_(added)
