@@ -25,10 +25,11 @@ from jdcore.autojac._vmap import Kind, attempt, choose_chunk_size, insist, seems
 from jdcore.errors import VectorizationError
 from jdcore.graph import Reach, reach
 from jdcore.graph._batched import agree, batched_gradients, mixed
-from jdcore.graph._functions import kept_leaves
+from jdcore.graph._functions import kept_leaves, returning_copies
 from jdcore.graph._hooks import hooks_made_lately
 from jdcore.graph._passes import SinglePassesExplained, differentiate
 from jdcore.graph._retained import retains_gradients
+from jdcore.graph._saved import function_of_others
 from jdcore.linalg._pages import new_tensors
 
 Gradients = list["Tensor | None"]
@@ -340,7 +341,10 @@ class Problem:
             with accumulated.open(self.outputs, self._leaves()):
                 yield gradients_of
         else:
-            with taps.open(self.outputs):
+            # Those of compiled regions return other memory each time that they run in one pass, and
+            # each row is copied before the next pass.
+            functions = list(filter(function_of_others, self.graph.functions))
+            with returning_copies(functions), taps.open(self.outputs):
                 yield gradients_of
 
     def _new_results(self) -> list[Tensor]:

@@ -15,7 +15,7 @@ from jdcore.graph._batched import agree, mixed
 from jdcore.graph._graph import Graph, Place
 from jdcore.graph._memory import Memory
 from jdcore.graph._operations import REARRANGING
-from jdcore.graph._passes import Grads
+from jdcore.graph._passes import Grads, copies
 from jdcore.graph._plan import Plan
 from jdcore.graph._saved import zeros_at
 from jdcore.graph.shares import Dense, sum_of
@@ -48,11 +48,8 @@ def _applied(function: Any, grads: Grads) -> tuple[Tensor | None, ...]:
     given = [zeros_at(function, i) if g is None else g for i, g in enumerate(grads)]
     found = function.apply(*given)
     of_arguments = found if isinstance(found, tuple) else (found,)
-    # A function may hand out the same buffer each time, as captured graphs do: autograd copies what
-    # becomes a `.grad` as well, before the function runs again.
-    own = [grad.clone() if isinstance(grad, Tensor) else grad for grad in of_arguments]
     # The arguments that need a gradient are the operands that come from somewhere, in order.
-    needed = compress(own, function.needs_input_grad)
+    needed = compress(copies(of_arguments), function.needs_input_grad)
     return tuple([None if child is None else next(needed) for child, _ in function.next_functions])
 
 
@@ -136,11 +133,7 @@ def called_for_rows(
             found = _batched(one, rows, check=start == 0)
             batched = found is not None
         if found is None:
-            # Copied one by one, since a function may hand out the same buffer for each row.
-            each = [
-                [result.clone() for result in one(*(of_operand[r] for of_operand in rows))]
-                for r in range(stop - start)
-            ]
+            each = [one(*(of_operand[r] for of_operand in rows)) for r in range(stop - start)]
             found = tuple(torch.stack(of_operand) for of_operand in zip(*each, strict=True))
         if len(parts) == 1:
             return found, batched

@@ -11,6 +11,9 @@ numbers follow those of NaN: from the second one on, each sample has another fac
 that belongs to it has to grow. The factors are powers of two, which no rounding hides: what a
 function mixes shows in the last digit of the smallest entry.
 
+Some **hand out the same buffer** each time, as captured graphs do. What comes next reads it at once
+in a backward pass; who keeps it finds the numbers of a later call there.
+
 Some **keep** what the graph does not show, such as the modules that blocks of reversible networks
 run once more, which accumulates into the ``.grad`` of their parameters.
 """
@@ -18,7 +21,7 @@ run once more, which accumulates into the ``.grad`` of their parameters.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from types import FunctionType, MethodType
 from typing import Any
@@ -33,7 +36,7 @@ from jdcore.errors import UnservedGraphError
 from jdcore.graph._graph import Graph, Place
 from jdcore.graph._layout import Layout
 from jdcore.graph._operations import is_steady
-from jdcore.graph._passes import Grads, differentiate
+from jdcore.graph._passes import Grads, copies, differentiate
 from jdcore.graph._saved import function_of
 
 # -- those that write into gradients ---------------------------------------------------------------
@@ -102,6 +105,20 @@ def _watched(graph: Graph) -> Iterator[list[type]]:
 
     with own_hooks(hooks()):
         yield guilty
+
+
+# -- those that hand out the same buffer -----------------------------------------------------------
+
+
+def returning_copies(nodes: Iterable[Any]) -> AbstractContextManager[None]:
+    """Copy what functions return in passes, for the time of a ``with`` block."""
+    # At the function itself, as autograd holds what it returns at the end of a pass until all of it
+    # is over, when the function may have run again.
+    return own_hooks(node.register_hook(_copied) for node in nodes)
+
+
+def _copied(found: Grads, _: Grads) -> Grads:
+    return copies(found)
 
 
 # -- those that hide samples -----------------------------------------------------------------------

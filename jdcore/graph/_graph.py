@@ -20,7 +20,7 @@ from torch.autograd.graph import GradientEdge, Node
 from jdcore.errors import UnservedGraphError
 from jdcore.graph._operations import PARTS, REARRANGING, operation
 from jdcore.graph._retained import retaining
-from jdcore.graph._saved import function_of, plain_attributes, results_of
+from jdcore.graph._saved import function_of_others, plain_attributes, results_of
 from jdcore.graph._walk import LEAF, REENTRANT, edge_of
 
 P = ParamSpec("P")
@@ -286,20 +286,12 @@ class Graph:
 
     @cached_property
     def functions_of_others(self) -> dict[Any, type]:
-        """
-        By node, the functions of Python that gradients pass through.
-
-        Torch's own, such as those of compiled regions, are left out: their backward is trusted.
-        """
+        """By node, the functions of Python that gradients pass through, without torch's own."""
         form = self.form
         if not form.has_functions:
             return {}
-        found = {self.nodes[node]: function_of(self.nodes[node]) for node in form.leading}
-        return {
-            node: function
-            for node, function in found.items()
-            if function is not None and not function.__module__.startswith("torch.")
-        }
+        found = {self.nodes[node]: function_of_others(self.nodes[node]) for node in form.leading}
+        return {node: function for node, function in found.items() if function is not None}
 
     def _computes(self, tensor: Tensor) -> bool:
         return tensor.grad_fn is not None and tensor.grad_fn in self._index

@@ -11,7 +11,13 @@ from torch import Tensor
 from jdcore._fields import dense
 from jdcore.errors import JDCoreError, RowByRowWarning, UnservedGraphError, warn
 from jdcore.graph._cancelling import multiplied
-from jdcore.graph._functions import kept_leaves, refused_tampering, tampers, try_functions
+from jdcore.graph._functions import (
+    kept_leaves,
+    refused_tampering,
+    returning_copies,
+    tampers,
+    try_functions,
+)
 from jdcore.graph._graph import Graph, Place
 from jdcore.graph._hooks import has_hook_for_several, may_have_hooks
 from jdcore.graph._memory import Memory
@@ -233,13 +239,18 @@ class Jacobian:
     @cached_property
     def _kept(self) -> list[Tensor]:
         """Further leaves that functions of Python know of."""
-        functions = [node for node in self.graph.nodes if function_of(node)]
-        return [*self.graph.leaves.values(), *kept_leaves(functions)]
+        return [*self.graph.leaves.values(), *kept_leaves(self._functions)]
+
+    @cached_property
+    def _functions(self) -> list[Any]:
+        """The functions of Python in the graph."""
+        nodes = self.graph.nodes if self.graph.form.has_functions else []
+        return [node for node in nodes if function_of(node)]
 
     @contextmanager
     def fields_unchanged(self) -> Iterator[None]:
         """
-        Leave every ``.grad`` as it is, also of tensors that retain it.
+        Leave every ``.grad`` as it is, also of tensors that retain it, and what passes return.
 
         :raises UnservedGraphError: At the end, if a function accumulates into ``.grad`` in its
             backward, unseen by the graph.
@@ -255,7 +266,10 @@ class Jacobian:
             # Where there is no gradient, nothing can be added to one in place, and a new one shows.
             tensor.grad = None
         try:
-            yield
+            # Those of compiled regions as well, which may be captured graphs: what several passes
+            # return is kept.
+            with returning_copies(self._functions):
+                yield
             hidden = [tensor for tensor in tensors[kept:] if tensor.grad is not None]
         finally:
             for tensor, grad in zip(tensors, before, strict=True):
@@ -449,11 +463,9 @@ class Jacobian:
         outputs, seeds = self.objectives.differentiable(), self.objectives.seeds(weights)
         with self.fields_unchanged():
             found = differentiate(outputs, tensors, seeds, retain_graph)
-        # What a hook or a function hands out may be a buffer of its own, which must not become a
-        # `.grad`.
-        reused = self._single_passes or self.graph.form.has_functions
+        # What a hook hands out may be a buffer of its own, which must not become a `.grad`.
         return {
-            tensor: g.clone() if reused or tensor._backward_hooks else g
+            tensor: g.clone() if self._single_passes or tensor._backward_hooks else g
             for tensor, g in zip(tensors, found, strict=True)
             if g is not None
         }

@@ -198,6 +198,11 @@ class SinglePassesExplained:
             ) from error
 
 
+def copies(grads: Grads) -> Grads:
+    """Gradients that a function returned, which may be buffers that it fills once more later."""
+    return tuple([None if grad is None else grad.clone() for grad in grads])
+
+
 def stacked(rows: Sequence[Tensor | None]) -> Tensor | None:
     """Gradients of all losses at one place, zero where there is none; None if there is none."""
     present = [(k, row) for k, row in enumerate(rows) if row is not None]

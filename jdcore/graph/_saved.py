@@ -210,6 +210,19 @@ def function_of(node: Any) -> type | None:
     return cls
 
 
+def function_of_others(node: Any) -> type | None:
+    """
+    :func:`function_of`, but None for torch's own, such as those of compiled regions.
+
+    The backward of these is trusted, but for captured graphs, which return the same memory each
+    time.
+    """
+    function = function_of(node)
+    if function is None or function.__module__ == "torch.cuda.graphs":
+        return function
+    return None if function.__module__.startswith("torch.") else function
+
+
 def current_pass() -> int:
     """A number of the backward pass that runs in this thread, negative if there is none."""
     # Torch's own `register_multi_grad_hook` and checkpoints rely on it.

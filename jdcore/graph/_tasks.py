@@ -297,9 +297,8 @@ class Passes:
 
     @cached_property
     def _reused(self) -> bool:
-        """Whether hooks or functions of Python may hand out the same buffer again and again."""
-        hooked = self.single or any(leaf._backward_hooks for leaf in self.graph.leaves.values())
-        return hooked or self.graph.form.has_functions
+        """Whether hooks may hand out the same buffer again and again."""
+        return self.single or any(leaf._backward_hooks for leaf in self.graph.leaves.values())
 
     @cached_property
     def _ways(self) -> Ways:

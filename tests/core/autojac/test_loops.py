@@ -729,6 +729,37 @@ def test_a_function_may_hand_out_the_same_buffer_for_each_gradient(way: str) -> 
     torch.testing.assert_close(layer.weight.grad.flatten(), expected)
 
 
+@pytest.mark.parametrize("way", ["backward", "tasks", "samples", "tasks of samples"])
+def test_a_function_may_hand_out_the_same_buffer_several_times_in_a_pass(way: str) -> None:
+    # Wide layers have rows that are made from the gradients at their products.
+    layers = [nn.Linear(256, 256, bias=False).double() for _ in range(3)]
+    parameters = [parameter for layer in layers for parameter in layer.parameters()]
+    inputs, buffer = X.repeat_interleave(86, 1)[:, :256], torch.empty(4, 256).double()
+
+    def losses() -> Tensor:
+        first, second = (_Buffered.apply(layer(inputs), buffer) for layer in layers[:2])
+        found = _Buffered.apply(layers[2](first * second), buffer)
+        return found[:, :2].T if way == "tasks of samples" else found.square().sum(dim=1)
+
+    rows = []
+    for loss in losses().flatten():
+        loss.backward(retain_graph=True)
+        rows.append([parameter.grad for parameter in parameters])
+        for parameter in parameters:
+            parameter.grad = None
+    if way == "backward":
+        backward(losses(), inputs=parameters)
+        for parameter, of_parameter in zip(parameters, zip(*rows, strict=True), strict=True):
+            torch.testing.assert_close(parameter.jac, torch.stack(of_parameter))
+        return
+    matrix = torch.stack([torch.cat([part.flatten() for part in row]) for row in rows])
+    batch_dim = {"tasks": None, "samples": 0, "tasks of samples": 1}[way]
+    found = Engine(*layers, batch_dim=batch_dim).compute_gramian(losses())
+    if found.ndim == 4:
+        found = found.transpose(2, 3).reshape(8, 8)
+    torch.testing.assert_close(found, matrix @ matrix.T)
+
+
 @pytest.mark.parametrize("batch_dim", [0, None])
 @pytest.mark.parametrize("second_pass", [False, True])
 def test_what_a_function_hands_out_again_is_no_gradient_of_small_batches(
