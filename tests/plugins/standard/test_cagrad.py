@@ -111,6 +111,36 @@ def test_rows_of_very_different_norms(c: float) -> None:
         assert np.linalg.norm(d - g0) == pytest.approx(c * np.linalg.norm(g0), rel=1e-12)
 
 
+@pytest.mark.parametrize("m", [2, 12, 100])
+def test_one_row_is_shorter_than_the_others_by_more_than_a_square_in_float64_holds(m: int) -> None:
+    lengths = torch.linspace(1.0, 2.0, m, dtype=torch.float64) * 1e100
+    lengths[0] = 1e-100
+
+    update = CAGrad(c=0.5)(torch.diag(lengths))
+
+    # All of the radius goes to the short row, which still gains least.
+    mean = lengths / m
+    mean[0] = 0.5 * mean[1:].norm()
+    torch.testing.assert_close(update, mean, rtol=1e-12, atol=0.0)
+
+
+@pytest.mark.parametrize("c", [0.3, 3.0])
+@pytest.mark.parametrize("m", [3, 8, 12, 96])
+def test_rows_of_all_lengths_that_float64_squares_leave_the_update_in_the_ball(
+    m: int, c: float
+) -> None:
+    random = torch.Generator().manual_seed(m)
+    for _ in range(8):
+        rows = torch.randn((m, m), generator=random, dtype=torch.float64)
+        exponents = 200.0 * torch.rand((m, 1), generator=random, dtype=torch.float64) - 100.0
+        matrix = rows * 10.0**exponents
+        update, mean = CAGrad(c=c)(matrix), matrix.mean(0)
+
+        scale = mean.abs().max()
+        distance, length = ((update - mean) / scale).norm(), (mean / scale).norm()
+        assert distance <= c * length * (1.0 + 1e-6)
+
+
 def test_a_stationary_point_is_told_from_one_that_nearly_is() -> None:
     # Zero is in the hull of three vectors at 120 degrees; lifted by 1e-5, all can be improved.
     angles = torch.arange(3, dtype=torch.float64) * (2 * math.pi / 3)

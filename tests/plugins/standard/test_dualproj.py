@@ -27,6 +27,16 @@ def test_a_long_row_against_a_short_one(r: float) -> None:
     assert update.tolist() == pytest.approx([r / 4, r / 4], rel=1e-13)
 
 
+@pytest.mark.parametrize("m", [2, 5, 12])
+def test_rows_whose_squares_vanish_beside_the_others_are_left_alone(m: int) -> None:
+    matrix = torch.eye(m, dtype=torch.float64) * 1e140
+    matrix[0] = -1e-140
+
+    expected = matrix.mean(0)
+    torch.testing.assert_close(DualProj()(matrix), expected)
+    torch.testing.assert_close(UPGrad()(matrix), expected)
+
+
 def test_opposite_rows_give_zero_only_along_their_line() -> None:
     matrix = torch.tensor([[2.0, 0.0], [-1.0, 0.0], [0.0, 3.0]])
     assert DualProj()(matrix).tolist() == pytest.approx([0.0, 1.0], abs=1e-7)

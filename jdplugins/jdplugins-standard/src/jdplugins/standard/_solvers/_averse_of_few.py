@@ -88,10 +88,10 @@ def _on(G: Rows, b: Floats, passive: list[int], radius: float) -> tuple[float, F
     aa, ab = sum(along), sum(against)
     bb = sum([b[i] * x for i, x in zip(passive, against, strict=True)])
     discriminant = ab * ab - aa * (bb - radius * radius)
-    if discriminant < 0.0:
+    if not (discriminant >= 0.0 and aa > 0.0):  # as where rows differ by very much in length
         return None
     level = (ab + math.sqrt(discriminant)) / aa
     v = [0.0] * len(G)
     for i, x, y in zip(passive, along, against, strict=True):
         v[i] = level * x - y
-    return level, v
+    return (level, v) if math.isfinite(sum(v)) else None

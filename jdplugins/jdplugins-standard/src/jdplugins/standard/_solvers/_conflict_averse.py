@@ -126,7 +126,8 @@ class _Levels:
         image = product(self.C, z)
         # The inner products of Jᵀ z with all points of the hull are at least that with a row.
         least = float((image / self.a).min())
-        most = max(rounding, 2.0 * self.level / float(self.a.min()) ** 2)
+        ratio = float(self.a.min())  # whose square may be below the range of floats
+        most = max(rounding, 2.0 * self.level / ratio / ratio)
         if least > 0.0 and least * least > most * float(z @ image):
             return False
         z = shortest(self.C, self.a)
@@ -172,6 +173,8 @@ class _Levels:
         if indices.size == 0:
             return math.nan, v
         a, b = self.a[indices], self.b[indices]
+        largest = float(a.max())
+        a /= largest  # as its square may be below the range of floats
         block = self.C[indices[:, None], indices]
         # Dependent rows can be solved for then; the level is a guess, which the next LCP corrects.
         block.flat[:: len(indices) + 1] += 1e-14
@@ -183,7 +186,7 @@ class _Levels:
         level = (ab + math.sqrt(discriminant)) / aa
         v.fill(0.0)
         v[indices] = level * solved[:, 0] - solved[:, 1]
-        return level, v
+        return level / largest, v
 
 
 @define

@@ -163,6 +163,7 @@ def guess_again(
     return X
 
 
+@np.errstate(over="ignore", invalid="ignore")  # q may be beyond the range of float32
 def descend(C: Vector, q: Vector, start: Vector) -> Vector:
     """
     Towards the solution of one linear complementarity problem, by projected gradient steps.

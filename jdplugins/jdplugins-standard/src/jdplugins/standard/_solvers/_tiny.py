@@ -82,6 +82,8 @@ def _solve_passive(A: Rows, q: Sequence[float], passive: list[int]) -> Sequence[
         return ()
     i = passive[0]
     ii = A[i][i]
+    if ii <= 0.0:  # a row whose squared length is below the range of floats
+        return None
     if len(passive) == 1:
         return (-q[i] / ii,)
     j = passive[1]
