@@ -56,6 +56,9 @@ class Plan:
         """Whether to start two passes, for the head and for the trunk, takes longer than both."""
         return (
             self.rows_from_features
+            # Of several, one that counts for nothing in a loss may have an infinite derivative. It
+            # is left out where rows start from the features; a whole pass would give NaN.
+            and len(self.cut) == 1
             and self.apart is None
             and len(self.heads) < _MANY_HEADS
             and all(parameter.is_cpu for parameter in self.shared)

@@ -389,3 +389,18 @@ def test_a_single_row_shares_its_memory_with_no_other_gradient() -> None:
     assert a.jac.data_ptr() != b.jac.data_ptr()
     a.jac.zero_()
     assert b.jac.tolist() == [[4.0] * 3]
+
+
+@pytest.mark.parametrize("width", [3, 600])
+def test_a_feature_that_counts_for_nothing_may_have_an_infinite_derivative(width: int) -> None:
+    trunk = nn.Linear(width, width).double()
+    hidden = trunk(torch.randn(2, width, dtype=torch.float64))
+    features = [hidden.tanh(), (hidden - hidden.detach()).sqrt()]
+    heads = [_leaf(width) for _ in range(2)]
+    losses = [(features[0] * head).sum() + 0.0 * features[1].sum() for head in heads]
+    expected = [
+        torch.autograd.grad((features[0] * head).sum(), trunk.weight, retain_graph=True)[0]
+        for head in heads
+    ]
+    mtl_backward(losses, features)
+    torch.testing.assert_close(get_jac(trunk.weight), torch.stack(expected))
