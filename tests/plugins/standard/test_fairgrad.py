@@ -209,6 +209,25 @@ def test_a_fairness_beyond_what_float64_can_solve_warns() -> None:
     assert bool((weights >= 0).all())
 
 
+@pytest.mark.parametrize("m", [3, 12])
+def test_rows_of_all_lengths_give_finite_weights_that_are_right_or_warned_of(m: int) -> None:
+    random = torch.Generator().manual_seed(m)
+    for _ in range(12):
+        rows = torch.randn((m, 2 * m), generator=random, dtype=torch.float64)
+        exponents = 280.0 * torch.rand((m, 1), generator=random, dtype=torch.float64) - 140.0
+        matrix = rows * 10.0**exponents
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            weights = get_weighting("fairgrad", alpha=10.0)(matrix @ matrix.T)
+
+        assert weights.isfinite().all()
+        # A gain that is negative by more than rounding is that of no allocation.
+        lengths = matrix.norm(dim=1)
+        units, shares = matrix / lengths[:, None], weights * lengths
+        gains, sizes = units @ units.T @ shares, (units @ units.T).abs() @ shares
+        assert caught or (gains >= -1e-9 * sizes).all()
+
+
 def test_degrees_without_an_inverse_are_refused() -> None:
     with pytest.raises(ParameterError, match="`alpha` must be 0, or a number that has an inverse"):
         get_weighting("fairgrad", alpha=1e-320)

@@ -120,7 +120,7 @@ class _Gains:
             shares, decrement = game.newton(game.start(), _PROXIMAL)
             shares, decrement = game.newton(shares, 0.0)
         self._warn_if_inexact(game, shares, solved=decrement < _NEARBY)
-        return game.settled(shares)
+        return game.settled(shares)[0]
 
     def _beside(
         self, game: _Game, near: Floats, stationary: NDArray[np.bool_], levels: Floats
@@ -167,13 +167,15 @@ class _Gains:
         limit: float = UNSOLVED,
     ) -> None:
         wanted = game.spent(shares)
-        scale = wanted + shares * product(np.abs(game.cosines), shares) if solved else 1.0
+        scale = wanted + shares * product(np.abs(game.cosines), shares)
+        if not solved:  # then large terms excuse nothing
+            scale = np.minimum(scale, 1.0)
         if stationary is not None:
             scale = np.where(stationary, 1.0 + scale, scale)
             wanted = np.where(stationary, 0.0, wanted)
         missed = np.abs(shares * product(game.cosines, shares) - wanted) / scale
-        # What is not seen is settled by the others.
-        residual = float(missed[game.seen(shares)].max(initial=0.0))
+        counted = game.seen(shares) if stationary is not None else ~game.settled(shares)[1]
+        residual = float(missed[counted].max(initial=0.0))
         # A share that is rounded changes what is spent by e times as much.
         rounding = _ROUNDINGS * float(np.finfo(np.float64).eps) * self.exponent
         warn_if_unsolved(self.problem, residual, max(limit, rounding))
@@ -261,11 +263,17 @@ class _Game:
         """Which shares are more than the least that the search goes to."""
         return np.asarray(shares > 2.0 * _UNSEEN * shares.max())
 
-    def settled(self, shares: Floats) -> Floats:
-        """What is not seen, as its gain is that from the others: 0 where float64 ends."""
+    def settled(self, shares: Floats) -> tuple[Floats, NDArray[np.bool_]]:
+        """
+        What is not seen, as its gain is that from the others: 0 where float64 ends.
+
+        :returns: The shares, and which of them are not seen. A share that would be seen for such a
+            gain, or that gains nothing, is none of these.
+        """
         gains = np.log(product(self.cosines, shares))
         exact = np.exp((self.logarithms - gains) / self.exponent)
-        return np.where(self.seen(shares), shares, exact)
+        unseen = ~self.seen(shares) & (exact <= 2.0 * _UNSEEN * shares.max())
+        return np.where(unseen, exact, shares), unseen
 
     def start(self) -> Floats:
         """The best multiple of what is exact for orthogonal rows."""
