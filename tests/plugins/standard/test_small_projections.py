@@ -38,3 +38,16 @@ def test_nothing_to_project_has_the_shape_that_was_asked_for(k: int, m: int) -> 
     found = NativeDualConeSolver()(np.eye(m), np.zeros((k, m)))
 
     assert found.shape == (k, m)
+
+
+def test_what_comes_from_a_singular_block_is_no_start() -> None:
+    random = np.random.default_rng(103)
+    half = random.standard_normal((48, 192))
+    rows = np.concatenate([half, -2.0 * half])
+    gramian, solver = rows @ rows.T, NativeDualConeSolver()
+    references = np.abs(random.standard_normal((60, 96))) * (random.random((60, 96)) < 0.5)
+
+    for u in references:
+        # Every vector is in the span of opposite rows, and its projection is zero.
+        update = solver(gramian, u[None])[0] @ rows
+        assert np.abs(update).max() < 1e-10 * np.abs(u @ rows).max()

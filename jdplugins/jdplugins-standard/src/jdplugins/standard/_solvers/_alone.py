@@ -80,7 +80,8 @@ def _pivoted(C: Floats, q: Floats, passive: NDArray[np.bool_] | None) -> tuple[F
             if residual > _NEAR or largest > LARGE:
                 break
             return z, residual
-        if count < fewest:
+        # Beside what comes from a singular block, no residual would be seen.
+        if count < fewest and largest <= LARGE:
             fewest, nearest = count, z.clip(min=0.0)
         else:
             failures += 1
