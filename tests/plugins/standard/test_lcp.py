@@ -538,10 +538,16 @@ def test_however_wrong_an_answer_is_it_is_no_longer_than_what_is_projected(
     monkeypatch.setattr(_dual_cone, "project_few", lambda gramian, references: None)
     J = jacobian("conflict", 12)
     G, U = J @ J.T, np.eye(12)
-    with pytest.warns(UnsolvedWarning):
+    with pytest.warns(UnsolvedWarning) as caught:
         V = NativeDualConeSolver()(G, U)
     assert (V >= U).all()
     assert (np.einsum("ij,jk,ik->i", V, G, V) <= G.diagonal() * (1.0 + 1e-12)).all()
+    # The warning tells of the answer that is given, not of the one that the solver had found.
+    told, norms = caught[0].message, np.sqrt(G.diagonal())
+    assert isinstance(told, UnsolvedWarning)
+    scaled = (V - U) * norms / norms[:, None]
+    cosines = G / np.outer(norms, norms)
+    assert told.residual == pytest.approx(lcp_residual(cosines, cosines, scaled).max())
 
 
 @pytest.mark.parametrize("name", FAMILIES)

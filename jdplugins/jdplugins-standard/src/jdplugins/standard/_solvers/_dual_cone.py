@@ -75,6 +75,9 @@ def _solve(C: Tensor, U: Tensor) -> Tensor:
             return _solve(definite, U)
     if not worst <= UNSOLVED:
         Z = _shortened(C, U, Z)
+        # Of the answer that is given, at which the solver has not looked.
+        arrays = [tensor.numpy(force=True) for tensor in (C, Q, Z)]
+        worst = float(lcp_residual(*arrays).max())
     warn_if_unsolved("dual_cone", worst)
     return Z
 
