@@ -153,7 +153,7 @@ def checked(weights: Any, expected: tuple[int, ...]) -> Tensor:
             "weighting",
             f"one that returns real weights of shape {list(expected)}",
             describe_tensor(weights),
-            None if isinstance(weights, Tensor) else "Use torch.from_numpy(weights).",
+            None if isinstance(weights, Tensor) else "Give it as one: torch.as_tensor(weights).",
         )
     return weights.detach() if weights.requires_grad else weights
 

@@ -45,5 +45,5 @@ def test_a_base_class_names_what_a_subclass_has_to_implement(
 
 
 def test_weights_as_an_array_are_refused_with_the_way_to_a_tensor() -> None:
-    with pytest.raises(ParameterError, match=r"torch\.from_numpy"):
+    with pytest.raises(ParameterError, match=r"torch\.as_tensor"):
         GramianAggregator(lambda gramian: gramian.diagonal().numpy())(torch.eye(2))
