@@ -1,6 +1,14 @@
 """Gramians and what every Gramian method does with them, in float64."""
 
-from jdcore.linalg._blas import cholesky, eigh, one_thread, product, solve, solve_definite
+from jdcore.linalg._blas import (
+    cholesky,
+    definite_solver,
+    eigh,
+    one_thread,
+    product,
+    solve,
+    solve_definite,
+)
 from jdcore.linalg._combine import combine, factors
 from jdcore.linalg._complementarity import lcp_residual, refine_lcp
 from jdcore.linalg._conflicts import alignment_score, conflicting_share, cosines
@@ -20,6 +28,7 @@ __all__ = [
     "conflicting_share",
     "cosines",
     "cross_gramian",
+    "definite_solver",
     "eigh",
     "equilibrate",
     "exchange_few",

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jdcore.linalg import EPS, one_thread, product, solve_definite
-from jdplugins.standard._solvers._active_set import WORK, ActiveSet
+from jdplugins.standard._solvers._active_set import WORK, ActiveSet, block_of
 from jdplugins.standard._solvers._guess import descend
 
 Floats = NDArray[np.float64]
@@ -65,9 +65,7 @@ def _pivoted(C: Floats, q: Floats, passive: NDArray[np.bool_] | None) -> tuple[F
         indices = start.nonzero()[0]
         z = np.zeros_like(q)
         try:
-            # In two steps, each of which copies more than is wanted, in less than half of the time.
-            block = C.take(indices, 0).take(indices, 1)
-            z[indices] = solve_definite(block, -q[indices])
+            z[indices] = solve_definite(block_of(C, indices), -q[indices])
         except np.linalg.LinAlgError:
             break
         y = product(C, z)

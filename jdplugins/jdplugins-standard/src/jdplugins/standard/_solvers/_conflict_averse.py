@@ -7,6 +7,7 @@ from attrs import define, frozen
 
 from jdcore.aggregation import report_residual
 from jdcore.linalg import EPS, equilibrate, lcp_residual, product, solve_definite
+from jdplugins.standard._solvers._active_set import block_of
 from jdplugins.standard._solvers._alone import solve_one
 from jdplugins.standard._solvers._averse_of_few import STATIONARY, avert_few
 from jdplugins.standard._solvers._guess import descend
@@ -175,7 +176,7 @@ class _Levels:
         a, b = self.a[indices], self.b[indices]
         largest = float(a.max())
         a /= largest  # as its square may be below the range of floats
-        block = self.C[indices[:, None], indices]
+        block = block_of(self.C, indices)
         # Dependent rows can be solved for then; the level is a guess, which the next LCP corrects.
         block.flat[:: len(indices) + 1] += 1e-14
         solved = solve_definite(block, np.stack([a, b], axis=1))
