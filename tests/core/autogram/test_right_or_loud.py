@@ -480,11 +480,7 @@ class _Accumulating(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        x = ctx.saved_tensors[0].detach().requires_grad_()
-        with torch.enable_grad():
-            y = ctx.layer(x)
-        torch.autograd.backward(y, grads[0])
-        return x.grad, None
+        return _accumulated(ctx.layer, ctx.saved_tensors[0], grads[0]), None
 
 
 class _KeptElsewhere(torch.autograd.Function):
@@ -500,11 +496,17 @@ class _KeptElsewhere(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        x = ctx.saved_tensors[0].detach().requires_grad_()
-        with torch.enable_grad():
-            y = _KeptElsewhere.layer(x)
-        torch.autograd.backward(y, grads[0])
-        return x.grad, None
+        return _accumulated(_KeptElsewhere.layer, ctx.saved_tensors[0], grads[0]), None
+
+
+def _accumulated(layer: nn.Module, x: Tensor, grad: Tensor) -> Tensor:
+    """The gradient at the inputs of a layer, whose parameters get theirs by the way."""
+    x = x.detach().requires_grad_()
+    with torch.enable_grad():
+        y = layer(x)
+    torch.autograd.backward(y, grad)
+    assert x.grad is not None
+    return x.grad
 
 
 @pytest.mark.parametrize("function", [_Accumulating, _KeptElsewhere])
