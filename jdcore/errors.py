@@ -47,11 +47,22 @@ def message_of(error: BaseException) -> str:
         return "(its message cannot be shown)"
 
 
+class _OfParts:
+    """What is rebuilt from the parts of its message, e.g. in another process."""
+
+    def __reduce__(self) -> tuple[type, tuple[object, ...]]:
+        # Exceptions are rebuilt from ``args`` (the message) by default, which drops the parts. They
+        # have the names of the arguments of the constructor.
+        code = type(self).__init__.__code__  # type: ignore[misc]
+        names = code.co_varnames[1 : code.co_argcount]
+        return type(self), tuple(getattr(self, name) for name in names)
+
+
 class JDCoreError(Exception):
     """Base class of every exception that jdcore raises on purpose."""
 
 
-class ParameterError(JDCoreError, ValueError):
+class ParameterError(_OfParts, JDCoreError, ValueError):
     """
     An argument has an unusable value.
 
@@ -69,16 +80,12 @@ class ParameterError(JDCoreError, ValueError):
         message = f"Parameter `{parameter}` must be {expected}, got {got}."
         super().__init__(message if hint is None else f"{message} {hint}")
 
-    def __reduce__(self) -> tuple[type, tuple[object, ...]]:
-        # Exceptions are rebuilt from ``args`` (the message) by default, which drops the parts.
-        return type(self), (self.parameter, self.expected, self.got, self.hint)
-
 
 class ParameterTypeError(ParameterError, TypeError):
     """An argument has an unusable type. Same parts as :class:`ParameterError`."""
 
 
-class UnknownNameError(JDCoreError, LookupError):
+class UnknownNameError(_OfParts, JDCoreError, LookupError):
     """
     A look-up found nothing under this name.
 
@@ -111,9 +118,6 @@ class UnknownNameError(JDCoreError, LookupError):
         self.known = tuple(known)
         self.hint = hint
 
-    def __reduce__(self) -> tuple[type, tuple[object, ...]]:
-        return type(self), (self.name, self.kind, self.close, self.known, self.hint)
-
 
 class MissingMethodError(UnknownNameError, ImportError):
     """An import from ``jdcore.aggregation`` asked for a known method that is not installed."""
@@ -121,7 +125,7 @@ class MissingMethodError(UnknownNameError, ImportError):
     name: str  # both bases have it
 
 
-class MissingPackageError(JDCoreError, ImportError):
+class MissingPackageError(_OfParts, JDCoreError, ImportError):
     """
     A package is needed that jdcore does without otherwise, and it is not installed.
 
@@ -134,11 +138,8 @@ class MissingPackageError(JDCoreError, ImportError):
         self.packages = tuple(packages)
         self.command = command
 
-    def __reduce__(self) -> tuple[type, tuple[object, ...]]:
-        return type(self), (self.packages, self.command)
 
-
-class AmbiguousNameError(JDCoreError, LookupError):
+class AmbiguousNameError(_OfParts, JDCoreError, LookupError):
     """
     Several distributions provide this name, so none of them gets it.
 
@@ -156,11 +157,8 @@ class AmbiguousNameError(JDCoreError, LookupError):
             f"Ask for one of: {', '.join(repr(c) for c in self.candidates)}."
         )
 
-    def __reduce__(self) -> tuple[type, tuple[object, ...]]:
-        return type(self), (self.name, self.kind, self.candidates)
 
-
-class PluginError(JDCoreError, RuntimeError):
+class PluginError(_OfParts, JDCoreError, RuntimeError):
     """
     A plugin that is needed for an explicit request could not be used; the cause is chained.
 
@@ -173,11 +171,8 @@ class PluginError(JDCoreError, RuntimeError):
         self.reason = reason
         super().__init__(f"Plugin {plugin} cannot be used: {reason}")
 
-    def __reduce__(self) -> tuple[type, tuple[object, ...]]:
-        return type(self), (self.plugin, self.reason)
 
-
-class NonFiniteError(JDCoreError, ArithmeticError):
+class NonFiniteError(_OfParts, JDCoreError, ArithmeticError):
     """
     A Jacobian or Gramian holds NaN or infinite values, and finite ones were asked for.
 
@@ -193,11 +188,8 @@ class NonFiniteError(JDCoreError, ArithmeticError):
             "Look for a diverging loss, or unset check_finite to get NaN weights instead."
         )
 
-    def __reduce__(self) -> tuple[type, tuple[object, ...]]:
-        return type(self), (self.rows, self.what)
 
-
-class NonDifferentiableError(JDCoreError, RuntimeError):
+class NonDifferentiableError(_OfParts, JDCoreError, RuntimeError):
     """
     Differentiation went through a method that has no derivative.
 
@@ -211,9 +203,6 @@ class NonDifferentiableError(JDCoreError, RuntimeError):
             "if no derivative through the aggregation is wanted."
         )
 
-    def __reduce__(self) -> tuple[type, tuple[object, ...]]:
-        return type(self), (self.method,)
-
 
 class GraphError(JDCoreError, ValueError):
     """
@@ -223,7 +212,7 @@ class GraphError(JDCoreError, ValueError):
     """
 
 
-class PeerError(JDCoreError, RuntimeError):
+class PeerError(_OfParts, JDCoreError, RuntimeError):
     """
     Another process could not take part in a step, so no process made it.
 
@@ -241,11 +230,8 @@ class PeerError(JDCoreError, RuntimeError):
         )
         super().__init__(f"{who}, so nothing is written on any: {reason}")
 
-    def __reduce__(self) -> tuple[type, tuple[object, ...]]:
-        return type(self), (self.rank, self.reason)
 
-
-class SinglePassError(JDCoreError, RuntimeError):
+class SinglePassError(_OfParts, JDCoreError, RuntimeError):
     """
     A graph can be differentiated only once, although several objectives need a pass each.
 
@@ -260,9 +246,6 @@ class SinglePassError(JDCoreError, RuntimeError):
             "Several objectives need a backward pass each, but the graph allows one only: "
             f"{reason}. {remedy}"
         )
-
-    def __reduce__(self) -> tuple[type, tuple[object, ...]]:
-        return type(self), (self.reason, self.remedy)
 
 
 class UnservedGraphError(ParameterError):
@@ -289,10 +272,6 @@ class UnservedGraphError(ParameterError):
         self.operation, self.reason, self.remedy = operation, reason, remedy
         super().__init__(parameter, expected, f"{operation}: {reason}", remedy)
 
-    def __reduce__(self) -> tuple[type, tuple[object, ...]]:
-        parts = (self.operation, self.reason, self.remedy, self.parameter, self.expected)
-        return type(self), parts
-
 
 class JDCoreWarning(UserWarning):
     """Base class of every warning that jdcore emits."""
@@ -302,7 +281,7 @@ class PluginWarning(JDCoreWarning):
     """Discovery left something out: a plugin failed, or a name is claimed twice."""
 
 
-class RowByRowWarning(JDCoreWarning):
+class RowByRowWarning(_OfParts, JDCoreWarning):
     """
     Each loss of a batch gets a backward pass of its own, where one could have served all samples.
 
@@ -319,11 +298,8 @@ class RowByRowWarning(JDCoreWarning):
             "those of tensors and of operations (`grad_fn`) do."
         )
 
-    def __reduce__(self) -> tuple[type, tuple[object, ...]]:
-        return type(self), (self.rows, self.reason)
 
-
-class UnsolvedWarning(JDCoreWarning):
+class UnsolvedWarning(_OfParts, JDCoreWarning):
     """
     An optimisation problem was not solved to its promised accuracy.
 
@@ -346,11 +322,8 @@ class UnsolvedWarning(JDCoreWarning):
             f"{reason}. The best weights found are returned."
         )
 
-    def __reduce__(self) -> tuple[type, tuple[object, ...]]:
-        return type(self), (self.problem, self.residual, self.reason)
 
-
-class VectorizationError(JDCoreError, RuntimeError):
+class VectorizationError(_OfParts, JDCoreError, RuntimeError):
     """
     Several rows could not be differentiated at once, although a chunk size above 1 was asked for.
 
@@ -364,11 +337,8 @@ class VectorizationError(JDCoreError, RuntimeError):
             "parallel_chunk_size at None, which falls back by itself, or set it to 1."
         )
 
-    def __reduce__(self) -> tuple[type, tuple[object, ...]]:
-        return type(self), (self.reason,)
 
-
-class VectorizationWarning(JDCoreWarning):
+class VectorizationWarning(_OfParts, JDCoreWarning):
     """
     Rows that were to be differentiated several at once are differentiated one by one.
 
@@ -382,9 +352,6 @@ class VectorizationWarning(JDCoreWarning):
             f"differentiated one by one: {reason} The result is the same. Set "
             "parallel_chunk_size=1 to do so from the start."
         )
-
-    def __reduce__(self) -> tuple[type, tuple[object, ...]]:
-        return type(self), (self.reason,)
 
 
 def warn(warning: Warning) -> None:

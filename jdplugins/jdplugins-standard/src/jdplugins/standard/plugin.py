@@ -9,242 +9,173 @@ from jdcore import AggregatorSpec, Property, Reference, ScalarizerSpec, SolverSp
 
 _PACKAGE = "jdplugins.standard"
 
-_JACOBIAN_DESCENT = Reference(
-    title="Jacobian Descent for Multi-Objective Optimization",
-    year=2024,
-    url="https://arxiv.org/pdf/2406.16232",
+# In one word, so that what a method guarantees fits into one line.
+_PEACEFUL = Property.NON_CONFLICTING
+_LINEAR = Property.LINEAR_UNDER_SCALING
+_STATIONARY = Property.STRONGLY_STATIONARY
+_INVARIANT = Property.PERMUTATION_INVARIANT
+_EQUIVARIANT = Property.SCALE_EQUIVARIANT
+_DIFFERENTIABLE = Property.DIFFERENTIABLE
+_ROBUST = Property.ROBUST
+
+
+def _arxiv(title: str, year: int, number: str) -> Reference:
+    return Reference(title=title, year=year, url=f"https://arxiv.org/pdf/{number}")
+
+
+_RANDOM_WEIGHTING = _arxiv(
+    ("Reasonable Effectiveness of Random Weighting: A Litmus Test for Multi-Task Learning"),
+    2021,
+    "2111.10603",
 )
+_BARGAINING = _arxiv("Multi-Task Learning as a Bargaining Game", 2022, "2202.01017")
+_IMPARTIAL = Reference(
+    title="Towards Impartial Multi-task Learning",
+    year=2021,
+    url="https://discovery.ucl.ac.uk/id/eprint/10120667/",
+)
+_GRADIENT_BIAS = Reference(
+    title="Mitigating Gradient Bias in Multi-objective Learning: A Provably Convergent Approach",
+    year=2023,
+    url="https://openreview.net/pdf?id=dLAYGdKTi2",
+)
+
+
+def _method(
+    name: str, class_name: str, summary: str, reference: Reference | None = None, **more: Any
+) -> AggregatorSpec:
+    """The spec of a method, whose module has its name."""
+    kind = "weighting" if class_name.endswith("Weighting") else "aggregator"
+    factory = {kind: f"{_PACKAGE}.{name}:{class_name}"}
+    return AggregatorSpec(
+        name=name, summary=summary, reference=reference, api_version=1, **factory, **more
+    )
 
 
 @hookimpl
 def jdcore_aggregators() -> Iterator[AggregatorSpec]:
-    yield AggregatorSpec(
-        name="mean",
-        summary="Mean of the rows: gradient descent on the mean of the losses.",
-        weighting=f"{_PACKAGE}.mean:MeanWeighting",
-        properties=(
-            Property.LINEAR_UNDER_SCALING,
-            Property.STRONGLY_STATIONARY,
-            Property.PERMUTATION_INVARIANT,
-            Property.SCALE_EQUIVARIANT,
-            Property.DIFFERENTIABLE,
-        ),
-        api_version=1,
+    yield _method(
+        "mean",
+        "MeanWeighting",
+        "Mean of the rows: gradient descent on the mean of the losses.",
+        properties=(_LINEAR, _STATIONARY, _INVARIANT, _EQUIVARIANT, _DIFFERENTIABLE),
     )
-    yield AggregatorSpec(
-        name="upgrad",
-        summary="Mean of the projections of all rows onto the dual cone.",
-        weighting=f"{_PACKAGE}.upgrad:UPGradWeighting",
-        reference=_JACOBIAN_DESCENT,
-        properties=(
-            Property.NON_CONFLICTING,
-            Property.LINEAR_UNDER_SCALING,
-            Property.STRONGLY_STATIONARY,
-            Property.PERMUTATION_INVARIANT,
-            Property.SCALE_EQUIVARIANT,
-        ),
-        api_version=1,
+    yield _method(
+        "upgrad",
+        "UPGradWeighting",
+        "Mean of the projections of all rows onto the dual cone.",
+        _arxiv("Jacobian Descent for Multi-Objective Optimization", 2024, "2406.16232"),
+        properties=(_PEACEFUL, _LINEAR, _STATIONARY, _INVARIANT, _EQUIVARIANT),
     )
-    yield AggregatorSpec(
-        name="dualproj",
-        summary="Projection of the mean of the rows onto the dual cone.",
-        weighting=f"{_PACKAGE}.dualproj:DualProjWeighting",
-        reference=Reference(
-            title="Gradient Episodic Memory for Continual Learning",
-            year=2017,
-            url="https://arxiv.org/pdf/1706.08840",
-        ),
-        properties=(
-            Property.NON_CONFLICTING,
-            Property.STRONGLY_STATIONARY,
-            Property.PERMUTATION_INVARIANT,
-            Property.SCALE_EQUIVARIANT,
-        ),
-        api_version=1,
+    yield _method(
+        "dualproj",
+        "DualProjWeighting",
+        "Projection of the mean of the rows onto the dual cone.",
+        _arxiv("Gradient Episodic Memory for Continual Learning", 2017, "1706.08840"),
+        properties=(_PEACEFUL, _STATIONARY, _INVARIANT, _EQUIVARIANT),
     )
-    yield AggregatorSpec(
-        name="mgda",
-        summary="Shortest vector in the convex hull of the rows.",
-        weighting=f"{_PACKAGE}.mgda:MGDAWeighting",
-        reference=Reference(
+    yield _method(
+        "mgda",
+        "MGDAWeighting",
+        "Shortest vector in the convex hull of the rows.",
+        Reference(
             title="Multiple-gradient descent algorithm (MGDA) for multiobjective optimization",
             year=2012,
             url="https://www.sciencedirect.com/science/article/pii/S1631073X12000738",
         ),
-        properties=(
-            Property.NON_CONFLICTING,
-            Property.PERMUTATION_INVARIANT,
-            Property.SCALE_EQUIVARIANT,
-        ),
-        api_version=1,
+        properties=(_PEACEFUL, _INVARIANT, _EQUIVARIANT),
     )
-    yield AggregatorSpec(
-        name="cagrad",
-        summary="Best worst-case improvement within a ball around the mean of the rows.",
-        weighting=f"{_PACKAGE}.cagrad:CAGradWeighting",
-        reference=Reference(
-            title="Conflict-Averse Gradient Descent for Multi-task Learning",
-            year=2021,
-            url="https://arxiv.org/pdf/2110.14048",
-        ),
-        properties=(
-            Property.STRONGLY_STATIONARY,
-            Property.PERMUTATION_INVARIANT,
-            Property.SCALE_EQUIVARIANT,
-        ),
+    yield _method(
+        "cagrad",
+        "CAGradWeighting",
+        "Best worst-case improvement within a ball around the mean of the rows.",
+        _arxiv("Conflict-Averse Gradient Descent for Multi-task Learning", 2021, "2110.14048"),
+        properties=(_STATIONARY, _INVARIANT, _EQUIVARIANT),
         example=lambda m: {"c": 0.5},
-        api_version=1,
     )
-    yield AggregatorSpec(
-        name="sum",
-        summary="Sum of the rows: gradient descent on the sum of the losses.",
-        weighting=f"{_PACKAGE}.sum:SumWeighting",
-        properties=(
-            Property.LINEAR_UNDER_SCALING,
-            Property.STRONGLY_STATIONARY,
-            Property.PERMUTATION_INVARIANT,
-            Property.SCALE_EQUIVARIANT,
-            Property.DIFFERENTIABLE,
-        ),
-        api_version=1,
+    yield _method(
+        "sum",
+        "SumWeighting",
+        "Sum of the rows: gradient descent on the sum of the losses.",
+        properties=(_LINEAR, _STATIONARY, _INVARIANT, _EQUIVARIANT, _DIFFERENTIABLE),
     )
-    yield AggregatorSpec(
-        name="constant",
-        summary="Weights chosen by the user: gradient descent on a weighted sum of the losses.",
-        weighting=f"{_PACKAGE}.constant:ConstantWeighting",
-        properties=(
-            Property.LINEAR_UNDER_SCALING,
-            Property.SCALE_EQUIVARIANT,
-            Property.DIFFERENTIABLE,
-        ),
+    yield _method(
+        "constant",
+        "ConstantWeighting",
+        "Weights chosen by the user: gradient descent on a weighted sum of the losses.",
+        properties=(_LINEAR, _EQUIVARIANT, _DIFFERENTIABLE),
         example=_constant_weights,
-        api_version=1,
     )
-    yield AggregatorSpec(
-        name="random",
-        summary="Positive random weights that sum to 1, drawn anew at each call.",
-        weighting=f"{_PACKAGE}.random:RandomWeighting",
-        reference=Reference(
-            title=(
-                "Reasonable Effectiveness of Random Weighting: A Litmus Test for Multi-Task "
-                "Learning"
-            ),
-            year=2021,
-            url="https://arxiv.org/pdf/2111.10603",
-        ),
-        properties=(
-            Property.LINEAR_UNDER_SCALING,
-            Property.STRONGLY_STATIONARY,
-            Property.SCALE_EQUIVARIANT,
-            Property.DIFFERENTIABLE,
-        ),
+    yield _method(
+        "random",
+        "RandomWeighting",
+        "Positive random weights that sum to 1, drawn anew at each call.",
+        _RANDOM_WEIGHTING,
+        properties=(_LINEAR, _STATIONARY, _EQUIVARIANT, _DIFFERENTIABLE),
         stochastic=True,
-        api_version=1,
     )
-    yield AggregatorSpec(
-        name="nash_mtl",
-        summary="Nash bargaining solution: the same relative gain for every objective.",
-        weighting=f"{_PACKAGE}.nash_mtl:NashMTLWeighting",
-        reference=Reference(
-            title="Multi-Task Learning as a Bargaining Game",
-            year=2022,
-            url="https://arxiv.org/pdf/2202.01017",
-        ),
-        properties=(
-            Property.NON_CONFLICTING,
-            Property.STRONGLY_STATIONARY,
-            Property.PERMUTATION_INVARIANT,
-        ),
+    yield _method(
+        "nash_mtl",
+        "NashMTLWeighting",
+        "Nash bargaining solution: the same relative gain for every objective.",
+        _BARGAINING,
+        properties=(_PEACEFUL, _STATIONARY, _INVARIANT),
         stateful=True,
-        api_version=1,
     )
-    yield AggregatorSpec(
-        name="pcgrad",
-        summary="Each row projected off the rows it conflicts with, in random order; summed.",
-        weighting=f"{_PACKAGE}.pcgrad:PCGradWeighting",
-        reference=Reference(
-            title="Gradient Surgery for Multi-Task Learning",
-            year=2020,
-            url="https://arxiv.org/pdf/2001.06782",
-        ),
-        properties=(
-            Property.LINEAR_UNDER_SCALING,
-            Property.STRONGLY_STATIONARY,
-            Property.SCALE_EQUIVARIANT,
-        ),
+    yield _method(
+        "pcgrad",
+        "PCGradWeighting",
+        "Each row projected off the rows it conflicts with, in random order; summed.",
+        _arxiv("Gradient Surgery for Multi-Task Learning", 2020, "2001.06782"),
+        properties=(_LINEAR, _STATIONARY, _EQUIVARIANT),
         stochastic=True,
-        api_version=1,
     )
-    yield AggregatorSpec(
-        name="gradvac",
-        summary="Pairs of rows brought to the cosine they have had on average; summed.",
-        weighting=f"{_PACKAGE}.gradvac:GradVacWeighting",
-        reference=Reference(
-            title=(
+    yield _method(
+        "gradvac",
+        "GradVacWeighting",
+        "Pairs of rows brought to the cosine they have had on average; summed.",
+        _arxiv(
+            (
                 "Gradient Vaccine: Investigating and Improving Multi-task Optimization in "
                 "Massively Multilingual Models"
             ),
-            year=2021,
-            url="https://arxiv.org/pdf/2010.05874",
+            2021,
+            "2010.05874",
         ),
-        properties=(
-            Property.LINEAR_UNDER_SCALING,
-            Property.STRONGLY_STATIONARY,
-            Property.SCALE_EQUIVARIANT,
-        ),
+        properties=(_LINEAR, _STATIONARY, _EQUIVARIANT),
         stateful=True,
         stochastic=True,
-        api_version=1,
     )
-    yield AggregatorSpec(
-        name="imtl_g",
-        summary="Equal projections of the update onto the directions of all rows.",
-        weighting=f"{_PACKAGE}.imtl_g:IMTLGWeighting",
-        reference=Reference(
-            title="Towards Impartial Multi-task Learning",
-            year=2021,
-            url="https://discovery.ucl.ac.uk/id/eprint/10120667/",
-        ),
-        properties=(Property.PERMUTATION_INVARIANT, Property.SCALE_EQUIVARIANT),
-        api_version=1,
+    yield _method(
+        "imtl_g",
+        "IMTLGWeighting",
+        "Equal projections of the update onto the directions of all rows.",
+        _IMPARTIAL,
+        properties=(_INVARIANT, _EQUIVARIANT),
     )
-    yield AggregatorSpec(
-        name="aligned_mtl",
-        summary="Principal components of the Jacobian made equally long and orthogonal.",
-        weighting=f"{_PACKAGE}.aligned_mtl:AlignedMTLWeighting",
-        reference=Reference(
-            title="Independent Component Alignment for Multi-Task Learning",
-            year=2023,
-            url="https://arxiv.org/pdf/2305.19000",
-        ),
-        properties=(
-            Property.STRONGLY_STATIONARY,
-            Property.PERMUTATION_INVARIANT,
-            Property.SCALE_EQUIVARIANT,
-        ),
-        api_version=1,
+    yield _method(
+        "aligned_mtl",
+        "AlignedMTLWeighting",
+        "Principal components of the Jacobian made equally long and orthogonal.",
+        _arxiv("Independent Component Alignment for Multi-Task Learning", 2023, "2305.19000"),
+        properties=(_STATIONARY, _INVARIANT, _EQUIVARIANT),
     )
-    yield AggregatorSpec(
-        name="config",
-        summary="Equal cosines with all rows, and the length they add up to.",
-        weighting=f"{_PACKAGE}.config:ConFIGWeighting",
-        reference=Reference(
-            title="ConFIG: Towards Conflict-free Training of Physics Informed Neural Networks",
-            year=2024,
-            url="https://arxiv.org/pdf/2408.11104",
+    yield _method(
+        "config",
+        "ConFIGWeighting",
+        "Equal cosines with all rows, and the length they add up to.",
+        _arxiv(
+            "ConFIG: Towards Conflict-free Training of Physics Informed Neural Networks",
+            2024,
+            "2408.11104",
         ),
-        properties=(
-            Property.LINEAR_UNDER_SCALING,
-            Property.PERMUTATION_INVARIANT,
-            Property.SCALE_EQUIVARIANT,
-        ),
-        api_version=1,
+        properties=(_LINEAR, _INVARIANT, _EQUIVARIANT),
     )
-    yield AggregatorSpec(
-        name="krum",
-        summary="Mean of the rows closest to their neighbours, robust to adversarial rows.",
-        weighting=f"{_PACKAGE}.krum:KrumWeighting",
-        reference=Reference(
+    yield _method(
+        "krum",
+        "KrumWeighting",
+        "Mean of the rows closest to their neighbours, robust to adversarial rows.",
+        Reference(
             title="Machine Learning with Adversaries: Byzantine Tolerant Gradient Descent",
             year=2017,
             url=(
@@ -252,153 +183,117 @@ def jdcore_aggregators() -> Iterator[AggregatorSpec]:
                 "f4b9ec30ad9f68f89b29639786cb62ef-Paper.pdf"
             ),
         ),
-        properties=(Property.SCALE_EQUIVARIANT, Property.ROBUST),
+        properties=(_EQUIVARIANT, _ROBUST),
         min_rows=4,
         example=lambda m: {"n_byzantine": 1},
-        api_version=1,
     )
-    yield AggregatorSpec(
-        name="trimmed_mean",
-        summary="Mean of each coordinate without its largest and smallest entries.",
-        aggregator=f"{_PACKAGE}.trimmed_mean:TrimmedMean",
-        reference=Reference(
+    yield _method(
+        "trimmed_mean",
+        "TrimmedMean",
+        "Mean of each coordinate without its largest and smallest entries.",
+        Reference(
             title="Byzantine-Robust Distributed Learning: Towards Optimal Statistical Rates",
             year=2018,
             url="https://proceedings.mlr.press/v80/yin18a/yin18a.pdf",
         ),
-        properties=(
-            Property.PERMUTATION_INVARIANT,
-            Property.SCALE_EQUIVARIANT,
-            Property.ROBUST,
-        ),
+        properties=(_INVARIANT, _EQUIVARIANT, _ROBUST),
         min_rows=3,
         example=lambda m: {"trim_number": 1},
-        api_version=1,
     )
-    yield AggregatorSpec(
-        name="graddrop",
-        summary="Each coordinate keeps its positive or its negative entries, at random.",
-        aggregator=f"{_PACKAGE}.graddrop:GradDrop",
-        reference=Reference(
-            title="Just Pick a Sign: Optimizing Deep Multitask Models with Gradient Sign Dropout",
-            year=2020,
-            url="https://arxiv.org/pdf/2010.06808",
+    yield _method(
+        "graddrop",
+        "GradDrop",
+        "Each coordinate keeps its positive or its negative entries, at random.",
+        _arxiv(
+            "Just Pick a Sign: Optimizing Deep Multitask Models with Gradient Sign Dropout",
+            2020,
+            "2010.06808",
         ),
-        properties=(Property.PERMUTATION_INVARIANT, Property.SCALE_EQUIVARIANT),
+        properties=(_INVARIANT, _EQUIVARIANT),
         stochastic=True,
-        api_version=1,
     )
-    yield AggregatorSpec(
-        name="modo",
-        summary="One step per call towards the shortest combination, of two independent batches.",
-        weighting=f"{_PACKAGE}.modo:MoDoWeighting",
-        reference=Reference(
+    yield _method(
+        "modo",
+        "MoDoWeighting",
+        "One step per call towards the shortest combination, of two independent batches.",
+        Reference(
             title=(
-                "Three-Way Trade-Off in Multi-Objective Learning: Optimization, Generalization "
-                "and Conflict-Avoidance"
+                "Three-Way Trade-Off in Multi-Objective Learning: Optimization, "
+                "Generalization and Conflict-Avoidance"
             ),
             year=2024,
             url="https://www.jmlr.org/papers/volume25/23-1287/23-1287.pdf",
         ),
-        properties=(Property.PERMUTATION_INVARIANT,),
-        cross_gramian=True,
+        properties=(_INVARIANT,),
         stateful=True,
-        api_version=1,
+        cross_gramian=True,
     )
-    yield AggregatorSpec(
-        name="sdmgrad",
-        summary="Few steps per call towards a short update near a preferred one, of two batches.",
-        weighting=f"{_PACKAGE}.sdmgrad:SDMGradWeighting",
-        reference=Reference(
-            title=(
+    yield _method(
+        "sdmgrad",
+        "SDMGradWeighting",
+        "Few steps per call towards a short update near a preferred one, of two batches.",
+        _arxiv(
+            (
                 "Direction-oriented Multi-objective Learning: Simple and Provable Stochastic "
                 "Algorithms"
             ),
-            year=2023,
-            url="https://arxiv.org/pdf/2305.18409",
+            2023,
+            "2305.18409",
         ),
-        properties=(Property.PERMUTATION_INVARIANT, Property.SCALE_EQUIVARIANT),
+        properties=(_INVARIANT, _EQUIVARIANT),
+        stateful=True,
         cross_gramian=True,
-        stateful=True,
-        api_version=1,
     )
-    yield AggregatorSpec(
-        name="moco",
-        summary="Rows tracked over time, and one step per call towards their shortest mixture.",
-        aggregator=f"{_PACKAGE}.moco:MoCo",
-        reference=Reference(
-            title=(
-                "Mitigating Gradient Bias in Multi-objective Learning: A Provably Convergent "
-                "Approach"
-            ),
-            year=2023,
-            url="https://openreview.net/pdf?id=dLAYGdKTi2",
-        ),
-        properties=(Property.PERMUTATION_INVARIANT,),
+    yield _method(
+        "moco",
+        "MoCo",
+        "Rows tracked over time, and one step per call towards their shortest mixture.",
+        _GRADIENT_BIAS,
+        properties=(_INVARIANT,),
         stateful=True,
-        api_version=1,
     )
-    yield AggregatorSpec(
-        name="db_mtl",
-        summary="Gradients of the logarithms of the losses, averaged over time, of equal length.",
-        aggregator=f"{_PACKAGE}.db_mtl:DBMTL",
-        reference=Reference(
-            title="Dual-Balancing for Multi-Task Learning",
-            year=2023,
-            url="https://arxiv.org/pdf/2308.12029",
-        ),
-        properties=(
-            Property.STRONGLY_STATIONARY,
-            Property.PERMUTATION_INVARIANT,
-            Property.SCALE_EQUIVARIANT,
-        ),
+    yield _method(
+        "db_mtl",
+        "DBMTL",
+        "Gradients of the logarithms of the losses, averaged over time, of equal length.",
+        _arxiv("Dual-Balancing for Multi-Task Learning", 2023, "2308.12029"),
+        properties=(_STATIONARY, _INVARIANT, _EQUIVARIANT),
+        stateful=True,
         losses=True,
-        stateful=True,
-        api_version=1,
     )
-    yield AggregatorSpec(
-        name="excess_mtl",
-        summary="Weights that grow with the excess risk: robust to objectives with noisy labels.",
-        aggregator=f"{_PACKAGE}.excess_mtl:ExcessMTL",
-        reference=Reference(
+    yield _method(
+        "excess_mtl",
+        "ExcessMTL",
+        "Weights that grow with the excess risk: robust to objectives with noisy labels.",
+        Reference(
             title="Robust Multi-Task Learning with Excess Risks",
             year=2024,
             url="https://proceedings.mlr.press/v235/he24n.html",
         ),
-        properties=(
-            Property.STRONGLY_STATIONARY,
-            Property.PERMUTATION_INVARIANT,
-            Property.SCALE_EQUIVARIANT,
-        ),
+        properties=(_STATIONARY, _INVARIANT, _EQUIVARIANT),
         stateful=True,
-        api_version=1,
     )
-    yield AggregatorSpec(
-        name="gradnorm",
-        summary="Weights under which objectives that train slowly have the longer gradients.",
-        weighting=f"{_PACKAGE}.gradnorm:GradNormWeighting",
-        reference=Reference(
-            title=(
-                "GradNorm: Gradient Normalization for Adaptive Loss Balancing in Deep Multitask "
-                "Networks"
+    yield _method(
+        "gradnorm",
+        "GradNormWeighting",
+        "Weights under which objectives that train slowly have the longer gradients.",
+        _arxiv(
+            (
+                "GradNorm: Gradient Normalization for Adaptive Loss Balancing in Deep "
+                "Multitask Networks"
             ),
-            year=2018,
-            url="https://arxiv.org/pdf/1711.02257",
+            2018,
+            "1711.02257",
         ),
-        properties=(
-            Property.STRONGLY_STATIONARY,
-            Property.PERMUTATION_INVARIANT,
-            Property.SCALE_EQUIVARIANT,
-        ),
-        losses=True,
+        properties=(_STATIONARY, _INVARIANT, _EQUIVARIANT),
         stateful=True,
-        api_version=1,
+        losses=True,
     )
-    yield AggregatorSpec(
-        name="cr_mogm",
-        summary="Another method, with momentum on its weights.",
-        weighting=f"{_PACKAGE}.cr_mogm:CRMOGMWeighting",
-        reference=Reference(
+    yield _method(
+        "cr_mogm",
+        "CRMOGMWeighting",
+        "Another method, with momentum on its weights.",
+        Reference(
             title=(
                 "On the Convergence of Stochastic Multi-Objective Gradient Manipulation and Beyond"
             ),
@@ -408,164 +303,122 @@ def jdcore_aggregators() -> Iterator[AggregatorSpec]:
                 "f91bd64a3620aad8e70a27ad9cb3ca57-Paper-Conference.pdf"
             ),
         ),
-        properties=(Property.PERMUTATION_INVARIANT, Property.SCALE_EQUIVARIANT),
-        wrapper=True,
+        properties=(_INVARIANT, _EQUIVARIANT),
         stateful=True,
+        wrapper=True,
         example=_upgrad_weighting,
-        api_version=1,
     )
-    yield AggregatorSpec(
-        name="periodic",
-        summary="Another method, with new weights at every k-th call only.",
-        weighting=f"{_PACKAGE}.periodic:PeriodicWeighting",
-        reference=Reference(
-            title="Multi-Task Learning as a Bargaining Game",
-            year=2022,
-            url="https://arxiv.org/pdf/2202.01017",
-        ),
-        properties=(Property.PERMUTATION_INVARIANT, Property.SCALE_EQUIVARIANT),
-        wrapper=True,
+    yield _method(
+        "periodic",
+        "PeriodicWeighting",
+        "Another method, with new weights at every k-th call only.",
+        _BARGAINING,
+        properties=(_INVARIANT, _EQUIVARIANT),
         stateful=True,
+        wrapper=True,
         example=lambda m: {**_upgrad_weighting(m), "every": 2},
-        api_version=1,
     )
-    yield AggregatorSpec(
-        name="row_momentum",
-        summary="Another method, on moving averages of the rows.",
-        aggregator=f"{_PACKAGE}.row_momentum:RowMomentum",
-        reference=Reference(
-            title=(
-                "Mitigating Gradient Bias in Multi-objective Learning: A Provably Convergent "
-                "Approach"
-            ),
-            year=2023,
-            url="https://openreview.net/pdf?id=dLAYGdKTi2",
-        ),
-        properties=(Property.PERMUTATION_INVARIANT, Property.SCALE_EQUIVARIANT),
-        wrapper=True,
+    yield _method(
+        "row_momentum",
+        "RowMomentum",
+        "Another method, on moving averages of the rows.",
+        _GRADIENT_BIAS,
+        properties=(_INVARIANT, _EQUIVARIANT),
         stateful=True,
+        wrapper=True,
         example=_upgrad_weighting,
-        api_version=1,
     )
-    yield AggregatorSpec(
-        name="row_normalized",
-        summary="Another method, on rows divided by their norms, their losses, or both.",
-        aggregator=f"{_PACKAGE}.row_normalized:RowNormalized",
-        reference=Reference(
-            title="Multi-Task Learning as Multi-Objective Optimization",
-            year=2018,
-            url="https://arxiv.org/pdf/1810.04650",
-        ),
-        properties=(Property.NON_CONFLICTING, Property.PERMUTATION_INVARIANT),
-        wrapper=True,
+    yield _method(
+        "row_normalized",
+        "RowNormalized",
+        "Another method, on rows divided by their norms, their losses, or both.",
+        _arxiv("Multi-Task Learning as Multi-Objective Optimization", 2018, "1810.04650"),
+        properties=(_PEACEFUL, _INVARIANT),
         stateful=True,
+        wrapper=True,
         example=_upgrad,
-        api_version=1,
     )
-    yield AggregatorSpec(
-        name="present_tasks",
-        summary="Another method, on those objectives only that are present in the batch.",
-        aggregator=f"{_PACKAGE}.present_tasks:PresentTasks",
-        properties=(
-            Property.NON_CONFLICTING,
-            Property.PERMUTATION_INVARIANT,
-            Property.SCALE_EQUIVARIANT,
-        ),
-        wrapper=True,
+    yield _method(
+        "present_tasks",
+        "PresentTasks",
+        "Another method, on those objectives only that are present in the batch.",
+        properties=(_PEACEFUL, _INVARIANT, _EQUIVARIANT),
         stateful=True,
+        wrapper=True,
         example=_upgrad,
-        api_version=1,
     )
-    yield AggregatorSpec(
-        name="per_group",
-        summary="Another method, on each group of parameters by itself.",
-        aggregator=f"{_PACKAGE}.per_group:PerGroup",
-        properties=(
-            Property.NON_CONFLICTING,
-            Property.PERMUTATION_INVARIANT,
-            Property.SCALE_EQUIVARIANT,
-        ),
-        wrapper=True,
+    yield _method(
+        "per_group",
+        "PerGroup",
+        "Another method, on each group of parameters by itself.",
+        properties=(_PEACEFUL, _INVARIANT, _EQUIVARIANT),
         stateful=True,
-        example=lambda m: {**_upgrad(m), "columns": (3, 1)},
+        wrapper=True,
         expected_failures={
             "handles_no_columns": "groups are given by their numbers of columns",
             "handles_degenerate_rows": "groups of its example have more than a single column",
         },
-        api_version=1,
+        example=lambda m: {**_upgrad(m), "columns": (3, 1)},
     )
-    yield AggregatorSpec(
-        name="dcgd",
-        summary="The sum of two groups of rows, brought into the dual cone of their sums.",
-        weighting=f"{_PACKAGE}.dcgd:DCGDWeighting",
-        reference=Reference(
-            title="Dual Cone Gradient Descent for Training Physics-Informed Neural Networks",
-            year=2024,
-            url="https://arxiv.org/pdf/2409.18426",
+    yield _method(
+        "dcgd",
+        "DCGDWeighting",
+        "The sum of two groups of rows, brought into the dual cone of their sums.",
+        _arxiv(
+            "Dual Cone Gradient Descent for Training Physics-Informed Neural Networks",
+            2024,
+            "2409.18426",
         ),
-        properties=(Property.SCALE_EQUIVARIANT,),
-        api_version=1,
+        properties=(_EQUIVARIANT,),
     )
-    yield AggregatorSpec(
-        name="conic_grad",
-        summary="Best worst case in a cone around the mean of the rows, as long as the mean.",
-        weighting=f"{_PACKAGE}.conic_grad:ConicGradWeighting",
-        reference=Reference(
-            title="Fantastic Multi-Task Gradient Updates and How to Find Them In a Cone",
-            year=2025,
-            url="https://arxiv.org/pdf/2502.00217",
+    yield _method(
+        "conic_grad",
+        "ConicGradWeighting",
+        "Best worst case in a cone around the mean of the rows, as long as the mean.",
+        _arxiv(
+            "Fantastic Multi-Task Gradient Updates and How to Find Them In a Cone",
+            2025,
+            "2502.00217",
         ),
-        properties=(Property.PERMUTATION_INVARIANT, Property.SCALE_EQUIVARIANT),
-        api_version=1,
+        properties=(_INVARIANT, _EQUIVARIANT),
     )
-    yield AggregatorSpec(
-        name="pcd",
-        summary="The first row, changed so that all other objectives make some progress.",
-        weighting=f"{_PACKAGE}.pcd:PCDWeighting",
-        reference=Reference(
-            title=(
-                "Not All Objectives Are Born Equal: Priority-Constrained Descent for Hierarchical "
-                "Multi-Objective Optimization"
+    yield _method(
+        "pcd",
+        "PCDWeighting",
+        "The first row, changed so that all other objectives make some progress.",
+        _arxiv(
+            (
+                "Not All Objectives Are Born Equal: Priority-Constrained Descent for "
+                "Hierarchical Multi-Objective Optimization"
             ),
-            year=2026,
-            url="https://arxiv.org/pdf/2606.29521",
+            2026,
+            "2606.29521",
         ),
-        properties=(Property.SCALE_EQUIVARIANT,),
+        properties=(_EQUIVARIANT,),
         stateful=True,
-        api_version=1,
     )
-    yield AggregatorSpec(
-        name="epo",
-        summary="Descent towards the Pareto optimum where losses are as a preference wants them.",
-        weighting=f"{_PACKAGE}.epo:EPOWeighting",
-        reference=Reference(
+    yield _method(
+        "epo",
+        "EPOWeighting",
+        "Descent towards the Pareto optimum where losses are as a preference wants them.",
+        Reference(
             title=(
-                "Multi-Task Learning with User Preferences: Gradient Descent with Controlled "
-                "Ascent in Pareto Optimization"
+                "Multi-Task Learning with User Preferences: Gradient Descent with "
+                "Controlled Ascent in Pareto Optimization"
             ),
             year=2020,
             url="https://proceedings.mlr.press/v119/mahapatra20a/mahapatra20a.pdf",
         ),
-        properties=(Property.SCALE_EQUIVARIANT,),
+        properties=(_EQUIVARIANT,),
         losses=True,
-        api_version=1,
     )
-    yield AggregatorSpec(
-        name="fairgrad",
-        summary="Alpha-fair gains: from the largest sum over Nash bargaining to the worst case.",
-        weighting=f"{_PACKAGE}.fairgrad:FairGradWeighting",
-        reference=Reference(
-            title="Fair Resource Allocation in Multi-Task Learning",
-            year=2024,
-            url="https://arxiv.org/pdf/2402.15638",
-        ),
-        properties=(
-            Property.NON_CONFLICTING,
-            Property.STRONGLY_STATIONARY,
-            Property.PERMUTATION_INVARIANT,
-        ),
+    yield _method(
+        "fairgrad",
+        "FairGradWeighting",
+        "Alpha-fair gains: from the largest sum over Nash bargaining to the worst case.",
+        _arxiv("Fair Resource Allocation in Multi-Task Learning", 2024, "2402.15638"),
+        properties=(_PEACEFUL, _STATIONARY, _INVARIANT),
         example=lambda m: {"alpha": 2.0},
-        api_version=1,
     )
 
 
@@ -586,158 +439,133 @@ def _upgrad_weighting(m: int) -> dict[str, Any]:
     return {"weighting": _upgrad(m)["aggregator"].weighting}
 
 
+def _scalarizer(
+    name: str, class_name: str, summary: str, reference: Reference | None = None, **more: Any
+) -> ScalarizerSpec:
+    factory = f"{_PACKAGE}.scalarization.{name}:{class_name}"
+    return ScalarizerSpec(
+        name=name, summary=summary, scalarizer=factory, reference=reference, api_version=1, **more
+    )
+
+
 @hookimpl
 def jdcore_scalarizers() -> Iterator[ScalarizerSpec]:
-    yield ScalarizerSpec(
-        name="mean",
-        summary="Mean of the losses.",
-        scalarizer=f"{_PACKAGE}.scalarization.mean:Mean",
-        api_version=1,
+    yield _scalarizer(
+        "mean",
+        "Mean",
+        "Mean of the losses.",
     )
-    yield ScalarizerSpec(
-        name="sum",
-        summary="Sum of the losses.",
-        scalarizer=f"{_PACKAGE}.scalarization.sum:Sum",
-        api_version=1,
+    yield _scalarizer(
+        "sum",
+        "Sum",
+        "Sum of the losses.",
     )
-    yield ScalarizerSpec(
-        name="constant",
-        summary="Weighted sum of the losses, with weights chosen by the user.",
-        scalarizer=f"{_PACKAGE}.scalarization.constant:Constant",
+    yield _scalarizer(
+        "constant",
+        "Constant",
+        "Weighted sum of the losses, with weights chosen by the user.",
         example=_constant_weights,
-        api_version=1,
     )
-    yield ScalarizerSpec(
-        name="random",
-        summary="Weighted sum of the losses, with random weights drawn anew at each call.",
-        scalarizer=f"{_PACKAGE}.scalarization.random:Random",
-        reference=Reference(
-            title=(
-                "Reasonable Effectiveness of Random Weighting: A Litmus Test for Multi-Task "
-                "Learning"
-            ),
-            year=2021,
-            url="https://arxiv.org/pdf/2111.10603",
-        ),
+    yield _scalarizer(
+        "random",
+        "Random",
+        "Weighted sum of the losses, with random weights drawn anew at each call.",
+        _RANDOM_WEIGHTING,
         stochastic=True,
-        api_version=1,
     )
-    yield ScalarizerSpec(
-        name="geometric_mean",
-        summary="Geometric mean of the losses.",
-        scalarizer=f"{_PACKAGE}.scalarization.geometric_mean:GeometricMean",
-        reference=Reference(
-            title=(
-                "MultiNet++: Multi-Stream Feature Aggregation and Geometric Loss Strategy for "
-                "Multi-Task Learning"
+    yield _scalarizer(
+        "geometric_mean",
+        "GeometricMean",
+        "Geometric mean of the losses.",
+        _arxiv(
+            (
+                "MultiNet++: Multi-Stream Feature Aggregation and Geometric Loss Strategy "
+                "for Multi-Task Learning"
             ),
-            year=2019,
-            url="https://arxiv.org/pdf/1904.08492",
+            2019,
+            "1904.08492",
         ),
-        positive=True,
         aliases=("gls",),
-        api_version=1,
+        positive=True,
     )
-    yield ScalarizerSpec(
-        name="uw",
-        summary="Losses divided by learned variances.",
-        scalarizer=f"{_PACKAGE}.scalarization.uw:UW",
-        reference=Reference(
-            title=(
-                "Multi-Task Learning Using Uncertainty to Weigh Losses for Scene Geometry and "
-                "Semantics"
+    yield _scalarizer(
+        "uw",
+        "UW",
+        "Losses divided by learned variances.",
+        _arxiv(
+            (
+                "Multi-Task Learning Using Uncertainty to Weigh Losses for Scene Geometry "
+                "and Semantics"
             ),
-            year=2018,
-            url="https://arxiv.org/pdf/1705.07115",
+            2018,
+            "1705.07115",
         ),
         trainable=True,
         example=_as_many,
-        api_version=1,
     )
-    yield ScalarizerSpec(
-        name="imtl_l",
-        summary="Losses with learned scales that make all of them equally large.",
-        scalarizer=f"{_PACKAGE}.scalarization.imtl_l:IMTLL",
-        reference=Reference(
-            title="Towards Impartial Multi-task Learning",
-            year=2021,
-            url="https://discovery.ucl.ac.uk/id/eprint/10120667/",
-        ),
+    yield _scalarizer(
+        "imtl_l",
+        "IMTLL",
+        "Losses with learned scales that make all of them equally large.",
+        _IMPARTIAL,
         trainable=True,
         example=_as_many,
-        api_version=1,
     )
-    yield ScalarizerSpec(
-        name="dwa",
-        summary="Losses that fall slowly weigh more, from epoch to epoch.",
-        scalarizer=f"{_PACKAGE}.scalarization.dwa:DWA",
-        reference=Reference(
-            title="End-to-End Multi-Task Learning with Attention",
-            year=2019,
-            url="https://arxiv.org/pdf/1803.10704",
-        ),
+    yield _scalarizer(
+        "dwa",
+        "DWA",
+        "Losses that fall slowly weigh more, from epoch to epoch.",
+        _arxiv("End-to-End Multi-Task Learning with Attention", 2019, "1803.10704"),
         stateful=True,
         advanced_by="step",
-        api_version=1,
     )
-    yield ScalarizerSpec(
-        name="famo",
-        summary="Weights under which the logarithms of all losses fall equally fast.",
-        scalarizer=f"{_PACKAGE}.scalarization.famo:FAMO",
-        reference=Reference(
-            title="FAMO: Fast Adaptive Multitask Optimization",
-            year=2023,
-            url="https://arxiv.org/pdf/2306.03792",
-        ),
-        positive=True,
+    yield _scalarizer(
+        "famo",
+        "FAMO",
+        "Weights under which the logarithms of all losses fall equally fast.",
+        _arxiv("FAMO: Fast Adaptive Multitask Optimization", 2023, "2306.03792"),
         stateful=True,
+        positive=True,
         surrogate=True,
         advanced_by="update",
-        api_version=1,
     )
-    yield ScalarizerSpec(
-        name="chebyshev",
-        summary="Largest weighted distance from a reference point.",
-        scalarizer=f"{_PACKAGE}.scalarization.chebyshev:Chebyshev",
-        reference=Reference(
+    yield _scalarizer(
+        "chebyshev",
+        "Chebyshev",
+        "Largest weighted distance from a reference point.",
+        Reference(
             title="Nonlinear Multiobjective Optimization",
             year=1999,
             url="https://link.springer.com/book/10.1007/978-1-4615-5563-6",
         ),
-        api_version=1,
     )
-    yield ScalarizerSpec(
-        name="stch",
-        summary="Smooth form of the largest weighted distance from a reference point.",
-        scalarizer=f"{_PACKAGE}.scalarization.stch:STCH",
-        reference=Reference(
-            title="Smooth Tchebycheff Scalarization for Multi-Objective Optimization",
-            year=2024,
-            url="https://arxiv.org/pdf/2402.19078",
+    yield _scalarizer(
+        "stch",
+        "STCH",
+        "Smooth form of the largest weighted distance from a reference point.",
+        _arxiv(
+            "Smooth Tchebycheff Scalarization for Multi-Objective Optimization", 2024, "2402.19078"
         ),
-        api_version=1,
     )
-    yield ScalarizerSpec(
-        name="pbi",
-        summary="Progress along a ray of preferences, and a penalty on leaving it.",
-        scalarizer=f"{_PACKAGE}.scalarization.pbi:PBI",
-        reference=Reference(
-            title=("MOEA/D: A Multiobjective Evolutionary Algorithm Based on Decomposition"),
+    yield _scalarizer(
+        "pbi",
+        "PBI",
+        "Progress along a ray of preferences, and a penalty on leaving it.",
+        Reference(
+            title="MOEA/D: A Multiobjective Evolutionary Algorithm Based on Decomposition",
             year=2007,
             url="https://ieeexplore.ieee.org/document/4358754",
         ),
-        api_version=1,
     )
-    yield ScalarizerSpec(
-        name="cosmos",
-        summary="Weighted sum with a reward for losses in the direction of preferences.",
-        scalarizer=f"{_PACKAGE}.scalarization.cosmos:COSMOS",
-        reference=Reference(
-            title="Scalable Pareto Front Approximation for Deep Multi-Objective Learning",
-            year=2021,
-            url="https://arxiv.org/pdf/2103.13392",
+    yield _scalarizer(
+        "cosmos",
+        "COSMOS",
+        "Weighted sum with a reward for losses in the direction of preferences.",
+        _arxiv(
+            "Scalable Pareto Front Approximation for Deep Multi-Objective Learning",
+            2021,
+            "2103.13392",
         ),
-        api_version=1,
     )
 
 
