@@ -53,7 +53,7 @@ class _OfParts:
     def __reduce__(self) -> tuple[type, tuple[object, ...]]:
         # Exceptions are rebuilt from ``args`` (the message) by default, which drops the parts. They
         # have the names of the arguments of the constructor.
-        code = type(self).__init__.__code__  # type: ignore[misc]
+        code = type(self).__init__.__code__
         names = code.co_varnames[1 : code.co_argcount]
         return type(self), tuple(getattr(self, name) for name in names)
 

@@ -46,7 +46,7 @@ def _method(
 ) -> AggregatorSpec:
     """The spec of a method, whose module has its name."""
     kind = "weighting" if class_name.endswith("Weighting") else "aggregator"
-    factory = {kind: f"{_PACKAGE}.{name}:{class_name}"}
+    factory: dict[str, Any] = {kind: f"{_PACKAGE}.{name}:{class_name}"}
     return AggregatorSpec(
         name=name, summary=summary, reference=reference, api_version=1, **factory, **more
     )
