@@ -41,7 +41,8 @@ def as_weighting(given: Any, parameter: str = "weighting") -> Any:
             parameter,
             "a Weighting or the aggregator of one",
             repr(given),
-            "Methods that need the Jacobian itself: backward, then jac_to_grad.",
+            _how_made(given, "weighting")
+            or "Methods that need the Jacobian itself: backward, then jac_to_grad.",
         )
     if part is given:
         return weighting
@@ -78,11 +79,19 @@ def check_aggregator(given: Any, parameter: str = "aggregator") -> None:
     while hasattr(part, "wrapped"):  # as_module
         part = part.wrapped
     if not callable(part) or isinstance(part, type):
-        raise ParameterTypeError(parameter, "an Aggregator or a function", repr(given))
+        hint = _how_made(given, "aggregator")
+        raise ParameterTypeError(parameter, "an Aggregator or a function", repr(given), hint)
     # A weighting is callable with a matrix as well, and would take a square Jacobian for a Gramian.
     if hasattr(part, "weigh") and not hasattr(part, "aggregate_blocks"):
         hint = f"Give the aggregator of this weighting: GramianAggregator({given!r})."
         raise ParameterTypeError(parameter, "an Aggregator or a function", repr(given), hint)
+
+
+def _how_made(given: object, kind: str) -> str | None:
+    """How to make a method of what was given in its place: a class, or the name of one."""
+    if isinstance(given, str):
+        return f"Look it up: jdcore.get_{kind}({given!r})."
+    return f"Make one: {given.__name__}()." if isinstance(given, type) else None
 
 
 def weigh(weighting: Any, source: GramianSource, shape: Sequence[int] | None = None) -> Tensor:

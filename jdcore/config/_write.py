@@ -25,9 +25,9 @@ def write(method: Any, path: str, omit: Collection[str] = ()) -> dict[str, Any]:
     """See :func:`jdcore.to_config`."""
     name = _name_of(method)
     if name is None:
-        raise ParameterTypeError(
-            path, "an instance of a registered aggregator, weighting or scalarizer", repr(method)
-        )
+        expected = "an instance of a registered aggregator, weighting or scalarizer"
+        hint = "Give what it wraps: module.wrapped." if hasattr(method, "wrapped") else None
+        raise ParameterTypeError(path, expected, repr(method), hint)
     # A composed aggregator has the arguments of its weighting, which keeps them.
     owner = method.weighting if isinstance(method, ComposedAggregator) else method
     arguments = arguments_of(type(owner))

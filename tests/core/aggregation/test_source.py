@@ -71,6 +71,19 @@ def test_what_is_no_weighting_is_refused_by_all_that_take_one(given: Any) -> Non
             call(given)
 
 
+@pytest.mark.parametrize(
+    ("given", "hint"),
+    [
+        ("mean", r"Look it up: jdcore\.get_weighting\('mean'\)"),
+        (InverseNorms, r"Make one: InverseNorms\(\)"),
+        (ByCoordinates(), "Methods that need the Jacobian itself: backward"),
+    ],
+)
+def test_the_refusal_says_how_a_weighting_is_made(given: Any, hint: str) -> None:
+    with pytest.raises(ParameterTypeError, match=hint):
+        as_weighting(given)
+
+
 def test_flattening_an_aggregator_gives_its_weights() -> None:
     rows = torch.randn(6, 20, generator=torch.Generator().manual_seed(0))
     gramian = (rows @ rows.T).reshape(2, 3, 2, 3).permute(0, 1, 3, 2)

@@ -242,7 +242,10 @@ def test_jac_to_grad_refuses(scene: Scene) -> None:
     refused("got a Linear. If its .* pass module.parameters", tensors=nn.Linear(1, 1))
     refused("at least one Tensor, got none", tensors=[])
     refused("at least one has a .jac", tensors=[scene.frozen, scene.constant])
-    refused("an Aggregator or a function", aggregator="upgrad")
+    refused(
+        r"an Aggregator or a function.* jdcore\.get_aggregator\('upgrad'\)", aggregator="upgrad"
+    )
+    refused(r"an Aggregator or a function.* Make one: Scene\(\)", aggregator=Scene)
     refused(r"returns a real Tensor of shape \[2\]", aggregator=torch.sum)
     refused(r"returns a real Tensor of shape \[2\]", aggregator=lambda matrix: None)
 

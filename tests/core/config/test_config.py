@@ -18,7 +18,13 @@ from torch import Tensor
 
 import jdcore
 from jdcore import AggregatorSpec, ParameterError, ParameterTypeError, UnknownNameError
-from jdcore.aggregation import Flattening, GramianAggregator, GramianWeighting, solver_field
+from jdcore.aggregation import (
+    Flattening,
+    GramianAggregator,
+    GramianWeighting,
+    as_module,
+    solver_field,
+)
 from jdcore.config._arguments import Argument
 from jdcore.config._write import _is_default
 from jdcore.validators import generator, integer, real, row_vector
@@ -402,6 +408,14 @@ def test_what_is_no_data_is_refused_with_its_path(method: Any, message: str) -> 
         jdcore.to_config(method)
 
     assert str(caught.value).startswith(message)
+
+
+def test_a_module_around_a_method_has_the_configuration_of_the_method() -> None:
+    module = as_module(ConfigurableWeighting())
+    with pytest.raises(ParameterTypeError, match="Give what it wraps"):
+        jdcore.to_config(module)
+
+    assert jdcore.to_config(module.wrapped) == {"name": "configurable"}
 
 
 def test_omitting_an_argument_that_is_not_there_is_refused() -> None:
