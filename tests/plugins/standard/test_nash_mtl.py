@@ -376,3 +376,30 @@ def test_many_rows_that_depend_on_each_other_are_solved_by_factors_in_float32(
     weights = get_weighting("nash_mtl", max_norm=0.0)(gramian)
 
     torch.testing.assert_close(weights * (gramian @ weights), torch.ones(160).double())
+
+
+@pytest.mark.parametrize("name", ["nash_mtl", "fairgrad"])
+@pytest.mark.parametrize("gap", [1e-4, 1e-5, 3e-6, 1e-6, 3e-7, 1e-7, 1e-9])
+def test_pairs_that_are_nearly_opposite_conflict_with_nothing_at_any_gap(
+    name: str, gap: float
+) -> None:
+    # Of gaps near 1e-6, some pairs count as opposite and some do not.
+    for m in (4, 8, 16):
+        rows = draw("gauss", m, 20)
+        lengths = 10.0 ** torch.linspace(-1.0, 1.0, m // 2, dtype=torch.float64)
+        rows[1::2] = gap * rows[1::2] - lengths[:, None] * rows[::2]
+        update = get_aggregator(name)(rows)
+        shortest = max(1.0, float(update.norm()))
+        assert float((rows @ update / rows.norm(dim=1)).min()) >= -1e-5 * shortest
+
+
+def test_weights_that_float64_cannot_hold_are_not_kept_for_the_next_call() -> None:
+    rows = draw("gauss", 6, 12)
+    aggregator = get_aggregator("nash_mtl", update_weights_every=2, max_norm=0.0)
+
+    tiny = aggregator(rows * 2.0**-1030)
+
+    assert bool(tiny.isfinite().all())
+    assert aggregator.state_dict()["calls"] == 0
+    expected = get_aggregator("nash_mtl", max_norm=0.0)(rows)
+    torch.testing.assert_close(aggregator(rows), expected, rtol=1e-12, atol=0.0)

@@ -47,6 +47,11 @@ _UNSEEN = 1e-60  # part of the largest share that changes no sum
 # Combinations of stationary rows vanish to 1e-6, which is more than rounding to float32 leaves, or
 # to some multiple of their rounding.
 _STATIONARY, _ROUNDED = 1e-6, 4.0
+_CONFLICT = 1e-5  # of unit rows with an update, which what is left of stationary ones may cause
+
+
+# Shares, their residual, and what it may be.
+_Answer = tuple[Floats, float, float]
 
 
 @frozen
@@ -61,44 +66,51 @@ class _Gains:
     exponent: float
     problem: str
 
-    # What overflows makes a change that is no number, and ends a search before a step is made.
-    @np.errstate(over="ignore", invalid="ignore", divide="ignore")
-    def solve(
-        self, gramian: Floats, level: float | Floats, logarithms: Floats | None = None
-    ) -> Floats:
+    def solve(self, gramian: Floats, level: float | Floats) -> Floats:
         """
         The weights a [m], zero for zero rows.
 
         :param gramian: Finite Gramian [m, m].
         :param level: Squared length of a combination of unit rows that is rounding, for all rows or
             for each [m].
-        :param logarithms: ``log h``, array [m]; None where h is one.
         """
-        if 0 < len(gramian) <= HANDFUL and logarithms is None:
+        if 0 < len(gramian) <= HANDFUL:
             few = balance_few(gramian.tolist(), self.exponent)
             if few is not None:
                 report_residual(lambda: few[1])
                 return np.array(few[0])
+        weights, residual, limit = self._weigh(gramian, level, np.zeros(len(gramian)))
+        # A share that is rounded changes what is spent by e times as much.
+        rounding = _ROUNDINGS * float(np.finfo(np.float64).eps) * self.exponent
+        warn_if_unsolved(self.problem, residual, max(limit, rounding))
+        return weights
+
+    # What overflows makes a change that is no number, and ends a search before a step is made.
+    @np.errstate(over="ignore", invalid="ignore", divide="ignore")
+    def _weigh(self, gramian: Floats, level: float | Floats, logarithms: Floats) -> _Answer:
+        """
+        :meth:`solve` for any h.
+
+        :param logarithms: ``log h``, array [m].
+        """
         cosines, norms, inverses = equilibrate(gramian)
         rows = np.flatnonzero(norms)
         weights = np.zeros_like(norms)
         if not rows.size:
-            return weights
+            return weights, 0.0, UNSOLVED
         if rows.size < norms.size:
             cosines = cosines[np.ix_(rows, rows)]
         # Logarithms, as such powers of norms leave the range of float64 though their products with
         # those of the shares do not.
-        scaled = (self.exponent - 1.0) * np.log(norms[rows])
-        if logarithms is not None:
-            scaled += logarithms[rows]
+        scaled = (self.exponent - 1.0) * np.log(norms[rows]) + logarithms[rows]
         largest = float(scaled.max())
         levels = np.broadcast_to(level, norms.shape)[rows]
-        shares = self._shares(cosines, scaled - largest, levels)
+        shares, residual, limit = self._share(cosines, scaled - largest, levels)
         # The factors were divided by the largest, of which the shares are that power.
         weights[rows] = shares * math.exp(largest / (1.0 + self.exponent)) * inverses[rows]
-        return weights
+        return weights, residual, limit
 
-    def _shares(self, cosines: Floats, logarithms: Floats, levels: Floats) -> Floats:
+    def _share(self, cosines: Floats, logarithms: Floats, levels: Floats) -> _Answer:
         """The b above for a matrix of cosines and the logarithms of k."""
         game = _Game(cosines, logarithms, self.exponent)
         nash = game if game.is_nash else _Game(cosines, np.zeros_like(logarithms), 1.0)
@@ -111,21 +123,41 @@ class _Gains:
             stationary = combination > max(1e4, 1e-3 * float(combination.max()))
             if stationary.all():
                 combination /= combination.max()
-                self._warn_if_inexact(game, combination, stationary, limit=_allowed(levels))
-                return combination
+                return combination, game.residual(combination, stationary), _allowed(levels)
             if stationary.any():
-                return self._beside(game, near, stationary, levels)
+                return self._best_beside(game, near, stationary, levels)
             shares, decrement = nash.newton(near, 0.0)
         if game is not nash:
             shares, decrement = game.newton(game.start(), _PROXIMAL)
             shares, decrement = game.newton(shares, 0.0)
-        self._warn_if_inexact(game, shares, solved=decrement < _NEARBY)
-        return game.settled(shares)[0]
+        residual = game.residual(shares, solved=decrement < _NEARBY)
+        return game.settled(shares)[0], residual, UNSOLVED
+
+    def _best_beside(
+        self, game: _Game, near: Floats, stationary: NDArray[np.bool_], levels: Floats
+    ) -> _Answer:
+        """
+        :meth:`_beside`, or what the proximal term leaves where that is nearer to what is right.
+
+        Combinations of rows may be of any length, also of about 1e-6, and then some of them count
+        as zero and some do not. With the proximal term, none has to be told from the others.
+        """
+        allowed = _allowed(levels)
+        shares = self._beside(game, near, stationary, levels)
+        residual = game.residual(shares, stationary)
+        if residual <= allowed and game.conflict(shares) <= _CONFLICT:
+            return shares, residual, allowed
+        proximal = near if game.is_nash else game.newton(game.start(), _PROXIMAL)[0]
+        return proximal, game.conflict(proximal), _CONFLICT
 
     def _beside(
         self, game: _Game, near: Floats, stationary: NDArray[np.bool_], levels: Floats
     ) -> Floats:
-        """Shares of the other rows orthogonally to the stationary ones, and what cancels them."""
+        """
+        Shares of the other rows orthogonally to the stationary ones, and what cancels them.
+
+        :param stationary: Which rows are so, at least. Those found to be, too, are added to it.
+        """
         cosines = game.cosines
         while True:
             inside, outside = np.flatnonzero(stationary), np.flatnonzero(~stationary)
@@ -143,42 +175,17 @@ class _Gains:
             stationary[outside[gone]] = True
         combination = span.null_space @ (span.null_space.T @ near[inside])
         if not combination.max() > 0.0:
-            self._warn_if_inexact(game, near, solved=False)
             return near
         combination /= combination.max()
         shares = np.zeros(len(cosines))
-        shares[outside] = self.solve(remaining, rounding / left, game.logarithms[outside])
+        shares[outside] = self._weigh(remaining, rounding / left, game.logarithms[outside])[0]
         cancelling = -shadows @ shares[outside]
         # Multiples of the combination are free: the least that leaves no share negative, and one
         # more.
         deficit = -cancelling / np.maximum(combination, 1e-9)
         cancelling += (1.0 + max(float(deficit.max()), 0.0)) * combination
         shares[inside] = np.maximum(cancelling, 0.0)
-        self._warn_if_inexact(game, shares, stationary, limit=_allowed(levels))
         return shares
-
-    def _warn_if_inexact(
-        self,
-        game: _Game,
-        shares: Floats,
-        stationary: NDArray[np.bool_] | None = None,
-        *,
-        solved: bool = True,
-        limit: float = UNSOLVED,
-    ) -> None:
-        wanted = game.spent(shares)
-        scale = wanted + shares * product(np.abs(game.cosines), shares)
-        if not solved:  # then large terms excuse nothing
-            scale = np.minimum(scale, 1.0)
-        if stationary is not None:
-            scale = np.where(stationary, 1.0 + scale, scale)
-            wanted = np.where(stationary, 0.0, wanted)
-        missed = np.abs(shares * product(game.cosines, shares) - wanted) / scale
-        counted = game.seen(shares) if stationary is not None else ~game.settled(shares)[1]
-        residual = float(missed[counted].max(initial=0.0))
-        # A share that is rounded changes what is spent by e times as much.
-        rounding = _ROUNDINGS * float(np.finfo(np.float64).eps) * self.exponent
-        warn_if_unsolved(self.problem, residual, max(limit, rounding))
 
 
 @frozen
@@ -262,6 +269,34 @@ class _Game:
     def seen(shares: Floats) -> NDArray[np.bool_]:
         """Which shares are more than the least that the search goes to."""
         return np.asarray(shares > 2.0 * _UNSEEN * shares.max())
+
+    def residual(
+        self,
+        shares: Floats,
+        stationary: NDArray[np.bool_] | None = None,
+        *,
+        solved: bool = True,
+    ) -> float:
+        """
+        What the gains of any row miss, relative to the terms that they are summed from.
+
+        :param stationary: Rows that are to gain nothing.
+        """
+        wanted = self.spent(shares)
+        scale = wanted + shares * product(np.abs(self.cosines), shares)
+        if not solved:  # then large terms excuse nothing
+            scale = np.minimum(scale, 1.0)
+        if stationary is not None:
+            scale = np.where(stationary, 1.0 + scale, scale)
+            wanted = np.where(stationary, 0.0, wanted)
+        missed = np.abs(shares * product(self.cosines, shares) - wanted) / scale
+        counted = self.seen(shares) if stationary is not None else ~self.settled(shares)[1]
+        return float(missed[counted].max(initial=0.0))
+
+    def conflict(self, shares: Floats) -> float:
+        """By how much a row loses at most, relative to an update of length one at least."""
+        gains = product(self.cosines, shares)
+        return max(0.0, -float(gains.min())) / math.sqrt(max(1.0, float(shares @ gains)))
 
     def settled(self, shares: Floats) -> tuple[Floats, NDArray[np.bool_]]:
         """
