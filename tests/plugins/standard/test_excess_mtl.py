@@ -70,3 +70,12 @@ def test_weights_of_another_library_after_a_warm_up() -> None:
         matrix = torch.randn(3, 10, generator=generator, dtype=torch.float64)
         # Its 1e-7 is far below the squares of all but a few entries.
         torch.testing.assert_close(ours(matrix), theirs(matrix), rtol=1e-4, atol=1e-5)
+
+
+def test_sums_beyond_float64_weigh_as_much_as_it_holds() -> None:
+    aggregator = get_aggregator("excess_mtl")
+    rows = torch.tensor([[1e308, 1e308, 1e308], [1.0, 1.0, 1.0]], dtype=torch.float64)
+
+    _, weights = aggregator.aggregate_blocks([rows])
+
+    assert weights.tolist() == [0.5, 0.5]

@@ -59,6 +59,14 @@ def test_the_purity_is_what_the_function_gets() -> None:
     torch.testing.assert_close(torch.cat(seen), expected)
 
 
+def test_the_purity_does_not_depend_on_the_scale_down_to_the_last_numbers() -> None:
+    always_larger = get_aggregator("graddrop", f=lambda purity: (purity > 0.5).to(purity.dtype))
+    matrix = torch.tensor([[3.0, 1.0], [-2.0, -4.0]], dtype=torch.float64)
+
+    for scale in (1.0, 2.0**-1060):
+        assert (always_larger(matrix * scale) / scale).tolist() == [3.0, -4.0]
+
+
 def test_leaks_let_a_part_of_the_rows_through() -> None:
     # Column (1, -2) with leaks (1/2, 0): 1/2 leaks, of the rest (1/2, -2) one sign is kept.
     matrix = torch.tensor([[1.0], [-2.0]])

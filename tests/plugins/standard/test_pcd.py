@@ -182,3 +182,12 @@ def test_fractions_without_entries_to_read_are_refused(where: str) -> None:
 
     with pytest.raises(ParameterError, match="`tau` must be in"):
         get_weighting("pcd", tau=tau.to_sparse() if where == "sparse" else tau.to(where))
+
+
+def test_lengths_whose_averages_vanish_count_as_typical() -> None:
+    rows = torch.tensor([[4.0, 4.0], [-8.0, 0.0]], dtype=torch.float64)
+    last = torch.finfo(torch.float64).tiny * 2.0**-52
+
+    expected = get_aggregator("pcd", tau=0.0)(rows)
+
+    torch.testing.assert_close(get_aggregator("pcd", tau=0.0)(rows * last) / last, expected.round())

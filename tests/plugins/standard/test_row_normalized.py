@@ -47,6 +47,12 @@ def test_norms_far_out_of_range_are_divided_out() -> None:
         torch.testing.assert_close(vector, torch.ones(2, dtype=torch.float64))
 
 
+def test_rows_whose_lengths_have_no_inverse_stay_as_they_are() -> None:
+    aggregator = get_aggregator("row_normalized", aggregator=get_aggregator("sum"))
+    for scale in (1e-310, 5e-324):
+        assert torch.equal(aggregator(MATRIX * scale), (MATRIX * scale).sum(0))
+
+
 def test_losses_are_needed_by_two_choices_only() -> None:
     for by in ("none", "l2"):
         get_aggregator("row_normalized", aggregator=get_aggregator("mgda"), by=by)(MATRIX)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import sys
 from typing import Any, ClassVar
 
 import numpy as np
@@ -62,7 +63,9 @@ class ExcessMTL(HistoryAggregator):
     ) -> tuple[Tensor, dict[str, Any]]:
         del losses
         pairs = zip(rows.blocks, history.blocks, strict=True)
-        risks = torch.stack([_excess(*pair) for pair in pairs]).sum(dim=0).cpu().numpy()
+        total = torch.stack([_excess(*pair) for pair in pairs]).sum(dim=0)
+        # Sums of rows near the end of float64 are taken to be there: infinite ones have no ratios.
+        risks = total.clamp_max_(sys.float_info.max).cpu().numpy()
         logarithms = kept_weights(self.logarithms, len(risks), "matrix")
         logarithms = np.zeros_like(risks) if logarithms is None else logarithms
         baseline = kept_weights(self.baseline, len(risks), "matrix")

@@ -11,8 +11,6 @@ from jdcore.aggregation import CoordinatewiseAggregator
 from jdcore.errors import ParameterError, ParameterTypeError
 from jdcore.validators import describe_tensor, generator, row_vector
 
-_TINY = torch.finfo(torch.float64).tiny  # makes the purity of a column of zeros 0 rather than NaN
-
 
 def identity(purity: Tensor) -> Tensor:
     """The purity itself, the default of :class:`GradDrop`."""
@@ -77,8 +75,7 @@ class GradDrop(CoordinatewiseAggregator):
 
     def compute(self, columns: Tensor) -> Tensor:
         positive, negative = _signed_sums(columns.sum(0, dtype=torch.float64), columns.abs())
-        magnitude = (positive - negative).clamp_min_(_TINY)
-        purity = positive / magnitude
+        purity = (positive / (positive - negative)).nan_to_num_(0.0)  # of a column of zeros
         keep_positive = self._probability(purity) > self._uniform(purity)
         if self.leak is None:
             return torch.where(keep_positive, positive, negative)

@@ -87,10 +87,14 @@ class NashMTLWeighting(StateFields, GramianWeighting):
             alpha = solve(gramian, start, source.proximal_level)
         else:
             alpha = self._reused(m) * scale
-        # Only now, so that a solver that fails leaves the state as it was. What is kept are weights
-        # of the rows themselves, where the Gramian is that of rows divided by the scale.
-        self.calls += 1
-        self.alpha = torch.from_numpy(alpha / scale)
+        # What is kept are weights of the rows themselves, where the Gramian is that of rows divided
+        # by the scale. Those of rows below 1e-308 are no numbers: the next call solves anew.
+        with np.errstate(over="ignore"):
+            kept = alpha / scale
+        # Only now, so that a solver that fails leaves the state as it was.
+        if np.isfinite(kept).all():
+            self.calls += 1
+            self.alpha = torch.from_numpy(kept)
         return self._shorten(alpha, gramian)
 
     def _reused(self, m: int) -> NDArray[np.float64]:

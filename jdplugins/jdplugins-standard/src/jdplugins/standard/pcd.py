@@ -86,8 +86,9 @@ class PCDWeighting(StateFields, GramianWeighting):
         typical = fresh if old is None else np.hypot(math.sqrt(self.beta) * old, fresh)
         weights = np.zeros(m)
         if norms[0] > 0.0:
+            # Lengths near the end of float64 have none that is typical: they are so themselves.
             relative = np.divide(
-                norms * source.scale(), typical, out=np.zeros(m), where=typical > 0.0
+                norms * source.scale(), typical, out=np.ones(m), where=typical > 0.0
             )
             level = source.proximal_level
             shares = _shares(cosines, taus * relative[1:] / relative[0], level)

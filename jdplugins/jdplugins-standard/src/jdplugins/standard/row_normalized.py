@@ -20,7 +20,8 @@ class RowNormalized(RowMixing):
     <https://arxiv.org/pdf/1810.04650>`_, made for :class:`MGDA <jdcore.aggregation.MGDA>`, whose
     update the shortest row dominates; they work with any method.
 
-    Methods that look at the Gramian only have a ``weighting`` as before. Zero rows stay zero.
+    Methods that look at the Gramian only have a ``weighting`` as before. Zero rows stay zero, and
+    rows whose length has no inverse in float64 (below 6e-309) stay as they are.
 
     :param aggregator: The wrapped :class:`~jdcore.Aggregator`.
     :param by: ``"l2"``: each row is divided by its norm. ``"loss"``: by the value of its objective,
@@ -39,18 +40,20 @@ class RowNormalized(RowMixing):
     )
 
     def mix(self, source: GramianSource) -> NDArray[np.float64]:
-        factors = np.ones(source.rows)
-        if self.by in ("loss", "loss+"):
-            factors /= _positive_losses(source)
+        by_loss = self.by in ("loss", "loss+")
+        factors = _inverse_losses(source) if by_loss else np.ones(source.rows)
         if self.by in ("l2", "loss+"):
-            lengths = row_lengths(source)
-            # A zero row has no direction and stays as it is.
-            np.divide(factors, lengths, out=factors, where=lengths > 0.0)
+            with np.errstate(over="ignore", divide="ignore"):
+                normalizing = factors / row_lengths(source)
+            # A zero row has no direction, and infinite factors make NaN of it.
+            factors = np.where(np.isfinite(normalizing), normalizing, factors)
         return np.diag(factors)
 
 
-def _positive_losses(source: GramianSource) -> NDArray[np.float64]:
+@np.errstate(over="ignore", divide="ignore")
+def _inverse_losses(source: GramianSource) -> NDArray[np.float64]:
     losses: NDArray[np.float64] = source.known_losses().double().cpu().numpy()
-    if not (losses > 0.0).all():
+    inverses: NDArray[np.float64] = 1.0 / losses
+    if not ((losses > 0.0) & np.isfinite(inverses)).all():
         raise ParameterError("losses", "positive: rows are divided by them", losses.tolist())
-    return losses
+    return inverses
