@@ -20,7 +20,7 @@ from jdcore.aggregation._state import StateFields, state_field
 from jdcore.aggregation._weigh import Result, watched
 from jdcore.errors import NonFiniteError, ParameterError, left_out
 from jdcore.linalg._pages import new_tensor
-from jdcore.validators import boolean, check_blocks, check_matrix, describe_tensor
+from jdcore.validators import boolean, check_blocks, check_matrix, check_second, describe_tensor
 
 
 def _nothing() -> Tensor:
@@ -95,8 +95,8 @@ class HistoryAggregator(StateFields):
         """
         The weights, and the new values of all other state.
 
-        :param rows: The Jacobian, see :meth:`advance`.
-        :param history: The new history, in the same blocks of columns.
+        :param rows: The Jacobian, see :meth:`advance`. It has the second batch, if there is one.
+        :param history: The new history, in the same blocks of columns, with the same second batch.
         :param losses: See :meth:`advance`.
         :returns: float64 weights [m] on any device, and values by the names of state fields.
         """
@@ -109,42 +109,49 @@ class HistoryAggregator(StateFields):
         """
         :param matrix: Jacobian, real floating Tensor [m, n].
         :param losses: Values of the objectives, Tensor [m], for methods that look at them.
-        :param second: Not looked at.
+        :param second: Jacobian of a second, independent batch, Tensor [m, n], for methods that look
+            at the cross-Gramian. It has no history.
         :returns: Update [n], same dtype and device.
         :raises ParameterError: If the matrix is not a real floating matrix, differs in shape from
             those before, or losses are missing.
         :raises NonFiniteError: See ``check_finite``.
         :raises NonDifferentiableError: When differentiating through the aggregation.
         """
-        del second
         check_matrix(matrix)
-        [vector], _ = self._aggregate([without_graph(matrix)], losses)
+        others = None if second is None else [second]
+        [vector], _ = self._aggregate([without_graph(matrix)], losses, others)
         return forbid_differentiation(self, matrix, vector)
 
     def aggregate_blocks(
-        self, blocks: Sequence[Tensor], /, *, losses: Tensor | None = None
+        self,
+        blocks: Sequence[Tensor],
+        /,
+        *,
+        losses: Tensor | None = None,
+        second: Sequence[Tensor] | None = None,
     ) -> tuple[list[Tensor], Tensor | None]:
         """
         Aggregate the Jacobian given as column blocks, without putting them together.
 
         :param blocks: At least one matrix [m, n1], [m, n2], ...; their dtypes may differ.
         :param losses: As for a call.
+        :param second: As for a call, as column blocks of the same shapes.
         :returns: Vectors [n1], [n2], ... in the dtypes of the blocks, and the weights [m] in the
             promoted dtype; None if the update is no combination of the rows of the Jacobian.
         :raises ParameterError: If a block is no real floating matrix or the numbers of rows differ.
         """
         check_blocks(blocks)
-        return self._aggregate(list(map(without_graph, blocks)), losses)
+        return self._aggregate(list(map(without_graph, blocks)), losses, second)
 
     def _aggregate(
-        self, blocks: list[Tensor], losses: Tensor | None
+        self, blocks: list[Tensor], losses: Tensor | None, second: Sequence[Tensor] | None
     ) -> tuple[list[Tensor], Tensor | None]:
-        m = len(blocks[0])
+        columns = Columns(blocks, check_second(second, blocks))
+        m = columns.rows
         known = self._known(losses, m)
         if not m:
             return [block.new_zeros(block.shape[1]) for block in blocks], blocks[0].new_zeros(0)
         refuse_tangents(blocks, "matrix")  # its state would keep them
-        columns = Columns(blocks)
         return watched(self, columns, lambda: self._vectors(columns, known))
 
     def _vectors(self, columns: Columns, losses: Tensor | None) -> Result:
@@ -159,7 +166,8 @@ class HistoryAggregator(StateFields):
         # Nothing of the object is written before the last step that may fail is done.
         history = self._advanced(rows, values)
         parts = list(torch.split(history, [block.shape[1] for block in blocks], dim=1))
-        weights, state = self.weigh_rows(Columns(rows), Columns(parts), values)
+        both = (Columns(rows, columns.second), Columns(parts, columns.second))
+        weights, state = self.weigh_rows(*both, values)
         vectors = Columns(parts if self.combines_history else rows).combine(weights)
         if not is_finite(weights):  # what is wrapped looked at more than the rows
             return [block.new_full(block.shape[1:], math.nan) for block in blocks], None

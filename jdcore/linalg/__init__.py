@@ -12,7 +12,7 @@ from jdcore.linalg._blas import (
 from jdcore.linalg._combine import combine, factors
 from jdcore.linalg._complementarity import lcp_residual, refine_lcp
 from jdcore.linalg._conflicts import alignment_score, conflicting_share, cosines
-from jdcore.linalg._distances import squared_distances
+from jdcore.linalg._distances import lowest, squared_distances
 from jdcore.linalg._equilibrate import equilibrate
 from jdcore.linalg._generalized import flatten_gramian, objectives_shape, unflatten_gramian
 from jdcore.linalg._gramian import cross_gramian, gramian
@@ -36,6 +36,7 @@ __all__ = [
     "flatten_gramian",
     "gramian",
     "lcp_residual",
+    "lowest",
     "misplaced",
     "natural_residual",
     "objectives_shape",

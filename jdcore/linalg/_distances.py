@@ -3,6 +3,33 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+# Scores that differ by less, relative to their size, differ by rounding.
+_EQUAL = 1e-12
+
+
+def lowest(scores: NDArray[np.float64], count: int, /) -> NDArray[np.intp]:
+    """
+    Indices of the lowest of some scores; of those that differ by rounding only, the first ones.
+
+    Sums of the same numbers in another order, as of rows in another order, give the same choice.
+
+    :param scores: float64 array [m].
+    :param count: How many, from 1 to m.
+    :returns: Integer array [count].
+
+    >>> import numpy as np
+    >>> lowest(np.array([3.0, 0.1 + 0.2, 1.0, 0.3]), 1)
+    array([1])
+    """
+    last = np.partition(scores, count - 1)[count - 1]
+    margin = _EQUAL * abs(last)
+    chosen = (scores <= last + margin).nonzero()[0]
+    if len(chosen) == count:
+        return chosen
+    lower = (scores < last - margin).nonzero()[0]
+    tied = chosen[scores[chosen] >= last - margin]
+    return np.concatenate([lower, tied[: count - len(lower)]])
+
 
 def squared_distances(gramian: NDArray[np.float64], /) -> NDArray[np.float64]:
     """

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from jdcore.linalg import squared_distances
+from jdcore.linalg import lowest, squared_distances
 
 
 def test_distances_are_those_of_the_rows() -> None:
@@ -25,3 +25,14 @@ def test_one_huge_row_costs_the_others_no_digit() -> None:
     rows = np.array([[1.0, 0.0], [0.0, 1.0], [1e100, 0.0]])
 
     assert squared_distances(rows @ rows.T)[0, 1] == 2.0
+
+
+def test_the_lowest_scores_are_the_first_of_those_that_rounding_tells_apart() -> None:
+    third = 0.1 + 0.2
+    scores = np.array([5.0, third, 0.3, 0.1, third, 0.3])
+
+    assert lowest(scores, 1).tolist() == [3]
+    assert lowest(scores, 3).tolist() == [3, 1, 2]
+    assert sorted(lowest(scores, 5).tolist()) == [1, 2, 3, 4, 5]
+    assert sorted(lowest(scores, 6).tolist()) == [0, 1, 2, 3, 4, 5]
+    assert lowest(np.array([0.0, -1.0, 0.0]), 1).tolist() == [1]

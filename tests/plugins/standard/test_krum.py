@@ -51,6 +51,23 @@ def test_of_equal_scores_the_first_rows_are_taken() -> None:
     assert weights.tolist() == [0.5, 0.5, 0.0, 0.0]
 
 
+@pytest.mark.parametrize("name", ["krum", "multi_krum"])
+def test_of_scores_that_rounding_tells_apart_the_first_rows_are_taken(name: str) -> None:
+    if name == "multi_krum":
+        pytest.importorskip("jdplugins.robust")
+    generator = torch.Generator().manual_seed(0)
+    half = torch.randn(20, 7, generator=generator, dtype=torch.float64)
+    rows = torch.cat([half, -half])  # each has the score of its opposite
+    aggregator = get_aggregator(name, n_byzantine=1, n_selected=1)
+    chosen = aggregator(rows)
+    pair = {tuple(chosen.tolist()), tuple((-chosen).tolist())}
+
+    for _ in range(50):
+        order = rows[torch.randperm(len(rows), generator=generator)]
+        first = next(row for row in order.tolist() if tuple(row) in pair)
+        assert aggregator(order).tolist() == first
+
+
 def test_too_few_rows_are_refused_with_the_reason() -> None:
     with pytest.raises(ParameterError, match=r"at least 5 rows \(n_byzantine \+ 3\), got 4 rows"):
         get_aggregator("krum", n_byzantine=2)(torch.randn(4, 3))

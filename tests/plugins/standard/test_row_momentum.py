@@ -114,9 +114,24 @@ def test_the_past_of_the_rows_is_kept_inside_of_other_aggregators() -> None:
         torch.testing.assert_close(wrapped(matrix), alone(matrix))
 
 
-@pytest.mark.parametrize("name", ["modo", "sdmgrad"])
-def test_a_method_of_two_batches_is_refused_by_name_also_where_there_are_two(name: str) -> None:
-    aggregator = get_aggregator("row_momentum", weighting=get_weighting(name))
-    with pytest.raises(ParameterError, match="`weighting` must be a method that looks at one"):
-        aggregator(torch.eye(2), second=torch.eye(2))
+def test_a_method_of_two_batches_sees_the_averages_beside_the_second() -> None:
+    # The weights (1/2, 1/2) less 0.4 (Y J₂ᵀ) of them, and back to the sum 1: (0.4, 0.6) for
+    # Y = diag(2, 1), and (0.24, 0.12) + 0.32 for Y = diag(1, 2).
+    second = torch.eye(2)
+    weighting = get_weighting("modo", gamma=0.4, rho=0.0)
+    aggregator = get_aggregator("row_momentum", weighting=weighting, beta=0.5)
+
+    whole = aggregator(torch.diag(torch.tensor([2.0, 1.0])), second=second)
+    matrix = torch.diag(torch.tensor([0.0, 3.0]))
+    vectors, _ = aggregator.aggregate_blocks(matrix.split(1, 1), second=second.split(1, 1))
+
+    torch.testing.assert_close(whole, torch.tensor([0.8, 0.6]))
+    torch.testing.assert_close(torch.cat(vectors), torch.tensor([0.56, 0.88]))
+
+
+def test_a_second_batch_that_is_missing_or_does_not_fit_leaves_the_state_as_it_was() -> None:
+    aggregator = get_aggregator("row_momentum", weighting=get_weighting("sdmgrad"))
+    for second in (None, torch.eye(3)):
+        with pytest.raises(ParameterError, match="`second` must be"):
+            aggregator(torch.eye(2), second=second)
     assert not len(aggregator.history)

@@ -5,7 +5,7 @@ from attrs import define, field
 from numpy.typing import NDArray
 
 from jdcore.aggregation import GramianWeighting
-from jdcore.linalg import squared_distances
+from jdcore.linalg import lowest, squared_distances
 from jdcore.validators import integer
 from jdplugins.robust._rows import average_of, require_majority, require_rows
 
@@ -41,4 +41,4 @@ class MoNNAWeighting(GramianWeighting):
         require_rows(m, self.trusted + 1, "trusted + 1")
         distances = squared_distances(gramian)[self.trusted]
         distances[self.trusted] = -1.0  # comes first, whatever coincides with it
-        return average_of(np.argsort(distances, kind="stable")[: m - self.n_byzantine], m)
+        return average_of(lowest(distances, m - self.n_byzantine), m)

@@ -6,7 +6,7 @@ from attrs.validators import optional
 from numpy.typing import NDArray
 
 from jdcore.aggregation import GramianWeighting
-from jdcore.linalg import squared_distances
+from jdcore.linalg import lowest, squared_distances
 from jdcore.validators import integer
 from jdplugins.robust._rows import average_of, require_rows
 
@@ -23,7 +23,7 @@ class MultiKrumWeighting(GramianWeighting):
 
     Choose it over :class:`Krum <jdcore.aggregation.Krum>`, which follows a single row, to average
     all rows that are not suspicious. The guarantee of the paper needs ``2 n_byzantine + 3`` rows.
-    Of rows with equal scores the first ones are taken.
+    Of rows with equal scores, up to rounding, the first ones are taken.
 
     :param n_byzantine: Number of rows that may be adversarial; at least ``n_byzantine + 3`` rows
         are needed.
@@ -45,5 +45,4 @@ class MultiKrumWeighting(GramianWeighting):
         require_rows(m, selected, "n_selected")
         # Each row is its own nearest neighbour, at distance 0.
         nearest = np.partition(squared_distances(gramian), m - f - 2, axis=1)[:, : m - f - 1]
-        # Stable, so that of equal scores the first rows are taken on every machine.
-        return average_of(np.argsort(nearest.sum(axis=1), kind="stable")[:selected], m)
+        return average_of(lowest(nearest.sum(axis=1), selected), m)

@@ -5,9 +5,9 @@ from attrs import define, field
 from numpy.typing import NDArray
 
 from jdcore.aggregation import GramianSource, RowMixing, finite_gramian
-from jdcore.linalg import squared_distances
+from jdcore.linalg import lowest, squared_distances
 from jdcore.validators import integer
-from jdplugins.robust._rows import require_majority
+from jdplugins.robust._rows import average_of, require_majority
 
 
 @define(eq=False)
@@ -40,8 +40,5 @@ class NNM(RowMixing):
         require_majority(m, self.n_byzantine)
         distances = squared_distances(finite_gramian(source))
         np.fill_diagonal(distances, -1.0)  # a row comes first, whatever coincides with it
-        # Stable, so that equal distances are resolved alike on every machine.
-        nearest = np.argsort(distances, axis=1, kind="stable")[:, : m - self.n_byzantine]
-        mixing = np.zeros((m, m))
-        np.put_along_axis(mixing, nearest, 1.0 / (m - self.n_byzantine), axis=1)
-        return mixing
+        kept = m - self.n_byzantine
+        return np.stack([average_of(lowest(each, kept), m) for each in distances])

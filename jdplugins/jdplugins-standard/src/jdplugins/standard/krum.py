@@ -6,7 +6,7 @@ from numpy.typing import NDArray
 
 from jdcore.aggregation import GramianWeighting
 from jdcore.errors import ParameterError
-from jdcore.linalg import squared_distances
+from jdcore.linalg import lowest, squared_distances
 from jdcore.validators import boolean, integer
 
 
@@ -23,7 +23,8 @@ class KrumWeighting(GramianWeighting):
 
     Choose it in distributed training when up to ``n_byzantine`` workers may send anything. It needs
     at least ``n_byzantine + 3`` rows; the guarantee of the paper needs ``2 n_byzantine + 3``. Of
-    rows with equal scores the first ones are taken, so the result may then depend on their order.
+    rows with equal scores, up to rounding, the first ones are taken: the result may then depend on
+    their order, as that of two rows which are each other's nearest neighbours does.
 
     :param n_byzantine: Number of rows that may be adversarial.
     :param n_selected: Number of rows to average.
@@ -50,10 +51,8 @@ class KrumWeighting(GramianWeighting):
             np.sqrt(distances, out=distances)
         # Each row is its own nearest neighbour, at distance 0.
         nearest = np.partition(distances, neighbours, axis=1)[:, : neighbours + 1]
-        # Stable, so that of equal scores the first rows are taken on every machine.
-        selected = np.argsort(nearest.sum(axis=1), kind="stable")[: self.n_selected]
         weights = np.zeros(m)
-        weights[selected] = 1.0 / self.n_selected
+        weights[lowest(nearest.sum(axis=1), self.n_selected)] = 1.0 / self.n_selected
         return weights
 
     def _check_rows(self, m: int) -> None:

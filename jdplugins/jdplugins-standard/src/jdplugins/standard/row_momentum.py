@@ -14,7 +14,6 @@ from jdcore.aggregation import (
     as_weighting,
     weigh,
 )
-from jdcore.errors import ParameterError
 from jdcore.protocols import Weighting
 from jdcore.validators import real
 
@@ -29,13 +28,14 @@ class RowMomentum(NestedState, HistoryAggregator):
     Gradient Bias in Multi-objective Learning: A Provably Convergent Approach
     <https://openreview.net/pdf?id=dLAYGdKTi2>`_ tracks the rows, for any method.
 
-    Choose it where batches are small and there is memory for one more Jacobian.
+    Choose it where batches are small and there is memory for one more Jacobian. A method that looks
+    at two batches sees the products of Y with the rows of the second, of which Y holds nothing.
 
     Stateful: Y [m, n], the rows themselves at first, and the state of the wrapped method.
 
     :param weighting: The wrapped :class:`~jdcore.Weighting`, or an aggregator made of one.
     :param beta: Weight β of the past, in [0, 1).
-    :raises ParameterError: In a call, if the wrapped method looks at a second batch.
+    :raises ParameterError: In a call, if the shape of the Jacobian is not that of the call before.
 
     >>> import torch
     >>> from jdcore.aggregation import RowMomentum, SumWeighting
@@ -62,17 +62,6 @@ class RowMomentum(NestedState, HistoryAggregator):
         self, rows: Columns, history: Columns, losses: Tensor | None
     ) -> tuple[Tensor, dict[str, Any]]:
         del rows
-        try:
-            weights = weigh(self.weighting, GramianSource.of_columns(history, losses))
-        except ParameterError as error:
-            if error.parameter != "second":
-                raise
-            # Averages over the same steps are not independent, whatever the batches of each step.
-            raise ParameterError(
-                "weighting",
-                "a method that looks at one batch",
-                f"{self.weighting!r}, which looks at two",
-                "Leave the momentum to the optimizer.",
-            ) from error
+        weights = weigh(self.weighting, GramianSource.of_columns(history, losses))
         degree: float = getattr(self.weighting, "scale_degree", 0)
         return weights * history.scale**degree, {}
