@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import jdcore
+from jdcore.autojac import backward, jac, jac_to_grad, zero_jac
 
 TASKS, WIDTH = 3, 5
 
@@ -90,3 +91,66 @@ def method_of(name: str, tasks: int) -> Any:
     if spec.stochastic:
         arguments["generator"] = torch.Generator().manual_seed(3)
     return jdcore.get_aggregator(name, **arguments)
+
+
+def compare_every_method(
+    wrap: Callable[[nn.Module], nn.Module],
+    check: Callable[[nn.Module, nn.Module, float], None],
+    dtype: torch.dtype,
+    tolerance: float,
+) -> None:
+    """
+    Two steps of each method, on several processes and on the whole batch.
+
+    The rows are computed once for all methods: what is tried is how they are aggregated.
+
+    :param wrap: Spreads a model over the processes.
+    :param check: Compares the gradients of both models up to a tolerance.
+    """
+    names: dict[int, list[str]] = {}
+    for name in jdcore.list_aggregators():
+        names.setdefault(max(TASKS, jdcore.describe(name).min_rows), []).append(name)
+    for tasks, some in names.items():
+        models = wrap(Tasks(dtype, tasks)), Tasks(dtype, tasks)
+        methods = {name: (method_of(name, tasks), method_of(name, tasks)) for name in some}
+        for step in range(2):  # the second with what the first left in a state
+            rows = [_rows(*pair, step, dtype) for pair in zip(models, BATCHES, strict=True)]
+            for name, pair in methods.items():
+                try:
+                    _aggregate(name, models, pair, rows, tolerance)
+                    check(*models, tolerance)
+                except AssertionError as error:
+                    raise AssertionError(f"{name}, step {step}") from error
+                for model in models:
+                    model.zero_grad()
+            for model in models:
+                zero_jac(model.parameters())
+
+
+BATCHES = (own_batch, whole_batch)
+
+
+def _rows(
+    model: nn.Module, of: Callable[..., Tensor], step: int, dtype: torch.dtype
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Leave the rows in ``.jac``; the losses, and the rows of a second batch."""
+    second = jac(losses_of(model(of(step + 50, dtype))[1]), list(model.parameters()))
+    losses = losses_of(model(of(step, dtype))[1])
+    backward(losses)
+    return losses, list(second)
+
+
+def _aggregate(
+    name: str,
+    models: tuple[nn.Module, nn.Module],
+    methods: tuple[Any, Any],
+    rows: list[tuple[list[Tensor], list[Tensor]]],
+    tolerance: float,
+) -> None:
+    found = []
+    for model, method, (losses, second) in zip(models, methods, rows, strict=True):
+        known = {"second": second} if jdcore.describe(name).input == "cross_gramian" else {}
+        parameters = list(model.parameters())
+        found.append(jac_to_grad(parameters, method, losses=losses, retain_jac=True, **known))
+    if found[1] is not None:
+        assert_close(found[:1], found[1:], 10 * tolerance)

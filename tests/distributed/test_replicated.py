@@ -27,9 +27,9 @@ from tests.distributed.common import (
     assert_close,
     assert_identical,
     batch,
+    compare_every_method,
     gradients,
     losses_of,
-    method_of,
     own_batch,
     refused,
     whole_batch,
@@ -51,25 +51,12 @@ def _known(name: str, module: nn.Module, losses: list[Tensor], other: Tensor) ->
 
 
 def _every_method(dtype: torch.dtype, tolerance: float) -> None:
-    for name in jdcore.list_aggregators():
-        tasks = max(TASKS, jdcore.describe(name).min_rows)
-        ours, alone = DistributedDataParallel(Tasks(dtype, tasks)), Tasks(dtype, tasks)
-        methods = method_of(name, tasks), method_of(name, tasks)
-        for step in range(2):  # the second with what the first left in a state
-            data = (own_batch, whole_batch)
-            for module, method, of in zip((ours, alone), methods, data, strict=True):
-                module.zero_grad()
-                losses = losses_of(module(of(step, dtype))[1])
-                known = _known(name, module, losses, of(step + 50, dtype))
-                backward(losses)
-                jac_to_grad(module.parameters(), method, **known)
-            try:
-                assert_close(gradients(ours), gradients(alone), tolerance)
-                assert_identical(gradients(ours))
-            except AssertionError as error:
-                raise AssertionError(f"{name}, step {step}") from error
-            for module in (ours, alone):
-                torch.optim.SGD(module.parameters(), 1e-2).step()
+    compare_every_method(DistributedDataParallel, _compared, dtype, tolerance)
+
+
+def _compared(ours: nn.Module, alone: nn.Module, tolerance: float) -> None:
+    assert_close(gradients(ours), gradients(alone), tolerance)
+    assert_identical(gradients(ours))
 
 
 def _every_method_in_float64() -> None:

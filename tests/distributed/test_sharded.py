@@ -35,6 +35,7 @@ from tests.distributed.common import (
     assert_close,
     assert_identical,
     batch,
+    compare_every_method,
     gradients,
     losses_of,
     method_of,
@@ -66,47 +67,34 @@ def _updates(
     other: Any,
     step: int = 0,
     data: Any = own_batch,
-    second: bool = False,
-    tolerance: float = 1e-11,
 ) -> None:
-    """One step of each, with all that a method may look at."""
+    """One step of each."""
     found = []
-    for module, aggregator, of in ((ours, method, data), (alone, other, _whole(data))):
-        known = {}
-        if second:
-            rest = losses_of(module(of(step + 50))[1])
-            known["second"] = jac(rest, list(module.parameters()))
+    for module, aggregator, of in (
+        (ours, method, data),
+        (alone, other, whole_batch if data is own_batch else data),
+    ):
         losses = losses_of(module(of(step))[1])
         backward(losses)
-        found.append(jac_to_grad(module.parameters(), aggregator, losses=losses, **known))
+        found.append(jac_to_grad(module.parameters(), aggregator, losses=losses))
     weights, reference = found
     if reference is not None:
         assert weights is not None
-        assert_close([weights], [reference], tolerance)
-
-
-def _whole(data: Any) -> Any:
-    if isinstance(data, partial):
-        return partial(_in_whole, *data.args)
-    return whole_batch if data is own_batch else data
-
-
-def _in(dtype: torch.dtype, step: int) -> Tensor:
-    return own_batch(step, dtype)
-
-
-def _in_whole(dtype: torch.dtype, step: int) -> Tensor:
-    return whole_batch(step, dtype)
+        assert_close([weights], [reference], 1e-11)
 
 
 def _compared(ours: nn.Module, alone: nn.Module, tolerance: float = 1e-12) -> None:
     for module in ours.modules():
         if isinstance(module, fsdp.FSDPModule):
             module.reshard()  # some show gathered parameters after a forward pass
-    pairs = list(zip(ours.parameters(), alone.parameters(), strict=True))
+    _compared_gradients(ours, alone, tolerance)
+    assert not any(hasattr(p, "jac") for p in ours.parameters())
+
+
+def _compared_gradients(ours: nn.Module, alone: nn.Module, tolerance: float) -> None:
+    pairs = zip(ours.parameters(), alone.parameters(), strict=True)
     assert all((p.grad is None) == (q.grad is None) for p, q in pairs)
     assert_close(gradients(ours), gradients(alone), tolerance)
-    assert not any(hasattr(p, "jac") for p, _ in pairs)
 
 
 def _fully_sharded() -> None:
@@ -166,18 +154,7 @@ def test_gramian_backward(two: Run) -> None:
 
 
 def _every_method(dtype: torch.dtype = torch.float64, tolerance: float = 1e-12) -> None:
-    for name in jdcore.list_aggregators():
-        spec = jdcore.describe(name)
-        tasks = max(TASKS, spec.min_rows)
-        ours, alone = _shard(Tasks(dtype, tasks)), Tasks(dtype, tasks)
-        one, other = method_of(name, tasks), method_of(name, tasks)
-        second = spec.input == "cross_gramian"
-        for step in range(2):
-            _updates(ours, alone, one, other, step, partial(_in, dtype), second, 10 * tolerance)
-        try:
-            _compared(ours, alone, tolerance)
-        except AssertionError as error:
-            raise AssertionError(name) from error
+    compare_every_method(_shard, _compared_gradients, dtype, tolerance)
 
 
 def test_every_method(two: Run) -> None:
