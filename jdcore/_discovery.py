@@ -212,6 +212,7 @@ def _names(record: PluginRecord) -> set[str]:
 
 
 def _switched_off_by(names: set[str]) -> str | None:
+    # Unset means all plugins, and empty means none.
     allowed = os.environ.get("JDCORE_PLUGINS")
     if allowed is not None and not names & _listed(allowed):
         return "JDCORE_PLUGINS"
@@ -233,6 +234,7 @@ def load(plugin: Plugin) -> PluginRecord:
     switch = _switched_off_by(_names(record))
     if switch is not None:
         return evolve(record, disabled=switch, error=None, traceback=None)
+    # Its entry points could not be read: the record has the reason already.
     if plugin.point is None:
         return record
     try:
@@ -259,6 +261,8 @@ def _specs_of(plugin: object) -> dict[str, Any]:
     manager = pluggy.PluginManager("jdcore")
     manager.add_hookspecs(hooks)
     manager.register(plugin)
+    # Pluggy takes a function of an unknown name for a hook that somebody else declares later, so
+    # a misspelt hook would be left out in silence.
     manager.check_pending()
     if not manager.get_hookcallers(plugin):
         raise ParameterTypeError(
@@ -271,6 +275,8 @@ def _specs_of(plugin: object) -> dict[str, Any]:
     solvers = _collect(manager.hook.jdcore_solvers(), SolverSpec)
     scalarizers = _collect(manager.hook.jdcore_scalarizers(), ScalarizerSpec)
     rules = _collect(manager.hook.jdcore_gramian_rules(), GramianRuleSpec)
+    # Within a plugin, two specs of one name are a mistake of its author and fail it as a whole.
+    # Between distributions they are nobody's mistake: both stay, under qualified names.
     _refuse_duplicates([normalize_name(n) for spec in aggregators for n in names_of(spec)])
     _refuse_duplicates([normalize_name(n) for spec in scalarizers for n in names_of(spec)])
     _refuse_duplicates([f"{spec.problem}/{normalize_name(spec.name)}" for spec in solvers])
@@ -284,6 +290,7 @@ def _specs_of(plugin: object) -> dict[str, Any]:
 
 
 def _collect(results: Sequence[Iterable[Any]], kind: type[T]) -> tuple[T, ...]:
+    # Hooks may be generators, whose code runs only now: inside of the guard of `load`.
     specs = [spec for result in results for spec in result]
     for spec in specs:
         if not isinstance(spec, kind):

@@ -87,6 +87,7 @@ def write_jacs(jacobians: Mapping[Tensor, Tensor]) -> None:
         share memory with nothing else.
     :raises ParameterError: As :func:`check_jacs`; nothing is written then.
     """
+    # Read once: what is checked is what is written to, should another thread change a field.
     fields = [(tensor, jacobian, get_jac(tensor)) for tensor, jacobian in jacobians.items()]
     for tensor, jacobian, present in fields:
         if present is not None:
@@ -171,6 +172,7 @@ def disjoint(gradients: Iterable[Tensor], others: Iterable[Tensor] = ()) -> list
     that lie one behind the other and make up a storage together do not: each copy would cost a
     kernel.
     """
+    # Twice over: iterators are used up by the first pass.
     given = list(gradients)
     seen = {other.untyped_storage().data_ptr() for other in others}
     apart = _covering(given, seen)
@@ -216,6 +218,7 @@ def set_aside(leaves: Iterable[Tensor]) -> Iterator[None]:
     What functions in a backward pass accumulate by themselves can then be told, and leaves no
     trace.
     """
+    # Not a copy: whoever holds the gradient, as buckets of reducers do, finds it again.
     before = [(leaf, leaf.grad) for leaf in leaves if _can_be_put_back(leaf, leaf.grad)]
     # torch calls what it finds in these dictionaries.
     hooks = [leaf._post_accumulate_grad_hooks for leaf, _ in before]

@@ -35,6 +35,7 @@ class OperationTable:
 
     def claims(self, operation: str) -> list[Any]:
         """All entries for this operation, also by other paths if it was imported."""
+        # Paths differ for one function, such as that of the package and that of the module.
         wanted = _identity(operation)
         return [entry for entry in self._entries if _identity(entry.spec.operation) == wanted]
 
@@ -95,5 +96,6 @@ def _identity(operation: str) -> Any:
 
 def _claimants(operation: Any, entries: list[Any]) -> list[str]:
     names = [entry.qualified_name for entry in entries]
+    # The core is one of those that claim it, since its rules cannot be replaced from outside.
     own = isinstance(operation, str) and serves_itself(operation)
     return [f"jdcore:{operation}", *names] if own else names

@@ -52,6 +52,7 @@ class Loading:
     def advance(self) -> None:
         """Load what is not loaded yet. The plugins that cannot be loaded now stay pending."""
         for plugin in self.plugins:
+            # Asked without the lock: a record that is there once stays.
             if plugin not in self._records and self._claim(plugin):
                 self._load(plugin)
 
@@ -97,6 +98,7 @@ class Loading:
         """In a forked process: only the thread that forked is there, and holds no lock of ours."""
         self._change = threading.Condition()
         _waits_for.clear()
+        # A fork keeps the thread that called it, under its number, and no other.
         mine = threading.get_ident()
         self._loaders = {p: ident for p, ident in self._loaders.items() if ident == mine}
 
@@ -113,6 +115,7 @@ def _others_finish(busy: Callable[[], int | None], wait: Callable[[float], Any])
     start = moved = time.monotonic()
     try:
         while (ident := busy()) is not None:
+            # For the other threads that would wait for this one, to see a circle.
             _waits_for[me] = ident
             now = time.monotonic()
             if not _is_blocked(ident):
@@ -131,6 +134,7 @@ def _is_blocked(ident: int) -> bool:
     while ident in _waits_for and ident not in chain:  # for a thread that waits here, and so on
         chain.append(ident)
         ident = _waits_for.get(ident, ident)
+    # Of all threads, Python tells where they are, and not what they wait for.
     frame = sys._current_frames().get(ident)
     if frame is None or ident in chain:  # it is gone, or they wait for each other
         return True
@@ -167,6 +171,7 @@ def _modules_of(plugin: Plugin) -> Iterator[str]:
 
 def _thread_that_runs(namespace: dict[str, Any]) -> int | None:
     """The thread on whose stack the code of a module runs."""
+    # An import tells its thread nowhere but on the stack: the frame of the module's own code.
     for ident, innermost in sys._current_frames().items():
         frame: FrameType | None = innermost
         while frame is not None:

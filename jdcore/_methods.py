@@ -80,6 +80,7 @@ def exported_class(class_name: str) -> type:
     :raises MissingMethodError: If a known distribution that is not installed provides it.
     :raises AmbiguousNameError: If several distributions provide it.
     """
+    # A spec has one class name, that of the aggregator, from which the other one follows.
     base = class_name.removesuffix("Weighting")
     find = aggregator_class if class_name == base else weighting_class
     return find(_exported(AGGREGATOR, base, class_name).qualified_name)
@@ -98,6 +99,7 @@ def _exported(kind: Kind, class_name: str, asked: str) -> Entry:
     # Another method of the same class name, such as one of a notebook, takes it from nobody.
     called_so = [e for e in found if normalize_name(e.spec.name) == normalize_name(class_name)]
     found = called_so or found
+    # An import is like a plain name: it belongs to nobody where two distributions claim it.
     if len({entry.distribution for entry in found}) > 1:
         raise AmbiguousNameError(asked, kind.word, [entry.qualified_name for entry in found])
     if found:
@@ -191,6 +193,7 @@ def compose(
     # The protocol's own check would need an instance before Python 3.12.
     stateful = all(hasattr(weighting_class, name) for name in _STATEFUL_METHODS)
     base = _StatefulComposedAggregator if stateful else ComposedAggregator
+    # A real class, not a function that makes one: for isinstance, subclasses and `help`.
     return type(class_name, (base,), namespace)
 
 

@@ -24,6 +24,7 @@ def integer(minimum: int) -> Validator:
     """An int (not a bool) that is at least ``minimum``, and no larger than an index can be."""
 
     def validate(_: Any, attribute: Attribute[Any], value: Any) -> None:
+        # True is an integer to Python, and numbers of numpy are none of its ints.
         if isinstance(value, bool) or not isinstance(value, numbers.Integral):
             raise ParameterTypeError(attribute.name, "an int", repr(value))
         if value < minimum:
@@ -89,6 +90,7 @@ def string(pattern: str, expected: str) -> Validator:
             return
         if not isinstance(value, str):
             raise ParameterTypeError(attribute.name, expected, repr(value))
+        # By all of it: `$` would let a line break at the end pass.
         if not compiled.fullmatch(value):
             raise ParameterError(attribute.name, expected, repr(value))
 

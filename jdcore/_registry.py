@@ -56,6 +56,7 @@ class _Known:
     rules: OperationTable
 
     def solver_table(self, problem: str) -> NameTable:
+        # Of a problem that nobody solves, the error is to name the plugins that would.
         return self.solvers.get(problem) or NameTable(f"{problem} solver", problem)
 
     def complete(self) -> bool:
@@ -84,6 +85,7 @@ class Registry:
     """
 
     def __init__(self) -> None:
+        # Taken again by `_tables`, which `_discover` calls with the lock in its hands.
         self._lock = threading.RLock()
         self._runtime: dict[Kind, dict[str, Any]] = {kind: {} for kind in KINDS}
         self._runtime_rules: dict[str, GramianRuleSpec] = {}
@@ -117,7 +119,9 @@ class Registry:
         raise ParameterTypeError("spec", expected, repr(spec))
 
     def _register_method(self, spec: AggregatorSpec | ScalarizerSpec, kind: Kind) -> None:
+        # Not under the lock: to discover is to run code of plugins, which may look methods up.
         table = self._discover().methods[kind]
+        # All names before any is taken, so that a refused spec leaves nothing behind.
         for name in names_of(spec):
             entry = table.find(name)
             # A cell of a notebook that runs again replaces what it registered.
@@ -171,6 +175,7 @@ class Registry:
         with self._lock:
             runtime = {kind: [*self._runtime[kind].values()] for kind in KINDS}
             runtime_rules = [*self._runtime_rules.values()]
+            # Read once: a plugin that is loaded meanwhile is in the next tables, as a whole.
             records = loading.records()
         return _Known(
             records=records,
@@ -278,6 +283,7 @@ class Registry:
         entry = table.find(name)
         if entry is not None:
             return entry, None
+        # From the right, since a distribution may come first: "distribution:name:variant".
         base, _, variant = name.rpartition(":")
         entry = table.find(base)
         if entry is None or not entry.spec.variants or not variant:
@@ -286,6 +292,7 @@ class Registry:
 
     def rules(self) -> list[Entry]:
         """All rules, by name; also those that disable each other."""
+        # Those of one operation stand side by side with their owners, for a choice among them.
         entries: list[Entry] = list(self._discover().rules)
         return sorted(entries, key=lambda entry: (entry.spec.name, entry.distribution))
 
@@ -371,6 +378,7 @@ def _raise_unknown(name: str, table: NameTable, known: _Known) -> NoReturn:
     plain_names = {normalize_name(n.rpartition(":")[2]): n for n in listed}
     # Of normalized names, so that capitals and dashes do not count as differences.
     close = difflib.get_close_matches(normalize_name(plain), plain_names, cutoff=0.6)
+    # Chained to the one failure that there is: most likely that plugin has the name.
     error = UnknownNameError(name, table.kind, [plain_names[c] for c in close], listed, hint)
     raise error from (failed[0].error if len(failed) == 1 else None)
 
@@ -453,6 +461,7 @@ def get_solver(problem: str, name: str, /, **arguments: Any) -> Any:
     return construct(factory, name, arguments, *(() if variant is None else (variant,)))
 
 
+# Errors are not kept by `cache`: a backend that is installed after a failure is found.
 @cache
 def shared_solver(problem: str, name: str) -> Any:
     """:func:`get_solver`, always the same object: for solvers used by name, which keep no state."""

@@ -52,6 +52,7 @@ class NameTable:
 
         :raises AmbiguousNameError: If several distributions claim the plain name.
         """
+        # No name of a method has a colon, so that what precedes the last one is a distribution.
         distribution, colon, plain = name.rpartition(":")
         entries = self._entries.get(normalize_name(plain), [])
         if colon:
@@ -63,6 +64,7 @@ class NameTable:
         return entries[0] if entries else None
 
     def listed_names(self) -> list[str]:
+        # What is listed can be looked up: a plain name that is claimed twice cannot.
         clashes = self.clashes()
         return [
             e.qualified_name if normalize_name(e.spec.name) in clashes else e.spec.name

@@ -55,14 +55,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             arguments = _parser().parse_args(argv)
         except SystemExit as stop:  # how argparse ends, after --help too
+            # None is success in Python's own convention.
             code = stop.code if isinstance(stop.code, int) else 0
         else:
             command = f"jdcore {arguments.command}"
             code = arguments.run(arguments) or 0
         sys.stdout.flush()
         return code
+    # Errors on purpose say all that there is to say; any other is a bug, with its traceback.
     except JDCoreError as error:
         return _fail(command, str(error))
+    # 128 and the number of SIGINT, as shells have it.
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # the reader has seen enough, as in `jdcore list | head -3`

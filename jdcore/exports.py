@@ -61,6 +61,7 @@ def _makers(distribution: str, kind: Kind) -> dict[str, Callable[[], type]]:
     from jdcore import _methods  # imports torch, which listing does without
 
     find = _methods.aggregator_class if kind is AGGREGATOR else _methods.scalarizer_class
+    # By qualified names: the package gives its own classes, whoever else claims their names.
     makers: dict[str, Callable[[], type]] = {}
     records = [record for record in registry.records() if record.distribution == distribution]
     for spec in (spec for record in records for spec in kind.specs_of(record)):

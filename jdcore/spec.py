@@ -95,6 +95,7 @@ _example = function("a function that makes keyword arguments for m rows, given m
 
 
 def _api_version(_: Any, attribute: Attribute[Any], value: Any) -> None:
+    # True == 1 in Python.
     if isinstance(value, bool) or value != API_VERSION:
         raise ParameterError(
             attribute.name,
@@ -129,6 +130,7 @@ def _strings(values: Any) -> Any:
 
 
 def _read_only(value: Any) -> Any:
+    # A copy, so that the caller's dictionary does not change a frozen spec later.
     return MappingProxyType(dict(value)) if isinstance(value, Mapping) else value
 
 
@@ -210,6 +212,7 @@ class AggregatorSpec(_MethodSpec):
     min_rows: int = field(default=1, validator=integer(1))
 
     def __attrs_post_init__(self) -> None:
+        # Here and not in a validator, which knows one field only.
         if (self.weighting is None) == (self.aggregator is None):
             raise ParameterError(
                 "weighting", "given if and only if `aggregator` is not", repr(self.weighting)

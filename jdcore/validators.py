@@ -152,6 +152,7 @@ def check_floating(tensor: Tensor, parameter: str, expected: str = "a Tensor") -
     """
     if not isinstance(tensor, Tensor):
         raise ParameterTypeError(parameter, expected, describe_tensor(tensor))
+    # Before the dtype, which a user could convert in vain.
     if tensor.is_mps:
         raise no_float64(parameter, f"Move it: {parameter}.cpu().")
     if not tensor.is_floating_point():
@@ -226,6 +227,7 @@ def check_second(second: Sequence[Tensor] | None, blocks: Sequence[Tensor]) -> l
         return None
     for block in second:
         check_matrix(block, "second")
+    # All shapes at once, since what belongs together is told by their order.
     shapes, got = ([list(block.shape) for block in given] for given in (blocks, second))
     if shapes != got:
         raise ParameterError("second", f"of shape {_shapes(shapes)}, as the first", _shapes(got))

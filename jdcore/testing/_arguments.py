@@ -19,6 +19,7 @@ from jdcore.validators import row_vector
 
 def refuses_unusable_arguments(case: Case) -> None:
     for argument in arguments_of(aggregator_class(case.name)).values():
+        # No argument of any method accepts an object of no particular kind.
         nonsense = {argument.name: object()}
         _demand_error(lambda a=nonsense: case.make(case.rows, a), argument.name)
         _refuses_on_set(case, argument)
@@ -42,6 +43,7 @@ def checks_vectors_against_the_rows(case: Case) -> None:
 
 def _checks_vector(case: Case, name: str) -> None:
     right, matrix = torch.ones(case.rows, device="cpu"), case.gauss()
+    # Only a call tells the number of rows, and the device.
     too_short = case.make(case.rows, {name: right[1:]})
     elsewhere = case.make(case.rows, {name: right.to("meta")})
     weighting = case.make_weighting(case.rows, {name: right})
@@ -78,6 +80,7 @@ def _usable_vector(case: Case, name: str) -> torch.Tensor:
 def _makes_the_round_trip(case: Case, arguments: dict[str, Any]) -> None:
     original = case.make(case.rows, arguments)
     omit = ["generator"] if case.spec.stochastic else []
+    # Through text, as files have it: tuples come back as lists, and keys as strings.
     config = json.loads(json.dumps(to_config(original, omit=omit)))
     rebuilt = get_aggregator(config, **{name: _generator() for name in omit})
     again = to_config(rebuilt, omit=omit)

@@ -54,6 +54,7 @@ class Case:
         return self._construct(weighting_class(self.name), m, arguments or {}, seed)
 
     def _construct(self, cls: type, m: int, arguments: Mapping[str, Any], seed: int) -> Any:
+        # A generator of its own, so that checks do not depend on which of them ran before.
         seeded = {"generator": torch.Generator().manual_seed(seed)} if self.spec.stochastic else {}
         return cls(**{**self.spec.example(m), **seeded, **arguments})
 
@@ -68,6 +69,7 @@ class Case:
 
     def weigh(self, weighting: Any, matrix: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """Call a weighting on the Gramian (or cross-Gramian) of a matrix, with all it needs."""
+        # A method of two batches takes the products of the rows with those of the second one.
         inputs = self.inputs(matrix)
         gramian = matrix @ inputs.pop("second", matrix).T
         return quietly(lambda: weighting(gramian.to(dtype or matrix.dtype), **inputs))
@@ -96,6 +98,7 @@ def accelerator() -> str:
 
     :raises NotApplicable: If it has none, or one without float64, in which Gramians are summed.
     """
+    # Of several kinds, torch names the one that programs use unless told otherwise.
     found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     if found is None or found.type == "mps":
         raise NotApplicable("this machine has no accelerator with float64")

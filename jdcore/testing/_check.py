@@ -46,6 +46,7 @@ class ConformanceCheck:
             if self.excuse is None:
                 raise
             return
+        # An excuse that is not needed any more would hide the next fault.
         if self.excuse is not None:
             raise ConformanceError(
                 f"{self} passes, although the spec expects it to fail ({self.excuse}). "
@@ -74,6 +75,7 @@ def checks_by(
     """
     excuses = dict(expected_failures)
     checks = [ConformanceCheck(subject, law, case, excuses.pop(law.__name__, None)) for law in laws]
+    # Most likely a misspelt check, which would be excused without anybody noticing.
     if excuses:
         raise ConformanceError(f"expected_failures of {subject} name no check: {sorted(excuses)}")
     return checks

@@ -58,6 +58,7 @@ def _demand_true_examples(cls: type) -> None:
     demand(bool(test.examples), "the docstring has no runnable example")
     report: list[str] = []
     runner = doctest.DocTestRunner(verbose=False, optionflags=doctest.ELLIPSIS)
+    # Examples may seed the default generator, which is that of the program that runs the checks.
     with torch.random.fork_rng(devices=[]):
         runner.run(test, out=report.append)
     demand(not runner.failures, f"an example in the docstring is wrong:\n{''.join(report)}")
@@ -84,6 +85,7 @@ class Names(dict[str, Any]):
 def shows_what_you_would_type(case: Case) -> None:
     names = Names(jdcore.aggregation, {case.spec.class_name: aggregator_class(case.name)})
     shown = repr(case.make(case.rows))
+    # By its text, since methods are compared by identity.
     demand(repr(eval(shown, {}, names)) == shown, f"{shown} does not evaluate to itself")
 
 
@@ -97,9 +99,11 @@ def is_listed_without_being_imported(case: Case) -> None:
 @cache
 def modules_after_listing(distribution: str) -> frozenset[str]:
     """Names of all modules that listing the plugins of a distribution imports."""
+    # In a process of its own, as this one has imported the methods long ago.
     code = "import jdcore, sys; jdcore.list_plugins(); print(*sys.modules)"
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", code],
+        # This plugin alone: others may import what they like.
         env=os.environ | {"JDCORE_PLUGINS": distribution},
         check=True,
         capture_output=True,

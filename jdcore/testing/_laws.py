@@ -45,7 +45,9 @@ def agrees_between_dtypes(case: Case) -> None:
 
 def works_on_accelerators(case: Case) -> None:
     matrix = case.gauss().float()
+    # On the CPU first, so that a method that is broken anyway does not look like one of the device.
     expected = case.call(case.make(case.rows), matrix)
+    # By `as_module`, as vectors among the arguments have to move along, too.
     device = accelerator()
     vector = case.call(as_module(case.make(case.rows)).to(device), matrix.to(device))
     demand(vector.device.type == device, f"{device} in, {vector.device} out")
@@ -61,16 +63,19 @@ def leaves_its_input_alone(case: Case) -> None:
 
 
 def handles_no_rows(case: Case) -> None:
+    # No task may be present in a batch: the step is then zero, and training goes on.
     vector = case.call(case.make(0), torch.zeros(0, 3, device="cpu"))
     demand(torch.equal(vector, torch.zeros(3, device="cpu")), f"{vector} for a matrix without rows")
 
 
 def handles_no_columns(case: Case) -> None:
+    # Where all shared parameters are frozen, nothing is left to aggregate.
     vector = case.call(case.make(case.rows), torch.zeros(case.rows, 0, device="cpu"))
     demand(vector.shape == (0,), f"{vector} for a matrix without columns")
 
 
 def handles_degenerate_rows(case: Case) -> None:
+    # All of these occur in training: shared labels, ReLUs that are dead, losses that vanish.
     matrix = case.gauss()
     duplicate, opposite, one_zero = matrix.clone(), matrix.clone(), matrix.clone()
     duplicate[1] = matrix[0]
@@ -86,6 +91,7 @@ def handles_degenerate_rows(case: Case) -> None:
     for label, example in degenerate.items():
         vector = case.call(case.make(case.rows), example)
         demand(bool(torch.isfinite(vector).all()), f"{vector} for {label}")
+    # At a stationary point of all objectives no update may be made up.
     zero = case.call(case.make(case.rows), torch.zeros_like(matrix))
     demand(not zero.any(), f"{zero} for the zero matrix")
 
@@ -96,6 +102,7 @@ def handles_one_row(case: Case) -> None:
 
 
 def refuses_too_few_rows(case: Case) -> None:
+    # Not zero rows, which all methods take.
     for m in range(1, case.spec.min_rows):
         matrix = case.gauss(m)
         call = partial(case.make(case.rows), matrix, **case.inputs(matrix))
@@ -108,6 +115,7 @@ def refuses_malformed_matrices(case: Case) -> None:
     malformed = {
         "a vector": matrix[0],
         "a three-dimensional tensor": matrix[None],
+        # torch would promote these in silence, and the update would be of another dtype.
         "an integer matrix": matrix.long(),
         "a complex matrix": matrix.to(torch.complex64),
         "a list": matrix.tolist(),
@@ -120,6 +128,7 @@ def is_refused_without_what_it_needs(case: Case) -> None:
     """Losses or a second batch, where the spec says that the method looks at them."""
     matrix = case.gauss()
     inputs = case.inputs(matrix)
+    # One at a time, as the error has to name what is missing.
     for name in inputs:
         known = {key: value for key, value in inputs.items() if key != name}
         call = partial(case.make(case.rows), matrix, **known)
@@ -136,6 +145,7 @@ def checks_the_losses(case: Case) -> None:
         call = partial(case.make(case.rows), matrix, losses=wrong, **inputs)
         error = demand_refusal(call, f"{label} as losses")
         demand(error.parameter == "losses", f"{error.parameter!r} is named for {label}")
+    # NaN in the losses alone: the Gramian of such a step may still be finite.
     broken = losses.clone()
     broken[1] = float("nan")
     vector = quietly(lambda: case.make(case.rows)(matrix, losses=broken, **inputs))
@@ -167,12 +177,14 @@ def raises_for_nonfinite_input_when_asked(case: Case) -> None:
 
 def _with_entry(case: Case, value: float) -> Tensor:
     matrix = case.gauss()
+    # Not in the first row, which methods may treat in a way of its own.
     matrix[1, 2] = value
     return matrix
 
 
 def is_deterministic(case: Case) -> None:
     matrix = case.gauss().float()
+    # In float32, where sums in another order show at once.
     first, second = (case.call(case.make(case.rows, seed=3), matrix) for _ in range(2))
     demand(torch.equal(first, second), "the same input and generator gave different bits")
 
@@ -180,6 +192,7 @@ def is_deterministic(case: Case) -> None:
 def gives_the_same_by_blocks(case: Case) -> None:
     whole = case.make(case.rows)
     demand(isinstance(whole, BlockwiseAggregator), "there is no aggregate_blocks method")
+    # Those of the Gramian draw for rows, which are the same however columns are divided.
     if case.spec.input == "matrix" and case.spec.stochastic:
         return  # the order in which blocks draw random numbers is not promised
     matrix = case.gauss()
@@ -215,10 +228,12 @@ def weighting_keeps_its_laws(case: Case) -> None:
         demand(weights.shape == (case.rows,), f"weights of shape {weights.shape}")
     inputs = case.inputs(matrix)
     gramian = matrix @ inputs.pop("second", matrix).T
+    # Weightings are given the Gramian that others look at later, a record for one.
     copy = gramian.clone()
     quietly(lambda: case.make_weighting(case.rows)(gramian, **inputs))
     demand(torch.equal(gramian, copy), "the Gramian was modified")
     empty = case.weigh(case.make_weighting(0), torch.zeros(0, 3, device="cpu"))
     demand(empty.shape == (0,), f"{empty} for an empty Gramian")
+    # A weighting in the place of its aggregator is the commonest mistake: it gets a Jacobian.
     call = partial(case.make_weighting(case.rows), matrix, **inputs)
     demand_refusal(call, "a Gramian that is not square")

@@ -37,12 +37,14 @@ def is_stateful_as_declared(case: Case) -> None:
 
 def continues_from_a_saved_state(case: Case) -> None:
     one = case.make(case.rows)
+    # Some calls, as the first one of a method mostly sets its state up and no more.
     for seed in range(3):
         case.call(one, case.gauss(seed=seed))
     file = io.BytesIO()
     torch.save(one.state_dict(), file)
     file.seek(0)
     two = case.make(case.rows)
+    # Into a fresh object, as a program that resumes has no other.
     two.load_state_dict(torch.load(file, weights_only=True))
     if case.spec.stochastic:
         for aggregator in (one, two):  # the generator is the caller's, not part of the state
@@ -60,6 +62,7 @@ def _reseed(aggregator: Any) -> None:
 def resets_to_a_new_object(case: Case) -> None:
     used, new = case.make(case.rows), case.make(case.rows)
     case.call(used, case.gauss(seed=1))
+    # A generator is no state: it goes on from where it is.
     used.reset()
     if case.spec.stochastic:
         _reseed(used)
@@ -76,6 +79,7 @@ def keeps_its_state_when_a_call_fails(case: Case) -> None:
     case.call(aggregator, case.gauss())
     before = repr(aggregator.state_dict())
     broken = case.gauss(seed=1)
+    # A step with NaN is skipped by most loops: it must not poison the ones after it.
     broken[1, 2] = float("nan")
     case.call(aggregator, broken)
     demand(repr(aggregator.state_dict()) == before, "NaN input changed the state")
@@ -89,6 +93,7 @@ def refuses_a_foreign_state(case: Case) -> None:
     aggregator = case.make(case.rows)
     case.call(aggregator, case.gauss())
     state = aggregator.state_dict()
+    # As text, since dictionaries of tensors cannot be compared.
     before = repr(state)
     for label, foreign in foreign_states(state):
         demand_refusal(partial(aggregator.load_state_dict, foreign), label)

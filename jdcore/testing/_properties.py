@@ -50,6 +50,7 @@ def _relaxed(label: str, vector: Tensor, matrix: Tensor) -> float:
 def is_permutation_invariant(case: Case) -> None:
     for label, matrix in case.matrices():
         generator = torch.Generator().manual_seed(2)
+        # Columns keep their places: only rows change theirs.
         order = torch.randperm(len(matrix), generator=generator, device="cpu")
         expected = case.call(case.make(len(matrix)), matrix)
         permuted = case.call(case.make(len(matrix)), matrix[order])
@@ -63,12 +64,14 @@ def is_scale_equivariant(case: Case) -> None:
     for scale in (1e-30, 1e-15, 1e15, 1e30):
         vector = case.call(case.make(case.rows), matrix * scale).double() / scale
         demand_close(vector, expected, 1e-6, f"float32 at scale {scale:.0e}")
+    # The squares of these leave the range of float64.
     for scale in (1e-200, 1e200):
         vector = case.call(case.make(case.rows), matrix.double() * scale) / scale
         demand_close(vector, expected, 1e-9, f"float64 at scale {scale:.0e}")
 
 
 def stops_only_where_strongly_stationary(case: Case) -> None:
+    # Rows of the other families may be strongly stationary, where zero is the right answer.
     for label, matrix in case.matrices("gauss", "conflict"):
         vector = case.call(case.make(len(matrix)), matrix)
         _demand_movement(vector, matrix, label)
@@ -89,6 +92,7 @@ def withstands_an_adversary(case: Case) -> None:
     honest = 3.0 + case.gauss(m - 1)
     mean = honest.mean(0)
     radius = (honest - mean).norm(dim=1).max()
+    # Beyond some size an adversary is easily told; near the honest rows it is not.
     for size in (1e1, 1e4, 1e10, 1e20):
         for direction in (-mean, case.gauss(1, seed=1)[0]):
             # Towards the opposite of the honest rows, and anywhere.

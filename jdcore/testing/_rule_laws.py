@@ -61,6 +61,7 @@ def serves_the_operation(case: RuleCase) -> None:
     trial, rules = Trial.of(case.example, 2, 3), case.recording()
     trial.served(rules)
     operation = case.entry.spec.operation
+    # An example that the rule never sees would pass every other check.
     demand(rules.met > 0, f"no operand of {operation} belongs to no sample in the example")
     demand(bool(rules.uses), "the rule serves no operand of the example")
     use = rules.uses[0]
@@ -123,6 +124,7 @@ def gives_rows_of_every_operand(case: RuleCase) -> None:
 
 def serves_operands_by_themselves(case: RuleCase) -> None:
     trial = Trial.of(case.example, 2, 3)
+    # Frozen parameters: a rule may not count on the share of another operand.
     for i in range(len(trial.operands)):
         one = Trial.of(case.example, 2, 3)
         chosen = Trial(one.losses, [one.operands[i]])
@@ -134,6 +136,7 @@ def changes_nothing(case: RuleCase) -> None:
     trial.served(rules)
     for use in rules.uses:
         before = [(t, t.detach().clone()) for t in tensors_of(use.site)]
+        # The numbers of the user's dropout would change with the engine.
         state = torch.get_rng_state()
         with torch.no_grad():
             case.rule(use.site, use.operand).rows()

@@ -46,6 +46,7 @@ class ScalarizerCase:
     def make(self, m: int = 4, arguments: Mapping[str, Any] | None = None, seed: int = 0) -> Any:
         """A new scalarizer for m losses, seeded if it is stochastic."""
         seeded = {"generator": torch.Generator().manual_seed(seed)} if self.spec.stochastic else {}
+        # What a check asks for comes before the example.
         chosen = {**self.spec.example(m), **seeded, **(arguments or {})}
         return scalarizer_class(self.name)(**chosen)
 
@@ -121,6 +122,7 @@ def refuses_what_is_no_vector_of_losses(case: ScalarizerCase) -> None:
 
 
 def refuses_losses_without_a_logarithm(case: ScalarizerCase) -> None:
+    # Zero as well: its logarithm is infinite, and so is every gradient.
     for value in (0.0, -1.0):
         losses = case.losses()
         losses[1] = value
@@ -137,6 +139,7 @@ def differentiates(case: ScalarizerCase) -> None:
     losses = case.losses().requires_grad_()
     [gradient] = torch.autograd.grad(case.make()(losses), [losses])
     demand(bool(torch.isfinite(gradient).all()), f"gradient {gradient}")
+    # The gradient of a surrogate is another one than that of its value, by design.
     if not case.spec.surrogate:
         demand(
             torch.autograd.gradcheck(lambda wide: case.make()(wide), (losses,)),
@@ -183,6 +186,7 @@ def advances_and_resets(case: ScalarizerCase) -> None:
     for seed in range(3):
         case.advance(used, seed)
     losses = case.losses(seed=9)
+    # Else reset() would have nothing to do, and the check nothing to see.
     demand(not torch.equal(used(losses), new(losses)), "three steps changed nothing")
     used.reset()
     demand(torch.equal(used(losses), case.make()(losses)), "reset() left something behind")
@@ -197,6 +201,7 @@ def keeps_its_state_when_a_call_fails(case: ScalarizerCase) -> None:
     scalarizer(broken)
     demand(repr(scalarizer.state_dict()) == before, "NaN changed the state")
     demand_refusal(lambda: scalarizer(case.losses()[None]), "a matrix")
+    # A state belongs to its objectives: there is nothing to continue from for another number.
     demand_refusal(lambda: scalarizer(case.losses(5)), "another number of losses")
     for label, foreign in foreign_states(scalarizer.state_dict()):
         demand_refusal(partial(scalarizer.load_state_dict, foreign), label)

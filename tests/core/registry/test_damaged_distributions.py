@@ -201,10 +201,19 @@ result = jdcore.list_aggregators()
 def test_a_distribution_found_twice_counts_once_where_it_is_imported_from(tmp_path: Path) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
     unpack(first, "twice", {"twice.py": PLUGIN.format(method="first_method")})
-    unpack(second, "twice", {"twice.py": PLUGIN.format(method="second_method")})
+    unpack(
+        second,
+        "twice",
+        {"twice.py": PLUGIN.format(method="second_method")},
+        metadata=b"Metadata-Version: 2.1\nName: {name}\nVersion: 2.0\n",
+        entry_points=b"[jdcore.plugins]\nother = twice\n",
+    )
 
-    code = f"import sys; sys.path.append({str(second)!r}); result = jdcore.list_aggregators()"
-    assert run(first, code, JDCORE_PLUGINS="twice") == ["first_method"]
+    code = f"import sys; sys.path.append({str(second)!r})\n" + (
+        "result = [(p.version, p.entry_point, *[spec.name for spec in p.aggregators])"
+        " for p in jdcore.list_plugins() if p.distribution == 'twice']"
+    )
+    assert run(first, code, JDCORE_PLUGINS="twice") == [["1.0", "twice", "first_method"]]
 
 
 def test_twenty_thousand_specs_cost_a_few_calls_each(tmp_path: Path) -> None:

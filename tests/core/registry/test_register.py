@@ -18,8 +18,10 @@ from jdcore import (
     ScalarizerSpec,
     UnknownNameError,
     _methods,
+    _registry,
 )
 from jdcore._discovery import AGGREGATOR, KINDS, Kind, PluginRecord
+from jdcore._loading import Loading
 from jdcore._registry import Registry
 from jdcore.aggregation import GramianWeighting
 from jdcore.errors import AmbiguousNameError
@@ -95,6 +97,24 @@ def test_registrations_survive_a_refresh(registry: Registry) -> None:
     registry.refresh()
 
     assert "last_row" in registry.aggregators()
+
+
+def test_what_a_refresh_has_overtaken_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    registry, looks = Registry(), []
+    monkeypatch.setattr(_registry, "installed_plugins", lambda: looks.append(1) or [])
+
+    class Overtaken(Loading):
+        def advance(self) -> None:
+            if len(looks) == 1:  # as by another thread that has installed something
+                registry.refresh()
+
+    monkeypatch.setattr(_registry, "Loading", Overtaken)
+
+    registry.aggregators()
+    registry.aggregators()
+    registry.aggregators()
+
+    assert len(looks) == 2
 
 
 def test_classes_stay_the_same_whatever_else_is_registered(registry: Registry) -> None:
