@@ -232,11 +232,15 @@ class Registry:
         """All of a kind, by name; also those whose plain name several distributions claim."""
         return list(self._discover().methods[kind])
 
+    def names(self, kind: Kind) -> list[str]:
+        """All names of a kind, sorted; qualified where several distributions claim one."""
+        return self._discover().methods[kind].listed_names()
+
     def aggregators(self) -> list[str]:
-        return self._discover().methods[AGGREGATOR].listed_names()
+        return self.names(AGGREGATOR)
 
     def scalarizers(self) -> list[str]:
-        return self._discover().methods[SCALARIZER].listed_names()
+        return self.names(SCALARIZER)
 
     def solvers(self, problem: str) -> list[str]:
         return self._discover().solver_table(problem).listed_names()

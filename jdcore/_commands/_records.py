@@ -11,7 +11,7 @@ from typing import Any
 from attrs import asdict
 
 from jdcore._catalogue import METHODS, SCALARIZERS
-from jdcore._discovery import PluginRecord
+from jdcore._discovery import AGGREGATOR, Kind, PluginRecord
 from jdcore._registry import registry
 from jdcore._tables import Entry
 from jdcore.errors import PluginWarning
@@ -37,18 +37,12 @@ def installed_version(distribution: str) -> str | None:
         return None
 
 
-def method_records() -> list[dict[str, Any]]:
-    """All methods that are registered, then those that known distributions would add."""
+def records_of(kind: Kind) -> list[dict[str, Any]]:
+    """All of a kind that are registered, then those that known distributions would add."""
     plugins = discover()
-    registered = [method_record(name) for name in registry.aggregators()]
-    return registered + list(_absent(registered, plugins, METHODS))
-
-
-def scalarizer_records() -> list[dict[str, Any]]:
-    """All scalarizers that are registered, then those that known distributions would add."""
-    plugins = discover()
-    registered = [scalarizer_record(name) for name in registry.scalarizers()]
-    return registered + list(_absent(registered, plugins, SCALARIZERS))
+    registered = [record_of(kind, name) for name in registry.names(kind)]
+    catalogue = METHODS if kind is AGGREGATOR else SCALARIZERS
+    return registered + list(_absent(registered, plugins, catalogue))
 
 
 def _absent(
@@ -70,31 +64,28 @@ def _absent(
                 }
 
 
-def method_record(name: str) -> dict[str, Any]:
-    """One registered method. Errors as :func:`jdcore.describe`."""
-    entry = registry.aggregator(name)
-    spec: AggregatorSpec = entry.spec
+def record_of(kind: Kind, name: str) -> dict[str, Any]:
+    """One that is registered. Errors as :func:`jdcore.describe`."""
+    entry = registry.entry(kind, name)
+    facts = _of_aggregator if kind is AGGREGATOR else _of_scalarizer
+    return {**_description(name, entry.spec), **facts(entry.spec), **_installation(entry)}
+
+
+def _of_aggregator(spec: AggregatorSpec) -> dict[str, Any]:
     return {
-        **_description(name, spec),
         "input": spec.input,
         "losses": spec.losses,
         "wrapper": spec.wrapper,
         "properties": sorted(prop.value for prop in spec.properties),
         "min_rows": spec.min_rows,
-        **_installation(entry),
     }
 
 
-def scalarizer_record(name: str) -> dict[str, Any]:
-    """One registered scalarizer. Errors as :func:`jdcore.describe_scalarizer`."""
-    entry = registry.scalarizer(name)
-    spec: ScalarizerSpec = entry.spec
+def _of_scalarizer(spec: ScalarizerSpec) -> dict[str, Any]:
     return {
-        **_description(name, spec),
         "positive": spec.positive,
         "trainable": spec.trainable,
         "advanced_by": spec.advanced_by,
-        **_installation(entry),
     }
 
 

@@ -15,12 +15,11 @@ from attrs import asdict, frozen
 from jdcore._commands._output import plugins_on_stderr, print_json, print_table
 from jdcore._commands._records import (
     installed_version,
-    method_record,
     plugin_records,
-    scalarizer_record,
     solver_records,
 )
 from jdcore._commands.info import solver_problem
+from jdcore._discovery import KINDS
 from jdcore._registry import registry
 from jdcore._tables import Entry
 from jdcore.errors import JDCoreError
@@ -97,10 +96,13 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _versions(plugins: list[dict[str, Any]]) -> Iterator[tuple[str, str]]:
     yield "Python", platform.python_version()
-    records = [method_record(name) for name in registry.aggregators()]
-    records += [scalarizer_record(name) for name in registry.scalarizers()]
-    records += [solver for problem in registry.problems() for solver in solver_records(problem)]
-    required = sorted({distribution for record in records for distribution in record["requires"]})
+    entries = [entry for kind in KINDS for entry in registry.entries(kind)]
+    entries += [
+        registry.solver(problem, name)[0]
+        for problem in registry.problems()
+        for name in registry.solvers(problem)
+    ]
+    required = sorted({distribution for entry in entries for distribution in entry.spec.requires})
     plugin_names = [plugin["distribution"] for plugin in plugins]
     for distribution in ("jdcore", "torch", "numpy", *plugin_names, *required):
         yield distribution, installed_version(distribution) or "not installed"

@@ -9,13 +9,9 @@ import textwrap
 from typing import Any
 
 from jdcore._commands._output import plugins_on_stderr, print_json
-from jdcore._commands._records import (
-    discover,
-    method_record,
-    scalarizer_record,
-    solver_records,
-)
+from jdcore._commands._records import discover, record_of, solver_records
 from jdcore._commands.listing import inputs, scalarizer_kinds
+from jdcore._discovery import AGGREGATOR, SCALARIZER, Kind
 from jdcore._registry import registry
 
 _PARAMETER = re.compile(r"^:param (\w+): (.*?)(?=^:|\Z)", re.DOTALL | re.MULTILINE)
@@ -38,10 +34,9 @@ def run(arguments: argparse.Namespace) -> int:
 
     :raises JDCoreError: If there is no such method, or it cannot be imported.
     """
-    describe = describe_scalarizer if arguments.scalarizer else describe_method
     with plugins_on_stderr():
         discover()
-        record = describe(arguments.name)
+        record = described(SCALARIZER if arguments.scalarizer else AGGREGATOR, arguments.name)
     if arguments.json:
         print_json(record)
     else:
@@ -49,38 +44,24 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def describe_method(name: str) -> dict[str, Any]:
-    """The record of a method, with its parameters and the solvers they take. Imports it."""
-    from jdcore._methods import aggregator_class  # imports torch, which other commands do without
+def described(kind: Kind, name: str) -> dict[str, Any]:
+    """The record of a method or scalarizer, with parameters and solvers. Imports it."""
+    from jdcore import _methods  # imports torch, which other commands do without
 
-    cls = aggregator_class(name)
-    entry = registry.aggregator(name)
-    plain = registry.aggregators()
-    listed = entry.spec.name if entry.spec.name in plain else entry.qualified_name
-    parameters = _parameters(cls)
-    problem = solver_problem(cls)
-    return method_record(listed) | {
-        "parameters": parameters,
-        "problem": problem,
-        "solvers": [] if problem is None else solver_records(problem),
-        # Not inspect.getdoc(), which falls back on the docstring of a base class.
-        "doc": inspect.cleandoc(cls.__doc__ or ""),
-    }
-
-
-def describe_scalarizer(name: str) -> dict[str, Any]:
-    """The record of a scalarizer, with its parameters. Imports it."""
-    from jdcore._methods import scalarizer_class  # as above
-
-    cls = scalarizer_class(name)
-    entry = registry.scalarizer(name)
-    plain = registry.scalarizers()
-    listed = entry.spec.name if entry.spec.name in plain else entry.qualified_name
-    return scalarizer_record(listed) | {
-        "parameters": _parameters(cls),
-        "solvers": [],
-        "doc": inspect.cleandoc(cls.__doc__ or ""),
-    }
+    find = _methods.aggregator_class if kind is AGGREGATOR else _methods.scalarizer_class
+    cls = find(name)
+    entry = registry.entry(kind, name)
+    # Under its plain name, however it was asked for, unless several distributions claim that.
+    plain = entry.spec.name in registry.names(kind)
+    record = record_of(kind, entry.spec.name if plain else entry.qualified_name)
+    record["parameters"] = _parameters(cls)
+    problem = None
+    if kind is AGGREGATOR:
+        record["problem"] = problem = solver_problem(cls)
+    record["solvers"] = [] if problem is None else solver_records(problem)
+    # Not inspect.getdoc(), which falls back on the docstring of a base class.
+    record["doc"] = inspect.cleandoc(cls.__doc__ or "")
+    return record
 
 
 def solver_problem(cls: Any) -> str | None:

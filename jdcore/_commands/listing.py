@@ -11,7 +11,8 @@ from jdcore._commands._output import (
     print_json,
     print_table,
 )
-from jdcore._commands._records import method_records, rule_records, scalarizer_records
+from jdcore._commands._records import records_of, rule_records
+from jdcore._discovery import AGGREGATOR, SCALARIZER
 
 _SCALARIZER_COLUMNS = ("name", "kind", "provided by", "summary")
 _RULE_COLUMNS = ("name", "operation", "provided by", "summary")
@@ -34,11 +35,9 @@ def add_parser(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the methods, the scalarizers, or the rules."""
-    find = method_records
-    if arguments.scalarizers or arguments.rules:
-        find = scalarizer_records if arguments.scalarizers else rule_records
+    kind = SCALARIZER if arguments.scalarizers else AGGREGATOR
     with plugins_on_stderr():
-        records = find()
+        records = rule_records() if arguments.rules else records_of(kind)
     if arguments.json:
         print_json(records)
     elif arguments.rules:

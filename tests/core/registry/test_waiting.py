@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 
 import pytest
 
+from jdcore._loading import _others_finish
 from tests.core.registry.unpacked import PLUGIN, run, unpack
 
 pytestmark = pytest.mark.skipif("not hasattr(__import__('os'), 'fork')", reason="needs forks")
@@ -34,6 +36,13 @@ def test_a_plugin_may_look_up_while_it_is_imported(tmp_path: Path) -> None:
 
     assert seen_by_plugin == ["other"]
     assert names == ["asks", "other"]
+
+
+def test_a_thread_does_not_wait_for_itself() -> None:
+    waited: list[float] = []
+
+    assert not _others_finish(threading.get_ident, waited.append)
+    assert waited == []
 
 
 @pytest.mark.parametrize("first", ["user", "registry"])
