@@ -73,6 +73,7 @@ def _classes(
 
 
 def _path(factories: Iterable[str]) -> Path:
+    # Beside the package as it is installed: a type checker looks nowhere else.
     return Path(str(import_module(_package(factories)).__file__)).with_name("__init__.pyi")
 
 
@@ -83,6 +84,7 @@ def _package(factories: Iterable[str]) -> str:
     :raises ParameterError: If there is no such package.
     """
     packages = {factory.partition(":")[0].rpartition(".")[0] for factory in factories}
+    # The shortest is the one that could hold all others.
     package = min(packages, key=len)
     if any(not f"{other}.".startswith(f"{package}.") for other in packages):
         raise ParameterError("distribution", "of one package", f"several: {sorted(packages)}")
@@ -93,6 +95,7 @@ def _text(classes: Iterable[tuple[str, type, AggregatorSpec | None]]) -> str:
     stub = _Stub()
     parts = [
         stub.subclass(name, cls) if spec is None else stub.composed(name, cls, spec)
+        # In an order that no registration changes, so that a difference is a change.
         for name, cls, spec in sorted(classes, key=lambda entry: (entry[0].lower(), entry[0]))
     ]
     return "\n".join([_HEAD + stub.imports(), *parts])
@@ -129,6 +132,7 @@ def _class_names(spec: AggregatorSpec) -> list[str]:
 def _door(package: str, classes: Iterable[tuple[str, str]]) -> str:
     """What a package of the core exports, and the classes of registered methods."""
     import_module(package)
+    # As its source says it: what a package has at run time tells nothing of where it came from.
     own = [
         f"from {node.module} import {alias.name} as {alias.name}"
         for node in _tree(package).body
@@ -152,6 +156,7 @@ def _lookups(
 
     def add(function: str, name: str, constructor: type, returned: str, package: str) -> None:
         stub.modules.add(package)
+        # By name only, as look-ups take their arguments.
         signature = stub.signature(constructor, f'name: Literal["{name}"], /', keyword_only=True)
         parts.append(f"@overload\ndef {function}({signature}) -> {package}.{returned}: ...")
 
@@ -201,6 +206,7 @@ class _Stub:
 
     def composed(self, name: str, weighting: type, spec: AggregatorSpec) -> str:
         """The aggregator of a weighting."""
+        # Not the composed class, which exists at run time only.
         self.names["GramianAggregator"] = ("jdcore.aggregation", "GramianAggregator")
         lines = [f"class {name}(GramianAggregator):", *_summary(weighting)]
         lines.append(f"    weighting: {name}Weighting")
@@ -230,6 +236,7 @@ class _Stub:
 
     def _annotation(self, cls: Any, parameter: str) -> str:
         owner, attribute = _owner(cls, parameter)
+        # As text of the source: evaluated, names for type checkers only would be unknown.
         source = _annotations_of(owner).get(attribute)
         if source is None:
             self.names["Any"] = ("typing", "Any")
@@ -256,9 +263,11 @@ def _summary(cls: type) -> list[str]:
 
 def _owner(cls: Any, parameter: str) -> tuple[type, str]:
     """The class whose source has the annotation of a parameter, and what it is called there."""
+    # attrs drops leading underscores from the names of arguments.
     attribute = parameter
     if attrs.has(cls):
         attribute = next(f.name for f in attrs.fields(cls) if f.alias == parameter)
+    # A field that a subclass declares anew has the newer annotation.
     for base in cls.__mro__:
         if attribute in _annotations_of(base):
             return base, attribute
@@ -283,6 +292,7 @@ def _annotations_of(cls: type) -> dict[str, ast.expr]:
 @cache
 def _tree(module: str) -> ast.Module:
     file = getattr(sys.modules.get(module), "__file__", None)
+    # Of notebooks and of compiled modules there is no source: all is Any there.
     if file is None or not file.endswith(".py"):
         return ast.Module(body=[], type_ignores=[])
     return ast.parse(Path(file).read_text(encoding="utf-8"))
@@ -294,6 +304,7 @@ def _imports_of(module: str) -> dict[str, tuple[str, str]]:
     found: dict[str, tuple[str, str]] = {}
     tree = _tree(module)
     for node in ast.walk(tree):
+        # Also those under TYPE_CHECKING, wherever they stand.
         if isinstance(node, ast.ImportFrom) and node.module != "__future__":
             found |= {a.asname or a.name: (str(node.module), a.name) for a in node.names}
         if isinstance(node, ast.Import):

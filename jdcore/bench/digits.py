@@ -54,6 +54,7 @@ Trainer = Callable[[str, int, float, int], Result]
 
 def train_overlaid(name: str, seed: int, rate: float, epochs: int) -> Result:
     """Two overlaid digits, one loss for each."""
+    # Before the seed is set, which the first weights and the method share from there on.
     data = overlaid_digits(seed)
     torch.manual_seed(seed)
     model, aggregator = TwoDigitReader(), make_aggregator(name)
@@ -145,6 +146,7 @@ class Plan:
     @property
     def trainings(self) -> int:
         """Number of trainings of one method."""
+        # A single rate needs no tuning, as in the quick version.
         tuned = len(self.rates) * len(self.tuning_seeds) if len(self.rates) > 1 else 0
         return tuned + len(self.seeds)
 
@@ -172,6 +174,7 @@ def compare(
     def tuned(name: str) -> float:
         if len(plan.rates) == 1:
             return plan.rates[0]
+        # By training loss: to tune on the test data would flatter the method with the most luck.
         losses = {}
         for rate in plan.rates:
             total = sum(result.loss for result in results(name, rate, plan.tuning_seeds))

@@ -43,8 +43,10 @@ class Settings:
         """
         installed = list_aggregators()
         if self.methods is not None:
+            # In the spelling of the registry, which tables and files are keyed by.
             wanted = [describe(name).name for name in self.methods]
         else:
+            # What an experiment names need not be installed: its other methods are run.
             wanted = [name for name in default or installed if name in installed]
         return [name for name in wanted if refusal(make, name) is None]
 

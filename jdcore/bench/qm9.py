@@ -67,6 +67,7 @@ def molecules(count: int) -> tuple[Tensor, Tensor]:
     """Inputs [count, 34] and targets [count, 11], standardised, of every tenth molecule."""
     path = _table_path()
     assert path is not None
+    # Fields may be longer than the 128 KiB that the module allows.
     csv.field_size_limit(1 << 24)
     with path.open(newline="", encoding="utf-8") as file:
         rows = [row for i, row in enumerate(csv.DictReader(file)) if i % 10 == 0][:count]
@@ -81,6 +82,7 @@ def _features(row: dict[str, str]) -> NDArray[np.float64]:
     counts = [elements.count(element) for element in _CHARGES]
     spectrum = np.zeros(_ATOMS)
     values = np.linalg.eigvalsh(coulomb_matrix([_CHARGES[e] for e in elements], places))
+    # By magnitude, as in the paper: the order must not depend on that of the atoms.
     spectrum[: len(values)] = values[np.argsort(-np.abs(values))]
     return np.concatenate([counts, spectrum])
 
@@ -89,6 +91,7 @@ def coulomb_matrix(charges: list[int], places: NDArray[np.float64]) -> NDArray[n
     """``Zᵢ Zⱼ / |rᵢ - rⱼ|`` off the diagonal, ``0.5 Zᵢ^2.4`` on it (arXiv 1109.2618)."""
     z = np.array(charges, dtype=np.float64)
     distances = np.linalg.norm(places[:, None] - places, axis=-1)
+    # Not zero, which would divide; the diagonal is replaced below.
     np.fill_diagonal(distances, 1.0)
     matrix: NDArray[np.float64] = np.outer(z, z) / distances
     np.fill_diagonal(matrix, 0.5 * z**2.4)
@@ -97,6 +100,7 @@ def coulomb_matrix(charges: list[int], places: NDArray[np.float64]) -> NDArray[n
 
 def _standardised(values: NDArray[np.float64]) -> Tensor:
     deviation = values.std(0)
+    # Of elements that no molecule of a small choice has, the deviation is zero.
     scaled = (values - values.mean(0)) / np.where(deviation == 0.0, 1.0, deviation)
     return torch.tensor(scaled, dtype=torch.float32)
 

@@ -55,6 +55,7 @@ def _possible(names: Sequence[str], settings: Settings, console: Console) -> lis
         reasons = [refusal(experiment.make, name) for name in settings.methods or ()]
         for method, reason in zip(settings.methods or (), reasons, strict=True):
             if reason is not None:
+                # Not as markup: reasons have brackets.
                 console.print(f"{experiment.name}: without {method}. {reason}", markup=False)
         if settings.methods is None or None in reasons:
             found.append(experiment)
@@ -66,6 +67,7 @@ def _possible(names: Sequence[str], settings: Settings, console: Console) -> lis
 
 
 def _run(experiment: Experiment, settings: Settings, console: Console) -> Outcome:
+    # The generator of the program that calls is left as it was.
     with progress_bar(console) as bar, torch.random.fork_rng(devices=[]), one_thread():
         task = bar.add_task(experiment.name, total=experiment.work(settings))
         return experiment.run(settings, partial(bar.advance, task))

@@ -84,6 +84,7 @@ def _best(weight: float) -> tuple[float, float]:
         (first, second), _ = evaluate(x1, x2)
         return weight * first / SCALE + (1.0 - weight) * second
 
+    # By search in one dimension only, as the other one is known.
     found = minimize_scalar(value, bounds=(-10.0, -6.0), method="bounded", options={"xatol": 1e-9})
     return evaluate(x1, float(found.x))[0]
 
@@ -112,6 +113,7 @@ def descend(
                 reached = step
         if step == steps:
             break
+        # In plain floats but for the method: autograd and Adam would take most of the time.
         jacobian = torch.tensor(rows, dtype=torch.float64)
         gradient = follow(aggregator, jacobian, torch.tensor(losses, dtype=torch.float64)).tolist()
         decay1, decay2 = decay1 * 0.9, decay2 * 0.999

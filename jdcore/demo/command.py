@@ -82,6 +82,7 @@ def make_aggregator(
 
     cls, example = aggregator_class(name), describe(name).example(tasks)
     parameters = signature(cls).parameters.values()
+    # Defaults where there are some: what a user gets who types the name alone.
     required = {p.name for p in parameters if p.default is Parameter.empty}
     arguments = {k: v for k, v in example.items() if k in required}
     rows = torch.eye(tasks, columns)

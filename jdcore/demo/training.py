@@ -126,6 +126,7 @@ def _steps(
         optimizer.zero_grad()
         images, labels = digits.train_images[batch], digits.train_labels[batch]
         step = _differentiate(model, aggregator, images, labels)
+        # The parameters of a training that diverges stay as they were, so that it can be looked at.
         if step.finite:
             optimizer.step()
             schedule.step()
@@ -152,6 +153,7 @@ def _differentiate(
     ]
     left, right = losses
     mtl_backward(losses, features)
+    # Before `jac_to_grad`, which takes them away.
     rows = [p.jac.flatten(1) for p in shared]  # type: ignore[attr-defined]  # set by autojac
     jac_to_grad(shared, aggregator, losses=losses)
     update = torch.cat([p.grad.flatten() for p in shared if p.grad is not None])

@@ -85,6 +85,7 @@ class Holders:
         others = [shard for shard in shards if shard not in found]
         everything, count = [*self.tensors, *others], len(self.tensors)
         promised = self.tensors if self.promised else ()
+        # By their places first: their numbers have to be read, all of them.
         for by_numbers in (False, True):
             words = words_of(everything, promised, by_numbers=by_numbers)
             same, equal = meeting.agree_on_each(Stage.COPIES, words[:count], words[count:])
@@ -120,6 +121,7 @@ class Holders:
         :returns: The means by tensor, in memory of their own.
         :raises ParameterError: If the processes have gradients of different tensors.
         """
+        # In the order that was agreed, not in that of the pass, which may differ.
         places = {t: i for i, t in enumerate(known) if t in gradients}
         if not meeting.agree_on(Stage.UPDATE, list(places.values())):
             raise ParameterError(

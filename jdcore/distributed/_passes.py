@@ -81,6 +81,7 @@ class SpreadPasses:
     @everything.default
     def _find_everything(self) -> Sequence[Tensor]:
         outputs = dict.fromkeys(output for each in self.passes for output in each.outputs)
+        # All leaves, as a pass accumulates into those that nobody asked for, too.
         leaves = self.gathered.shards(reach(outputs).leaves)
         return list(dict.fromkeys([*self.targets, *leaves]))
 
@@ -164,6 +165,7 @@ class SpreadPasses:
             parameters as optimizers know them.
         """
         meeting.agree(Stage.GATHER)
+        # Rows are divided after this block: what is gathered is let go before more is made.
         with kept_gathered(self.gathered, self.everything):
             groups = differentiate()
         return [self._divided(meeting, found) for found in groups]

@@ -69,6 +69,7 @@ class Shards:
                 meeting, own, aggregator, partial(self._layout, own), losses is not None
             )
             values = mean_losses(meeting, check_losses(losses, rows))
+            # The same on all processes: which tensors have rows is a part of the layout.
             targets = list(own.matrices)
             check_grads(targets)
             second = None if own.second is None else [own.second[t] for t in targets]

@@ -60,6 +60,7 @@ def divides(aggregator: Any) -> bool:
 
     Others get all columns on every process, and the result of the first process counts.
     """
+    # Asked of the object: a wrapper needs all columns where what it wraps does.
     needs_all = getattr(aggregator, "needs_all_columns", False)
     return hasattr(aggregator, "aggregate_columns") and not needs_all
 
@@ -97,6 +98,7 @@ def start(
     kinds = [type(aggregator).__name__, type(getattr(aggregator, "weighting", None)).__name__]
     others = arguments, kinds, own.second is None
     number = number_of(words(False), others)
+    # One meeting says all that a usual step has to ask: each costs as much as many small layers.
     most, least, one, other, some = meeting.agree(
         Stage.START, rows, None if rows is None else -rows, number, -number, int(lacks)
     )
@@ -125,6 +127,7 @@ def mean_losses(meeting: Meeting, losses: Tensor | None) -> Tensor | None:
     """The mean over processes of the values of the objectives."""
     if losses is None:
         return None
+    # A copy, as what is reduced is overwritten, and the losses are the user's.
     wide = losses.to(meeting.device, torch.float64, copy=True)
     return (meeting.total(Stage.LOSSES, wide) / meeting.size).to(losses)
 
@@ -136,4 +139,5 @@ def promoted(weights: Tensor | None, tensors: Sequence[Tensor]) -> Tensor | None
     dtype = tensors[0].dtype
     for tensor in tensors:
         dtype = torch.promote_types(dtype, tensor.dtype)
+    # A copy, which the user may write into: the method may have kept what it gave.
     return weights.to(tensors[0].device, dtype, copy=True)

@@ -41,8 +41,10 @@ def find_team(tensors: Sequence[Tensor], group: Any = None, *, named: bool = Tru
             )
         return Shards.of(tensors)
     chosen = group_of(replicas, group)
+    # Of one process, everything is here: the ordinary step is faster, and has the same result.
     if chosen is None or dist.get_world_size(chosen) == 1:
         return None
+    # With `group`, the user says that all of them are equal, wrapped or not.
     if group is None:
         _check_all_known(tensors, {id(p) for r in replicas for p in parameters_of(r)})
     return Replicas.of(tensors, chosen, named)
@@ -54,6 +56,7 @@ def group_of(replicas: Sequence[DistributedDataParallel], group: Any) -> Group |
 
     :raises ParameterError: If they are different ones.
     """
+    # By identity: two groups of the same processes exchange in orders of their own.
     groups = list(dict.fromkeys(replica.process_group for replica in replicas))
     if len(groups) > 1 or (groups and group is not None and groups[0] is not group):
         raise ParameterError(

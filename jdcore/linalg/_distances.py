@@ -21,7 +21,7 @@ def lowest(scores: NDArray[np.float64], count: int, /) -> NDArray[np.intp]:
     >>> lowest(np.array([3.0, 0.1 + 0.2, 1.0, 0.3]), 1)
     array([1])
     """
-    last = np.partition(scores, count - 1)[count - 1]
+    last = float(np.partition(scores, count - 1)[count - 1])
     margin = _EQUAL * abs(last)
     chosen = (scores <= last + margin).nonzero()[0]
     if len(chosen) == count:

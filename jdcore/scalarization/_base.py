@@ -103,6 +103,7 @@ class TrainableScalarizer(torch.nn.Module):
                 f"a Tensor on {losses.device}",
                 f"Move the scalarizer: scalarizer.to({str(losses.device)!r}).",
             )
+        # The parameters stay in the dtype that their optimizer knows.
         return _scalarized(lambda wide: self.scalarize(wide, self.logits.to(wide.dtype)), losses)
 
     def extra_repr(self) -> str:
@@ -110,6 +111,7 @@ class TrainableScalarizer(torch.nn.Module):
 
 
 def _scalarized(scalarize: Callable[[Tensor], Tensor], losses: Tensor) -> Tensor:
+    # A zero that is still a part of the graph, so that a step without tasks can go on.
     if not len(losses):
         return losses.sum()
     wide = torch.promote_types(losses.dtype, torch.float32)
