@@ -23,7 +23,7 @@ def lowest(scores: NDArray[np.float64], count: int, /) -> NDArray[np.intp]:
     """
     last = float(np.partition(scores, count - 1)[count - 1])
     margin = _EQUAL * abs(last)
-    chosen = (scores <= last + margin).nonzero()[0]
+    chosen: NDArray[np.intp] = (scores <= last + margin).nonzero()[0]
     if len(chosen) == count:
         return chosen
     lower = (scores < last - margin).nonzero()[0]
