@@ -28,9 +28,11 @@ from torch import Tensor
 from jdcore.linalg._blas import product
 
 # Multiples of u whose squares are δ. Float32 can afford a distance from its rounding: 4e-12 is as
-# small for what the rows say as it is large for what they do not. Half precision cannot: a term of
-# 1e-3 would let the update conflict with some rows by as much.
+# small for what the rows say as it is large for what they do not. Half precision cannot: updates
+# conflict with some rows by up to about the root of δ, and more than 1e-3 of the mean row is not to
+# be. Half of u is still above the noise of combinations, as errors of rounding are even in [-u, u].
 _MARGINS = {torch.float32: 32.0, torch.float64: 0.0}
+_HALF = 0.5
 _EPS = 2.0**-52
 
 # Rows up to which a call takes longer than a few products of them, and of all of them.
@@ -50,7 +52,7 @@ def proximal_level(m: int, precision: torch.dtype, products: torch.dtype = torch
 
     :param products: The dtype that the entries of the Gramian were made in, or rounded to.
     """
-    margin = _MARGINS.get(precision, 1.0) * 0.5 * torch.finfo(precision).eps
+    margin = _MARGINS.get(precision, _HALF) * 0.5 * torch.finfo(precision).eps
     if products == torch.float64:
         return max(margin * margin, m * _EPS)
     # The errors of the cosines, and those of the two squared lengths that they are divided by.

@@ -14,11 +14,11 @@ from jdcore.linalg import add_proximal, combine, gramian, proximal_level, roundi
 def test_the_level_grows_with_the_rounding_of_the_dtype_and_the_number_of_rows() -> None:
     assert proximal_level(8, torch.float64) == 8 * 2.0**-52
     assert proximal_level(8, torch.float32) == (32 * 2.0**-24) ** 2
-    assert proximal_level(8, torch.bfloat16) == 2.0**-16
-    assert proximal_level(8, torch.float16) == 2.0**-22
+    assert proximal_level(8, torch.bfloat16) == 2.0**-18
+    assert proximal_level(8, torch.float16) == 2.0**-24
     assert proximal_level(100_000, torch.float32) == 100_000 * 2.0**-52
     assert proximal_level(4, torch.float32, products=torch.float32) == 4.0 * 2.0**-24
-    assert proximal_level(4, torch.bfloat16, products=torch.float32) == 2.0**-16
+    assert proximal_level(4, torch.bfloat16, products=torch.float32) == 2.0**-18
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 import jdcore
+from jdcore.aggregation import Columns, GramianSource, weigh
 from jdcore.autogram import Engine
 from jdcore.autojac import gramian_backward
 
@@ -175,6 +176,22 @@ def test_the_update_conflicts_with_no_row_beyond_rounding(
     family: str, m: int, n: int, name: str
 ) -> None:
     check_conflicts(name, family, m, n, seed=m)
+
+
+@pytest.mark.parametrize("name", NON_CONFLICTING)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rows_in_half_precision_get_weights_that_conflict_by_less_than_rounding_the_update(
+    family: str, name: str
+) -> None:
+    for dtype in DTYPES[2:]:
+        for seed in range(3):
+            rows = rows_of(family, *SIZES[2], seed).to(dtype)
+            wide = rows.double()
+            source = GramianSource.of_columns(Columns([rows]))
+            vector = weigh(jdcore.get_weighting(name), source) @ wide
+            scale = 1.0 if name in UNSCALED else length(wide.mean(0))
+            if scale > torch.finfo(dtype).eps * mean_length(wide):
+                assert float((wide @ vector / wide.norm(dim=1)).min()) >= -1e-3 * scale
 
 
 @pytest.mark.parametrize(("m", "n"), SIZES[:2])
