@@ -10,7 +10,7 @@ from torch.masked import MaskedTensor
 
 from jdcore._modes import is_functionalized, is_wrapped
 from jdcore.errors import ParameterError, ParameterTypeError
-from jdcore.validators import describe_tensor, is_frozen, no_float64
+from jdcore.validators import FLOATS, describe_tensor, is_frozen, no_float64
 
 _DISPATCH = Tensor.__torch_dispatch__
 
@@ -28,7 +28,7 @@ def check_kind(tensor: Tensor, name: str, remedy: str | None = None) -> None:
     :param remedy: What to do about it; by default what suits the kind of tensor.
     :raises ParameterTypeError: If it is not of a real floating dtype, or nested, sparse or masked.
     """
-    if not tensor.is_floating_point():
+    if tensor.dtype not in FLOATS:
         parts = "Give real and imaginary parts apart: torch.view_as_real(tensor)."
         hint = remedy or (parts if tensor.is_complex() else None)
         raise ParameterTypeError(name, "of a real floating dtype", describe_tensor(tensor), hint)
@@ -88,7 +88,7 @@ def _are_plain(tensors: Sequence[Tensor]) -> bool:
         t
         for t in tensors
         if t.layout is not torch.strided
-        or not t.dtype.is_floating_point
+        or t.dtype not in FLOATS
         or (t.is_nested or t.is_meta or t.is_mps)
     ]
     masked = [kind for kind in set(map(type, tensors)) if issubclass(kind, MaskedTensor)]

@@ -17,9 +17,17 @@ from jdcore._discovery import AGGREGATOR, SCALARIZER, Kind
 from jdcore._registry import load_factory, registry
 from jdcore._tables import Entry
 from jdcore.aggregation._aggregator import GramianAggregator
-from jdcore.errors import AmbiguousNameError, MissingMethodError, ParameterError, UnknownNameError
+from jdcore.aggregation._weigh import as_weighting
+from jdcore.errors import (
+    AmbiguousNameError,
+    MissingMethodError,
+    ParameterError,
+    ParameterTypeError,
+    UnknownNameError,
+)
 from jdcore.protocols import Weighting
 from jdcore.spec import normalize_name
+from jdcore.validators import describe_tensor
 
 __all__ = [
     "ComposedAggregator",
@@ -137,6 +145,21 @@ class ComposedAggregator(GramianAggregator):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(self.weighting_class(*args, **kwargs))
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "weighting":
+            self._check_weighting(value)
+        elif hasattr(self.weighting, name):
+            # It would be kept here, where nobody looks at it.
+            raise AttributeError(f"set it on the weighting: aggregator.weighting.{name} = ...")
+        super().__setattr__(name, value)
+
+    def _check_weighting(self, value: Any) -> None:
+        # The class tells what method this is, also to pickle and to configurations.
+        if type(as_weighting(value)) is not self.weighting_class:
+            expected = f"of class {self.weighting_class.__name__}"
+            hint = "Make another aggregator: GramianAggregator(weighting)."
+            raise ParameterTypeError("weighting", expected, describe_tensor(value), hint)
 
     def __repr__(self) -> str:
         # What one would type: this class takes the arguments of its weighting.

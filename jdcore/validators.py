@@ -38,6 +38,9 @@ __all__ = [
     "tensor_list",
 ]
 
+# Those that torch can calculate with. It counts float8 as floating, too, but only stores it.
+FLOATS = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64))
+
 
 def describe_tensor(value: object) -> str:
     """
@@ -96,7 +99,7 @@ def row_vector(_: Any, attribute: Attribute[Any], value: Any) -> None:
             attribute.name, expected, describe_tensor(value), "Wrap it: torch.tensor([...])."
         )
     dense = value.layout == torch.strided and not value.is_nested
-    if not dense or value.ndim != 1 or not value.is_floating_point():
+    if not dense or value.ndim != 1 or value.dtype not in FLOATS:
         raise ParameterError(attribute.name, expected, describe_tensor(value))
     if value.device.type != "meta" and not bool(torch.isfinite(value).all()):
         raise ParameterError(attribute.name, expected, value.tolist())
@@ -117,16 +120,25 @@ def tensor_list(
     # A string is iterable, too, and would be taken for a sequence of characters.
     # So are some modules, which would be taken for a sequence of their children.
     text_or_module = isinstance(value, (str, bytes, torch.nn.Module))
-    if text_or_module or not isinstance(value, Iterable):
-        raise _no_tensor(parameter, "a Tensor or a sequence of Tensors", value)
     # Once, as it may be an iterator such as model.parameters().
-    tensors = list(value)
+    tensors = None if text_or_module else items(value)
+    if tensors is None:
+        raise _no_tensor(parameter, "a Tensor or a sequence of Tensors", value)
     for i, tensor in enumerate(tensors):
         if not isinstance(tensor, Tensor):
             raise _no_tensor(f"{parameter}[{i}]", "a Tensor", tensor)
     if len(tensors) < least:
         raise ParameterError(parameter, "at least one Tensor", "none")
     return tensors
+
+
+def items(value: object) -> list[Any] | None:
+    """What is in an iterable; None if a value is none, although its type may say that it is one."""
+    try:
+        iterator = iter(value)  # type: ignore[call-overload]
+    except TypeError:  # of an array of no dimensions, too
+        return None
+    return list(iterator)
 
 
 def is_frozen(tensor: Tensor) -> bool:
@@ -155,7 +167,7 @@ def check_floating(tensor: Tensor, parameter: str, expected: str = "a Tensor") -
     # Before the dtype, which a user could convert in vain.
     if tensor.is_mps:
         raise no_float64(parameter, f"Move it: {parameter}.cpu().")
-    if not tensor.is_floating_point():
+    if tensor.dtype not in FLOATS:
         raise ParameterTypeError(
             parameter,
             "of a real floating dtype",

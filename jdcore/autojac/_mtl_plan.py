@@ -13,10 +13,10 @@ from jdcore.distributed._gathering import has_hooks, without_hooks
 from jdcore.distributed._refusals import refuse_flat
 from jdcore.distributed._replicas import check_replicas, check_trunk
 from jdcore.distributed._sharding import Gathered, still_trainable
-from jdcore.errors import ParameterError
+from jdcore.errors import ParameterError, ParameterTypeError
 from jdcore.graph import Reach, edge_of, reach
 from jdcore.graph._walk import united
-from jdcore.validators import describe_tensor, tensor_list
+from jdcore.validators import describe_tensor, items, tensor_list
 
 # Fewer heads take as long one by one: in a pass through all of them, each one is listened to.
 _MANY_HEADS = 5
@@ -230,9 +230,11 @@ def _tasks(
 
 
 def _named_tasks(tasks_params: Sequence[Iterable[Tensor]], m: int) -> list[list[Tensor]]:
-    given = list(tasks_params)
+    given, expected = items(tasks_params), f"{m} groups of parameters, one per task"
+    if given is None:
+        raise ParameterTypeError("tasks_params", expected, describe_tensor(tasks_params))
     if len(given) != m:
-        raise ParameterError("tasks_params", f"{m} groups of parameters, one per task", len(given))
+        raise ParameterError("tasks_params", expected, len(given))
     return [_named(group, f"tasks_params[{i}]") for i, group in enumerate(given)]
 
 

@@ -151,7 +151,8 @@ class Problem:
                     "a tensor in the graph retains its gradient (retain_grad)."
                 )
             solve, doubt = partial(self.solve, chunk_size), hooks_made_lately(self.graph.nodes)
-            return insist(self.kind, solve, retain_graph, self.agrees_with, doubt=doubt)
+            retaining = partial(self.row_by_row, True)
+            return insist(self.kind, solve, retain_graph, retaining, self.agrees_with, doubt=doubt)
         one_by_one = partial(self.row_by_row, retain_graph)
         chosen = 1 if retains or self.accumulates else self._chunk_size()
         if chosen == 1 or seems_hooked(self.kind, self.graph):

@@ -254,6 +254,7 @@ def insist(
     kind: Kind,
     solve: Callable[[bool], Result],
     retain_graph: bool,
+    one_by_one: Callable[[], Result],
     is_right: Callable[[Result, bool], bool],
     *,
     doubt: bool,
@@ -261,6 +262,7 @@ def insist(
     """
     Solve with vmap because the user asked for it.
 
+    :param one_by_one: As for :func:`attempt`, but retains the graph.
     :param is_right: As for :func:`attempt`.
     :param doubt: Whether this graph may differ from others of its kind, by hooks on its tensors.
     :raises VectorizationError: If vmap fails, or would give wrong rows.
@@ -268,15 +270,18 @@ def insist(
     if kind.wrong:
         raise VectorizationError(_WRONG)
     proven = kind.proven
+    retained = retain_graph or not proven
     try:
-        results = solve(retain_graph or not proven)
+        results = solve(retained)
         clear = not some_are_batched_now()  # as in `_examined`
         if clear and (doubt or kind.operations not in _WORKED):
             _check_nothing_escaped()
     except Exception as error:
-        if _blames_vmap(error):
-            raise VectorizationError(describe_failure(error)) from error
-        raise
+        if not _blames_vmap(error):
+            if isinstance(error, JDCoreError) or not retained:
+                raise
+            one_by_one()  # raises the same again if vmap is not to blame
+        raise VectorizationError(describe_failure(error)) from error
     if not (proven or is_right(results, retain_graph)):
         raise VectorizationError(_WRONG)
     if clear:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from jdcore.errors import ParameterError, ParameterTypeError
-from jdcore.validators import describe_tensor
+from jdcore.validators import FLOATS, describe_tensor
 
 
 def check_losses(losses: Tensor, parameter: str = "losses") -> None:
@@ -15,7 +15,7 @@ def check_losses(losses: Tensor, parameter: str = "losses") -> None:
     :raises ParameterError: If it does not have one dimension.
     """
     expected = "a floating Tensor of shape [m], one loss per objective"
-    if not isinstance(losses, Tensor) or not losses.is_floating_point():
+    if not isinstance(losses, Tensor) or losses.dtype not in FLOATS:
         hint = (
             "Put them together: torch.stack(losses)." if isinstance(losses, (list, tuple)) else None
         )

@@ -71,6 +71,7 @@ class Chosen:
             {"weights": torch.nested.nested_tensor([torch.ones(2)], layout=torch.jagged)},
             "`weights` must be .*, got a nested float32 Tensor",
         ),
+        ({"weights": torch.ones(2).to(torch.float8_e5m2)}, "`weights` must be .*, got a float8"),
     ],
 )
 def test_what_cannot_be_used_is_refused_by_name(arguments: dict[str, Any], message: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -45,6 +46,7 @@ BOTH: list[tuple[str, Call, str]] = [
     ("modules", lambda s: [[nn.Tanh()]], r"`\w+\[0\]` must be a Tensor, got a Tanh. If its para"),
     ("None inside", lambda s: [[s.loss, None]], r"`\w+\[1\]` must be a Tensor, got None"),
     ("a string", lambda s: ["losses"], r"got a str"),
+    ("an array that is not iterable", lambda s: [np.array(1.0)], r"got a ndarray"),
     ("repeated", lambda s: [[s.loss, s.loss]], r"distinct tensors, got the same one at"),
     ("no grad", lambda s: [s.constant], r"requires grad"),
     ("none of them needs grad", lambda s: [[s.constant, torch.ones(())]], r"requires grad"),
@@ -197,6 +199,8 @@ def test_task_parameters(scene: Scene) -> None:
 
     first, second = scene.heads
     refused("2 groups of parameters, one per task, got 1", tasks_params=[[first]])
+    for nothing in (1, nn.Linear(1, 1), np.array(1.0), torch.tensor(1.0)):
+        refused("2 groups of parameters, one per task, got a", tasks_params=nothing)
     refused(
         r"`tasks_params\[1\]` must be disjoint from shared_params, .* shared_params\[0\]",
         tasks_params=[[first], [second, scene.a]],
@@ -302,6 +306,10 @@ def _complex() -> Tensor:
     return torch.ones(2, dtype=torch.complex64, requires_grad=True)
 
 
+def _float8() -> Tensor:
+    return torch.ones(2).to(torch.float8_e4m3fn).requires_grad_()
+
+
 def _nested() -> Tensor:
     parts = [torch.ones(2), torch.ones(3)]
     return torch.nested.nested_tensor(parts, layout=torch.jagged, requires_grad=True)
@@ -320,6 +328,7 @@ def _meta() -> Tensor:
     ("make", "reason"),
     [
         (_complex, r"of a real floating dtype, got a complex64 .*view_as_real"),
+        (_float8, "of a real floating dtype, got a float8"),
         (_nested, "a dense Tensor, got a nested Tensor"),
         (_sparse, "a dense Tensor, got a sparse_coo Tensor"),
         (_meta, "holds values, got a Tensor on the meta device"),

@@ -149,6 +149,30 @@ def test_an_explicit_chunk_size_is_obeyed_and_its_failure_explained() -> None:
     assert not hasattr(a, "jac")
 
 
+class _NoBatches(torch.autograd.Function):
+    """Raises where its gradient is batched, in words that do not tell."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.sin()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        if torch._C._functorch.is_batchedtensor(grads[0]):
+            raise RuntimeError("The expanded size must match.")
+        return grads[0]
+
+
+def test_a_failure_that_does_not_name_vmap_is_explained_where_single_rows_work() -> None:
+    a = _leaf(3)
+    losses = _NoBatches.apply(a).sin()
+    with pytest.raises(VectorizationError, match=r"size must match.*set it to 1"):
+        backward(losses, parallel_chunk_size=2)
+    assert not hasattr(a, "jac")
+    backward(losses, parallel_chunk_size=1)
+    assert a.jac.shape == (3, 3)
+
+
 def _broken_on_first_sight(a: Tensor, monkeypatch: pytest.MonkeyPatch) -> Tensor:
     def fail(*arguments: Any) -> None:
         raise RuntimeError("Batching rule not implemented for aten::fancy. Sorry.")

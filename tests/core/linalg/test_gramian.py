@@ -90,6 +90,8 @@ def test_malformed_jacobians_are_refused() -> None:
         gramian(torch.ones(2, 3, 4))
     with pytest.raises(ParameterTypeError, match="of a real floating dtype, got a complex64"):
         gramian(torch.ones(2, 3, dtype=torch.complex64))
+    with pytest.raises(ParameterTypeError, match="of a real floating dtype, got a float8_e5m2"):
+        gramian(torch.ones(2, 3).to(torch.float8_e5m2))  # of which torch makes no sum
     with pytest.raises(ParameterTypeError, match="a Tensor of shape"):
         gramian([[1.0]])  # type: ignore[list-item]
 

@@ -85,6 +85,30 @@ def test_the_composed_class_takes_the_arguments_and_the_docstring_of_its_weighti
     assert cls(check_finite=True).weighting.check_finite is True
 
 
+def test_a_composed_aggregator_keeps_to_the_class_of_its_weighting(registry: Registry) -> None:
+    registry.register(spec())
+    aggregator = _methods.aggregator_class("last_row")()
+    old = aggregator.weighting
+
+    for other in (PowerWeighting(2.0), type("Other", (LastRowWeighting,), {})(), len):
+        # Its repr, its pickle and its configuration would name the method it was made as.
+        with pytest.raises(ParameterTypeError, match=r"LastRowWeighting, .*GramianAggregator"):
+            aggregator.weighting = other
+    assert aggregator.weighting is old
+    aggregator.weighting = new = LastRowWeighting()
+    assert aggregator.weighting is new
+
+
+def test_an_argument_is_set_on_the_weighting_and_nowhere_else(registry: Registry) -> None:
+    registry.register(spec())
+    aggregator = _methods.aggregator_class("last_row")()
+
+    with pytest.raises(AttributeError, match=r"aggregator\.weighting\.check_finite = "):
+        aggregator.check_finite = True
+    assert aggregator.weighting.check_finite is None
+    aggregator.note = "mine"  # as on any object
+
+
 def test_registering_again_replaces_the_earlier_registration(registry: Registry) -> None:
     registry.register(spec())
     registry.register(spec(summary="Another summary."))

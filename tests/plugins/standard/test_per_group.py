@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import io
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -103,6 +105,12 @@ def test_more_columns_than_there_are_is_refused() -> None:
 
     with pytest.raises(ParameterError, match=r"`columns` must be of a sum up to 10.*got 11"):
         aggregator(draw(0))
+
+
+@pytest.mark.parametrize("columns", [np.array(4), torch.tensor(4), "4", 4])
+def test_columns_that_are_no_numbers_are_refused(columns: Any) -> None:
+    with pytest.raises(ParameterTypeError, match="`columns` must be numbers of columns, got"):
+        get_aggregator("per_group", aggregator=get_aggregator("mgda"), columns=columns)
 
 
 @pytest.mark.parametrize("matrix", [draw(0, 4), torch.zeros(3, 4).double(), draw(1)[:1]])

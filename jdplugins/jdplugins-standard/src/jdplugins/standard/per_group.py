@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -21,15 +21,14 @@ from jdcore.aggregation import (
 )
 from jdcore.errors import NonFiniteError, ParameterError, ParameterTypeError
 from jdcore.protocols import Aggregator
-from jdcore.validators import boolean, check_blocks, check_matrix, check_second, integer
+from jdcore.validators import boolean, check_blocks, check_matrix, check_second, integer, items
 
 State = dict[str, Any]
 
 
 def _widths(value: Any) -> Any:
-    # A tensor of one number says that it is iterable, too.
-    several = isinstance(value, Iterable) and not isinstance(value, (str, Tensor))
-    return tuple(value) if several else value
+    several = None if isinstance(value, (str, Tensor)) else items(value)
+    return value if several is None else tuple(several)
 
 
 def _positive(instance: Any, attribute: Attribute[Any], value: Any) -> None:
