@@ -1,6 +1,7 @@
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+from functools import cache
 from typing import Any
 
 from attrs import evolve
@@ -243,9 +244,7 @@ class Engine:
         return names
 
     def _trainable(self) -> list[Tensor]:
-        # By identity: the hash of a tensor is a function of Python.
-        found = {id(p): p for module in self._modules for p in module.parameters()}
-        return [parameter for parameter in found.values() if parameter.requires_grad]
+        return [p for p in _parameters_of(self._modules) if p.requires_grad]
 
     def _step(self, output: Any, trainable: list[Tensor], parameter: str = "output") -> Step:
         if not isinstance(output, Tensor):
@@ -272,6 +271,38 @@ class Engine:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._plans = Plans()
+
+
+# How torch finds the parameters of a module.
+_READ = frozenset({"parameters", "named_parameters", "_named_members", "named_modules"})
+
+
+@cache
+def _is_plain(kind: type[nn.Module]) -> bool:
+    """Whether torch alone finds the parameters of modules of a class."""
+    return all(getattr(kind, name) is getattr(nn.Module, name) for name in _READ)
+
+
+def _parameters_of(modules: Sequence[nn.Module]) -> Iterable[Tensor]:
+    """The distinct ones of ``module.parameters()`` for each, without its calls of Python."""
+    # By identity: the hash of a tensor is a function of Python.
+    found: dict[int, Tensor] = {}
+    seen: set[nn.Module] = set()
+    stack = [*reversed(modules)]
+    while stack:
+        module = stack.pop()
+        if module in seen:
+            continue
+        seen.add(module)
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                found[id(parameter)] = parameter
+        if children := module._modules:
+            stack += [m for m in reversed(children.values()) if m is not None]
+    changed = any(not _READ.isdisjoint(vars(module)) for module in modules)
+    if changed or not all(map(_is_plain, set(map(type, seen)))):
+        return {id(p): p for module in modules for p in module.parameters()}.values()
+    return found.values()
 
 
 def _refuse_replicating(module: nn.Module) -> None:

@@ -251,17 +251,18 @@ class Graph:
 
     def _explore(self) -> _Properties:
         """Number all nodes behind the first ones: their names, operands and results."""
-        nodes = self.nodes
-        known: dict[Any, int] = {None: -1, **self._index}
-        followed: list[Any] = []
+        nodes, known = self.nodes, self._index
+        inputs: list[tuple[Place, ...]] = []
         # A list that grows rather than recursion: graphs are deeper than Python's stack.
         for node in nodes:
-            following = node.next_functions
-            followed.append(following)
-            for child, _ in following:
-                if child not in known:
-                    known[child] = len(nodes)
+            edges = []
+            for child, k in node.next_functions:
+                number = -1 if child is None else known.get(child)
+                if number is None:
+                    number = known[child] = len(nodes)
                     nodes.append(child)
+                edges.append((number, k))
+            inputs.append(tuple(edges))
         names = tuple([node.name() for node in nodes])
         if REENTRANT in names:
             raise UnservedGraphError(
@@ -269,7 +270,6 @@ class Graph:
                 "it hides the operations and the parameters inside it",
                 "Call torch.utils.checkpoint.checkpoint with use_reentrant=False.",
             )
-        inputs = tuple([tuple([(known[node], k) for node, k in edges]) for edges in followed])
         self.leaves = {i: nodes[i].variable for i, name in enumerate(names) if name == LEAF}
         # The node of a leaf does not know when its data are replaced.
         described = tuple(
@@ -280,9 +280,7 @@ class Graph:
                 for i, node in enumerate(nodes)
             ]
         )
-        del known[None]
-        self._index = known
-        return names, inputs, described
+        return names, tuple(inputs), described
 
     @cached_property
     def functions_of_others(self) -> dict[Any, type]:
@@ -304,8 +302,8 @@ class Graph:
         """
         (node, number), steps = root, []
         while self.form.inputs[node]:
-            name, integers = self.form.names[node], plain_attributes(self.nodes[node])
-            steps.append((name, number, integers))
+            [integers] = plain_attributes([self.nodes[node]])
+            steps.append((self.form.names[node], number, integers))
             node, number = self.form.inputs[node][0]
         return node, tuple(steps)
 

@@ -379,7 +379,7 @@ class Plans:
     ) -> Plan:
         """The plan of a graph with samples."""
         # Shapes do not suffice: dimensions and offsets tell where entries go.
-        integers = tuple(map(plain_attributes, graph.nodes))
+        integers = plain_attributes(graph.nodes)
         kind = graph.form, integers, batch_dim, tuple(sorted(hooked))
         plan = self._kept.get(kind)
         if plan is not None:

@@ -162,19 +162,28 @@ def zeros_at(node: Any, number: int) -> Tensor:
     return torch.zeros(tuple(result.shape), dtype=result.dtype, device=result.device)
 
 
-def plain_attributes(node: Any) -> tuple[Any, ...]:
+def plain_attributes(nodes: Iterable[Any]) -> tuple[tuple[Any, ...], ...]:
     """
-    The integers that an operation saved: dimensions, offsets, shifts, whether it is in training.
+    The integers that operations saved: dimensions, offsets, shifts, whether it is in training.
 
     Two operations with the same name, shapes and integers move entries in the same way, unless they
     move them by an index tensor.
     """
-    names, read = _plain_reader(type(node))  # type: ignore[arg-type]  # classes can be hashed
-    if not names:
-        return ()
-    values = read(node)
-    if _PLAIN.issuperset(map(type, values)):
-        return values
+    # In few calls of Python, as each step reads all nodes.
+    given = list(nodes)
+    readers = {kind: _plain_reader(kind) for kind in set(map(type, given))}
+    return tuple(
+        [
+            values
+            if _PLAIN.issuperset(map(type, values := read(node) if read else ()))
+            else _without_floats(names, values)
+            for node in given
+            for names, read in (readers[type(node)],)
+        ]
+    )
+
+
+def _without_floats(names: Iterable[str], values: Iterable[Any]) -> tuple[Any, ...]:
     # Floats (a slope, a threshold, an epsilon) scale entries or choose among them, and move none,
     # but for the scales of an interpolation.
     return tuple(
@@ -192,16 +201,16 @@ _PLAIN = frozenset({int, bool, str, tuple, type(None)})
 
 
 @cache
-def _plain_reader(kind: Any) -> tuple[tuple[str, ...], Callable[[Any], tuple[Any, ...]]]:
-    """Names of attributes, and what reads them all: by one call, as each step reads all nodes."""
+def _plain_reader(kind: Any) -> tuple[tuple[str, ...], Callable[[Any], tuple[Any, ...]] | None]:
+    """Names of attributes, and what reads them all by one call; None if there are none."""
     names = [name for name in dir(kind) if name.startswith("_saved_")]
     raw = {name.removeprefix("_raw") for name in _raw_names(kind)}
     # Tensors have a raw form, too, and are left out, as are the sizes of operands
     # (`_saved_self_sym_sizes`): shapes are compared by themselves.
     plain = tuple(n for n in names if n not in raw and "_sym_" not in n)
-    if len(plain) > 1:
-        return plain, attrgetter(*plain)
-    return plain, lambda node: tuple([getattr(node, name) for name in plain])
+    if len(plain) == 1:
+        plain *= 2  # of one name alone, the value would come without a tuple
+    return plain, attrgetter(*plain) if plain else None
 
 
 def function_of(node: Any) -> type | None:

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 
 from jdcore import RowByRowWarning, autogram
-from jdcore.autogram import Engine
+from jdcore.autogram import Engine, _engine
 from jdcore.graph import _passes
 from tests.core.autogram.oracle import (
     check_engine,
@@ -384,3 +384,22 @@ def test_rows_that_cancel_are_multiplied_in_float64_in_any_thread(
         for g in (gramian, jacobian @ jacobian.T)
     ]
     assert abs(smallest[0] - smallest[1]) < 1e-12
+
+
+class Hiding(nn.Sequential):
+    """A module that does not tell all of its parameters."""
+
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        return iter([*super().named_parameters(*args, **kwargs)][1:])
+
+
+def test_the_parameters_are_those_that_modules_tell() -> None:
+    shared, empty = nn.Linear(2, 2), nn.Linear(2, 2, bias=False)
+    empty.register_module("none", None)
+    model = nn.Sequential(shared, nn.ParameterList([shared.weight, torch.zeros(2)]), empty, shared)
+    changed = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    changed.parameters = changed[1].parameters  # type: ignore[method-assign]
+    for modules in ([model], [shared, model], [nn.Sequential(Hiding(shared))], [changed]):
+        found = _engine._parameters_of(modules)
+        assert [*map(id, found)] == [*{id(p): 0 for m in modules for p in m.parameters()}]
+    assert len([*_engine._parameters_of([Hiding(shared)])]) == 1

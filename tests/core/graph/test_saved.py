@@ -203,11 +203,16 @@ def test_operands_are_the_very_tensors_with_their_hooks() -> None:
 
 
 def test_integers_tell_operations_of_one_name_apart() -> None:
-    same, other = X.roll(1, 0).grad_fn, X.roll(1, 1).grad_fn
-    assert reader.plain_attributes(same) != reader.plain_attributes(other)
-    assert reader.plain_attributes(same) == reader.plain_attributes(X.roll(1, 0).grad_fn)
-    flipped = X.flip(0).grad_fn, X.flip(1).grad_fn
-    assert reader.plain_attributes(flipped[0]) != reader.plain_attributes(flipped[1])
+    nodes = [X.roll(1, 0).grad_fn, X.roll(1, 1).grad_fn, X.roll(1, 0).grad_fn]
+    same, other, again = reader.plain_attributes(nodes)
+    assert same == again != other
+    flipped, another = reader.plain_attributes([X.flip(0).grad_fn, X.flip(1).grad_fn])
+    assert flipped != another
+    # A slope moves nothing, and may change in each step; that of other operations is no number.
+    sloped = [torch.nn.functional.leaky_relu(X, slope).grad_fn for slope in (0.5, 0.1)]
+    steep, flat, none = reader.plain_attributes([*sloped, X.exp().grad_fn])
+    assert steep == flat
+    assert none == ()
 
 
 def test_operations_are_numbered_in_the_order_of_the_forward_pass() -> None:
