@@ -1,11 +1,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 from torch import Tensor
 
+from jdcore._fields import dense
 from jdcore.linalg._pages import new_tensor
 
 
@@ -19,6 +20,12 @@ def as_matrix(jacobian: Tensor) -> Tensor:
 def zeros(tensor: Tensor, m: int) -> Tensor:
     """The Jacobian ``[m, *S]`` of what does not depend on a tensor of shape S."""
     return new_tensor(tensor, m, *tensor.shape).zero_()
+
+
+def filled(gradients: Iterable[Tensor | None], tensors: Iterable[Tensor]) -> list[Tensor]:
+    """Gradients of the first of some tensors, zeros where there is none."""
+    pairs = zip(gradients, tensors, strict=False)
+    return [tensor.new_zeros(tensor.shape) if g is None else dense(g) for g, tensor in pairs]
 
 
 @contextmanager

@@ -67,7 +67,8 @@ class Plan:
 
     def from_end_to_end(self, losses: Sequence[Tensor]) -> Plan:
         """The same with one pass for each task, through its head and the trunk."""
-        return evolve(self, heads=_whole(losses), rows_from_features=False)
+        heads = _whole(losses, self.heads, self.cut, self.trunk)
+        return evolve(self, heads=heads, rows_from_features=False)
 
     @property
     def rows(self) -> list[Tensor]:
@@ -150,14 +151,25 @@ def make_plan(
     # would miss what arrives there through them.
     deep = trunk.reaches_any(private)
     if whole or deep:
-        heads = _whole(losses)
+        heads = _whole(losses, heads, cut, trunk)
     rows_from_features = bool(shared) and not whole
     apart = _apart(losses, heads) if rows_from_features and not deep else None
     return Plan(cut, trunk, shared, tasks, private, heads, rows_from_features, deep, given, apart)
 
 
-def _whole(losses: Iterable[Tensor]) -> list[Reach]:
-    return [without_hooks(reach([loss])) for loss in losses]
+def _whole(
+    losses: Sequence[Tensor], heads: Sequence[Reach], cut: Sequence[Tensor], trunk: Reach
+) -> list[Reach]:
+    """What lies between each loss and the leaves, the trunk included."""
+
+    def with_trunk(loss: Tensor, head: Reach) -> Reach:
+        if not head.stops:
+            return head
+        # Of several features, nobody told which part of the trunk lies behind which one.
+        joined = united([head, trunk]) if len(cut) == 1 else None
+        return without_hooks(reach([loss])) if joined is None else joined
+
+    return list(map(with_trunk, losses, heads))
 
 
 def _refuse_ties(trunk: Reach, heads: list[Reach], parameter: str) -> None:

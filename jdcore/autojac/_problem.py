@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from jdcore._fields import dense, disjoint, grad_versions
-from jdcore.autojac._gradients import as_matrix, same_grad, zeros
+from jdcore.autojac._gradients import as_matrix, filled, same_grad, zeros
 from jdcore.autojac._hidden import (
     AccumulatedRows,
     check_unchanged,
@@ -192,10 +192,9 @@ class Problem:
         seeds = [mixed(cotangent) for cotangent in self.cotangents]
         with same_grad([*self.outputs, *self.inputs]), self._checked():
             found = differentiate(self.outputs, self.inputs, seeds, retain_graph)
-        pairs = zip(rows, found, self.inputs, strict=True)
-        return agree((r, zeros(t, 1)[0] if g is None else dense(g)) for r, g, t in pairs)
+        return agree(zip(rows, filled(found, self.inputs), strict=True))
 
-    def gradients(self, retain_graph: bool) -> list[Tensor]:
+    def gradients(self, retain_graph: bool) -> Sequence[Tensor | None]:
         """
         The only row, given and returned without a first dimension; gradients may share memory.
 
@@ -203,16 +202,13 @@ class Problem:
         """
         # Without functions of Python nothing can accumulate but hooks, for which it is enough to
         # compare the fields before and after.
-        found: Sequence[Tensor | None]
-        if not (self.graph.functions or self.accumulates):
-            leaves = self._leaves()
-            before = grad_versions(leaves)
-            found = differentiate(self.outputs, self.inputs, self.cotangents, retain_graph)
-            check_unchanged(leaves, before)
-        else:
-            found = self._hidden_gradients(retain_graph)
-        pairs = zip(found, self.inputs, strict=True)
-        return [zeros(t, 1)[0] if g is None else dense(g) for g, t in pairs]
+        if self.graph.functions or self.accumulates:
+            return self._hidden_gradients(retain_graph)
+        leaves = self._leaves()
+        before = grad_versions(leaves)
+        found = differentiate(self.outputs, self.inputs, self.cotangents, retain_graph)
+        check_unchanged(leaves, before)
+        return found
 
     def _hidden_gradients(self, retain_graph: bool) -> Gradients:
         """The only row where functions of the graph may accumulate by themselves."""

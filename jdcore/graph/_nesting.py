@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from attrs import frozen
 from torch import Tensor
@@ -83,23 +83,26 @@ def leaving(
     """
     Tell what each loss sends out of its head, in one pass through heads with nothing in common.
 
-    Where heads end, autograd adds their gradients up. So each is heard on its way there.
+    Where heads end, autograd would add their gradients up. So each is heard on its way there, and
+    taken away.
 
     :param exits: The last operations of the heads.
     :param outputs: Where the passes start that are listened to, for the time of a ``with`` block.
     :param receive: Called with the place where a gradient goes, the number of the loss, and the
-        gradient; several times where several operands of a head come from one place.
+        gradient; several times where several operands of a head come from one place. The gradient
+        may be that of another operand as well, or a buffer of a hook.
     """
     own = OuterPass()
 
-    def hear(exit_: Exit[Place], grads: Sequence[Tensor | None], _: object) -> None:
-        if own.is_running():
-            for operand, place in exit_.places.items():
-                grad = grads[operand]
-                if grad is not None:
-                    # Detached, so that whoever keeps it shares its memory: autograd then adds the
-                    # next gradient to a new tensor, not to this one in place.
-                    receive(place, exit_.loss, dense(grad.detach()))
+    def hear(exit_: Exit[Place], grads: Sequence[Tensor | None], _: object) -> Any:
+        if not own.is_running():
+            return None
+        left = list(grads)
+        for operand, place in exit_.places.items():
+            grad, left[operand] = left[operand], None
+            if grad is not None:
+                receive(place, exit_.loss, dense(grad))
+        return tuple(left)
 
     # Of the operations before the end, not of the end itself: what arrives there is a sum already.
     made = (exit_.node.register_hook(partial(hear, exit_)) for exit_ in exits)

@@ -386,7 +386,9 @@ class Passes:
 
         def receive(place: Place, k: int, grad: Tensor) -> None:
             former = found[place][k]
-            found[place][k] = self._own(grad) if former is None else former + grad
+            # Detached, so that its memory is known to be shared: autograd then adds to no gradient
+            # in place that is that of another operand as well.
+            found[place][k] = self._own(grad.detach()) if former is None else former + grad
 
         starts = [(k, start) for k, start in enumerate(self.starts) if start and start[0] in owners]
         if starts:

@@ -132,23 +132,25 @@ def united(graphs: Iterable[Reach]) -> Reach | None:
     """
     What lies behind the outputs of all of some graphs, if no two of them have anything in common.
 
+    One may end where another one begins, but what it uses there is not counted.
+
     :returns: None if two have an operation or a leaf in common, or a graph has no operations.
     """
     given = list(graphs)
-    edges: dict[Edge, int] = {}
     nodes: dict[Node, str] = {}
-    last: dict[Node, dict[int, Edge]] = {}
-    leaves: dict[int, Tensor] = {}
     for graph in given:
-        edges |= graph.edges
         nodes |= graph.nodes
-        last |= graph.last
-        leaves |= {id(leaf): leaf for leaf in graph.leaves}
-    apart = len(nodes) == sum(len(graph.nodes) for graph in given) and len(leaves) == sum(
-        len(graph.leaves) for graph in given
+    leaves = tuple([leaf for graph in given for leaf in graph.leaves])
+    apart = len(nodes) == sum([len(graph.nodes) for graph in given]) and len(leaves) == len(
+        set(map(id, leaves))
     )
     if not apart or not all(graph.nodes for graph in given):
         return None
-    functions = tuple(function for graph in given for function in graph.functions)
-    stops = frozenset().union(*(graph.stops for graph in given))
-    return Reach(edges, nodes, tuple(leaves.values()), functions, stops, last)
+    edges: dict[Edge, int] = {}
+    last: dict[Node, dict[int, Edge]] = {}
+    for graph in given:
+        edges |= graph.edges
+        last |= graph.last
+    functions = tuple([function for graph in given for function in graph.functions])
+    stops = frozenset().union(*[graph.stops for graph in given])
+    return Reach(edges, nodes, leaves, functions, stops, last)

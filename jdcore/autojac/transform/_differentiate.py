@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 
 from torch import Tensor
 
+from jdcore.autojac._gradients import filled
 from jdcore.autojac._problem import Problem
 from jdcore.autojac.transform._base import Transform, Values
 from jdcore.graph import Reach
@@ -47,8 +48,8 @@ class Grad(_Differentiation):
 
     def apply(self, values: dict[Tensor, Tensor], /) -> Values:
         # The order of the values is that of `needs`, see Transform.__call__.
-        problem = self.problem([*values.values()])
-        return dict(zip(self.gives, problem.gradients(self.retain_graph), strict=True))
+        found = self.problem([*values.values()]).gradients(self.retain_graph)
+        return dict(zip(self.gives, filled(found, self.gives), strict=True))
 
 
 class Jac(_Differentiation):

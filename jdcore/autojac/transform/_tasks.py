@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from jdcore._fields import disjoint
+from jdcore.autojac._gradients import filled
 from jdcore.autojac._problem import Problem
 from jdcore.autojac.transform._base import Transform, Values, describe_keys
 from jdcore.graph import Reach, edge_of
@@ -96,7 +97,7 @@ class Heads(Transform):
         # Zeros, as a task may not reach a feature, or reach it by several operations whose
         # gradients add up.
         rows = {key: _zeros(len(values), key) for key in self.rows}
-        places = {edge_of(key): row for key, row in rows.items()}
+        places = {edge_of(key): row.unbind() for key, row in rows.items()}
         exits = [
             Exit(node, task, edges)
             for task, head in enumerate(self.heads)
@@ -106,14 +107,13 @@ class Heads(Transform):
         def receive(edge: Edge, task: int, gradient: Tensor) -> None:
             places[edge][task].add_(gradient)
 
-        # The features are asked for, so that the pass goes on to where it is listened to.
+        # The features are asked for, so that the pass goes on to where it is listened to. Nothing
+        # arrives at them.
         inputs = [*self.others, *self.rows]
         starts = [values[loss] for loss in losses]
         problem = Problem.of(losses, inputs, starts, self.graph, self.watched)
         with leaving(exits, losses, receive):
-            gradients = problem.gradients(self.retain_graph)
-        # Without the sums over the tasks that arrived at the features.
-        own = gradients[: len(self.others)]
+            own = filled(problem.gradients(self.retain_graph), self.others)
         # What a hook hands out may be a buffer of its own, which must not become a `.grad`.
         hooked = hooks_made_lately(self.graph.nodes) or any(
             key._backward_hooks for key in self.others

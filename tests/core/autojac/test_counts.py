@@ -24,7 +24,7 @@ from jdcore.autojac import _vmap, backward, jac, jac_to_grad, mtl_backward
 from jdcore.autojac._problem import Problem
 from jdcore.autojac._vmap import Kind, choose_chunk_size
 from jdcore.autojac.transform import Diagonalize, Init
-from jdcore.graph import reach
+from jdcore.graph import Reach, reach
 from jdcore.graph._hooks import hooks_made_lately
 from jdcore.graph._walk import largest_gradient
 from tests.operations import Operations
@@ -298,6 +298,39 @@ def test_a_walk_over_the_graph_is_taken_once_per_call(monkeypatch: pytest.Monkey
     model = _net(2)
     backward(_losses(model(torch.randn(3, 8))))
     assert len(walks) == 1
+
+
+@pytest.mark.parametrize("m", [2, 8])
+def test_mtl_backward_walks_over_each_operation_once(
+    m: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from jdcore.autojac import _mtl_plan
+
+    nodes = []
+
+    def counted(*given: Any, **options: Any) -> Reach:
+        found = reach(*given, **options)
+        nodes.extend(found.nodes)
+        return found
+
+    monkeypatch.setattr(_mtl_plan, "reach", counted)
+    features = _net(2)(torch.randn(3, 8))
+    losses = [nn.Linear(8, 1)(features).square().mean() for _ in range(m)]
+    graph = reach(losses)
+    mtl_backward(losses, features)
+    assert Counter(nodes) == Counter([*graph.nodes])
+
+
+def test_nothing_is_added_up_where_heads_end() -> None:
+    def additions(m: int) -> int:
+        features = _net(2)(torch.randn(3, 8))
+        losses = [nn.Linear(8, 1)(features).square().mean() for _ in range(m)]
+        with Operations() as operations:
+            mtl_backward(losses, features, parallel_chunk_size=1)
+        return operations.counts["add"] + operations.counts["add_"]
+
+    # One into the row of each task.
+    assert (additions(16) - additions(8)) / 8 == 1
 
 
 def test_each_of_many_parameters_costs_jac_to_grad_a_few_calls() -> None:
