@@ -33,6 +33,7 @@ from jdcore.graph._saved import function_of_others
 from jdcore.linalg._pages import new_tensors
 
 Gradients = list["Tensor | None"]
+Pass = Callable[[int, list[int], bool], Gradients]
 
 
 @frozen(eq=False, slots=False)  # slots leave no room for cached properties
@@ -177,15 +178,14 @@ class Problem:
         # In this order: the fields that passes write as a side effect are put back also where the
         # passes are refused.
         with same_grad([*self.outputs, *self.inputs]), self._checked():
-            if chunk_size == 1 or self.m == 1:
-                return self._one_by_one(retain_graph)
-            if self.accumulates:
+            size = min(chunk_size, self.m)
+            if size > 1 and self.accumulates:
                 raise VectorizationError(
                     "the graph holds functions or hooks for which each row must be accumulated."
                 )
-            if chunk_size >= self.m:
+            if size > 1 and size == self.m:
                 return self._at_once(retain_graph)
-            return self._in_chunks(chunk_size, retain_graph)
+            return self._in_pieces(size, retain_graph)
 
     def agrees_with(self, rows: Sequence[Tensor], retain_graph: bool) -> bool:
         """Whether rows are those of single passes, told by one pass for a combination of them."""
@@ -242,56 +242,30 @@ class Problem:
         # An input that is an output itself gets the initial Jacobian as its own.
         return disjoint(rows, self.cotangents)
 
-    def _in_chunks(self, chunk_size: int, retain_graph: bool) -> list[Tensor]:
-        usage = self.usage
-        results = self._new_results()
-        starts = range(0, self.m, chunk_size)
-        # A chunk that uses no output makes no pass: the graph is freed by the last one that does.
-        last = max((s for s in starts if any(map(any, usage[s : s + chunk_size]))), default=-1)
-        for start in starts:
-            rows = slice(start, min(start + chunk_size, self.m))
-            used = [k for k, uses in enumerate(zip(*usage[rows], strict=True)) if any(uses)]
-            gradients = self._batch(rows, used, retain_graph or start != last)
-            for result, gradient in zip(results, gradients, strict=True):
-                if gradient is not None:
-                    result[rows] = dense(gradient)
-            # The results are uninitialised memory so far.
-            missing = [r[rows] for r, g in zip(results, gradients, strict=True) if g is None]
-            if missing:
-                torch._foreach_zero_(missing)
-        return results
-
-    def _batch(self, rows: slice, used: list[int], retain_graph: bool) -> list[Tensor | None]:
-        if not used:
-            return [None] * len(self.inputs)
-        outputs = [self.outputs[k] for k in used]
-        cotangents = [self.cotangents[k][rows] for k in used]
-        return batched_gradients(outputs, self.inputs, cotangents, retain_graph)
-
-    def _one_by_one(self, retain_graph: bool) -> list[Tensor]:
-        usage = self.usage
-        results = self._new_results()
+    def _in_pieces(self, size: int, retain_graph: bool) -> list[Tensor]:
+        """Differentiate so many rows at a time and write them to their places."""
+        results = new_tensors(self.inputs, self.m)
         # All views at once: to index each row would take as many calls as there are rows.
-        rows = list(zip(*(result.unbind() for result in results), strict=True))
-        # A row that uses no output makes no pass: the graph is freed by the last one that does.
-        last = max((k for k, uses in enumerate(usage) if any(uses)), default=-1)
-        taps = RowTaps(self.inputs, self.products)
+        views = [result.unbind() if size == 1 else torch.split(result, size) for result in results]
+        usage = self.usage
+        pieces = [usage[start : start + size] for start in range(0, self.m, size)]
+        used = [[i for i, column in enumerate(zip(*p, strict=True)) if any(column)] for p in pieces]
+        # Rows that use no output make no pass: the graph is freed by the last one that does.
+        last = max((k for k, outputs in enumerate(used) if outputs), default=-1)
+        taps = RowTaps(self.inputs, self.products) if size == 1 else RowTaps([], {})
         missing: list[Tensor] = []
-        with self._passes(taps) as gradients_of:
-            for k, uses in enumerate(usage):
-                used = [i for i, is_used in enumerate(uses) if is_used]
-                taps.start(rows[k])
-                gradients: list[Tensor | None] = [None] * len(self.inputs)
-                if used:
-                    gradients = gradients_of(k, used, retain_graph or k != last)
-                missing += self._store(rows[k], gradients, taps.taken)
+        with self._passes(taps, size) as gradients_of:
+            for k, places in enumerate(zip(*views, strict=True)):
+                taps.start(places)
+                gradients: Gradients = [None] * len(self.inputs)
+                if used[k]:
+                    gradients = gradients_of(k, used[k], retain_graph or k != last)
+                missing += self._store(places, gradients, taps.taken)
         if missing:
             torch._foreach_zero_(missing)
         return results
 
-    def _store(
-        self, row: Sequence[Tensor], gradients: list[Tensor | None], taken: set[int]
-    ) -> list[Tensor]:
+    def _store(self, row: Sequence[Tensor], gradients: Gradients, taken: set[int]) -> list[Tensor]:
         """
         Write those gradients to their places that have not been taken on their way.
 
@@ -319,13 +293,16 @@ class Problem:
         return missing
 
     @contextmanager
-    def _passes(self, taps: RowTaps) -> Iterator[Callable[[int, list[int], bool], Gradients]]:
-        """How the gradients of a row are had, given its index and the outputs that it uses."""
+    def _passes(self, taps: RowTaps, size: int = 1) -> Iterator[Pass]:
+        """How the gradients of so many rows are had, by their place and the outputs they use."""
         accumulated = AccumulatedRows(self.inputs) if self.accumulates else None
         ends = self.ends
 
         def gradients_of(k: int, used: list[int], retain_graph: bool) -> Gradients:
             outputs = [self.outputs[i] for i in used]
+            if size > 1:
+                rows = [self.cotangents[i][k * size : (k + 1) * size] for i in used]
+                return batched_gradients(outputs, self.inputs, rows, retain_graph)
             cotangents = [self.cotangents[i][k] for i in used]
             if accumulated is not None:
                 return accumulated.row(outputs, cotangents, retain_graph)
@@ -343,9 +320,6 @@ class Problem:
             functions = list(filter(function_of_others, self.graph.functions))
             with returning_copies(functions), taps.open(self.outputs):
                 yield gradients_of
-
-    def _new_results(self) -> list[Tensor]:
-        return new_tensors(self.inputs, self.m)
 
     @property
     def ends(self) -> list[Tensor] | list[GradientEdge]:
