@@ -173,6 +173,10 @@ class Columns:
         """
         return [function(block) for block in self.blocks]
 
+    def filled(self, value: float) -> list[Tensor]:
+        """Vectors of equal entries, as :meth:`apply` gives."""
+        return self.apply(lambda block: block.new_full(block.shape[1:], value))
+
     def inner(self, vectors: Sequence[Tensor], scale: float = 1.0) -> tuple[Tensor, Tensor]:
         """
         What :meth:`apply` returned, measured against the rows, all divided by ``scale``.

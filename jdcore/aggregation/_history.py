@@ -150,14 +150,14 @@ class HistoryAggregator(StateFields):
         m = columns.rows
         known = self._known(losses, m)
         if not m:
-            return [block.new_zeros(block.shape[1]) for block in blocks], blocks[0].new_zeros(0)
+            return columns.filled(0.0), blocks[0].new_zeros(0)
         refuse_tangents(blocks, "matrix")  # its state would keep them
         return watched(self, columns, lambda: self._vectors(columns, known))
 
     def _vectors(self, columns: Columns, losses: Tensor | None) -> Result:
         blocks = columns.blocks
         if not self._finite(columns, losses):
-            return [block.new_full(block.shape[1:], math.nan) for block in blocks], None
+            return columns.filled(math.nan), None
         if losses is not None:
             self.check_values(losses)
         dtype = reduce(torch.promote_types, (block.dtype for block in blocks))
@@ -170,7 +170,7 @@ class HistoryAggregator(StateFields):
         weights, state = self.weigh_rows(*both, values)
         vectors = Columns(parts if self.combines_history else rows).combine(weights)
         if not is_finite(weights):  # what is wrapped looked at more than the rows
-            return [block.new_full(block.shape[1:], math.nan) for block in blocks], None
+            return columns.filled(math.nan), None
         for name, value in state.items():
             setattr(self, name, value)
         self.history = history if self.keeps_history else _nothing()

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import ClassVar
 
@@ -93,7 +94,7 @@ class MatrixAggregator:
         m = columns.rows
         check_row_vectors(self, m, columns)
         if m == 0:
-            return columns.apply(lambda block: block.new_zeros(block.shape[1])), None
+            return columns.filled(0.0), None
         self.check_rows(m)
         vectors, _ = watched(self, columns, lambda: (self._vectors(columns), None))
         return vectors, None
@@ -103,4 +104,4 @@ class MatrixAggregator:
             return self.aggregate_finite(columns)
         if finite_required(self.check_finite):
             raise NonFiniteError(columns.nonfinite_rows())
-        return columns.apply(lambda block: block.new_full(block.shape[1:], float("nan")))
+        return columns.filled(math.nan)

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import reduce
 from typing import Any
 
@@ -18,7 +18,7 @@ from jdcore.aggregation._any import vectors_of
 from jdcore.aggregation._columns import Columns, power, power_of_two
 from jdcore.aggregation._differentiation import forbid_differentiation
 from jdcore.aggregation._finite import finite_required, gramian_error
-from jdcore.aggregation._nested_state import stateful_part
+from jdcore.aggregation._nested_state import NestedState
 from jdcore.aggregation._row_vectors import check_row_vectors
 from jdcore.aggregation._source import ColumnsSource, GramianSource, numbers_of, taken_by
 from jdcore.aggregation._weigh import Result, check_aggregator, watched, weigh, weighting_of
@@ -35,7 +35,7 @@ def aggregator_validator(_: Any, attribute: Attribute[Any], value: Any) -> None:
 
 
 @define(eq=False)
-class RowMixing:
+class RowMixing(NestedState):
     """
     Base class of wrappers that hand combinations of the rows to another aggregator.
 
@@ -46,7 +46,8 @@ class RowMixing:
     zero, and the wrapped aggregator is not asked. A field whose validator is
     :func:`jdcore.validators.row_vector` is checked against the rows and the device at each call.
 
-    It is :class:`~jdcore.Stateful`, with the state of the wrapped aggregator, if that has one.
+    Its state is that of its own :func:`state_field` fields, and that of the wrapped aggregator, if
+    it has one, under the key ``"aggregator"``.
 
     :param aggregator: What aggregates the combined rows: any :class:`~jdcore.Aggregator`.
     :param check_finite: Whether NaN or infinite input raises
@@ -56,6 +57,10 @@ class RowMixing:
 
     aggregator: Aggregator = field(validator=aggregator_validator)
     check_finite: bool | None = field(default=None, kw_only=True, validator=boolean, repr=False)
+
+    def inner_parts(self) -> dict[str, Any]:
+        """The wrapped aggregator."""
+        return {"aggregator": self.aggregator}
 
     def mix(self, source: GramianSource) -> NDArray[np.float64]:
         """
@@ -142,7 +147,7 @@ class RowMixing:
         if self.weighting is not None:
             return GramianAggregator(self.weighting).aggregate_columns(columns, losses=losses)
         if not columns.rows:
-            return columns.apply(lambda block: block.new_zeros(block.shape[1])), None
+            return columns.filled(0.0), None
         source = ColumnsSource(columns, losses)
         return watched(self, columns, lambda: self._aggregate(columns, source))
 
@@ -158,9 +163,9 @@ class RowMixing:
         except NonFiniteError:
             if finite_required(self.check_finite):
                 raise
-            return columns.apply(lambda block: block.new_full(block.shape[1:], math.nan)), None
+            return columns.filled(math.nan), None
         if not len(mixing):
-            return columns.apply(lambda block: block.new_zeros(block.shape[1:])), None
+            return columns.filled(0.0), None
         mixed = MixedColumns(columns, mixing, source)
         return self._aggregate_mixed(mixed, _mixed_losses(mixing, source))
 
@@ -176,31 +181,6 @@ class RowMixing:
             pairs = zip(wide, columns.blocks, strict=True)
             vectors = [vector.to(block.dtype) for vector, block in pairs]
         return vectors, None if weights is None else columns.mixed_weights(weights)
-
-    def reset(self) -> None:
-        """Return the wrapped aggregator to the state of a new object."""
-        inner = stateful_part(self.aggregator)
-        if inner is not None:
-            inner.reset()
-
-    def state_dict(self) -> dict[str, Any]:
-        """Copy the state of the wrapped aggregator; it is empty if that has none."""
-        inner = stateful_part(self.aggregator)
-        return {} if inner is None else inner.state_dict()
-
-    def load_state_dict(self, state: Mapping[str, Any], /) -> None:
-        """
-        Restore a state.
-
-        :param state: What :meth:`state_dict` returned, of an object with the same arguments.
-        :raises ParameterError: If it does not fit; the state is then left as it was.
-        """
-        inner = stateful_part(self.aggregator)
-        if inner is not None:
-            inner.load_state_dict(state)
-        elif state:
-            expected = f"empty, as {self.aggregator!r} has no state"
-            raise ParameterError("state", expected, f"the keys {sorted(map(str, state))}")
 
 
 @define(eq=False)

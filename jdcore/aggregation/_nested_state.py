@@ -97,7 +97,7 @@ def state_kept(method: Any) -> Iterator[None]:
     :param method: A weighting or aggregator, with or without state.
     """
     part = stateful_part(method)
-    restore = None if part is None else _restorer(part)
+    restore = None if part is None else restorer(part)
     try:
         yield
     except BaseException:
@@ -106,14 +106,14 @@ def state_kept(method: Any) -> Iterator[None]:
         raise
 
 
-def _restorer(part: Stateful) -> Callable[[], None]:
+def restorer(part: Stateful) -> Callable[[], None]:
     """What brings a method back into its present state."""
     if type(part).state_dict not in (StateFields.state_dict, NestedState.state_dict):
         return partial(part.load_state_dict, part.state_dict())
     # Values, not copies, which may be as large as a Jacobian: state is replaced, never modified.
     values = {state.name: getattr(part, state.name) for state in state_fields(type(part))}
     inner = part._stateful_parts().values() if isinstance(part, NestedState) else ()
-    return partial(_restore, part, values, [_restorer(each) for each in inner])
+    return partial(_restore, part, values, [restorer(each) for each in inner])
 
 
 def _restore(part: Stateful, values: Mapping[str, Any], others: list[Callable[[], None]]) -> None:

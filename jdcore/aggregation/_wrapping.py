@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
 import torch
@@ -11,10 +9,9 @@ from torch import Tensor
 from jdcore._compilation import not_traced
 from jdcore.aggregation._differentiation import forbid_differentiation
 from jdcore.aggregation._finite import finite_required, gramian_error, is_finite
-from jdcore.aggregation._nested_state import NestedState
+from jdcore.aggregation._nested_state import NestedState, restorer
 from jdcore.aggregation._row_vectors import check_row_vectors
 from jdcore.aggregation._source import GramianSource
-from jdcore.aggregation._state import state_fields
 from jdcore.aggregation._weigh import as_weighting, weigh
 from jdcore.errors import left_out
 from jdcore.protocols import Weighting
@@ -90,19 +87,13 @@ class WeightingWrapper(NestedState):
         check_row_vectors(self, source.rows, source)
         if not source.rows:
             return torch.empty(0, dtype=torch.float64, device="cpu")
-        # Values, not copies: state is replaced by a step, never modified.
-        before = {state.name: getattr(self, state.name) for state in state_fields(type(self))}
+        undo = restorer(self)
         weights = self.rewrite(source)
         if not source.asked:  # then nobody knows yet whether the rows are finite
-            source.undo.append(partial(_restore, self, before))
+            source.undo.append(undo)
         if is_finite(weights):
             return weights
         if finite_required(self.check_finite):
             # The Gramian may be computed just for this: the error is to name the rows.
             raise gramian_error(source.array())
         return torch.full_like(weights, torch.nan)
-
-
-def _restore(owner: object, state: Mapping[str, Any]) -> None:
-    for name, value in state.items():
-        setattr(owner, name, value)

@@ -115,13 +115,14 @@ class PerGroup:
     def _aggregate(
         self, blocks: list[Tensor], losses: Tensor | None, second: list[Tensor] | None
     ) -> tuple[list[Tensor], None]:
-        if not len(blocks[0]):
-            return [block.new_zeros(block.shape[1]) for block in blocks], None
-        columns = Columns([*blocks, *(second or [])])
-        if not columns.finite():
+        columns = Columns(blocks)
+        if not columns.rows:
+            return columns.filled(0.0), None
+        given = Columns([*blocks, *(second or [])])
+        if not given.finite():
             if finite_required(self.check_finite):
-                raise NonFiniteError(columns.nonfinite_rows())
-            return [block.new_full(block.shape[1:], math.nan) for block in blocks], None
+                raise NonFiniteError(given.nonfinite_rows())
+            return columns.filled(math.nan), None
         pieces: list[list[Tensor]] = [[] for _ in blocks]
         inner = stateful_part(self.aggregator)
         states = []
