@@ -148,7 +148,7 @@ def agree(pairs: Iterable[tuple[Tensor, Tensor]]) -> bool:
     # Two orders of summing differ by some eps of the sum of magnitudes. The root of eps is far
     # above that and far below what a wrong derivative is wrong by.
     wrong = [
-        (_combination(rows.double()) - expected.double()).abs().max().to(device)
+        (_combination(rows).double() - expected.double()).abs().max().to(device)
         > torch.finfo(rows.dtype).eps ** 0.5 * scale
         for rows, expected in pieces
     ]
@@ -157,8 +157,13 @@ def agree(pairs: Iterable[tuple[Tensor, Tensor]]) -> bool:
 
 def _combination(rows: Tensor) -> Tensor:
     # All different and none of them zero, so that rows in a wrong order, or a missing one, show.
-    factors = torch.linspace(0.5, 1.5, len(rows), dtype=torch.float64, device=rows.device)
+    # No wider than the rows, which may be as large as all activations and would be copied.
+    factors = torch.linspace(0.5, 1.5, len(rows), dtype=_wide(rows), device=rows.device)
     return combined(factors, rows)
+
+
+def _wide(rows: Tensor) -> torch.dtype:
+    return torch.promote_types(rows.dtype, torch.float32)
 
 
 def _real(rows: Tensor, expected: Tensor) -> Sequence[Tensor]:
@@ -169,4 +174,4 @@ def _real(rows: Tensor, expected: Tensor) -> Sequence[Tensor]:
 
 
 def _magnitude(rows: Tensor) -> Tensor:
-    return rows.double().abs().sum(0).max()
+    return rows.abs().sum(0, dtype=_wide(rows)).max().double()

@@ -181,6 +181,7 @@ class Jacobian:
         with torch.no_grad():
             with self.fields_unchanged():
                 plan = self._plan
+                self.memory.suit(self.objectives.tasks * plan.size(self.graph.form))
                 given = self.graph, self.objectives, plan, self._hooked, self.memory, total
                 self.roots = RootShares(*given, report=self._report)
                 serving = Serving(self.graph, plan, self._rules, self.memory, self.roots)

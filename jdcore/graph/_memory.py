@@ -21,6 +21,14 @@ _ENTRY = 4  # bytes
 _ELSEWHERE = 256 << 20  # bytes
 _FRACTION = 8  # of its free memory: should that be less, and for rows
 
+# What a temporary may have anyway, and beyond that which part of what a step holds (in entries).
+# Larger ones would show in the peak of its memory.
+_LEAST = 1 << 22
+_PART = 8
+
+# Entries that layers may have together: the launches of larger ones take less than the operations.
+_JOINED = 1 << 22
+
 # Entries of rows that may always be kept: 512 MB in float32.
 _ROWS = 1 << 27
 
@@ -99,7 +107,16 @@ class Memory:
 
         Larger operations take longer than their launches one by one.
         """
-        return self.entries // 16
+        return min(self.entries // 4, _JOINED)
+
+    def suit(self, held: int) -> None:
+        """
+        Keep temporaries small beside what a step holds.
+
+        :param held: The entries of that, about.
+        """
+        if not self.reused:
+            self.entries = min(self.entries, max(_LEAST, held // _PART))
 
     @property
     def waiting(self) -> int:

@@ -113,6 +113,7 @@ class Plan:
     called: set[int] | None = None
     """Operations that are called after the pass; None before the first one."""
     _spots: dict[int, Spot] = field(factory=dict, init=False)
+    _size: int | None = field(default=None, init=False)
     _kinds: dict[Any, int] = field(factory=dict, init=False)
 
     def spot(self, form: Form, node: int) -> Spot:
@@ -135,6 +136,13 @@ class Plan:
                 self._is_beside(form, node),
             )
         return spot
+
+    def size(self, form: Form) -> int:
+        """How many entries the results of the frontier have."""
+        if self._size is None:
+            of_nodes = [form.results[node] for node in self.frontier]
+            self._size = sum(result.shape.numel() for of_node in of_nodes for result in of_node)
+        return self._size
 
     def _is_beside(self, form: Form, node: int) -> bool:
         name = form.names[node]

@@ -180,7 +180,8 @@ class RootShares:
         places = [(end.leaf, 0) for end in ends]
         if isinstance(share, Outer):
             bias = self._graph.form.result(biases[0]).shape if biases else None
-            layers = OuterLayers(share.turned() if ends[0].turned else share, bias)
+            turned = share.turned() if ends[0].turned else share
+            layers = OuterLayers(turned, bias, self._memory.joined // 4)
             self._add(layers, list(roots))
             if self._keep:
                 of_biases = [(self._plan.ends[root].leaf, 0) for root in biases]

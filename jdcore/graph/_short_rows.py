@@ -54,8 +54,9 @@ class ShortRows:
         for (_, counted), parts in self._groups.items():
             if counted and not keep:
                 continue
-            if counted and self._memory.reused:
-                # Joined rows would be a copy, which costs more here than calls do.
+            size = sum([of_roots.numel() for _, of_roots in parts])
+            if counted and (self._memory.reused or size > self._memory.joined):
+                # Joined rows would be a copy, which costs more than calls do.
                 self._joined += [(rows, entries) for entries, rows in parts]
                 continue
             rows = [of_roots for _, of_roots in parts]

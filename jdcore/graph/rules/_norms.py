@@ -23,8 +23,12 @@ def layer_norm(site: Site, operand: int) -> Share:
     rms = site.name == "FusedRmsNormBackward0"
     names = ("input", "result1") if rms else ("input", "result1", "result2")
     images, *mean, deviation = (site.positions(site.saved(n), 0, features) for n in names)
-    centred = widened(images) - mean[0] if mean else widened(images)
-    return Dense.summed(widened(grads) * (centred * deviation), shape)
+    images = widened(images)
+    # In one piece of memory, as large as what the layers hold.
+    rows = (images - mean[0]).mul_(deviation) if mean else images * deviation
+    rows = rows.view(-1, *grads.shape[1:])
+    one_task = len(rows) == len(grads)
+    return Dense.summed(rows.mul_(grads) if one_task else rows * widened(grads), shape)
 
 
 @rule("NativeGroupNormBackward0", layers=True)

@@ -6,6 +6,7 @@ import torch
 from torch import Size, Tensor
 
 from jdcore.graph._cost import outer_ghost_beats_direct
+from jdcore.graph._memory import pieces
 from jdcore.graph.shares._ghost import summed_up
 from jdcore.graph.shares._outer import Outer
 from jdcore.graph.shares._product import product, scaled
@@ -24,11 +25,13 @@ class OuterLayers:
     :param share: With the layers in the place of tasks, and the inputs ``[n, B, T, i]`` of each.
     :param bias: The shape of a bias, if the weighted gradients of biases are wanted as well: each
         is the weight of one more input, which is 1.
+    :param joined: Entries of weighted gradients that may be computed together.
     """
 
-    def __init__(self, share: Outer, bias: Size | None) -> None:
+    def __init__(self, share: Outer, bias: Size | None, joined: int) -> None:
         assert isinstance(share.inputs, Tensor)  # tables are served one by one
         self._inputs, self._share, self._bias = share.inputs, share, bias
+        self._joined = joined
 
     def add_gramian(self, gramian: Accumulator) -> None:
         """Add the Gramian of the rows of all layers."""
@@ -38,7 +41,7 @@ class OuterLayers:
         ghost = ghost or outer_ghost_beats_direct(1, B, T, i, o)
         # Of each layer there are matrices of positions, or rows twice.
         size = (B * T) ** 2 if ghost else B * i * o
-        parts = gramian.memory.pieces(n, 32 * size)
+        parts = pieces(n, gramian.memory.joined // (2 * size))
         for start, stop in parts:
             some = slice(start, stop) if len(parts) > 1 else ...
             if ghost:
@@ -78,10 +81,15 @@ class OuterLayers:
             inputs = scaled(weights, inputs)
         else:
             grads = scaled(weights, grads)
-        total = self._share.summed(inputs.flatten(1, 2), grads.flatten(1, 2))
-        views[:0] = total.view(-1, *shape).unbind()
+        inputs, grads = inputs.flatten(1, 2), grads.flatten(1, 2)
+        own: list[Tensor] = []
+        if len(inputs) * shape.numel() > self._joined:
+            pairs = zip(inputs, grads, strict=True)
+            own = [self._share.summed(*of_layer).view(shape) for of_layer in pairs]
+        else:
+            views[:0] = self._share.summed(inputs, grads).view(-1, *shape).unbind()
         # In memory of their own, by one call: to keep one of them must not keep all.
-        return list(torch._foreach_mul(views, 1.0))
+        return own + (list(torch._foreach_mul(views, 1.0)) if views else [])
 
 
 class OuterBeside:

@@ -18,8 +18,8 @@ _ROWS = 128
 # part than this of what they would be if no position cancelled another one.
 _LEFT = 0.05
 
-# Entries of Gramians that wait to be added: 64 MB in float32.
-_PENDING = 1 << 24
+# Entries of Gramians that wait to be added: 4 MB in float32, and as much once they are joined.
+_PENDING = 1 << 20
 
 
 class Share(ABC):
@@ -213,7 +213,11 @@ class Accumulator:
             self.pend(product[None])
 
     def pend(self, products: Tensor) -> None:
-        """Add Gramians [n, R, R] later, all at once: on accelerators each addition is a kernel."""
+        """Add Gramians [n, R, R], small ones later and all at once: each addition is a kernel."""
+        if products.numel() >= _PENDING // 4:
+            alone = len(products) == 1
+            self._lower.add_(products[0] if alone else products.sum(0, dtype=torch.float64))
+            return
         self._pending.append(products)
         self._entries_pending += products.numel()
         if self._entries_pending > _PENDING:
