@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
 from jdcore import ParameterError
-from jdcore._fields import disjoint, through_tensor_hooks, write_grads, write_jacs
+from jdcore._fields import disjoint, set_aside, through_tensor_hooks, write_grads, write_jacs
 from jdcore.autogram import Engine
 from jdcore.autojac import backward, gramian_backward, jac_to_grad, mtl_backward
 
@@ -134,9 +134,10 @@ def test_all_gradients_are_written_before_the_first_hook_runs() -> None:
 def test_a_hook_may_remove_itself(register: Callable[..., Any]) -> None:
     a = _leaf(1)
     handle = register(a, lambda leaf: handle.remove())
+    other = _Watch(register, a)
     write_grads({a: torch.ones(1)})
     write_grads({a: torch.ones(1)})
-    assert a.grad.tolist() == [2.0]
+    assert other.seen == [[1.0], [2.0]]
 
 
 def test_hooks_of_what_was_frozen_for_a_while_run() -> None:
@@ -237,6 +238,26 @@ def test_gradients_that_share_memory_are_taken_apart() -> None:
     separate = disjoint([shared, shared, torch.ones(1).expand(2), shared], [torch.ones(2)])
     assert len({gradient.untyped_storage().data_ptr() for gradient in separate}) == 4
     assert all(gradient.tolist() == [1.0, 1.0] for gradient in separate)
+
+
+def test_a_gradient_in_the_memory_of_another_tensor_is_copied() -> None:
+    kept = torch.ones(2)
+    [copied] = disjoint([kept], [kept])
+    [same] = disjoint([kept], [torch.ones(2)])
+
+    assert copied.data_ptr() != kept.data_ptr()
+    assert same is kept
+
+
+def test_a_grad_that_no_longer_fits_its_tensor_stays_where_it_is() -> None:
+    a, b = _leaf(2), _leaf(2)
+    a.grad, b.grad = torch.ones(2), torch.ones(2)
+    a.data = torch.zeros(3)  # torch would refuse to set its .grad again
+
+    with set_aside([a, b]):
+        assert b.grad is None
+
+    assert a.grad.tolist() == b.grad.tolist() == [1.0, 1.0]
 
 
 def test_parameters_that_only_act_in_a_sum_get_gradients_of_their_own_from_the_engine() -> None:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 import jdcore
 from jdcore import (
     AggregatorSpec,
+    GramianRuleSpec,
     ParameterError,
     ParameterTypeError,
     ScalarizerSpec,
@@ -21,8 +22,10 @@ from jdcore import (
     _registry,
 )
 from jdcore._discovery import AGGREGATOR, KINDS, Kind, PluginRecord
+from jdcore._gramian_rules import RUNTIME, OperationTable
 from jdcore._loading import Loading
 from jdcore._registry import Registry
+from jdcore._tables import Entry
 from jdcore.aggregation import GramianWeighting
 from jdcore.errors import AmbiguousNameError
 from jdcore.exports import exports_of
@@ -269,3 +272,25 @@ def test_the_contracts_are_exported_beside_the_methods() -> None:
 
     assert Aggregator is jdcore.Aggregator
     assert (GeneralizedWeighting, Weighting) == (jdcore.GeneralizedWeighting, jdcore.Weighting)
+
+
+def test_a_rule_that_is_registered_settles_a_clash_between_distributions() -> None:
+    table = OperationTable()
+    for distribution in ("one", "two"):
+        table.add(Entry(distribution, rule_spec()))
+    assert table.clashes() == {"my:Function": ["one:mine", "two:mine"]}
+
+    table.add(Entry(RUNTIME, rule_spec()))
+
+    assert table.clashes() == {}
+    assert [entry.distribution for entry in table.find("my:Function", None)] == [RUNTIME]
+
+
+def rule_spec() -> GramianRuleSpec:
+    return GramianRuleSpec(
+        name="mine",
+        operation="my:Function",
+        rule="my:rule",
+        summary="For tests.",
+        api_version=1,
+    )
