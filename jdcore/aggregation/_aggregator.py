@@ -17,7 +17,7 @@ from jdcore.aggregation._finite import all_finite, finite_required, is_finite
 from jdcore.aggregation._observation import observed
 from jdcore.aggregation._scalarization import looks_at_no_row
 from jdcore.aggregation._source import ColumnsSource, GramianSource
-from jdcore.aggregation._weigh import as_weighting, checked, half_unit, weigh
+from jdcore.aggregation._weigh import as_weighting, checked, combined, weigh
 from jdcore.errors import NonFiniteError
 from jdcore.linalg import combine
 from jdcore.protocols import Weighting
@@ -136,11 +136,9 @@ def _aggregate(
         # they cancel.
         known = columns.wide or source.compute_cross is not None
         wide = not known and source.rounding_shows(weights)
-        if columns.scale == 1.0:
+        if columns.scale == 1.0:  # as `combined` does, which is one more call
             return columns.combine(weights, wide=wide), weights, source
-        half = half_unit(weighting, columns.scale)
-        vectors = columns.combine(weights * half, wide=wide)
-        return [vector * half for vector in vectors], weights * half * half, source
+        return *combined(weighting, columns, weights, columns.scale, wide=wide), source
     # Nobody has looked at the rows: whether they are finite shows in their weighted sum.
     vectors = columns.combine(weights)
     if not (is_finite(vectors[0]) if len(vectors) == 1 else all_finite(vectors)):

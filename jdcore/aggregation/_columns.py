@@ -14,6 +14,7 @@ from jdcore.aggregation._finite import all_finite, nonfinite_rows
 from jdcore.linalg._blas import is_small, small_combination, small_gramian
 from jdcore.linalg._combine import combine, combine_blocks
 from jdcore.linalg._gramian import gramian_and_rows, sum_cross_gramians, sum_gramians
+from jdcore.linalg._precision import rounding_shows
 
 _NARROW = (torch.float32,)
 
@@ -39,6 +40,8 @@ class Columns:
     """The rows in float64, once their products were asked for, if they are few and short."""
     _wide: Tensor | None = field(default=None, init=False)
     """The rows in float64, once their products were asked for, if they were converted at once."""
+    _products: Tensor | None = field(default=None, init=False)
+    """The Gramian, once it was asked for."""
 
     @property
     def rows(self) -> int:
@@ -91,9 +94,20 @@ class Columns:
         The scale keeps the squares of float64 entries in the range of float64.
         """
         result, blocks = self.product(1.0), self.blocks
-        if len(blocks) == 1 and blocks[0].dtype != torch.float64:
-            return result  # squares of narrower dtypes cannot leave the range
-        return self._scaled(result, self.product)
+        # Squares of narrower dtypes cannot leave the range.
+        if len(blocks) != 1 or blocks[0].dtype == torch.float64:
+            result = self._scaled(result, self.product)
+        self._products = result
+        return result
+
+    def rounding_shows(self, weights: Tensor) -> bool:
+        """
+        Whether the update needs factors of float64, see :func:`jdcore.linalg.rounding_shows`.
+
+        It is said where :meth:`gramian` was asked for; others have nothing to say it by.
+        """
+        known = self._products
+        return not (known is None or self.wide) and rounding_shows(weights, known)
 
     def cross_gramian(self) -> Tensor:
         """The Gramian of the rows with those of the second batch, as :meth:`gramian`."""

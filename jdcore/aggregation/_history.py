@@ -17,7 +17,7 @@ from jdcore.aggregation._differentiation import forbid_differentiation
 from jdcore.aggregation._finite import finite_required, is_finite
 from jdcore.aggregation._source import GramianSource, check_losses
 from jdcore.aggregation._state import StateFields, state_field
-from jdcore.aggregation._weigh import Result, watched
+from jdcore.aggregation._weigh import Result, combined, watched
 from jdcore.errors import NonFiniteError, ParameterError, left_out
 from jdcore.linalg._pages import new_tensor
 from jdcore.validators import boolean, check_blocks, check_matrix, check_second, describe_tensor
@@ -55,6 +55,9 @@ class HistoryAggregator(StateFields):
 
     combines_history: ClassVar[bool] = True
     """Whether the update is a combination of the rows of the history, or of the Jacobian."""
+
+    scale_degree: ClassVar[float] = 0.0
+    """d such that the weights of ``s * J`` are ``s**d`` times those of J."""
 
     looks_at_losses: ClassVar[bool] = False
     """Whether a call without losses is refused."""
@@ -98,7 +101,8 @@ class HistoryAggregator(StateFields):
         :param rows: The Jacobian, see :meth:`advance`. It has the second batch, if there is one.
         :param history: The new history, in the same blocks of columns, with the same second batch.
         :param losses: See :meth:`advance`.
-        :returns: float64 weights [m] on any device, and values by the names of state fields.
+        :returns: float64 weights [m] on any device, of rows that were divided by
+            ``history.scale``, and values by the names of state fields.
         """
         raise left_out(self, "weigh_rows")
 
@@ -166,11 +170,13 @@ class HistoryAggregator(StateFields):
         # Nothing of the object is written before the last step that may fail is done.
         history = self._advanced(rows, values)
         parts = list(torch.split(history, [block.shape[1] for block in blocks], dim=1))
-        both = (Columns(rows, columns.second), Columns(parts, columns.second))
-        weights, state = self.weigh_rows(*both, values)
-        vectors = Columns(parts if self.combines_history else rows).combine(weights)
+        jacobian, kept = (Columns(each, columns.second) for each in (rows, parts))
+        weights, state = self.weigh_rows(jacobian, kept, values)
         if not is_finite(weights):  # what is wrapped looked at more than the rows
             return columns.filled(math.nan), None
+        chosen = kept if self.combines_history else jacobian
+        wide = chosen.rounding_shows(weights)
+        vectors, weights = combined(self, chosen, weights, kept.scale, wide=wide)
         for name, value in state.items():
             setattr(self, name, value)
         self.history = history if self.keeps_history else _nothing()

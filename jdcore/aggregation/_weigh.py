@@ -139,6 +139,23 @@ def half_unit(weighting: Any, scale: float) -> float:
     return power(scale, 0.5 * getattr(weighting, "scale_degree", 0))
 
 
+def combined(
+    weighting: Any, columns: Columns, weights: Tensor, scale: float, *, wide: bool
+) -> tuple[list[Tensor], Tensor]:
+    """
+    The update, and the weights of the rows of a Jacobian J.
+
+    :param weighting: As for :func:`unscaled`, as the weights and the scale are.
+    :param columns: J, or what else is combined by these weights.
+    :param wide: Whether to multiply in float64, whatever the dtypes of the blocks.
+    """
+    if scale == 1.0:
+        return columns.combine(weights, wide=wide), weights
+    half = half_unit(weighting, scale)
+    vectors = columns.combine(weights * half, wide=wide)
+    return [vector * half for vector in vectors], weights * half * half
+
+
 def _ask(weighting: Any, source: GramianSource, shape: Sequence[int] | None) -> Tensor:
     cls: Any = type(weighting)
     if shape is not None and len(shape) != 1:

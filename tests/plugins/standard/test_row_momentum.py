@@ -114,6 +114,25 @@ def test_the_past_of_the_rows_is_kept_inside_of_other_aggregators() -> None:
         torch.testing.assert_close(wrapped(matrix), alone(matrix))
 
 
+def test_averages_that_cancel_are_combined_in_float64() -> None:
+    rows = torch.randn(8, 5000, generator=torch.Generator().manual_seed(0)).double()
+    rows[7] = 1e-4 * rows[7] - rows[:7].sum(0)
+    rows = rows.float()
+    aggregator = get_aggregator("row_momentum", weighting=get_weighting("mgda"), beta=0.0)
+
+    expected = get_aggregator("mgda")(rows.double())
+
+    torch.testing.assert_close(aggregator(rows).double(), expected, rtol=1e-5, atol=1e-9)
+
+
+def test_weights_beyond_float64_make_an_update_that_is_not() -> None:
+    rows = torch.tensor([[3.0, 1.0], [-1.0, 2.0]], dtype=torch.float64) * 1e-300
+    fair = get_weighting("fairgrad", alpha=2.0)
+    aggregator = get_aggregator("row_momentum", weighting=fair, beta=0.0)
+
+    torch.testing.assert_close(aggregator(rows), GramianAggregator(fair)(rows))
+
+
 def test_a_method_of_two_batches_sees_the_averages_beside_the_second() -> None:
     # The weights (1/2, 1/2) less 0.4 (Y J₂ᵀ) of them, and back to the sum 1: (0.4, 0.6) for
     # Y = diag(2, 1), and (0.24, 0.12) + 0.32 for Y = diag(1, 2).

@@ -50,6 +50,11 @@ class RowMomentum(NestedState, HistoryAggregator):
     weighting: Weighting = field(converter=as_weighting)  # type: ignore[misc]
     beta: float = field(default=0.9, validator=real(0.0, below=1.0))
 
+    @property
+    def scale_degree(self) -> float:  # type: ignore[override]  # that of the wrapped method
+        degree: float = getattr(self.weighting, "scale_degree", 0)
+        return degree
+
     def inner_parts(self) -> dict[str, Any]:
         """The wrapped method."""
         return {"weighting": self.weighting}
@@ -62,6 +67,4 @@ class RowMomentum(NestedState, HistoryAggregator):
         self, rows: Columns, history: Columns, losses: Tensor | None
     ) -> tuple[Tensor, dict[str, Any]]:
         del rows
-        weights = weigh(self.weighting, GramianSource.of_columns(history, losses))
-        degree: float = getattr(self.weighting, "scale_degree", 0)
-        return weights * history.scale**degree, {}
+        return weigh(self.weighting, GramianSource.of_columns(history, losses)), {}
