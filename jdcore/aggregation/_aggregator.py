@@ -132,10 +132,10 @@ def _aggregate(
         # Processes that hold the columns together must take the same weights.
         weights = columns.agreed(weights)
     if source.asked:
-        # A cross-Gramian does not tell the lengths of the rows, so that nothing can be said of how
-        # they cancel.
-        known = columns.wide or source.compute_cross is not None
-        wide = not known and source.rounding_shows(weights)
+        # A cross-Gramian does not tell the lengths of the rows, which may cancel to any degree.
+        wide = not columns.wide and (
+            source.compute_cross is not None or source.rounding_shows(weights)
+        )
         if columns.scale == 1.0:  # as `combined` does, which is one more call
             return columns.combine(weights, wide=wide), weights, source
         return *combined(weighting, columns, weights, columns.scale, wide=wide), source

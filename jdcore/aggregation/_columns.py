@@ -104,10 +104,12 @@ class Columns:
         """
         Whether the update needs factors of float64, see :func:`jdcore.linalg.rounding_shows`.
 
-        It is said where :meth:`gramian` was asked for; others have nothing to say it by.
+        With a second batch, methods that look at that need not know how the rows cancel. Without,
+        it is said where :meth:`gramian` was asked for: others have nothing to say it by.
         """
-        known = self._products
-        return not (known is None or self.wide) and rounding_shows(weights, known)
+        if self._products is None:
+            return self.second is not None and not self.wide
+        return not self.wide and rounding_shows(weights, self._products)
 
     def cross_gramian(self) -> Tensor:
         """The Gramian of the rows with those of the second batch, as :meth:`gramian`."""

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from jdcore import ParameterError, get_aggregator, get_weighting
+from jdcore.aggregation import GramianAggregator
 from jdplugins.standard._simplex import descend, project_onto_simplex
 
 
@@ -92,3 +93,14 @@ def test_entries_of_minus_infinity_have_no_weight() -> None:
     vector = descend(np.full(3, 1 / 3), np.array([0.0, 1e200, 0.0]), 1e200)
 
     assert project_onto_simplex(vector).tolist() == [0.5, 0.0, 0.5]
+
+
+def test_rows_that_cancel_are_combined_in_float64() -> None:
+    rows = torch.randn(8, 5000, generator=torch.Generator().manual_seed(0)).double()
+    rows[7] = 1e-4 * rows[7] - rows[:7].sum(0)
+    rows = rows.float()
+    inner = get_weighting("modo", gamma=0.0)
+    for aggregator in (GramianAggregator(inner), get_aggregator("row_momentum", weighting=inner)):
+        expected = rows.double().mean(0)
+        update = aggregator(rows, second=rows).double()
+        torch.testing.assert_close(update, expected, rtol=1e-5, atol=1e-9)
