@@ -126,17 +126,15 @@ def check_distinct(tensors: Sequence[Tensor], parameter: str) -> None:
 
     :raises ParameterError: Naming the first repetition.
     """
-    # Tensors are told apart by identity here: their hash is that of the object.
-    first: dict[Tensor, int] = {}
+    first: dict[int, int] = {}
     for i, tensor in enumerate(tensors):
-        if tensor in first:
+        if first.setdefault(id(tensor), i) != i:
             raise ParameterError(
                 parameter,
                 "distinct tensors",
-                f"the same one at positions {first[tensor]} and {i}",
+                f"the same one at positions {first[id(tensor)]} and {i}",
                 "If an objective is really meant twice, give a copy: tensor.clone().",
             )
-        first[tensor] = i
 
 
 def trainable(tensors: Iterable[Tensor], parameter: str) -> list[Tensor]:

@@ -124,28 +124,32 @@ def make_plan(
     # From each loss to the features only: walks that go on through the trunk would take m times its
     # size.
     heads = [without_hooks(reach([loss], stop=cut)) for loss in losses]
+    front = united(heads)
     if is_reentrant(trunk) and shared_params is None:
         raise default_error("shared_params")
-    if any(map(is_reentrant, heads)) and tasks_params is None:
+    if is_reentrant(front) and tasks_params is None:
         raise default_error("tasks_params")
-    check_trunk(trunk, heads, "features")
+    check_trunk(trunk, front, "features")
     if named_shared is None or named_tasks is None:
-        _refuse_ties(trunk, heads, "shared_params" if named_shared is None else "tasks_params")
-    refuse_flat([leaf for graph in (trunk, *heads) for leaf in graph.leaves], "shared_params")
-    shared = _shared(trunk, heads, named_shared)
+        _refuse_ties(trunk, front, "shared_params" if named_shared is None else "tasks_params")
+    refuse_flat([*trunk.leaves, *front.leaves], "shared_params")
+    shared = _shared(trunk, front, named_shared)
     tasks = _tasks(losses, trunk, heads, named_tasks)
     if given:  # by default, a task has what is not behind the features
         _check_overlap(shared, tasks)
     private = list(dict.fromkeys([parameter for task in tasks for parameter in task]))
-    check_replicas([*shared, *private], (trunk, *heads), "shared_params")
+    check_replicas([*shared, *private], (trunk, front), "shared_params")
     # Where gradients cannot be had from the features, or at them: a shared parameter acts past the
     # features; a hook of a feature would see its gradient twice, at the end of the heads and again
     # at the start of the trunk; a function hides parameters, so that only whole passes serve.
     whole = (
-        any(head.reaches_any(shared) for head in heads)
+        front.reaches_any(shared)
         or any(map(has_hooks, cut))
-        or any(hides(head, [*shared, *private]) for head in heads)
-        or (named_tasks is not None and not all(_shown((trunk, *heads), p) for p in private))
+        or hides(front, [*shared, *private])
+        or (
+            named_tasks is not None
+            and not all(trunk.reaches(p) or front.reaches(p) for p in private)
+        )
     )
     # A parameter that is named for a task may lie in the trunk; passes that end at the features
     # would miss what arrives there through them.
@@ -153,7 +157,8 @@ def make_plan(
     if whole or deep:
         heads = _whole(losses, heads, cut, trunk)
     rows_from_features = bool(shared) and not whole
-    apart = _apart(losses, heads) if rows_from_features and not deep else None
+    one_pass = rows_from_features and not deep and _are_apart(losses, heads, front)
+    apart = front if one_pass else None
     return Plan(cut, trunk, shared, tasks, private, heads, rows_from_features, deep, given, apart)
 
 
@@ -166,13 +171,12 @@ def _whole(
         if not head.stops:
             return head
         # Of several features, nobody told which part of the trunk lies behind which one.
-        joined = united([head, trunk]) if len(cut) == 1 else None
-        return without_hooks(reach([loss])) if joined is None else joined
+        return united([head, trunk]) if len(cut) == 1 else without_hooks(reach([loss]))
 
     return list(map(with_trunk, losses, heads))
 
 
-def _refuse_ties(trunk: Reach, heads: list[Reach], parameter: str) -> None:
+def _refuse_ties(trunk: Reach, front: Reach, parameter: str) -> None:
     """
     Refuse functions that give features and, past them, what losses depend on.
 
@@ -183,9 +187,7 @@ def _refuse_ties(trunk: Reach, heads: list[Reach], parameter: str) -> None:
     # What comes from an output that features come from, too, is shared in truth.
     ties = [
         node.name()
-        for head in heads
-        if not functions.isdisjoint(head.functions)
-        for node, number in head.edges
+        for node, number in (front.edges if functions else ())
         if node in functions and (node, number) not in trunk.edges
     ]
     if ties:
@@ -199,24 +201,23 @@ def _refuse_ties(trunk: Reach, heads: list[Reach], parameter: str) -> None:
         )
 
 
-def _apart(losses: list[Tensor], heads: list[Reach]) -> Reach | None:
-    """All heads, if there are many and one pass through them can tell them apart."""
+def _are_apart(losses: Sequence[Tensor], heads: Sequence[Reach], front: Reach) -> bool:
+    """Whether there are many heads and one pass through them can tell them apart."""
     present = [head for loss, head in zip(losses, heads, strict=True) if loss.requires_grad]
     # Functions of Python may differentiate, or accumulate, by themselves.
-    if len(present) < _MANY_HEADS or any(head.functions for head in present):
-        return None
-    return united(present)
+    if len(present) < _MANY_HEADS or front.functions:
+        return False
+    sizes = [(len(head.nodes), len(head.leaves)) for head in present]
+    together = [sum(column) for column in zip(*sizes, strict=True)]
+    # A loss that is a feature has no head, where it could be heard.
+    return all(nodes for nodes, _ in sizes) and together == [len(front.nodes), len(front.leaves)]
 
 
-def _shown(graphs: Iterable[Reach], tensor: Tensor) -> bool:
-    return any(graph.reaches(tensor) for graph in graphs)
-
-
-def _shared(trunk: Reach, heads: list[Reach], named: list[Tensor] | None) -> list[Tensor]:
+def _shared(trunk: Reach, front: Reach, named: list[Tensor] | None) -> list[Tensor]:
     if named is None:
         check_differentiable(trunk.leaves, "shared_params")
         return still_trainable(trunk.leaves)
-    return [p for p in named if any(may_reach(graph, [p]) for graph in (trunk, *heads))]
+    return [p for p in named if may_reach(trunk, [p]) or may_reach(front, [p])]
 
 
 def _tasks(

@@ -38,14 +38,13 @@ def refuse_flat(tensors: Iterable[Tensor], parameter: str) -> None:
 
     :raises ParameterError: If one of the tensors is such a parameter.
     """
-    for tensor in tensors:
-        if is_flat(tensor):
-            raise ParameterError(
-                parameter,
-                "parameters of plain, DistributedDataParallel or fully_shard modules",
-                "an FSDP FlatParameter (FullyShardedDataParallel)",
-                "Its gradients cannot be told apart by parameter: use fully_shard instead.",
-            )
+    if some_flat(tensors):
+        raise ParameterError(
+            parameter,
+            "parameters of plain, DistributedDataParallel or fully_shard modules",
+            "an FSDP FlatParameter (FullyShardedDataParallel)",
+            "Its gradients cannot be told apart by parameter: use fully_shard instead.",
+        )
 
 
 def _kind(tensor: Tensor, gathered: Gathered) -> str | None:

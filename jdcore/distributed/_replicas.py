@@ -189,17 +189,17 @@ def check_replicas(tensors: Iterable[Tensor], graphs: Iterable[Reach], parameter
             )
 
 
-def check_trunk(trunk: Reach, heads: Iterable[Reach], parameter: str) -> None:
+def check_trunk(trunk: Reach, heads: Reach, parameter: str) -> None:
     """
     Check that heads do not run through the same DistributedDataParallel call as the trunk.
 
     :param trunk: What lies behind the features.
-    :param heads: What lies between each loss and the features.
+    :param heads: What lies between the losses and the features.
     :raises ParameterError: If they do and it ties everything together.
     """
     # With find_unused_parameters, all outputs of the wrapper pass one node: behind each of the
     # losses, but not on the way to the features, then lie the parameters of all tasks.
-    if several_processes() and any(_sinks(trunk) & _sinks(head) for head in heads):
+    if several_processes() and _sinks(trunk) & _sinks(heads):
         raise ParameterError(
             parameter,
             "outputs of a trunk whose DistributedDataParallel wrapper does not hold the heads",

@@ -3,7 +3,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from functools import cached_property
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from attrs import frozen
 from torch import Tensor
@@ -92,12 +92,15 @@ def reach(outputs: Iterable[Tensor], stop: Iterable[Tensor] = ()) -> Reach:
     edges: dict[Edge, int] = {}
     names: dict[Node, str] = {}
     leaves: dict[Node, Tensor] = {}
-    functions: list[Node] = []
+    functions: list[Any] = []
     stops: set[Edge] = set()
     last: dict[Node, dict[int, Edge]] = {}
-    stack = [edge_of(tensor) for tensor in outputs if tensor.requires_grad][::-1]
+    stack: list[Any] = [edge_of(tensor) for tensor in outputs if tensor.requires_grad][::-1]
     while stack:
         edge = stack.pop()
+        node = edge[0]
+        if node is None:  # an operand that is not differentiated
+            continue
         if edge in edges:
             edges[edge] += 1
             continue
@@ -106,12 +109,11 @@ def reach(outputs: Iterable[Tensor], stop: Iterable[Tensor] = ()) -> Reach:
             continue
         # Holding the node keeps its Python wrapper, hence its identity, for the whole walk.
         edges[edge] = 1
-        node = edge[0]
         if node in names or node in leaves:
             continue
         name = node.name()
         if name == LEAF:
-            leaves[node] = node.variable  # type: ignore[attr-defined]  # nodes of leaves have it
+            leaves[node] = node.variable
             continue
         names[node] = name
         # The base class of nodes whose backward is Python; nodes of torch's own operations are C++
@@ -122,35 +124,27 @@ def reach(outputs: Iterable[Tensor], stop: Iterable[Tensor] = ()) -> Reach:
         if barrier and not barrier.isdisjoint(inputs):
             last[node] = {k: edge for k, edge in enumerate(inputs) if edge in barrier}
         # Reversed, so that the first operand is the next one to be expanded.
-        stack.extend([(n, i) for n, i in reversed(inputs) if n is not None])
+        stack += inputs[::-1]
     # As in a backward pass, what was frozen after the forward pass gets nothing.
     trainable = tuple([leaf for leaf in leaves.values() if leaf.requires_grad])
     return Reach(edges, names, trainable, tuple(functions), frozenset(stops), last)
 
 
-def united(graphs: Iterable[Reach]) -> Reach | None:
+def united(graphs: Iterable[Reach]) -> Reach:
     """
-    What lies behind the outputs of all of some graphs, if no two of them have anything in common.
+    What lies behind the outputs of all of some graphs.
 
-    One may end where another one begins, but what it uses there is not counted.
-
-    :returns: None if two have an operation or a leaf in common, or a graph has no operations.
+    One may end where another one begins. How often an edge is used is what one of them says.
     """
     given = list(graphs)
-    nodes: dict[Node, str] = {}
-    for graph in given:
-        nodes |= graph.nodes
-    leaves = tuple([leaf for graph in given for leaf in graph.leaves])
-    apart = len(nodes) == sum([len(graph.nodes) for graph in given]) and len(leaves) == len(
-        set(map(id, leaves))
-    )
-    if not apart or not all(graph.nodes for graph in given):
-        return None
     edges: dict[Edge, int] = {}
+    nodes: dict[Node, str] = {}
     last: dict[Node, dict[int, Edge]] = {}
     for graph in given:
         edges |= graph.edges
+        nodes |= graph.nodes
         last |= graph.last
-    functions = tuple([function for graph in given for function in graph.functions])
+    leaves = {id(leaf): leaf for graph in given for leaf in graph.leaves}
+    functions = dict.fromkeys([function for graph in given for function in graph.functions])
     stops = frozenset().union(*[graph.stops for graph in given])
-    return Reach(edges, nodes, leaves, functions, stops, last)
+    return Reach(edges, nodes, tuple(leaves.values()), tuple(functions), stops, last)

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
-from itertools import pairwise
+from itertools import chain, pairwise
 from operator import is_
 
 from torch import Tensor
@@ -44,8 +44,7 @@ class Transform(ABC):
     """
 
     def __init__(self, needs: Iterable[Tensor], gives: Iterable[Tensor]) -> None:
-        self.needs = tuple(dict.fromkeys(needs))
-        self.gives = tuple(dict.fromkeys(gives))
+        self.needs, self.gives = _distinct(needs), _distinct(gives)
 
     @abstractmethod
     def apply(self, values: dict[Tensor, Tensor], /) -> Values:
@@ -124,22 +123,28 @@ class Union(Transform):
 
     def __init__(self, parts: Iterable[Transform]) -> None:
         self.parts = tuple(parts)
-        given: dict[Tensor, Transform] = {}
+        given: dict[int, Transform] = {}
         for part in self.parts:
-            doubled = [key for key in part.gives if key in given]
+            doubled = [key for key in part.gives if id(key) in given]
             if doubled:
                 raise GraphError(
-                    f"{given[doubled[0]]!r} and {part!r} cannot be united: both give "
+                    f"{given[id(doubled[0])]!r} and {part!r} cannot be united: both give "
                     f"{describe_keys(doubled, limit=None)}."
                 )
-            given.update(dict.fromkeys(part.gives, part))
-        super().__init__([key for part in self.parts for key in part.needs], given)
+            given.update([(id(key), part) for key in part.gives])
+        needs, gives = ([part.needs for part in self.parts], [part.gives for part in self.parts])
+        super().__init__(chain.from_iterable(needs), chain.from_iterable(gives))
 
     def apply(self, values: dict[Tensor, Tensor], /) -> Values:
         return {key: value for part in self.parts for key, value in part(values).items()}
 
     def __repr__(self) -> str:
         return " | ".join(f"({p!r})" if isinstance(p, Chain) else repr(p) for p in self.parts)
+
+
+def _distinct(keys: Iterable[Tensor]) -> tuple[Tensor, ...]:
+    # By identity, as the hash of a tensor is a function of Python.
+    return tuple({id(key): key for key in keys}.values())
 
 
 def _parts(transform: Transform, kind: type[Chain | Union]) -> tuple[Transform, ...]:

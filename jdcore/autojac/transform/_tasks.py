@@ -35,26 +35,29 @@ class PerTask(Transform):
     def apply(self, values: dict[Tensor, Tensor], /) -> Values:
         m = len(self.tasks)
         rows = {key: _zeros(m, key) for key in self.rows}
-        # All views at once: to index each row would take as many calls as there are rows.
-        places = {key: row.unbind() for key, row in rows.items()}
-        sums: dict[Tensor, Tensor] = {}
+        # All views at once: to index each row would take as many calls as there are rows. By
+        # identity, as the hash of a tensor is a function of Python.
+        places = {id(key): row.unbind() for key, row in rows.items()}
+        sums: dict[int, Tensor] = {}
         for i, task in enumerate(self.tasks):
-            own: dict[Tensor, Tensor] = {}
+            own, found = [], []
             # One task after the other, so that the gradients of one at a time are alive beside the
             # rows, and copied before the next pass: a hook may hand out the same buffer again.
             for key, value in task(values).items():
-                if key in places:
-                    own[places[key][i]] = value
-                elif key in sums:
-                    sums[key].add_(value)
+                number = id(key)
+                if number in places:
+                    own.append(places[number][i])
+                    found.append(value)
+                elif number in sums:
+                    sums[number].add_(value)
                 else:
                     # A gradient can share its memory with another one (as those of a + b do), or
                     # with what it was computed from.
-                    sums[key] = value.clone()
+                    sums[number] = value.clone()
             if own:
                 # One call, and on accelerators few kernels, for all of them.
-                torch._foreach_copy_(list(own), list(own.values()))
-        return rows | sums
+                torch._foreach_copy_(own, found)
+        return rows | {key: sums[id(key)] for key in self.gives if id(key) in sums}
 
     def __repr__(self) -> str:
         inner = "".join(f"\n  {task!r}".replace("\n>>", " >>") for task in self.tasks)
