@@ -217,7 +217,8 @@ class Columns:
 def _divided(blocks: list[Tensor], scale: float) -> list[Tensor]:
     # Asked first: a call for each of many blocks costs as much as what is done with them.
     detached = [without_graph(block) if block.requires_grad else block for block in blocks]
-    return detached if scale == 1.0 else [block / scale for block in detached]
+    # Float32 blocks beside float64 ones cannot hold such a scale: it would be zero or infinite.
+    return detached if scale == 1.0 else [block.double() / scale for block in detached]
 
 
 def narrowest(dtypes: Sequence[torch.dtype]) -> torch.dtype:

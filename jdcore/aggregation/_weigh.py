@@ -153,7 +153,9 @@ def combined(
         return columns.combine(weights, wide=wide), weights
     half = half_unit(weighting, scale)
     vectors = columns.combine(weights * half, wide=wide)
-    return [vector * half for vector in vectors], weights * half * half
+    # Not in float32, where the factor itself may be infinite.
+    scaled = [(vector.double() * half).to(vector.dtype) for vector in vectors]
+    return scaled, weights * half * half
 
 
 def _ask(weighting: Any, source: GramianSource, shape: Sequence[int] | None) -> Tensor:

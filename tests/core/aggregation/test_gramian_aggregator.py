@@ -65,6 +65,20 @@ def test_a_weighting_that_cannot_be_called_is_refused_and_the_old_one_kept() -> 
     assert aggregator.weighting is old
 
 
+@pytest.mark.parametrize("scale", [1e-310, 1e-200, 1e200])
+def test_float32_blocks_beside_float64_ones_out_of_range_count_for_what_they_are(
+    scale: float,
+) -> None:
+    rows = torch.tensor([[3.0, 4.0], [0.0, 2.0]], dtype=torch.float64)
+    alone, _ = GramianAggregator(InverseNormWeighting()).aggregate_blocks([rows * scale])
+
+    blocks = [rows * scale, torch.zeros(2, 3)]
+    vectors, _ = GramianAggregator(InverseNormWeighting()).aggregate_blocks(blocks)
+
+    assert torch.equal(vectors[0], alone[0])
+    assert torch.equal(vectors[1], torch.zeros(3))
+
+
 @pytest.mark.parametrize("scale", [1e-250, 1e-200, 1e-20, 1.0, 1e160, 1e250])
 def test_float64_rows_of_any_scale_are_aggregated_exactly(scale: float) -> None:
     matrix = torch.tensor([[3.0, 4.0], [0.0, 2.0]], dtype=torch.float64) * scale
