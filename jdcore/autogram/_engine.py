@@ -64,7 +64,7 @@ class Engine:
         NaN, so a function of Python that keeps a state in its backward needs None.
     :param memory_budget: Bytes that a temporary may have. By default 256 MB on an accelerator, or
         an eighth of its free memory if that is less, and what the caches hold on a CPU. A step
-        whose activations take less than 128 MB keeps them to 16 MB, a larger one to an eighth.
+        whose activations take less than 256 MB keeps them to 32 MB, a larger one to an eighth.
     :raises ParameterTypeError: If a module is no ``nn.Module``, or another argument of the wrong
         type.
     :raises ParameterError: If a module is in ``DataParallel``.

@@ -23,7 +23,7 @@ _FRACTION = 8  # of its free memory: should that be less, and for rows
 
 # What a temporary may have anyway, and beyond that which part of what a step holds (in entries).
 # Larger ones would show in the peak of its memory.
-_LEAST = 1 << 22
+_LEAST = 1 << 23
 _PART = 8
 
 # Entries that layers may have together: the launches of larger ones take less than the operations.
@@ -121,7 +121,7 @@ class Memory:
     @property
     def waiting(self) -> int:
         """Entries of gradients that may wait during a pass, until several are served at a time."""
-        return self.entries // 4 if self.reused else 2 * self.joined
+        return self.entries // 4 if self.reused else 3 * self.joined // 2
 
     def take(self, shape: tuple[int, ...], like: Tensor, slot: int = 0) -> Tensor:
         """

@@ -181,7 +181,7 @@ class RootShares:
         if isinstance(share, Outer):
             bias = self._graph.form.result(biases[0]).shape if biases else None
             turned = share.turned() if ends[0].turned else share
-            layers = OuterLayers(turned, bias, self._memory.joined // 4)
+            layers = OuterLayers(turned, bias, self._memory.joined)
             self._add(layers, list(roots))
             if self._keep:
                 of_biases = [(self._plan.ends[root].leaf, 0) for root in biases]

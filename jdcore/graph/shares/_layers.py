@@ -14,6 +14,9 @@ from jdcore.graph.shares._share import Accumulator
 
 _COPIED = 1 << 14  # entries
 
+# Entries of weights from which on each weighted gradient is computed by itself.
+_WIDE = 1 << 17
+
 
 class OuterLayers:
     """
@@ -83,7 +86,7 @@ class OuterLayers:
             grads = scaled(weights, grads)
         inputs, grads = inputs.flatten(1, 2), grads.flatten(1, 2)
         own: list[Tensor] = []
-        if len(inputs) * shape.numel() > self._joined:
+        if shape.numel() > _WIDE or len(inputs) * shape.numel() > self._joined:
             pairs = zip(inputs, grads, strict=True)
             own = [self._share.summed(*of_layer).view(shape) for of_layer in pairs]
         else:
