@@ -79,3 +79,13 @@ def test_sums_beyond_float64_weigh_as_much_as_it_holds() -> None:
     _, weights = aggregator.aggregate_blocks([rows])
 
     assert weights.tolist() == [0.5, 0.5]
+
+
+def test_estimates_far_above_their_baseline_share_the_weight_of_the_largest() -> None:
+    aggregator = get_aggregator("excess_mtl")
+    rows = torch.eye(3, dtype=torch.float64)
+    aggregator(rows * torch.tensor([1e-310, 1e-310, 1.0], dtype=torch.float64)[:, None])
+
+    _, weights = aggregator.aggregate_blocks([rows])
+
+    assert weights.tolist() == [0.5, 0.5, 0.0]

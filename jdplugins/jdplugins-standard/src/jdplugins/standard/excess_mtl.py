@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import sys
 from typing import Any, ClassVar
 
 import numpy as np
@@ -11,6 +10,8 @@ from torch import Tensor
 from jdcore.aggregation import Columns, HistoryAggregator, portions, state_field
 from jdcore.validators import integer, real
 from jdplugins.standard._simplex import kept_weights, no_weights, softmax, weights_state
+
+_LARGEST = 1e300  # so that sums and differences are numbers
 
 
 @define(eq=False)
@@ -64,8 +65,7 @@ class ExcessMTL(HistoryAggregator):
         del losses
         pairs = zip(rows.blocks, history.blocks, strict=True)
         total = torch.stack([_excess(*pair) for pair in pairs]).sum(dim=0)
-        # Sums of rows near the end of float64 are taken to be there: infinite ones have no ratios.
-        risks = total.clamp_max_(sys.float_info.max).cpu().numpy()
+        risks = total.clamp_max_(_LARGEST).cpu().numpy()
         logarithms = kept_weights(self.logarithms, len(risks), "matrix")
         logarithms = np.zeros_like(risks) if logarithms is None else logarithms
         baseline = kept_weights(self.baseline, len(risks), "matrix")
@@ -75,11 +75,13 @@ class ExcessMTL(HistoryAggregator):
             baseline = risks / share + (0.0 if baseline is None else baseline)
         if not warming:
             # An objective that has not moved yet has no scale: its estimate counts as typical.
-            ratios = np.divide(risks, baseline, out=np.ones_like(risks), where=baseline > 0.0)
+            with np.errstate(over="ignore"):
+                ratios = np.divide(risks, baseline, out=np.ones_like(risks), where=baseline > 0.0)
+                rises = self.robust_step_size * ratios
             baseline = np.where(baseline > 0.0, baseline, risks)
-            logarithms = logarithms + self.robust_step_size * ratios
+            logarithms = logarithms + np.minimum(rises, _LARGEST)
             # The softmax stays the same, and the logarithms do not grow from call to call.
-            logarithms -= logarithms.max()
+            logarithms = np.maximum(logarithms - logarithms.max(), -_LARGEST)
         return torch.from_numpy(softmax(logarithms)), {
             "logarithms": torch.from_numpy(logarithms),
             "baseline": torch.from_numpy(baseline),
