@@ -140,6 +140,9 @@ def exported_names() -> list[str]:
 class ComposedAggregator(GramianAggregator):
     """Base of the classes made by :func:`compose`; they take the arguments of their weighting."""
 
+    # As all methods: a misspelt attribute is an error.
+    __slots__ = ()
+
     weighting_class: ClassVar[type]
     qualified_name: ClassVar[str]
 
@@ -150,7 +153,6 @@ class ComposedAggregator(GramianAggregator):
         if name == "weighting":
             self._check_weighting(value)
         elif hasattr(self.weighting, name):
-            # It would be kept here, where nobody looks at it.
             raise AttributeError(f"set it on the weighting: aggregator.weighting.{name} = ...")
         super().__setattr__(name, value)
 
@@ -173,6 +175,8 @@ class ComposedAggregator(GramianAggregator):
 
 class _StatefulComposedAggregator(ComposedAggregator):
     """Composed of a :class:`~jdcore.Stateful` weighting, which keeps the state."""
+
+    __slots__ = ()
 
     weighting: Any
 
@@ -206,6 +210,7 @@ def compose(
     :param qualified_name: ``"distribution:name"``, under which the registry finds the class again.
     """
     namespace = {
+        "__slots__": (),
         "__doc__": weighting_class.__doc__,
         "__module__": "jdcore.aggregation",
         # Editors and `jdcore info` ask it, where `*args, **kwargs` would tell nothing.

@@ -165,8 +165,13 @@ def _ask(weighting: Any, source: GramianSource, shape: Sequence[int] | None) -> 
     else:
         expected = (source.rows,)
         takes = _takes_source(cls)
-        weights = weighting.weigh(source) if takes else weighting(source.gramian())
+        weights = weighting.weigh(source) if takes else weighting(_copy(source))
     return checked(weights, expected)
+
+
+def _copy(source: GramianSource) -> Tensor:
+    # A function may normalize it in place, or differentiate; the Gramian is looked at again.
+    return source.gramian().clone()
 
 
 def checked(weights: Any, expected: tuple[int, ...]) -> Tensor:
@@ -189,7 +194,7 @@ def checked(weights: Any, expected: tuple[int, ...]) -> Tensor:
 def _ask_of_shape(weighting: Any, source: GramianSource, shape: Sequence[int]) -> Any:
     cls: Any = type(weighting)
     if not _takes_source(cls):
-        return weighting(unflatten_gramian(source.gramian(), shape))
+        return weighting(unflatten_gramian(_copy(source), shape))
     if not _takes_shape(cls):
         raise ParameterError(
             "weighting",

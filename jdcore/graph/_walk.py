@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
+from jdcore.graph._saved import results_of
+
 Edge: TypeAlias = "tuple[Node, int]"
 
 # A custom function may keep anything under the name `variable`, so leaves are told by this name.
@@ -62,12 +64,12 @@ class Reach:
 
 
 def largest_gradient(graph: Reach) -> int:
-    """Bytes of the largest gradient that arrives at a node, 0 where torch does not tell."""
+    """Bytes of the largest gradient that arrives at a node, but for nested ones, of no one size."""
     largest = 0
     for node in graph.nodes:
-        # No public interface (since torch 2.5); a missing one only means that nothing is known.
-        for data in getattr(node, "_input_metadata", ()):
-            largest = max(largest, math.prod(data.shape) * data.dtype.itemsize)
+        for *sizes, dtype in results_of(node):
+            if all(isinstance(size, int) for size in sizes):
+                largest = max(largest, math.prod(sizes) * dtype.itemsize)
     return largest
 
 

@@ -106,6 +106,15 @@ def test_on_accelerators_all_rows_go_at_once_convolutions_and_separate_losses_to
     assert _chosen(_net(2, "meta"), torch.empty(4, 8, device="meta"), 8, free=1 << 30) == 8
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+def test_gradients_that_are_nested_have_no_one_size(layout: torch.layout) -> None:
+    weight = torch.ones(3, 2, requires_grad=True)
+    pieces = torch.nested.nested_tensor([torch.ones(n, 2) for n in (3, 1)], layout=layout)
+    losses = [piece.sum() for piece in nn.functional.linear(pieces, weight).unbind()]
+    assert largest_gradient(reach(losses)) == 3 * 3 * 4  # of the first piece
+
+
 @pytest.mark.usefixtures("_fresh")
 def test_on_accelerators_memory_bounds_the_rows_at_once() -> None:
     model, x = _images("meta")

@@ -78,7 +78,6 @@ READ = {
         "_sym_",
     },
     "jdcore/graph/_functions.py": {"_version"},
-    "jdcore/graph/_walk.py": {"_input_metadata"},
 }
 """By module, all that it reads."""
 

@@ -12,7 +12,7 @@ from attrs import define
 from numpy.typing import NDArray
 from torch import Tensor
 
-from jdcore import monitor
+from jdcore import autogram, monitor
 from jdcore.aggregation import (
     Flattening,
     GramianAggregator,
@@ -162,6 +162,29 @@ class ReusingWeighting(GramianWeighting):
     def measure(self, answer: NDArray[np.float64]) -> float:
         self.measured += 1
         return float(answer.max())
+
+
+@pytest.mark.parametrize("call", ["engine", "engine, two dimensions", "gramian_backward", "rows"])
+def test_a_function_may_write_into_the_gramian_that_it_is_given(call: str) -> None:
+    def normalizing(gramian: Tensor) -> Tensor:
+        gramian /= 100.0
+        gramian.requires_grad_()  # such as to take steps of its own
+        return gramian.new_full(gramian.shape[: gramian.ndim // 2], 0.5)
+
+    weights = torch.zeros(2, requires_grad=True)
+    losses = MATRIX @ weights
+    with monitor.record() as history:
+        if call == "gramian_backward":
+            gramian_backward(losses, normalizing)
+        elif call == "rows":
+            backward(losses)
+            jac_to_grad(weights, GramianAggregator(normalizing))
+        else:
+            losses = losses[:, None] if "two" in call else losses
+            autogram.backward(losses, normalizing, batch_dim=0)
+    assert history[0].norms == [1.0, 5.0]
+    assert weights.grad is not None
+    assert weights.grad.tolist() == [-1.0, 2.0]
 
 
 def test_a_residual_is_measured_when_it_is_read_of_the_answer_as_it_was() -> None:

@@ -109,7 +109,8 @@ def test_an_argument_is_set_on_the_weighting_and_nowhere_else(registry: Registry
     with pytest.raises(AttributeError, match=r"aggregator\.weighting\.check_finite = "):
         aggregator.check_finite = True
     assert aggregator.weighting.check_finite is None
-    aggregator.note = "mine"  # as on any object
+    with pytest.raises(AttributeError, match="no attribute 'chek_finite'"):
+        aggregator.chek_finite = True
 
 
 def test_registering_again_replaces_the_earlier_registration(registry: Registry) -> None:
