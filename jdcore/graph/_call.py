@@ -18,6 +18,7 @@ from jdcore.graph._operations import REARRANGING
 from jdcore.graph._passes import Grads, copies
 from jdcore.graph._plan import Plan
 from jdcore.graph._saved import zeros_at
+from jdcore.graph._site import Site
 from jdcore.graph.shares import Dense, sum_of
 
 # Operations whose derivative cannot be batched, or not without a loop inside.
@@ -59,32 +60,26 @@ def reduced(grad: Tensor, shape: torch.Size) -> Tensor:
     return grad if grad.shape == shape else grad.sum_to_size(shape)
 
 
-def called_shares(
-    node: Any,
-    name: str,
-    grads: Grads,
-    masks: Sequence[Tensor | None],
-    shapes: dict[int, torch.Size],
-    memory: Memory,
-) -> dict[int, Dense]:
+def called_shares(site: Site, operands: Sequence[int], memory: Memory) -> dict[int, Dense]:
     """
     Call an operation once for each row, with the gradients of all other samples set to zero.
 
-    :param name: Of the node.
-    :param grads: At its results, shape [K, ...] each.
-    :param masks: The entries of each sample, shape [B, ...] each.
-    :param shapes: By operand, its shape.
+    :param operands: Those that shares are wanted for.
     :param memory: How many samples may be called at once: each has gradients of all results.
     :returns: By operand, its share.
     """
+    node, shapes = site.node, {p: site.shapes[p] for p in operands}
     # A result without gradients, or on which no loss depends, is nothing to the operation either.
-    given = [(g, m) for g, m in zip(grads, masks, strict=True) if g is not None and m is not None]
-    tasks, samples = len(given[0][0]), len(given[0][1])
-    positions = [g is not None and m is not None for g, m in zip(grads, masks, strict=True)]
+    given = [
+        None if g is None or layout is None else (g, layout.masks(g[0]))
+        for g, layout in zip(site.grads, site.layouts, strict=True)
+    ]
+    present = [pair for pair in given if pair is not None]
+    tasks, samples = len(present[0][0]), site.samples
 
     def one(*chosen: Tensor) -> tuple[Tensor, ...]:
         rest: Iterator[Tensor] = iter(chosen)
-        found = call(node, [next(rest) if there else None for there in positions])
+        found = call(node, [None if pair is None else next(rest) for pair in given])
         return tuple(
             chosen[0].new_zeros(shape) if found[p] is None else reduced(found[p], shape)  # type: ignore[arg-type]  # checked
             for p, shape in shapes.items()
@@ -92,18 +87,19 @@ def called_shares(
 
     def rows_of(row: int, end: int) -> list[Tensor]:
         k, b = divmod(row, samples)
-        return [_masked(g[k], m[b : b + end - row]) for g, m in given]
+        # Chosen, not multiplied: a sample that is NaN concerns no other one.
+        return [torch.where(m[b : b + end - row], g[k], 0) for g, m in present]
 
-    size = sum(g[0].numel() for g, _ in given) + sum(shape.numel() for shape in shapes.values())
+    size = sum(g[0].numel() for g, _ in present) + sum(shape.numel() for shape in shapes.values())
     parts = [
         (k * samples + start, k * samples + stop)
         for k in range(tasks)
         for start, stop in memory.pieces(samples, size)
     ]
-    one_by_one = hasattr(node, "apply") or name in _ONE_BY_ONE
+    one_by_one = hasattr(node, "apply") or site.name in _ONE_BY_ONE
     found, batched = called_for_rows(one, rows_of, parts, one_by_one=one_by_one)
     if not batched and not one_by_one:
-        _ONE_BY_ONE.add(name)
+        _ONE_BY_ONE.add(site.name)
     return {
         p: Dense(of_operand.view(tasks, samples, *shape), shape)
         for of_operand, (p, shape) in zip(found, shapes.items(), strict=True)
@@ -168,11 +164,6 @@ def _batched(
         if not all(agree([pair]) for pair in zip(found, expected, strict=True)):
             return None
     return found
-
-
-def _masked(grad: Tensor, mask: Tensor) -> Tensor:
-    # Chosen, not multiplied: a sample that is NaN concerns no other one.
-    return torch.where(mask, grad, 0)
 
 
 def pull(graph: Graph, plan: Plan, grads: dict[Place, Tensor]) -> dict[int, Tensor]:

@@ -3,7 +3,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import cached_property
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ from jdcore.graph._hooks import has_hook_for_several, may_have_hooks
 from jdcore.graph._memory import Memory
 from jdcore.graph._objectives import Objectives, OneByOne
 from jdcore.graph._operations import is_sparse
-from jdcore.graph._passes import Grads, Heard, Listener, differentiate, saved_by
+from jdcore.graph._passes import Heard, Listener, differentiate, saved_by
 from jdcore.graph._plan import Plan, Plans, plan_of_tasks
 from jdcore.graph._probe import Unshown
 from jdcore.graph._root_shares import RootShares
@@ -32,18 +32,13 @@ from jdcore.graph._serving import Serving
 from jdcore.graph._site import Site
 from jdcore.graph._tasks import Passes, starts_of
 from jdcore.graph.rules import Rules
-from jdcore.graph.shares import (
-    Accumulator,
-    Dense,
-)
+from jdcore.graph.shares import Accumulator, Dense
 from jdcore.linalg import factors
 
 _HOOKED = (
     "there are hooks that were made since the last call, and torch does not show whether they are "
     "on tensors of this graph"
 )
-Serve: TypeAlias = "Callable[[int, Grads, Mapping[str, Any]], None]"
-"""Called with an operation of the frontier, the gradients of all tasks, and what it saved."""
 
 _TAMPERED = "a function writes into the gradients that its backward is given"
 
@@ -294,57 +289,58 @@ class Jacobian:
         serving.roots.graph_stays = retain_graph
         unserved: dict[int, tuple[Site, list[int]]] = {}
 
-        def serve(node: int, rows: Grads, tensors: Mapping[str, Any]) -> None:
-            found = serving.serve(node, rows, tensors)
-            if found is not None:
-                unserved[node] = found
+        def receive(heard: Iterable[Heard]) -> None:
+            for node, grads, tensors in serving.serve_alike(heard) if tasks == 1 else heard:
+                found = serving.serve(node, grads, tensors)
+                if found is not None:
+                    unserved[node] = found
 
-        wait = len(plan.late) == len(plan.frontier)
-        wait &= tasks * sum(plan.late.values()) <= self.memory.waiting
-        if tasks == 1:
-            self._run_one(serving, serve, retain_graph)
-        elif wait and (saved := saved_by(self.graph, plan.frontier)) is not None:
-            grads = self._of_first(tasks, retain_graph)
-            for node, tensors in saved.items():
-                numbers = range(len(self.graph.form.results[node]))
-                serve(node, [grads.pop((node, i), None) for i in numbers], tensors)
+        saved = self._saved_if_small()
+        if saved is None:
+            self._listen(receive, retain_graph)
         else:
-            self._run_several(serve, retain_graph)
+            receive(self._at_once(saved, retain_graph))
         for node, (site, rest) in unserved.items():
             serving.call(node, site, rest)
         plan.called = {*(plan.called or ()), *unserved}
 
-    def _run_one(self, serving: Serving, serve: Serve, retain_graph: bool) -> None:
-        """One task."""
+    def _saved_if_small(self) -> dict[int, Mapping[str, Any]] | None:
+        """What the frontier saved, if the gradients there may wait until passes have freed it."""
+        plan, tasks = self._plan, self.objectives.tasks
+        wait = len(plan.late) == len(plan.frontier)
+        wait &= tasks * sum(plan.late.values()) <= self.memory.waiting
+        return saved_by(self.graph, plan.frontier) if wait else None
 
-        def receive(heard: Iterable[Heard]) -> None:
-            for node, grads, tensors in serving.serve_alike(heard):
-                serve(node, [_row(grad) for grad in grads], tensors)
+    def _at_once(self, saved: dict[int, Any], retain_graph: bool) -> Iterator[Heard]:
+        """The gradients of all tasks, after passes without any hook."""
+        grads = self._of_first(self.objectives.tasks, retain_graph)
+        for node in list(saved):
+            numbers = range(len(self.graph.form.results[node]))
+            yield node, [grads.pop((node, i), None) for i in numbers], saved.pop(node)
 
-        self._listen(receive, retain_graph)
+    def _listen(self, receive: Callable[[Iterable[Heard]], None], retain_graph: bool) -> None:
+        """Hear the gradients of the last task, so that nothing of it need be kept, with others."""
+        objectives, plan = self.objectives, self._plan
+        tasks = objectives.tasks
+        first = self._of_first(tasks - 1, True) if tasks > 1 else {}
 
-    def _run_several(self, serve: Serve, retain_graph: bool) -> None:
-        """Several tasks. The last one is listened to, so that nothing of it need be kept."""
-        tasks = self.objectives.tasks
-        first = self._of_first(tasks - 1, True)
-
-        def receive(heard: Iterable[Heard]) -> None:
+        def joined(heard: Iterable[Heard]) -> Iterator[Heard]:
             for node, grads, tensors in heard:
                 of_first = [first.pop((node, i), None) for i in range(len(grads))]
                 rows = [_joined(f, g, tasks) for f, g in zip(of_first, grads, strict=True)]
-                serve(node, rows, tensors)
+                yield node, rows, tensors
+                del grads, rows  # freed before the next ones come
 
-        self._listen(receive, retain_graph)
+        listener = Listener(self.graph, plan.frontier, late=plan.late, room=self.memory.waiting)
+        listener.run(
+            objectives.outputs,
+            [objectives.seeds_of_tasks([tasks - 1])[0]],
+            lambda heard: receive(joined(heard)),
+            retain_graph=retain_graph,
+        )
         # What is left arrived from earlier tasks alone: the last one does not reach these nodes.
         left = dict.fromkeys(node for node, _ in first)
-        receive([(n, [None] * len(self.graph.form.results[n]), {}) for n in left])
-
-    def _listen(self, receive: Callable[[Iterable[Heard]], None], retain_graph: bool) -> None:
-        """The last task."""
-        objectives, frontier, late = self.objectives, self._plan.frontier, self._plan.late
-        listener = Listener(self.graph, frontier, late=late, room=self.memory.waiting)
-        seed = objectives.seeds_of_tasks([objectives.tasks - 1])[0]
-        listener.run(objectives.outputs, [seed], receive, retain_graph=retain_graph)
+        receive(joined((n, [None] * len(self.graph.form.results[n]), {}) for n in left))
 
     def _of_first(self, count: int, retain_graph: bool) -> dict[Place, Tensor]:
         """The gradients of the first tasks at the operations of the frontier, [count, ...] each."""
@@ -475,15 +471,6 @@ class Jacobian:
         return [*(self.graph.others if self._all_leaves else ()), *self.graph.retained]
 
 
-def _row(grad: Tensor | None) -> Tensor | None:
-    """The gradient of one task."""
-    if grad is None:
-        return None
-    if grad.requires_grad:  # which it does where somebody differentiates twice
-        grad = grad.detach()
-    return dense(grad)[None]
-
-
 def _joined(first: Tensor | None, last: Tensor | None, tasks: int) -> Tensor | None:
     """
     The gradients of all tasks at a place, zero where there is none.
@@ -492,7 +479,11 @@ def _joined(first: Tensor | None, last: Tensor | None, tasks: int) -> Tensor | N
     :param last: Of the last one.
     :param tasks: K.
     """
-    row = _row(last)
-    if row is None:
+    if last is None:
         return None if first is None else torch.cat([first, torch.zeros_like(first[:1])])
+    if last.requires_grad:  # which it does where somebody differentiates twice
+        last = last.detach()
+    row = dense(last)[None]
+    if tasks == 1:
+        return row
     return torch.cat([row.new_zeros(tasks - 1, *row.shape[1:]) if first is None else first, row])

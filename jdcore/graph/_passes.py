@@ -29,13 +29,11 @@ Item = TypeVar("Item")
 
 
 @once_for_each_form
-def _stops(form: Form, heard: tuple[int, ...], afterwards: bool) -> tuple[list[int], list[Place]]:
+def _stops(form: Form, heard: tuple[int, ...]) -> tuple[list[int], list[Place]]:
     """Those of some nodes that need a hook, and of the others the results to ask for."""
-    # Those that other ones lie behind, unless all gradients are asked for.
-    inner = set() if afterwards else form.above(heard) & {*heard}
-    others = {*heard} - inner
+    inner = form.above(heard) & {*heard}  # other ones lie behind them
     # A result that nothing uses may not even exist, so those in use are asked for.
-    return sorted(inner), [place for place in form.used if place[0] in others]
+    return sorted(inner), [place for place in form.used if place[0] in {*heard} - inner]
 
 
 class Listener:
@@ -47,8 +45,7 @@ class Listener:
     there. Passes that start inside of the pass (of implicit layers, of checkpoints) are not heard.
 
     Code of Python in the midst of a pass drives that of torch from the caches of the processor. So
-    gradients may be handed on later, those of several nodes at a time: at the end of a pass that
-    returns them all if they are small, without any hook.
+    gradients may be handed on later, those of several nodes at a time.
 
     :param graph: The graph.
     :param heard: The nodes.
@@ -59,13 +56,8 @@ class Listener:
     def __init__(
         self, graph: Graph, heard: Iterable[int], *, late: Mapping[int, int] = _NONE, room: int = 0
     ) -> None:
-        nodes = tuple(heard)
         self._graph, self._late, self._room = graph, late, room
-        self._saved: dict[int, Mapping[str, Any]] = {}
-        """What all nodes saved, if they are handed on after the pass, which frees it."""
-        if len(late) == len(nodes) and sum(late.values()) <= room:
-            self._saved = saved_by(graph, nodes) or {}
-        self._inner, self._ends = _stops(graph.form, nodes, bool(self._saved))
+        self._inner, self._ends = _stops(graph.form, tuple(heard))
 
     def run(
         self,
@@ -109,13 +101,10 @@ class Listener:
         ends = graph.edges(self._ends)
         heard = (graph.nodes[node].register_prehook(partial(hear, node)) for node in self._inner)
         others = (graph.nodes[node].register_hook(hook) for node, hook in hooks)
-        if self._inner or hooks:
-            # That of the pass first of all, since its start may be heard itself.
-            with own.starting_at(outputs if self._inner else ()), own_hooks(chain(heard, others)):
-                found = differentiate(outputs, ends, seeds, retain_graph)
-            hand_on()
-        else:
+        # That of the pass first of all, since its start may be heard itself.
+        with own.starting_at(outputs if self._inner else ()), own_hooks(chain(heard, others)):
             found = differentiate(outputs, ends, seeds, retain_graph)
+        hand_on()
         of_node: dict[int, list[Tensor | None]] = {}
         for (node, number), grad in zip(self._ends, found, strict=True):
             if grad is not None:
@@ -123,7 +112,7 @@ class Listener:
                 of_node.setdefault(node, nothing)[number] = grad
         # From here on, each gradient is freed as soon as its receiver is done with it.
         del found
-        receive((n, of_node.pop(n), self._saved.pop(n, _NONE)) for n in list(of_node))
+        receive((n, of_node.pop(n), _NONE) for n in list(of_node))
 
 
 def saved_by(graph: Graph, nodes: Iterable[int]) -> dict[int, Mapping[str, Any]] | None:

@@ -80,8 +80,8 @@ class RootShares:
         self._total = total
         self._keep = total.keep
         self._shares: dict[Place, list[Share]] = {}
-        self._layers: list[tuple[list[Place], OuterLayers | OuterBeside]] = []
-        self._short = ShortRows(memory)
+        self._layers: list[tuple[Sequence[Place], OuterLayers | OuterBeside]] = []
+        self._short = ShortRows(memory, total.keep)
         self.joins = total.joins and not (memory.reused or report)
         """Whether layers of one form may come together, as accelerators compute them fastest."""
         self._beside_others = total.joins and memory.reused and not report
@@ -102,7 +102,14 @@ class RootShares:
         """The roots that each of the shares was made for, in the order in which they were added."""
 
     def take(
-        self, root: Place, share: Share, operation: str, how: str, *, beside_others: bool = False
+        self,
+        root: Place,
+        share: Share,
+        operation: str,
+        how: str,
+        *,
+        beside_others: bool = False,
+        counted: bool = False,
     ) -> None:
         """
         Take a share.
@@ -110,21 +117,20 @@ class RootShares:
         :param operation: The name of the operation that the root enters.
         :param how: How the share was made, in words.
         :param beside_others: Whether others of the same inputs may follow, or have come before.
+        :param counted: Whether its Gramian is in that of another one.
         """
         if self._report:
-            self._note(root, share, operation, how)
-        place = root
-        if root in self._plan.alone:
-            place, share = self._at_end(root, share)
-            if isinstance(share, Dense) and share.shape.numel() < SHORT:
-                self._short.add(place, share)
-                return
-            if beside_others and self._beside_others and isinstance(share, Outer):
-                self._take_beside(root, place, share)
-            else:
-                self._add_alone(root, place, share)
+            self.served.append(Served(operation, root, repr(share), how))
+        if root not in self._plan.alone:
+            self._shares.setdefault(root, []).append(share)
             return
-        self._shares.setdefault(place, []).append(share)
+        place, share = self._at_end(root, share)
+        if isinstance(share, Dense) and (counted or share.shape.numel() < SHORT):
+            self._short.add([place], share, counted)
+        elif beside_others and self._beside_others and isinstance(share, Outer):
+            self._take_beside(root, place, share)
+        else:
+            self._add_alone(root, place, share)
 
     def _take_beside(self, root: Place, place: Place, share: Outer) -> None:
         """Add the share of a parameter together with others of its inputs."""
@@ -148,17 +154,15 @@ class RootShares:
         if len(waiting) == 1:
             self._add_alone(*waiting[0])
             return
-        whole = OuterBeside([share for _, _, share in waiting])
-        self._add(whole, [root for root, _, _ in waiting])
-        if self._keep:
-            self._layers.append(([place for _, place, _ in waiting], whole))
+        roots, places, shares = zip(*waiting, strict=True)
+        self._add_several(OuterBeside(shares), roots, places)
 
-    def take_counted(self, root: Place, share: Dense, operation: str, how: str) -> None:
-        """:meth:`take`, for a share whose Gramian is in that of another one."""
-        if self._report:
-            self._note(root, share, operation, how)
-        place, _ = self._at_end(root, share)
-        self._short.add(place, share, counted=True)
+    def _add_several(
+        self, layers: OuterLayers | OuterBeside, roots: Sequence[Place], places: Sequence[Place]
+    ) -> None:
+        self._add(layers, list(roots))
+        if self._keep:
+            self._layers.append((places, layers))
 
     def has_room(self, entries: int) -> bool:
         """Whether so many entries may be copied for several layers."""
@@ -182,14 +186,12 @@ class RootShares:
             bias = self._graph.form.result(biases[0]).shape if biases else None
             turned = share.turned() if ends[0].turned else share
             layers = OuterLayers(turned, bias, self._memory.joined)
-            self._add(layers, list(roots))
-            if self._keep:
-                of_biases = [(self._plan.ends[root].leaf, 0) for root in biases]
-                self._layers.append(([*places, *of_biases], layers))
-                self._room -= entries
+            of_biases = [(self._plan.ends[root].leaf, 0) for root in biases]
+            self._add_several(layers, roots, [*places, *of_biases])
+            self._room -= entries if self._keep else 0
         else:
             assert isinstance(share, Dense)
-            self._short.add_layers(list(roots) if ends[0].turned else places, share)
+            self._short.add(roots if ends[0].turned else places, share)
 
     def finish(self) -> None:
         """Add what waited until all shares are there."""
@@ -202,13 +204,10 @@ class RootShares:
             self._add_group(group)
         if self._plan.derived:
             self._add_rows(self._plan.derived)
-        for share, roots in self._short.shares(self._keep):
+        for share, roots in self._short.shares():
             self._add(share, roots)
         # It has the same shares, which are to be freed one after the other by what weighs them.
         del self._total
-
-    def _note(self, root: Place, share: Share, operation: str, how: str) -> None:
-        self.served.append(Served(operation, root, repr(share), how))
 
     def _add(self, share: Addend, roots: list[Place]) -> None:
         if self._late is not None:

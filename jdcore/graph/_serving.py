@@ -3,6 +3,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 from attrs import frozen
 from torch import Tensor
 
@@ -14,7 +15,7 @@ from jdcore.graph._plan import Plan, Spot
 from jdcore.graph._root_shares import RootShares
 from jdcore.graph._saved import Unreadable, all_saved
 from jdcore.graph._short_rows import SHORT
-from jdcore.graph._site import Layers, NoRule, Site, stacked_alike
+from jdcore.graph._site import Layers, NoRule, Site, alike
 from jdcore.graph.rules import Rule, Rules
 from jdcore.graph.shares import Dense, Outer, Share
 
@@ -63,7 +64,7 @@ class Serving:
         make = None if spot.complex else self.rules.find(site.name, site.node)
         shares, bias = _shares(make, site, spot)
         if bias is not None:
-            self.roots.take_counted(spot.roots[0], bias, spot.name, "with its weight")
+            self.roots.take(spot.roots[0], bias, spot.name, "with its weight", counted=True)
         rest = []
         for operand, share in shares.items():
             if share is None:
@@ -81,14 +82,7 @@ class Serving:
         :param rest: Likewise.
         """
         spot = self.plan.spot(self.graph.form, node)
-        masks = [
-            None if g is None or layout is None else layout.masks(g[0])
-            for g, layout in zip(site.grads, site.layouts, strict=True)
-        ]
-        shapes = {operand: site.shapes[operand] for operand in rest}
-        for operand, share in called_shares(
-            site.node, site.name, site.grads, masks, shapes, self.memory
-        ).items():
+        for operand, share in called_shares(site, rest, self.memory).items():
             self.roots.take(spot.roots[operand], share, spot.name, "called for each sample")
 
     # -- several operations at once ----------------------------------------------------------------
@@ -108,11 +102,11 @@ class Serving:
         groups: dict[int, list[Heard]] = {}
         for one in heard:
             node, [grad, *others], _ = one
-            alike = self.plan.spot(self.graph.form, node).alike
-            if alike is None or grad is None or any(g is not None for g in others):
+            kind = self.plan.spot(self.graph.form, node).alike
+            if kind is None or grad is None or any(g is not None for g in others):
                 yield one
             else:
-                groups.setdefault(alike, []).append(one)
+                groups.setdefault(kind, []).append(one)
             del one, grad, others  # freed as soon as they are served
         for group in groups.values():
             yield from self._of_group(group)
@@ -138,7 +132,7 @@ class Serving:
         nodes, spot = [self.graph.nodes[node] for node, _, _ in heard], spots[0]
         rule = self.rules.find(spot.name, nodes[0])
         try:
-            grads = stacked_alike([of_results[0] for _, of_results, _ in heard])
+            grads = alike([of_results[0] for _, of_results, _ in heard], torch.cat)
             of_place = spot.name, [grads], spot.layouts, spot.shapes
             saved = [(n, tensors) for n, (_, _, tensors) in zip(nodes, heard, strict=True)]
             site = Layers(nodes[0], *of_place, operations=saved)
@@ -166,7 +160,8 @@ def _entries(node: Any, heard: Heard) -> int:
     tensors = given or all_saved(node)
     if grad is None or tensors is None:
         return 0
-    saved = [t for t in tensors.values() if isinstance(t, Tensor) and t.shape[:1] == grad.shape[:1]]
+    lead = grad.shape[1:2]
+    saved = [t for t in tensors.values() if isinstance(t, Tensor) and t.shape[:1] == lead]
     return sum([t.numel() for t in saved], grad.numel())
 
 

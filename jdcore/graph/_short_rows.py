@@ -17,43 +17,36 @@ _Entry: TypeAlias = "tuple[Place, torch.Size]"
 
 
 class ShortRows:
-    """Short rows of many parameters, multiplied together."""
+    """
+    Short rows of many parameters, multiplied together.
 
-    def __init__(self, memory: Memory) -> None:
-        self._memory = memory
+    :param keep: Whether :meth:`weighted` will be called.
+    """
+
+    def __init__(self, memory: Memory, keep: bool) -> None:
+        self._memory, self._keep = memory, keep
         self._groups: dict[tuple[torch.dtype, bool], list[tuple[list[_Entry], Tensor]]] = {}
         self._joined: list[tuple[Tensor, list[_Entry]]] = []
 
-    def add(self, root: Place, share: Dense, counted: bool = False) -> None:
+    def add(self, roots: Sequence[Place], share: Dense, counted: bool = False) -> None:
         """
         Add the rows of a share.
 
-        :param root: Where the gradient belongs.
+        :param roots: Where its gradient belongs; of several layers for one task, those of each,
+            and the share has the layers in the place of tasks.
         :param counted: Whether their Gramian is in that of another share.
         """
-        self._put([(root, share.shape)], share.flat_rows(), counted)
-
-    def add_layers(self, roots: Sequence[Place], share: Dense) -> None:
-        """
-        Add the rows of the operands of several layers, for one task.
-
-        :param share: With the layers in the place of tasks.
-        """
-        rows = share.flat_rows().transpose(0, 1).flatten(1)[None]
-        self._put([(root, share.shape) for root in roots], rows, False)
-
-    def _put(self, entries: list[_Entry], rows: Tensor, counted: bool) -> None:
+        if counted and not self._keep:
+            return
+        rows = share.flat_rows()
+        if len(roots) > 1:
+            rows = rows.transpose(0, 1).flatten(1)[None]
+        entries = [(root, share.shape) for root in roots]
         self._groups.setdefault((rows.dtype, counted), []).append((entries, rows))
 
-    def shares(self, keep: bool) -> Iterator[tuple[Dense, list[Place]]]:
-        """
-        What is to be added to the Gramian, and the roots whose rows it is made of.
-
-        :param keep: Whether :meth:`weighted` will be called.
-        """
+    def shares(self) -> Iterator[tuple[Dense, list[Place]]]:
+        """What is to be added to the Gramian, and the roots whose rows it is made of."""
         for (_, counted), parts in self._groups.items():
-            if counted and not keep:
-                continue
             size = sum([of_roots.numel() for _, of_roots in parts])
             if counted and (self._memory.reused or size > self._memory.joined):
                 # Joined rows would be a copy, which costs more than calls do.
@@ -64,7 +57,7 @@ class ShortRows:
             entries = [entry for of_rows, _ in parts for entry in of_rows]
             if not counted:
                 yield Dense(joined, joined.shape[2:]), [root for root, _ in entries]
-            if keep:
+            if self._keep:
                 self._joined.append((joined, entries))
         self._groups.clear()
 

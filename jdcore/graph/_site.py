@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from operator import attrgetter
 from typing import Any
 
@@ -173,7 +173,7 @@ class Layers(Site):
                 for node, tensors in self.operations
             ]
             if isinstance(values[0], Tensor):
-                self.memo[name] = stacked_alike(values)
+                self.memo[name] = alike(values, torch.stack)
             elif all(value == values[0] for value in values):
                 self.memo[name] = values[0]
             else:
@@ -187,12 +187,13 @@ class Layers(Site):
 _FORM = attrgetter("shape", "dtype", "layout", "device")
 
 
-def stacked_alike(tensors: Sequence[Any]) -> Tensor:
+def alike(tensors: Sequence[Any], join: Callable[[Any], Tensor]) -> Tensor:
     """
     Tensors of several operations, one behind the other.
 
+    :param join: Puts tensors of one form together.
     :raises NoRule: If they are not dense and of one form.
     """
     if tensors[0].layout != torch.strided or len(set(map(_FORM, tensors))) > 1:
         raise NoRule
-    return torch.stack(tensors)  # type: ignore[arg-type]
+    return join(tensors)

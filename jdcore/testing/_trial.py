@@ -141,13 +141,8 @@ def _converted(value: Any, dtype: torch.dtype) -> Any:
 
 def explicit_rows(use: Use) -> Tensor:
     """The rows of a share by calling the operation, shape [K, B, *shape]."""
-    site = use.site
-    pairs = zip(site.grads, site.layouts, strict=True)
-    masks = [None if g is None or layout is None else layout.masks(g[0]) for g, layout in pairs]
-    shapes = {use.operand: site.shapes[use.operand]}
     memory = Memory(1 << 30, 1 << 30, 1 << 30, reused=False)
-    found = called_shares(site.node, site.name, site.grads, masks, shapes, memory)
-    return found[use.operand].rows()
+    return called_shares(use.site, [use.operand], memory)[use.operand].rows()
 
 
 def tensors_of(site: Site) -> Sequence[Tensor]:

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from jdcore.graph import _serving
+from jdcore.graph import Site, _serving
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -27,9 +27,9 @@ def called(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     seen: list[str] = []
     original = _serving.called_shares
 
-    def noting(node: Any, name: str, *rest: Any) -> Any:
-        seen.append(name)
-        return original(node, name, *rest)
+    def noting(site: Site, *rest: Any) -> Any:
+        seen.append(site.name)
+        return original(site, *rest)
 
     monkeypatch.setattr(_serving, "called_shares", noting)
     return seen
