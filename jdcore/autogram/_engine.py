@@ -10,11 +10,10 @@ from torch.nn.parallel import DataParallel
 from torch.nn.parameter import is_lazy
 
 from jdcore._compilation import not_traced
-from jdcore.autogram._cross import crossed
 from jdcore.autogram._losses import checked_batch_dim, checked_budget, objectives_of, shape_of
 from jdcore.autogram._report import Verification, explained, verified
 from jdcore.autogram._step import Step
-from jdcore.autogram._together import take_step
+from jdcore.autogram._together import crossed, take_step
 from jdcore.distributed._sharding import Gathered
 from jdcore.errors import ParameterError, ParameterTypeError
 from jdcore.graph import Plans

@@ -124,8 +124,7 @@ class Union:
             # Round by round, so that no more than what is sent at once is in memory twice.
             for share in self._exchanged(items):
                 total.add_share(share)
-        own = total.total
-        cancelled = total.cancelled(own)
+        own, cancelled = total.result()
         # Sums of three processes need not be taken in the same order in both triangles.
         return symmetric(self.meeting.total(Stage.GRAMIAN, own)), cancelled
 

@@ -163,18 +163,11 @@ _FORMS: WeakValueDictionary[tuple[Any, ...], Form] = WeakValueDictionary()
 _RECENT: deque[Form] = deque(maxlen=32)
 
 
-def form_of(
-    names: tuple[str, ...],
-    inputs: tuple[tuple[Place, ...], ...],
-    described: tuple[tuple[tuple[Any, ...], ...], ...],
-    starts: tuple[Place, ...],
-    targets: tuple[Place, ...],
-) -> Form:
-    """The one form with these properties."""
-    key = names, inputs, described, starts, targets
-    form = _FORMS.get(key)
+def form_of(*properties: Any) -> Form:
+    """The one form with some properties, as :class:`Form` takes them."""
+    form = _FORMS.get(properties)
     if form is None:
-        form = _FORMS[key] = Form(*key)
+        form = _FORMS[properties] = Form(*properties)
     _RECENT.append(form)
     return form
 
@@ -196,11 +189,6 @@ def once_for_each_form(function: Callable[P, R]) -> Callable[P, R]:
         return found
 
     return known
-
-
-_Properties: TypeAlias = (
-    "tuple[tuple[str, ...], tuple[tuple[Place, ...], ...], tuple[tuple[tuple[Any, ...], ...], ...]]"
-)
 
 
 class Graph:
@@ -249,7 +237,7 @@ class Graph:
             tuple(self.targets),
         )
 
-    def _explore(self) -> _Properties:
+    def _explore(self) -> tuple[tuple[Any, ...], ...]:
         """Number all nodes behind the first ones: their names, operands and results."""
         nodes, known = self.nodes, self._index
         inputs: list[tuple[Place, ...]] = []

@@ -139,32 +139,20 @@ class Jacobian:
         made: list[Accumulator] = []
 
         def added_up() -> tuple[Tensor, bool]:
-            if made:
-                made.append(self._added_up_again(made[0], retain_graph))
+            total = Accumulator(rows, self._device, keep, self.memory)
+            if made and keep:
+                with torch.no_grad():  # the same shares once more
+                    for share in made[0].added:
+                        total.add_share(share)
             else:
                 # Without what is kept, all may have to be done once more.
-                again = not keep and precision != torch.float64
-                made.append(self._added_up(keep, retain_graph or again))
-            found = made[-1].total
-            return found, made[-1].cancelled(found)
+                again = not (made or keep) and precision != torch.float64
+                self.add_to(total, retain_graph=retain_graph or again)
+            made.append(total)
+            return total.result()
 
         found, self.definite = multiplied(rows, precision, added_up)
         return self.objectives.ordered(found)
-
-    def _added_up(self, keep: bool, retain_graph: bool) -> Accumulator:
-        total = Accumulator(self.objectives.rows, self._device, keep, self.memory)
-        self.add_to(total, retain_graph=retain_graph)
-        return total
-
-    def _added_up_again(self, before: Accumulator, retain_graph: bool) -> Accumulator:
-        """The same shares once more, or all over again if they were not kept."""
-        if not before.keep:
-            return self._added_up(False, retain_graph)
-        total = Accumulator(self.objectives.rows, self._device, True, self.memory)
-        with torch.no_grad():
-            for share in before.added:
-                total.add_share(share)
-        return total
 
     def add_to(self, total: Accumulator, *, retain_graph: bool) -> None:
         """

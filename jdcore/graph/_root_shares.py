@@ -55,11 +55,8 @@ class RootShares:
     uses of one parameter, and what is derived from parameters, wait until all are there. What is
     kept gives the weighted gradients later, and waits as well.
 
-    :param graph: The graph.
-    :param objectives: Its losses.
     :param plan: Where the roots are, and what belongs together.
     :param hooked: Parameters whose hooks have to see the rows.
-    :param memory: How large temporaries may be.
     :param total: What the Gramians are added to, until :meth:`finish`.
     :param report: Whether to note in :attr:`served` what served each operand.
     """
@@ -85,9 +82,8 @@ class RootShares:
         self.joins = total.joins and not (memory.reused or report)
         """Whether layers of one form may come together, as accelerators compute them fastest."""
         self._beside_others = total.joins and memory.reused and not report
-        self._waiting: list[tuple[Place, Place, Outer]] = []
+        self._waiting: dict[Hashable, list[tuple[Place, Place, Share]]] = {}
         """Shares of the same inputs that are not added yet, with their roots and places."""
-        self._kind: Hashable = None  # of these
         self.graph_stays = True
         """Whether what operations saved stays in memory, beside what was copied for that."""
         self._room = memory.entries // 4  # for such copies
@@ -127,21 +123,12 @@ class RootShares:
         place, share = self._at_end(root, share)
         if isinstance(share, Dense) and (counted or share.shape.numel() < SHORT):
             self._short.add([place], share, counted)
-        elif beside_others and self._beside_others and isinstance(share, Outer):
-            self._take_beside(root, place, share)
-        else:
-            self._add_alone(root, place, share)
-
-    def _take_beside(self, root: Place, place: Place, share: Outer) -> None:
-        """Add the share of a parameter together with others of its inputs."""
-        kind = beside(share)
-        if self._waiting and kind != self._kind:
-            self._add_waiting()
+            return
+        kind = beside(share) if beside_others and self._beside_others else None
         if kind is None:
             self._add_alone(root, place, share)
         else:
-            self._kind = kind
-            self._waiting.append((root, place, share))
+            self._waiting.setdefault(kind, []).append((root, place, share))
 
     def _add_alone(self, root: Place, place: Place, share: Share) -> None:
         self._add(share, [root])
@@ -149,13 +136,14 @@ class RootShares:
             self._shares.setdefault(place, []).append(share)
 
     def _add_waiting(self) -> None:
-        """Add shares that wait for others of the same inputs."""
-        waiting, self._waiting = self._waiting, []
-        if len(waiting) == 1:
-            self._add_alone(*waiting[0])
-            return
-        roots, places, shares = zip(*waiting, strict=True)
-        self._add_several(OuterBeside(shares), roots, places)
+        """Add shares that waited for others of the same inputs."""
+        for waiting in self._waiting.values():
+            if len(waiting) == 1:
+                self._add_alone(*waiting[0])
+            else:
+                roots, places, shares = zip(*waiting, strict=True)
+                self._add_several(OuterBeside(shares), roots, places)
+        self._waiting.clear()
 
     def _add_several(
         self, layers: OuterLayers | OuterBeside, roots: Sequence[Place], places: Sequence[Place]
@@ -195,8 +183,7 @@ class RootShares:
 
     def finish(self) -> None:
         """Add what waited until all shares are there."""
-        if self._waiting:
-            self._add_waiting()
+        self._add_waiting()
         late, self._late = self._late, None
         for share, roots in late or ():
             self._add(share, roots)

@@ -25,10 +25,6 @@ class Serving:
     """
     Makes shares of the gradients at operations, by their rules or by calling them.
 
-    :param graph: The graph.
-    :param plan: What is known of it.
-    :param rules: What is known of operations.
-    :param memory: How large temporaries may be.
     :param roots: What takes the shares.
     """
 

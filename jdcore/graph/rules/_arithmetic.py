@@ -9,68 +9,40 @@ from jdcore.graph._site import NoRule, Site
 from jdcore.graph.rules._table import rule
 from jdcore.graph.shares import Dense, Outer, Share, outer
 
-
-@rule("MmBackward0", layers=True)
-def matrix_product(site: Site, operand: int) -> Share:
-    """``a @ b``."""
-    other = site.saved("self" if operand else "mat2")
-    return _factor(site, operand, operand == 0, other, site.grad)
-
-
-@rule("AddmmBackward0", layers=True)
-def matrix_product_and_sum(site: Site, operand: int) -> Share:
-    """``beta * bias + alpha * a @ b``."""
-    if operand == 0:
-        return site.broadcast(times(site.grad, site.saved("beta")), 0)
-    other = site.saved("mat1" if operand == 2 else "mat2")
-    return _factor(site, operand, operand == 1, other, times(site.grad, site.saved("alpha")))
+# By operation, under which names its factors are saved. A sum with a third operand comes first.
+_FACTORS = {
+    "MmBackward0": ("self", "mat2"),
+    "AddmmBackward0": ("mat1", "mat2"),
+    "BmmBackward0": ("self", "mat2"),
+    "BaddbmmBackward0": ("batch1", "batch2"),
+}
 
 
-def _factor(site: Site, operand: int, first: bool, other: Tensor, grads: Tensor) -> Share:
-    """
-    The share of a factor of a matrix product.
-
-    :param first: Whether it is the first one.
-    :param other: The other one.
-    """
-    if not first:
-        inputs, varied = site.positions(other), site.positions(grads, 1)
-    else:
-        # The rows of the first factor are those of the result, whose samples have to be in the
-        # columns.
-        if site.layout.dim != 1:
-            raise NoRule
-        site = site.turned(0)
-        inputs, varied = site.positions(other.mT), site.positions(grads.mT, 1)
-    return Outer(inputs, varied, grads_first=first, shape=site.shapes[operand])
-
-
+@rule("MmBackward0", "AddmmBackward0", layers=True)
 @rule("BmmBackward0", "BaddbmmBackward0")
-def batched_matrix_product(site: Site, operand: int) -> Share:
-    """``a[e] @ b[e]`` for a batch of matrices that belong to no sample, such as experts."""
-    grads = site.grad
-    first = operand
-    if site.name == "BaddbmmBackward0":
+def matrix_product(site: Site, operand: int) -> Share:
+    """``a @ b`` or ``beta * c + alpha * a @ b``, also for a batch of matrices, such as experts."""
+    grads, factor = site.grad, operand
+    if site.name in ("AddmmBackward0", "BaddbmmBackward0"):
         if operand == 0:
             return site.broadcast(times(grads, site.saved("beta")), 0)
-        grads, first = times(grads, site.saved("alpha")), operand - 1
-        other = site.saved("batch1" if first else "batch2")
-    else:
-        other = site.saved("self" if first else "mat2")
-    # As for single matrices: samples in the columns for the first factor, in the rows for the
-    # second.
-    if site.layout.dim != 2 - first:
+        grads, factor = times(grads, site.saved("alpha")), operand - 1
+    first, other = factor == 0, site.saved(_FACTORS[site.name][1 - factor])
+    # Rows of the first factor are those of the result, so that samples have to be in its columns.
+    if site.layout.dim != grads.ndim - 3 + first:
         raise NoRule
-    if first == 0:
+    if first:
         grads, other = grads.mT, other.mT
-    inside = site.turned(0)
-    inputs = [inside.positions(of_matrix) for of_matrix in other]
-    varied = [inside.positions(grads[:, e], 1) for e in range(len(other))]
+    inside = site.turned(0) if site.layout.dim else site
     shape = site.shapes[operand]
-    if len(other) == 1:
-        return Outer(inputs[0], varied[0], grads_first=first == 0, shape=shape)
-    rows = [outer(x, g, grads_first=first == 0) for g, x in zip(varied, inputs, strict=True)]
-    return Dense(torch.stack(rows, 2), shape)
+    if grads.ndim == 3:
+        inputs, varied = inside.positions(other), inside.positions(grads, 1)
+        return Outer(inputs, varied, grads_first=first, shape=shape)
+    # The matrices of a batch belong to no sample.
+    pairs = [(inside.positions(x), inside.positions(grads[:, e], 1)) for e, x in enumerate(other)]
+    if len(pairs) == 1:
+        return Outer(*pairs[0], grads_first=first, shape=shape)
+    return Dense(torch.stack([outer(*pair, grads_first=first) for pair in pairs], 2), shape)
 
 
 @rule("MvBackward0")

@@ -50,9 +50,9 @@ class Share(ABC):
         """All rows written out, in at least float32, shape ``[K, B, *shape]``."""
 
     @property
-    @abstractmethod
     def entries(self) -> int:
         """Of the tensors that it is made of."""
+        return sum(factor.numel() for factor, _ in self.factors_of_samples() or ())
 
     # -- samples of several processes --------------------------------------------------------------
 
@@ -175,21 +175,21 @@ class Accumulator:
         # kernel.
         self._squares.setdefault((first, squares.shape[0]), []).append(squares)
 
-    def cancelled(self, total: Tensor) -> bool:
+    def result(self) -> tuple[Tensor, bool]:
         """
-        Whether so little is left of what was summed that products of float32 are too coarse.
+        The Gramian, and whether products of float32 are too coarse for it. Waits for accelerators.
 
-        Positions may cancel where rows do not: those of a gradient that is summed over them, such
-        as that of a task near its own minimum, or two uses of a layer. Waits for an accelerator.
-
-        :param total: The Gramian.
+        They are if little is left of what was summed. Positions may cancel where rows do not: those
+        of a gradient that is summed over them, such as that of a task near its own minimum, or two
+        uses of a layer.
         """
+        total = self.total
         if not self._squares:
-            return False
+            return total, False
         summed = self._lower.new_zeros(self.rows)
         for (first, count), noted in self._squares.items():
             summed[first : first + count] += torch.stack(noted).sum(0)
-        return bool((total.diagonal() < _LEFT * summed).any())
+        return total, bool((total.diagonal() < _LEFT * summed).any())
 
     def add_share(self, share: Addend) -> None:
         """Add the Gramian of a share."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -20,13 +21,19 @@ from tests.core.autogram.oracle import explicit_jacobian, relative_error
 def again(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """Whether a Gramian was made once more."""
     seen: list[bool] = []
-    original = _jacobian.Jacobian._added_up_again
+    original = _jacobian.multiplied
 
-    def noting(*arguments: object) -> object:
-        seen.append(True)
-        return original(*arguments)  # type: ignore[arg-type]
+    def noting(rows: int, precision: torch.dtype, added_up: Callable[[], Any]) -> Any:
+        made: list[Any] = []
 
-    monkeypatch.setattr(_jacobian.Jacobian, "_added_up_again", noting)
+        def counted() -> Any:
+            seen.extend([True] * len(made))
+            made.append(added_up())
+            return made[-1]
+
+        return original(rows, precision, counted)
+
+    monkeypatch.setattr(_jacobian, "multiplied", noting)
     return seen
 
 
