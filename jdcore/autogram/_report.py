@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from attrs import evolve, frozen
@@ -79,7 +79,7 @@ def verified(step: Step, names: Mapping[Tensor, str]) -> Verification:
         entries = _by_parameter(whole, names)
         # Plain passes write the `.grad` of what retains it.
         with whole.fields_unchanged():
-            rows = _rows(step, list(entries))
+            rows = plain_rows(step.objectives.outputs, list(entries))
     longest = max((float(of_tensor.norm()) for of_tensor in rows), default=0.0)
     # Rows shorter than that are zero but for rounding, as those of a bias in front of a norm.
     nothing = _ROUNDING * torch.finfo(whole.graph.form.precision).eps * longest
@@ -140,11 +140,11 @@ def _joined(parts: Sequence[str]) -> str:
     return " + ".join(part if n == 1 else f"{n} {part}" for part, n in Counter(parts).items())
 
 
-def _rows(step: Step, tensors: list[Tensor]) -> list[Tensor]:
+def plain_rows(outputs: Iterable[Tensor], tensors: Sequence[Tensor]) -> list[Tensor]:
     """The Jacobian by one backward pass for each loss, float64 [m, n] for each tensor."""
     rows: list[list[Tensor]] = [[] for _ in tensors]
     with torch.enable_grad():  # each loss is a part of the output by an operation of the graph
-        losses = [loss for output in step.objectives.outputs for loss in output.reshape(-1)]
+        losses = [loss for output in outputs for loss in output.reshape(-1)]
     for loss in losses:
         found = torch.autograd.grad(loss, tensors, retain_graph=True, materialize_grads=True)
         for of_tensor, grad in zip(rows, found, strict=True):

@@ -19,10 +19,10 @@ It knows no method, and leaves every ``.grad`` as it is. A step of autogram goes
 6. ``_serving`` makes a share of each gradient that arrives, by one of the ``rules``, to which a
    ``_site`` shows the operation. Without a rule, the operation is called (``_call``). ``_saved``
    reads what operations saved, under names of torch that are private.
-7. ``_root_shares`` adds up the Gramians of the ``shares``, those of biases and norms together
-   (``_short_rows``). Rows of what is computed from parameters are pulled back to these (``_call``).
-   ``_cost`` chooses among the forms of a Gramian and ``_memory`` the size of temporaries;
-   ``_cancelling`` has products made once more in float64 where those of float32 are too coarse.
+7. ``_root_shares`` adds up the Gramians of the ``shares``, those of biases and norms together.
+   Rows of what is computed from parameters are pulled back to these (``_call``). ``_cost`` chooses
+   among the forms of a Gramian and ``_memory`` the size of temporaries; ``_cancelling`` has
+   products made once more in float64 where those of float32 are too coarse.
 8. The weighted gradients come from the same shares.
 
 Other rooms import from its modules what they alone need.

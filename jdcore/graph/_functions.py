@@ -5,12 +5,6 @@ Some **write into the gradients** that they are given. Such a tensor may be the 
 operation as well (a sum hands the same one to both of its operands). If that one came first,
 autograd is done with the tensor by then; who kept it would go on with other numbers.
 
-Some **treat NaN otherwise than numbers**, and so hide where samples are: they compare gradients,
-replace what is not finite or take another branch, as torch's own derivatives do not. So passes of
-numbers follow those of NaN: from the second one on, each sample has another factor, by which all
-that belongs to it has to grow. The factors are powers of two, which no rounding hides: what a
-function mixes shows in the last digit of the smallest entry.
-
 Some **hand out the same buffer** each time, as captured graphs do. What comes next reads it at once
 in a backward pass; who keeps it finds the numbers of a later call there.
 
@@ -20,7 +14,7 @@ run once more, which accumulates into the ``.grad`` of their parameters.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from types import FunctionType, MethodType
@@ -33,11 +27,8 @@ from torch.utils.hooks import RemovableHandle
 
 from jdcore._handles import own_hooks
 from jdcore.errors import UnservedGraphError
-from jdcore.graph._graph import Graph, Place
-from jdcore.graph._layout import Layout
-from jdcore.graph._operations import is_steady
+from jdcore.graph._graph import Graph
 from jdcore.graph._passes import Grads, copies, differentiate
-from jdcore.graph._saved import function_of
 
 # -- those that write into gradients ---------------------------------------------------------------
 
@@ -119,122 +110,6 @@ def returning_copies(nodes: Iterable[Any]) -> AbstractContextManager[None]:
 
 def _copied(found: Grads, _: Grads) -> Grads:
     return copies(found)
-
-
-# -- those that hide samples -----------------------------------------------------------------------
-
-
-def hides_samples(
-    graph: Graph,
-    output: Tensor,
-    batch_dim: int,
-    layouts: Mapping[Place, Layout],
-    reached: Collection[Place],
-) -> bool:
-    """
-    Whether a function of Python does something else with numbers than with NaN.
-
-    :param output: The losses, the only output of the graph.
-    :param batch_dim: Their dimension of samples.
-    :param layouts: Where NaN showed the samples.
-    :param reached: The places that NaN came to.
-    """
-    form = graph.form
-    functions = [
-        node
-        for node in (form.leading if form.has_functions else ())
-        if function_of(graph.nodes[node]) and not is_steady(form.names[node])
-    ]
-    if not functions:
-        return False
-    samples = output.shape[batch_dim]
-    # One task starts as it will in the pass that counts; of several ones, none cancels another.
-    tasks = _random(output.numel() // samples).view(-1, 1).to(output)
-    others = output.shape[:batch_dim] + output.shape[batch_dim + 1 :]
-    seed = (tasks / tasks[0]).expand(-1, samples).reshape(*others, samples).movedim(-1, batch_dim)
-    first = _returned(graph, output, seed, functions)
-    apart = {node for node, _ in layouts}
-    known: dict[Place, Layout] = {}
-    for (node, operand), grad in first.items():
-        place = form.inputs[node][operand]
-        if place in layouts:
-            known[node, operand] = layouts[place]
-            continue
-        inside = place[0] in form.leading and place[0] not in form.rearranged
-        # Where samples are not apart, what is zero for all together may not be so for one.
-        if inside and place not in reached and (node not in apart or bool(grad.any())):
-            return True
-    # In half precision, factors that are far apart leave the range of numbers.
-    half = form.precision == torch.float16
-    doubtful = False
-    for factors in [_random(samples)] if half else _powers(samples):
-        of_losses = factors.view(-1, *[1] * (output.ndim - batch_dim - 1)).to(output)
-        second = _returned(graph, output, seed * of_losses, functions)
-        if second.keys() != first.keys():
-            return True
-        for place, layout in known.items():
-            wrong, largest = _errors(first[place], second[place], layout, factors)
-            # What is not finite cannot be told.
-            if bool((wrong > torch.finfo(second[place].dtype).eps ** 0.5 * largest).any()):
-                return True
-            # The smallest numbers have fewer digits, which a factor brings back.
-            limits = torch.finfo(form.precision)
-            doubtful |= not half and bool((wrong > limits.tiny / limits.eps).any())
-    # Accelerators have operations that add in no fixed order: their last digits differ as well.
-    return doubtful and _equal(first, _returned(graph, output, seed, functions))
-
-
-def _random(count: int) -> Tensor:
-    generator = torch.Generator().manual_seed(0)
-    return torch.rand(count, dtype=torch.float64, generator=generator, device="cpu") + 0.5
-
-
-def _powers(samples: int) -> Iterator[Tensor]:
-    """Powers of two for each sample, for as many passes as no two samples have the same in all."""
-    numbers = torch.arange(samples, device="cpu")
-    while True:
-        yield torch.exp2((numbers % 8).double() - 3)
-        numbers = numbers // 8
-        if not numbers.any():
-            return
-
-
-def _returned(
-    graph: Graph, output: Tensor, seed: Tensor, functions: Collection[int]
-) -> dict[Place, Tensor]:
-    """The gradients that functions return in a pass, by function and operand."""
-    kept: dict[Place, Tensor] = {}
-
-    def keep(node: int, found: Grads, _: Grads) -> None:
-        for operand, grad in enumerate(found):
-            if grad is not None and not grad.is_nested:
-                kept[node, operand] = grad.detach().to_dense().clone()
-
-    hooks = (graph.nodes[node].register_hook(partial(keep, node)) for node in functions)
-    with own_hooks(hooks):
-        differentiate([output], graph.edges(graph.form.targets), [seed], True)
-    return kept
-
-
-def _errors(grad: Tensor, grown: Tensor, layout: Layout, factors: Tensor) -> tuple[Tensor, Tensor]:
-    """
-    What is missing for a gradient to have grown as it has to, and the largest entry of each sample.
-
-    What belongs to a sample has to grow by its factor, and what belongs to none to be zero.
-    """
-    owners = layout.owners(grad.shape[layout.dim], grad.device)
-    of_entries = torch.where(owners < 0, 0.0, factors.to(grad.device)[owners])
-    wrong = (grown - grad * of_entries.view(-1, *[1] * (grad.ndim - layout.dim - 1))).abs()
-    others = [d for d in range(grad.ndim) if d != layout.dim]
-    largest = grown.abs()
-    if others:  # of no dimensions, torch takes all
-        largest = largest.amax(others, keepdim=True)
-    return wrong, largest
-
-
-def _equal(found: Mapping[Place, Tensor], again: Mapping[Place, Tensor]) -> bool:
-    same = partial(torch.allclose, rtol=0.0, atol=0.0, equal_nan=True)
-    return found.keys() == again.keys() and all(same(found[p], again[p]) for p in found)
 
 
 # -- those that keep what the graph does not show --------------------------------------------------

@@ -7,12 +7,18 @@ factors that happen to be zero and through tasks that cancel. Which samples are 
 pass makes a code of each sample. The codes are words of equal weight, none of which is covered by
 another one or by several: so an entry that is NaN in just the passes of one code depends on this
 sample alone.
+
+Some functions of Python treat NaN otherwise than numbers, and so hide where samples are: they
+compare gradients, replace what is not finite or take another branch, as torch's own derivatives do
+not. So passes of numbers follow those of NaN: from the second one on, each sample has another
+factor, by which all that belongs to it has to grow. The factors are powers of two, which no
+rounding hides: what a function mixes shows in the last digit of the smallest entry.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from functools import cache
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from functools import cache, partial
 from itertools import combinations
 from math import comb
 
@@ -20,12 +26,12 @@ import torch
 from attrs import frozen
 from torch import Tensor
 
-from jdcore.graph._functions import hides_samples
+from jdcore._handles import own_hooks
 from jdcore.graph._graph import Graph, Place
 from jdcore.graph._layout import Layout
-from jdcore.graph._operations import is_sparse_product, spread
-from jdcore.graph._passes import Grads, Heard, Listener
-from jdcore.graph._saved import current_pass
+from jdcore.graph._operations import is_sparse_product, is_steady, spread
+from jdcore.graph._passes import Grads, Heard, Listener, differentiate
+from jdcore.graph._saved import current_pass, function_of
 
 
 class Unshown(Exception):  # noqa: N818 - a signal, not an error
@@ -102,7 +108,7 @@ def find_layouts(graph: Graph, output: Tensor, batch_dim: int) -> Findings:
             layouts[place] = layout
     reached = {place for place, dims in found.items() if any(map(any, dims))}
     layouts = _whole(layouts, found)
-    if hides_samples(graph, output, batch_dim, layouts, reached):
+    if _functions_hide(graph, output, batch_dim, layouts, reached):
         raise Unshown("a function of the graph treats NaN otherwise than numbers")
     return Findings(layouts, reached, sure)
 
@@ -172,3 +178,122 @@ def _codes(samples: int) -> list[int]:
     length = next(n for n in range(2, 64) if comb(n, n // 2) >= samples)
     words = combinations(range(length), length // 2)
     return [sum(1 << bit for bit in word) for word, _ in zip(words, range(samples), strict=False)]
+
+
+# -- functions of Python --------------------------------------------------------------------------
+
+
+def _functions_hide(
+    graph: Graph,
+    output: Tensor,
+    batch_dim: int,
+    layouts: Mapping[Place, Layout],
+    reached: Collection[Place],
+) -> bool:
+    """
+    Whether a function of Python does something else with numbers than with NaN.
+
+    :param layouts: Where NaN showed the samples.
+    :param reached: The places that NaN came to.
+    """
+    form = graph.form
+    functions = [
+        node
+        for node in (form.leading if form.has_functions else ())
+        if function_of(graph.nodes[node]) and not is_steady(form.names[node])
+    ]
+    if not functions:
+        return False
+    seed = _seed(output, batch_dim)
+    first = _returned(graph, output, seed, functions)
+    apart = {node for node, _ in layouts}
+    known: dict[Place, Layout] = {}
+    for (node, operand), grad in first.items():
+        place = form.inputs[node][operand]
+        if place in layouts:
+            known[node, operand] = layouts[place]
+            continue
+        inside = place[0] in form.leading and place[0] not in form.rearranged
+        # Where samples are not apart, what is zero for all together may not be so for one.
+        if inside and place not in reached and (node not in apart or bool(grad.any())):
+            return True
+    # In half precision, factors that are far apart leave the range of numbers.
+    half, limits = form.precision == torch.float16, torch.finfo(form.precision)
+    samples, doubtful = output.shape[batch_dim], False
+    for factors in [_random(samples)] if half else _powers(samples):
+        of_losses = factors.view(-1, *[1] * (output.ndim - batch_dim - 1)).to(output)
+        second = _returned(graph, output, seed * of_losses, functions)
+        if second.keys() != first.keys():
+            return True
+        for place, layout in known.items():
+            wrong, largest = _errors(first[place], second[place], layout, factors)
+            # What is not finite cannot be told.
+            if bool((wrong > torch.finfo(second[place].dtype).eps ** 0.5 * largest).any()):
+                return True
+            # The smallest numbers have fewer digits, which a factor brings back.
+            doubtful |= not half and bool((wrong > limits.tiny / limits.eps).any())
+    # Accelerators have operations that add in no fixed order: their last digits differ as well.
+    return doubtful and _equal(first, _returned(graph, output, seed, functions))
+
+
+def _seed(output: Tensor, batch_dim: int) -> Tensor:
+    """What the losses start with."""
+    # One task starts as it will in the pass that counts; of several ones, none cancels another.
+    samples = output.shape[batch_dim]
+    tasks = _random(output.numel() // samples).view(-1, 1).to(output)
+    others = output.shape[:batch_dim] + output.shape[batch_dim + 1 :]
+    seed = (tasks / tasks[0]).expand(-1, samples)
+    return seed.reshape(*others, samples).movedim(-1, batch_dim)
+
+
+def _random(count: int) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.rand(count, dtype=torch.float64, generator=generator, device="cpu") + 0.5
+
+
+def _powers(samples: int) -> Iterator[Tensor]:
+    """Powers of two for each sample, for as many passes as no two samples have the same in all."""
+    numbers = torch.arange(samples, device="cpu")
+    while True:
+        yield torch.exp2((numbers % 8).double() - 3)
+        numbers = numbers // 8
+        if not numbers.any():
+            return
+
+
+def _returned(
+    graph: Graph, output: Tensor, seed: Tensor, functions: Collection[int]
+) -> dict[Place, Tensor]:
+    """The gradients that functions return in a pass, by function and operand."""
+    kept: dict[Place, Tensor] = {}
+
+    def keep(node: int, found: Grads, _: Grads) -> None:
+        for operand, grad in enumerate(found):
+            if grad is not None and not grad.is_nested:
+                kept[node, operand] = grad.detach().to_dense().clone()
+
+    hooks = (graph.nodes[node].register_hook(partial(keep, node)) for node in functions)
+    with own_hooks(hooks):
+        differentiate([output], graph.edges(graph.form.targets), [seed], True)
+    return kept
+
+
+def _errors(grad: Tensor, grown: Tensor, layout: Layout, factors: Tensor) -> tuple[Tensor, Tensor]:
+    """
+    What is missing for a gradient to have grown as it has to, and the largest entry of each sample.
+
+    What belongs to a sample has to grow by its factor, and what belongs to none to be zero.
+    """
+    owners = layout.owners(grad.shape[layout.dim], grad.device)
+    of_entries = torch.where(owners < 0, 0.0, factors.to(grad.device)[owners])
+    wrong = (grown - grad * of_entries.view(-1, *[1] * (grad.ndim - layout.dim - 1))).abs()
+    others = [d for d in range(grad.ndim) if d != layout.dim]
+    largest = grown.abs()
+    if others:  # of no dimensions, torch takes all
+        largest = largest.amax(others, keepdim=True)
+    return wrong, largest
+
+
+def _equal(found: Mapping[Place, Tensor], again: Mapping[Place, Tensor]) -> bool:
+    same = partial(torch.allclose, rtol=0.0, atol=0.0, equal_nan=True)
+    return found.keys() == again.keys() and all(same(found[p], again[p]) for p in found)

@@ -12,9 +12,8 @@ from jdcore.graph._graph import Graph
 from jdcore.graph._memory import Memory, pieces
 from jdcore.graph._passes import Grads, Heard
 from jdcore.graph._plan import Plan, Spot
-from jdcore.graph._root_shares import RootShares
+from jdcore.graph._root_shares import SHORT, RootShares
 from jdcore.graph._saved import Unreadable, all_saved
-from jdcore.graph._short_rows import SHORT
 from jdcore.graph._site import Layers, NoRule, Site, alike
 from jdcore.graph.rules import Rule, Rules
 from jdcore.graph.shares import Dense, Outer, Share

@@ -9,6 +9,7 @@ import torch
 from attrs import field, frozen
 from torch import Tensor
 
+from jdcore.autogram._report import plain_rows
 from jdcore.graph import Jacobian, NoRule, Objectives, Plans, Rule, Rules, Share, Site
 from jdcore.graph._call import called_shares
 from jdcore.graph._hooks import look
@@ -125,13 +126,7 @@ class Trial:
 
     def rows(self) -> Tensor:
         """The Jacobian by one backward pass for each loss, float64."""
-        rows = []
-        for loss in self.losses.flatten():
-            found = torch.autograd.grad(
-                loss, self.operands, retain_graph=True, materialize_grads=True
-            )
-            rows.append(torch.cat([grad.to_dense().flatten() for grad in found]))
-        return torch.stack(rows).double()
+        return torch.cat(plain_rows([self.losses], self.operands), 1)
 
 
 def _converted(value: Any, dtype: torch.dtype) -> Any:

@@ -159,46 +159,43 @@ class Patches(Share):
         return *kernel, channels
 
     def _all_rows(self, memory: Memory) -> Tensor:
-        if self._geometry.plain:
-            return self._multiplied(self._all_patches(), memory, self._new_rows)
-        rows = self._new_rows(self._features)
-        self._differentiate(rows, memory)
-        return rows.flatten(2).flatten(0, 1)
-
-    def _new_rows(self, features: Sequence[int]) -> Tensor:
-        return widened(self._grads[:0]).new_empty(self._rows_of(features))
+        entries = math.prod(self._rows_of(self._features))
+        [rows] = self._written(memory, widened(self._grads[:0]).new_empty, entries)
+        return rows
 
     def _pieces(self, memory: Memory) -> Iterator[Tensor]:
         """Rows of some features after the other, in reused memory."""
         like = widened(self._grads[:0])
+        return self._written(memory, lambda shape: memory.rows(shape, like), memory.entries)
 
-        def reused(features: Sequence[int]) -> Tensor:
-            return memory.rows(self._rows_of(features), like)
+    def _written(
+        self, memory: Memory, make: Callable[[tuple[int, ...]], Tensor], entries: int
+    ) -> Iterator[Tensor]:
+        """
+        Rows as matrices [R, o * features], those of a plain convolution in pieces.
 
+        :param make: Makes room for rows of a shape.
+        :param entries: How many a piece may have.
+        """
         if not self._geometry.plain:
-            rows = reused(self._features)
+            rows = make(self._rows_of(self._features))
             self._differentiate(rows, memory)
             yield rows.flatten(2).flatten(0, 1)
             return
-        all_patches = self._all_patches()
-        parts = list(blocks(self._features, memory.entries // math.prod(self._rows_of(()))))
+        whole = patches(self._images, self._geometry, self.shape[2:], self._sizes[1])
+        parts = list(blocks(self._features, entries // math.prod(self._rows_of(()))))
         for part in parts:
             index: tuple[Any, ...] = (..., *part)
-            chosen = all_patches[index] if len(parts) > 1 else all_patches
-            yield self._multiplied(chosen, memory, reused)
-
-    def _all_patches(self) -> Tensor:
-        return patches(self._images, self._geometry, self.shape[2:], self._sizes[1])
+            chosen = whole[index] if len(parts) > 1 else whole
+            yield self._multiplied(chosen, memory, make)
 
     def _multiplied(
-        self, chosen: Tensor, memory: Memory, make: Callable[[Sequence[int]], Tensor]
+        self, chosen: Tensor, memory: Memory, make: Callable[[tuple[int, ...]], Tensor]
     ) -> Tensor:
         """
         Rows as products of gradients and patches, of some of the features.
 
         :param chosen: Patches [B, r, height, width, *kernel, c].
-        :param make: Makes room for rows of features ``[*kernel, c]``.
-        :returns: A matrix [R, o * features].
         """
         K, B, r = self._sizes
         features, o = chosen.shape[4:], self._grads.shape[2]
@@ -212,8 +209,7 @@ class Patches(Share):
         if len(parts) == K == 1 and not memory.reused:
             # A product that need not be written to a given place takes halves as they are.
             return product(grads[0], chosen.reshape(B, -1, length)).flatten(1)
-        rows = make(features)
-        flat = rows.flatten(3)
+        flat = make(self._rows_of(features)).flatten(3)
         for start, stop in parts:
             part = chosen[start:stop]
             copied = memory.take(tuple(part.shape), part, slot=1).copy_(part)
@@ -275,8 +271,6 @@ class Patches(Share):
             total = combined(weights.reshape(-1), self._kept)
             return total.view(self.shape[0], *self._features).movedim(-1, 1).reshape(self.shape)
         K, B, r = self._sizes
-        if r == 1:
-            return self._weight_gradient(weighted_sum(weights, self._grads), self._images)
         by_sample = self._grads.reshape(K, B, r, *self._grads.shape[2:])
         return self._weight_gradient(weighted_sum(weights, by_sample).flatten(0, 1), self._images)
 
