@@ -27,13 +27,14 @@ def matrix_product(site: Site, operand: int) -> Share:
         if operand == 0:
             return site.broadcast(times(grads, site.saved("beta")), 0)
         grads, factor = times(grads, site.saved("alpha")), operand - 1
-    first, other = factor == 0, site.saved(_FACTORS[site.name][1 - factor])
+    first, dim = factor == 0, site.layout.dim
+    other = site.saved(_FACTORS[site.name][1 - factor])
     # Rows of the first factor are those of the result, so that samples have to be in its columns.
-    if site.layout.dim != grads.ndim - 3 + first:
+    if dim != grads.ndim - 3 + first:
         raise NoRule
     if first:
         grads, other = grads.mT, other.mT
-    inside = site.turned(0) if site.layout.dim else site
+    inside = site.turned(0) if dim else site
     shape = site.shapes[operand]
     if grads.ndim == 3:
         inputs, varied = inside.positions(other), inside.positions(grads, 1)
