@@ -69,9 +69,11 @@ class PluginRecord:
             return f"it is switched off by {self.disabled}."
         if self.pending:
             return "it is being imported at this moment."
-        return (
-            "" if self.error is None else f"{type(self.error).__name__}: {message_of(self.error)}"
-        )
+        if self.error is None:
+            return ""
+        # In one line, as messages and tables show it: those of pluggy have several.
+        message = " ".join(message_of(self.error).split())
+        return f"{type(self.error).__name__}: {message}"
 
 
 @frozen
@@ -238,7 +240,9 @@ def load(plugin: Plugin) -> PluginRecord:
     if plugin.point is None:
         return record
     try:
-        return evolve(record, **_specs_of(plugin.point.load()))
+        found = evolve(record, **_specs_of(plugin.point.load()))
+        _refuse_duplicates(_claims(found))
+        return found
     except KeyboardInterrupt:  # the user's, who wants the program to stop
         raise
     # A plugin may raise anything on import, also leave through sys.exit(), pytest.skip() or a
@@ -275,12 +279,6 @@ def _specs_of(plugin: object) -> dict[str, Any]:
     solvers = _collect(manager.hook.jdcore_solvers(), SolverSpec)
     scalarizers = _collect(manager.hook.jdcore_scalarizers(), ScalarizerSpec)
     rules = _collect(manager.hook.jdcore_gramian_rules(), GramianRuleSpec)
-    # Within a plugin, two specs of one name are a mistake of its author and fail it as a whole.
-    # Between distributions they are nobody's mistake: both stay, under qualified names.
-    _refuse_duplicates([normalize_name(n) for spec in aggregators for n in names_of(spec)])
-    _refuse_duplicates([normalize_name(n) for spec in scalarizers for n in names_of(spec)])
-    _refuse_duplicates([f"{spec.problem}/{normalize_name(spec.name)}" for spec in solvers])
-    _refuse_duplicates([spec.operation for spec in rules])
     return {
         "aggregators": aggregators,
         "solvers": solvers,
@@ -303,7 +301,51 @@ def names_of(spec: AggregatorSpec | ScalarizerSpec) -> tuple[str, ...]:
     return (spec.name, *spec.aliases)
 
 
-def _refuse_duplicates(names: list[str]) -> None:
-    for name, count in Counter(names).items():
+def _claims(record: PluginRecord) -> list[tuple[str, str]]:
+    """All names by which the specs of a plugin are found, each with what kind of name it is."""
+    methods = [
+        (kind.word, normalize_name(name))
+        for kind in KINDS
+        for spec in kind.specs_of(record)
+        for name in names_of(spec)
+    ]
+    solvers = [("solver", f"{s.problem}/{normalize_name(s.name)}") for s in record.solvers]
+    rules = [("Gramian rule", normalize_name(rule.name)) for rule in record.gramian_rules]
+    return methods + solvers + rules + [("operation", r.operation) for r in record.gramian_rules]
+
+
+def _refuse_duplicates(claims: list[tuple[str, str]]) -> None:
+    # Within a plugin, two specs of one name are a mistake of its author and fail it as a whole.
+    # Between distributions they are nobody's mistake: both stay, under qualified names.
+    for (_, name), count in Counter(claims).items():
         if count > 1:
             raise ParameterTypeError("specs", "of different names", f"the name {name!r} twice")
+
+
+def without_doubles(records: Iterable[PluginRecord]) -> tuple[PluginRecord, ...]:
+    """
+    The records, where a plugin fails that claims what an earlier one of its distribution has.
+
+    A distribution may have several entry points, and a qualified name is to mean one thing.
+    """
+    owners: dict[tuple[str, tuple[str, str]], str] = {}
+    found = []
+    for record in records:
+        claims = [(record.distribution, claim) for claim in _claims(record)]
+        doubled = [claim for claim in claims if claim in owners]
+        if doubled:
+            record = _doubled(record, doubled[0][1], owners[doubled[0]])
+        else:
+            owners.update(dict.fromkeys(claims, record.entry_point))
+        found.append(record)
+    return tuple(found)
+
+
+def _doubled(record: PluginRecord, claim: tuple[str, str], owner: str) -> PluginRecord:
+    bare = evolve(record, aggregators=(), solvers=(), scalarizers=(), gramian_rules=())
+    error = ParameterTypeError(
+        "specs",
+        "of names that no other entry point of the distribution has",
+        f"the {claim[0]} {claim[1]!r}, which {owner!r} has",
+    )
+    return _failed(bare, error)

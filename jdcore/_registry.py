@@ -24,6 +24,7 @@ from jdcore._discovery import (
     names_of,
     normalize_distribution,
     switched_without_effect,
+    without_doubles,
 )
 from jdcore._gramian_rules import CHOOSE, RUNTIME, OperationTable, serves_itself
 from jdcore._loading import Loading
@@ -176,7 +177,7 @@ class Registry:
             runtime = {kind: [*self._runtime[kind].values()] for kind in KINDS}
             runtime_rules = [*self._runtime_rules.values()]
             # Read once: a plugin that is loaded meanwhile is in the next tables, as a whole.
-            records = loading.records()
+            records = without_doubles(loading.records())
         return _Known(
             records=records,
             methods={

@@ -71,6 +71,14 @@ class Chosen:
             {"weights": torch.nested.nested_tensor([torch.ones(2)], layout=torch.jagged)},
             "`weights` must be .*, got a nested float32 Tensor",
         ),
+        (
+            {"weights": torch.tensor([1.0, torch.nan])},
+            r"`weights` must be a finite .*, got \[1.0, nan\]",
+        ),
+        (
+            {"weights": torch.ones(2, 1)},
+            r"`weights` must be .*, got a float32 Tensor of shape \[2, 1\]",
+        ),
         ({"weights": torch.ones(2).to(torch.float8_e5m2)}, "`weights` must be .*, got a float8"),
     ],
 )

@@ -216,6 +216,39 @@ def test_a_distribution_found_twice_counts_once_where_it_is_imported_from(tmp_pa
     assert run(first, code, JDCORE_PLUGINS="twice") == [["1.0", "twice", "first_method"]]
 
 
+def test_of_two_entry_points_of_a_distribution_with_one_name_the_later_one_fails(
+    tmp_path: Path,
+) -> None:
+    source = PLUGIN.format(method="same")
+    more = source + "    yield spec('other')\n"
+    points = b"[jdcore.plugins]\na = double\nb = double_too\n"
+    unpack(tmp_path, "double", {"double.py": source, "double_too.py": more}, entry_points=points)
+
+    code = (
+        f"{LIST}reasons = [p.reason for p in jdcore.list_plugins() if p.distribution == 'double']\n"
+    )
+    code += "result = names, reasons, jdcore.describe('double:same').name"
+    names, reasons, found = run(tmp_path, code, JDCORE_PLUGINS="double")
+
+    assert names == ["same"]
+    assert reasons == [
+        "",
+        "ParameterTypeError: Parameter `specs` must be of names that no other entry point of the "
+        "distribution has, got the aggregator 'same', which 'a' has.",
+    ]
+    assert found == "same"
+
+
+def test_the_reason_of_a_misspelt_hook_is_one_line(tmp_path: Path) -> None:
+    source = PLUGIN.format(method="m").replace("aggregators():", "aggregators(registry):")
+    unpack(tmp_path, "misspelt", {"misspelt.py": source})
+
+    code = f"{LIST}result = [p.reason for p in jdcore.list_plugins() if p.reason]"
+    [reason] = [r for r in run(tmp_path, code, JDCORE_PLUGINS="misspelt") if "registry" in r]
+
+    assert "\n" not in reason
+
+
 def test_twenty_thousand_specs_cost_a_few_calls_each(tmp_path: Path) -> None:
     # Counted, not timed: quadratic work in the number of specs would be 400 million calls.
     source = """
