@@ -158,7 +158,7 @@ class Problem:
         chosen = 1 if retains or self.accumulates else self._chunk_size()
         if chosen == 1 or seems_hooked(self.kind, self.graph):
             return one_by_one()
-        solve = partial(self.solve, chosen)
+        solve = partial(self._solve_in_memory, chosen)
         return attempt(self.kind, solve, retain_graph, one_by_one, self.agrees_with)
 
     def _chunk_size(self) -> int:
@@ -186,6 +186,17 @@ class Problem:
             if size > 1 and size == self.m:
                 return self._at_once(retain_graph)
             return self._in_pieces(size, retain_graph)
+
+    def _solve_in_memory(self, chunk_size: int, retain_graph: bool) -> list[Tensor]:
+        """:meth:`solve`, with less rows at a time where memory does not suffice."""
+        while chunk_size > 1:
+            try:
+                return self.solve(chunk_size, retain_graph)
+            except torch.OutOfMemoryError:
+                if not retain_graph:
+                    raise  # parts of the graph are gone
+            chunk_size //= 2
+        return self.row_by_row(retain_graph)
 
     def agrees_with(self, rows: Sequence[Tensor], retain_graph: bool) -> bool:
         """Whether rows are those of single passes, told by one pass for a combination of them."""

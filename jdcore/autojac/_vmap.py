@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
+import torch
 from attrs import frozen
 from torch import Tensor
 
@@ -30,8 +31,9 @@ _MOST_ROWS = 64
 _FEWEST_ROWS = 3
 # Mean number of parameters per operator up to which the calls cost more than the arithmetic.
 _SMALL = 4096
-# How many gradients as large as the largest are alive at once in a backward pass.
-_ALIVE = 4
+# How many gradients as large as the largest are alive at once in a backward pass: up to six, in
+# that of a batch normalization.
+_ALIVE = 6
 
 
 @frozen
@@ -140,11 +142,18 @@ def is_small(graph: Reach, inputs: Iterable[Tensor]) -> bool:
 
 def _rows_that_fit(m: int, inputs: Sequence[Tensor], graph: Reach) -> int:
     jacobian = m * sum(tensor.numel() * tensor.itemsize for tensor in inputs)
-    row = _ALIVE * max(1, largest_gradient(graph))
+    row = bytes_of_row(inputs, graph)
     available = free_memory(inputs[0].device, enough=jacobian + m * row)
     if available is None:
         return min(m, _MOST_ROWS)
     return max(1, min(m, (available - jacobian) // row))
+
+
+def bytes_of_row(inputs: Sequence[Tensor], graph: Reach) -> int:
+    """What each of several rows takes during a pass, beside its part of the Jacobian."""
+    # Rows of a convolution or a table come out in another order, and are copied.
+    copied = max(tensor.numel() * tensor.itemsize for tensor in inputs)
+    return _ALIVE * max(1, largest_gradient(graph)) + copied
 
 
 # Operations of graphs for which vmap has worked in this process, and how often, or has failed.
@@ -198,6 +207,8 @@ def attempt(
     try:
         # Once it is known to work, what the pass goes through may be freed, and no way leads back.
         results = solve(retain_graph if known else True)
+    except torch.OutOfMemoryError:
+        raise  # which says nothing of vmap
     except Exception as error:
         # Any exception: what a broken batching rule raises is not specified.
         blamed = _blames_vmap(error) or not kind.listed
@@ -276,6 +287,8 @@ def insist(
         clear = not some_are_batched_now()  # as in `_examined`
         if clear and (doubt or kind.operations not in _WORKED):
             _check_nothing_escaped()
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:
         if not _blames_vmap(error):
             if isinstance(error, JDCoreError) or not retained:

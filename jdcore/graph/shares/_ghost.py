@@ -73,6 +73,7 @@ def _add_one_task(gram: Gram, grads: Tensor, total: Accumulator) -> None:
     for start, stop in parts:
         found = lower_product(flat, start * T, stop * T).mul_(gram(start, stop))
         total.add(summed_up(found[None], T, total, start)[0] if T > 1 else found, start)
+        del found  # before there are those of the next piece
 
 
 def summed_up(products: Tensor, T: int, total: Accumulator, first: int = 0) -> Tensor:

@@ -120,6 +120,7 @@ class Outer(Share):
                 rows = memory.take((R * len(used), stop - start), grads).zero_()
                 _scatter(rows, place, len(used), grads)
                 gramian.add_rows(rows.view(R, -1))
+                del rows  # before there are those of the next piece
         else:
             add_contracted(_same(place), self.grads, gramian)
 

@@ -122,6 +122,7 @@ class Patches(Share):
         else:
             for rows in self._pieces(memory):
                 gramian.add_rows(rows)
+                del rows  # before there are those of the next piece
 
     def _ghost_is_cheaper(self, memory: Memory) -> bool:
         if not self._geometry.plain:
@@ -216,6 +217,7 @@ class Patches(Share):
             factor = copied.view(stop - start, -1, length)
             for k in range(K):
                 product(grads[k, start:stop], factor, flat[k, start:stop])
+            del copied, factor  # before there are those of the next piece
         return flat.flatten(2).flatten(0, 1)
 
     def _differentiate(self, rows: Tensor, memory: Memory) -> None:

@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 from jdcore.aggregation import GramianAggregator
 from jdcore.autojac import backward, gramian_backward, jac_to_grad, mtl_backward
+from jdcore.autojac._vmap import bytes_of_row
+from jdcore.graph import reach
 from tests.memory import peak_bytes
 
 M = 6
@@ -132,3 +134,53 @@ def test_the_lean_step_takes_no_rows_of_linear_layers(
     step()
     # What is above plain backward is a bias, and the gradients [6, 2, 400] at the layers.
     assert peak_bytes(step) - peak_bytes(setting.plain) <= 0.05 * setting.jacobian
+
+
+def _convolutions() -> nn.Module:
+    def layer(channels: int, groups: int) -> list[nn.Module]:
+        convolution = nn.Conv2d(channels, 16, 3, padding=1, groups=groups)
+        return [convolution, nn.BatchNorm2d(16), nn.ReLU()]
+
+    layers = [*layer(3, 1), *layer(16, 4), *layer(16, 1)]
+    return nn.Sequential(nn.Unflatten(1, (3, 16, 16)), *layers, nn.AdaptiveAvgPool2d(1))
+
+
+class _Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(32, 96)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x.view(len(x), -1, 32)).view(len(x), 3, 4, -1, 8).unbind(1)
+        return ((q @ k.mT).softmax(-1) @ v).tanh()
+
+
+ROWS = {
+    "convolutions": (_convolutions, lambda: torch.randn(8, 768)),
+    "attention": (_Attention, lambda: torch.randn(4, 2048)),
+    "a table": (lambda: nn.Embedding(3000, 16), lambda: torch.randint(3000, (8, 16))),
+    "layers": (lambda: nn.Sequential(nn.Linear(64, 64), nn.ReLU()), lambda: torch.randn(512, 64)),
+}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_rows_at_once_take_no_more_than_is_counted_for_them(name: str) -> None:
+    make, inputs = ROWS[name]
+    torch.manual_seed(0)
+    model, x = make(), inputs()
+    parameters = list(model.parameters())
+
+    def losses() -> list[Tensor]:
+        features = model(x).flatten(1)
+        return [features[:, k::M].square().mean() for k in range(M)]
+
+    def rows(of: list[Tensor]) -> None:
+        backward(of, inputs=parameters, parallel_chunk_size=M, retain_graph=True)
+
+    rows(losses())  # what is tried once
+    for parameter in parameters:
+        del parameter.jac
+    found = losses()
+    jacobian = M * 4 * sum(parameter.numel() for parameter in parameters)
+    counted = M * bytes_of_row(parameters, reach(found))
+    assert peak_bytes(lambda: rows(found)) <= jacobian + counted

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.testing._internal.two_tensor import TwoTensor
 
-from jdcore.autojac import _vmap, backward, jac
+from jdcore.autojac import _problem, _vmap, backward, jac
 from jdcore.errors import VectorizationError, VectorizationWarning
 from jdcore.graph import _operations, reach
 from tests.core.autojac.conftest import Truth
@@ -392,3 +392,29 @@ def test_sparse_gradients_of_operations_that_were_batched_before_are_dense_rows(
             backward(table(tokens).tanh().square().flatten(1).sum(1))
     dense, sparse = (table.weight.jac for table in tables)
     torch.testing.assert_close(dense, sparse)
+
+
+@pytest.mark.parametrize("most", [3, 1])
+def test_less_rows_are_taken_at_once_where_memory_ends(
+    most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batched, sizes = _problem.batched_gradients, list[int]()
+
+    def short(outputs: Any, inputs: Any, rows: Any, retain_graph: bool) -> Any:
+        sizes.append(len(rows[0]))
+        if sizes[-1] > most:
+            raise torch.OutOfMemoryError("out of memory")
+        return batched(outputs, inputs, rows, retain_graph)
+
+    monkeypatch.setattr(_problem, "batched_gradients", short)
+    layer, x = nn.Linear(8, 8).double(), torch.randn(8, dtype=torch.float64)
+    for _ in range(2):
+        out = layer(x).tanh()
+        [rows] = jac([out], [layer.weight], retain_graph=True)
+        expected = [torch.autograd.grad(y, layer.weight, retain_graph=True)[0] for y in out]
+        torch.testing.assert_close(rows, torch.stack(expected))
+    assert sizes[:4] == ([8, 4, 2, 2] if most == 3 else [8, 4, 2, 8])
+    # A pass that frees the graph cannot be made once more.
+    with pytest.raises(torch.OutOfMemoryError):
+        jac([out], [layer.weight])
+    assert not _vmap._FAILED
