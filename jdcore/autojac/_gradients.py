@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor
 
 from jdcore._fields import dense
@@ -23,9 +24,15 @@ def zeros(tensor: Tensor, m: int) -> Tensor:
 
 
 def filled(gradients: Iterable[Tensor | None], tensors: Iterable[Tensor]) -> list[Tensor]:
-    """Gradients of the first of some tensors, zeros where there is none."""
+    """Dense gradients of the first of some tensors, zeros where there is none."""
     pairs = zip(gradients, tensors, strict=False)
-    return [tensor.new_zeros(tensor.shape) if g is None else dense(g) for g, tensor in pairs]
+    return all_dense([tensor.new_zeros(tensor.shape) if g is None else g for g, tensor in pairs])
+
+
+def all_dense(gradients: Iterable[Tensor]) -> list[Tensor]:
+    """:func:`~jdcore._fields.dense` of each."""
+    # Of plain ones, which nearly all are, it is not asked.
+    return [g if type(g) is Tensor and g.layout == torch.strided else dense(g) for g in gradients]
 
 
 @contextmanager

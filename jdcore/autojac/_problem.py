@@ -4,15 +4,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property, partial
 from itertools import compress
-from typing import cast
+from typing import Any
 
 import torch
 from attrs import evolve, field, frozen
 from torch import Tensor
-from torch.autograd.graph import GradientEdge
 
 from jdcore._fields import dense, disjoint, grad_versions
-from jdcore.autojac._gradients import as_matrix, filled, same_grad, zeros
+from jdcore.autojac._gradients import all_dense, as_matrix, filled, same_grad, zeros
 from jdcore.autojac._hidden import (
     AccumulatedRows,
     check_unchanged,
@@ -295,19 +294,17 @@ class Problem:
                 places.append(row[i])
                 values.append(gradient)
         if places:
-            # Of plain ones, which nearly all are, it is not asked.
-            values = [
-                v if type(v) is Tensor and v.layout == torch.strided else dense(v) for v in values
-            ]
             # One call, and on accelerators few kernels, for all of them.
-            torch._foreach_copy_(places, values)
+            torch._foreach_copy_(places, all_dense(values))
         return missing
 
     @contextmanager
     def _passes(self, taps: RowTaps, size: int = 1) -> Iterator[Pass]:
         """How the gradients of so many rows are had, by their place and the outputs they use."""
         accumulated = AccumulatedRows(self.inputs) if self.accumulates else None
-        ends = self.ends
+        products = self.products
+        # Torch takes mixed lists, its annotations do not.
+        ends: Any = [products[i].edge if i in products else t for i, t in enumerate(self.inputs)]
 
         def gradients_of(k: int, used: list[int], retain_graph: bool) -> Gradients:
             outputs = [self.outputs[i] for i in used]
@@ -331,13 +328,6 @@ class Problem:
             functions = list(filter(function_of_others, self.graph.functions))
             with returning_copies(functions), taps.open(self.outputs):
                 yield gradients_of
-
-    @property
-    def ends(self) -> list[Tensor] | list[GradientEdge]:
-        """Where differentiation ends: the inputs, or the products that they are factors of."""
-        products = self.products
-        ends = [products[i].edge if i in products else t for i, t in enumerate(self.inputs)]
-        return cast("list[Tensor]", ends)  # torch takes mixed lists, its annotations do not
 
 
 def _rows_not_zero(matrix: Tensor) -> list[bool]:
