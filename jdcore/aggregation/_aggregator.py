@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import reduce
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from jdcore._compilation import not_traced
 from jdcore._modes import without_graph
-from jdcore.aggregation._columns import Columns
+from jdcore.aggregation._columns import Columns, widest
 from jdcore.aggregation._differentiation import forbid_differentiation
 from jdcore.aggregation._finite import all_finite, finite_required, is_finite
 from jdcore.aggregation._observation import observed
@@ -94,8 +93,7 @@ class GramianAggregator:
         detached = [without_graph(block) if block.requires_grad else block for block in blocks]
         columns = Columns(detached, check_second(second, blocks))
         vectors, weights = self.aggregate_columns(columns, losses=losses)
-        dtype = reduce(torch.promote_types, dict.fromkeys(block.dtype for block in blocks))
-        return vectors, weights.to(blocks[0].device, dtype, copy=True)
+        return vectors, weights.to(blocks[0].device, widest(blocks), copy=True)
 
     def aggregate_columns(
         self, columns: Columns, /, *, losses: Tensor | None = None

@@ -1,12 +1,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import reduce
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from jdcore.aggregation._columns import widest
 from jdcore.aggregation._source import taken_by
 from jdcore.aggregation._weigh import Result
 from jdcore.errors import ParameterError
@@ -64,5 +64,5 @@ def _of_matrix(
 
 
 def _joined(blocks: Sequence[Tensor]) -> Tensor:
-    dtype = reduce(torch.promote_types, (block.dtype for block in blocks))
+    dtype = widest(blocks)
     return torch.cat([block.to(dtype) for block in blocks], dim=1)

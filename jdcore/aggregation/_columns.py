@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import reduce
 
 import numpy as np
 import torch
@@ -227,6 +228,11 @@ def narrowest(dtypes: Sequence[torch.dtype]) -> torch.dtype:
     if dtypes.count(first) == len(dtypes):
         return first
     return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
+
+
+def widest(blocks: Sequence[Tensor]) -> torch.dtype:
+    """The dtype that holds the entries of all blocks."""
+    return reduce(torch.promote_types, dict.fromkeys(block.dtype for block in blocks))
 
 
 def rounded_to(block: Tensor) -> torch.dtype:

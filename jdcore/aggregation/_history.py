@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import reduce
 from typing import Any, ClassVar
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from jdcore._compilation import not_traced
 from jdcore._modes import refuse_tangents, without_graph
-from jdcore.aggregation._columns import Columns
+from jdcore.aggregation._columns import Columns, widest
 from jdcore.aggregation._coordinatewise import portions
 from jdcore.aggregation._differentiation import forbid_differentiation
 from jdcore.aggregation._finite import finite_required, is_finite
@@ -164,7 +163,7 @@ class HistoryAggregator(StateFields):
             return columns.filled(math.nan), None
         if losses is not None:
             self.check_values(losses)
-        dtype = reduce(torch.promote_types, (block.dtype for block in blocks))
+        dtype = widest(blocks)
         rows = [block.to(torch.promote_types(dtype, torch.float32)) for block in blocks]
         values = None if losses is None else losses.to(rows[0].device, torch.float64)
         # Nothing of the object is written before the last step that may fail is done.

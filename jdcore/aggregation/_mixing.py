@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from functools import reduce
 from typing import Any
 
 import numpy as np
@@ -15,13 +14,14 @@ from jdcore._compilation import not_traced
 from jdcore._modes import without_autocast, without_graph
 from jdcore.aggregation._aggregator import GramianAggregator
 from jdcore.aggregation._any import vectors_of
-from jdcore.aggregation._columns import Columns, power, power_of_two
+from jdcore.aggregation._columns import Columns, power, power_of_two, widest
 from jdcore.aggregation._differentiation import forbid_differentiation
 from jdcore.aggregation._finite import finite_required, gramian_error
 from jdcore.aggregation._nested_state import NestedState
 from jdcore.aggregation._row_vectors import check_row_vectors
 from jdcore.aggregation._source import ColumnsSource, GramianSource, numbers_of, taken_by
 from jdcore.aggregation._weigh import Result, check_aggregator, watched, weigh, weighting_of
+from jdcore.aggregation._wrapping import Delegating
 from jdcore.errors import NonFiniteError, ParameterError, left_out
 from jdcore.linalg import factors
 from jdcore.linalg._gramian import symmetric
@@ -128,7 +128,7 @@ class RowMixing(NestedState):
         check_blocks(blocks)
         columns = Columns(list(map(without_graph, blocks)), check_second(second, blocks))
         vectors, weights = self.aggregate_columns(columns, losses=losses)
-        dtype = reduce(torch.promote_types, (block.dtype for block in blocks))
+        dtype = widest(blocks)
         return vectors, None if weights is None else weights.to(blocks[0].device, dtype, copy=True)
 
     def aggregate_columns(
@@ -184,7 +184,7 @@ class RowMixing(NestedState):
 
 
 @define(eq=False)
-class MixedWeighting:
+class MixedWeighting(Delegating):
     """
     Weighting of a :class:`RowMixing` around a method that looks at the Gramian only.
 
@@ -194,17 +194,6 @@ class MixedWeighting:
 
     mixing: RowMixing
     weighting: Weighting
-
-    @property
-    def scale_degree(self) -> int:
-        degree: int = getattr(self.weighting, "scale_degree", 0)
-        return degree
-
-    def source_of(self, matrix: Tensor, losses: Tensor | None) -> GramianSource:
-        """What the matrix that a call is given stands for, as for the wrapped weighting."""
-        of = getattr(self.weighting, "source_of", GramianSource.of)
-        source: GramianSource = of(matrix, losses)
-        return source
 
     @not_traced
     def __call__(self, gramian: Tensor, /, *, losses: Tensor | None = None) -> Tensor:

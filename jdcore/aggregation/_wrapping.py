@@ -18,8 +18,26 @@ from jdcore.protocols import Weighting
 from jdcore.validators import boolean, check_gramian
 
 
+class Delegating:
+    """What a weighting around another one, in its field ``weighting``, takes from that."""
+
+    __slots__ = ()
+
+    @property
+    def scale_degree(self) -> float:
+        """The power d for which the weights of ``s * J`` are ``s**d`` times those of J."""
+        degree: float = getattr(self.weighting, "scale_degree", 0)  # type: ignore[attr-defined]
+        return degree
+
+    def source_of(self, matrix: Tensor, losses: Tensor | None) -> GramianSource:
+        """What the matrix that a call is given stands for, as for the wrapped weighting."""
+        of = getattr(self.weighting, "source_of", GramianSource.of)  # type: ignore[attr-defined]
+        source: GramianSource = of(matrix, losses)
+        return source
+
+
 @define(eq=False)
-class WeightingWrapper(NestedState):
+class WeightingWrapper(Delegating, NestedState):
     """
     Base class of weightings that change what another one does.
 
@@ -49,12 +67,6 @@ class WeightingWrapper(NestedState):
         """
         raise left_out(self, "rewrite")
 
-    @property
-    def scale_degree(self) -> float:
-        """The power d for which the weights of ``s * J`` are ``s**d`` times those of J."""
-        degree: float = getattr(self.weighting, "scale_degree", 0)
-        return degree
-
     @not_traced
     def __call__(self, gramian: Tensor, /, *, losses: Tensor | None = None) -> Tensor:
         """
@@ -75,12 +87,6 @@ class WeightingWrapper(NestedState):
                 raise gramian_error(gramian.detach().double().cpu().numpy())
             weights.fill_(torch.nan)
         return forbid_differentiation(self, gramian, weights)
-
-    def source_of(self, matrix: Tensor, losses: Tensor | None) -> GramianSource:
-        """What the matrix that a call is given stands for, as for the wrapped weighting."""
-        of = getattr(self.weighting, "source_of", GramianSource.of)
-        source: GramianSource = of(matrix, losses)
-        return source
 
     def weigh(self, source: GramianSource, /) -> Tensor:
         """See :meth:`GramianWeighting.weigh`."""
