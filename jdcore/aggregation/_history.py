@@ -164,6 +164,7 @@ class HistoryAggregator(StateFields):
         if losses is not None:
             self.check_values(losses)
         dtype = widest(blocks)
+        # What a step adds to an average is often less than the last digit of half precision.
         rows = [block.to(torch.promote_types(dtype, torch.float32)) for block in blocks]
         values = None if losses is None else losses.to(rows[0].device, torch.float64)
         # Nothing of the object is written before the last step that may fail is done.
@@ -190,6 +191,7 @@ class HistoryAggregator(StateFields):
         new = new_tensor(rows[0], len(rows[0]), sum(widths))
         olds = [None] * len(rows) if old is None else list(torch.split(old, widths, dim=1))
         for part, piece, before in zip(torch.split(new, widths, dim=1), rows, olds, strict=True):
+            # In portions that stay in the cache: what `advance` makes would go through memory.
             for cut in portions(piece):
                 past = None if before is None else before[:, cut]
                 part[:, cut] = self.advance(piece[:, cut], past, losses)

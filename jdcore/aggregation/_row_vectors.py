@@ -49,4 +49,5 @@ def check_row_vectors(method: Any, m: int, given: Placed) -> None:
 
 @cache
 def _row_vector_fields(cls: Any) -> tuple[str, ...]:
+    # By the validator, so that a field of any name, of a class of anybody, is found without a list.
     return tuple(f.name for f in attrs.fields(cls) if f.validator is row_vector)

@@ -19,6 +19,7 @@ from jdcore.validators import FLOATS, describe_tensor
 
 # Rows whose Gramian an accelerator copies in less time than it is told what to compute.
 _COPIED = 64
+# What products of unit rows may be wrong by where they were made in TF32, which keeps 10 bits.
 _ROUGH_PRODUCTS = 5e-3
 _AT_ONCE = 1 << 13  # entries, of which new arrays cost no page faults
 

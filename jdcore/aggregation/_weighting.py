@@ -20,6 +20,7 @@ from jdcore.errors import left_out
 from jdcore.linalg import add_proximal
 from jdcore.validators import boolean, check_gramian
 
+# Entries whose squares are summed in less time than an array of truth values is made of them.
 _SMALL = 4096
 _THERE = 128  # rows from which on it may pay to work where the Gramian is
 

@@ -11,6 +11,7 @@ from jdcore._modes import casts_anywhere, without_autocast
 from jdcore.linalg._blas import is_small, small_combination
 from jdcore.linalg._pages import new_tensor
 
+# Columns that are converted at once: all of a large block would take its memory twice more.
 _COLUMNS = 65536
 # Entries from which on it pays to ask for huge pages.
 _LARGE = 1 << 21

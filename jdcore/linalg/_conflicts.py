@@ -89,7 +89,7 @@ def angles_of(gramian: NDArray[np.float64]) -> NDArray[np.float64]:
         angles /= norms
     np.maximum(angles, -1.0, out=angles)
     np.minimum(angles, 1.0, out=angles)
-    np.fill_diagonal(angles, norms / norms)
+    np.fill_diagonal(angles, norms / norms)  # 1, or NaN of a norm that is
     return angles
 
 

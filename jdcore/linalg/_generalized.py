@@ -54,4 +54,6 @@ def unflatten_gramian(gramian: Tensor, /, shape: Sequence[int]) -> Tensor:
 
 
 def _reverse_second_half(tensor: Tensor, k: int) -> Tensor:
+    # G[i, j, j', i'] belongs to the losses [i, j] and [i', j']: the second indices come in the
+    # order of a transpose.
     return tensor.permute((*range(k), *range(2 * k - 1, k - 1, -1)))

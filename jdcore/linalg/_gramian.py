@@ -160,6 +160,7 @@ def _sum_in_batches(total: Tensor, pieces: Sequence[Tensor], columns: int) -> Te
         torch._foreach_copy_(list(places), list(pieces[start : start + len(places)]))
         start += len(places)
         end = -(-filled // _BATCHED) * _BATCHED
+        # The last of the short products reads beyond what is filled, where older pieces lie.
         buffer[:, filled:end].zero_()
         short = buffer[:, :end].view(m, end // _BATCHED, _BATCHED).transpose(0, 1)
         total += torch.bmm(short, short.mT).sum(0)
@@ -235,5 +236,6 @@ def _mirrored(total: Tensor) -> Tensor:
 
 def _from_lower(total: Tensor) -> Tensor:
     """The symmetric matrix of which another one holds the lower triangle."""
+    # The upper one may hold anything, also NaN, which no product with zeros would remove.
     lower = total.tril()
     return lower + lower.tril(-1).T

@@ -47,6 +47,7 @@ class AlignedMTLWeighting(GramianWeighting):
         self, gramian: NDArray[np.float64], source: GramianSource
     ) -> NDArray[np.float64]:
         preferences = row_weights(self.pref_vector, len(gramian))
+        # Of the Gramian, not of the cosines: the lengths of the rows are part of what is aligned.
         components = spectrum(gramian, source.proximal_level)
         values, vectors = components.values, components.vectors
         # All rows are zero.

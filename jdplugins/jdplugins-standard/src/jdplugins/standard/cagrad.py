@@ -39,6 +39,7 @@ class CAGradWeighting(GramianWeighting):
     def compute_from(
         self, gramian: NDArray[np.float64], source: GramianSource
     ) -> NDArray[np.float64]:
+        # The solver is told the level, too: what is no longer than it explains counts as zero.
         level = source.proximal_level
         solve: ConflictAverseSolver = find_solver("conflict_averse", self.solver)
         return solve(add_proximal(gramian, level), self.c, level)

@@ -44,6 +44,7 @@ class ConFIGWeighting(GramianWeighting):
         m = len(gramian)
         cosines, norms, inverses = equilibrate(gramian)
         preferences = np.ones(m) if self.pref_vector is None else _ratios(self.pref_vector, m)
+        # Of unit rows, or a short row would count as one that nearly depends on the others.
         direction = pseudo_solve(cosines, preferences, source.proximal_level)
         projections = cosines @ direction
         squared = float(direction @ projections)

@@ -28,5 +28,6 @@ class ConstantWeighting(ScalarizationWeighting):
     weights: Tensor = field(validator=row_vector)
 
     def compute(self, m: int, dtype: torch.dtype) -> Tensor:
+        # They are constants, even if somebody made parameters of them: the update follows J alone.
         weights = self.weights.detach() if self.weights.requires_grad else self.weights
         return weights if weights.dtype == dtype else weights.to(dtype)

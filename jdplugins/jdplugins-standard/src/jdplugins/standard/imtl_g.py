@@ -9,7 +9,7 @@ from jdcore.errors import JDCoreWarning, warn
 from jdcore.linalg import equilibrate
 from jdplugins.standard._spectrum import pseudo_solve
 
-_ZERO = 1e-12
+_ZERO = 1e-12  # of shares of unit rows, and of their sum beside its terms
 _NO_SUM = "IMTL-G has no solution whose weights sum to 1 here; all weights are 0."
 
 

@@ -73,6 +73,7 @@ class MoCo(HistoryAggregator):
         self, rows: Columns, history: Columns, losses: Tensor | None
     ) -> tuple[Tensor, dict[str, Any]]:
         del rows, losses
+        # One copy from an accelerator, which would take longer for steps on m numbers than the CPU.
         gramian, scale = history.gramian().cpu().numpy(), history.scale
         old = kept_weights(self.weights, len(gramian), "matrix")
         old = np.full(len(gramian), 1.0 / len(gramian)) if old is None else old

@@ -53,6 +53,7 @@ class PresentTasks(RowMixing):
     present: Tensor | None = field(default=None, validator=_mask)
 
     def mix(self, source: GramianSource) -> NDArray[np.float64]:
+        # Rows are left out, not made zero: methods count them, as the mean does.
         return np.eye(source.rows)[self._kept(source)]
 
     def _kept(self, source: GramianSource) -> NDArray[np.bool_]:

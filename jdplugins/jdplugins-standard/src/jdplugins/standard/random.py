@@ -35,6 +35,7 @@ class RandomWeighting(ScalarizationWeighting):
     )
 
     def compute(self, m: int, dtype: torch.dtype) -> Tensor:
+        # torch draws on the device of the generator only.
         device = "cpu" if self.generator is None else self.generator.device
         normal = torch.randn(m, generator=self.generator, dtype=dtype, device=device)
         return normal.softmax(0)

@@ -57,6 +57,7 @@ class SDMGradWeighting(StateFields, CrossGramianWeighting):
         old = kept_weights(self.weights, m)
         weights = np.full(m, 1.0 / m) if old is None else old
         towards = self.lambda_ * row_weights(self.pref_vector, m)
+        # Of two batches, the squared lengths of rows are estimates, which may be negative.
         size = np.sqrt(np.maximum(np.diagonal(gramian), 0.0)).mean()
         if size > 0.0:
             # One division after the other, as the square of the size may leave the range.

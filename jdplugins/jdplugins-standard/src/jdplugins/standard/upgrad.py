@@ -14,7 +14,7 @@ from jdcore.linalg import product
 from jdcore.protocols import DualConeSolver
 from jdcore.validators import row_vector
 
-_FEW = 64
+_FEW = 64  # rows up to which what is projected is kept, 32 KB at most
 
 
 @cache
