@@ -275,10 +275,10 @@ def _specs_of(plugin: object) -> dict[str, Any]:
             f"{plugin!r} without one",
             "Decorate its hook functions with @jdcore.hookimpl.",
         )
-    aggregators = _collect(manager.hook.jdcore_aggregators(), AggregatorSpec)
-    solvers = _collect(manager.hook.jdcore_solvers(), SolverSpec)
-    scalarizers = _collect(manager.hook.jdcore_scalarizers(), ScalarizerSpec)
-    rules = _collect(manager.hook.jdcore_gramian_rules(), GramianRuleSpec)
+    aggregators = _collect(manager.hook.jdcore_aggregators, AggregatorSpec)
+    solvers = _collect(manager.hook.jdcore_solvers, SolverSpec)
+    scalarizers = _collect(manager.hook.jdcore_scalarizers, ScalarizerSpec)
+    rules = _collect(manager.hook.jdcore_gramian_rules, GramianRuleSpec)
     return {
         "aggregators": aggregators,
         "solvers": solvers,
@@ -287,7 +287,12 @@ def _specs_of(plugin: object) -> dict[str, Any]:
     }
 
 
-def _collect(results: Sequence[Iterable[Any]], kind: type[T]) -> tuple[T, ...]:
+def _collect(hook: pluggy.HookCaller, kind: type[T]) -> tuple[T, ...]:
+    results = hook()
+    # Pluggy drops None in silence, which a function gives that forgets to return its specs.
+    if len(results) < len(hook.get_hookimpls()):
+        expected = "a function that yields specs, or returns a list of them"
+        raise ParameterTypeError(hook.name, expected, "one that returns None")
     # Hooks may be generators, whose code runs only now: inside of the guard of `load`.
     specs = [spec for result in results for spec in result]
     for spec in specs:

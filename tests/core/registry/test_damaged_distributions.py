@@ -239,6 +239,17 @@ def test_of_two_entry_points_of_a_distribution_with_one_name_the_later_one_fails
     assert found == "same"
 
 
+def test_a_hook_that_forgets_to_return_its_specs_is_named(tmp_path: Path) -> None:
+    source = PLUGIN.format(method="m").replace("yield spec", "[spec").replace('"m")', '"m")]')
+    unpack(tmp_path, "forgetful", {"forgetful.py": source})
+
+    code = f"{LIST}result = [p.reason for p in jdcore.list_plugins() if p.error]"
+    assert run(tmp_path, code, JDCORE_PLUGINS="forgetful") == [
+        "ParameterTypeError: Parameter `jdcore_aggregators` must be a function that yields specs, "
+        "or returns a list of them, got one that returns None."
+    ]
+
+
 def test_the_reason_of_a_misspelt_hook_is_one_line(tmp_path: Path) -> None:
     source = PLUGIN.format(method="m").replace("aggregators():", "aggregators(registry):")
     unpack(tmp_path, "misspelt", {"misspelt.py": source})
