@@ -211,6 +211,43 @@ class Trusting(Forgetful):
     weighting_class = TrustingWeighting
 
 
+class Counting(Trusting):
+    """Counts the calls that come to nothing, too."""
+
+    def __call__(self, matrix: Tensor, /, **known: Any) -> Tensor:
+        self.weighting.calls += 1
+        return super().__call__(matrix, **known)
+
+
+class Widening(GramianAggregator):
+    """Returns blocks in another dtype than they came in."""
+
+    def __init__(self) -> None:
+        super().__init__(HonestWeighting())
+
+    def aggregate_blocks(self, blocks: Any, /) -> Any:
+        vectors, weights = super().aggregate_blocks(blocks)
+        return [vector.double() for vector in vectors], weights
+
+
+class StillWeighting(HonestWeighting):
+    """Never moves."""
+
+    def compute(self, gramian: Array) -> Array:
+        return np.zeros(len(gramian))
+
+
+class Reckless:
+    """Breaks all laws of the matrix at once."""
+
+    def __call__(self, matrix: Tensor, /) -> Tensor:
+        if not matrix.numel():
+            return torch.ones(1)
+        unit = matrix / matrix.norm(dim=-1, keepdim=True)
+        matrix[0] = 0.0
+        return unit.nan_to_num(1.0).sum(dim=0) + torch.finfo(unit.dtype).eps ** 0.5
+
+
 ALL = tuple(p for p in Property if p is not Property.DIFFERENTIABLE)
 
 
@@ -265,6 +302,8 @@ def test_a_method_that_looks_at_more_than_its_spec_says_is_caught() -> None:
         ("careless", "CarelessLossWeighting", "checks_the_losses", {"losses": True}),
         ("idle", "HonestWeighting", "is_refused_without_what_it_needs", {"losses": True}),
         ("claims_peace", "HonestWeighting", "never_conflicts", {"properties": ALL}),
+        ("claims_peace", "HonestWeighting", "withstands_an_adversary", {"properties": ALL}),
+        ("still", "StillWeighting", "stops_only_where_strongly_stationary", {"properties": ALL}),
         ("fixed_scale", "FixedScaleWeighting", "is_scale_equivariant", {"properties": ALL}),
         ("fixed_scale", "FixedScaleWeighting", "is_linear_under_scaling", {"properties": ALL}),
         ("first_only", "FirstRowWeighting", "is_permutation_invariant", {"properties": ALL}),
@@ -289,6 +328,36 @@ def test_a_method_that_breaks_a_law_is_caught(
     name: str, weighting: str, check: str, fields: dict[str, Any]
 ) -> None:
     assert check in failures(name, weighting, **fields)
+
+
+def test_each_law_of_the_matrix_is_seen_to_be_broken() -> None:
+    found = failures("reckless", None, aggregator=f"{__name__}:Reckless", min_rows=2)
+
+    assert set(found) >= {
+        "agrees_between_dtypes",
+        "leaves_its_input_alone",
+        "handles_no_rows",
+        "handles_no_columns",
+        "handles_degenerate_rows",
+        "refuses_too_few_rows",
+        "refuses_malformed_matrices",
+        "gives_nan_for_nonfinite_input",
+        "raises_for_nonfinite_input_when_asked",
+        "gives_the_same_by_blocks",
+        "shows_what_you_would_type",
+    }
+
+
+def test_blocks_that_lose_their_dtype_are_caught() -> None:
+    found = failures("widening", None, aggregator=f"{__name__}:Widening")
+
+    assert found["gives_the_same_by_blocks"] == "a block lost its dtype"
+
+
+def test_state_that_a_call_with_nan_changes_is_caught() -> None:
+    found = failures("counting", None, aggregator=f"{__name__}:Counting", stateful=True)
+
+    assert found["keeps_its_state_when_a_call_fails"] == "NaN input changed the state"
 
 
 def test_state_that_is_not_saved_is_caught() -> None:
