@@ -12,13 +12,14 @@ from jdcore.errors import UnsolvedWarning
 from jdcore.linalg import add_proximal, equilibrate, lcp_residual
 from jdcore.linalg._pivoting import PassiveSets
 from jdcore.testing import FAMILIES, family
-from jdplugins.standard._solvers import NativeDualConeSolver, _active_set, _dual_cone, _parametric
-from jdplugins.standard._solvers._active_set import ActiveSet
+from jdplugins.standard._solvers import NativeDualConeSolver, _dual_cone, _parametric
+from jdplugins.standard._solvers._active_set import ActiveSet, _Factor
 from jdplugins.standard._solvers._cone_of_few import project_few
 from jdplugins.standard._solvers._lcp import solve_lcps, solve_one
 from jdplugins.standard._solvers._parametric import follow
 from jdplugins.standard._solvers._semidefinite import nearest_semidefinite
 from jdplugins.standard._solvers._tiny import roots_of, solve_few
+from tests.plugins.standard.dependent_rows import KINDS as DEPENDENT
 from tests.plugins.standard.oracle import LD, project_exactly
 
 REGULAR = ("gauss", "conflict", "badscale")
@@ -264,34 +265,60 @@ def test_the_active_set_method_ends_wherever_it_begins(kind: str) -> None:
             assert 1e12 - method.work <= 8 * m * m**3 / 6.0
 
 
-@pytest.mark.parametrize("kind", ["half rank", "weakly stationary", "decaying columns"])
-def test_the_active_set_method_does_without_entries_as_it_does_by_factorisations(
+@pytest.mark.parametrize("kind", ["neardup", "weak", "opposites"])
+def test_a_factor_that_changes_saves_most_factorisations(
     kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    m, C = 120, unit_cosines(kind, 120)
-    works = {0: 0.0, 8: 0.0}
-    for q in (C[0], C.mean(axis=0), -np.linspace(0.5, 1.0, m)):
-        # Bounded from below, also where rows cancel.
-        A = C + np.multiply.outer(q, q) if q.max() < 0.0 else C
-        answers = []
-        for columns in works:
-            monkeypatch.setattr(_active_set, "_COLUMNS", columns)
-            method = ActiveSet(A, 1e12)
+    m, C, works = 120, unit_cosines(kind, 120), []
+    answers: list[np.ndarray] = []
+    for worn in (None, property(lambda factor: factor.is_changed)):
+        if worn is not None:
+            monkeypatch.setattr(_Factor, "is_worn", worn)
+        method = ActiveSet(C, 1e12)
+        for q in (C[0], C[m // 2], C.mean(axis=0)):
             z, residual = method.solve(q, np.zeros(m))
             assert residual <= 1e-11
             answers.append(z)
-            works[columns] += 1e12 - method.work
-        assert np.abs(A @ (answers[0] - answers[1])).max() <= 1e-9
-    assert works[8] < works[0]
+        works.append(1e12 - method.work)
+    for z, other in zip(answers[:3], answers[3:], strict=True):
+        assert np.abs(C @ (z - other)).max() <= 1e-9
+    assert works[0] < 0.5 * works[1]
 
 
-def test_a_column_that_rounding_makes_useless_gives_way_to_a_factorisation() -> None:
-    here, there = np.full(100, 1.0), np.linspace(-1.0, 1.0, 100)
-    end, minimum, staying = _active_set._towards(np.zeros_like, here, there)
-    assert minimum is None
-    assert end.min() == 0.0
-    assert not staying[0]
-    assert staying[1:].all()
+@pytest.mark.parametrize("first", [[], [0, 3, 4, 7], list(range(9))])
+def test_a_factor_solves_on_a_set_that_changes(first: list[int]) -> None:
+    random = np.random.default_rng(0)
+    rows = random.standard_normal((9, 12))
+    C, b = rows @ rows.T / 12.0, random.standard_normal(9)
+    passive = np.zeros(9, np.bool_)
+    passive[first] = True
+    factor = _Factor(C, passive)
+    # Entries join, leave, come back and go again, alone and together.
+    for entries in ([1], [0, 1, 3], [5, 3], [0], [2, 4, 5, 6], [2, 7], [1, 8], list(range(9))):
+        factor.exchange(np.array(entries))
+        passive[entries] ^= True
+        expected = np.zeros(9)
+        expected[passive] = np.linalg.solve(C[np.ix_(passive, passive)], b[passive])
+        np.testing.assert_allclose(factor.solve(b), expected, atol=1e-9)
+        assert not factor.solve(b)[~passive].any()
+    assert factor.is_changed
+
+
+@pytest.mark.parametrize("kind", ["products of factors", "weakly stationary"])
+def test_what_a_changed_factor_leaves_to_rounding_lets_no_entry_join(kind: str) -> None:
+    for seed in range(8):
+        rows = DEPENDENT[kind](24, np.random.default_rng(seed))
+        rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+        C = rows @ rows.T + 3.6e-12 * np.eye(24)
+        for q in (*C, C.mean(axis=0)):
+            assert ActiveSet(C, 1e12).solve(q, np.zeros(24))[1] <= 1e-12
+
+
+def test_the_active_set_method_leaves_an_indefinite_matrix_alone() -> None:
+    C = np.full((30, 30), -0.5) + 1.5 * np.eye(30)
+    z, residual = ActiveSet(C, 1e12).solve(-np.ones(30), np.ones(30))
+    assert (z == 1.0).all()
+    assert residual == pytest.approx(lcp_residual(C, -np.ones(30), z))
 
 
 def test_the_active_set_method_gives_the_best_it_has_where_work_ends() -> None:

@@ -130,7 +130,7 @@ def guess_again(
     sample: Tensor,
     wrong: Callable[[Tensor], Sequence[float]],
     most: float,
-) -> Tensor:
+) -> tuple[Tensor, float]:
     """
     The X of some rows, on the smaller scale that suits them.
 
@@ -140,7 +140,7 @@ def guess_again(
     :param sample: The positions of a few rows, which tell the scale for all.
     :param wrong: The parts of the signs that some X of these rows get wrong, [s, n, m] -> [s].
     :param most: The part from which on such an X is not worth it.
-    :returns: X [k, m], which is the given one then.
+    :returns: X [k, m], which is the given one then, and the least part.
     """
     splittings: list[Splitting] = []
     few, least, best = X[sample], math.inf, 0
@@ -155,12 +155,12 @@ def guess_again(
         if least <= GOOD:
             break
     if least > most:
-        return X
+        return X, least
     for number in range(best + 1):
         splitting = splittings[number // _AT_ONCE].only(number % _AT_ONCE)
         [X] = splitting.pass_by(Q, X)
     [X], _ = splitting.run(Q, X, _MORE_STEPS, _SETTLED)
-    return X
+    return X, least
 
 
 @np.errstate(over="ignore", invalid="ignore")  # q may be beyond the range of float32

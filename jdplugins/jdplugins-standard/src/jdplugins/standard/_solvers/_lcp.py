@@ -41,6 +41,9 @@ _SINGULAR, _FAR = 1e-10, 1e-3
 # Rows up to which pivots take less time than a guess of which this part is wrong; and up to which a
 # few are followed in less time than others come near.
 _PIVOTED, _USELESS = 256, 0.15
+# Part of a guess up to which one wrong sign after the other takes less time than exchanges, and the
+# rows from which on that is so.
+_CORRECTED, _LARGE = 0.05, 129
 _SAMPLE = 4  # rows that tell which scale is right for all
 _EXACT = 1e-12  # residual that suffices for few rows
 _ALONE = 16  # rows that are solved one by one before another guess would be made
@@ -180,10 +183,13 @@ class _Search:
             sample = _sample(rows)
             wrong = functools.partial(self._wrong, rows[sample])
             most = _USELESS if len(self.C) <= _PIVOTED else 1.0
-            X = guess_again(self.C, self.Q[rows], self.X[rows], sample, wrong, most)
+            X, least = guess_again(self.C, self.Q[rows], self.X[rows], sample, wrong, most)
             centre = X.clamp_min(0.0).double()
             self.come_nearer(rows, centre)
-            self._pivot(rows, centre)
+            # Of rows that cancel, some signs are small beside what exchanges of others change.
+            near = self.way is _CANCELLING and least <= _CORRECTED and len(self.C) >= _LARGE
+            if not (near and self.C.is_cpu):
+                self._pivot(rows, centre)
 
     def _wrong(self, rows: Tensor, X: Tensor) -> list[float]:
         """The parts of the signs that some guesses get wrong, [s, k, m] -> [s]."""
