@@ -138,3 +138,19 @@ def test_a_wrapper_of_a_plain_function_works_as_an_aggregator() -> None:
     aggregator = GramianAggregator(get_weighting("cr_mogm", weighting=lambda g: g.diagonal()))
 
     assert aggregator(torch.eye(2)).tolist() == [1.0, 1.0]
+
+
+def test_weights_beyond_float64_are_smoothed_but_not_kept() -> None:
+    rows = torch.tensor([[3.0, 1.0], [-1.0, 2.0]], dtype=torch.float64)
+    fair = get_weighting("fairgrad", alpha=2.0)
+    aggregator = get_aggregator("cr_mogm", weighting=fair, alpha=0.25)
+
+    torch.testing.assert_close(aggregator(rows * 1e-300), GramianAggregator(fair)(rows * 1e-300))
+    assert not len(aggregator.weighting.smoothed)
+    aggregator(rows)
+    kept = aggregator.weighting.smoothed
+    # Beside such weights, those of longer rows are nothing.
+    torch.testing.assert_close(
+        aggregator(rows * 1e-300), 0.75 * GramianAggregator(fair)(rows * 1e-300)
+    )
+    assert aggregator.weighting.smoothed is kept

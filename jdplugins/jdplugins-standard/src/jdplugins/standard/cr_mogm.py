@@ -49,14 +49,14 @@ class CRMOGMWeighting(WeightingWrapper):
         # The past is that of rows that were not divided by what these are.
         unit = source.unit(self.scale_degree)
         if known is not None:
-            past = torch.from_numpy(known)
+            past = torch.from_numpy(known) / unit
         elif self.initial_weights is not None:
-            past = self.initial_weights.detach().double().cpu()
+            past = self.initial_weights.detach().double().cpu() / unit
         else:
-            past = fresh * unit
-        smoothed: Tensor = self.alpha * past + (1.0 - self.alpha) * fresh * unit
+            past = fresh
+        weights: Tensor = self.alpha * past + (1.0 - self.alpha) * fresh
+        smoothed = weights * unit
         # What is not finite would stay in the average for ever.
         if bool(torch.isfinite(smoothed).all()):
             self.smoothed = smoothed
-        weights: Tensor = smoothed / unit
         return weights
