@@ -157,7 +157,9 @@ def make_plan(
     if whole or deep:
         heads = _whole(losses, heads, cut, trunk)
     rows_from_features = bool(shared) and not whole
-    one_pass = rows_from_features and not deep and _are_apart(losses, heads, front)
+    # Of one pass through all heads, nothing arrives at features that retain their gradient.
+    retained = any(feature.retains_grad for feature in cut)
+    one_pass = rows_from_features and not (deep or retained) and _are_apart(losses, heads, front)
     apart = front if one_pass else None
     return Plan(cut, trunk, shared, tasks, private, heads, rows_from_features, deep, given, apart)
 

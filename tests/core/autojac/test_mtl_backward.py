@@ -181,11 +181,12 @@ def test_a_hook_on_a_feature_acts_once(truth: Truth) -> None:
     torch.testing.assert_close(trunk.jac, expected)
 
 
-def test_the_grad_of_a_feature_that_retains_it_is_that_of_the_heads_alone() -> None:
-    trunk, heads = _leaf(3), [_leaf(), _leaf()]
+@pytest.mark.parametrize("m", [2, 6])
+def test_the_grad_of_a_feature_that_retains_it_is_that_of_the_heads_alone(m: int) -> None:
+    trunk = _leaf(3)
     features = trunk.sin()
     features.retain_grad()
-    losses = [features.sum() * heads[0], features.prod() * heads[1]]
+    losses = [(features**k).sum() * _leaf() for k in range(1, m + 1)]
     expected = torch.autograd.grad(sum(losses), features, retain_graph=True)[0]
     features.grad = None
     mtl_backward(losses, features)
