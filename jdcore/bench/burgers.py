@@ -9,7 +9,7 @@ Burgers' equation by a physics-informed network, as in the notebook of `ConFIG
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache, partial
 from itertools import pairwise
 
@@ -163,20 +163,14 @@ def _conflicting(history: History) -> float:
     return float(np.mean([bool(step.conflicts) for step in history]))
 
 
-def _runs(settings: Settings) -> Iterator[tuple[str, int]]:
-    for name in settings.names(_make, _DEFAULT):
-        for seed in range(1 if settings.quick else settings.seeds):
-            yield name, seed
-
-
 def _work(settings: Settings) -> int:
-    return sum(1 for _ in _runs(settings))
+    return len(settings.runs(_make, _DEFAULT))
 
 
 def _run(settings: Settings, advance: Callable[[], None]) -> Outcome:
     steps = _QUICK_STEPS if settings.quick else _STEPS
     found: dict[str, list[Training]] = {}
-    for name, seed in _runs(settings):
+    for name, seed in settings.runs(_make, _DEFAULT):
         found.setdefault(name, []).append(train(name, seed, steps))
         advance()
     return Outcome(

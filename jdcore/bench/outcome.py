@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from itertools import product
 from statistics import mean, stdev
 from typing import Any
 
@@ -49,6 +50,11 @@ class Settings:
             # What an experiment names need not be installed: its other methods are run.
             wanted = [name for name in default or installed if name in installed]
         return [name for name in wanted if refusal(make, name) is None]
+
+    def runs(self, make: Make, default: Sequence[str]) -> list[tuple[str, int]]:
+        """Method and seed of each training; one seed in the small version."""
+        seeds = range(1 if self.quick else self.seeds)
+        return list(product(self.names(make, default), seeds))
 
 
 def refusal(make: Make, name: str) -> JDCoreError | None:

@@ -144,20 +144,14 @@ def _batches(indices: Tensor, epochs: int, generator: torch.Generator) -> Iterat
         yield from order[: len(order) - len(order) % _BATCH].view(-1, _BATCH)
 
 
-def _runs(settings: Settings) -> Iterator[tuple[str, int]]:
-    for name in settings.names(_make, _DEFAULT):
-        for seed in range(1 if settings.quick else settings.seeds):
-            yield name, seed
-
-
 def _work(settings: Settings) -> int:
-    return sum(1 for _ in _runs(settings))
+    return len(settings.runs(_make, _DEFAULT))
 
 
 def _run(settings: Settings, advance: Callable[[], None]) -> Outcome:
     epochs, count = (1, 400) if settings.quick else (_EPOCHS, _MOLECULES)
     found: dict[str, list[Result]] = {}
-    for name, seed in _runs(settings):
+    for name, seed in settings.runs(_make, _DEFAULT):
         found.setdefault(name, []).append(train(name, seed, epochs, count))
         advance()
     baseline = found.get("mean") or next(iter(found.values()))
