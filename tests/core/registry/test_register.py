@@ -275,6 +275,15 @@ def test_the_contracts_are_exported_beside_the_methods() -> None:
     assert (GeneralizedWeighting, Weighting) == (jdcore.GeneralizedWeighting, jdcore.Weighting)
 
 
+def test_the_name_of_a_submodule_leads_to_no_look_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    get, _ = exports_of("my-methods")
+    # It would import the plugin whose package is being imported.
+    monkeypatch.setattr(Registry, "records", lambda _: pytest.fail("plugins are looked for"))
+
+    with pytest.raises(AttributeError, match="my-methods provides no class 'plugin'"):
+        get("plugin")
+
+
 def test_a_rule_that_is_registered_settles_a_clash_between_distributions() -> None:
     table = OperationTable()
     for distribution in ("one", "two"):
