@@ -63,7 +63,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     :raises ParameterError: If a name is not usable, or the folder exists. Nothing is written then.
     """
-    names = _names(normalize_distribution(arguments.name), arguments.method, arguments.class_name)
+    names = _names(arguments.name, arguments.method, arguments.class_name)
     folder: Path = arguments.out / names["distribution"]
     try:
         # It fails where the folder exists, so that no file that exists is replaced.
@@ -90,11 +90,12 @@ def _read(source: str) -> str:
     return (files("jdcore") / "_template" / f"{source}.txt").read_text(encoding="utf-8")
 
 
-def _names(distribution: str, method: str, class_name: str | None) -> dict[str, str]:
+def _names(name: str, method: str, class_name: str | None) -> dict[str, str]:
+    distribution = normalize_distribution(name)
     package = distribution.replace("-", "_")
     if not _NAME.fullmatch(distribution) or package in _TAKEN or iskeyword(package):
         raise ParameterError(
-            "NAME", "letters, digits and dashes, and no package of jdcore", repr(distribution)
+            "NAME", "letters, digits and dashes, and no package of jdcore", repr(name)
         )
     if not _METHOD.fullmatch(method) or iskeyword(method):
         raise ParameterError(

@@ -43,6 +43,7 @@ def test_a_new_distribution_has_every_file_and_no_placeholder(
     [
         (["jdcore"], "Parameter `NAME` must be letters, digits and dashes, and no package of"),
         (["jdplugins"], "got 'jdplugins'."),
+        (["My Methods"], "got 'My Methods'."),
         (["../escape"], "Parameter `NAME` must be"),
         (["my-methods", "--method", "FairMean"], "Parameter `--method` must be a lower snake case"),
         (["my-methods", "--method", "class"], "Parameter `--method` must be"),
