@@ -12,7 +12,8 @@ makes a first stage solvable for every C; a second does without.
 
 Where that fails, 0 lies in the convex hull of some rows, to about 1e-6 of their norms or to the
 precision at which they are known. These rows are found in the null space of C and leave the game,
-see :class:`~jdcore.protocols.NashBargainingSolver`.
+see :class:`~jdcore.protocols.NashBargainingSolver`. Where some are just above that and some just
+below, the answer of the first stage conflicts with no row, and is given.
 """
 
 from __future__ import annotations
