@@ -139,6 +139,8 @@ class Jacobian:
         made: list[Accumulator] = []
 
         def added_up() -> tuple[Tensor, bool]:
+            if made:
+                self.memory.widen()
             total = Accumulator(rows, self._device, keep, self.memory)
             if made and keep:
                 with torch.no_grad():  # the same shares once more

@@ -123,6 +123,11 @@ class Memory:
         """Entries of gradients that may wait during a pass, until several are served at a time."""
         return self.entries // 4 if self.reused else 3 * self.joined // 2
 
+    def widen(self) -> None:
+        """Keep temporaries as large in float64 as they were in float32."""
+        if not self.reused:
+            self.entries = max(1, self.entries // 2)
+
     def take(self, shape: tuple[int, ...], like: Tensor, slot: int = 0) -> Tensor:
         """
         An uninitialised tensor, valid until the same slot is taken again.

@@ -92,10 +92,11 @@ class Outer(Share):
             # One call for all tasks, which copies the inputs for each.
             if K == 1:
                 grads = grads[0]
-            parts = memory.pieces(inputs.shape[2], K * B * max(o, T))
-            for start, stop in parts:
-                factor = inputs if len(parts) == 1 else inputs[..., start:stop]
-                gramian.add_rows(product(factor.mT, grads).reshape(K * B, -1))
+            for some in torch.split(grads, max(1, memory.entries // max(1, K * B * T)), dim=-1):
+                parts = memory.pieces(inputs.shape[2], K * B * max(some.shape[-1], T))
+                for start, stop in parts:
+                    factor = inputs if len(parts) == 1 else inputs[..., start:stop]
+                    gramian.add_rows(product(factor.mT, some).reshape(K * B, -1))
             return
         like = widened(grads[:0])
         for start, stop in memory.pieces(inputs.shape[2], K * B * o):

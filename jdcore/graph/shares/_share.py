@@ -235,11 +235,15 @@ class Accumulator:
     def add_rows(self, rows: Tensor) -> None:
         """Add the Gramian of rows [R, n]."""
         width, (R, length) = columns_at_once(rows), rows.shape
+        if not self.memory.reused and length > (most := max(1, self.memory.entries // max(1, R))):
+            for columns in torch.split(rows, most, dim=1):  # products in float64 copy them
+                self.add_rows(columns)
+            return
         if not self.memory.reused and length > 2 * width:
             count = _even(length, width)
             width = length // count
-            rows = rows.contiguous()
-            pieces = rows.as_strided((count, R, width), (width, length, 1))
+            rows = rows if rows.stride(1) == 1 else rows.contiguous()
+            pieces = rows.as_strided((count, R, width), (width, rows.stride(0), 1))
             self.pend(product(pieces, pieces.mT))
             if count * width == length:
                 return
