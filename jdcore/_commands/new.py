@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import sys
 from importlib.resources import files
 from keyword import iskeyword
 from pathlib import Path
@@ -32,7 +33,11 @@ _FILES = {
 
 _NAME = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
 _METHOD = re.compile(r"[a-z][a-z0-9]*(_[a-z0-9]+)*")
-_TAKEN = ("jdcore", "jdplugins", "test", "tests")
+# Packages that one of the same name would hide, from what it has to import as well.
+_TAKEN = {"jdcore", "jdplugins", "tests", "attr", "attrs", "numpy", "pytest", "torch"}
+_TAKEN |= sys.stdlib_module_names
+# With the tests and the module of the method, two files would have one name.
+_TAKEN_METHODS = {"conformance", "plugin", "types"}
 
 
 def add_parser(commands: Any) -> None:
@@ -95,12 +100,14 @@ def _names(name: str, method: str, class_name: str | None) -> dict[str, str]:
     package = distribution.replace("-", "_")
     if not _NAME.fullmatch(distribution) or package in _TAKEN or iskeyword(package):
         raise ParameterError(
-            "NAME", "letters, digits and dashes, and no package of jdcore", repr(name)
+            "NAME",
+            "letters, digits and dashes, and no package of jdcore, Python or what they need",
+            repr(name),
         )
-    if not _METHOD.fullmatch(method) or iskeyword(method):
-        raise ParameterError(
-            "--method", "a lower snake case name such as 'norm_mean'", repr(method)
-        )
+    if not _METHOD.fullmatch(method) or iskeyword(method) or method in _TAKEN_METHODS:
+        taken = ", ".join(sorted(_TAKEN_METHODS))
+        expected = f"a lower snake case name such as 'norm_mean', and none of {taken}"
+        raise ParameterError("--method", expected, repr(method))
     if class_name is None:
         class_name = "".join(word.capitalize() for word in method.split("_"))
     # Both names find the method: one in the registry, the other in an import.

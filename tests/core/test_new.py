@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 from pathlib import Path
 
@@ -50,6 +51,12 @@ def test_a_new_distribution_has_every_file_and_no_placeholder(
         (["my-methods", "--class-name", "Other"], "Parameter `--class-name` must be 'norm_mean'"),
         (["my-methods", "--class-name", "norm-mean"], "Parameter `--class-name` must be"),
         (["import"], "Parameter `NAME` must be"),
+        (["torch"], "Parameter `NAME` must be"),
+        (["json"], "Parameter `NAME` must be"),
+        *[
+            (["mine", "--method", name], f"`--method` .*got {name!r}")
+            for name in new._TAKEN_METHODS
+        ],
     ],
 )
 def test_names_that_cannot_be_used_are_refused_and_nothing_is_written(
@@ -63,7 +70,7 @@ def test_names_that_cannot_be_used_are_refused_and_nothing_is_written(
 
     assert main(["new", *argv]) == 2
 
-    assert problem in capsys.readouterr().err
+    assert re.search(problem, capsys.readouterr().err)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -76,6 +83,14 @@ def test_a_folder_that_is_there_is_left_alone(
 
     assert "(File exists)" in capsys.readouterr().err
     assert list((tmp_path / "my-methods").iterdir()) == []
+
+
+def test_methods_whose_files_would_have_one_name_are_those_that_are_refused() -> None:
+    names = {Path(target).stem for target in new._FILES.values() if "$method" not in target}
+    clashing = {name for name in names if not name.startswith(("_", "."))}
+    modules = {stem for stem in clashing if f"src/$package/{stem}.py" in new._FILES.values()}
+    tests = {stem.removeprefix("test_") for stem in clashing if stem.startswith("test_")}
+    assert modules | tests == new._TAKEN_METHODS
 
 
 def test_every_file_of_the_template_is_used() -> None:
