@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from jdcore.errors import ParameterError
+from jdcore.validators import describe_tensor
 
 _DTYPES = {
     str(dtype).removeprefix("torch."): dtype
@@ -31,11 +32,14 @@ def write_tensor(tensor: Tensor, path: str) -> Any:
     """
     A tensor as data.
 
-    :raises ParameterError: If its dtype has no name here (complex, quantized).
+    :raises ParameterError: If its dtype has no name here (complex, quantized), or it is on the meta
+        device.
     """
     dtype = str(tensor.dtype).removeprefix("torch.")
     if dtype not in _DTYPES:
         raise ParameterError(path, f"of dtype {_choices()}", dtype)
+    if tensor.is_meta:
+        raise ParameterError(path, "a Tensor with entries", describe_tensor(tensor))
     data = tensor.detach().cpu().tolist()
     return data if dtype == _PLAIN else {"data": data, "dtype": dtype}
 
@@ -51,7 +55,7 @@ def read_tensor(data: Any, path: str) -> Tensor:
         if not {"data"} <= set(data) <= {"data", "dtype"}:
             raise ParameterError(path, "a list, or the keys `data` and `dtype`", str(data))
         data, dtype = data["data"], data.get("dtype", _PLAIN)
-    if dtype not in _DTYPES:
+    if not isinstance(dtype, str) or dtype not in _DTYPES:
         raise ParameterError(f"{path}.dtype", f"one of {_choices()}", repr(dtype))
     _check_entries(data, _DTYPES[dtype], path)
     try:

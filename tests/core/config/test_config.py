@@ -236,6 +236,10 @@ NESTED = {"name": "configurable"}
             "Parameter `config.pref_vector.dtype` must be one of float16, ",
         ),
         (
+            {"name": "configurable", "pref_vector": {"data": [1.0], "dtype": ["float64"]}},
+            "Parameter `config.pref_vector.dtype` must be one of float16, ",
+        ),
+        (
             {"name": "configurable", "pref_vector": b"ab"},
             "Parameter `config.pref_vector` must be numbers, strings, lists or mappings, got b'ab",
         ),
@@ -401,10 +405,14 @@ def test_a_configuration_cannot_import_anything(
             ConfigurableWeighting(generator=torch.Generator()),
             "Parameter `config.generator` must be data: ",
         ),
+        (
+            ConfigurableWeighting(pref_vector=torch.ones(2, device="meta")),
+            "Parameter `config.pref_vector` must be a Tensor with entries, got a float32 Tensor",
+        ),
     ],
 )
 def test_what_is_no_data_is_refused_with_its_path(method: Any, message: str) -> None:
-    with pytest.raises(ParameterTypeError) as caught:
+    with pytest.raises(ParameterError) as caught:
         jdcore.to_config(method)
 
     assert str(caught.value).startswith(message)
