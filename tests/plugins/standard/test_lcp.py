@@ -12,7 +12,7 @@ from jdcore.errors import UnsolvedWarning
 from jdcore.linalg import add_proximal, equilibrate, lcp_residual
 from jdcore.linalg._pivoting import PassiveSets
 from jdcore.testing import FAMILIES, family
-from jdplugins.standard._solvers import NativeDualConeSolver, _dual_cone, _parametric
+from jdplugins.standard._solvers import NativeDualConeSolver, _active_set, _dual_cone, _parametric
 from jdplugins.standard._solvers._active_set import ActiveSet, _Factor
 from jdplugins.standard._solvers._cone_of_few import project_few
 from jdplugins.standard._solvers._lcp import solve_lcps, solve_one
@@ -269,6 +269,7 @@ def test_the_active_set_method_ends_wherever_it_begins(kind: str) -> None:
 def test_a_factor_that_changes_saves_most_factorisations(
     kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(_active_set, "_SMALL", 0)
     m, C, works = 120, unit_cosines(kind, 120), []
     answers: list[np.ndarray] = []
     for worn in (None, property(lambda factor: factor.is_changed)):
@@ -305,7 +306,10 @@ def test_a_factor_solves_on_a_set_that_changes(first: list[int]) -> None:
 
 
 @pytest.mark.parametrize("kind", ["products of factors", "weakly stationary"])
-def test_what_a_changed_factor_leaves_to_rounding_lets_no_entry_join(kind: str) -> None:
+def test_what_a_changed_factor_leaves_to_rounding_lets_no_entry_join(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_active_set, "_SMALL", 0)
     for seed in range(8):
         rows = DEPENDENT[kind](24, np.random.default_rng(seed))
         rows /= np.linalg.norm(rows, axis=1, keepdims=True)
@@ -315,10 +319,11 @@ def test_what_a_changed_factor_leaves_to_rounding_lets_no_entry_join(kind: str) 
 
 
 def test_the_active_set_method_leaves_an_indefinite_matrix_alone() -> None:
-    C = np.full((30, 30), -0.5) + 1.5 * np.eye(30)
-    z, residual = ActiveSet(C, 1e12).solve(-np.ones(30), np.ones(30))
+    m = 100
+    C, q = np.full((m, m), -0.5) + 1.5 * np.eye(m), -np.ones(m)
+    z, residual = ActiveSet(C, 1e12).solve(q, np.ones(m))
     assert (z == 1.0).all()
-    assert residual == pytest.approx(lcp_residual(C, -np.ones(30), z))
+    assert residual == pytest.approx(lcp_residual(C, q, z))
 
 
 def test_the_active_set_method_gives_the_best_it_has_where_work_ends() -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from jdcore.linalg import EPS, product
+from jdcore.linalg import EPS, product, solve
 
 Floats = NDArray[np.float64]
 Mask = NDArray[np.bool_]
@@ -21,6 +21,7 @@ _CLEAR = 10.0  # times the rounding of a gradient: what is not rounding
 # and of a new one.
 _FINE, _ROUNDING = 1e-13, 1e-11
 _STALLED = 8  # steps that do not halve it one after the other, at most, above that
+_SMALL = 96  # entries of a set that is factorised anew for each of them that leaves or joins
 # Entries by which a set may differ from the one that is factorised: a number, and one more for so
 # many entries of that.
 _CHANGES, _PER_CHANGE = 8, 6
@@ -62,7 +63,8 @@ class ActiveSet:
         residual = least = _residual(z, y)
         best = start
         enough, tolerance = min(_ENOUGH, m * EPS), 16.0 * m * EPS
-        passive, stalled, factor = z > 0.0, 0, None
+        passive, stalled = z > 0.0, 0
+        factor: _Block | _Factor | None = None
         for _ in range(_TIMES * m):
             if least <= enough or self.work <= 0.0:
                 break
@@ -91,8 +93,8 @@ class ActiveSet:
         return best, least
 
     def _descended(
-        self, z: Floats, y: Floats, passive: Mask, factor: _Factor | None
-    ) -> tuple[Floats, _Factor]:
+        self, z: Floats, y: Floats, passive: Mask, factor: _Block | _Factor | None
+    ) -> tuple[Floats, _Block | _Factor]:
         """
         The minimum over a set without the entries that would be negative, which leave it.
 
@@ -105,7 +107,8 @@ class ActiveSet:
         z = z.copy()
         while True:
             if factor is None or factor.is_worn:
-                factor = _Factor(self._C, passive)
+                small = np.count_nonzero(passive) <= _SMALL
+                factor = (_Block if small else _Factor)(self._C, passive)
                 self.work -= factor.size**3 / 6.0
             self.work -= factor.size**2
             step = factor.solve(y)
@@ -126,6 +129,32 @@ class ActiveSet:
 
 def _residual(z: Floats, y: Floats) -> float:
     return float(np.abs(np.minimum(z, y)).max() / (1.0 + z.max()))
+
+
+class _Block:
+    """
+    :class:`_Factor` of a set so small that to make it anew takes less time than to change it.
+
+    :param C: Positive semi-definite matrix [m, m].
+    :param passive: The set, bool [m].
+    """
+
+    is_worn, is_changed = True, False
+
+    def __init__(self, C: Floats, passive: Mask) -> None:
+        self._indices = passive.nonzero()[0]
+        self.size = len(self._indices)
+        self._block = block_of(C, self._indices)
+        self._block.reshape(-1)[:: self.size + 1] += _PROXIMAL[0]
+
+    def exchange(self, entries: NDArray[np.intp]) -> None:
+        """Nothing, as it is worn."""
+
+    def solve(self, b: Floats) -> Floats:
+        """The x with ``C_FF x = b_F`` on the set F, and zero elsewhere [m]."""
+        x = np.zeros(len(b))
+        x[self._indices] = solve(self._block, b[self._indices])
+        return x
 
 
 class _Factor:
