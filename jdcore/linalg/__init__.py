@@ -2,7 +2,6 @@
 
 from jdcore.linalg._blas import (
     cholesky,
-    definite_solver,
     eigh,
     one_thread,
     product,
@@ -28,7 +27,6 @@ __all__ = [
     "conflicting_share",
     "cosines",
     "cross_gramian",
-    "definite_solver",
     "eigh",
     "equilibrate",
     "exchange_few",

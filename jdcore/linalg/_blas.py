@@ -9,9 +9,8 @@ matrices stay with numpy, which costs less to call.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Container, Iterator
 from contextlib import contextmanager
-from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -172,30 +171,14 @@ def solve_definite(A: NDArray[np.float64], B: NDArray[np.float64], /) -> NDArray
     :param B: Vector [m] or matrix [m, k].
     :raises numpy.linalg.LinAlgError: If A is singular.
     """
-    return definite_solver(A)(B)
-
-
-def definite_solver(
-    A: NDArray[np.float64], /
-) -> Callable[[NDArray[np.float64]], NDArray[np.float64]]:
-    """
-    :func:`solve_definite` for several B, one after the other, with one factorisation.
-
-    :param A: As there.
-    :returns: What maps a B to ``A⁻¹ B``.
-    """
     if len(A) <= _SOLVE:
-        return partial(solve, A)
+        return solve(A, B)
     factor, failed = torch.linalg.cholesky_ex(torch.from_numpy(A))
     if failed.item():
-        return partial(solve, A)
-
-    def apply(B: NDArray[np.float64]) -> NDArray[np.float64]:
-        columns = torch.from_numpy(B.reshape(len(A), -1))
-        solution: NDArray[np.float64] = torch.cholesky_solve(columns, factor).numpy()
-        return solution.reshape(B.shape)
-
-    return apply
+        return solve(A, B)
+    columns = torch.from_numpy(B.reshape(len(A), -1))
+    solution: NDArray[np.float64] = torch.cholesky_solve(columns, factor).numpy()
+    return solution.reshape(B.shape)
 
 
 def cholesky(A: NDArray[np.float64], /) -> NDArray[np.float64]:
