@@ -415,7 +415,10 @@ def _installable(problem: str, installed: Collection[str]) -> str | None:
 def load_factory(provider: str, factory: str) -> type:
     module, _, attribute = factory.partition(":")
     try:
-        return getattr(importlib.import_module(module), attribute)  # type: ignore[no-any-return]
+        found: type = getattr(importlib.import_module(module), attribute)
+        if not callable(found):
+            raise TypeError(f"{type(found).__name__} is no class")
+        return found
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # as for the plugins themselves: sys.exit(), pytest.skip(), ...

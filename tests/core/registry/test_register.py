@@ -27,7 +27,7 @@ from jdcore._loading import Loading
 from jdcore._registry import Registry
 from jdcore._tables import Entry
 from jdcore.aggregation import GramianWeighting
-from jdcore.errors import AmbiguousNameError
+from jdcore.errors import AmbiguousNameError, PluginError
 from jdcore.exports import exports_of
 
 
@@ -100,6 +100,16 @@ def test_a_composed_aggregator_keeps_to_the_class_of_its_weighting(registry: Reg
     assert aggregator.weighting is old
     aggregator.weighting = new = LastRowWeighting()
     assert aggregator.weighting is new
+
+
+def test_a_factory_that_is_no_class_is_named(
+    registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(globals(), "NumberWeighting", 3)
+    registry.register(spec(weighting=f"{__name__}:NumberWeighting"))
+
+    with pytest.raises(PluginError, match=r"'.*:NumberWeighting' cannot be loaded: .*int is no"):
+        _methods.aggregator_class("last_row")
 
 
 def test_an_argument_is_set_on_the_weighting_and_nowhere_else(registry: Registry) -> None:
