@@ -64,6 +64,9 @@ class Engine:
     :param memory_budget: Bytes that a temporary may have. By default 256 MB on an accelerator, or
         an eighth of its free memory if that is less, and what the caches hold on a CPU. A step
         whose activations take less than 256 MB keeps them to 32 MB, a larger one to an eighth.
+        Two or three of them may be there at once, and what a step has anyway may be larger: the
+        gradients of all samples and tasks at an operation, and whole rows of parameters that are
+        used by operations without a closed form, or from which weights are computed.
     :raises ParameterTypeError: If a module is no ``nn.Module``, or another argument of the wrong
         type.
     :raises ParameterError: If a module is in ``DataParallel``.

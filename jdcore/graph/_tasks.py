@@ -345,9 +345,9 @@ class Passes:
         of_heads = [p for p in places if p[0] not in common and p not in behind]
         through = self._head_after_head if self._ways.owners is None else self._all_heads
         found = through(of_heads, retain_graph)
+        # Taken out, so that those of single losses are gone before those of all go on.
         arriving = {
-            place: self._arriving(place, [found[place][k] for k in self._present])
-            for place in self._ways.entrances
+            place: self._arriving(place, found.pop(place)) for place in self._ways.entrances
         }
         grads = {place: stacked(found.pop(place)) for place in of_heads}
         grads |= self._through_trunk(arriving, of_trunk, retain_graph)
@@ -403,8 +403,8 @@ class Passes:
         return found
 
     def _arriving(self, place: Place, rows: Sequence[Tensor | None]) -> Tensor:
-        """The gradients of all losses at an entrance."""
-        grads = stacked(rows)
+        """The gradients of all losses that have a graph at an entrance, given by loss."""
+        grads = stacked([rows[k] for k in self._present])
         # A loss may itself be a result of the trunk, beside those that enter there from a head.
         if grads is None or place in self.starts:
             seeds = self.seeds(place, self._present)
