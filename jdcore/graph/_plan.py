@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Hashable
 from contextlib import suppress
 from typing import Any
 
@@ -60,8 +61,8 @@ class Spot:
     :param complex: Whether some of its results are.
     :param silent: Whether no loss depends on some of its results.
     :param may_join: Whether it adds a bias to a product, both of which are finished at once.
-    :param alike: A number that it shares with those operations that one call of its rule may serve
-        together with it, None if no other one may be.
+    :param alike: What it shares with those operations that one call of its rule may serve together
+        with it, None if no other one may be.
     :param beside: Whether it is a product of what another one is a product of.
     """
 
@@ -72,7 +73,7 @@ class Spot:
     complex: bool
     silent: bool
     may_join: bool
-    alike: int | None
+    alike: Hashable
     beside: bool
 
 
@@ -114,7 +115,6 @@ class Plan:
     """Operations that are called after the pass; None before the first one."""
     _spots: dict[int, Spot] = field(factory=dict, init=False)
     _size: int | None = field(default=None, init=False)
-    _kinds: dict[Any, int] = field(factory=dict, init=False)
 
     def spot(self, form: Form, node: int) -> Spot:
         """What is known of an operation of the frontier, found out once."""
@@ -152,8 +152,8 @@ class Plan:
         uses = [n for n in self.frontier if form.names[n] == name and factor in form.inputs[n]]
         return factor[0] >= 0 and len(uses) > 1
 
-    def _kind(self, form: Form, node: int, layout: Layout | None) -> int | None:
-        """A number of the form of an operation whose operands are parameters that it has alone."""
+    def _kind(self, form: Form, node: int, layout: Layout | None) -> Hashable:
+        """The form of an operation, if its operands are parameters that it has alone."""
         operands, (shape, dtype) = self.frontier[node], form.result((node, 0))
         ends = [self.ends.get(form.inputs[node][p]) for p in operands]
         if form.names[node] not in FOR_LAYERS or dtype.is_complex or None in ends:
@@ -162,8 +162,8 @@ class Plan:
             return None
         shapes = [form.result(form.inputs[node][p]).shape for p in operands]
         turned = [end.turned for end in ends if end is not None]
-        described = form.described[node], layout.samples, *operands, *shapes, *turned
-        return self._kinds.setdefault((form.names[node], *described), len(self._kinds))
+        sizes = form.described[node], layout.samples, *operands, *shapes, *turned
+        return form.names[node], *sizes
 
     def of_results(self, form: Form, node: int) -> list[Layout | None]:
         """Where the samples are in each result of an operation."""

@@ -86,9 +86,8 @@ class RootShares:
         self._shares: dict[Place, list[Share]] = {}
         self._layers: list[tuple[Sequence[Place], OuterLayers | OuterBeside]] = []
         self._short = ShortRows(memory, total.keep)
-        self.joins = total.joins and not (memory.reused or report)
-        """Whether layers of one form may come together, as accelerators compute them fastest."""
-        self._beside_others = total.joins and memory.reused and not report
+        self.joins = total.joins and not report
+        """Whether several layers may come as one."""
         self._waiting: dict[Hashable, list[tuple[Place, Place, Share]]] = {}
         """Shares of the same inputs that are not added yet, with their roots and places."""
         self.graph_stays = True
@@ -131,7 +130,7 @@ class RootShares:
         if isinstance(share, Dense) and (counted or share.shape.numel() < SHORT):
             self._short.add([place], share, counted)
             return
-        kind = beside(share) if beside_others and self._beside_others else None
+        kind = beside(share) if beside_others and self.joins else None
         if kind is None:
             self._add_alone(root, place, share)
         else:

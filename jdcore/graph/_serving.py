@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -91,10 +91,10 @@ class Serving:
         :param heard: Operations, and their gradients for one task.
         :returns: Those that are left, which belong to no others or for which there is no room.
         """
-        if not self.roots.joins:
+        if self.memory.reused or not self.roots.joins:
             yield from heard
             return
-        groups: dict[int, list[Heard]] = {}
+        groups: dict[Hashable, list[Heard]] = {}
         for one in heard:
             node, [grad, *others], _ = one
             kind = self.plan.spot(self.graph.form, node).alike

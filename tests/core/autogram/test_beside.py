@@ -58,10 +58,13 @@ def test_heads_are_right(losses: Any, batch_dim: int) -> None:
     check_engine(_Heads, losses, batch_dim)
 
 
-def test_products_of_their_inputs_are_made_once() -> None:
+# A budget asks for what accelerators do.
+@pytest.mark.parametrize("budget", [None, 1 << 24])
+def test_products_of_their_inputs_are_made_once(budget: int | None) -> None:
     torch.manual_seed(0)
     trunk, heads = nn.Linear(4, D), nn.ModuleList(nn.Linear(D, 1) for _ in range(4))
-    engine, x = Engine(trunk, heads, batch_dim=0), torch.randn(B, 4)
+    engine = Engine(trunk, heads, batch_dim=0, memory_budget=budget)
+    x = torch.randn(B, 4)
 
     def losses() -> Tensor:
         hidden = trunk(x).relu()
@@ -71,9 +74,12 @@ def test_products_of_their_inputs_are_made_once() -> None:
     output = losses()
     with Operations() as counted:
         engine.compute_gramian(output)
-    # In each of four passes one for the gradient of each head; then two for all heads, and two for
-    # the trunk.
-    assert counted.counts["mm"] == 4 * 4 + 2 + 2
+    # One for all heads, and one for the trunk.
+    assert counted.counts["mul_"] == 2
+    # In each of four passes one for the gradient of each head, as none of them is batched here;
+    # then two for all heads, and two for the trunk.
+    if budget is None:
+        assert counted.counts["mm"] == 4 * 4 + 2 + 2
 
 
 def test_inputs_that_were_exchanged_between_two_uses_are_told_apart() -> None:
