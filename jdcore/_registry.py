@@ -26,6 +26,7 @@ from jdcore._discovery import (
     switched_without_effect,
     without_doubles,
 )
+from jdcore._environment import switched_on
 from jdcore._gramian_rules import CHOOSE, RUNTIME, OperationTable, serves_itself
 from jdcore._loading import Loading
 from jdcore._tables import Entry, NameTable
@@ -351,7 +352,7 @@ def _rule_table(rules: Iterable[tuple[str, GramianRuleSpec]]) -> OperationTable:
 
 
 def _demand_if_strict(known: _Known) -> None:
-    if os.environ.get("JDCORE_STRICT_PLUGINS", "0") in ("", "0"):
+    if not switched_on("JDCORE_STRICT_PLUGINS"):
         return
     for record in known.failed():
         raise PluginError(record.label, record.reason) from record.error

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
 
 import numpy as np
@@ -9,6 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from jdcore._environment import switched_on
 from jdcore.errors import NonFiniteError
 
 _WIDE = frozenset((torch.float32, torch.float64))
@@ -17,7 +17,7 @@ _WIDE = frozenset((torch.float32, torch.float64))
 def finite_required(check_finite: bool | None) -> bool:
     """Whether non-finite input raises: the argument, or ``JDCORE_CHECK_FINITE`` if None."""
     if check_finite is None:
-        return os.environ.get("JDCORE_CHECK_FINITE", "0") not in ("", "0")
+        return switched_on("JDCORE_CHECK_FINITE")
     return check_finite
 
 

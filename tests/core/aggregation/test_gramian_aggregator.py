@@ -110,7 +110,10 @@ def test_malformed_blocks_are_refused() -> None:
         aggregator.aggregate_blocks([torch.eye(2), torch.eye(3)])
 
 
-@pytest.mark.parametrize(("variable", "raises"), [("1", True), ("0", False), ("", False)])
+@pytest.mark.parametrize(
+    ("variable", "raises"),
+    [("1", True), ("true", True), ("0", False), ("", False), ("False", False), ("off", False)],
+)
 def test_the_environment_decides_about_nonfinite_input_unless_the_argument_does(
     monkeypatch: pytest.MonkeyPatch, variable: str, raises: bool
 ) -> None:
