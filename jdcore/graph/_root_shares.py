@@ -85,9 +85,11 @@ class RootShares:
         self._keep = total.keep
         self._shares: dict[Place, list[Share]] = {}
         self._layers: list[tuple[Sequence[Place], OuterLayers | OuterBeside]] = []
-        self._short = ShortRows(memory, total.keep)
+        self._short = ShortRows(total.keep)
         self.joins = total.joins and not report
         """Whether several layers may come as one."""
+        self._biases: dict[Place, Place] = {}
+        """By weights whose share is that of a bias as well, where the gradient of that belongs."""
         self._waiting: dict[Hashable, list[tuple[Place, Place, Share]]] = {}
         """Shares of the same inputs that are not added yet, with their roots and places."""
         self.graph_stays = True
@@ -110,16 +112,16 @@ class RootShares:
         operation: str,
         how: str,
         *,
+        bias: Place | None = None,
         beside_others: bool = False,
-        counted: bool = False,
     ) -> None:
         """
         Take a share.
 
         :param operation: The name of the operation that the root enters.
         :param how: How the share was made, in words.
+        :param bias: The root whose Gramian is in that of this share, if there is one.
         :param beside_others: Whether others of the same inputs may follow, or have come before.
-        :param counted: Whether its Gramian is in that of another one.
         """
         if self._report:
             self.served.append(Served(operation, root, repr(share), how))
@@ -127,14 +129,20 @@ class RootShares:
             self._shares.setdefault(root, []).append(share)
             return
         place, share = self._at_end(root, share)
-        if isinstance(share, Dense) and (counted or share.shape.numel() < SHORT):
-            self._short.add([place], share, counted)
+        if bias is not None:
+            end = self._plan.ends.get(bias)
+            self._biases[place] = bias if end is None or end.turned else (end.leaf, 0)
+            if self._report and isinstance(share, Outer):
+                of_bias = Dense(share.grads, self._graph.form.result(bias).shape)
+                self.served.append(Served(operation, bias, repr(of_bias), "with its weight"))
+        if isinstance(share, Dense) and share.shape.numel() < SHORT:
+            self._short.add([place], share)
             return
         kind = beside(share) if beside_others and self.joins else None
         if kind is None:
             self._add_alone(root, place, share)
         else:
-            self._waiting.setdefault(kind, []).append((root, place, share))
+            self._waiting.setdefault((kind, bias is None), []).append((root, place, share))
 
     def _add_alone(self, root: Place, place: Place, share: Share) -> None:
         self._add(share, [root])
@@ -148,7 +156,9 @@ class RootShares:
                 self._add_alone(*waiting[0])
             else:
                 roots, places, shares = zip(*waiting, strict=True)
-                self._add_several(OuterBeside(shares), roots, places)
+                biases = [self._biases[place] for place in places if place in self._biases]
+                shapes = [self._graph.form.result(bias).shape for bias in biases]
+                self._add_several(OuterBeside(shares, shapes), roots, [*places, *biases])
         self._waiting.clear()
 
     def _add_several(
@@ -268,8 +278,14 @@ class RootShares:
         while self._layers:
             places, layers = self._layers.pop()
             grads.update(zip(places, layers.weighted(by_task), strict=True))
-        for root in sorted(self._shares, key=self._growth):
+        for root in self._ordered():
             shares = self._shares.pop(root)
+            if bias := self._biases.get(root):
+                [share] = shares
+                assert isinstance(share, Outer)  # see above
+                shape = graph.form.result(bias).shape
+                grads[root], grads[bias] = share.weighted_with_bias(by_task, shape)
+                continue
             of_uses = [_weighted(share, by_task) for share in shares]
             if root in grads:
                 of_uses.append(grads[root])
@@ -289,14 +305,13 @@ class RootShares:
             final[tensor] = share.weighted(by_task.reshape(1, -1)).to(tensor.dtype)
         return final
 
-    def _growth(self, root: Place) -> int:
-        """How many entries more there are once the weighted gradient of a root is there."""
-        known = self._plan.growth.get(root)
-        if known is None:
+    def _ordered(self) -> list[Place]:
+        """The roots of shares: first those whose weighted gradients take least beside these."""
+        growth = self._plan.growth  # the same in each step
+        for root in self._shares.keys() - growth.keys():
             held = sum(share.entries for share in self._shares[root])
-            known = self._graph.form.result(root).shape.numel() - held
-            self._plan.growth[root] = known  # the same in each step
-        return known
+            growth[root] = self._graph.form.result(root).shape.numel() - held
+        return sorted(self._shares, key=growth.__getitem__)
 
 
 def _weighted(share: Share, by_task: Tensor) -> Tensor:
@@ -319,40 +334,31 @@ class ShortRows:
     :param keep: Whether :meth:`weighted` will be called.
     """
 
-    def __init__(self, memory: Memory, keep: bool) -> None:
-        self._memory, self._keep = memory, keep
-        self._groups: dict[tuple[torch.dtype, bool], list[tuple[list[_Entry], Tensor]]] = {}
+    def __init__(self, keep: bool) -> None:
+        self._keep = keep
+        self._groups: dict[torch.dtype, list[tuple[list[_Entry], Tensor]]] = {}
         self._joined: list[tuple[Tensor, list[_Entry]]] = []
 
-    def add(self, roots: Sequence[Place], share: Dense, counted: bool = False) -> None:
+    def add(self, roots: Sequence[Place], share: Dense) -> None:
         """
         Add the rows of a share.
 
         :param roots: Where its gradient belongs; of several layers for one task, those of each,
             and the share has the layers in the place of tasks.
-        :param counted: Whether their Gramian is in that of another share.
         """
-        if counted and not self._keep:
-            return
         rows = share.flat_rows()
         if len(roots) > 1:
             rows = rows.transpose(0, 1).flatten(1)[None]
         entries = [(root, share.shape) for root in roots]
-        self._groups.setdefault((rows.dtype, counted), []).append((entries, rows))
+        self._groups.setdefault(rows.dtype, []).append((entries, rows))
 
     def shares(self) -> Iterator[tuple[Dense, list[Place]]]:
         """What is to be added to the Gramian, and the roots whose rows it is made of."""
-        for (_, counted), parts in self._groups.items():
-            size = sum([of_roots.numel() for _, of_roots in parts])
-            if counted and (self._memory.reused or size > self._memory.joined):
-                # Joined rows would be a copy, which costs more than calls do.
-                self._joined += [(rows, entries) for entries, rows in parts]
-                continue
+        for parts in self._groups.values():
             rows = [of_roots for _, of_roots in parts]
             joined = torch.cat(rows, 2) if len(rows) > 1 else rows[0]
             entries = [entry for of_rows, _ in parts for entry in of_rows]
-            if not counted:
-                yield Dense(joined, joined.shape[2:]), [root for root, _ in entries]
+            yield Dense(joined, joined.shape[2:]), [root for root, _ in entries]
             if self._keep:
                 self._joined.append((joined, entries))
         self._groups.clear()

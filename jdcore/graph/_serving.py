@@ -57,16 +57,15 @@ class Serving:
         site = Site(self.graph.nodes[node], *of_place, tensors)
         # Of complex numbers some factors are conjugated, which the node itself knows best.
         make = None if spot.complex else self.rules.find(site.name, site.node)
-        shares, bias = _shares(make, site, spot)
-        if bias is not None:
-            self.roots.take(spot.roots[0], bias, spot.name, "with its weight", counted=True)
+        shares, joined = _shares(make, site, spot)
         rest = []
         for operand, share in shares.items():
             if share is None:
                 rest.append(operand)
             else:
-                root = spot.roots[operand]
-                self.roots.take(root, share, spot.name, "closed form", beside_others=spot.beside)
+                bias = spot.roots[0] if joined and operand == 2 else None
+                given = spot.roots[operand], share, spot.name, "closed form"
+                self.roots.take(*given, bias=bias, beside_others=spot.beside)
         return (site, rest) if rest else None
 
     def call(self, node: int, site: Site, rest: list[int]) -> None:
@@ -131,7 +130,7 @@ class Serving:
             of_place = spot.name, [grads], spot.layouts, spot.shapes
             saved = [(n, tensors) for n, (_, _, tensors) in zip(nodes, heard, strict=True)]
             site = Layers(nodes[0], *of_place, operations=saved)
-            found, bias = _shares(rule, site, spot)
+            found, joined = _shares(rule, site, spot)
         except NoRule:
             return False
         shares = {operand: share for operand, share in found.items() if share is not None}
@@ -140,7 +139,7 @@ class Serving:
         ):
             return False
         for operand, share in shares.items():
-            biases = [] if bias is None else [of.roots[0] for of in spots]
+            biases = [of.roots[0] for of in spots] if joined else []
             self.roots.take_layers([of.roots[operand] for of in spots], share, biases, entries)
         return True
 
@@ -160,42 +159,39 @@ def _entries(node: Any, heard: Heard) -> int:
     return sum([t.numel() for t in saved], grad.numel())
 
 
-def _shares(
-    rule: Rule | None, site: Site, spot: Spot
-) -> tuple[dict[int, Share | None], Dense | None]:
+def _shares(rule: Rule | None, site: Site, spot: Spot) -> tuple[dict[int, Share | None], bool]:
     """
-    The shares of all operands, None for those that the rule does not serve.
+    The shares of the operands, None for those that the rule does not serve.
 
-    :returns: They, by operand, and the share of a bias whose Gramian is in that of its weight.
+    :returns: They, by operand, and whether that of a weight is that of its bias as well.
     """
     if not spot.may_join:
-        return {operand: _made(rule, site, operand) for operand in spot.roots}, None
+        return {operand: _made(rule, site, operand) for operand in spot.roots}, False
     weight = _made(rule, site, 2)
-    bias = _bias_of(site, weight)
-    rest = [operand for operand in spot.roots if operand not in ((0, 2) if bias else (2,))]
-    return {2: weight, **{operand: _made(rule, site, operand) for operand in rest}}, bias
+    joined = _joins_bias(site, weight)
+    rest = [operand for operand in spot.roots if operand not in ((0, 2) if joined else (2,))]
+    return {2: weight, **{operand: _made(rule, site, operand) for operand in rest}}, joined
 
 
-def _bias_of(site: Site, weight: Share | None) -> Dense | None:
+def _joins_bias(site: Site, weight: Share | None) -> bool:
     """
-    The bias of a linear layer is the weight of one more input, which is 1.
+    Whether a bias is the weight of one more input, which is 1.
 
     :param weight: The share of the weight, which is that of both afterwards.
-    :returns: The share of the bias alone; None if it is not that.
     """
     if not isinstance(weight, Outer):
-        return None
+        return False
     (_, _, positions, outputs), shape = weight.grads.shape, site.shapes[0]
     # One bias may be added to all outputs, to each sample another one, or more of it than of the
     # product.
     if positions > 1 or shape[-1:] != (outputs,) or shape.numel() != outputs:
-        return None
+        return False
     # Only then do both have the same gradient: that of the product times alpha, that of the bias
     # times beta.
     if site.saved("alpha") != site.saved("beta"):
-        return None
+        return False
     weight.plus = 1.0
-    return Dense(weight.grads, shape)
+    return True
 
 
 def _made(rule: Rule | None, site: Site, operand: int) -> Share | None:

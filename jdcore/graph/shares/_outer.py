@@ -51,7 +51,6 @@ class Outer(Share):
     :param grads_first: Whether the operand is [o, i] rather than [i, o].
     :param shape: The shape of the operand, of i times o entries.
     :param plus: 1 if the Gramian is to hold a bias as well, the weight of one more input that is 1.
-        Its weighted gradient is a share of its own.
     """
 
     def __init__(
@@ -132,9 +131,22 @@ class Outer(Share):
         if isinstance(inputs, OneHot):
             return self._looked_up_sum(inputs, weighted_sum(weights, grads).flatten(0, 1))
         if grads.shape[0] == 1 and inputs.shape[2] < grads.shape[3]:
-            inputs, grads = scaled(weights[0], inputs), grads[0]  # the smaller one
-        else:
-            grads = weighted_sum(weights, grads)
+            return self._total(scaled(weights[0], inputs), grads[0])  # the smaller one
+        return self._total(inputs, weighted_sum(weights, grads))
+
+    def weighted_with_bias(self, weights: Tensor, shape: torch.Size) -> tuple[Tensor, Tensor]:
+        """
+        :meth:`weighted`, and the same of a bias, which has the same gradients [K, B, 1, o].
+
+        :param shape: Of the bias.
+        """
+        assert isinstance(self.inputs, Tensor)  # tables have none
+        grads = weighted_sum(weights, self.grads)
+        bias = grads.sum((0, 1))
+        return self._total(self.inputs, grads), bias if len(shape) == 1 else bias.view(shape)
+
+    def _total(self, inputs: Tensor, grads: Tensor) -> Tensor:
+        """The sum over samples [B, T, i] by [B, T, o], one of them weighted."""
         if grads.stride(0) < grads.stride(1):
             # Positions lie before samples. In which order both are summed up is the same.
             inputs, grads = inputs.transpose(0, 1), grads.transpose(0, 1)
@@ -405,11 +417,12 @@ class OuterBeside:
     They are one layer with the outputs of all: its Gramian takes the products of the inputs once.
 
     :param shares: Of one :func:`beside`.
+    :param biases: The shapes of their biases, if weighted gradients of these are wanted as well.
     """
 
-    def __init__(self, shares: Sequence[Outer]) -> None:
+    def __init__(self, shares: Sequence[Outer], biases: Sequence[Size]) -> None:
         first, *_ = shares
-        self._shapes = [share.shape for share in shares]
+        self._shapes = [*(share.shape for share in shares), *biases]
         self._outputs = [share.grads.shape[3] for share in shares]
         self._whole = Outer(
             first.inputs,
@@ -425,14 +438,20 @@ class OuterBeside:
 
     def weighted(self, weights: Tensor) -> list[Tensor]:
         """
-        The weighted gradients of all weights.
+        The weighted gradients of all weights, and behind them those of their biases, if any.
 
         :param weights: Shape [K, B], in float64 where they are to be summed in float64.
         """
-        whole = self._whole.weighted(weights)
-        parts = torch.split(whole, self._outputs, 0 if self._whole.grads_first else 1)
+        whole, outputs = self._whole, self._outputs
+        views: list[Tensor] = []
+        if len(self._shapes) > len(outputs):
+            total, bias = whole.weighted_with_bias(weights, Size([-1]))
+            views += torch.split(bias, outputs)
+        else:
+            total = whole.weighted(weights)
+        views[:0] = torch.split(total, outputs, 0 if whole.grads_first else 1)
         # In memory of their own, by one call: to keep one of them must not keep all.
-        own = torch._foreach_mul(parts, 1.0)
+        own = torch._foreach_mul(views, 1.0)
         return [part.reshape(shape) for part, shape in zip(own, self._shapes, strict=True)]
 
 
