@@ -130,7 +130,7 @@ def write_grads(gradients: Mapping[Tensor, Tensor]) -> None:
             )
         if present is not None:
             _check_grad(tensor, present, gradient.layout)
-    with torch.no_grad():
+    with torch.set_grad_enabled(False):  # half of the calls of torch.no_grad()
         for tensor, gradient, present in fields:
             if present is not None:
                 present.add_(gradient)
@@ -284,7 +284,8 @@ def _through_hooks(leaf: Tensor, gradient: Tensor) -> Tensor:
 
 def _as_field(tensor: Tensor, gradient: Tensor) -> Tensor:
     """The gradient in the dtype and memory layout that a backward pass would give it."""
-    dtype = _grad_dtype(tensor) or gradient.dtype
+    # As :func:`_grad_dtype`, without its call for each parameter.
+    dtype = (tensor.grad_dtype if tensor.is_leaf else tensor.dtype) or gradient.dtype
     if gradient.layout != torch.strided:
         return gradient.to(dtype)
     if gradient.dtype == dtype and gradient.stride() == tensor.stride():
@@ -296,10 +297,8 @@ def _as_field(tensor: Tensor, gradient: Tensor) -> Tensor:
 
 def _grad_dtype(tensor: Tensor) -> torch.dtype | None:
     """The dtype that the ``.grad`` of a tensor must have, None for any."""
-    if not tensor.is_leaf:  # torch refuses to tell, but lets it have no other
-        return tensor.dtype
-    dtype: torch.dtype | None = getattr(tensor, "grad_dtype", tensor.dtype)  # since torch 2.9
-    return dtype
+    # Of what is no leaf, torch refuses to tell, but lets it have no other.
+    return tensor.grad_dtype if tensor.is_leaf else tensor.dtype
 
 
 def _check_field(

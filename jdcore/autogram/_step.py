@@ -58,15 +58,11 @@ class Step:
         :param report: Whether it notes what serves each operand, and nothing of it is written.
         :raises UnservedGraphError: If it cannot be right.
         """
-        with plain_modes(self.objectives.outputs), self._named():
-            yield self._jacobian(together, report)
-
-    @contextmanager
-    def _named(self) -> Iterator[None]:
-        """Call the losses in errors of the graph, which knows no arguments, as the caller does."""
         try:
-            yield
+            with plain_modes(self.objectives.outputs):
+                yield self._jacobian(together, report)
         except UnservedGraphError as error:
+            # The graph knows no arguments: the losses are called in its errors as the caller does.
             if error.parameter != "output" or self.losses == "output":
                 raise
             parts = error.operation, error.reason, error.remedy

@@ -20,7 +20,7 @@ def is_dtensor(tensor: Tensor) -> bool:
 def some_dtensor(tensors: Iterable[Tensor]) -> bool:
     """Whether one of some tensors is a DTensor."""
     # There are fewer classes than parameters, each of which would cost a call.
-    return any(map(_is_dtensor_class, {type(tensor) for tensor in tensors}))
+    return any(map(_is_dtensor_class, set(map(type, tensors))))
 
 
 @cache

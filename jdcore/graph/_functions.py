@@ -47,7 +47,7 @@ def try_functions(graph: Graph, outputs: Sequence[Tensor]) -> None:
 
     :param outputs: Where the graph starts.
     """
-    if set(graph.functions_of_others.values()).issubset(_KNOWN):
+    if not [f for f in graph.functions_of_others.values() if f not in _KNOWN]:
         return
     live = [output for output in outputs if output.requires_grad]
     edges = graph.edges(graph.form.targets)

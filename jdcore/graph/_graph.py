@@ -210,14 +210,14 @@ class Graph:
         properties = self._explore()
         # Torch gives a parameter another node when its dtype changes, and takes the gradient there
         # for its whole one.
-        if len({id(leaf) for leaf in self.leaves.values()}) < len(self.leaves):
+        if len(set(map(id, self.leaves.values()))) < len(self.leaves):
             raise UnservedGraphError(
                 "a parameter whose dtype or device changed between two uses",
                 "it is in the graph twice",
                 "Compute all losses after the change.",
             )
         # By identity, since `==` of tensors compares their entries.
-        asked = {id(tensor) for tensor in wanted}
+        asked = set(map(id, wanted))
         self.wanted = {i: leaf for i, leaf in self.leaves.items() if id(leaf) in asked}
         self.targets: dict[Place, Tensor] = {(i, 0): leaf for i, leaf in self.wanted.items()}
         """The wanted tensors that are in the graph, by their place; leaves or not."""

@@ -391,8 +391,9 @@ class Plans:
         kind = graph.form, integers, batch_dim, tuple(sorted(hooked))
         plan = self._kept.get(kind)
         if plan is not None:
-            with suppress(KeyError):  # another thread may have let it go meanwhile
-                self._kept.move_to_end(kind)
+            if plan is not next(reversed(self._kept.values()), None):
+                with suppress(KeyError):  # another thread may have let it go meanwhile
+                    self._kept.move_to_end(kind)
             return plan
         found = find_layouts(graph, output, batch_dim)
         plan = plan_of_samples(graph, found, hooked)

@@ -51,7 +51,7 @@ class Site:
         :raises NoRule: If there are others.
         """
         first, *others = self.grads
-        if first is None or any(g is not None for g in others):
+        if first is None or (others and any(g is not None for g in others)):
             raise NoRule
         return first
 

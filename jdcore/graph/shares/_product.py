@@ -78,17 +78,13 @@ def product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
         if a.is_cuda and out is None:
             return _mixed(a, b)
         a, b = a.float(), b.float()
-    if a.is_cpu:  # where nothing rounds, and a context costs as much as small products
-        return _multiplied(a, b, out)
-    with exact_products(a):
-        return _multiplied(a, b, out)
-
-
-def _multiplied(a: Tensor, b: Tensor, out: Tensor | None) -> Tensor:
     # `matmul` puts five views around a batched product: on accelerators, a fifth of its time.
-    if a.ndim == b.ndim == 3 and a.shape[0] == b.shape[0]:  # `len` is a function of Python
-        return torch.bmm(a, b) if out is None else torch.bmm(a, b, out=out)
-    return torch.matmul(a, b) if out is None else torch.matmul(a, b, out=out)
+    batched = a.ndim == b.ndim == 3 and a.shape[0] == b.shape[0]  # `len` is a function of Python
+    multiply = torch.bmm if batched else torch.matmul
+    if a.is_cpu:  # where nothing rounds, and a context costs as much as small products
+        return multiply(a, b, out=out)
+    with exact_products(a):
+        return multiply(a, b, out=out)
 
 
 def combined(weights: Tensor, rows: Tensor) -> Tensor:
