@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -116,26 +116,26 @@ class Plan:
     _spots: dict[int, Spot] = field(factory=dict, init=False)
     _size: int | None = field(default=None, init=False)
 
-    def spot(self, form: Form, node: int) -> Spot:
-        """What is known of an operation of the frontier, found out once."""
-        spot = self._spots.get(node)
-        if spot is None:
-            results = form.results[node]
-            roots = {p: form.inputs[node][p] for p in self.frontier[node]}
-            name = form.names[node]
-            layouts = self.of_results(form, node)
-            spot = self._spots[node] = Spot(
-                name,
-                layouts,
-                roots,
-                {p: form.result(root).shape for p, root in roots.items()},
-                any(result.dtype.is_complex for result in results),
-                None in layouts,
-                name == "AddmmBackward0" and {roots.get(0), roots.get(2)} <= self.alone,
-                self._kind(form, node, layouts[0]),
-                self._is_beside(form, node),
-            )
-        return spot
+    def spots(self, form: Form) -> Mapping[int, Spot]:
+        """What is known of the operations of the frontier, found out once."""
+        if not self._spots:
+            self._spots = {node: self._spot(form, node) for node in self.frontier}
+        return self._spots
+
+    def _spot(self, form: Form, node: int) -> Spot:
+        roots = {p: form.inputs[node][p] for p in self.frontier[node]}
+        name, layouts = form.names[node], self.of_results(form, node)
+        return Spot(
+            name,
+            layouts,
+            roots,
+            {p: form.result(root).shape for p, root in roots.items()},
+            any(result.dtype.is_complex for result in form.results[node]),
+            None in layouts,
+            name == "AddmmBackward0" and {roots.get(0), roots.get(2)} <= self.alone,
+            self._kind(form, node, layouts[0]),
+            self._is_beside(form, node),
+        )
 
     def size(self, form: Form) -> int:
         """How many entries the results of the frontier have."""

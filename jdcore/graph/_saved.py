@@ -52,11 +52,10 @@ def all_saved(node: Any) -> dict[str, Any] | None:
     :returns: None if Python code makes some of them, or torch does not show that none does.
     """
     found = {}
-    for raw in _raw_names(type(node)):  # type: ignore[arg-type]  # classes can be hashed
+    for raw, unpacked, name in _tensor_names(type(node)):  # type: ignore[arg-type]  # as below
         if getattr(getattr(node, raw), "unpack_hook", node) is not None:
             return None
-        name = raw.removeprefix("_raw_saved_")
-        found[name] = getattr(node, f"_saved_{name}")
+        found[name] = getattr(node, unpacked)
     return found
 
 
@@ -108,6 +107,13 @@ def has_unpack_hooks(node: Any) -> bool:
             if getattr(one, "unpack_hook", None) is not None:
                 return True
     return False
+
+
+@cache
+def _tensor_names(kind: Any) -> list[tuple[str, str, str]]:
+    """Of each saved tensor the attributes that have it packed and unpacked, and its name."""
+    names = [raw.removeprefix("_raw_saved_") for raw in _raw_names(kind)]
+    return [(f"_raw_saved_{name}", f"_saved_{name}", name) for name in names]
 
 
 @cache
@@ -174,8 +180,10 @@ def plain_attributes(nodes: Iterable[Any]) -> tuple[tuple[Any, ...], ...]:
     readers = {kind: _plain_reader(kind) for kind in set(map(type, given))}
     return tuple(
         [
-            values
-            if _PLAIN.issuperset(map(type, values := read(node) if read else ()))
+            ()
+            if read is None
+            else values
+            if _PLAIN.issuperset(map(type, values := read(node)))
             else _without_floats(names, values)
             for node in given
             for names, read in (readers[type(node)],)

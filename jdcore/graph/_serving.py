@@ -46,12 +46,12 @@ class Serving:
         :param tensors: What it saved, if a pass may have freed it.
         :returns: The operation and its operands without a rule, None if there is none.
         """
-        spot = self.plan.spot(self.graph.form, node)
+        spot = self.plan.spots(self.graph.form)[node]
         if spot.silent:
             # Where nothing depends on a result, what arrives there is zero.
             pairs = zip(spot.layouts, grads, strict=True)
             grads = [None if layout is None else grad for layout, grad in pairs]
-        if all(g is None for g in grads):
+        if not [g for g in grads if g is not None]:
             return None
         of_place = spot.name, grads, spot.layouts, spot.shapes
         site = Site(self.graph.nodes[node], *of_place, tensors)
@@ -75,7 +75,7 @@ class Serving:
         :param site: As :meth:`serve` returned it.
         :param rest: Likewise.
         """
-        spot = self.plan.spot(self.graph.form, node)
+        spot = self.plan.spots(self.graph.form)[node]
         for operand, share in called_shares(site, rest, self.memory).items():
             self.roots.take(spot.roots[operand], share, spot.name, "called for each sample")
 
@@ -94,10 +94,11 @@ class Serving:
             yield from heard
             return
         groups: dict[Hashable, list[Heard]] = {}
+        spots = self.plan.spots(self.graph.form)
         for one in heard:
             node, [grad, *others], _ = one
-            kind = self.plan.spot(self.graph.form, node).alike
-            if kind is None or grad is None or any(g is not None for g in others):
+            kind = spots[node].alike
+            if kind is None or grad is None or [g for g in others if g is not None]:
                 yield one
             else:
                 groups.setdefault(kind, []).append(one)
@@ -122,7 +123,8 @@ class Serving:
         """
         if not self.roots.has_room(entries):
             return False
-        spots = [self.plan.spot(self.graph.form, node) for node, _, _ in heard]
+        known = self.plan.spots(self.graph.form)
+        spots = [known[node] for node, _, _ in heard]
         nodes, spot = [self.graph.nodes[node] for node, _, _ in heard], spots[0]
         rule = self.rules.find(spot.name, nodes[0])
         try:

@@ -174,7 +174,7 @@ class Layers(Site):
             ]
             if isinstance(values[0], Tensor):
                 self.memo[name] = alike(values, torch.stack)
-            elif all(value == values[0] for value in values):
+            elif values.count(values[0]) == len(values):
                 self.memo[name] = values[0]
             else:
                 raise NoRule

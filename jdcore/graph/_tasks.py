@@ -289,6 +289,9 @@ class Passes:
         found = differentiate([self.graph.edge(start)], edges, [seed], retain)
         # Where somebody differentiates twice, gradients require grad themselves.
         detached = [g.detach() if g is not None and g.requires_grad else g for g in found]
+        plain = [g is None or (type(g) is Tensor and g.layout == torch.strided) for g in detached]
+        if all(plain) and not self._reused:  # asked of all at once, which takes few calls
+            return detached
         return [None if grad is None else self._own(dense(grad)) for grad in detached]
 
     def _own(self, grad: Tensor) -> Tensor:
