@@ -178,12 +178,11 @@ def pull(graph: Graph, plan: Plan, grads: dict[Place, Tensor]) -> dict[int, Tens
     """
     arrived, form = dict(grads), graph.form
     allowed = graph.wanted.keys() | set(plan.below)
-    below = plan.below if [node for node, _ in grads if node not in graph.wanted] else ()
-    for node in below:
-        results = form.results[node]
-        given = [arrived.pop((node, number), None) for number in range(len(results))]
-        if all(g is None for g in given):
+    reached = {node for node, _ in grads if node not in graph.wanted}
+    for node in plan.below if reached else ():
+        if node not in reached:
             continue
+        given = [arrived.pop((node, i), None) for i in range(len(form.results[node]))]
         for place, found in zip(form.inputs[node], _passed(graph, node, given), strict=False):
             if found is None or place[0] not in allowed:
                 continue
@@ -193,6 +192,7 @@ def pull(graph: Graph, plan: Plan, grads: dict[Place, Tensor]) -> dict[int, Tens
                 found = found.real
             found = reduced(found, result.shape)
             arrived[place] = sum_of([arrived[place], found]) if place in arrived else found
+            reached.add(place[0])
     leaves = [(node, graph.wanted[node], grad) for (node, _), grad in arrived.items()]
     return {
         # Asked first, as a conversion costs as much as a small operation.
