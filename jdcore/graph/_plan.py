@@ -380,6 +380,7 @@ class Plans:
 
     def __init__(self) -> None:
         self._kept: OrderedDict[Any, Plan] = OrderedDict()
+        self._last: Plan | None = None  # which was asked for, as moving it takes long
         look()  # hooks that were made before are not on graphs to come
 
     def find(
@@ -391,9 +392,10 @@ class Plans:
         kind = graph.form, integers, batch_dim, tuple(sorted(hooked))
         plan = self._kept.get(kind)
         if plan is not None:
-            if plan is not next(reversed(self._kept.values()), None):
+            if plan is not self._last:
                 with suppress(KeyError):  # another thread may have let it go meanwhile
                     self._kept.move_to_end(kind)
+                self._last = plan
             return plan
         found = find_layouts(graph, output, batch_dim)
         plan = plan_of_samples(graph, found, hooked)
