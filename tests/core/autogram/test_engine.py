@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -403,3 +405,31 @@ def test_the_parameters_are_those_that_modules_tell() -> None:
         found = _engine._parameters_of(modules)
         assert [*map(id, found)] == [*{id(p): 0 for m in modules for p in m.parameters()}]
     assert len([*_engine._parameters_of([Hiding(shared)])]) == 1
+
+
+@pytest.mark.parametrize(("budget", "limit"), [(None, 95), (256 << 20, 15)])
+def test_a_layer_costs_few_calls(budget: int | None, limit: int) -> None:
+    """Functions of this library that a step calls; layers of one form come together."""
+
+    def calls(layers: int) -> int:
+        parts = [part for _ in range(layers) for part in (nn.Linear(6, 6), nn.Tanh())]
+        model = nn.Sequential(*parts)
+        engine = Engine(model, batch_dim=0, memory_budget=budget)
+        count = 0
+
+        def profile(frame: FrameType, event: str, argument: Any) -> None:
+            nonlocal count
+            inside = frame.f_globals.get("__name__", "").startswith("jdcore.")
+            count += event == "call" and inside
+
+        for _ in range(3):  # plans, and what the first steps find out, are there at last
+            losses, count = _one(model), 0
+            sys.setprofile(profile)
+            try:
+                engine.backward(losses, lambda gramian: gramian.diagonal())
+            finally:
+                sys.setprofile(None)
+            model.zero_grad()
+        return count
+
+    assert calls(16) - calls(4) <= 12 * limit
