@@ -407,7 +407,7 @@ def test_the_parameters_are_those_that_modules_tell() -> None:
     assert len([*_engine._parameters_of([Hiding(shared)])]) == 1
 
 
-@pytest.mark.parametrize(("budget", "limit"), [(None, 95), (256 << 20, 15)])
+@pytest.mark.parametrize(("budget", "limit"), [(None, 95), (256 << 20, 17)])
 def test_a_layer_costs_few_calls(budget: int | None, limit: int) -> None:
     """Functions of this library that a step calls; layers of one form come together."""
 
