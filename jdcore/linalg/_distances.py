@@ -22,6 +22,8 @@ def lowest(scores: NDArray[np.float64], count: int, /) -> NDArray[np.intp]:
     array([1])
     """
     last = float(np.partition(scores, count - 1)[count - 1])
+    if not np.isfinite(last):  # nothing differs from that by rounding
+        return np.argsort(scores, kind="stable")[:count]
     margin = _EQUAL * abs(last)
     chosen: NDArray[np.intp] = (scores <= last + margin).nonzero()[0]
     if len(chosen) == count:

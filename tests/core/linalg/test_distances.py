@@ -36,3 +36,8 @@ def test_the_lowest_scores_are_the_first_of_those_that_rounding_tells_apart() ->
     assert sorted(lowest(scores, 5).tolist()) == [1, 2, 3, 4, 5]
     assert sorted(lowest(scores, 6).tolist()) == [0, 1, 2, 3, 4, 5]
     assert lowest(np.array([0.0, -1.0, 0.0]), 1).tolist() == [1]
+
+
+def test_scores_that_overflowed_are_taken_like_any_others() -> None:
+    assert lowest(np.full(3, np.inf), 2).tolist() == [0, 1]
+    assert lowest(np.array([np.inf, np.inf, 1.0]), 2).tolist() == [2, 0]
