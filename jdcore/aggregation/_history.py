@@ -13,7 +13,7 @@ from jdcore._modes import refuse_tangents, without_graph
 from jdcore.aggregation._columns import Columns, widest
 from jdcore.aggregation._coordinatewise import portions
 from jdcore.aggregation._differentiation import forbid_differentiation
-from jdcore.aggregation._finite import finite_required, is_finite
+from jdcore.aggregation._finite import finite_required, is_finite, nonfinite_rows
 from jdcore.aggregation._source import GramianSource, check_losses
 from jdcore.aggregation._state import StateFields, state_field
 from jdcore.aggregation._weigh import Result, combined, watched
@@ -173,6 +173,8 @@ class HistoryAggregator(StateFields):
         jacobian, kept = (Columns(each, columns.second) for each in (rows, parts))
         weights, state = self.weigh_rows(jacobian, kept, values)
         if not is_finite(weights):  # what is wrapped looked at more than the rows
+            if finite_required(self.check_finite):
+                raise NonFiniteError(nonfinite_rows(columns.second or blocks))
             return columns.filled(math.nan), None
         chosen = kept if self.combines_history else jacobian
         wide = chosen.rounding_shows(weights)

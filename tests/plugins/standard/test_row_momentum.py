@@ -9,6 +9,7 @@ from jdcore import ParameterError, ParameterTypeError, get_aggregator, get_weigh
 from jdcore.aggregation import Flattening, GramianAggregator, as_weighting
 from jdcore.autogram import Engine
 from jdcore.autojac import gramian_backward
+from jdcore.errors import NonFiniteError
 
 
 def test_the_method_sees_averages_by_hand() -> None:
@@ -153,4 +154,15 @@ def test_a_second_batch_that_is_missing_or_does_not_fit_leaves_the_state_as_it_w
     for second in (None, torch.eye(3)):
         with pytest.raises(ParameterError, match="`second` must be"):
             aggregator(torch.eye(2), second=second)
+    assert not len(aggregator.history)
+
+
+def test_a_second_batch_that_is_not_finite_is_told_like_the_first_one() -> None:
+    second = torch.tensor([[1.0, 0.0], [0.0, torch.nan]])
+    aggregator = get_aggregator("row_momentum", weighting=get_weighting("sdmgrad"))
+
+    assert aggregator(torch.eye(2), second=second).isnan().all()
+    aggregator.check_finite = True
+    with pytest.raises(NonFiniteError, match=r"objectives \[1\]"):
+        aggregator(torch.eye(2), second=second)
     assert not len(aggregator.history)
