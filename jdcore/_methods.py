@@ -169,8 +169,13 @@ class ComposedAggregator(GramianAggregator):
         return f"{type(self).__name__}({arguments}"
 
     def __reduce__(self) -> tuple[Any, ...]:
+        cls = type(self)
         # By qualified name: the short name may belong to nobody where two distributions claim it.
-        return _restore, (self.qualified_name, self.weighting)
+        if is_composed(cls):
+            return _restore, (self.qualified_name, self.weighting)
+        slots = [n for base in cls.__mro__ for n in vars(base).get("__slots__", ())]
+        values = {n: getattr(self, n) for n in slots if n != "__weakref__" and hasattr(self, n)}
+        return _restore_subclass, (cls, values | getattr(self, "__dict__", {}))
 
 
 class _StatefulComposedAggregator(ComposedAggregator):
@@ -225,11 +230,23 @@ def compose(
     return type(class_name, (base,), namespace)
 
 
+def is_composed(cls: type) -> bool:
+    """Whether :func:`compose` made a class; its subclasses are other methods."""
+    return issubclass(cls, ComposedAggregator) and "qualified_name" in vars(cls)
+
+
 # By class, not by name: the composed class stays the same object until a notebook cell that runs
 # again redefines its weighting.
 @cache
 def _composed(class_name: str, qualified_name: str, weighting_class: type) -> type:
     return compose(class_name, weighting_class, qualified_name)
+
+
+def _restore_subclass(cls: Any, values: Mapping[str, Any]) -> Any:
+    restored = cls.__new__(cls)
+    for name, value in values.items():
+        object.__setattr__(restored, name, value)
+    return restored
 
 
 def _restore(qualified_name: str, weighting: Weighting) -> ComposedAggregator:

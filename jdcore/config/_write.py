@@ -9,6 +9,7 @@ from torch import Tensor
 from jdcore._methods import (
     ComposedAggregator,
     aggregator_class,
+    is_composed,
     scalarizer_class,
     weighting_class,
 )
@@ -134,7 +135,7 @@ def _entries() -> list[Any]:
 
 
 def _makes(entry: Any, cls: Any) -> bool:
-    if issubclass(cls, ComposedAggregator):  # by name: composed classes are made anew by refresh()
+    if is_composed(cls):  # by name: composed classes are made anew by refresh()
         return bool(entry.qualified_name == cls.qualified_name)
     if entry.spec.class_name != cls.__name__.removesuffix("Weighting"):
         return False  # so that no other method is imported

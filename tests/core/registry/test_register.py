@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 from attrs import define
 from numpy.typing import NDArray
+from torch import Tensor
 
 import jdcore
 from jdcore import (
@@ -110,6 +112,27 @@ def test_a_factory_that_is_no_class_is_named(
 
     with pytest.raises(PluginError, match=r"'.*:NumberWeighting' cannot be loaded: .*int is no"):
         _methods.aggregator_class("last_row")
+
+
+def test_a_subclass_of_a_composed_class_is_copied_as_what_it_is(registry: Registry) -> None:
+    registry.register(spec())
+
+    class Shorter(_methods.aggregator_class("last_row")):  # type: ignore[misc]
+        __slots__ = ("factor",)
+
+        def __call__(self, matrix: Tensor, **inputs: Any) -> Any:
+            return self.factor * super().__call__(matrix, **inputs)
+
+    original = Shorter()
+    original.factor = [0.5]
+    duplicate = copy.deepcopy(original)
+
+    assert type(duplicate) is Shorter
+    assert duplicate.factor == [0.5]
+    assert duplicate.factor is not original.factor
+    assert duplicate.weighting is not original.weighting
+    with pytest.raises(ParameterTypeError, match="`config` must be an instance of a registered"):
+        jdcore.to_config(original)
 
 
 def test_an_argument_is_set_on_the_weighting_and_nowhere_else(registry: Registry) -> None:
