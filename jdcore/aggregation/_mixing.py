@@ -16,8 +16,8 @@ from jdcore.aggregation._aggregator import GramianAggregator
 from jdcore.aggregation._any import vectors_of
 from jdcore.aggregation._columns import Columns, power, power_of_two, widest
 from jdcore.aggregation._differentiation import forbid_differentiation
-from jdcore.aggregation._finite import finite_required, gramian_error
-from jdcore.aggregation._nested_state import NestedState
+from jdcore.aggregation._finite import finite_required, gramian_error, is_finite
+from jdcore.aggregation._nested_state import NestedState, restorer, state_kept
 from jdcore.aggregation._row_vectors import check_row_vectors
 from jdcore.aggregation._source import ColumnsSource, GramianSource, numbers_of, taken_by
 from jdcore.aggregation._weigh import Result, check_aggregator, watched, weigh, weighting_of
@@ -26,7 +26,7 @@ from jdcore.errors import NonFiniteError, ParameterError, left_out
 from jdcore.linalg import factors
 from jdcore.linalg._gramian import symmetric
 from jdcore.protocols import Aggregator, Weighting
-from jdcore.validators import boolean, check_blocks, check_gramian, check_matrix, check_second
+from jdcore.validators import boolean, check_blocks, check_matrix, check_second
 
 
 def aggregator_validator(_: Any, attribute: Attribute[Any], value: Any) -> None:
@@ -153,21 +153,28 @@ class RowMixing(NestedState):
 
     def _aggregate(self, columns: Columns, source: GramianSource) -> Result:
         check_row_vectors(self, columns.rows, columns)
-        try:
-            # As weights: drawn at random, it must be the same on all processes.
-            mixing = columns.agreed(torch.from_numpy(self.mix(source))).numpy()
-            # What mixes at random has not looked at the rows, and NaN times zero would hide which
-            # of them are at fault.
-            if not source.asked and not columns.finite():
-                raise NonFiniteError(columns.nonfinite_rows())
-        except NonFiniteError:
-            if finite_required(self.check_finite):
-                raise
-            return columns.filled(math.nan), None
-        if not len(mixing):
-            return columns.filled(0.0), None
-        mixed = MixedColumns(columns, mixing, source)
-        return self._aggregate_mixed(mixed, _mixed_losses(mixing, source))
+        # What is wrapped may fail when its rows are mixed already.
+        with state_kept(self):
+            try:
+                with state_kept(self):
+                    mixing = self._agreed_mixing(columns, source)
+            except NonFiniteError:
+                if finite_required(self.check_finite):
+                    raise
+                return columns.filled(math.nan), None
+            if not len(mixing):
+                return columns.filled(0.0), None
+            mixed = MixedColumns(columns, mixing, source)
+            return self._aggregate_mixed(mixed, _mixed_losses(mixing, source))
+
+    def _agreed_mixing(self, columns: Columns, source: GramianSource) -> NDArray[np.float64]:
+        # As weights: drawn at random, it must be the same on all processes.
+        mixing = columns.agreed(torch.from_numpy(self.mix(source))).numpy()
+        # What mixes at random has not looked at the rows, and NaN times zero would hide which of
+        # them are at fault.
+        if not source.asked and not columns.finite():
+            raise NonFiniteError(columns.nonfinite_rows())
+        return mixing
 
     def _aggregate_mixed(self, columns: MixedColumns, losses: Tensor | None) -> Result:
         inner: Any = self.aggregator
@@ -184,7 +191,7 @@ class RowMixing(NestedState):
 
 
 @define(eq=False)
-class MixedWeighting(Delegating):
+class MixedWeighting(Delegating, NestedState):
     """
     Weighting of a :class:`RowMixing` around a method that looks at the Gramian only.
 
@@ -194,6 +201,15 @@ class MixedWeighting(Delegating):
 
     mixing: RowMixing
     weighting: Weighting
+
+    def inner_parts(self) -> dict[str, Any]:
+        """The wrapper, whose state is that of the whole."""
+        return {"mixing": self.mixing}
+
+    @property
+    def check_finite(self) -> bool | None:
+        """That of the wrapper."""
+        return self.mixing.check_finite
 
     @not_traced
     def __call__(self, gramian: Tensor, /, *, losses: Tensor | None = None) -> Tensor:
@@ -207,9 +223,7 @@ class MixedWeighting(Delegating):
         :raises NonFiniteError: See ``check_finite`` of the wrapper.
         :raises NonDifferentiableError: When differentiating through the weights.
         """
-        check_gramian(gramian)
-        weights = weigh(self, self.source_of(gramian, losses)).to(gramian)
-        return forbid_differentiation(self, gramian, weights)
+        return self._weights_of(gramian, losses)
 
     def weigh(self, source: GramianSource, /) -> Tensor:
         """
@@ -222,19 +236,29 @@ class MixedWeighting(Delegating):
         check_row_vectors(self.mixing, m, source)
         if m == 0:
             return torch.empty(0, dtype=torch.float64, device="cpu")
+        undo = restorer(self)
         try:
-            mixing = self.mixing.mix(source)
-            if not len(mixing):
-                # NaN is not to be taken for nothing.
-                finite_gramian(source) if source.compute is not None else _finite_cross(source)
-                return torch.zeros(m, dtype=torch.float64, device="cpu")
-            # Rows that are mixed to another scale would leave the range of float64 when squared.
-            scale = _scale_of(mixing)
-            weights = weigh(self.weighting, _mixed_source(mixing / scale, scale, source))
-        except NonFiniteError:
-            if finite_required(self.mixing.check_finite):
+            weights = self._weigh(source)
+        except BaseException as error:
+            undo()
+            if not isinstance(error, NonFiniteError) or finite_required(self.check_finite):
                 raise
             return torch.full((m,), math.nan, dtype=torch.float64, device="cpu")
+        if not source.asked:  # then nobody knows yet whether the rows are finite
+            source.undo.append(undo)
+        elif not is_finite(weights):
+            undo()
+        return weights
+
+    def _weigh(self, source: GramianSource) -> Tensor:
+        mixing = self.mixing.mix(source)
+        if not len(mixing):
+            # NaN is not to be taken for nothing.
+            finite_gramian(source) if source.compute is not None else _finite_cross(source)
+            return torch.zeros(source.rows, dtype=torch.float64, device="cpu")
+        # Rows that are mixed to another scale would leave the range of float64 when squared.
+        scale = _scale_of(mixing)
+        weights = weigh(self.weighting, _mixed_source(mixing / scale, scale, source))
         # Weights of ``M J / s`` are those of ``M J`` but for a power of s, the degree of the
         # method.
         return weights.double().cpu() @ torch.from_numpy(mixing * power(scale, self.scale_degree))

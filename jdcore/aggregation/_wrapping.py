@@ -35,6 +35,18 @@ class Delegating:
         source: GramianSource = of(matrix, losses)
         return source
 
+    def _weights_of(self, gramian: Tensor, losses: Tensor | None) -> Tensor:
+        check_gramian(gramian)
+        source = self.source_of(gramian, losses)
+        weights = weigh(self, source).to(gramian, copy=True)
+        # Weights of methods that do not look at the input are finite for any.
+        if source.undo and not is_finite(gramian):
+            source.take_back()
+            if finite_required(self.check_finite):  # type: ignore[attr-defined]
+                raise gramian_error(gramian.detach().double().cpu().numpy())
+            weights.fill_(torch.nan)
+        return forbid_differentiation(self, gramian, weights)
+
 
 @define(eq=False)
 class WeightingWrapper(Delegating, NestedState):
@@ -77,16 +89,7 @@ class WeightingWrapper(Delegating, NestedState):
         :raises NonFiniteError: See ``check_finite``.
         :raises NonDifferentiableError: When differentiating through the weights.
         """
-        check_gramian(gramian)
-        source = self.source_of(gramian, losses)
-        weights = weigh(self, source).to(gramian, copy=True)
-        # Reused weights are finite for any input, which nobody has looked at then.
-        if source.undo and not is_finite(gramian):
-            source.take_back()
-            if finite_required(self.check_finite):
-                raise gramian_error(gramian.detach().double().cpu().numpy())
-            weights.fill_(torch.nan)
-        return forbid_differentiation(self, gramian, weights)
+        return self._weights_of(gramian, losses)
 
     def weigh(self, source: GramianSource, /) -> Tensor:
         """See :meth:`GramianWeighting.weigh`."""

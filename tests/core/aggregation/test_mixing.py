@@ -21,6 +21,7 @@ from jdcore.aggregation import (
     LossWeighting,
     RowMixing,
     StateFields,
+    WeightingWrapper,
     as_module,
     as_weighting,
     row_lengths,
@@ -338,3 +339,65 @@ def test_a_second_batch_that_does_not_fit_or_is_missing_is_told() -> None:
     broken = SECOND.clone()
     broken[1, 0] = math.nan
     assert aggregator(MATRIX, second=broken).isnan().all()
+
+
+@define(eq=False)
+class CountedPairs(Pairs):
+    steps: int = state_field(int)
+
+    def mix(self, source: GramianSource) -> NDArray[np.float64]:
+        self.steps += 1
+        return super().mix(source)
+
+
+@define(eq=False)
+class CountedWeighting(WeightingWrapper):
+    calls: int = state_field(int)
+
+    def rewrite(self, source: GramianSource) -> Tensor:
+        self.calls += 1
+        return torch.ones(source.rows, dtype=torch.float64, device="cpu")
+
+
+@pytest.mark.parametrize(
+    "inner",
+    [GramianAggregator(CountedWeighting(ByLength())), GramianAggregator(ByLength()), Largest()],
+)
+def test_rows_that_are_not_finite_leave_the_state_as_it_was(inner: Any) -> None:
+    wrapper, broken = CountedPairs(inner), MATRIX.clone()
+    broken[2, 1] = math.nan
+    wrapper(MATRIX)
+    before = wrapper.state_dict()
+
+    assert wrapper(broken).isnan().all()
+    assert wrapper.state_dict() == before
+    assert before["steps"] == 1
+    weighting = wrapper.weighting
+    if weighting is not None:
+        assert weighting(broken @ broken.T).isnan().all()
+        assert wrapper.state_dict() == before
+    wrapper.check_finite = True
+    with pytest.raises(NonFiniteError):
+        wrapper(broken)
+    assert wrapper.state_dict() == before
+
+
+@pytest.mark.parametrize("adapt", [GramianAggregator, lambda function: function])
+def test_what_is_wrapped_may_fail_and_the_state_is_left_as_it_was(adapt: Any) -> None:
+    def fail(matrix: Tensor) -> Tensor:
+        raise RuntimeError("not today")
+
+    wrapper = CountedPairs(adapt(fail))
+    with pytest.raises(RuntimeError, match="not today"):
+        wrapper(MATRIX)
+    assert wrapper.state_dict() == {"steps": 0}
+
+
+def test_an_observer_may_fail_and_the_state_is_left_as_it_was() -> None:
+    def fail(observation: Observation) -> None:
+        raise RuntimeError("not today")
+
+    wrapper = CountedPairs(GramianAggregator(ByLength()))
+    with observing(fail), pytest.raises(RuntimeError, match="not today"):
+        wrapper(MATRIX)
+    assert wrapper.state_dict() == {"steps": 0}
