@@ -9,8 +9,8 @@ from jdcore import AggregatorSpec, Property, Reference, ScalarizerSpec, SolverSp
 
 _PACKAGE = "jdplugins.standard"
 
-# In one word, so that what a method guarantees fits into one line.
-_PEACEFUL = Property.NON_CONFLICTING
+# Short, so that what a method guarantees fits into one line.
+_NON_CONFLICTING = Property.NON_CONFLICTING
 _LINEAR = Property.LINEAR_UNDER_SCALING
 _STATIONARY = Property.STRONGLY_STATIONARY
 _INVARIANT = Property.PERMUTATION_INVARIANT
@@ -65,14 +65,14 @@ def jdcore_aggregators() -> Iterator[AggregatorSpec]:
         "UPGradWeighting",
         "Mean of the projections of all rows onto the dual cone.",
         _arxiv("Jacobian Descent for Multi-Objective Optimization", 2024, "2406.16232"),
-        properties=(_PEACEFUL, _LINEAR, _STATIONARY, _INVARIANT, _EQUIVARIANT),
+        properties=(_NON_CONFLICTING, _LINEAR, _STATIONARY, _INVARIANT, _EQUIVARIANT),
     )
     yield _method(
         "dualproj",
         "DualProjWeighting",
         "Projection of the mean of the rows onto the dual cone.",
         _arxiv("Gradient Episodic Memory for Continual Learning", 2017, "1706.08840"),
-        properties=(_PEACEFUL, _STATIONARY, _INVARIANT, _EQUIVARIANT),
+        properties=(_NON_CONFLICTING, _STATIONARY, _INVARIANT, _EQUIVARIANT),
     )
     yield _method(
         "mgda",
@@ -83,7 +83,7 @@ def jdcore_aggregators() -> Iterator[AggregatorSpec]:
             year=2012,
             url="https://www.sciencedirect.com/science/article/pii/S1631073X12000738",
         ),
-        properties=(_PEACEFUL, _INVARIANT, _EQUIVARIANT),
+        properties=(_NON_CONFLICTING, _INVARIANT, _EQUIVARIANT),
     )
     yield _method(
         "cagrad",
@@ -119,7 +119,7 @@ def jdcore_aggregators() -> Iterator[AggregatorSpec]:
         "NashMTLWeighting",
         "Nash bargaining solution: the same relative gain for every objective.",
         _BARGAINING,
-        properties=(_PEACEFUL, _STATIONARY, _INVARIANT),
+        properties=(_NON_CONFLICTING, _STATIONARY, _INVARIANT),
         stateful=True,
     )
     yield _method(
@@ -333,7 +333,7 @@ def jdcore_aggregators() -> Iterator[AggregatorSpec]:
         "RowNormalized",
         "Another method, on rows divided by their norms, their losses, or both.",
         _arxiv("Multi-Task Learning as Multi-Objective Optimization", 2018, "1810.04650"),
-        properties=(_PEACEFUL, _INVARIANT),
+        properties=(_NON_CONFLICTING, _INVARIANT),
         stateful=True,
         wrapper=True,
         example=_upgrad,
@@ -342,7 +342,7 @@ def jdcore_aggregators() -> Iterator[AggregatorSpec]:
         "present_tasks",
         "PresentTasks",
         "Another method, on those objectives only that are present in the batch.",
-        properties=(_PEACEFUL, _INVARIANT, _EQUIVARIANT),
+        properties=(_NON_CONFLICTING, _INVARIANT, _EQUIVARIANT),
         stateful=True,
         wrapper=True,
         example=_upgrad,
@@ -351,7 +351,7 @@ def jdcore_aggregators() -> Iterator[AggregatorSpec]:
         "per_group",
         "PerGroup",
         "Another method, on each group of parameters by itself.",
-        properties=(_PEACEFUL, _INVARIANT, _EQUIVARIANT),
+        properties=(_NON_CONFLICTING, _INVARIANT, _EQUIVARIANT),
         stateful=True,
         wrapper=True,
         expected_failures={
@@ -417,7 +417,7 @@ def jdcore_aggregators() -> Iterator[AggregatorSpec]:
         "FairGradWeighting",
         "Alpha-fair gains: from the largest sum over Nash bargaining to the worst case.",
         _arxiv("Fair Resource Allocation in Multi-Task Learning", 2024, "2402.15638"),
-        properties=(_PEACEFUL, _STATIONARY, _INVARIANT),
+        properties=(_NON_CONFLICTING, _STATIONARY, _INVARIANT),
         example=lambda m: {"alpha": 2.0},
     )
 
