@@ -152,7 +152,8 @@ class ComposedAggregator(GramianAggregator):
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "weighting":
             self._check_weighting(value)
-        elif hasattr(self.weighting, name):
+        # Subclasses may set what is their own before they call the constructor.
+        elif hasattr(getattr(self, "weighting", None), name):
             raise AttributeError(f"set it on the weighting: aggregator.weighting.{name} = ...")
         super().__setattr__(name, value)
 

@@ -120,11 +120,14 @@ def test_a_subclass_of_a_composed_class_is_copied_as_what_it_is(registry: Regist
     class Shorter(_methods.aggregator_class("last_row")):  # type: ignore[misc]
         __slots__ = ("factor",)
 
+        def __init__(self) -> None:
+            self.factor = [0.5]
+            super().__init__()
+
         def __call__(self, matrix: Tensor, **inputs: Any) -> Any:
             return self.factor * super().__call__(matrix, **inputs)
 
     original = Shorter()
-    original.factor = [0.5]
     duplicate = copy.deepcopy(original)
 
     assert type(duplicate) is Shorter
