@@ -29,8 +29,9 @@ from jdcore.linalg._blas import product
 
 # Multiples of u whose squares are δ. Float32 can afford a distance from its rounding: 4e-12 is as
 # small for what the rows say as it is large for what they do not. Half precision cannot: updates
-# conflict with some rows by up to about the root of δ, and more than 1e-3 of the mean row is not to
-# be. Half of u is still above the noise of combinations, as errors of rounding are even in [-u, u].
+# conflict with some rows by up to half of the root of δ, and more than 1e-3 of the mean row is not
+# to be. Half of u is still above the noise of combinations: rounding moves a row by 0.43 u of its
+# length.
 _MARGINS = {torch.float32: 32.0, torch.float64: 0.0}
 _HALF = 0.5
 _EPS = 2.0**-52
