@@ -161,6 +161,8 @@ class Plan:
         if layout is None or not layout.leads(shape[0]):
             return None
         shapes = [form.result(form.inputs[node][p]).shape for p in operands]
+        if not all(map(Size.numel, shapes)):
+            return None  # of nothing, there is no size to cut by
         turned = [end.turned for end in ends if end is not None]
         sizes = form.described[node], layout.samples, *operands, *shapes, *turned
         return form.names[node], *sizes

@@ -130,8 +130,7 @@ class RootShares:
             return
         place, share = self._at_end(root, share)
         if bias is not None:
-            end = self._plan.ends.get(bias)
-            self._biases[place] = bias if end is None or end.turned else (end.leaf, 0)
+            self._biases[place] = self._place_of(bias)
             if self._report and isinstance(share, Outer):
                 of_bias = Dense(share.grads, self._graph.form.result(bias).shape)
                 self.served.append(Served(operation, bias, repr(of_bias), "with its weight"))
@@ -190,12 +189,11 @@ class RootShares:
             bias = self._graph.form.result(biases[0]).shape if biases else None
             turned = share.turned() if ends[0].turned else share
             layers = OuterLayers(turned, bias, self._memory.joined)
-            of_biases = [(self._plan.ends[root].leaf, 0) for root in biases]
-            self._add_several(layers, roots, [*places, *of_biases])
+            self._add_several(layers, roots, [*places, *map(self._place_of, biases)])
             self._room -= entries if self._keep else 0
         else:
             assert isinstance(share, Dense)
-            self._short.add(roots if ends[0].turned else places, share)
+            self._short.add([*map(self._place_of, roots)], share)
 
     def finish(self) -> None:
         """Add what waited until all shares are there."""
@@ -219,16 +217,17 @@ class RootShares:
         self._total.add_share(share)
         self.sources.append(roots)
 
+    def _place_of(self, root: Place) -> Place:
+        """Where a gradient of the shape of a root belongs: at the parameter that it is as it is."""
+        end = self._plan.ends.get(root)
+        return root if end is None or end.turned else (end.leaf, 0)
+
     def _at_end(self, root: Place, share: Share) -> tuple[Place, Share]:
         """A share as that of a parameter, if its root is nothing but one, as it is or turned."""
         end = self._plan.ends.get(root)
-        if end is None:
-            return root, share
-        if end.turned:
-            if not isinstance(share, Outer):
-                return root, share
-            share = share.turned()
-        return (end.leaf, 0), share
+        if end is not None and end.turned and isinstance(share, Outer):
+            return (end.leaf, 0), share.turned()
+        return self._place_of(root), share
 
     # -- parameters that are used several times, or derived ----------------------------------------
 

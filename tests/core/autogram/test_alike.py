@@ -56,6 +56,31 @@ class _Scaled(nn.Module):
         return torch.addmm(self.bias, x, self.weight, alpha=self.alpha, beta=self.beta)
 
 
+class _TurnedBias(nn.Module):
+    """A bias that is a column, and is added as a row."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.bias = (
+            nn.Parameter(torch.randn(D, D) / 3),
+            nn.Parameter(torch.randn(D, 1)),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.addmm(self.bias.t(), x, self.weight)
+
+
+class _OfNothing(nn.Module):
+    """A layer without inputs, which adds its bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.empty(D, 0)), nn.Parameter(torch.randn(D))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + nn.functional.linear(x[..., :0], self.weight, self.bias)
+
+
 class _Grouped(nn.Module):
     """Images, and norms of groups of their channels."""
 
@@ -100,6 +125,9 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "up and down": (lambda: _deep(_Narrow), (B, T, D)),
     "norms": (_mixed, (B, T, D)),
     "norms without positions": (_mixed, (B, D)),
+    "biases that lie turned": (lambda: _deep(_TurnedBias), (B, D)),
+    "layers of nothing": (lambda: _deep(_OfNothing), (B, D)),
+    "layers of nothing at each position": (lambda: _deep(_OfNothing), (B, T, D)),
     "norms of groups": (_Grouped, (B, T, D, 2)),
     "norms of groups of pixels": (_Grouped, (B, T)),
     "scaled": (lambda: _deep(lambda: _Scaled(2.0, 2.0, 0.0)), (B, D)),
