@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from functools import cache
+from operator import attrgetter
 from typing import Any
 
 from attrs import evolve
@@ -277,13 +277,9 @@ class Engine:
 
 
 # How torch finds the parameters of a module.
-_READ = frozenset({"parameters", "named_parameters", "_named_members", "named_modules"})
-
-
-@cache
-def _is_plain(kind: type[nn.Module]) -> bool:
-    """Whether torch alone finds the parameters of modules of a class."""
-    return all(getattr(kind, name) is getattr(nn.Module, name) for name in _READ)
+_FINDING = frozenset({"parameters", "named_parameters", "_named_members", "named_modules"})
+_finders = attrgetter(*_FINDING)
+_PLAIN = _finders(nn.Module)
 
 
 def _parameters_of(modules: Sequence[nn.Module]) -> Iterable[Tensor]:
@@ -291,19 +287,22 @@ def _parameters_of(modules: Sequence[nn.Module]) -> Iterable[Tensor]:
     # By identity: the hash of a tensor is a function of Python.
     found: dict[int, Tensor] = {}
     seen: set[nn.Module] = set()
+    changed = any(not _FINDING.isdisjoint(vars(module)) for module in modules)
     stack = [*reversed(modules)]
     while stack:
         module = stack.pop()
         if module in seen:
             continue
         seen.add(module)
+        if "named_modules" in module.__dict__:  # which that of a parent calls
+            changed = True
         for parameter in module._parameters.values():
             if parameter is not None:
                 found[id(parameter)] = parameter
         if children := module._modules:
             stack += [m for m in reversed(children.values()) if m is not None]
-    changed = any(not _READ.isdisjoint(vars(module)) for module in modules)
-    if changed or not all(map(_is_plain, set(map(type, seen)))):
+    # Not kept by class: some are made for one module, as those with parametrizations are.
+    if changed or {*map(_finders, set(map(type, seen)))} - {_PLAIN}:
         return {id(p): p for module in modules for p in module.parameters()}.values()
     return found.values()
 

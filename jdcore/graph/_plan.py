@@ -382,7 +382,7 @@ class Plans:
 
     def __init__(self) -> None:
         self._kept: OrderedDict[Any, Plan] = OrderedDict()
-        self._last: Plan | None = None  # which was asked for, as moving it takes long
+        self._last: Plan | None = None  # the last one of them, as moving it takes long
         look()  # hooks that were made before are not on graphs to come
 
     def find(
@@ -402,7 +402,7 @@ class Plans:
         found = find_layouts(graph, output, batch_dim)
         plan = plan_of_samples(graph, found, hooked)
         if found.sure and _is_fixed(graph, plan, rules):
-            self._kept[kind] = plan
+            self._kept[kind] = self._last = plan
             if len(self._kept) > _KINDS:
                 # The one that was not used for longest: sequences of ever new lengths make ever new
                 # kinds.

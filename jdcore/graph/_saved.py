@@ -10,13 +10,37 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from functools import cache
 from operator import attrgetter
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils import checkpoint
+
+T = TypeVar("T")
+
+
+class _Kinds(dict[Any, T]):
+    """
+    What follows from the class of a node, found out once.
+
+    Nodes of Python functions show what the base of their classes does. These may be made anew in
+    each step, and to keep one keeps what its closures hold.
+    """
+
+    def __init__(self, find: Callable[[Any], T]) -> None:
+        super().__init__()
+        self._find = find
+
+    def __missing__(self, kind: Any) -> T:
+        if kind.__base__ is not object:
+            return self[kind.__base__]
+        found = self[kind] = self._find(kind)
+        return found
+
+
+def _once_for_each_kind(find: Callable[[Any], T]) -> Callable[[Any], T]:
+    return _Kinds(find).__getitem__
 
 
 class Unreadable(Exception):  # noqa: N818 - a signal, not an error
@@ -52,7 +76,7 @@ def all_saved(node: Any) -> dict[str, Any] | None:
     :returns: None if Python code makes some of them, or torch does not show that none does.
     """
     found = {}
-    for raw, unpacked, name in _tensor_names(type(node)):  # type: ignore[arg-type]  # as below
+    for raw, unpacked, name in _tensor_names(type(node)):
         if getattr(getattr(node, raw), "unpack_hook", node) is not None:
             return None
         found[name] = getattr(node, unpacked)
@@ -94,14 +118,14 @@ def _put_back(raw: Any, value: Tensor) -> None:
 
 def saved_sparse(node: Any) -> bool:
     """Whether an operation saved a sparse tensor, as products with sparse matrices do."""
-    names = [name.removeprefix("_raw_saved_") for name in _raw_names(type(node))]  # type: ignore[arg-type]  # classes can be hashed
+    names = [name.removeprefix("_raw_saved_") for name in _raw_names(type(node))]
     values = [saved(node, name) for name in names]
     return any(isinstance(v, Tensor) and v.layout != torch.strided for v in values)
 
 
 def has_unpack_hooks(node: Any) -> bool:
     """Whether Python code gives an operation what it saved, as checkpoints do."""
-    for name in _raw_names(type(node)):  # type: ignore[arg-type]  # classes can be hashed
+    for name in _raw_names(type(node)):
         raw = getattr(node, name)
         for one in raw if isinstance(raw, (tuple, list)) else (raw,):
             if getattr(one, "unpack_hook", None) is not None:
@@ -109,14 +133,14 @@ def has_unpack_hooks(node: Any) -> bool:
     return False
 
 
-@cache
+@_once_for_each_kind
 def _tensor_names(kind: Any) -> list[tuple[str, str, str]]:
     """Of each saved tensor the attributes that have it packed and unpacked, and its name."""
     names = [raw.removeprefix("_raw_saved_") for raw in _raw_names(kind)]
     return [(f"_raw_saved_{name}", f"_saved_{name}", name) for name in names]
 
 
-@cache
+@_once_for_each_kind
 def _raw_names(kind: Any) -> tuple[str, ...]:
     return tuple(name for name in dir(kind) if name.startswith("_raw_saved_"))
 
@@ -152,7 +176,7 @@ def sizes_of(node: Any) -> str:
     for child, number in node.next_functions:
         if getattr(child, "_input_metadata", None):
             sizes.append(results_of(child)[number][:-1])
-    for name in _raw_names(type(node)):  # type: ignore[arg-type]  # classes can be hashed
+    for name in _raw_names(type(node)):
         with suppress(Unreadable):
             value = saved_as_it_is(node, name.removeprefix("_raw_saved_"))
             if isinstance(value, Tensor) and not value.is_nested:
@@ -208,7 +232,7 @@ def _without_floats(names: Iterable[str], values: Iterable[Any]) -> tuple[Any, .
 _PLAIN = frozenset({int, bool, str, tuple, type(None)})
 
 
-@cache
+@_once_for_each_kind
 def _plain_reader(kind: Any) -> tuple[tuple[str, ...], Callable[[Any], tuple[Any, ...]] | None]:
     """Names of attributes, and what reads them all by one call; None if there are none."""
     names = [name for name in dir(kind) if name.startswith("_saved_")]

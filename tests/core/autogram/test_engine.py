@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import gc
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from types import FrameType
 from typing import Any
+from weakref import ref
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from jdcore import RowByRowWarning, autogram
 from jdcore.autogram import Engine, _engine
-from jdcore.graph import _passes
+from jdcore.graph import Graph, _passes, _plan
 from tests.core.autogram.oracle import (
     check_engine,
     explicit_jacobian,
@@ -401,10 +403,60 @@ def test_the_parameters_are_those_that_modules_tell() -> None:
     model = nn.Sequential(shared, nn.ParameterList([shared.weight, torch.zeros(2)]), empty, shared)
     changed = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     changed.parameters = changed[1].parameters  # type: ignore[method-assign]
-    for modules in ([model], [shared, model], [nn.Sequential(Hiding(shared))], [changed]):
+    inside = nn.Sequential(nn.Sequential(nn.Linear(2, 2)))
+    inside[0].named_modules = lambda *_: iter(())  # type: ignore[assignment]
+    hiding = nn.Sequential(Hiding(shared))
+    for modules in ([model], [shared, model], [hiding], [changed], [inside]):
         found = _engine._parameters_of(modules)
         assert [*map(id, found)] == [*{id(p): 0 for m in modules for p in m.parameters()}]
     assert len([*_engine._parameters_of([Hiding(shared)])]) == 1
+
+
+def test_no_class_that_was_made_for_one_step_is_kept() -> None:
+    classes: list[ref[type]] = []
+    model = nn.Linear(2, 2)
+
+    def step() -> None:
+        class Scale(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx: Any, x: Tensor) -> Tensor:
+                ctx.save_for_backward(x)
+                return x * 2
+
+            @staticmethod
+            def backward(ctx: Any, *grads: Tensor) -> Tensor:
+                return grads[0] * 2
+
+        class Layers(nn.Sequential):
+            pass
+
+        layers = Layers(model)
+        losses = Scale.apply(layers(randn(3, 2))).square().sum(1)
+        Engine(layers, batch_dim=0).backward(losses, lambda g: g.new_ones(3))
+        classes.extend([ref(Scale), ref(Layers)])
+
+    step()
+    gc.collect()
+    assert [known() for known in classes] == [None, None]
+
+
+def test_the_plan_that_was_not_used_for_longest_is_forgotten(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    searched: list[int] = []
+    original = _plan.find_layouts
+
+    def noting(graph: Graph, output: Tensor, batch_dim: int) -> Any:
+        searched.append(len(output))
+        return original(graph, output, batch_dim)
+
+    monkeypatch.setattr(_plan, "find_layouts", noting)
+    monkeypatch.setattr(_plan, "_KINDS", 3)
+    model = nn.Linear(2, 1)
+    engine = Engine(model, batch_dim=0)
+    for samples in (2, 2, 3, 2, 4, 2, 5, 2):
+        engine.compute_gramian(model(randn(samples, 2)).squeeze(1))
+    assert searched == [2, 3, 4, 5]
 
 
 @pytest.mark.parametrize(("budget", "limit"), [(None, 95), (256 << 20, 17)])
