@@ -16,7 +16,13 @@ from jdcore.aggregation._aggregator import GramianAggregator
 from jdcore.aggregation._any import vectors_of
 from jdcore.aggregation._columns import Columns, power, power_of_two, widest
 from jdcore.aggregation._differentiation import forbid_differentiation
-from jdcore.aggregation._finite import finite_required, gramian_error, is_finite
+from jdcore.aggregation._finite import (
+    all_finite,
+    finite_required,
+    gramian_error,
+    is_finite,
+    nonfinite_rows,
+)
 from jdcore.aggregation._nested_state import NestedState, restorer, state_kept
 from jdcore.aggregation._row_vectors import check_row_vectors
 from jdcore.aggregation._source import ColumnsSource, GramianSource, numbers_of, taken_by
@@ -174,6 +180,8 @@ class RowMixing(NestedState):
         # them are at fault.
         if not source.asked and not columns.finite():
             raise NonFiniteError(columns.nonfinite_rows())
+        if columns.local and not all_finite(columns.second or []):
+            raise NonFiniteError(nonfinite_rows(columns.second or []))
         return mixing
 
     def _aggregate_mixed(self, columns: MixedColumns, losses: Tensor | None) -> Result:

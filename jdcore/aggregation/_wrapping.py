@@ -11,7 +11,7 @@ from jdcore.aggregation._differentiation import forbid_differentiation
 from jdcore.aggregation._finite import finite_required, gramian_error, is_finite
 from jdcore.aggregation._nested_state import NestedState, restorer
 from jdcore.aggregation._row_vectors import check_row_vectors
-from jdcore.aggregation._source import GramianSource
+from jdcore.aggregation._source import GramianSource, numbers_of
 from jdcore.aggregation._weigh import as_weighting, weigh
 from jdcore.errors import left_out
 from jdcore.protocols import Weighting
@@ -103,6 +103,8 @@ class WeightingWrapper(Delegating, NestedState):
         if is_finite(weights):
             return weights
         if finite_required(self.check_finite):
-            # The Gramian may be computed just for this: the error is to name the rows.
-            raise gramian_error(source.array())
+            # Products may be computed just for this: the error is to name the rows. Those of two
+            # batches show both.
+            two = source.compute_cross is not None
+            raise gramian_error(numbers_of(source.cross_gramian()) if two else source.array())
         return torch.full_like(weights, torch.nan)

@@ -26,6 +26,7 @@ from jdcore.aggregation import (
     as_weighting,
     row_lengths,
     state_field,
+    weigh,
 )
 from jdcore.aggregation._columns import Columns
 from jdcore.aggregation._observation import Observation, observing
@@ -401,3 +402,27 @@ def test_an_observer_may_fail_and_the_state_is_left_as_it_was() -> None:
     with observing(fail), pytest.raises(RuntimeError, match="not today"):
         wrapper(MATRIX)
     assert wrapper.state_dict() == {"steps": 0}
+
+
+@define(eq=False)
+class Same(WeightingWrapper):
+    def rewrite(self, source: GramianSource) -> Tensor:
+        return weigh(self.weighting, source)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda check: Pairs(RowsTimesSecond(), check_finite=check),
+        lambda check: Pairs(GramianAggregator(ByCross()), check_finite=check),
+        lambda check: GramianAggregator(Same(ByCross(), check_finite=check)),
+    ],
+)
+def test_the_second_batch_is_told_where_it_is_not_finite(make: Any) -> None:
+    second = MATRIX.clone()
+    second[2, 1] = math.nan
+
+    assert make(None)(MATRIX, second=second).isnan().any()
+    with pytest.raises(NonFiniteError) as caught:
+        make(True)(MATRIX, second=second)
+    assert 2 in caught.value.rows
