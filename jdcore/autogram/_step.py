@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -13,6 +13,7 @@ from jdcore._differentiable import check_each
 from jdcore._fields import check_grads, disjoint, write_grads
 from jdcore._modes import plain_modes
 from jdcore.aggregation import GramianSource, weigh
+from jdcore.aggregation._finite import all_finite
 from jdcore.aggregation._nested_state import state_kept
 from jdcore.autogram._losses import refuse_divided
 from jdcore.autogram._rules import RULES_IN_USE
@@ -148,6 +149,9 @@ class Step:
                 # gradients from.
                 if second_pass or jacobian.roots is None:
                     gradients = jacobian.differentiated(weights, retain_graph=retain_graph)
+                    # Of a method that did not look at the rows, NaN is no step.
+                    if source.undo and not _are_finite(gradients.values()):
+                        source.take_back()
                 else:
                     wide = not jacobian.definite and source.rounding_shows(weights.reshape(-1))
                     # And the Gramian, which is as large as a layer where there are many losses.
@@ -158,6 +162,10 @@ class Step:
                 gradients = dict(zip(gradients, disjoint(gradients.values()), strict=True))
             write_grads(gradients)
             return self.for_user(weights)
+
+
+def _are_finite(gradients: Iterable[Tensor]) -> bool:
+    return all_finite([g.coalesce().values() if g.is_sparse else g for g in gradients])
 
 
 def source_of(jacobian: Jacobian, losses: Tensor, compute: Callable[[], Tensor]) -> GramianSource:

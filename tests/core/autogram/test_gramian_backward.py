@@ -1,14 +1,27 @@
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
 import torch
+from attrs import define
 from torch import Tensor, nn
 
 from jdcore import ParameterError, ParameterTypeError
-from jdcore.aggregation import GramianAggregator
+from jdcore.aggregation import GramianAggregator, GramianSource, WeightingWrapper, state_field
 from jdcore.autojac import backward, gramian_backward, jac_to_grad
+
+
+@define(eq=False)
+class _Counted(WeightingWrapper):
+    """Looks at no row."""
+
+    calls: int = state_field(int)
+
+    def rewrite(self, source: GramianSource) -> Tensor:
+        self.calls += 1
+        return torch.ones(source.rows, dtype=torch.float64)
 
 
 def _by_norm(gramian: Tensor) -> Tensor:
@@ -150,3 +163,13 @@ def test_bad_input_changes_nothing() -> None:
             gramian_backward(losses, weighting, retain_graph=True)
     assert a.grad.tolist() == [9.0, 9.0]
     gramian_backward(losses, _by_norm)
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_a_step_of_nan_is_none_for_a_method_that_looks_at_no_row(sparse: bool) -> None:
+    table, weighting = nn.Embedding(3, 2, sparse=sparse), _Counted(_by_norm)
+    for factor, calls in ((1.0, 1), (math.nan, 1), (1.0, 2)):
+        losses = factor * table(torch.tensor([0, 2])).sum(1)
+        gramian_backward(losses, weighting)
+        assert weighting.calls == calls
+        table.zero_grad()
