@@ -418,7 +418,7 @@ def load_factory(provider: str, factory: str) -> type:
     try:
         found: type = getattr(importlib.import_module(module), attribute)
         if not callable(found):
-            raise TypeError(f"{type(found).__name__} is no class")
+            raise TypeError(f"neither a class nor a function, but of type {type(found).__name__}")
         return found
     except KeyboardInterrupt:
         raise

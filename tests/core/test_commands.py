@@ -409,7 +409,7 @@ def test_asking_for_a_scalarizer_as_a_method_tells_what_it_is(
         ("tests.nowhere:Fused", "Total", "PluginError: .*'tests.nowhere:Fused' cannot be loaded"),
         (f"{__name__}:Total", "Total", "the operation .*:Total' is no torch.autograd.Function"),
         (f"{__name__}:Fused", "Misspelt", "PluginError: .*:Misspelt' cannot be loaded"),
-        (f"{__name__}:Fused", "__name__", "the rule .*__name__' is no function"),
+        (f"{__name__}:Fused", "__name__", "PluginError: .*__name__' cannot be loaded: neither"),
     ],
 )
 def test_the_doctor_looks_for_rules_and_their_operations(

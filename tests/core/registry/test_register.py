@@ -110,7 +110,7 @@ def test_a_factory_that_is_no_class_is_named(
     monkeypatch.setitem(globals(), "NumberWeighting", 3)
     registry.register(spec(weighting=f"{__name__}:NumberWeighting"))
 
-    with pytest.raises(PluginError, match=r"'.*:NumberWeighting' cannot be loaded: .*int is no"):
+    with pytest.raises(PluginError, match=r"'.*:NumberWeighting' cannot be loaded: neither .* int"):
         _methods.aggregator_class("last_row")
 
 
