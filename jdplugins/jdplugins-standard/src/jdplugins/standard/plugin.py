@@ -24,7 +24,7 @@ def _arxiv(title: str, year: int, number: str) -> Reference:
 
 
 _RANDOM_WEIGHTING = _arxiv(
-    ("Reasonable Effectiveness of Random Weighting: A Litmus Test for Multi-Task Learning"),
+    "Reasonable Effectiveness of Random Weighting: A Litmus Test for Multi-Task Learning",
     2021,
     "2111.10603",
 )
