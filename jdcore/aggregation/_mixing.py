@@ -160,13 +160,13 @@ class RowMixing(NestedState):
     def _aggregate(self, columns: Columns, source: GramianSource) -> Result:
         check_row_vectors(self, columns.rows, columns)
         # What is wrapped may fail when its rows are mixed already.
-        with state_kept(self):
+        with state_kept(self) as undo:
             try:
-                with state_kept(self):
-                    mixing = self._agreed_mixing(columns, source)
+                mixing = self._agreed_mixing(columns, source)
             except NonFiniteError:
                 if finite_required(self.check_finite):
                     raise
+                undo()
                 return columns.filled(math.nan), None
             if not len(mixing):
                 return columns.filled(0.0), None

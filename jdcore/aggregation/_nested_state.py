@@ -88,22 +88,26 @@ def _is_stateful(cls: Any) -> bool:
 
 
 @contextmanager
-def state_kept(method: Any) -> Iterator[None]:
+def state_kept(method: Any) -> Iterator[Callable[[], None]]:
     """
     Restore the state of a method, and of what it holds, if a ``with`` block fails.
 
-    For steps that may fail after they have asked the method, be it on another process.
+    For steps that may fail after they have asked the method, be it on another process. The block
+    gets what restores it, for a step that ends without an error and yet counts for nothing.
 
     :param method: A weighting or aggregator, with or without state.
     """
     part = stateful_part(method)
-    restore = None if part is None else restorer(part)
+    restore = _nothing if part is None else restorer(part)
     try:
-        yield
+        yield restore
     except BaseException:
-        if restore is not None:
-            restore()
+        restore()
         raise
+
+
+def _nothing() -> None:
+    """Restore the state of a method that has none."""
 
 
 def restorer(part: Stateful) -> Callable[[], None]:
