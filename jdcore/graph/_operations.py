@@ -16,9 +16,10 @@ steady ones the **data** choose among the entries that count: each by itself, or
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from jdcore.graph._saved import Unreadable, has_unpack_hooks, results_of, saved, saved_sparse
@@ -93,6 +94,9 @@ _WRONG, _WRONG_FOR_NUMBERS = having("wrong-if-batched"), having("wrong-for-numbe
 
 MATRIX_PRODUCTS = {"AddmmBackward0": (2, "mat1"), "MmBackward0": (1, "self")}
 """By node: which operand is the weight, and under which name the one before it is saved."""
+
+# Operations whose last two operands are matrices that are multiplied.
+_OF_TWO_MATRICES = frozenset({"Mm", "Addmm", "Bmm", "Baddbmm"})
 
 # An argument of this operation says whether its gradient is sparse.
 EMBEDDING = "EmbeddingBackward0"
@@ -211,10 +215,14 @@ def spread(
     """
     Some operations pass gradients on to entries that data choose, such as a rectifier.
 
-    What they make of NaN does not show all that may depend on it for other data.
+    What they make of NaN does not show all that may depend on it for other data. And products of
+    bfloat16 show too much on CPUs: oneDNN reads rows of odd length beyond their ends, into the next
+    ones, and multiplies what it finds there by zero, which leaves NaN.
 
     :returns: A hook of the node that hands NaN on to all these entries, None if none is needed.
     """
+    if operation(name) in _OF_TWO_MATRICES:
+        return partial(_hand_on_to_factors, node)
     dims = _DATA_ALONG.get(operation(name))
     if operation(name) in _DATA_OF_DIM:
         dims = _dims_of(node)
@@ -230,6 +238,22 @@ def spread(
         return tuple(None if g is None else _spread(g, grad, dims) for g in found)
 
     return hand_on
+
+
+def _hand_on_to_factors(
+    node: Any, found: Sequence[Tensor | None], given: Sequence[Tensor | None]
+) -> tuple[Tensor | None, ...] | None:
+    grad = given[0]
+    if grad is None or grad.dtype != torch.bfloat16 or not grad.is_cpu or saved_sparse(node):
+        return None
+    poisoned = grad.isnan()
+    # Rows of the first factor are in the same row of the product, columns of the second in the same
+    # column.
+    factors = [
+        None if g is None else torch.zeros_like(g).masked_fill(poisoned.any(dim, True), torch.nan)
+        for g, dim in zip(found[-2:], (-1, -2), strict=True)
+    ]
+    return (*found[:-2], *factors)
 
 
 def _dims_of(node: Any) -> tuple[int, ...]:

@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from jdcore import JDCoreError, autogram
+from jdcore.autogram import Engine
 from tests.core.autogram.oracle import explicit_jacobian, randn, relative_error
 
 # Sparse matrices in rows are called a beta by torch.
@@ -177,3 +178,9 @@ def test_functions_of_python_are_not_taken_for_operations_of_the_same_name() -> 
 
     for order in ((0, 1, 2, 3), (2, 0, 3, 1), (3, 2, 1, 0)):
         assert _right_or_refused(losses(*order), weight)
+
+
+def test_sparse_products_of_bfloat16_keep_samples_apart() -> None:
+    model = nn.Linear(2, 2, bias=False).bfloat16()
+    losses = _SPARSE["coo"](_apart().bfloat16(), model(torch.ones(B, 2).bfloat16())).sum(1)
+    assert "closed form" in Engine(model, batch_dim=0).explain(losses)
