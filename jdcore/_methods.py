@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from functools import cache
 from typing import Any, ClassVar
 
 from jdcore._catalogue import distribution_of
@@ -40,6 +39,9 @@ __all__ = [
     "scalarizer_class",
     "weighting_class",
 ]
+
+_COMPOSED: dict[str, type[ComposedAggregator]] = {}
+"""The composed class of each method, by its qualified name."""
 
 _STATEFUL_METHODS = ("reset", "state_dict", "load_state_dict")
 
@@ -236,11 +238,13 @@ def is_composed(cls: type) -> bool:
     return issubclass(cls, ComposedAggregator) and "qualified_name" in vars(cls)
 
 
-# By class, not by name: the composed class stays the same object until a notebook cell that runs
-# again redefines its weighting.
-@cache
 def _composed(class_name: str, qualified_name: str, weighting_class: type) -> type:
-    return compose(class_name, weighting_class, qualified_name)
+    # The composed class stays the same object until a notebook cell that runs again redefines its
+    # weighting: the old one is let go then.
+    known = _COMPOSED.get(qualified_name)
+    if known is None or (known.__name__, known.weighting_class) != (class_name, weighting_class):
+        known = _COMPOSED[qualified_name] = compose(class_name, weighting_class, qualified_name)
+    return known
 
 
 def _restore_subclass(cls: Any, values: Mapping[str, Any]) -> Any:

@@ -2,9 +2,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
+from jdcore._by_class import by_class
 from jdcore.aggregation._state import StateFields, state_fields
 from jdcore.errors import ParameterError, ParameterTypeError, left_out
 from jdcore.protocols import Stateful
@@ -81,7 +82,7 @@ def stateful_part(method: Any) -> Stateful | None:
     return None
 
 
-@cache
+@by_class
 def _is_stateful(cls: Any) -> bool:
     # Asked in every step: a comparison of each object with the protocol takes as long as to weigh.
     return all(hasattr(cls, name) for name in ("reset", "state_dict", "load_state_dict"))

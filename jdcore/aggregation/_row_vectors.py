@@ -1,11 +1,11 @@
 from __future__ import annotations
 
-from functools import cache
 from typing import Any, Protocol
 
 import attrs
 import torch
 
+from jdcore._by_class import by_class
 from jdcore.errors import ParameterError
 from jdcore.validators import row_vector
 
@@ -47,7 +47,7 @@ def check_row_vectors(method: Any, m: int, given: Placed) -> None:
             )
 
 
-@cache
+@by_class
 def _row_vector_fields(cls: Any) -> tuple[str, ...]:
     # By the validator, so that a field of any name, of a class of anybody, is found without a list.
     return tuple(f.name for f in attrs.fields(cls) if f.validator is row_vector)

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from functools import cache, lru_cache
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -9,6 +9,7 @@ from attrs import define, field
 from numpy.typing import NDArray
 from torch import Tensor
 
+from jdcore._by_class import by_class
 from jdcore._compilation import not_traced
 from jdcore.aggregation._row_vectors import Placed, check_row_vectors
 from jdcore.aggregation._source import GramianSource
@@ -99,7 +100,7 @@ class ScalarizationWeighting:
         return self.compute(m, wide) if m else torch.empty(0, dtype=wide, device="cpu")
 
 
-@cache
+@by_class
 def looks_at_no_row(cls: Any) -> bool:
     """Whether a class of weightings inherits :meth:`ScalarizationWeighting.weigh_rows` as it is."""
     base = ScalarizationWeighting

@@ -2,11 +2,12 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 
+from jdcore._by_class import by_class
 from jdcore.aggregation._columns import Columns, power
 from jdcore.aggregation._nested_state import state_kept
 from jdcore.aggregation._observation import Observation, Residuals, observed, told
@@ -205,7 +206,7 @@ def _ask_of_shape(weighting: Any, source: GramianSource, shape: Sequence[int]) -
     return weighting.weigh(source, tuple(shape))
 
 
-@cache
+@by_class
 def _takes_source(cls: Any) -> bool:
     # A subclass that overrides `__call__` alone means that call, not the `weigh` it inherits.
     for base in cls.__mro__:
@@ -216,7 +217,7 @@ def _takes_source(cls: Any) -> bool:
     return False
 
 
-@cache
+@by_class
 def _takes_shape(cls: Any) -> bool:
     parameters = inspect.signature(cls.weigh).parameters.values()
     positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import math
-from functools import cache
 from typing import Any, ClassVar
 
 import numpy as np
@@ -10,6 +9,7 @@ from attrs import define, field
 from numpy.typing import NDArray
 from torch import Tensor
 
+from jdcore._by_class import by_class
 from jdcore._compilation import not_traced
 from jdcore.aggregation._differentiation import forbid_differentiation
 from jdcore.aggregation._finite import finite_required, gramian_error
@@ -152,7 +152,7 @@ class GramianWeighting:
         return self.compute_there(gramian)
 
 
-@cache
+@by_class
 def _computes_there(cls: Any) -> bool:
     # A subclass that overrides `compute` alone means that, not what it inherits for accelerators.
     for base in cls.__mro__:

@@ -3,12 +3,12 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from jdcore._by_class import by_class
 from jdcore.distributed._meeting import Meeting, Stage
 
 
@@ -23,7 +23,7 @@ def some_dtensor(tensors: Iterable[Tensor]) -> bool:
     return any(map(_is_dtensor_class, set(map(type, tensors))))
 
 
-@cache
+@by_class
 def _is_dtensor_class(cls: type) -> bool:
     # By name, through all bases: importing the class would load torch.distributed.tensor.
     return any(base.__name__ == "DTensor" for base in cls.__mro__)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
+from weakref import ref
 
+import numpy as np
 import pytest
 import torch
 from attrs import define
@@ -75,3 +78,36 @@ def test_a_wrapper_takes_back_the_step_of_what_it_wraps_where_nobody_looked_at_b
     assert aggregator(torch.eye(2)).tolist() == [0.5, 0.5]
     assert aggregator(torch.full((2, 2), math.nan)).isnan().all()
     assert aggregator(torch.eye(2)).tolist() == [1.0, 1.0]
+
+
+def test_classes_of_methods_are_let_go() -> None:
+    # As of a cell of a notebook that runs again.
+    def step() -> list[ref[type]]:
+        @define(eq=False)
+        class Last(StateFields, GramianWeighting):
+            calls: int = state_field(int)
+
+            def compute(self, gramian: Any) -> Any:
+                self.calls += 1
+                return np.eye(len(gramian))[-1]
+
+            def compute_there(self, gramian: Tensor) -> None:
+                return None
+
+        class Plain:
+            def __call__(self, gramian: Tensor) -> Tensor:
+                return gramian.diagonal()
+
+        @define(eq=False)
+        class First(ScalarizationWeighting):
+            def compute(self, m: int, dtype: torch.dtype) -> Tensor:
+                return torch.eye(m, dtype=dtype)[0]
+
+        for m in (2, 128):
+            aggregators = [GramianAggregator(made()) for made in (Last, Plain, First)]
+            assert all(aggregator(torch.eye(m)).isfinite().all() for aggregator in aggregators)
+        return [ref(Last), ref(Plain), ref(First)]
+
+    classes = step()
+    gc.collect()
+    assert [kept() for kept in classes] == [None, None, None]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 from collections.abc import Callable
 from typing import Any
+from weakref import ref
 
 import numpy as np
 import pytest
@@ -136,6 +138,26 @@ def test_a_subclass_of_a_composed_class_is_copied_as_what_it_is(registry: Regist
     assert duplicate.weighting is not original.weighting
     with pytest.raises(ParameterTypeError, match="`config` must be an instance of a registered"):
         jdcore.to_config(original)
+
+
+def test_a_class_that_was_defined_anew_is_let_go(registry: Registry) -> None:
+    registry.register(spec(weighting=f"{__name__}:RedefinedWeighting"))
+
+    def cell() -> list[ref[type]]:
+        class RedefinedWeighting(LastRowWeighting):
+            pass
+
+        globals()["RedefinedWeighting"] = RedefinedWeighting
+        composed = _methods.aggregator_class("last_row")
+        assert composed is _methods.aggregator_class("last_row")
+        return [ref(RedefinedWeighting), ref(composed)]
+
+    before, after = cell(), cell()
+    gc.collect()
+
+    del globals()["RedefinedWeighting"]
+    assert [kept() for kept in before] == [None, None]
+    assert None not in [kept() for kept in after]
 
 
 def test_an_argument_is_set_on_the_weighting_and_nowhere_else(registry: Registry) -> None:
