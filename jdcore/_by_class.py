@@ -3,30 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import wraps
 from typing import Any, TypeVar
-from weakref import finalize
+from weakref import finalize, ref
 
 _R = TypeVar("_R")
 
 
-def by_class(find: Callable[[Any], _R]) -> Callable[[Any], _R]:
+class ByClass(dict["ref[Any]", _R]):
     """
-    Like ``functools.cache``, which would keep the classes of notebook cells that ran again.
+    What a function answers for classes: ``answers[ref(cls)]``.
 
-    :param find: A function of one class, whose answer does not refer to the class.
+    ``functools.cache`` would keep the classes of notebook cells that ran again. This is asked in
+    every step: a dictionary is, without a call of Python, and there is one reference to each class.
+
+    :param find: A function of a class, whose answer does not refer to the class.
     """
-    # By number, as looking a class up by itself in a WeakKeyDictionary takes twice as long: it is
-    # done in every step. The number is free for other classes once the finalizer has run.
-    found: dict[int, _R] = {}
 
-    @wraps(find)
-    def known(cls: Any) -> _R:
-        try:
-            return found[id(cls)]
-        except KeyError:
-            answer = found[id(cls)] = find(cls)
-            finalize(cls, found.pop, id(cls), None).atexit = False
-            return answer
+    def __init__(self, find: Callable[[Any], _R]) -> None:
+        super().__init__()
+        self._find = find
 
-    return known
+    def __missing__(self, key: ref[Any]) -> _R:
+        cls = key()
+        answer = self[key] = self._find(cls)
+        finalize(cls, self.pop, key, None).atexit = False
+        return answer

@@ -4,8 +4,9 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
+from weakref import ref
 
-from jdcore._by_class import by_class
+from jdcore._by_class import ByClass
 from jdcore.aggregation._state import StateFields, state_fields
 from jdcore.errors import ParameterError, ParameterTypeError, left_out
 from jdcore.protocols import Stateful
@@ -74,15 +75,14 @@ def stateful_part(method: Any) -> Stateful | None:
     """The outermost part of a method that has state: adapters delegate to what they hold."""
     while method is not None:
         method = getattr(method, "wrapped", method)
-        cls: Any = type(method)
-        if _is_stateful(cls):
+        if _is_stateful[ref(type(method))]:
             part: Stateful = method
             return part
         method = getattr(method, "weighting", None)
     return None
 
 
-@by_class
+@ByClass
 def _is_stateful(cls: Any) -> bool:
     # Asked in every step: a comparison of each object with the protocol takes as long as to weigh.
     return all(hasattr(cls, name) for name in ("reset", "state_dict", "load_state_dict"))

@@ -1,11 +1,12 @@
 from __future__ import annotations
 
 from typing import Any, Protocol
+from weakref import ref
 
 import attrs
 import torch
 
-from jdcore._by_class import by_class
+from jdcore._by_class import ByClass
 from jdcore.errors import ParameterError
 from jdcore.validators import row_vector
 
@@ -28,8 +29,7 @@ def check_row_vectors(method: Any, m: int, given: Placed) -> None:
     :param given: The input, which is asked for its device where there are such arguments.
     :raises ParameterError: If the length or the device differs.
     """
-    cls: Any = type(method)
-    for name in _row_vector_fields(cls):
+    for name in _row_vector_fields[ref(type(method))]:
         vector = getattr(method, name)
         if vector is None:
             continue
@@ -47,7 +47,7 @@ def check_row_vectors(method: Any, m: int, given: Placed) -> None:
             )
 
 
-@by_class
+@ByClass
 def _row_vector_fields(cls: Any) -> tuple[str, ...]:
     # By the validator, so that a field of any name, of a class of anybody, is found without a list.
     return tuple(f.name for f in attrs.fields(cls) if f.validator is row_vector)

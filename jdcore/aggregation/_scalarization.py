@@ -9,7 +9,7 @@ from attrs import define, field
 from numpy.typing import NDArray
 from torch import Tensor
 
-from jdcore._by_class import by_class
+from jdcore._by_class import ByClass
 from jdcore._compilation import not_traced
 from jdcore.aggregation._row_vectors import Placed, check_row_vectors
 from jdcore.aggregation._source import GramianSource
@@ -100,7 +100,7 @@ class ScalarizationWeighting:
         return self.compute(m, wide) if m else torch.empty(0, dtype=wide, device="cpu")
 
 
-@by_class
+@ByClass
 def looks_at_no_row(cls: Any) -> bool:
     """Whether a class of weightings inherits :meth:`ScalarizationWeighting.weigh_rows` as it is."""
     base = ScalarizationWeighting

@@ -4,10 +4,11 @@ import inspect
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
+from weakref import ref
 
 from torch import Tensor
 
-from jdcore._by_class import by_class
+from jdcore._by_class import ByClass
 from jdcore.aggregation._columns import Columns, power
 from jdcore.aggregation._nested_state import state_kept
 from jdcore.aggregation._observation import Observation, Residuals, observed, told
@@ -160,12 +161,11 @@ def combined(
 
 
 def _ask(weighting: Any, source: GramianSource, shape: Sequence[int] | None) -> Tensor:
-    cls: Any = type(weighting)
     if shape is not None and len(shape) != 1:
         expected, weights = tuple(shape), _ask_of_shape(weighting, source, shape)
     else:
         expected = (source.rows,)
-        takes = _takes_source(cls)
+        takes = _takes_source[ref(type(weighting))]
         weights = weighting.weigh(source) if takes else weighting(_copy(source))
     return checked(weights, expected)
 
@@ -193,10 +193,10 @@ def checked(weights: Any, expected: tuple[int, ...]) -> Tensor:
 
 
 def _ask_of_shape(weighting: Any, source: GramianSource, shape: Sequence[int]) -> Any:
-    cls: Any = type(weighting)
-    if not _takes_source(cls):
+    cls = ref(type(weighting))
+    if not _takes_source[cls]:
         return weighting(unflatten_gramian(_copy(source), shape))
-    if not _takes_shape(cls):
+    if not _takes_shape[cls]:
         raise ParameterError(
             "weighting",
             f"a GeneralizedWeighting, for losses of shape {list(shape)}",
@@ -206,7 +206,7 @@ def _ask_of_shape(weighting: Any, source: GramianSource, shape: Sequence[int]) -
     return weighting.weigh(source, tuple(shape))
 
 
-@by_class
+@ByClass
 def _takes_source(cls: Any) -> bool:
     # A subclass that overrides `__call__` alone means that call, not the `weigh` it inherits.
     for base in cls.__mro__:
@@ -217,7 +217,7 @@ def _takes_source(cls: Any) -> bool:
     return False
 
 
-@by_class
+@ByClass
 def _takes_shape(cls: Any) -> bool:
     parameters = inspect.signature(cls.weigh).parameters.values()
     positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)

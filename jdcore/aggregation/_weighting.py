@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 from typing import Any, ClassVar
+from weakref import ref
 
 import numpy as np
 import torch
@@ -9,7 +10,7 @@ from attrs import define, field
 from numpy.typing import NDArray
 from torch import Tensor
 
-from jdcore._by_class import by_class
+from jdcore._by_class import ByClass
 from jdcore._compilation import not_traced
 from jdcore.aggregation._differentiation import forbid_differentiation
 from jdcore.aggregation._finite import finite_required, gramian_error
@@ -139,8 +140,7 @@ class GramianWeighting:
         return torch.full((m,), math.nan, dtype=torch.float64, device="cpu")
 
     def _weigh_there(self, source: GramianSource) -> Tensor | None:
-        cls: Any = type(self)
-        if not _computes_there(cls):
+        if not _computes_there[ref(type(self))]:
             return None
         gramian = self.matrix_of(source)
         if gramian.is_cpu or not bool(gramian.isfinite().all()):
@@ -152,7 +152,7 @@ class GramianWeighting:
         return self.compute_there(gramian)
 
 
-@by_class
+@ByClass
 def _computes_there(cls: Any) -> bool:
     # A subclass that overrides `compute` alone means that, not what it inherits for accelerators.
     for base in cls.__mro__:

@@ -4,26 +4,27 @@ import math
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor
 
-from jdcore._by_class import by_class
+from jdcore._by_class import ByClass
 from jdcore.distributed._meeting import Meeting, Stage
 
 
 def is_dtensor(tensor: Tensor) -> bool:
     """Whether a tensor is a DTensor (FSDP2 outside of the forward pass, tensor parallelism)."""
-    return _is_dtensor_class(type(tensor))
+    return _is_dtensor_class[ref(type(tensor))]
 
 
 def some_dtensor(tensors: Iterable[Tensor]) -> bool:
     """Whether one of some tensors is a DTensor."""
     # There are fewer classes than parameters, each of which would cost a call.
-    return any(map(_is_dtensor_class, set(map(type, tensors))))
+    return any(map(_is_dtensor_class.__getitem__, map(ref, set(map(type, tensors)))))
 
 
-@by_class
+@ByClass
 def _is_dtensor_class(cls: type) -> bool:
     # By name, through all bases: importing the class would load torch.distributed.tensor.
     return any(base.__name__ == "DTensor" for base in cls.__mro__)
