@@ -13,7 +13,7 @@ import pluggy
 from attrs import evolve, frozen
 
 from jdcore import hooks
-from jdcore.errors import ParameterTypeError, message_of
+from jdcore.errors import ParameterError, ParameterTypeError, message_of
 from jdcore.hooks import ENTRY_POINT_GROUP
 from jdcore.spec import (
     AggregatorSpec,
@@ -240,6 +240,10 @@ def load(plugin: Plugin) -> PluginRecord:
     if plugin.point is None:
         return record
     try:
+        # What Python's own error calls "'NoneType' object has no attribute 'group'".
+        if not EntryPoint.pattern.match(plugin.point.value):
+            expected = "a module, or 'module:attribute'"
+            raise ParameterError("entry point", expected, repr(plugin.point.value))
         found = evolve(record, **_specs_of(plugin.point.load()))
         _refuse_duplicates(_claims(found))
         return found
@@ -290,9 +294,12 @@ def _specs_of(plugin: object) -> dict[str, Any]:
 def _collect(hook: pluggy.HookCaller, kind: type[T]) -> tuple[T, ...]:
     results = hook()
     # Pluggy drops None in silence, which a function gives that forgets to return its specs.
-    if len(results) < len(hook.get_hookimpls()):
-        expected = "a function that yields specs, or returns a list of them"
-        raise ParameterTypeError(hook.name, expected, "one that returns None")
+    results += [None] * (len(hook.get_hookimpls()) - len(results))
+    for result in results:
+        if not isinstance(result, Iterable):
+            expected = "a function that yields specs, or returns a list of them"
+            returned = "None" if result is None else f"an object of type {type(result).__name__}"
+            raise ParameterTypeError(hook.name, expected, f"one that returns {returned}")
     # Hooks may be generators, whose code runs only now: inside of the guard of `load`.
     specs = [spec for result in results for spec in result]
     for spec in specs:

@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from types import FrameType
+from types import FrameType, ModuleType
 from typing import Any
 
 from attrs import evolve
@@ -152,11 +152,13 @@ def _importer_of(plugin: Plugin) -> int | None:
     nothing will change while it waits.
     """
     for name in _modules_of(plugin):
-        module = sys.modules.get(name)
+        module: Any = sys.modules.get(name)
+        # A module may put any object in its place, which may answer to every name, or raise.
+        namespace = vars(module) if issubclass(type(module), ModuleType) else {}
         # Private, but the one place that tells a module whose code has not run to its end; all
         # versions of CPython from 3.3 on have it. Without it nothing counts as being imported.
-        if getattr(getattr(module, "__spec__", None), "_initializing", False):
-            return _thread_that_runs(vars(module)) or threading.get_ident()
+        if getattr(namespace.get("__spec__"), "_initializing", False):
+            return _thread_that_runs(namespace) or threading.get_ident()
     return None
 
 

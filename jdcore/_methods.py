@@ -7,13 +7,12 @@ The registry knows specs; here they become classes. This module stands above the
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from jdcore._catalogue import distribution_of
 from jdcore._discovery import AGGREGATOR, SCALARIZER, Kind
-from jdcore._registry import load_factory, registry
+from jdcore._registry import load_class, registry, signature_of
 from jdcore._tables import Entry
 from jdcore.aggregation._aggregator import GramianAggregator
 from jdcore.aggregation._weigh import as_weighting
@@ -54,8 +53,8 @@ def aggregator_class(name: str) -> type:
     """
     entry = registry.aggregator(name)
     if entry.spec.aggregator is not None:
-        return load_factory(entry.qualified_name, entry.spec.aggregator)
-    weighting = load_factory(entry.qualified_name, entry.spec.weighting)
+        return load_class(entry, entry.spec.aggregator)
+    weighting = load_class(entry, entry.spec.weighting)
     return _composed(entry.spec.class_name, entry.qualified_name, weighting)
 
 
@@ -73,13 +72,13 @@ def weighting_class(name: str) -> type:
             repr(name),
             f"{entry.spec.class_name} has to see the matrix: use get_aggregator({name!r}).",
         )
-    return load_factory(entry.qualified_name, entry.spec.weighting)
+    return load_class(entry, entry.spec.weighting)
 
 
 def scalarizer_class(name: str) -> type:
     """The class of a scalarizer. Errors as :func:`jdcore.get_scalarizer`."""
     entry = registry.scalarizer(name)
-    return load_factory(entry.qualified_name, entry.spec.scalarizer)
+    return load_class(entry, entry.spec.scalarizer)
 
 
 def exported_class(class_name: str) -> type:
@@ -222,7 +221,7 @@ def compose(
         "__doc__": weighting_class.__doc__,
         "__module__": "jdcore.aggregation",
         # Editors and `jdcore info` ask it, where `*args, **kwargs` would tell nothing.
-        "__signature__": inspect.signature(weighting_class),
+        "__signature__": signature_of(weighting_class),
         "weighting_class": weighting_class,
         "qualified_name": qualified_name,
     }

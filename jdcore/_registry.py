@@ -413,10 +413,24 @@ def _installable(problem: str, installed: Collection[str]) -> str | None:
     return f"Not installed: {'; '.join(offers)}."
 
 
-def load_factory(provider: str, factory: str) -> type:
+def load_class(entry: Entry, factory: str) -> type:
+    """
+    Import the class of a method.
+
+    :raises PluginError: If that fails, or it is no class: pickles, configurations, subclasses and
+        what is composed of it would all fail later.
+    """
+    found = load_factory(entry.qualified_name, factory)
+    if not isinstance(found, type):
+        reason = f"{factory!r} is no class, but of type {type(found).__name__}"
+        raise PluginError(entry.qualified_name, reason)
+    return found
+
+
+def load_factory(provider: str, factory: str) -> Any:
     module, _, attribute = factory.partition(":")
     try:
-        found: type = getattr(importlib.import_module(module), attribute)
+        found = getattr(importlib.import_module(module), attribute)
         if not callable(found):
             raise TypeError(f"neither a class nor a function, but of type {type(found).__name__}")
         return found
@@ -435,7 +449,7 @@ def construct(cls: type, name: str, arguments: Mapping[str, Any], *first: Any) -
     :param first: Arguments by position.
     :raises ParameterTypeError: If an argument is unknown or missing.
     """
-    signature = inspect.signature(cls).parameters
+    signature = signature_of(cls).parameters
     parameters = dict(list(signature.items())[len(first) :])
     # Checked here, as Python's own error would name neither the method nor its arguments.
     accepts_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
@@ -449,6 +463,14 @@ def construct(cls: type, name: str, arguments: Mapping[str, Any], *first: Any) -
         if not optional and argument not in arguments:
             raise ParameterTypeError(argument, f"given for {name!r}", "nothing")
     return cls(*first, **arguments)
+
+
+def signature_of(factory: Any) -> inspect.Signature:
+    """The signature of a factory; one that takes anything where it tells none, as many in C."""
+    try:
+        return inspect.signature(factory)
+    except (TypeError, ValueError):
+        return inspect.signature(lambda *args, **kwargs: None)
 
 
 def get_solver(problem: str, name: str, /, **arguments: Any) -> Any:

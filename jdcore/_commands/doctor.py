@@ -22,7 +22,7 @@ from jdcore._commands.info import solver_problem
 from jdcore._discovery import KINDS
 from jdcore._registry import registry
 from jdcore._tables import Entry
-from jdcore.errors import JDCoreError
+from jdcore.errors import message_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -122,7 +122,9 @@ def _rule_trial(entry: Entry) -> Trial:
 
     try:
         trouble = trouble_of(entry)
-    except JDCoreError as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
         trouble = _one_line(error)
     return Trial(
         kind="rule",
@@ -138,7 +140,9 @@ def _aggregator_trials(name: str) -> Iterator[Trial]:
 
     try:
         problem = solver_problem(aggregator_class(name))
-    except JDCoreError as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
         yield Trial(
             kind="aggregator", method=name, solver=None, milliseconds=None, trouble=_one_line(error)
         )
@@ -156,7 +160,9 @@ def _aggregator_trials(name: str) -> Iterator[Trial]:
 def _try(kind: str, name: str, solver: str | None, prepare: Callable[[], Call]) -> Trial:
     try:
         milliseconds, trouble = _time(prepare()), None
-    except Exception as error:  # methods of third parties may raise anything
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # methods of third parties may raise anything
         milliseconds, trouble = None, _one_line(error)
     return Trial(kind=kind, method=name, solver=solver, milliseconds=milliseconds, trouble=trouble)
 
@@ -215,7 +221,7 @@ def _time(call: Call) -> float:
 
 
 def _one_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+    return f"{type(error).__name__}: {' '.join(message_of(error).split())}"
 
 
 def _label(trial: Trial) -> str:

@@ -12,7 +12,7 @@ from jdcore._commands._output import plugins_on_stderr, print_json
 from jdcore._commands._records import discover, record_of, solver_records
 from jdcore._commands.listing import inputs, scalarizer_kinds
 from jdcore._discovery import AGGREGATOR, SCALARIZER, Kind
-from jdcore._registry import registry
+from jdcore._registry import registry, signature_of
 
 _PARAMETER = re.compile(r"^:param (\w+): (.*?)(?=^:|\Z)", re.DOTALL | re.MULTILINE)
 
@@ -82,7 +82,7 @@ def _parameters(cls: Any) -> list[dict[str, Any]]:
             "default": None if parameter.default is parameter.empty else repr(parameter.default),
             "description": descriptions.get(parameter.name, ""),
         }
-        for parameter in inspect.signature(cls).parameters.values()
+        for parameter in signature_of(cls).parameters.values()
     ]
 
 

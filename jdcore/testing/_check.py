@@ -9,6 +9,7 @@ from attrs import field, frozen
 
 from jdcore._discovery import PluginRecord, normalize_distribution
 from jdcore._registry import registry
+from jdcore.errors import message_of
 from jdcore.testing._case import ConformanceError, NotApplicable
 
 
@@ -58,8 +59,10 @@ class ConformanceCheck:
             self.check(self.case)
         except (ConformanceError, NotApplicable):
             raise
-        except Exception as error:
-            raise ConformanceError(f"{type(error).__name__}: {error}") from error
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # sys.exit() of a method, too
+            raise ConformanceError(f"{type(error).__name__}: {message_of(error)}") from error
 
 
 def checks_by(

@@ -66,6 +66,14 @@ class UnbuildableWeighting(GramianWeighting):
         raise OSError("no license server")
 
 
+@define(eq=False)
+class LeavingWeighting(GramianWeighting):
+    """Ends the program, as some do without a license."""
+
+    def compute(self, gramian: Array) -> Array:
+        raise SystemExit("no license")
+
+
 class Total:
     """The sum of the losses."""
 
@@ -253,12 +261,16 @@ def test_check_reports_every_check_and_succeeds_for_an_honest_method(
 def test_check_fails_for_a_method_that_breaks_its_promises(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    register("broken", "BrokenWeighting")
+    for weighting, trouble in (
+        ("BrokenWeighting", "ZeroDivisionError: by nothing"),
+        ("LeavingWeighting", "SystemExit: no license"),
+    ):
+        register("broken", weighting)
 
-    code, printed = run(capsys, "check", "broken")
+        code, printed = run(capsys, "check", "broken")
 
-    assert code == 1
-    assert "failed   is_deterministic: ZeroDivisionError: by nothing\n" in printed
+        assert code == 1
+        assert f"failed   is_deterministic: {trouble}\n" in printed
 
 
 def test_the_doctor_is_content_with_a_method_that_works(
@@ -281,6 +293,7 @@ def test_the_doctor_is_content_with_a_method_that_works(
     [
         ("BrokenWeighting", "ZeroDivisionError: by nothing"),
         ("UnbuildableWeighting", "OSError: no license server"),
+        ("LeavingWeighting", "SystemExit: no license"),
         ("MissingWeighting", "PluginError: Plugin runtime:sick cannot be used: "),
     ],
 )

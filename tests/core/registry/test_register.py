@@ -116,6 +116,30 @@ def test_a_factory_that_is_no_class_is_named(
         _methods.aggregator_class("last_row")
 
 
+@pytest.mark.parametrize(
+    ("field", "find"),
+    [
+        ("weighting", _methods.aggregator_class),
+        ("weighting", _methods.weighting_class),
+        ("aggregator", _methods.aggregator_class),
+    ],
+)
+def test_a_function_that_makes_a_method_is_no_class(
+    registry: Registry,
+    monkeypatch: pytest.MonkeyPatch,
+    field: str,
+    find: Callable[[str], type],
+) -> None:
+    # As an attribute of the composed class it would be a method, and get the aggregator itself for
+    # its first argument.
+    monkeypatch.setitem(globals(), "MadeWeighting", lambda scale=1.0: PowerWeighting(scale))
+    factory = f"{__name__}:MadeWeighting"
+    registry.register(spec(**{"weighting": None, field: factory}))
+
+    with pytest.raises(PluginError, match=r"':?.*:MadeWeighting' is no class, but of type func"):
+        find("last_row")
+
+
 def test_a_subclass_of_a_composed_class_is_copied_as_what_it_is(registry: Registry) -> None:
     registry.register(spec())
 

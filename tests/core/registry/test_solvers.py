@@ -108,6 +108,13 @@ def test_arguments_go_to_the_backend_with_and_without_a_variant(fill: Fill) -> N
         jdcore.get_solver("nothing", "many:fast", variant="slow")
 
 
+def test_a_backend_in_c_may_have_no_signature(fill: Fill, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(globals(), "Constant", dict)  # inspect.signature(dict) raises
+    fill(one=[solver("plain")])
+
+    assert jdcore.get_solver("nothing", "plain", factor=2.0) == {"factor": 2.0}
+
+
 def test_a_qualified_name_comes_before_a_variant(fill: Fill) -> None:
     # "many:fast" is the solver fast of the distribution many as well as a variant of many.
     fill(many=[solver("fast")], one=[solver("many", variants=True)])
