@@ -322,7 +322,7 @@ class Registry:
         return entry
 
     @staticmethod
-    def solver_class(entry: Entry) -> type:
+    def solver_class(entry: Entry) -> Any:
         """What makes the solver of an entry."""
         return load_factory(entry.qualified_name, entry.spec.factory)
 
