@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from threading import Lock
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +22,74 @@ def without_autocast(device_type: str) -> AbstractContextManager[object]:
     # Entering autocast costs as much as some layers, also where nothing is to be turned off.
     enabled = _casts(device_type)
     return torch.autocast(device_type, enabled=False) if enabled else nullcontext()
+
+
+# The setting of a kind of operation, or what it inherits. Its attribute in `torch.backends` takes
+# fifteen times as long, more than small products.
+_precision = torch._C._get_fp32_precision_getter
+
+
+class _Exact:
+    """
+    Keeps the settings of one kind of operation exact, for the time of ``with`` blocks.
+
+    They are those of the whole process, while each accelerator has a thread of autograd that makes
+    products of ours: the first one in sets them, and the last one out brings them back.
+
+    :param device: That of the settings: oneDNN has those of CPUs and of Intel's accelerators.
+    :param operation: The kind.
+    :param settings: The same in ``torch.backends``.
+    """
+
+    def __init__(self, device: str, operation: str, settings: Any) -> None:
+        self.of, self._settings = (device, operation), settings
+        self._lock, self.inside, self._before = Lock(), 0, ""
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self.inside:
+                self._before = self._settings.fp32_precision
+                self._settings.fp32_precision = "ieee"
+            self.inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self.inside -= 1
+            if not self.inside:
+                self._settings.fp32_precision = self._before
+
+
+_on_cuda, _elsewhere, _cudnn = torch.backends.cuda, torch.backends.mkldnn, torch.backends.cudnn
+_EXACT = {
+    (True, "matmul"): _Exact("cuda", "matmul", _on_cuda.matmul),
+    (True, "conv"): _Exact("cuda", "conv", _cudnn.conv),  # type: ignore[attr-defined]
+    (False, "matmul"): _Exact("mkldnn", "matmul", _elsewhere.matmul),  # type: ignore[attr-defined]
+    (False, "conv"): _Exact("mkldnn", "conv", _elsewhere.conv),  # type: ignore[attr-defined]
+}
+_AS_IT_IS = nullcontext()
+
+
+def exact_products(factor: Tensor, operation: str = "matmul") -> AbstractContextManager[None]:
+    """
+    Keep TF32 and bfloat16, which round float32 to three digits, out of our own products.
+
+    Users set them for their models (``torch.set_float32_matmul_precision``), on CPUs as well. Their
+    settings are as before afterwards.
+
+    :param factor: One of the factors.
+    :param operation: "matmul", or "conv" for a convolution.
+    """
+    return rounding(factor, operation) or _AS_IT_IS
+
+
+def rounding(factor: Tensor, operation: str = "matmul") -> AbstractContextManager[None] | None:
+    """:func:`exact_products` where it is needed; else None, since an empty context takes time."""
+    if factor.dtype is torch.float32:
+        exact = _EXACT[factor.is_cuda, operation]
+        # What another thread keeps exact now will round once that is done.
+        if exact.inside or _precision(*exact.of) in ("tf32", "bf16"):
+            return exact
+    return None
 
 
 def plain_modes(tensors: Iterable[Tensor]) -> AbstractContextManager[object]:

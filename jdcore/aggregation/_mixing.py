@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from jdcore._compilation import not_traced
-from jdcore._modes import without_autocast, without_graph
+from jdcore._modes import exact_products, without_autocast, without_graph
 from jdcore.aggregation._aggregator import GramianAggregator
 from jdcore.aggregation._any import vectors_of
 from jdcore.aggregation._columns import Columns, power, power_of_two, widest
@@ -354,7 +354,7 @@ class MixedColumns(Columns):
         # Not in half precision, which would round the rows before they are aggregated, nor by
         # factors that float32 cannot hold.
         mixing = factors(self._mixing, block.device, wide=block.dtype == torch.float64)
-        with without_autocast(block.device.type):
+        with without_autocast(block.device.type), exact_products(mixing):
             return mixing @ block.to(mixing.dtype)
 
 

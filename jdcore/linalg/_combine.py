@@ -7,7 +7,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from jdcore._modes import casts_anywhere, without_autocast
+from jdcore._modes import casts_anywhere, exact_products, rounding, without_autocast
 from jdcore.linalg._blas import is_small, small_combination
 from jdcore.linalg._pages import new_tensor
 
@@ -56,8 +56,8 @@ def combine(
         vector = torch.from_numpy(entries.astype(np.float64 if exact else np.float32))
     if not block.is_cpu:
         vector = vector.to(block.device)
-    if casts_anywhere():  # asked here, since to enter no context takes longer
-        with without_autocast(block.device.type):
+    if casts_anywhere() or rounding(vector):  # asked here, since to enter no context takes longer
+        with without_autocast(block.device.type), exact_products(vector):
             return _summed(vector, block)
     return _summed(vector, block)
 

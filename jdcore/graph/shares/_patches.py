@@ -8,17 +8,11 @@ import torch
 from attrs import astuple, frozen
 from torch import Tensor
 
+from jdcore._modes import exact_products
 from jdcore.graph._cost import GHOST_LIMIT, conv_ghost_beats_direct
 from jdcore.graph._memory import Memory, blocks
 from jdcore.graph.shares._ghost import Gram, add_contracted, linear_gram
-from jdcore.graph.shares._product import (
-    CONVOLUTIONS,
-    combined,
-    exact_products,
-    product,
-    weighted_sum,
-    widened,
-)
+from jdcore.graph.shares._product import combined, product, weighted_sum, widened
 from jdcore.graph.shares._share import Accumulator, Share
 
 # Rows kept for the weighted gradient may take this many times the memory of the gradients they
@@ -60,7 +54,7 @@ class Geometry:
         if samples > 1:
             # Its entries are not read, only its shape.
             weight = weight.expand(samples, *weight.shape).flatten(0, 1)
-        with exact_products(grads, CONVOLUTIONS):
+        with exact_products(grads, "conv"):
             gradient: Tensor = torch.ops.aten.convolution_backward(
                 grads.to(dtype),
                 images.to(dtype),

@@ -1,13 +1,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import reduce
-from typing import Any
 
 import torch
 from torch import Tensor
+
+from jdcore._modes import rounding
 
 _COLUMNS = 16384
 _COLUMNS_ELSEWHERE = 2048
@@ -17,9 +18,6 @@ _COLUMNS_ELSEWHERE = 2048
 _SMALL = 1 << 13
 
 HALVES = (torch.bfloat16, torch.float16)
-
-# Each kind of operation has a setting of its own; one may not mix them with the older way.
-CONVOLUTIONS: Any = torch.backends.cudnn.conv  # type: ignore[attr-defined]
 
 _IN_FLOAT64: ContextVar[bool] = ContextVar("in_float64", default=False)
 
@@ -81,9 +79,9 @@ def product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     # `matmul` puts five views around a batched product: on accelerators, a fifth of its time.
     batched = a.ndim == b.ndim == 3 and a.shape[0] == b.shape[0]  # `len` is a function of Python
     multiply = torch.bmm if batched else torch.matmul
-    if a.is_cpu:  # where nothing rounds, and a context costs as much as small products
+    if not (exact := rounding(a)):
         return multiply(a, b, out=out)
-    with exact_products(a):
+    with exact:
         return multiply(a, b, out=out)
 
 
@@ -124,33 +122,6 @@ def long_product(a: Tensor, b: Tensor) -> Tensor:
         left, right = (head.transpose(0, 1) for head in heads)
         total += product(left, right.mT).sum(0, dtype=torch.float64)
     return total
-
-
-def exact_products(
-    tensor: Tensor, backend: Any = torch.backends.cuda.matmul
-) -> AbstractContextManager[None]:
-    """
-    Keep TF32, which rounds float32 to three digits, out of our own products.
-
-    The settings of the user are as before afterwards.
-
-    :param tensor: One of the factors.
-    :param backend: The settings of what makes the products.
-    """
-    # To ask takes a fifth of the time that setting takes, and most users leave matrix products
-    # exact ("none" is what nobody set; only "tf32" rounds).
-    rounds = tensor.is_cuda and backend.fp32_precision == "tf32"
-    return _without_tf32(backend) if rounds else nullcontext()
-
-
-@contextmanager
-def _without_tf32(backend: Any) -> Iterator[None]:
-    before = backend.fp32_precision
-    try:
-        backend.fp32_precision = "ieee"
-        yield
-    finally:
-        backend.fp32_precision = before
 
 
 def _mixed(a: Tensor, b: Tensor) -> Tensor:

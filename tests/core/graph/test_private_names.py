@@ -47,7 +47,13 @@ READ = {
         "_state_ctx",
         "_unsharded_param",
     },
-    "jdcore/_modes.py": {"_C", "_current_level", "_functorch", "_is_any_autocast_enabled"},
+    "jdcore/_modes.py": {
+        "_C",
+        "_current_level",
+        "_functorch",
+        "_get_fp32_precision_getter",
+        "_is_any_autocast_enabled",
+    },
     "jdcore/graph/_batched.py": {
         "_C",
         "_add_batch_dim",
