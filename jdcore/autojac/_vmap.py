@@ -219,8 +219,8 @@ def attempt(
             _give_up(kind)
             raise VectorizationError(
                 f"{reason} It worked for earlier graphs of the same operations, so a hook may read "
-                "or keep values here. From now on, rows of such graphs are differentiated one by "
-                "one."
+                "or keep values here, or a factor be sparse. From now on, rows of such graphs are "
+                "differentiated one by one."
             ) from error
     else:
         if kind.proven or is_right(results, True):
@@ -307,7 +307,19 @@ def _blames_vmap(error: Exception) -> bool:
     if isinstance(error, JDCoreError):
         return False
     text = str(error)
-    return bool(re.search(r"vmap|[Bb]atch(ing rule|edTensor|ed tensor)|functorch|storage", text))
+    if re.search(r"vmap|[Bb]atch(ing rule|edTensor|ed tensor)|functorch|storage", text):
+        return True
+    # What operations of torch raise here in other words (sparse factors, dtypes under autocast)
+    # single passes do not, but for these three.
+    return _is_of_torch(error) and not re.search(r"a second time|an inplace operation|nan values", text)
+
+
+def _is_of_torch(error: Exception) -> bool:
+    """Whether an operation of torch raised it in a pass, not a hook or a function of Python."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace is not None and trace.tb_frame.f_globals["__name__"] == "torch.autograd.graph"
 
 
 def describe_failure(error: Exception) -> str:

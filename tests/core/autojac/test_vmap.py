@@ -394,6 +394,23 @@ def test_sparse_gradients_of_operations_that_were_batched_before_are_dense_rows(
     torch.testing.assert_close(dense, sparse)
 
 
+@pytest.mark.parametrize("chunk_size", [None, 2])
+def test_sparse_factors_of_products_that_were_batched_before_are_told_once(
+    truth: Truth, chunk_size: int | None
+) -> None:
+    weight, x = _leaf(3, 2), torch.eye(4, 3, dtype=torch.float64)
+    backward((x @ weight).square().sum(1), parallel_chunk_size=chunk_size)
+    del weight.jac
+    losses = (x.to_sparse() @ weight).square().sum(1)
+    expected = truth([losses], [weight])
+    with pytest.raises(VectorizationError, match="Sparse"):
+        backward(losses, parallel_chunk_size=chunk_size)
+    assert not hasattr(weight, "jac")
+    if chunk_size is None:
+        backward((x.to_sparse() @ weight).square().sum(1))
+        torch.testing.assert_close([weight.jac], expected)
+
+
 @pytest.mark.parametrize("most", [3, 1])
 def test_less_rows_are_taken_at_once_where_memory_ends(
     most: int, monkeypatch: pytest.MonkeyPatch
