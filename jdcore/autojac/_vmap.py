@@ -310,8 +310,8 @@ def _blames_vmap(error: Exception) -> bool:
     if re.search(r"vmap|[Bb]atch(ing rule|edTensor|ed tensor)|functorch|storage", text):
         return True
     # What operations of torch raise here in other words (sparse factors, dtypes under autocast)
-    # single passes do not, but for these three.
-    return _is_of_torch(error) and not re.search(r"a second time|an inplace operation|nan values", text)
+    # single passes do not, but for some.
+    return _is_of_torch(error) and not re.search(r"second time|inplace operation|nan values", text)
 
 
 def _is_of_torch(error: Exception) -> bool:
