@@ -100,6 +100,24 @@ def write_jacs(jacobians: Mapping[Tensor, Tensor]) -> None:
                 present.add_(jacobian)
 
 
+def check_fits(shape: Sequence[int], tensor: Tensor) -> None:
+    """
+    Check that a gradient has the shape of its tensor, whose data may have been replaced.
+
+    Copies and products would be spread over another one without a word.
+
+    :param shape: That of the gradient.
+    :raises ParameterError: If it has another one.
+    """
+    if shape != tensor.shape:
+        raise ParameterError(
+            "gradient",
+            f"of the shape of its tensor, {list(tensor.shape)}",
+            f"one of shape {list(shape)}",
+            "Were data of another shape put into it after the forward pass?",
+        )
+
+
 def write_grads(gradients: Mapping[Tensor, Tensor]) -> None:
     """
     Make gradients the ``.grad`` of tensors, or add them to those present, and run what follows.
@@ -121,13 +139,7 @@ def write_grads(gradients: Mapping[Tensor, Tensor]) -> None:
         gradients = {**gradients, **changed}
     fields = [(tensor, gradient, tensor.grad) for tensor, gradient in gradients.items()]
     for tensor, gradient, present in fields:
-        if gradient.shape != tensor.shape:
-            raise ParameterError(
-                "gradient",
-                f"of the shape of its tensor, {list(tensor.shape)}",
-                f"one of shape {list(gradient.shape)}",
-                "Were data of another shape put into it after the forward pass?",
-            )
+        check_fits(gradient.shape, tensor)
         if present is not None:
             _check_grad(tensor, present, gradient.layout)
     with torch.set_grad_enabled(False):  # half of the calls of torch.no_grad()

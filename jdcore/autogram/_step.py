@@ -10,7 +10,7 @@ from attrs import frozen
 from torch import Tensor
 
 from jdcore._differentiable import check_each
-from jdcore._fields import check_grads, disjoint, write_grads
+from jdcore._fields import check_fits, check_grads, disjoint, write_grads
 from jdcore._modes import plain_modes
 from jdcore.aggregation import GramianSource, weigh
 from jdcore.aggregation._finite import all_finite
@@ -21,6 +21,7 @@ from jdcore.distributed._refusals import refuse_replicated, refuse_sharded
 from jdcore.errors import ParameterError, UnservedGraphError
 from jdcore.graph import Jacobian, Objectives, Plans
 from jdcore.graph._cancelling import products_of
+from jdcore.graph._saved import results_of
 from jdcore.linalg import unflatten_gramian
 
 _REMEDY = "Freeze it (requires_grad_(False)), or use a dense real tensor in its place."
@@ -58,16 +59,26 @@ class Step:
         :param together: Whether the processes that hold the tensors make the step together.
         :param report: Whether it notes what serves each operand, and nothing of it is written.
         :raises UnservedGraphError: If it cannot be right.
+        :raises ParameterError: Instead of torch's error where data of another shape were put into
+            a parameter after the forward pass.
         """
+        jacobian = None
         try:
             with plain_modes(self.objectives.outputs):
-                yield self._jacobian(together, report)
+                jacobian = self._jacobian(together, report)
+                yield jacobian
         except UnservedGraphError as error:
             # The graph knows no arguments: the losses are called in its errors as the caller does.
             if error.parameter != "output" or self.losses == "output":
                 raise
             parts = error.operation, error.reason, error.remedy
             raise UnservedGraphError(*parts, self.losses) from None
+        except RuntimeError:
+            # Asked only now: of a leaf whose data were replaced before, too, a graph that still
+            # lives knows the former shape.
+            for i, leaf in () if jacobian is None else jacobian.graph.leaves.items():
+                check_fits(results_of(jacobian.graph.nodes[i])[0][:-1], leaf)
+            raise
 
     def _jacobian(self, together: bool, report: bool) -> Jacobian:
         # Refused by kind before the graph is read, where the same things fail with errors that name

@@ -10,7 +10,7 @@ import torch
 from attrs import evolve, field, frozen
 from torch import Tensor
 
-from jdcore._fields import dense, disjoint, grad_versions
+from jdcore._fields import check_fits, dense, disjoint, grad_versions
 from jdcore.autojac._gradients import all_dense, as_matrix, filled, same_grad, zeros
 from jdcore.autojac._hidden import (
     AccumulatedRows,
@@ -246,6 +246,7 @@ class Problem:
 
     def _at_once(self, retain_graph: bool) -> list[Tensor]:
         gradients = batched_gradients(self.outputs, self.inputs, self.cotangents, retain_graph)
+        self._check_fit(gradients, True)
         pairs = zip(gradients, self.inputs, strict=True)
         # A leaf may ask for gradients of another dtype (`grad_dtype`); its rows have its own.
         rows = [zeros(t, self.m) if g is None else dense(g).to(t.dtype) for g, t in pairs]
@@ -270,10 +271,18 @@ class Problem:
                 gradients: Gradients = [None] * len(self.inputs)
                 if used[k]:
                     gradients = gradients_of(k, used[k], retain_graph or k != last)
+                # Shapes are those of the first row that there is.
+                if used[k] and not any(used[:k]):
+                    self._check_fit(gradients, size > 1)
                 missing += self._store(places, gradients, taps.taken)
         if missing:
             torch._foreach_zero_(missing)
         return results
+
+    def _check_fit(self, gradients: Gradients, batched: bool) -> None:
+        for i, (gradient, tensor) in enumerate(zip(gradients, self.inputs, strict=True)):
+            if gradient is not None and i not in self.products:
+                check_fits(gradient.shape[1:] if batched else gradient.shape, tensor)
 
     def _store(self, row: Sequence[Tensor], gradients: Gradients, taken: set[int]) -> list[Tensor]:
         """

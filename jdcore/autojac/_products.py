@@ -15,6 +15,7 @@ from attrs import frozen
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
+from jdcore._fields import check_fits
 from jdcore.graph import Reach, edge_of
 from jdcore.graph._hooks import hooks_made_lately, node_has_hooks
 from jdcore.graph._operations import MATRIX_PRODUCTS
@@ -39,6 +40,7 @@ class Product:
     def write_row(self, row: Tensor, gradient: Tensor) -> None:
         """Write the row that belongs to the gradient d of one objective."""
         left, right = (gradient, self.factor) if self.transposed else (self.factor, gradient)
+        check_fits((left.shape[1], right.shape[1]), row)
         # `out=` refuses what requires grad, hence the detached factor.
         torch.mm(left.T, right, out=row)
 

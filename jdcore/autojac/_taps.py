@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
+from jdcore._fields import check_fits
 from jdcore._handles import own_hooks
 from jdcore.autojac._products import Product
 from jdcore.graph._nesting import OuterPass
@@ -116,6 +117,7 @@ class RowTaps:
         # Sparse gradients are made dense where all rows are stored: here a copy would fail.
         if gradient is None or gradient.layout != torch.strided or not self._pass.is_running():
             return None
+        check_fits(gradient.shape, self._row[i])
         self._row[i].copy_(gradient)
         self.taken.add(i)
         # What autograd goes on with instead, so that it does not hold the row as well.

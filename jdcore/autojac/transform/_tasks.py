@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from jdcore._fields import disjoint
+from jdcore._fields import check_fits, disjoint
 from jdcore.autojac._gradients import filled
 from jdcore.autojac._problem import Problem
 from jdcore.autojac.transform._base import Transform, Values, describe_keys
@@ -39,6 +39,7 @@ class PerTask(Transform):
         # identity, as the hash of a tensor is a function of Python.
         places = {id(key): row.unbind() for key, row in rows.items()}
         sums: dict[int, Tensor] = {}
+        fitting: set[int] = set()
         for i, task in enumerate(self.tasks):
             own, found = [], []
             # One task after the other, so that the gradients of one at a time are alive beside the
@@ -46,6 +47,9 @@ class PerTask(Transform):
             for key, value in task(values).items():
                 number = id(key)
                 if number in places:
+                    if number not in fitting:  # shapes are those of the first task that gives it
+                        check_fits(value.shape, key)
+                        fitting.add(number)
                     own.append(places[number][i])
                     found.append(value)
                 elif number in sums:

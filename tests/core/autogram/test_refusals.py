@@ -270,6 +270,16 @@ def test_data_of_another_shape_put_into_a_parameter(
     assert all(p.grad is None for p in model.parameters())
 
 
+@pytest.mark.parametrize("call", ["compute_gramian", "verify", "explain"])
+def test_data_of_no_entries_put_into_parameters(call: str) -> None:
+    model = nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 2))
+    losses = model(randn(B, 6)).square().sum(1)
+    for parameter in model.parameters():
+        parameter.data = torch.empty(0)  # as where parameters are moved away after their use
+    with pytest.raises(ParameterError, match=r"shape of its tensor, \[0\], got one of shape"):
+        getattr(Engine(model, batch_dim=0), call)(losses)
+
+
 @pytest.fixture
 def process_group() -> Iterator[None]:
     # A store in memory: a port may be taken by another run of the tests.

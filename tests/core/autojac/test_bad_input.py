@@ -370,3 +370,27 @@ def test_losses_inside_of_a_transform_are_refused_with_the_reason() -> None:
         return losses[0]
 
     torch.vmap(inside)(torch.ones(2, 3))
+
+
+@pytest.mark.parametrize("chunk_size", [None, 1, 2])
+@pytest.mark.parametrize("size", [3, 40_000])  # small, or listened to while the pass goes on
+@pytest.mark.parametrize("product", [False, True])
+def test_data_of_another_shape_put_into_a_parameter_are_no_rows(
+    product: bool, size: int, chunk_size: int | None
+) -> None:
+    given: Any = {"parallel_chunk_size": chunk_size}
+    calls: list[Callable[[Tensor, Tensor, Tensor], Any]] = [
+        lambda weight, features, losses: backward(losses, **given),
+        lambda weight, features, losses: jac(losses, weight, **given),
+        lambda weight, features, losses: mtl_backward(list(losses), features, **given),
+    ]
+    for call in calls:
+        weight = torch.ones(1, size, requires_grad=True)
+        x = torch.ones(3, 1 if product else size)
+        features = x @ weight if product else x * weight
+        losses = features.square().sum(1)
+        # A row of the former shape can be copied to these places, as many times as there are.
+        weight.data = torch.ones(2, size)
+        with pytest.raises(ParameterError, match=rf"\[2, {size}\], got one of shape \[1, {size}\]"):
+            call(weight, features, losses)
+        assert not hasattr(weight, "jac")
