@@ -77,13 +77,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(command, f"{error.strerror or error}{where}")
 
 
+_STOP = ("strict", "surrogateescape")  # the latter in the C locale; neither shows what is foreign
+
+
 def _open_streams() -> None:
     """Let output go somewhere in any case: a closed stream is None, a narrow one raises."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - for the rest of the process
-        elif getattr(stream, "errors", None) == "strict" and hasattr(stream, "reconfigure"):
+        elif getattr(stream, "errors", None) in _STOP and hasattr(stream, "reconfigure"):
             # Formulas and names of authors in a terminal of ASCII or cp1252.
             stream.reconfigure(errors="backslashreplace")
 

@@ -69,6 +69,15 @@ def test_every_encoding_can_show_every_text(foreign: Path, encoding: str) -> Non
     assert shown in table.stdout.decode(encoding)
 
 
+def test_the_c_locale_can_show_every_text(foreign: Path) -> None:
+    bare = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    table, data = run(foreign, "list", **bare), run(foreign, "list", "--json", **bare)
+
+    assert (table.returncode, table.stderr) == (0, b"")
+    assert b"J J\\u1d40 of Herv\\xe9, \\U0001d53e." in table.stdout
+    assert b"J J\\u1d40" in data.stdout
+
+
 @needs_full
 @pytest.mark.parametrize("argv", [["list"], ["list", "--json"], ["--help"], ["--version"]])
 def test_a_full_output_gives_one_line_and_exit_code_2(foreign: Path, argv: list[str]) -> None:
