@@ -5,7 +5,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from jdcore._methods import aggregator_class, scalarizer_class, weighting_class
-from jdcore._registry import construct, get_solver
+from jdcore._registry import construct, get_solver, registry
+from jdcore.aggregation._weigh import as_weighting
 from jdcore.config._arguments import ADAPTERS, Argument, arguments_of
 from jdcore.config._tensors import read_tensor
 from jdcore.errors import ParameterError, ParameterTypeError, UnknownNameError
@@ -38,7 +39,8 @@ def read(
     # These are objects: there is nothing to read.
     values |= extra
     with _located(path, given):
-        return construct(cls, name, values)
+        made = construct(cls, name, values)
+        return as_weighting(made, "aggregator") if kind == "weighting" else made
 
 
 def _refuse_unknown(keys: Mapping[str, Any], known: Mapping[str, Argument], name: str) -> None:
@@ -76,8 +78,10 @@ def _class(name: str, kind: str) -> Any:
         if normalize_name(adapter) == normalize_name(name):
             _refuse_adapter_as(kind, adapter)
             return cls
-    find = aggregator_class if kind == "aggregator" else weighting_class
-    return find(name)
+    # What mixes rows has a weighting, if the method that it wraps has one.
+    spec = registry.aggregator(name).spec
+    mixes = spec.wrapper and spec.weighting is None
+    return weighting_class(name) if kind == "weighting" and not mixes else aggregator_class(name)
 
 
 def _refuse_adapter_as(kind: str, adapter: str) -> None:

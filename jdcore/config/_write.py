@@ -14,6 +14,7 @@ from jdcore._methods import (
     weighting_class,
 )
 from jdcore._registry import registry
+from jdcore.aggregation._mixing import MixedWeighting
 from jdcore.config._arguments import ADAPTERS, Argument, arguments_of
 from jdcore.config._tensors import write_tensor
 from jdcore.errors import ParameterError, ParameterTypeError
@@ -24,6 +25,8 @@ _DATA = "data: a number, string, boolean, None, list, mapping, Tensor or registe
 
 def write(method: Any, path: str, omit: Collection[str] = ()) -> dict[str, Any]:
     """See :func:`jdcore.to_config`."""
+    if isinstance(method, MixedWeighting):
+        method = method.mixing
     name = _name_of(method)
     if name is None:
         expected = "an instance of a registered aggregator, weighting or scalarizer"
@@ -95,7 +98,7 @@ def _plain(value: Any, path: str) -> Any:
             if not isinstance(key, str):  # JSON would make a string of it, maybe one that is there
                 raise ParameterTypeError(path, "a mapping whose keys are strings", repr(key))
         return {key: _plain(item, f"{path}.{key}") for key, item in value.items()}
-    if _name_of(value) is not None:
+    if isinstance(value, MixedWeighting) or _name_of(value) is not None:
         return write(value, path)
     raise ParameterTypeError(path, _DATA, repr(value), _hint(path))
 

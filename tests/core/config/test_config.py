@@ -21,7 +21,9 @@ from jdcore import AggregatorSpec, ParameterError, ParameterTypeError, UnknownNa
 from jdcore.aggregation import (
     Flattening,
     GramianAggregator,
+    GramianSource,
     GramianWeighting,
+    RowMixing,
     as_module,
     solver_field,
 )
@@ -57,6 +59,14 @@ class DelegatingWeighting(GramianWeighting):
         return self.scale * self.weighting.compute(gramian)
 
 
+@define(eq=False)
+class ReversedRows(RowMixing):
+    """Combines rows, and has a weighting as what it wraps has one."""
+
+    def mix(self, source: GramianSource) -> Array:
+        return np.eye(source.rows)[::-1]
+
+
 class PlainAggregator:
     """Neither attrs nor a base class: the signature is all there is."""
 
@@ -83,6 +93,7 @@ def _methods() -> None:
     factories = {
         "configurable": {"weighting": f"{__name__}:ConfigurableWeighting"},
         "delegating": {"weighting": f"{__name__}:DelegatingWeighting"},
+        "mixing": {"aggregator": f"{__name__}:ReversedRows", "wrapper": True},
         "plain": {"aggregator": f"{__name__}:PlainAggregator"},
         "misnamed": {"weighting": f"{__name__}:MisnamedWeighting"},
     }
@@ -163,6 +174,20 @@ def test_nested_methods_and_plain_classes_survive_the_round_trip(make: Any) -> N
     matrix = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
     assert jdcore.to_config(rebuilt) == config
     assert torch.equal(rebuilt(matrix), method(matrix))
+
+
+def test_the_weighting_of_what_mixes_rows_survives_the_round_trip() -> None:
+    inner = ReversedRows(GramianAggregator(DelegatingWeighting(ConfigurableWeighting(c=0.25))))
+    method = DelegatingWeighting(inner.weighting, scale=3.0)  # type: ignore[arg-type]
+
+    config = through_json(jdcore.to_config(method))
+    rebuilt = jdcore.get_weighting(config)
+
+    assert config["weighting"]["name"] == "mixing"
+    assert repr(rebuilt) == repr(method)
+    assert repr(jdcore.get_weighting(config["weighting"])) == repr(inner.weighting)
+    with pytest.raises(ParameterTypeError, match=r"`config\.aggregator` must be a Weighting or"):
+        jdcore.get_weighting({"name": "mixing", "aggregator": {"name": "plain"}})
 
 
 def test_a_flattening_is_a_weighting_with_a_weighting_inside() -> None:
