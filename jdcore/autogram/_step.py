@@ -76,8 +76,9 @@ class Step:
         except RuntimeError:
             # Asked only now: of a leaf whose data were replaced before, too, a graph that still
             # lives knows the former shape.
-            for i, leaf in () if jacobian is None else jacobian.graph.leaves.items():
-                check_fits(results_of(jacobian.graph.nodes[i])[0][:-1], leaf)
+            if jacobian is not None:
+                for i, leaf in jacobian.graph.leaves.items():
+                    check_fits(results_of(jacobian.graph.nodes[i])[0][:-1], leaf)
             raise
 
     def _jacobian(self, together: bool, report: bool) -> Jacobian:
