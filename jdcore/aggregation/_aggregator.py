@@ -20,6 +20,7 @@ from jdcore.aggregation._source import ColumnsSource, GramianSource
 from jdcore.aggregation._weigh import as_weighting, checked, combined, weigh
 from jdcore.errors import NonFiniteError
 from jdcore.linalg import combine
+from jdcore.linalg._combine import sent
 from jdcore.protocols import Weighting
 from jdcore.validators import check_blocks, check_matrix, check_second
 
@@ -94,7 +95,7 @@ class GramianAggregator:
         detached = [without_graph(block) if block.requires_grad else block for block in blocks]
         columns = Columns(detached, check_second(second, blocks))
         vectors, weights = self.aggregate_columns(columns, losses=losses)
-        return vectors, weights.to(blocks[0].device, widest(blocks), copy=True)
+        return vectors, sent(weights, blocks[0].device, widest(blocks), copy=True)
 
     def aggregate_columns(
         self, columns: Columns, /, *, losses: Tensor | None = None

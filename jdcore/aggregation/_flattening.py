@@ -11,6 +11,7 @@ from jdcore.aggregation._source import GramianSource
 from jdcore.aggregation._weigh import as_weighting, weigh
 from jdcore.errors import ParameterError
 from jdcore.linalg import flatten_gramian, objectives_shape
+from jdcore.linalg._combine import sent
 from jdcore.protocols import Weighting
 from jdcore.validators import check_floating, describe_tensor
 
@@ -49,7 +50,7 @@ class Flattening:
             raise ParameterError("losses", expected, describe_tensor(losses))
         source = GramianSource.of(flatten_gramian(gramian), losses)
         # A copy: the caller may write into it, and what a weighting returns may be its own.
-        weights = weigh(self, source, shape).to(gramian.device, gramian.dtype, copy=True)
+        weights = sent(weigh(self, source, shape), gramian.device, gramian.dtype, copy=True)
         return forbid_differentiation(self, gramian, weights) if source.asked else weights
 
     def weigh(self, source: GramianSource, shape: Sequence[int] | None = None, /) -> Tensor:

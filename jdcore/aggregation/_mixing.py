@@ -30,6 +30,7 @@ from jdcore.aggregation._weigh import Result, check_aggregator, watched, weigh, 
 from jdcore.aggregation._wrapping import Delegating
 from jdcore.errors import NonFiniteError, ParameterError, left_out
 from jdcore.linalg import factors
+from jdcore.linalg._combine import sent
 from jdcore.linalg._gramian import symmetric
 from jdcore.protocols import Aggregator, Weighting
 from jdcore.validators import boolean, check_blocks, check_matrix, check_second
@@ -135,7 +136,8 @@ class RowMixing(NestedState):
         columns = Columns(list(map(without_graph, blocks)), check_second(second, blocks))
         vectors, weights = self.aggregate_columns(columns, losses=losses)
         dtype = widest(blocks)
-        return vectors, None if weights is None else weights.to(blocks[0].device, dtype, copy=True)
+        sums = None if weights is None else sent(weights, blocks[0].device, dtype, copy=True)
+        return vectors, sums
 
     def aggregate_columns(
         self, columns: Columns, /, *, losses: Tensor | None = None

@@ -15,6 +15,7 @@ from jdcore.aggregation._row_vectors import Placed, check_row_vectors
 from jdcore.aggregation._source import GramianSource
 from jdcore.aggregation._weigh import weigh
 from jdcore.errors import left_out
+from jdcore.linalg._combine import sent
 from jdcore.validators import boolean, check_gramian
 
 _ARRAYS = {torch.float32: np.float32, torch.float64: np.float64}
@@ -74,7 +75,7 @@ class ScalarizationWeighting:
         """
         check_gramian(gramian)
         weights = weigh(self, GramianSource.of(gramian, losses))
-        return weights.to(gramian.device, gramian.dtype, copy=True)
+        return sent(weights, gramian.device, gramian.dtype, copy=True)
 
     def weigh(self, source: GramianSource, /) -> Tensor:
         """

@@ -14,6 +14,7 @@ from jdcore.aggregation._row_vectors import check_row_vectors
 from jdcore.aggregation._source import GramianSource, numbers_of
 from jdcore.aggregation._weigh import as_weighting, weigh
 from jdcore.errors import left_out
+from jdcore.linalg._combine import sent
 from jdcore.protocols import Weighting
 from jdcore.validators import boolean, check_gramian
 
@@ -38,7 +39,7 @@ class Delegating:
     def _weights_of(self, gramian: Tensor, losses: Tensor | None) -> Tensor:
         check_gramian(gramian)
         source = self.source_of(gramian, losses)
-        weights = weigh(self, source).to(gramian, copy=True)
+        weights = sent(weigh(self, source), gramian.device, gramian.dtype, copy=True)
         # Weights of methods that do not look at the input are finite for any.
         if source.undo and not is_finite(gramian):
             source.take_back()

@@ -6,6 +6,8 @@ import torch
 from attrs import frozen
 from torch import Tensor
 
+from jdcore.linalg._combine import sent
+
 
 @frozen(eq=False)
 class Layout:
@@ -72,7 +74,7 @@ class Layout:
             sizes = (before, self.samples, self.after)
             split = tensor.reshape(*tensor.shape[:dim], *sizes, *tensor.shape[dim + 1 :])
             return split.movedim(dim + 1, lead)
-        index = self.index.to(tensor.device)
+        index = sent(self.index, tensor.device)
         # A missing entry (-1) chooses any other one here, and is set to zero below.
         chosen = tensor.index_select(dim, index.clamp(min=0).flatten())
         chosen = chosen.view(*tensor.shape[:dim], *index.shape, 1, *tensor.shape[dim + 1 :])
@@ -104,7 +106,7 @@ class Layout:
         """
         if self.index is None:
             return torch.arange(length, device=device) // self.after % self.samples
-        index = self.index.to(device)
+        index = sent(self.index, device)
         owners = index.new_full((length + 1,), -1)
         rows = torch.arange(self.samples, device=device)[:, None].expand_as(index)
         owners[index.flatten()] = rows.flatten()  # what is missing goes to the last, -1

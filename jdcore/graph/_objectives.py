@@ -9,6 +9,8 @@ import torch
 from attrs import frozen
 from torch import Tensor
 
+from jdcore.linalg._combine import sent
+
 
 @frozen(eq=False, slots=False)  # slots leave no room for cached properties
 class Objectives:
@@ -78,7 +80,7 @@ class Objectives:
         """The gradients to start with for weighted losses."""
         parts = torch.split(weights.reshape(-1), [output.numel() for output in self.outputs])
         return [
-            part.view(output.shape).to(output)
+            sent(part.view(output.shape), output.device, output.dtype)
             for part, output in zip(parts, self.outputs, strict=True)
             if output.requires_grad
         ]

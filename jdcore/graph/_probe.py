@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import cache, partial
-from itertools import combinations
+from itertools import combinations, islice
 from math import comb
 
 import torch
@@ -32,6 +32,7 @@ from jdcore.graph._layout import Layout
 from jdcore.graph._operations import is_sparse_product, is_steady, spread
 from jdcore.graph._passes import Grads, Heard, Listener, differentiate
 from jdcore.graph._saved import current_pass, function_of
+from jdcore.linalg._combine import sent
 
 
 class Unshown(Exception):  # noqa: N818 - a signal, not an error
@@ -89,7 +90,7 @@ def find_layouts(graph: Graph, output: Tensor, batch_dim: int) -> Findings:
 
     # About log2 of the samples as many passes, in place of one for each sample.
     codes = _codes(samples)
-    words = torch.tensor(codes, device=output.device)
+    words = sent(torch.tensor(codes, device="cpu"), output.device)
     for bit in range(max(codes).bit_length()):
         poison((words >> bit) & 1 == 1, bit)
     sample_of = {code: sample for sample, code in enumerate(codes)}
@@ -138,7 +139,12 @@ def _note(seen: dict[Place, list[Tensor]], bit: int, node: int, grads: Grads) ->
 
 def _read(seen: dict[Place, list[Tensor]]) -> dict[Place, list[list[int]]]:
     """The word of each entry, by place and dimension."""
-    return {place: [hit.tolist() for hit in of_dims] for place, of_dims in seen.items()}
+    hits = [hit for of_dims in seen.values() for hit in of_dims]
+    # One transfer for all of them, as each one would wait for an accelerator.
+    words = iter(torch.cat([hit.to(hits[0].device) for hit in hits]).tolist() if hits else ())
+    return {
+        place: [list(islice(words, len(hit))) for hit in of_dims] for place, of_dims in seen.items()
+    }
 
 
 def _words(found: dict[Place, list[list[int]]]) -> set[int]:

@@ -26,6 +26,7 @@ from jdcore.graph._nesting import Exit, leaving
 from jdcore.graph._objectives import Objectives, OneByOne
 from jdcore.graph._operations import having, is_batchable
 from jdcore.graph._passes import differentiate, stacked
+from jdcore.linalg._combine import sent
 
 _Kind: TypeAlias = "frozenset[tuple[str, tuple[torch.dtype, ...]]]"
 
@@ -66,7 +67,7 @@ class Starts:
         elif here == [(i, i) for i in range(seeds.shape[1])]:
             seeds.fill_diagonal_(1)
         elif here:
-            rows, entries = torch.tensor(here, device=self.device).T
+            rows, entries = sent(torch.tensor(here, device="cpu"), self.device).T
             seeds[rows, entries] = 1
         return seeds.view(len(losses), *result.shape)
 

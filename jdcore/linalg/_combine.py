@@ -55,7 +55,7 @@ def combine(
         exact = exact or _extreme(entries)
         vector = torch.from_numpy(entries.astype(np.float64 if exact else np.float32))
     if not block.is_cpu:
-        vector = vector.to(block.device)
+        vector = sent(vector, block.device)
     if casts_anywhere() or rounding(vector):  # asked here, since to enter no context takes longer
         with without_autocast(block.device.type), exact_products(vector):
             return _summed(vector, block)
@@ -133,7 +133,20 @@ def factors(weights: Tensor, device: torch.device, *, wide: bool) -> Tensor:
     """
     if not wide and weights.dtype == torch.float64:
         wide = _extreme(weights.numpy(force=True))
-    return weights.to(device, torch.float64 if wide else torch.float32)
+    return sent(weights, device, torch.float64 if wide else torch.float32)
+
+
+def sent(
+    tensor: Tensor, device: torch.device, dtype: torch.dtype | None = None, *, copy: bool = False
+) -> Tensor:
+    """
+    :meth:`torch.Tensor.to`, which does not wait for what an accelerator has to do before.
+
+    Memory of the host is read before the call returns, unless it is pinned; what goes to the host
+    has to be waited for.
+    """
+    at_once = tensor.is_cpu and not tensor.is_pinned()
+    return tensor.to(device, dtype, at_once, copy)
 
 
 def _extreme(weights: NDArray[np.float64]) -> bool:

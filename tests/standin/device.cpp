@@ -232,9 +232,11 @@ void carried_out_on_cpu(
     (*stack)[i] = each_tensor((*stack)[i], [&](const Tensor& t) { return call.on_device(t); });
 }
 
-Tensor copied(const Tensor& from, const Tensor& to, bool) {
+Tensor copied(const Tensor& from, const Tensor& to, bool non_blocking) {
   Call call;
-  waits += is_ours(from) && !is_ours(to);
+  // Of what it copies to the device, CUDA waits for all that was asked for before, unless told not
+  // to.
+  waits += is_ours(from) != is_ours(to) && !(non_blocking && is_ours(to));
   call.on_cpu(to).copy_(call.on_cpu(from));
   return to;
 }

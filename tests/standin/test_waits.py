@@ -32,6 +32,20 @@ def rows(model: nn.Sequential, x: Tensor) -> None:
     jac_to_grad(model.parameters(), jdcore.get_aggregator("upgrad"))
 
 
+def mean_of_samples(model: nn.Sequential, x: Tensor) -> None:
+    autogram.backward(model(x).square().sum(1), jdcore.get_weighting("mean"), batch_dim=0)
+
+
+def mean_of_rows(model: nn.Sequential, x: Tensor) -> None:
+    backward(list(model(x).square().mean(0)))
+    jac_to_grad(model.parameters(), jdcore.get_aggregator("mean"))
+
+
+def shuffled(model: nn.Sequential, x: Tensor) -> None:
+    losses = model(x)[torch.arange(5, -1, -1)].square().sum(1)
+    autogram.backward(losses, jdcore.get_weighting("upgrad"), batch_dim=0)
+
+
 def heads(model: nn.Sequential, x: Tensor) -> None:
     features = model[:-1](x)
     losses = list(model[-1](features).square().mean(0))
@@ -41,9 +55,14 @@ def heads(model: nn.Sequential, x: Tensor) -> None:
 
 
 # Of samples and tasks, the Gramian is looked at first, for whether float32 was enough to make it;
-# of tasks, also whether rows cancelled as they were summed.
+# of tasks, also whether rows cancelled as they were summed. The mean of rows looks whether it is
+# finite. Where data decide which sample is where, that is looked at twice more.
 @pytest.mark.parametrize(
-    ("step", "expected"), [(plain, 0), (samples, 2), (tasks, 3), (rows, 1), (heads, 1)]
+    ("step", "expected"),
+    [
+        *((plain, 0), (samples, 2), (tasks, 3), (rows, 1), (heads, 1)),
+        *((mean_of_samples, 0), (mean_of_rows, 1), (shuffled, 4)),
+    ],
 )
 @pytest.mark.parametrize("layers", [1, 6])
 def test_the_host_waits_for_the_gramian_and_nothing_else(
