@@ -133,6 +133,9 @@ def exchange_few(
         z = solver(rhs)
         y = product(z, C)
         y -= rhs
+        if not delta and np.where(sets, z, y).min() >= 0.0:  # told in a third of the time
+            Z[left] = z
+            break
         y += _tolerance(len(C)) * (1.0 + np.abs(z).max(axis=1, keepdims=True))
         wrong = np.where(sets, z, y) < 0.0
         going = wrong.any(axis=1)

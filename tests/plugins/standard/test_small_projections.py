@@ -33,6 +33,31 @@ def test_they_are_the_same_with_zero_rows_and_zero_preferences(m: int, n: int, m
     np.testing.assert_allclose(found @ rows.numpy(), expected @ rows.numpy(), atol=1e-11 * scale)
 
 
+@pytest.mark.parametrize("m", [6, 8, 32, 96])
+@pytest.mark.parametrize("part", [0.9, 1.0])  # all of the mean: the rows cancel
+def test_rows_that_nearly_all_conflict_take_one_inverse(
+    m: int, part: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inverses: list[int] = []
+    inverse = np.linalg.inv
+    monkeypatch.setattr(np.linalg, "inv", lambda G: inverses.append(len(G)) or inverse(G))
+    generator = torch.Generator().manual_seed(m)
+    rows = torch.randn(m, 40 * m, generator=generator, dtype=torch.float64)
+    rows -= part * rows.mean(0)
+    rows *= torch.logspace(-3, 3, m, dtype=torch.float64)[:, None]
+    G = add_proximal(gramian(rows).numpy(), 4e-12)
+    U = np.diag(np.linspace(1.0, 2.0, m))
+
+    found = NativeDualConeSolver()(G, U)
+
+    assert inverses == [m]
+    assert (found >= U).all()
+    expected = NativeDualConeSolver().project(torch.from_numpy(G), torch.from_numpy(U)).numpy()
+    lengths = rows.norm(dim=1, keepdim=True).numpy()
+    updates = [V @ rows.numpy() / lengths for V in (found, expected)]
+    np.testing.assert_allclose(*updates, atol=1e-8)
+
+
 @pytest.mark.parametrize(("k", "m"), [(0, 0), (1, 0), (0, 3), (0, 40)])
 def test_nothing_to_project_has_the_shape_that_was_asked_for(k: int, m: int) -> None:
     found = NativeDualConeSolver()(np.eye(m), np.zeros((k, m)))

@@ -20,6 +20,7 @@ from jdplugins.standard._solvers._parametric import follow
 from jdplugins.standard._solvers._semidefinite import is_plausible
 from jdplugins.standard._solvers._tiny import HANDFUL, Rows, roots_of, solve_few
 
+_OPPOSED = range(6, 97)  # rows from which on an inverse pays; numpy inverts more by several threads
 _MANY = 32  # rows from which on a guess pays
 _INDEPENDENT = 3e-3  # length of what each unit row has beside those before it
 
@@ -36,18 +37,19 @@ def project_few(gramian: Floats, references: Floats) -> Floats | None:
     found: Floats
     if not references.size:
         return None
+    if m > 2 and _are_inside(gramian, references):
+        found = references.copy()
+        return found
+    if k == m and m in _OPPOSED:
+        opposed = _among_opposed(gramian, references)
+        if opposed is not None:
+            return opposed
     if m <= HANDFUL:
         project = _project_two if m == 2 else _project_handful
         few = project(gramian.tolist(), references.tolist())
         if few is not None:
             found = np.array(few)
             return found
-    # In the cone already, as the mean of the rows often is: told without numpy's reductions, which
-    # would take longer than the rest. So are all rows if none conflicts with another.
-    inside = k == 1 and min(product(gramian, references[0]).tolist()) >= 0.0
-    if inside or (k > 1 and gramian.min() >= 0.0 and references.min() >= 0.0):
-        found = references.copy()
-        return found
     if m > _MANY and k != 1:
         return None
     cosines, norms, inverses, scales, Q = lcps_of(gramian, references)
@@ -80,6 +82,42 @@ def lcps_of(gramian: Floats, references: Floats) -> tuple[Floats, Floats, Floats
     scales[scales == 0.0] = 1.0
     scaled /= scales
     return cosines, norms, inverses, scales, product(scaled, cosines)
+
+
+def _are_inside(gramian: Floats, references: Floats) -> bool:
+    """Whether all is in the cone already, as the mean of the rows often is."""
+    if len(references) == 1:  # without numpy's reductions, which take longer than the rest
+        return bool(min(product(gramian, references[0]).tolist()) >= 0.0)
+    if len(gramian) <= HANDFUL:  # told as they are projected
+        return False
+    return bool(gramian.min() >= 0.0 and references.min() >= 0.0)
+
+
+def _among_opposed(gramian: Floats, references: Floats) -> Floats | None:
+    """
+    Projections of rows that nearly all conflict: each is orthogonal to all other rows.
+
+    :param references: Multiples of the unit vectors, in their order.
+    :returns: None where that is not so.
+    """
+    m, shares = len(gramian), references.diagonal()
+    # Of random rows, half of the pairs conflict; these are three standard deviations more.
+    if np.count_nonzero(gramian < 0.0) < (m - 1) * (0.5 * m + 2.0):
+        return None
+    if np.count_nonzero(references) != m or not shares.min() > 0.0:
+        return None
+    try:
+        inverse: Floats = np.asarray(np.linalg.inv(gramian), dtype=np.float64)
+    except np.linalg.LinAlgError:
+        return None
+    found: Floats = inverse * (shares / inverse.diagonal())[:, None]
+    found.reshape(-1)[:: m + 1] = shares
+    # What is left of the products of unit vectors, of which that with its own row may be any.
+    norms = np.sqrt(gramian.diagonal())
+    products = product(found / (shares * norms)[:, None], gramian) / norms
+    products.reshape(-1)[:: m + 1] = 0.0
+    exact = np.vdot(products, products) <= EXACT * EXACT and found.min() >= 0.0
+    return found if exact else None
 
 
 def _solved(C: Floats, Q: Floats) -> Floats | None:
