@@ -1,13 +1,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-import torch
 from torch import Tensor
 
-from jdcore._fields import dense
 from jdcore.linalg._pages import new_tensor
 
 
@@ -21,18 +19,6 @@ def as_matrix(jacobian: Tensor) -> Tensor:
 def zeros(tensor: Tensor, m: int) -> Tensor:
     """The Jacobian ``[m, *S]`` of what does not depend on a tensor of shape S."""
     return new_tensor(tensor, m, *tensor.shape).zero_()
-
-
-def filled(gradients: Iterable[Tensor | None], tensors: Iterable[Tensor]) -> list[Tensor]:
-    """Dense gradients of the first of some tensors, zeros where there is none."""
-    pairs = zip(gradients, tensors, strict=False)
-    return all_dense([tensor.new_zeros(tensor.shape) if g is None else g for g, tensor in pairs])
-
-
-def all_dense(gradients: Iterable[Tensor]) -> list[Tensor]:
-    """:func:`~jdcore._fields.dense` of each."""
-    # Of plain ones, which nearly all are, it is not asked.
-    return [g if type(g) is Tensor and g.layout == torch.strided else dense(g) for g in gradients]
 
 
 @contextmanager

@@ -85,17 +85,6 @@ def guarded(leaves: Iterable[Tensor], *, custom: bool) -> Iterator[None]:
         raise _incomplete()
 
 
-def check_unchanged(leaves: list[Tensor], before: list[tuple[Tensor | None, int]]) -> None:
-    """
-    Refuse a pass after which the ``.grad`` of leaves is not as before, as :func:`guarded` does.
-
-    :param before: Their :func:`~jdcore._fields.grad_versions` before the pass.
-    :raises ParameterError: If one of them changed.
-    """
-    if _changed(leaves, before):
-        raise _incomplete()
-
-
 def _incomplete() -> ParameterError:
     return ParameterError(
         "inputs",

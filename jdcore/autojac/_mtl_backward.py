@@ -9,12 +9,11 @@ from jdcore._fields import check_grads, check_jacs
 from jdcore._modes import plain_modes
 from jdcore.autojac import _checks as checks
 from jdcore.autojac._initial import initial_gradients
-from jdcore.autojac._mtl_plan import Plan, find_trunk, make_plan
+from jdcore.autojac._mtl_plan import find_trunk, make_plan
 from jdcore.autojac.transform import (
     AccumulateGrad,
     AccumulateJac,
     Chain,
-    Grad,
     Init,
     Jac,
     Keep,
@@ -22,7 +21,6 @@ from jdcore.autojac.transform import (
     Transform,
 )
 from jdcore.autojac.transform._sharded import ShardedTasks
-from jdcore.autojac.transform._tasks import Heads
 from jdcore.distributed._heads import check_can_wait, note_local_gradients
 from jdcore.distributed._passes import is_spread, telling_holders
 from jdcore.distributed._sharding import Gathered
@@ -101,8 +99,18 @@ def mtl_backward(
         spread = is_spread([*shared, *private])
         check_can_wait(private, spread=spread)
         if plan.is_short and parallel_chunk_size is None and not spread:
-            plan = plan.from_end_to_end(losses)
-        parts = [_task_gradients(plan, losses, retain_graph)]
+            plan = plan.from_end_to_end()
+        parts: list[Transform] = [
+            PerTask(
+                losses,
+                plan.rows,
+                plan.tasks,
+                retain_graph=retain_graph,
+                retained=plan.retained,
+                graph=plan.graph,
+                watched=plan.given,
+            )
+        ]
         if plan.rows_from_features:
             jac = Jac(
                 cut,
@@ -136,35 +144,3 @@ def mtl_backward(
             graph()
     if not spread:
         note_local_gradients(private)
-
-
-def _task_gradients(plan: Plan, losses: list[Tensor], retain_graph: bool) -> Transform:
-    if plan.apart is not None:
-        keys = losses, plan.rows, plan.private
-        return Heads(*keys, plan.heads, plan.apart, retain_graph=retain_graph, watched=plan.given)
-    retain = _retained(plan, retain_graph)
-    tasks: list[Transform] = []
-    for i, loss in enumerate(losses):
-        targets = [*plan.tasks[i], *plan.rows]
-        if loss.requires_grad and targets:
-            graph = plan.heads[i]
-            tasks.append(
-                Grad([loss], targets, retain_graph=retain[i], graph=graph, watched=plan.given)
-            )
-        else:
-            # A task that gives nothing, so that the others keep the numbers of their rows.
-            tasks.append(Keep([]))
-    return PerTask(tasks, plan.rows)
-
-
-def _retained(plan: Plan, retain_graph: bool) -> list[bool]:
-    """Whether the graph of each task must outlive its gradient: another pass comes by later."""
-    retained = []
-    # The passes of such tasks go through the trunk, which the Jacobian needs afterwards.
-    later = set(plan.trunk.nodes) if plan.deep else set()
-    # To retain a graph longer than needed keeps its activations alive during the passes to come.
-    # From the last task backwards: the graph of a task must stay as long as a later one needs it.
-    for head in reversed(plan.heads):
-        retained.append(retain_graph or not later.isdisjoint(head.nodes))
-        later.update(head.nodes)
-    return retained[::-1]

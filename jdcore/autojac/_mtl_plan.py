@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 
 from attrs import evolve, frozen
 from torch import Tensor
+from torch.autograd.graph import Node
 
 from jdcore._differentiable import check_accumulates, check_differentiable, trainable
 from jdcore.autojac import _checks as checks
@@ -18,8 +19,8 @@ from jdcore.graph import Reach, edge_of, reach
 from jdcore.graph._walk import united
 from jdcore.validators import describe_tensor, items, tensor_list
 
-# Fewer heads take as long one by one: in a pass through all of them, each one is listened to.
-_MANY_HEADS = 5
+# Up to so many rows of a small trunk take as long one by one as at once, by vmap.
+_FEW_TASKS = 8
 
 
 @frozen(eq=False)
@@ -32,12 +33,11 @@ class Plan:
     :param shared: Parameters that get a ``.jac``.
     :param tasks: Per task, the parameters that get a ``.grad``.
     :param private: All of these, each once.
-    :param heads: Per task, what its gradient passes through.
-    :param rows_from_features: Whether the rows start from the features. Otherwise each task is
-        differentiated down to the shared parameters.
-    :param deep: Whether the parameters of some task lie behind the features.
+    :param heads: Per task, what lies between the loss and the features.
+    :param whole: Whether each task is differentiated from end to end. Otherwise its gradients end
+        at the features, from which the rows start.
+    :param graph: What the gradients of the tasks pass through.
     :param given: All parameters that were named, also those that get nothing.
-    :param apart: What all the gradients pass through together, if one pass serves for all tasks.
     """
 
     cut: list[Tensor]
@@ -46,40 +46,55 @@ class Plan:
     tasks: list[list[Tensor]]
     private: list[Tensor]
     heads: list[Reach]
-    rows_from_features: bool
-    deep: bool
+    whole: bool
+    graph: Reach
     given: list[Tensor]
-    apart: Reach | None
+
+    @property
+    def rows_from_features(self) -> bool:
+        """Whether the rows start from the features."""
+        return bool(self.shared) and not self.whole
 
     @property
     def is_short(self) -> bool:
-        """Whether to start two passes, for the head and for the trunk, takes longer than both."""
+        """Whether passes from end to end take no longer than those for the heads and the trunk."""
         return (
             self.rows_from_features
             # Of several, one that counts for nothing in a loss may have an infinite derivative. It
             # is left out where rows start from the features; a whole pass would give NaN.
             and len(self.cut) == 1
-            and self.apart is None
-            and len(self.heads) < _MANY_HEADS
+            and len(self.heads) <= _FEW_TASKS
             and all(parameter.is_cpu for parameter in self.shared)
             and is_small(self.trunk, self.shared)
         )
 
-    def from_end_to_end(self, losses: Sequence[Tensor]) -> Plan:
+    def from_end_to_end(self) -> Plan:
         """The same with one pass for each task, through its head and the trunk."""
-        heads = _whole(losses, self.heads, self.cut, self.trunk)
-        return evolve(self, heads=heads, rows_from_features=False)
+        return evolve(self, whole=True, graph=united([self.graph, self.trunk]))
 
     @property
     def rows(self) -> list[Tensor]:
+        """What the passes of the tasks make rows of."""
         return self.cut if self.rows_from_features else self.shared
+
+    @property
+    def retained(self) -> list[bool] | None:
+        """Per task, whether a later one needs its graph; None if all go through the trunk."""
+        if self.whole:
+            return None
+        # To retain a graph longer than needed keeps its activations alive during the passes to
+        # come.
+        retained, later = [], set[Node]()
+        for head in reversed(self.heads):
+            retained.append(not later.isdisjoint(head.nodes))
+            later.update(head.nodes)
+        return retained[::-1]
 
     @property
     def uses(self) -> list[list[bool]]:
         """Per task, which of the features its loss depends on, as far as the graph tells."""
         edges = [edge_of(feature) for feature in self.cut]
-        # What a gradient passes through may go on behind the features, see `deep`.
-        return [[e in head.stops or e in head.edges for e in edges] for head in self.heads]
+        return [[edge in head.stops for edge in edges] for head in self.heads]
 
 
 def find_trunk(features: Tensor | Sequence[Tensor]) -> tuple[list[Tensor], Reach]:
@@ -141,9 +156,11 @@ def make_plan(
     check_replicas([*shared, *private], (trunk, front), "shared_params")
     # Where gradients cannot be had from the features, or at them: a shared parameter acts past the
     # features; a hook of a feature would see its gradient twice, at the end of the heads and again
-    # at the start of the trunk; a function hides parameters, so that only whole passes serve.
+    # at the start of the trunk; a function hides parameters, so that only whole passes serve; a
+    # parameter that is named for a task lies in the trunk.
     whole = (
         front.reaches_any(shared)
+        or trunk.reaches_any(private)
         or any(map(has_hooks, cut))
         or hides(front, [*shared, *private])
         or (
@@ -151,31 +168,9 @@ def make_plan(
             and not all(trunk.reaches(p) or front.reaches(p) for p in private)
         )
     )
-    # A parameter that is named for a task may lie in the trunk; passes that end at the features
-    # would miss what arrives there through them.
-    deep = trunk.reaches_any(private)
-    if whole or deep:
-        heads = _whole(losses, heads, cut, trunk)
-    rows_from_features = bool(shared) and not whole
-    # Of one pass through all heads, nothing arrives at features that retain their gradient.
-    retained = any(feature.retains_grad for feature in cut)
-    one_pass = rows_from_features and not (deep or retained) and _are_apart(losses, heads, front)
-    apart = front if one_pass else None
-    return Plan(cut, trunk, shared, tasks, private, heads, rows_from_features, deep, given, apart)
-
-
-def _whole(
-    losses: Sequence[Tensor], heads: Sequence[Reach], cut: Sequence[Tensor], trunk: Reach
-) -> list[Reach]:
-    """What lies between each loss and the leaves, the trunk included."""
-
-    def with_trunk(loss: Tensor, head: Reach) -> Reach:
-        if not head.stops:
-            return head
-        # Of several features, nobody told which part of the trunk lies behind which one.
-        return united([head, trunk]) if len(cut) == 1 else without_hooks(reach([loss]))
-
-    return list(map(with_trunk, losses, heads))
+    # Walked as one: what heads and the trunk use in common is counted right.
+    graph = without_hooks(reach(losses)) if whole else front
+    return Plan(cut, trunk, shared, tasks, private, heads, whole, graph, given)
 
 
 def _refuse_ties(trunk: Reach, front: Reach, parameter: str) -> None:
@@ -201,18 +196,6 @@ def _refuse_ties(trunk: Reach, front: Reach, parameter: str) -> None:
             "All parameters behind it would count as shared. Give shared_params and tasks_params, "
             "or all of its outputs as features, or compile the trunk and the heads apart.",
         )
-
-
-def _are_apart(losses: Sequence[Tensor], heads: Sequence[Reach], front: Reach) -> bool:
-    """Whether there are many heads and one pass through them can tell them apart."""
-    present = [head for loss, head in zip(losses, heads, strict=True) if loss.requires_grad]
-    # Functions of Python may differentiate, or accumulate, by themselves.
-    if len(present) < _MANY_HEADS or front.functions:
-        return False
-    sizes = [(len(head.nodes), len(head.leaves)) for head in present]
-    together = [sum(column) for column in zip(*sizes, strict=True)]
-    # A loss that is a feature has no head, where it could be heard.
-    return all(nodes for nodes, _ in sizes) and together == [len(front.nodes), len(front.leaves)]
 
 
 def _shared(trunk: Reach, front: Reach, named: list[Tensor] | None) -> list[Tensor]:

@@ -10,15 +10,11 @@ import torch
 from attrs import evolve, field, frozen
 from torch import Tensor
 
-from jdcore._fields import check_fits, dense, disjoint, grad_versions
-from jdcore.autojac._gradients import all_dense, as_matrix, filled, same_grad, zeros
-from jdcore.autojac._hidden import (
-    AccumulatedRows,
-    check_unchanged,
-    guarded,
-    hides,
-)
+from jdcore._fields import check_fits, dense, disjoint
+from jdcore.autojac._gradients import as_matrix, same_grad, zeros
+from jdcore.autojac._hidden import AccumulatedRows, guarded, hides
 from jdcore.autojac._products import Product, find_products
+from jdcore.autojac._rows import Rows
 from jdcore.autojac._taps import RowTaps, worth_a_hook
 from jdcore.autojac._vmap import Kind, attempt, choose_chunk_size, insist, seems_hooked
 from jdcore.errors import VectorizationError
@@ -29,10 +25,9 @@ from jdcore.graph._hooks import hooks_made_lately
 from jdcore.graph._passes import SinglePassesExplained, differentiate
 from jdcore.graph._retained import retains_gradients
 from jdcore.graph._saved import function_of_others
-from jdcore.linalg._pages import new_tensors
 
-Gradients = list["Tensor | None"]
-Pass = Callable[[int, list[int], bool], Gradients]
+Gradients = Sequence["Tensor | None"]
+Pass = Callable[[int, Sequence[int], bool], Gradients]
 
 
 @frozen(eq=False, slots=False)  # slots leave no room for cached properties
@@ -46,6 +41,11 @@ class Problem:
     :param graph: What lies behind the outputs.
     :param watched: Leaves that functions of the graph may accumulate into by themselves.
     :param uses: For each row, which outputs it differentiates, where the caller knows.
+    :param sums: How many of the inputs, the last ones, get the sum over the rows in place of a row
+        each. Such rows are differentiated one by one.
+    :param asked: For each row, the positions of the inputs that it is wanted of. By default all.
+    :param retained: For each row, whether later ones need the graph that its pass goes through. By
+        default, all of them go through the same one.
     :param products: Inputs, by position, whose rows are computed as products. Only taken into
         account where rows are differentiated one by one.
     """
@@ -56,6 +56,9 @@ class Problem:
     graph: Reach
     watched: list[Tensor]
     uses: list[list[bool]] | None = None
+    sums: int = 0
+    asked: Sequence[Sequence[int]] | None = None
+    retained: Sequence[bool] | None = None
     products: Mapping[int, Product] = field(factory=dict)
 
     @staticmethod
@@ -66,6 +69,7 @@ class Problem:
         graph: Reach | None = None,
         watched: Iterable[Tensor] = (),
         uses: Sequence[Sequence[bool]] | None = None,
+        **options: Any,
     ) -> Problem:
         """
         The rows of those outputs that require grad.
@@ -74,6 +78,7 @@ class Problem:
         :param watched: Tensors among which are leaves whose ``.grad`` must not change, besides
             those that the graph shows.
         :param uses: For each row, which of all the outputs it differentiates, if that is known.
+        :param options: Further fields.
         """
         # autograd refuses outputs without a graph; the loss of an absent task has none, and its row
         # is zero.
@@ -84,12 +89,17 @@ class Problem:
         aside = kept_leaves(found.functions)
         aside += [tensor for tensor in watched if tensor.requires_grad and tensor.is_leaf]
         live_uses = None if uses is None else [list(compress(row, live)) for row in uses]
-        return Problem(differentiated, list(inputs), rows, found, aside, live_uses)
+        return Problem(differentiated, list(inputs), rows, found, aside, live_uses, **options)
 
     @property
     def m(self) -> int:
         """Number of rows."""
         return self.cotangents[0].shape[0]
+
+    @property
+    def with_rows(self) -> list[Tensor]:
+        """The inputs that get a row each."""
+        return self.inputs[: len(self.inputs) - self.sums]
 
     @cached_property
     def kind(self) -> Kind:
@@ -103,7 +113,7 @@ class Problem:
 
     def with_products(self) -> Problem:
         """The same problem, knowing which large inputs are factors of matrix products."""
-        large = worth_a_hook(self.inputs)
+        large = worth_a_hook(self.with_rows)
         # A function that accumulates by itself may add to the gradient of a weight, besides what
         # its product gives.
         if self.accumulates or not large:
@@ -202,30 +212,11 @@ class Problem:
         seeds = [mixed(cotangent) for cotangent in self.cotangents]
         with same_grad([*self.outputs, *self.inputs]), self._checked():
             found = differentiate(self.outputs, self.inputs, seeds, retain_graph)
-        return agree(zip(rows, filled(found, self.inputs), strict=True))
-
-    def gradients(self, retain_graph: bool) -> Sequence[Tensor | None]:
-        """
-        The only row, given and returned without a first dimension; gradients may share memory.
-
-        Heads are small, and there may be many: what a pass needs besides itself is kept short.
-        """
-        # Without functions of Python nothing can accumulate but hooks, for which it is enough to
-        # compare the fields before and after.
-        if self.graph.functions or self.accumulates:
-            return self._hidden_gradients(retain_graph)
-        leaves = self._leaves()
-        before = grad_versions(leaves)
-        found = differentiate(self.outputs, self.inputs, self.cotangents, retain_graph)
-        check_unchanged(leaves, before)
-        return found
-
-    def _hidden_gradients(self, retain_graph: bool) -> Gradients:
-        """The only row where functions of the graph may accumulate by themselves."""
-        only = evolve(self, cotangents=[cotangent[None] for cotangent in self.cotangents])
-        # No taps: the only row is kept as autograd returns it.
-        with only._checked(), only._passes(RowTaps([], {})) as gradients_of:
-            return gradients_of(0, [*range(len(self.outputs))], retain_graph)
+        single = [
+            torch.zeros_like(t) if g is None else dense(g)
+            for g, t in zip(found, self.inputs, strict=True)
+        ]
+        return agree(zip(rows, single, strict=True))
 
     @contextmanager
     def _checked(self) -> Iterator[None]:
@@ -246,8 +237,10 @@ class Problem:
 
     def _at_once(self, retain_graph: bool) -> list[Tensor]:
         gradients = batched_gradients(self.outputs, self.inputs, self.cotangents, retain_graph)
-        self._check_fit(gradients, True)
-        pairs = zip(gradients, self.inputs, strict=True)
+        pairs = list(zip(gradients, self.inputs, strict=True))
+        for gradient, tensor in pairs:
+            if gradient is not None:
+                check_fits(gradient.shape[1:], tensor)
         # A leaf may ask for gradients of another dtype (`grad_dtype`); its rows have its own.
         rows = [zeros(t, self.m) if g is None else dense(g).to(t.dtype) for g, t in pairs]
         # An input that is an output itself gets the initial Jacobian as its own.
@@ -255,78 +248,43 @@ class Problem:
 
     def _in_pieces(self, size: int, retain_graph: bool) -> list[Tensor]:
         """Differentiate so many rows at a time and write them to their places."""
-        results = new_tensors(self.inputs, self.m)
-        # All views at once: to index each row would take as many calls as there are rows.
-        views = [result.unbind() if size == 1 else torch.split(result, size) for result in results]
-        usage = self.usage
+        usage, every = self.usage, range(len(self.inputs))
         pieces = [usage[start : start + size] for start in range(0, self.m, size)]
         used = [[i for i, column in enumerate(zip(*p, strict=True)) if any(column)] for p in pieces]
+        asked = self.asked or [every] * len(pieces)
         # Rows that use no output make no pass: the graph is freed by the last one that does.
-        last = max((k for k, outputs in enumerate(used) if outputs), default=-1)
-        taps = RowTaps(self.inputs, self.products) if size == 1 else RowTaps([], {})
-        missing: list[Tensor] = []
+        passes = [k for k, outputs in enumerate(used) if outputs and asked[k]]
+        rows = Rows(self.inputs, self.sums, self.m, size, self.products)
+        taps = RowTaps(self.with_rows if size == 1 else [], self.products, rows)
         with self._passes(taps, size) as gradients_of:
-            for k, places in enumerate(zip(*views, strict=True)):
-                taps.start(places)
-                gradients: Gradients = [None] * len(self.inputs)
-                if used[k]:
-                    gradients = gradients_of(k, used[k], retain_graph or k != last)
-                # Shapes are those of the first row that there is.
-                if used[k] and not any(used[:k]):
-                    self._check_fit(gradients, size > 1)
-                missing += self._store(places, gradients, taps.taken)
-        if missing:
-            torch._foreach_zero_(missing)
-        return results
-
-    def _check_fit(self, gradients: Gradients, batched: bool) -> None:
-        for i, (gradient, tensor) in enumerate(zip(gradients, self.inputs, strict=True)):
-            if gradient is not None and i not in self.products:
-                check_fits(gradient.shape[1:] if batched else gradient.shape, tensor)
-
-    def _store(self, row: Sequence[Tensor], gradients: Gradients, taken: set[int]) -> list[Tensor]:
-        """
-        Write those gradients to their places that have not been taken on their way.
-
-        :returns: The places that nothing was written to.
-        """
-        places, values, missing = [], [], []
-        for i, gradient in enumerate(gradients):
-            if i in taken:
-                continue
-            if gradient is None:
-                missing.append(row[i])
-            # Here the pass ended at the product, whose gradient was returned instead of heard.
-            elif i in self.products:
-                self.products[i].write_row(row[i], gradient)
-            else:
-                places.append(row[i])
-                values.append(gradient)
-        if places:
-            # One call, and on accelerators few kernels, for all of them.
-            torch._foreach_copy_(places, all_dense(values))
-        return missing
+            for k in passes:
+                retain = k != passes[-1] if self.retained is None else self.retained[k]
+                taps.start(k)
+                gradients = gradients_of(k, used[k], retain_graph or retain)
+                rows.write(k, asked[k], gradients, taps.taken)
+        return rows.finished()
 
     @contextmanager
-    def _passes(self, taps: RowTaps, size: int = 1) -> Iterator[Pass]:
+    def _passes(self, taps: RowTaps, size: int) -> Iterator[Pass]:
         """How the gradients of so many rows are had, by their place and the outputs they use."""
         accumulated = AccumulatedRows(self.inputs) if self.accumulates else None
         products = self.products
         # Torch takes mixed lists, its annotations do not.
         ends: Any = [products[i].edge if i in products else t for i, t in enumerate(self.inputs)]
 
-        def gradients_of(k: int, used: list[int], retain_graph: bool) -> Gradients:
+        def gradients_of(k: int, used: Sequence[int], retain_graph: bool) -> Gradients:
             outputs = [self.outputs[i] for i in used]
             if size > 1:
                 rows = [self.cotangents[i][k * size : (k + 1) * size] for i in used]
                 return batched_gradients(outputs, self.inputs, rows, retain_graph)
             cotangents = [self.cotangents[i][k] for i in used]
             if accumulated is not None:
-                return accumulated.row(outputs, cotangents, retain_graph)
-            found = torch.autograd.grad(
-                outputs, ends, cotangents, retain_graph=retain_graph, allow_unused=True
+                found = accumulated.row(outputs, cotangents, retain_graph)
+                return found if self.asked is None else [found[i] for i in self.asked[k]]
+            wanted = ends if self.asked is None else [ends[i] for i in self.asked[k]]
+            return torch.autograd.grad(
+                outputs, wanted, cotangents, retain_graph=retain_graph, allow_unused=True
             )
-            return list(found)
 
         if accumulated is not None:
             with accumulated.open(self.outputs, self._leaves()):

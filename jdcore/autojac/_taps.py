@@ -11,6 +11,7 @@ from torch.utils.hooks import RemovableHandle
 from jdcore._fields import check_fits
 from jdcore._handles import own_hooks
 from jdcore.autojac._products import Product
+from jdcore.autojac._rows import Rows
 from jdcore.graph._nesting import OuterPass
 
 Replace = Callable[[Tensor], "Tensor | None"]
@@ -72,9 +73,12 @@ class RowTaps:
     :param inputs: Tensors that rows belong to. Those that are no leaves are left alone: replacing
         their gradient would change what lies behind them.
     :param products: Inputs, by position, whose rows are made from the gradient of a product.
+    :param rows: Where the rows are written to.
     """
 
-    def __init__(self, inputs: Sequence[Tensor], products: Mapping[int, Product]) -> None:
+    def __init__(
+        self, inputs: Sequence[Tensor], products: Mapping[int, Product], rows: Rows
+    ) -> None:
         self._leaves = {
             i: tensor
             for i, tensor in worth_a_hook(inputs).items()
@@ -82,16 +86,12 @@ class RowTaps:
         }
         self._products = products
         self._pass = OuterPass()
-        self._row: Sequence[Tensor] = ()
+        self._rows, self._k = rows, 0
         self.taken: set[int] = set()
 
-    def start(self, row: Sequence[Tensor]) -> None:
-        """
-        Say that the next pass makes a row.
-
-        :param row: Where it is to be written, one tensor per input.
-        """
-        self._row = row
+    def start(self, k: int) -> None:
+        """Say that the next pass makes the k-th row."""
+        self._k = k
         self._pass.expect()
         self.taken = set()
 
@@ -117,13 +117,16 @@ class RowTaps:
         # Sparse gradients are made dense where all rows are stored: here a copy would fail.
         if gradient is None or gradient.layout != torch.strided or not self._pass.is_running():
             return None
-        check_fits(gradient.shape, self._row[i])
-        self._row[i].copy_(gradient)
-        self.taken.add(i)
+        place = self._take_place(i)
+        check_fits(gradient.shape, place)
+        place.copy_(gradient)
         # What autograd goes on with instead, so that it does not hold the row as well.
         return placeholder(gradient)
 
     def _multiply(self, i: int, gradient: Tensor) -> None:
         if self._pass.is_running():
-            self._products[i].write_row(self._row[i], gradient)
-            self.taken.add(i)
+            self._products[i].write_row(self._take_place(i), gradient)
+
+    def _take_place(self, i: int) -> Tensor:
+        self.taken.add(i)
+        return self._rows.place(i, self._k)

@@ -35,7 +35,6 @@ class Reach:
     :param functions: Those nodes whose backward is Python code: custom functions, checkpoints,
         compiled regions.
     :param stops: The edges at which the walk turned back.
-    :param last: The nodes before these, and by number of the operand, the edge that follows.
     """
 
     edges: dict[Edge, int]
@@ -43,7 +42,6 @@ class Reach:
     leaves: tuple[Tensor, ...]
     functions: tuple[Node, ...]
     stops: frozenset[Edge]
-    last: dict[Node, dict[int, Edge]]
 
     def reaches(self, tensor: Tensor) -> bool:
         """Whether the outputs depend on a tensor that requires grad."""
@@ -96,7 +94,6 @@ def reach(outputs: Iterable[Tensor], stop: Iterable[Tensor] = ()) -> Reach:
     leaves: dict[Node, Tensor] = {}
     functions: list[Any] = []
     stops: set[Edge] = set()
-    last: dict[Node, dict[int, Edge]] = {}
     stack: list[Any] = [edge_of(tensor) for tensor in outputs if tensor.requires_grad][::-1]
     while stack:
         edge = stack.pop()
@@ -122,14 +119,11 @@ def reach(outputs: Iterable[Tensor], stop: Iterable[Tensor] = ()) -> Reach:
         # objects.
         if isinstance(node, BackwardCFunction):
             functions.append(node)
-        inputs = node.next_functions
-        if barrier and not barrier.isdisjoint(inputs):
-            last[node] = {k: edge for k, edge in enumerate(inputs) if edge in barrier}
         # Reversed, so that the first operand is the next one to be expanded.
-        stack += inputs[::-1]
+        stack += node.next_functions[::-1]
     # As in a backward pass, what was frozen after the forward pass gets nothing.
     trainable = tuple([leaf for leaf in leaves.values() if leaf.requires_grad])
-    return Reach(edges, names, trainable, tuple(functions), frozenset(stops), last)
+    return Reach(edges, names, trainable, tuple(functions), frozenset(stops))
 
 
 def united(graphs: Iterable[Reach]) -> Reach:
@@ -141,12 +135,10 @@ def united(graphs: Iterable[Reach]) -> Reach:
     given = list(graphs)
     edges: dict[Edge, int] = {}
     nodes: dict[Node, str] = {}
-    last: dict[Node, dict[int, Edge]] = {}
     for graph in given:
         edges |= graph.edges
         nodes |= graph.nodes
-        last |= graph.last
     leaves = {id(leaf): leaf for graph in given for leaf in graph.leaves}
     functions = dict.fromkeys([function for graph in given for function in graph.functions])
     stops = frozenset().union(*[graph.stops for graph in given])
-    return Reach(edges, nodes, tuple(leaves.values()), tuple(functions), stops, last)
+    return Reach(edges, nodes, tuple(leaves.values()), tuple(functions), stops)

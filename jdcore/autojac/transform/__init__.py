@@ -19,7 +19,7 @@ tensor([[2., 0.],
 
 from jdcore.autojac.transform._accumulate import AccumulateGrad, AccumulateJac
 from jdcore.autojac.transform._base import Chain, Transform, Union
-from jdcore.autojac.transform._differentiate import Grad, Jac
+from jdcore.autojac.transform._differentiate import Jac
 from jdcore.autojac.transform._sharded import ShardedJac
 from jdcore.autojac.transform._sources import Diagonalize, Init, Keep
 from jdcore.autojac.transform._tasks import PerTask
@@ -29,7 +29,6 @@ __all__ = [
     "AccumulateJac",
     "Chain",
     "Diagonalize",
-    "Grad",
     "Init",
     "Jac",
     "Keep",

@@ -4,55 +4,12 @@ from collections.abc import Iterable, Sequence
 
 from torch import Tensor
 
-from jdcore.autojac._gradients import filled
 from jdcore.autojac._problem import Problem
 from jdcore.autojac.transform._base import Transform, Values
 from jdcore.graph import Reach
 
 
-class _Differentiation(Transform):
-    """What :class:`Grad` and :class:`Jac` have in common."""
-
-    uses: Sequence[Sequence[bool]] | None = None
-
-    def __init__(
-        self,
-        outputs: Iterable[Tensor],
-        inputs: Iterable[Tensor],
-        *,
-        retain_graph: bool = False,
-        graph: Reach | None = None,
-        watched: Iterable[Tensor] = (),
-    ) -> None:
-        super().__init__(needs=outputs, gives=inputs)
-        self.retain_graph = retain_graph
-        self.graph = graph
-        self.watched = tuple(watched)
-
-    def problem(self, rows: Sequence[Tensor]) -> Problem:
-        """The rows to be differentiated, one Tensor ``[m, *S]`` for each output."""
-        return Problem.of(self.needs, self.gives, rows, self.graph, self.watched, self.uses)
-
-
-class Grad(_Differentiation):
-    """
-    Gradients of the inputs from gradients of the outputs: one vector-Jacobian product.
-
-    :param outputs: Keys needed; they must require grad.
-    :param inputs: Keys given. The gradient of an input that no output depends on is zero.
-    :param retain_graph: Whether the graph can be differentiated again afterwards.
-    :param graph: What lies behind the outputs, if it is known.
-    :param watched: Tensors among which are leaves whose ``.grad`` must not change meanwhile,
-        besides those of the graph.
-    """
-
-    def apply(self, values: dict[Tensor, Tensor], /) -> Values:
-        # The order of the values is that of `needs`, see Transform.__call__.
-        found = self.problem([*values.values()]).gradients(self.retain_graph)
-        return dict(zip(self.gives, filled(found, self.gives), strict=True))
-
-
-class Jac(_Differentiation):
+class Jac(Transform):
     """
     Jacobians of the inputs from Jacobians of the outputs.
 
@@ -81,10 +38,13 @@ class Jac(_Differentiation):
         watched: Iterable[Tensor] = (),
         uses: Sequence[Sequence[bool]] | None = None,
     ) -> None:
-        super().__init__(outputs, inputs, retain_graph=retain_graph, graph=graph, watched=watched)
-        self.chunk_size = chunk_size
-        self.uses = uses
+        super().__init__(needs=outputs, gives=inputs)
+        self.retain_graph, self.chunk_size = retain_graph, chunk_size
+        self.graph, self.watched, self.uses = graph, tuple(watched), uses
 
     def apply(self, values: dict[Tensor, Tensor], /) -> Values:
-        jacobians = self.problem([*values.values()]).jacobians(self.retain_graph, self.chunk_size)
+        # The order of the values is that of `needs`, see Transform.__call__.
+        rows = [*values.values()]
+        problem = Problem.of(self.needs, self.gives, rows, self.graph, self.watched, self.uses)
+        jacobians = problem.jacobians(self.retain_graph, self.chunk_size)
         return dict(zip(self.gives, jacobians, strict=True))

@@ -190,7 +190,7 @@ def test_on_accelerators_two_rows_take_the_kernels_of_two_passes_and_the_host_ne
 
 @pytest.mark.usefixtures("_fresh", "_meta_accepted")
 @pytest.mark.parametrize("m", [2, 8])
-def test_on_accelerators_many_heads_take_one_pass_and_the_host_never_waits(
+def test_on_accelerators_heads_take_a_pass_each_and_the_host_never_waits(
     m: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     body = _net(2, "meta")
@@ -202,7 +202,7 @@ def test_on_accelerators_many_heads_take_one_pass_and_the_host_never_waits(
     )
     features = body(torch.empty(5, 8, device="meta"))
     mtl_backward([head(features).mean() for head in heads], features)
-    assert passes == ([1, 1, 1, 1] if m == 2 else [m, 1])
+    assert len(passes) == (4 if m == 2 else m + 1)  # two rows take fewer calls one by one
     assert body[0].weight.jac.shape == (m, 8, 8)
 
 
@@ -251,7 +251,7 @@ def test_a_row_takes_the_operations_of_its_backward_pass_and_one_copy() -> None:
     assert own <= plain + 2
 
 
-@pytest.mark.parametrize(("m", "most"), [(2, 64), (8, 35)])
+@pytest.mark.parametrize(("m", "most"), [(4, 36), (12, 35)])
 def test_python_calls_for_each_task_of_mtl_backward(m: int, most: int) -> None:
     trunk, heads = _net(2), nn.ModuleList(nn.Linear(8, 1) for _ in range(2 * m))
 
@@ -278,7 +278,7 @@ def test_large_weights_are_multiplied_into_their_place() -> None:
     assert operations.counts["copy_"] == 0
 
 
-@pytest.mark.parametrize(("m", "passes"), [(2, 2), (4, 4), (5, 2)])
+@pytest.mark.parametrize(("m", "passes"), [(2, 2), (8, 8), (9, 10)])
 def test_a_few_small_tasks_take_one_pass_each_from_end_to_end(
     m: int, passes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -308,7 +308,7 @@ def test_a_few_small_tasks_take_one_pass_each_from_end_to_end(
     got, count = step(None)
     expected, most = step(1)
     assert count == passes
-    assert most == (2 * m if m < 5 else 1 + m)
+    assert most == 2 * m
     for one, other in zip(got, expected, strict=True):
         torch.testing.assert_close(one, other)
 
@@ -353,8 +353,7 @@ def test_nothing_is_added_up_where_heads_end() -> None:
             mtl_backward(losses, features, parallel_chunk_size=1)
         return operations.counts["add"] + operations.counts["add_"]
 
-    # One into the row of each task.
-    assert (additions(16) - additions(8)) / 8 == 1
+    assert additions(16) == additions(8) == 0
 
 
 def test_each_of_many_parameters_costs_jac_to_grad_a_few_calls() -> None:

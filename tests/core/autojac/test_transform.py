@@ -9,7 +9,6 @@ from jdcore.autojac.transform import (
     AccumulateGrad,
     AccumulateJac,
     Diagonalize,
-    Grad,
     Init,
     Jac,
     Keep,
@@ -93,20 +92,31 @@ def test_init_checks_the_number_of_its_values() -> None:
         Init([_leaf(2)], [])
 
 
-def test_grad_is_a_vector_jacobian_product_with_zeros_for_unused_inputs() -> None:
-    a, b = _leaf(2), _leaf(3)
-    result = (Init([out := a * 4]) >> Grad([out], [a, b]))()
-    assert result[a].tolist() == [4.0, 4.0]
-    assert result[b].tolist() == [0.0, 0.0, 0.0]
-
-
-def test_per_task_gives_rows_for_some_keys_and_sums_for_the_others() -> None:
-    shared, private = _leaf(2), _leaf()
-    losses = [(shared * factor).sum() * private for factor in (1.0, 2.0)]
-    tasks = [Init([loss]) >> Grad([loss], [shared, private], retain_graph=True) for loss in losses]
-    result = PerTask([*tasks, Keep([])], rows=[shared])()
-    assert result[shared].tolist() == [[1.0, 1.0], [2.0, 2.0], [0.0, 0.0]]
+def test_per_task_gives_rows_for_some_keys_and_sums_of_the_tasks_that_ask_for_the_others() -> None:
+    shared, private, unused = _leaf(2), _leaf(), _leaf(3)
+    losses = [(shared * factor).sum() * private for factor in (1.0, 2.0, 4.0)]
+    losses.append(torch.tensor(1.0))
+    tasks = [[private], [private, unused], [], []]
+    result = (Init(losses) >> PerTask(losses, [shared], tasks))()
+    assert result[shared].tolist() == [[1.0, 1.0], [2.0, 2.0], [4.0, 4.0], [0.0, 0.0]]
     assert result[private].item() == 6.0
+    assert result[unused].tolist() == [0.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("retain_graph", [False, True])
+def test_per_task_frees_the_graph_of_a_task_that_no_later_one_needs(retain_graph: bool) -> None:
+    weight = _leaf(2)
+    losses = [weight.exp().sum() for _ in range(3)]
+    task = PerTask(
+        losses, [weight], [[]] * 3, retained=[False, True, False], retain_graph=retain_graph
+    )
+    (Init(losses) >> task)()
+    for loss, retained in zip(losses, [retain_graph, True, retain_graph], strict=True):
+        if retained:
+            torch.autograd.grad(loss, weight)
+        else:
+            with pytest.raises(RuntimeError, match="second time"):
+                torch.autograd.grad(loss, weight)
 
 
 def test_accumulators_write_nothing_if_one_value_does_not_fit() -> None:
@@ -127,13 +137,12 @@ def test_a_graph_prints_itself() -> None:
     features = sum(trunk)
     loss = features.sum() * head
     graph = (
-        PerTask([Init([loss]) >> Grad([loss], [features, head])], rows=[features])
+        PerTask([loss], [features], [[head]])
         >> (Jac([features], trunk) | Keep([head]))
         >> (AccumulateJac(trunk) | AccumulateGrad([head]))
     )
     assert repr(graph) == (
-        "PerTask(rows of float32[2] of Add:\n"
-        "  Init(float32[] of Mul) >> Grad(float32[] of Mul -> float32[2] of Add, float32[]))\n"
+        "PerTask(float32[] of Mul -> rows of float32[2] of Add; sums of float32[])\n"
         ">> (Jac(float32[2] of Add -> float32[2], float32[2], 3 more) | Keep(float32[]))\n"
         ">> (AccumulateJac(float32[2], float32[2], 3 more) | AccumulateGrad(float32[]))"
     )

@@ -24,7 +24,6 @@ READ = {
     "jdcore/autogram/_engine.py": {"_named_members", "_parameters"},
     "jdcore/autojac/_hidden.py": {"_backward_hooks"},
     "jdcore/autojac/_products.py": {"_backward_hooks"},
-    "jdcore/autojac/transform/_tasks.py": {"_backward_hooks"},
     "jdcore/autojac/_vmap.py": {"_backward_hooks"},
     "jdcore/distributed/_gathering.py": {
         "_all_reduce_hook",
