@@ -13,8 +13,11 @@ from torch.autograd import forward_ad
 
 from jdcore.errors import ParameterError
 
-# Whether autocast is on for any device. A call of ours around that of torch would take longer.
+# Calls of ours around those of torch would take longer.
+# Whether autocast is on for any device.
 casts_anywhere = torch._C._is_any_autocast_enabled
+# Whether a tensor exists inside of a transform of ``torch.func`` only.
+is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 
 
 def without_autocast(device_type: str) -> AbstractContextManager[object]:
@@ -133,12 +136,7 @@ def is_transformed(tensor: Tensor) -> bool:
     It exists inside of a transform of ``torch.func`` only, or carries a tangent of forward-mode AD,
     of which numpy would see nothing.
     """
-    return is_wrapped(tensor) or has_tangent(tensor)
-
-
-def is_wrapped(tensor: Tensor) -> bool:
-    """Whether a tensor exists inside of a transform of ``torch.func`` only."""
-    return torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    return is_wrapped(tensor) or (forward_ad._current_level >= 0 and has_tangent(tensor))
 
 
 def is_functionalized() -> bool:

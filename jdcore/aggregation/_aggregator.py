@@ -132,10 +132,7 @@ def _aggregate(
         # Processes that hold the columns together must take the same weights.
         weights = columns.agreed(weights)
     if source.asked:
-        # A cross-Gramian does not tell the lengths of the rows, which may cancel to any degree.
-        wide = not columns.wide and (
-            source.compute_cross is not None or source.rounding_shows(weights)
-        )
+        wide = source.rounding_shows(weights)
         if columns.scale == 1.0:  # as `combined` does, which is one more call
             return columns.combine(weights, wide=wide), weights, source
         return *combined(weighting, columns, weights, columns.scale, wide=wide), source

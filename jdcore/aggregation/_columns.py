@@ -15,7 +15,6 @@ from jdcore.aggregation._finite import all_finite, nonfinite_rows
 from jdcore.linalg._blas import is_small, small_combination, small_gramian
 from jdcore.linalg._combine import combine, combine_blocks
 from jdcore.linalg._gramian import gramian_and_rows, sum_cross_gramians, sum_gramians
-from jdcore.linalg._precision import rounding_shows
 
 _NARROW = (torch.float32,)
 
@@ -37,12 +36,12 @@ class Columns:
     second: list[Tensor] | None = None
     scale: float = field(default=1.0, init=False)
     """A power of two by which rows are divided before they are multiplied."""
+    products: Tensor | None = field(default=None, init=False)
+    """The Gramian, once :meth:`gramian` was asked for it."""
     _few: NDArray[np.float64] | None = field(default=None, init=False)
     """The rows in float64, once their products were asked for, if they are few and short."""
     _wide: Tensor | None = field(default=None, init=False)
     """The rows in float64, once their products were asked for, if they were converted at once."""
-    _products: Tensor | None = field(default=None, init=False)
-    """The Gramian, once it was asked for."""
 
     @property
     def rows(self) -> int:
@@ -98,19 +97,8 @@ class Columns:
         # Squares of narrower dtypes cannot leave the range.
         if len(blocks) != 1 or blocks[0].dtype == torch.float64:
             result = self._scaled(result, self.product)
-        self._products = result
+        self.products = result
         return result
-
-    def rounding_shows(self, weights: Tensor) -> bool:
-        """
-        Whether the update needs factors of float64, see :func:`jdcore.linalg.rounding_shows`.
-
-        With a second batch, methods that look at that need not know how the rows cancel. Without,
-        it is said where :meth:`gramian` was asked for: others have nothing to say it by.
-        """
-        if self._products is None:
-            return self.second is not None and not self.wide
-        return not self.wide and rounding_shows(weights, self._products)
 
     def cross_gramian(self) -> Tensor:
         """The Gramian of the rows with those of the second batch, as :meth:`gramian`."""

@@ -14,7 +14,7 @@ from jdcore.aggregation._columns import Columns, widest
 from jdcore.aggregation._coordinatewise import portions
 from jdcore.aggregation._differentiation import forbid_differentiation
 from jdcore.aggregation._finite import finite_required, is_finite, nonfinite_rows
-from jdcore.aggregation._source import GramianSource, check_losses
+from jdcore.aggregation._source import ColumnsSource, GramianSource, check_losses
 from jdcore.aggregation._state import StateFields, state_field
 from jdcore.aggregation._weigh import Result, combined, watched
 from jdcore.errors import NonFiniteError, ParameterError, left_out
@@ -177,7 +177,7 @@ class HistoryAggregator(StateFields):
                 raise NonFiniteError(nonfinite_rows(columns.second or blocks))
             return columns.filled(math.nan), None
         chosen = kept if self.combines_history else jacobian
-        wide = chosen.rounding_shows(weights)
+        wide = ColumnsSource(chosen).rounding_shows(weights)
         vectors, weights = combined(self, chosen, weights, kept.scale, wide=wide)
         for name, value in state.items():
             setattr(self, name, value)

@@ -301,9 +301,9 @@ class MixedColumns(Columns):
         return self._columns.local
 
     def gramian(self) -> Tensor:
-        gramian = self._source.gramian()
+        self.products = self._source.gramian()
         self.scale = self._source.scale()
-        return gramian
+        return self.products
 
     def cross_gramian(self) -> Tensor:
         gramian = self._source.cross_gramian()

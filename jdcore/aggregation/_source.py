@@ -283,13 +283,26 @@ class ColumnsSource(GramianSource):
         return None if self._columns.second is None else self._columns.cross_gramian
 
     def compute(self) -> Tensor:
-        return self._columns.gramian() if self._array is None else torch.from_numpy(self._array)
+        if self._array is not None:
+            return torch.from_numpy(self._array)
+        products = self._columns.products
+        return self._columns.gramian() if products is None else products
 
     def array(self) -> NDArray[np.float64]:
         if self._array is None and self._gramian is None:
             self._array = self._columns.few_products()
         self.asked = True
         return super().array() if self._array is None else self._array
+
+    def rounding_shows(self, weights: Tensor) -> bool:
+        columns = self._columns
+        if columns.wide:
+            return False
+        # A cross-Gramian does not tell the lengths of the rows, which may cancel to any degree. And
+        # who asked for neither has weights that do not depend on how the rows cancel.
+        if columns.products is None:
+            return columns.second is not None
+        return super().rounding_shows(weights)
 
     def scale(self) -> float:
         return self._columns.scale
