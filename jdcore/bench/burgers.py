@@ -25,8 +25,7 @@ from jdcore.autojac import backward, jac_to_grad
 from jdcore.bench.outcome import Experiment, Outcome, Settings, Table, spread
 from jdcore.demo.command import make_aggregator
 from jdcore.monitor import History, record
-from jdcore.monitor.plots import COLOURS
-from jdcore.monitor.plots._style import new_axes
+from jdcore.monitor.plots._style import new_axes, styled
 from jdcore.registry import describe
 
 VISCOSITY = 0.01 / math.pi
@@ -204,10 +203,12 @@ def _table(found: dict[str, list[Training]], steps: int) -> Table:
 
 def _picture(found: dict[str, list[Training]]) -> Axes:
     axes = new_axes((6.4, 4.0))
-    for (name, trainings), colour in zip(found.items(), COLOURS, strict=False):
+    for (name, trainings), dashes, colour in styled(found.items()):
         for index, training in enumerate(trainings):
             label = describe(name).class_name if index == 0 else None
-            axes.semilogy(training.steps, training.errors, color=colour, lw=1.2, label=label)
+            axes.semilogy(
+                training.steps, training.errors, dashes, color=colour, lw=1.2, label=label
+            )
     axes.set_xlabel("step")
     axes.set_ylabel("mean squared error")
     axes.set_title("Burgers' equation: error against the exact solution")

@@ -26,8 +26,7 @@ from jdcore.bench.outcome import Experiment, Outcome, Settings, Table, paired, s
 from jdcore.demo.command import make_aggregator
 from jdcore.demo.data import overlaid_digits
 from jdcore.demo.model import TwoDigitReader
-from jdcore.monitor.plots import COLOURS
-from jdcore.monitor.plots._style import new_axes
+from jdcore.monitor.plots._style import new_axes, styled
 from jdcore.protocols import Weighting
 from jdcore.registry import describe
 
@@ -236,7 +235,7 @@ def _data(found: dict[str, Comparison]) -> dict[str, object]:
 def _picture(found: dict[str, dict[str, Comparison]]) -> Axes:
     axes = new_axes((6.4, 3.6))
     methods = list(dict.fromkeys(name for runs in found.values() for name in runs))
-    for place, (method, colour) in enumerate(zip(methods, COLOURS, strict=False)):
+    for place, (method, _, colour) in enumerate(styled(methods)):
         for row, runs in enumerate(found.values()):
             if method in runs:
                 shares = [100.0 * result.accuracy for result in runs[method].results]

@@ -79,6 +79,18 @@ def test_weights_are_drawn_as_shares_of_each_objective() -> None:
     np.testing.assert_allclose(total, 1.0)
 
 
+def test_no_curve_is_left_out_however_many_there_are() -> None:
+    many = 25
+    with monitor.record() as history:
+        Mean()(torch.ones(many, 2))
+    weights = plots.weights_over_time(history)
+    paths = plots.trajectories({str(i): [np.zeros((2, 2))] for i in range(many)})
+    cone = plots.dual_cone(JACOBIAN, {str(i): Mean() for i in range(many)})
+
+    for axes, others in ((weights, 0), (paths, 0), (cone, 1)):
+        assert len(axes.get_legend().get_texts()) == many + others
+
+
 def test_conflicts_are_drawn_for_every_pair() -> None:
     recorded = history(4, 500)
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from jdcore.errors import ParameterError
-from jdcore.monitor.plots._style import COLOURS, STYLES, new_axes
+from jdcore.monitor.plots._style import COLOURS, new_axes, styled
 from jdcore.protocols import Aggregator
 from jdcore.validators import check_matrix, describe_tensor
 
@@ -47,7 +47,7 @@ def dual_cone(
         axes.annotate(f"$g_{index + 1}$", row + offset, ha="center", va="center")
     # Of updates in one direction, the longer ones are wide and lie below.
     order = sorted(vectors, key=lambda name: -float(np.linalg.norm(vectors[name])))
-    for name, (_, colour) in zip(vectors, STYLES, strict=False):
+    for name, _, colour in styled(vectors):
         rank = order.index(name)
         width = 0.013 - 0.007 * rank / len(order)
         _arrow(axes, vectors[name], color=colour, width=width, zorder=3 + rank, label=name)

@@ -6,7 +6,7 @@ from numpy.typing import NDArray
 
 from jdcore.errors import ParameterError
 from jdcore.monitor._history import History
-from jdcore.monitor.plots._style import STYLES, new_axes
+from jdcore.monitor.plots._style import new_axes, styled
 
 _CELLS = 200  # columns of a heat map: more than a picture of this width can show apart
 
@@ -32,7 +32,7 @@ def weights_over_time(history: History, /, *, axes: Axes | None = None) -> Axes:
     window = max(1, len(steps) // 50)
     # The moving average is shorter than the steps, by half a window at both ends.
     middle = index[(window - 1) // 2 : len(index) - window // 2]
-    for i, (column, (dashes, colour)) in enumerate(zip(shares.T, STYLES, strict=False)):
+    for i, (column, dashes, colour) in enumerate(styled(shares.T)):
         average = np.convolve(column, np.full(window, 1.0 / window), mode="valid")
         axes.plot(index, column, color=colour, lw=0.6, alpha=0.2)
         axes.plot(middle, average, dashes, color=colour, lw=1.4, label=f"objective {i + 1}")

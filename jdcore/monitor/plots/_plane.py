@@ -6,7 +6,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from numpy.typing import ArrayLike, NDArray
 
-from jdcore.monitor.plots._style import STYLES, new_axes
+from jdcore.monitor.plots._style import new_axes, styled
 
 Curves = Mapping[str, Sequence[ArrayLike]]
 
@@ -63,7 +63,7 @@ def pareto_front(
 
 def _draw(curves: Curves, front: ArrayLike | None, label: str, axes: Axes | None) -> Axes:
     axes = new_axes((6.4, 4.6)) if axes is None else axes
-    for (name, paths), (dashes, colour) in zip(curves.items(), STYLES, strict=False):
+    for (name, paths), dashes, colour in styled(curves.items()):
         for index, path in enumerate(map(np.asarray, paths)):
             # One entry of the legend for all starts of a method.
             shown = name if index == 0 else None

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
-from itertools import product
+from collections.abc import Iterable, Iterator
+from itertools import cycle, product
 from os import PathLike
-from typing import Any
+from typing import Any, TypeVar
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+
+T = TypeVar("T")
 
 COLOURS = (
     "#0072B2",
@@ -20,8 +23,13 @@ COLOURS = (
 people tell apart whatever colours they can see."""
 
 # All colours before the next kind of line: a few curves differ in colour alone.
-STYLES = tuple((dashes, colour) for dashes, colour in product(("-", "--", ":"), COLOURS))
-"""Line styles and colours, in the order in which curves take them."""
+_STYLES = tuple(product(("-", "--", ":"), COLOURS))
+
+
+def styled(curves: Iterable[T]) -> Iterator[tuple[T, str, str]]:
+    """Curves, each with a line style and a colour. There are 21: the next one is as the first."""
+    for curve, (dashes, colour) in zip(curves, cycle(_STYLES), strict=False):
+        yield curve, dashes, colour
 
 
 def new_axes(figsize: tuple[float, float], **options: Any) -> Axes:
