@@ -191,8 +191,8 @@ class Columns:
         """
         blocks, vectors = _divided(self.blocks, scale), _divided(list(vectors), scale)
         pairs = [(b.double(), v.double()) for b, v in zip(blocks, vectors, strict=True)]
-        products = torch.stack([block @ vector for block, vector in pairs]).sum(0)
-        return products, torch.stack([vector @ vector for _, vector in pairs]).sum()
+        products = torch.stack([(b @ v).to(self.device) for b, v in pairs]).sum(0)
+        return products, torch.stack([(v @ v).to(self.device) for _, v in pairs]).sum()
 
     def finite(self) -> bool:
         """Whether every entry is finite."""

@@ -49,7 +49,8 @@ def all_finite(blocks: Sequence[Tensor]) -> bool:
     # By the largest entries, as norms of squares overflow for finite float32 rows; a NaN among them
     # stays.
     largest = torch._foreach_norm([block.flatten() for block in blocks if block.numel()], math.inf)
-    return not largest or bool(torch.stack([x.double() for x in largest]).isfinite().all())
+    one = [x.to(largest[0].device, torch.float64) for x in largest]  # of several devices
+    return not largest or bool(torch.stack(one).isfinite().all())
 
 
 def nonfinite_rows(blocks: Sequence[Tensor]) -> list[int]:

@@ -23,6 +23,7 @@ from jdcore.graph import Jacobian, Objectives, Plans
 from jdcore.graph._cancelling import products_of
 from jdcore.graph._saved import results_of
 from jdcore.linalg import unflatten_gramian
+from jdcore.linalg._combine import sent
 
 _REMEDY = "Freeze it (requires_grad_(False)), or use a dense real tensor in its place."
 
@@ -101,6 +102,14 @@ class Step:
             all_leaves=self.all_leaves,
             report=report,
         )
+        devices = {tensor.device for tensor in jacobian.graph.targets.values()}
+        if len(devices) > 1:
+            raise ParameterError(
+                self.parameter,
+                "on one device",
+                f"tensors on {' and '.join(sorted(map(str, devices)))}",
+                "Use jdcore.autojac.backward and jac_to_grad, or move them to one.",
+            )
         # The Gramian would be zero, and training would do nothing without a word.
         if not jacobian.graph.form.leading:
             raise ParameterError(
@@ -119,9 +128,11 @@ class Step:
         return total if self.shape is None else unflatten_gramian(total, self.shape)
 
     def for_user(self, result: Tensor) -> Tensor:
-        """A copy of a result: float64 for float64 losses, else float32."""
-        wide = any(output.dtype == torch.float64 for output in self.objectives.outputs)
-        return result.to(torch.float64 if wide else torch.float32, copy=True)
+        """A copy of a result where the losses are: float64 for float64 losses, else float32."""
+        outputs = self.objectives.outputs
+        wide = any(output.dtype == torch.float64 for output in outputs)
+        dtype = torch.float64 if wide else torch.float32
+        return sent(result, outputs[0].device, dtype, copy=True)
 
     def backward(
         self,

@@ -72,10 +72,11 @@ class Jacobian:
     ) -> None:
         self._report = report
         self._plans, self._rules = plans, rules
-        self._device = objectives.outputs[0].device
         self._all_leaves = all_leaves
-        self.memory = Memory.of(self._device, budget, objectives.outputs[0].dtype)
         self.graph = Graph(objectives.outputs, wanted)
+        # That of the parameters: losses may have been brought to the host.
+        self._device = next(iter(self.graph.targets.values()), objectives.outputs[0]).device
+        self.memory = Memory.of(self._device, budget, objectives.outputs[0].dtype)
         self._given = [tensor for tensor in wanted if tensor.is_leaf]
         # Torch has no public way to ask whether a tensor has hooks.
         hooked = {i for i, leaf in self.graph.leaves.items() if leaf._backward_hooks}

@@ -77,7 +77,7 @@ def combine_blocks(
     weights: Tensor, blocks: Sequence[Tensor], *, wide: bool = False
 ) -> list[Tensor]:
     """
-    :func:`combine` for each of some blocks on one device, to which the weights are moved once.
+    :func:`combine` for each of some blocks; the weights are moved to each device once.
 
     Small blocks are copied side by side and summed by one call: biases and scales, of which a model
     has many, would take a call each.
@@ -85,6 +85,11 @@ def combine_blocks(
     :param weights: Vector [m].
     :returns: One vector for each block. Those of small blocks lie behind one another in memory.
     """
+    devices = {block.device for block in blocks}
+    if len(devices) > 1:
+        of_device = {device: [b for b in blocks if b.device == device] for device in devices}
+        made = {d: iter(combine_blocks(weights, of_device[d], wide=wide)) for d in devices}
+        return [next(made[block.device]) for block in blocks]
     if not blocks[0].is_cpu:
         wide = wide or any(block.dtype == torch.float64 for block in blocks)
         weights = factors(weights, blocks[0].device, wide=wide)

@@ -156,3 +156,56 @@ def test_weights_that_float32_does_not_hold_reach_the_parameters() -> None:
     weights = torch.tensor([1e40, 1e-40], dtype=torch.float64)
     Engine(model, batch_dim=0).backward(model(x).squeeze(1), lambda gramian: weights)
     torch.testing.assert_close(model.weight.grad, torch.tensor([[1e20, 1e-20]]))
+
+
+# -- models on two devices -------------------------------------------------------------------------
+
+
+class _OnTwo(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 5, device="cpu"), nn.Linear(5, 3, device=NAME)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.first(x).tanh().to(NAME)).square()
+
+
+def _rows_on_host(losses: Tensor, parameters: list[nn.Parameter]) -> Tensor:
+    rows = [torch.autograd.grad(loss, parameters, retain_graph=True) for loss in losses]
+    return torch.stack([torch.cat([g.cpu().flatten() for g in row]) for row in rows])
+
+
+@pytest.mark.parametrize("name", ["upgrad", "mean", "graddrop"])
+def test_updates_of_models_on_two_devices(name: str) -> None:
+    model, x = _OnTwo(), torch.randn(6, 4, device="cpu")
+    parameters, method = list(model.parameters()), jdcore.get_aggregator(name)
+    if name == "graddrop":
+        method.f = torch.ones_like  # every sign is kept with probability one
+    rows = _rows_on_host(model(x).mean(0), parameters)
+    backward(model(x).mean(0))
+    jac_to_grad(parameters, method)
+    update = torch.cat([p.grad.cpu().flatten() for p in parameters])
+    torch.testing.assert_close(update, method(rows), rtol=1e-4, atol=1e-6)
+
+
+def test_engines_refuse_models_on_two_devices() -> None:
+    model = _OnTwo()
+    losses = model(torch.randn(6, 4, device="cpu")).sum(1)
+    message = r"`modules` must be on one device, got tensors on cpu and standin:0\. Use .*backward"
+    with pytest.raises(jdcore.ParameterError, match=message):
+        Engine(model, batch_dim=0).backward(losses, jdcore.get_weighting("mean"))
+    assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("batch_dim", [0, None])
+def test_losses_may_be_on_the_host(batch_dim: int | None) -> None:
+    model, x = nn.Linear(4, 3), torch.randn(6, 4)
+    parameters, engine = list(model.parameters()), Engine(model, batch_dim=batch_dim)
+    rows = _rows_on_host(model(x).square().sum(1), parameters)
+    gramian = engine.compute_gramian(model(x).square().sum(1).cpu())
+    assert gramian.is_cpu
+    torch.testing.assert_close(gramian, rows @ rows.T, rtol=1e-4, atol=1e-5)
+    weights = engine.backward(model(x).square().sum(1).cpu(), jdcore.get_weighting("upgrad"))
+    assert weights.is_cpu
+    update = torch.cat([p.grad.cpu().flatten() for p in parameters])
+    torch.testing.assert_close(update, weights @ rows, rtol=1e-4, atol=1e-5)
