@@ -282,9 +282,7 @@ class Problem:
                 found = accumulated.row(outputs, cotangents, retain_graph)
                 return found if self.asked is None else [found[i] for i in self.asked[k]]
             wanted = ends if self.asked is None else [ends[i] for i in self.asked[k]]
-            return torch.autograd.grad(
-                outputs, wanted, cotangents, retain_graph=retain_graph, allow_unused=True
-            )
+            return differentiate(outputs, wanted, cotangents, retain_graph)
 
         if accumulated is not None:
             with accumulated.open(self.outputs, self._leaves()):

@@ -95,8 +95,9 @@ class Rows:
 
     def _first_place(self, i: int, k: int, gradient: Tensor) -> Tensor:
         """Where the first gradient of an input, or one that follows a gap, is to be written."""
-        # Later ones have the same shape.
-        check_fits(gradient.shape[self._size > 1 :], self._inputs[i])
+        shape = gradient.shape if self._size == 1 else gradient.shape[1:]
+        if shape != self._inputs[i].shape:  # later ones have the same
+            check_fits(shape, self._inputs[i])
         if i < len(self._results):
             return self.place(i, k)
         # A copy, as a gradient may lie in the memory of another one (as those of a + b do), of what
