@@ -15,7 +15,7 @@ from jdcore._modes import is_transformed, refuse_tangents, without_graph
 from jdcore.aggregation._columns import Columns, power
 from jdcore.errors import ParameterError, ParameterTypeError
 from jdcore.linalg import add_proximal, proximal_level, rounding_shows
-from jdcore.validators import FLOATS, describe_tensor
+from jdcore.validators import FLOATS, describe_tensor, holds_real_numbers
 
 # Rows whose Gramian an accelerator copies in less time than it is told what to compute.
 _COPIED = 64
@@ -343,12 +343,11 @@ def check_losses(
     """
     if losses is None:
         return None
-    several = isinstance(losses, (list, tuple))
-    if several and all(isinstance(loss, Tensor) and not loss.is_nested for loss in losses):
+    if isinstance(losses, (list, tuple)) and all(map(holds_real_numbers, losses)):
         losses = torch.cat(
             [loss.detach().flatten() for loss in losses] or [torch.empty(0, device="cpu")]
         )
-    if not isinstance(losses, Tensor) or losses.dtype not in FLOATS:
+    if not holds_real_numbers(losses) or losses.dtype not in FLOATS:
         raise ParameterTypeError(
             parameter, f"a floating Tensor with {m} entries", describe_tensor(losses)
         )

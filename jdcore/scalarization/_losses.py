@@ -4,18 +4,19 @@ import torch
 from torch import Tensor
 
 from jdcore.errors import ParameterError, ParameterTypeError
-from jdcore.validators import FLOATS, describe_tensor
+from jdcore.validators import FLOATS, describe_tensor, holds_real_numbers
 
 
 def check_losses(losses: Tensor, parameter: str = "losses") -> None:
     """
     Refuse anything that is not a vector of real floating losses.
 
-    :raises ParameterTypeError: If it is no Tensor, or not of a real floating dtype.
+    :raises ParameterTypeError: If it is no dense Tensor with entries, or not of a real floating
+        dtype.
     :raises ParameterError: If it does not have one dimension.
     """
     expected = "a floating Tensor of shape [m], one loss per objective"
-    if not isinstance(losses, Tensor) or losses.dtype not in FLOATS:
+    if not holds_real_numbers(losses) or losses.dtype not in FLOATS:
         hint = (
             "Put them together: torch.stack(losses)." if isinstance(losses, (list, tuple)) else None
         )

@@ -115,6 +115,8 @@ def refuses_what_is_no_vector_of_losses(case: ScalarizerCase) -> None:
         "a scalar": losses[0],
         "integers": losses.long(),
         "complex numbers": losses.to(torch.complex64),
+        "a sparse vector": losses.to_sparse(),
+        "a vector without entries": losses.to("meta"),
         "a list": losses.tolist(),
     }
     for label, example in malformed.items():

@@ -126,6 +126,8 @@ def test_a_gramian_method_does_not_take_a_cross_gramian_for_a_gramian() -> None:
         ([0.5, 4.0], ParameterTypeError, "got a list"),
         ([torch.nested.nested_tensor([LOSSES], layout=torch.jagged)], ParameterTypeError, "a list"),
         (LOSSES.to(torch.float8_e4m3fn), ParameterTypeError, "got a float8"),
+        (LOSSES.to_sparse(), ParameterTypeError, "got a sparse_coo float"),
+        ([loss.to("meta") for loss in LOSSES], ParameterTypeError, "got a list"),
         (3.0, ParameterTypeError, "got a float"),
     ],
 )
