@@ -109,7 +109,7 @@ def plain_modes(tensors: Iterable[Tensor]) -> AbstractContextManager[object]:
     devices = {device.type for device in {tensor.device for tensor in tensors}}
     # Asked first: to enter a mode costs more than the question, and drops autocast's cache.
     inference = torch.is_inference_mode_enabled()
-    casting = [device for device in devices if _casts(device)]
+    casting = [device for device in devices if _casts(device)] if casts_anywhere() else []
     return _left(inference, casting) if inference or casting else nullcontext()
 
 

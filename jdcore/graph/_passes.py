@@ -9,6 +9,7 @@ from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import _engine_run_backward
 
 from jdcore._handles import own_hooks
 from jdcore.errors import SinglePassError
@@ -151,9 +152,13 @@ def differentiate(
     if not inputs:
         return ()
     with SinglePassesExplained():
-        return torch.autograd.grad(
-            outputs, inputs, seeds, retain_graph=retain_graph, allow_unused=True
+        # What `torch.autograd.grad` comes down to: its questions take longer than small operations.
+        found: tuple[Tensor | None, ...] = _engine_run_backward(
+            tuple(outputs),
+            *(tuple(seeds), retain_graph, False, tuple(inputs), True),
+            accumulate_grad=False,
         )
+        return found
 
 
 class SinglePassesExplained:

@@ -153,17 +153,6 @@ class Accumulator:
             )
         return self._found
 
-    @property
-    def total(self) -> Tensor:
-        """What was added up, exactly symmetric."""
-        self._add_pending()
-        # A transposed copy is faster than adding what lies transposed.
-        upper = self._lower.T.clone(memory_format=torch.contiguous_format).triu_(1)
-        total = upper.add_(self._lower.tril_())
-        # What is left of the square of a row whose positions cancel is rounding of either sign.
-        total.diagonal().clamp_(min=0.0)
-        return total
-
     def note(self, squares: Tensor, first: int = 0) -> None:
         """
         Say what products over positions were summed up to the diagonal, as if none had cancelled.
@@ -177,19 +166,23 @@ class Accumulator:
 
     def result(self) -> tuple[Tensor, bool]:
         """
-        The Gramian, and whether products of float32 are too coarse for it. Waits for accelerators.
+        The Gramian, exactly symmetric, and whether products of float32 are too coarse for it.
 
         They are if little is left of what was summed. Positions may cancel where rows do not: those
         of a gradient that is summed over them, such as that of a task near its own minimum, or two
         uses of a layer.
         """
-        total = self.total
+        self._add_pending()
+        # A transposed copy is faster than adding what lies transposed.
+        upper = self._lower.T.clone(memory_format=torch.contiguous_format).triu_(1)
+        total = upper.add_(self._lower.tril_())
         if not self._squares:
             return total, False
-        summed = self._lower.new_zeros(self.rows)
+        # What is left of the square of a row whose positions cancel is rounding of either sign.
+        squares, summed = total.diagonal().clamp_(min=0.0), total.new_zeros(self.rows)
         for (first, count), noted in self._squares.items():
             summed[first : first + count] += torch.stack(noted).sum(0)
-        return total, bool((total.diagonal() < _LEFT * summed).any())
+        return total, bool((squares < _LEFT * summed).any())
 
     def add_share(self, share: Addend) -> None:
         """Add the Gramian of a share."""

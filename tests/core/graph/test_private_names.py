@@ -63,6 +63,7 @@ READ = {
     },
     "jdcore/graph/_hooks.py": HOOKS,
     "jdcore/graph/_jacobian.py": {"_backward_hooks"},
+    "jdcore/graph/_passes.py": {"_engine_run_backward"},
     "jdcore/graph/_tasks.py": {"_backward_hooks"},
     "jdcore/graph/_saved.py": {
         "_C",
