@@ -62,7 +62,7 @@ class _Work:
             return factors(sets, passive, sizes)
 
         def guessed(splitting: Splitting, Q: Tensor, start: Tensor, steps: int, *how: Any) -> Any:
-            self.done += len(splitting.scales) * steps * Q.numel() * Q.shape[1] / 8.0
+            self.done += len(splitting.rho) * steps * Q.numel() * Q.shape[1] / 8.0
             return run(splitting, Q, start, steps, *how)
 
         def alone(method: ActiveSet, q: np.ndarray, start: np.ndarray) -> Any:

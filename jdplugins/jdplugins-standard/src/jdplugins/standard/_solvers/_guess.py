@@ -39,18 +39,21 @@ class Splitting:
     tells the signs of most entries. Nothing relies on them.
 
     How fast it goes depends on rho, which should be about the geometric mean of the eigenvalues
-    that matter: 0.45 for independent rows, less the more these depend on each other.
+    that matter: 0.45 for independent rows, less the more these depend on each other. Adapted, it
+    is as much of what each row has beside the others, once all have noise of the given size:
+    rows that differ in that by orders of magnitude go equally fast then.
 
     :param C: Positive semi-definite matrix with a unit diagonal [m, m], float64.
-    :param scales: Values of rho, which are tried side by side [s].
+    :param scales: Values of rho for independent rows, which are tried side by side [s].
+    :param adapted: Whether to adapt these to each row.
     """
 
-    def __init__(self, C: Tensor, scales: Sequence[float]) -> None:
-        self.scales = tuple(scales)
-        rho = C.new_tensor(self.scales)[:, None]
-        shifted = C.repeat(len(rho), 1, 1)
-        shifted.diagonal(dim1=1, dim2=2).add_(rho)
-        self._inverses = torch.cholesky_inverse(torch.linalg.cholesky_ex(shifted)[0])
+    def __init__(self, C: Tensor, scales: Sequence[float], adapted: bool) -> None:
+        self.rho = rho = C.new_tensor(scales)[:, None].expand(-1, len(C))
+        if adapted:
+            beside = _shifted_inverses(C, rho / _SCALE).diagonal(dim1=1, dim2=2)
+            self.rho = rho = _SCALE / beside
+        self._inverses = _shifted_inverses(C, rho)
         matrices = self._inverses * (_RELAXATION * rho[:, :, None])
         matrices.diagonal(dim1=1, dim2=2).sub_(0.5 * _RELAXATION)
         self._matrices = matrices.float()
@@ -59,22 +62,24 @@ class Splitting:
         """The one of a single scale."""
         chosen = copy(self)
         part = slice(position, position + 1)
-        chosen.scales = self.scales[part]
+        chosen.rho = self.rho[part]
         chosen._inverses, chosen._matrices = self._inverses[part], self._matrices[part]
         return chosen
 
-    def pass_by(self, Q: Tensor, X: Tensor) -> Tensor:
+    def pass_by(self, Q: Tensor, X: Tensor, rho: Tensor) -> Tensor:
         """
         Go a few steps on each scale, from where the one before led.
 
         :param Q: Vectors [k, m], float64.
         :param X: That of the scale before the first one [k, m].
+        :param rho: The one of that scale [m], or for all rows.
         :returns: The X of each scale [s, k, m].
         """
         path = []
-        for position in range(len(self.scales)):
+        for position, new in enumerate(self.rho):
             # What is negative is -y / rho, and so it grows.
-            X = torch.nn.functional.leaky_relu(X, _FALL)
+            X = torch.where(X < 0.0, X * (rho / new).float(), X)
+            rho = new
             [X], _ = self.only(position).run(Q, X, _PASSING)
             path.append(X)
         return torch.stack(path)
@@ -91,7 +96,7 @@ class Splitting:
             is asked on CPUs alone: elsewhere, the host would have to wait.
         :returns: X [s, k, m] in float32, and whether it is known to change still.
         """
-        X = start.expand(len(self.scales), *Q.shape).clone()
+        X = start.expand(len(self.rho), *Q.shape).clone()
         B = (Q @ self._inverses).mul_(-_RELAXATION).float()
         A = torch.empty_like(X)
         changing = False
@@ -109,6 +114,13 @@ class Splitting:
         return X, changing
 
 
+def _shifted_inverses(C: Tensor, rho: Tensor) -> Tensor:
+    """Those of ``C + diag(rho)`` for each rho [s, m]."""
+    shifted = C.repeat(len(rho), 1, 1)
+    shifted.diagonal(dim1=1, dim2=2).add_(rho)
+    return torch.cholesky_inverse(torch.linalg.cholesky_ex(shifted)[0])
+
+
 def guess(C: Tensor, Q: Tensor, settled: float) -> tuple[Tensor, bool]:
     """
     The X of some rows, on the scale that suits independent ones.
@@ -119,7 +131,7 @@ def guess(C: Tensor, Q: Tensor, settled: float) -> tuple[Tensor, bool]:
     :returns: X [k, m], and whether it is known to change still.
     """
     steps = _FIRST_STEPS if Q.is_cpu else _FIRST_STEPS_ELSEWHERE
-    [X], changing = Splitting(C, (_SCALE,)).run(Q, -Q.float(), steps, settled)
+    [X], changing = Splitting(C, (_SCALE,), adapted=False).run(Q, -Q.float(), steps, settled)
     return X, changing
 
 
@@ -129,7 +141,6 @@ def guess_again(
     X: Tensor,
     sample: Tensor,
     wrong: Callable[[Tensor], Sequence[float]],
-    most: float,
 ) -> tuple[Tensor, float]:
     """
     The X of some rows, on the smaller scale that suits them.
@@ -139,26 +150,26 @@ def guess_again(
     :param X: That of the first guess [k, m].
     :param sample: The positions of a few rows, which tell the scale for all.
     :param wrong: The parts of the signs that some X of these rows get wrong, [s, n, m] -> [s].
-    :param most: The part from which on such an X is not worth it.
-    :returns: X [k, m], which is the given one then, and the least part.
+    :returns: X [k, m], and the least part.
     """
     splittings: list[Splitting] = []
     few, least, best = X[sample], math.inf, 0
+    first = rho = C.new_tensor(_SCALE)
     for start in range(0, len(_SCALES), _AT_ONCE):
-        splitting = Splitting(C, _SCALES[start : start + _AT_ONCE])
+        splitting = Splitting(C, _SCALES[start : start + _AT_ONCE], adapted=True)
         splittings.append(splitting)
-        path = splitting.pass_by(Q[sample], few)
-        few = path[-1]
+        path = splitting.pass_by(Q[sample], few, rho)
+        few, rho = path[-1], splitting.rho[-1]
         for number, part in enumerate(wrong(splitting.run(Q[sample], path, _MORE_STEPS)[0]), start):
             if part < least:
                 least, best = part, number
         if least <= GOOD:
             break
-    if least > most:
-        return X, least
+    rho = first
     for number in range(best + 1):
         splitting = splittings[number // _AT_ONCE].only(number % _AT_ONCE)
-        [X] = splitting.pass_by(Q, X)
+        [X] = splitting.pass_by(Q, X, rho)
+        [rho] = splitting.rho
     [X], _ = splitting.run(Q, X, _MORE_STEPS, _SETTLED)
     return X, least
 

@@ -38,12 +38,11 @@ _GATHERED = 88  # rows up to which a few exchanges take less time in numpy
 # one, they are as good as independent.
 _SINGULAR, _FAR = 1e-10, 1e-3
 
-# Rows up to which pivots take less time than a guess of which this part is wrong; and up to which a
-# few are followed in less time than others come near.
-_PIVOTED, _USELESS = 256, 0.15
+_PIVOTED = 256  # rows up to which a few are followed in less time than others come near
 # Part of a guess up to which one wrong sign after the other takes less time than exchanges, and the
 # rows from which on that is so.
-_CORRECTED, _LARGE = 0.05, 129
+_CORRECTED, _LARGE = 0.05, 97
+_DAMPED = 1e-10  # proximal term with which wrong signs are counted
 _SAMPLE = 4  # rows that tell which scale is right for all
 _EXACT = 1e-12  # residual that suffices for few rows
 _ALONE = 16  # rows that are solved one by one before another guess would be made
@@ -72,7 +71,7 @@ _INDEPENDENT = _Way(5e-4, (0.0,), 1e-12)
 _DEPENDENT = _Way(5e-4, (0.0,), 1e-12)
 # Of many solutions, a proximal term chooses one near the guess. What differs between these is as
 # small as the least eigenvalues, and so are residuals.
-_CANCELLING = _Way(5e-5, (1e-10, 1e-13), UNSOLVED)
+_CANCELLING = _Way(5e-5, (_DAMPED, 1e-13), UNSOLVED)
 _NEARLY = 1e-7  # residual of answers of which only signs that are rounding are wrong
 
 
@@ -182,12 +181,11 @@ class _Search:
         if len(rows) > _ALONE:
             sample = _sample(rows)
             wrong = functools.partial(self._wrong, rows[sample])
-            most = _USELESS if len(self.C) <= _PIVOTED else 1.0
-            X, least = guess_again(self.C, self.Q[rows], self.X[rows], sample, wrong, most)
-            centre = X.clamp_min(0.0).double()
-            self.come_nearer(rows, centre)
-            # Of rows that cancel, some signs are small beside what exchanges of others change.
-            near = self.way is _CANCELLING and least <= _CORRECTED and len(self.C) >= _LARGE
+            X, least = guess_again(self.C, self.Q[rows], self.X[rows], sample, wrong)
+            # Not where the objective is lower alone: two rows that are nearly equal change it less
+            # than rounding does, however they share.
+            self.near[rows] = centre = X.nan_to_num(0.0, 0.0).clamp_min(0.0).double()
+            near = least <= _CORRECTED and len(self.C) >= _LARGE
             if not (near and self.C.is_cpu):
                 self._pivot(rows, centre)
 
@@ -195,7 +193,8 @@ class _Search:
         """The parts of the signs that some guesses get wrong, [s, k, m] -> [s]."""
         centre = X.flatten(0, 1).clamp_min(0.0).double()
         Q = self.Q[rows].repeat(len(X), 1)
-        wrong = misplaced(self.C, Q, centre > 0.0, delta=self.way.deltas[0], centre=centre)
+        # Without a proximal term, one wrong sign moves all others of rows that nearly depend.
+        wrong = misplaced(self.C, Q, centre > 0.0, delta=_DAMPED, centre=centre)
         parts: list[float] = (wrong.view(len(X), -1).double().mean(1) / len(self.C)).tolist()
         return parts
 
