@@ -59,11 +59,11 @@ def _pivoted(C: Floats, q: Floats, passive: NDArray[np.bool_] | None) -> tuple[F
     :returns: z and its residual. Where that cycles: infinity, and the z >= 0 that was nearest.
     """
     m = len(q)
-    tolerance, fewest, failures, nearest = 16.0 * m * EPS, m + 1, 0, np.zeros_like(q)
+    tolerance, fewest, failures, nearest = 16.0 * m * EPS, m + 1, 0, np.zeros(m)
     start = descend(C, q, nearest) > 0.0 if passive is None else passive
     for _ in range(_ROUNDS):
         indices = start.nonzero()[0]
-        z = np.zeros_like(q)
+        z = np.zeros(m)
         try:
             z[indices] = solve_definite(block_of(C, indices), -q[indices])
         except np.linalg.LinAlgError:
@@ -80,10 +80,10 @@ def _pivoted(C: Floats, q: Floats, passive: NDArray[np.bool_] | None) -> tuple[F
             return z, residual
         # Beside what comes from a singular block, no residual would be seen.
         if count < fewest and largest <= LARGE:
-            fewest, nearest = count, z.clip(min=0.0)
+            fewest, nearest = count, np.maximum(z, 0.0)
         else:
             failures += 1
             if failures == _CREDIT:
                 break
         start = start ^ wrong
-    return nearest if fewest < _FAR * m else np.zeros_like(q), math.inf
+    return nearest if fewest < _FAR * m else np.zeros(m), math.inf
