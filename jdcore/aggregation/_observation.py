@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
 from time import perf_counter
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from attrs import define
@@ -53,33 +53,24 @@ class Observation:
 
 Observer = Callable[[Observation], None]
 
-_Watch: TypeAlias = "tuple[Observer, ...] | list[Callable[[], float]]"
-
 # Who watches this context, so that one thread does not watch the training of another. Wrappers ask
-# what they wrap through the same door: while the outermost weighs, nobody watches, and in the place
-# of the observers stands the list of what solvers report to them.
-_WATCH: ContextVar[_Watch] = ContextVar("watch", default=())
+# what they wrap through the same door: while the outermost weighs, nobody watches, and there is a
+# list of what solvers report to those who do.
+_OBSERVERS: ContextVar[tuple[Observer, ...]] = ContextVar("observers", default=())
+_REPORTED: ContextVar[list[Callable[[], float]] | None] = ContextVar("reported", default=None)
+
+observed = _OBSERVERS.get
+"""Who watches, if anybody does; asked in every step, without a call of Python."""
 
 
 @contextmanager
 def observing(observer: Observer) -> Iterator[None]:
     """Tell an observer of every weighing of this context, the outermost where weightings nest."""
-    token = _WATCH.set((*_observers(), observer))
+    token = _OBSERVERS.set((*observed(), observer))
     try:
         yield
     finally:
-        _WATCH.reset(token)
-
-
-def _observers() -> tuple[Observer, ...]:
-    watch = _WATCH.get()
-    return watch if isinstance(watch, tuple) else ()
-
-
-def observed() -> bool:
-    """Whether anybody watches."""
-    watch = _WATCH.get()
-    return watch != () and isinstance(watch, tuple)
+        _OBSERVERS.reset(token)
 
 
 def told(
@@ -93,9 +84,9 @@ def told(
 
     :param observation: Given what was returned, the seconds that it took, and the residuals.
     """
-    observers, residuals = _observers(), list[Callable[[], float]]()
+    observers, residuals = observed(), list[Callable[[], float]]()
     # No context manager: entering one takes longer than the rest of this function.
-    token = _WATCH.set(residuals)
+    tokens = _OBSERVERS.set(()), _REPORTED.set(residuals)
     try:
         start = perf_counter()
         result = call()
@@ -104,7 +95,8 @@ def told(
         for observer in observers:
             observer(seen)
     finally:
-        _WATCH.reset(token)
+        _OBSERVERS.reset(tokens[0])
+        _REPORTED.reset(tokens[1])
     return result
 
 
@@ -121,8 +113,8 @@ def report_residual(measure: Callable[..., float], *arrays: NDArray[np.float64])
     :param arrays: Arguments of ``measure``. Copies of up to 4 KiB in all are kept, and measured
         when somebody reads the residual. Larger ones, or none, mean that it is measured at once.
     """
-    residuals = _WATCH.get()
-    if not isinstance(residuals, list):
+    residuals = _REPORTED.get()
+    if residuals is None:
         return
     if arrays and sum([array.nbytes for array in arrays]) <= _KEPT:
         # Copies, because the arrays may be those of the Gramian and the weights of a user.
