@@ -15,6 +15,7 @@ from jdcore.distributed._replicas import check_replicas
 from jdcore.distributed._sharding import Gathered
 from jdcore.errors import ParameterError
 from jdcore.graph import Reach
+from jdcore.graph._retained import put_back_on_failure
 from jdcore.validators import tensor_list
 
 
@@ -85,7 +86,7 @@ def backward(
             retain_graph=retain_graph,
             chunk_size=parallel_chunk_size,
         ) >> AccumulateJac(targets)
-        with plain_modes([*call.outputs, *targets]):
+        with plain_modes([*call.outputs, *targets]), put_back_on_failure(call.graph):
             graph()
 
 

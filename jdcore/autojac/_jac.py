@@ -12,6 +12,7 @@ from jdcore.distributed._passes import is_spread
 from jdcore.distributed._sharding import Gathered
 from jdcore.errors import ParameterError
 from jdcore.graph import Reach
+from jdcore.graph._retained import put_back_on_failure
 from jdcore.validators import describe_tensor
 
 
@@ -63,7 +64,7 @@ def jac(
     ) as call:
         targets = _targets(call.graph, inputs)
         graph = call.jacobian(targets, retain_graph=retain_graph, chunk_size=parallel_chunk_size)
-        with plain_modes([*call.outputs, *targets]):
+        with plain_modes([*call.outputs, *targets]), put_back_on_failure(call.graph):
             results = graph()
     return tuple(results[target] for target in targets)
 

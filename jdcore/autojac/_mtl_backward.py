@@ -24,6 +24,7 @@ from jdcore.autojac.transform._sharded import ShardedTasks
 from jdcore.distributed._heads import check_can_wait, note_local_gradients
 from jdcore.distributed._passes import is_spread, telling_holders
 from jdcore.distributed._sharding import Gathered
+from jdcore.graph._retained import put_back_on_failure
 from jdcore.validators import tensor_list
 
 
@@ -140,7 +141,8 @@ def mtl_backward(
         # was checked above: neither fails after the other has written.
         end = AccumulateJac(shared) | AccumulateGrad(private)
         graph = Chain([Init(losses, initial), *parts, end])
-        with plain_modes([*losses, *shared, *private]):
+        modes = plain_modes([*losses, *shared, *private])
+        with modes, put_back_on_failure(plan.graph, trunk):
             graph()
     if not spread:
         note_local_gradients(private)

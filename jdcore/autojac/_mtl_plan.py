@@ -155,13 +155,13 @@ def make_plan(
     private = list(dict.fromkeys([parameter for task in tasks for parameter in task]))
     check_replicas([*shared, *private], (trunk, front), "shared_params")
     # Where gradients cannot be had from the features, or at them: a shared parameter acts past the
-    # features; a hook of a feature would see its gradient twice, at the end of the heads and again
-    # at the start of the trunk; a function hides parameters, so that only whole passes serve; a
-    # parameter that is named for a task lies in the trunk.
+    # features; a parameter that is named for a task lies in the trunk; a hook of a feature, or its
+    # `.grad` if it retains that, would see its gradient twice, at the end of the heads and again at
+    # the start of the trunk; a function hides parameters, so that only whole passes serve.
     whole = (
         front.reaches_any(shared)
         or trunk.reaches_any(private)
-        or any(map(has_hooks, cut))
+        or any(has_hooks(feature) or feature.retains_grad for feature in cut)
         or hides(front, [*shared, *private])
         or (
             named_tasks is not None

@@ -23,7 +23,7 @@ from jdcore.graph._batched import agree, batched_gradients, mixed
 from jdcore.graph._functions import kept_leaves, returning_copies
 from jdcore.graph._hooks import hooks_made_lately
 from jdcore.graph._passes import SinglePassesExplained, differentiate
-from jdcore.graph._retained import retains_gradients
+from jdcore.graph._retained import retained_in
 from jdcore.graph._saved import function_of_others
 
 Gradients = Sequence["Tensor | None"]
@@ -154,7 +154,7 @@ class Problem:
         if chunk_size == 1 or self.m == 1:
             return self.row_by_row(retain_graph)
         # vmap would leave the gradient of all rows there, batched and of use to nobody.
-        retains = retains_gradients(self.graph, but=[*self.outputs, *self.inputs])
+        retains = retained_in(self.graph, but=[*self.outputs, *self.inputs])
         if chunk_size is not None:
             if retains:
                 raise VectorizationError(

@@ -11,7 +11,8 @@ asks. Those of before are found by one look at all tensors.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import cache, wraps
 from typing import Any
 
@@ -50,7 +51,19 @@ def _note_calls(noted: WeakTensorKeyDictionary) -> None:
     Tensor.retain_grad = note  # type: ignore[method-assign, assignment]
 
 
-def retains_gradients(graph: Reach, but: Iterable[Tensor]) -> bool:
-    """Whether a tensor inside of a graph retains its gradient, apart from some."""
-    wanted = retaining()
-    return bool(wanted) and any(map(graph.reaches, set(wanted).difference(but)))
+def retained_in(graph: Reach, but: Iterable[Tensor] = ()) -> list[Tensor]:
+    """The tensors inside of a graph that retain their gradient, apart from some."""
+    found = retaining()
+    return [t for t in found if graph.reaches(t) and all(t is not other for other in but)]
+
+
+@contextmanager
+def put_back_on_failure(*graphs: Reach) -> Iterator[None]:
+    """Put back the ``.grad`` of all tensors that retain it where a ``with`` block raises."""
+    before = [(tensor, tensor.grad) for graph in graphs for tensor in retained_in(graph)]
+    try:
+        yield
+    except BaseException:
+        for tensor, gradient in before:
+            tensor.grad = gradient
+        raise

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from jdcore import ParameterError
 from jdcore._fields import get_jac
-from jdcore.autojac import _mtl_plan, backward, mtl_backward
+from jdcore.autojac import _mtl_plan, backward, jac, mtl_backward
 from tests.core.autojac.conftest import Truth
 from tests.functions import RedoneOnTheParameter
 
@@ -201,7 +201,7 @@ def test_a_hook_on_a_feature_acts_once(truth: Truth) -> None:
     torch.testing.assert_close(trunk.jac, expected)
 
 
-@pytest.mark.parametrize("m", [2, 6])
+@pytest.mark.parametrize("m", [2, 12])
 def test_the_grad_of_a_feature_that_retains_it_is_that_of_the_heads_alone(m: int) -> None:
     trunk = _leaf(3)
     features = trunk.sin()
@@ -407,3 +407,48 @@ def test_a_feature_that_counts_for_nothing_may_have_an_infinite_derivative(width
     ]
     mtl_backward(losses, features)
     torch.testing.assert_close(get_jac(trunk.weight), torch.stack(expected))
+
+
+@pytest.mark.parametrize("step", ["backward", "jac", "mtl_backward"])
+def test_tensors_that_retain_their_gradient_are_as_before_where_a_hook_raises(step: str) -> None:
+    trunk, heads = _leaf(3), [_leaf(3) for _ in range(12)]
+    features = trunk.sin()
+    hidden = [features * head for head in heads]
+    losses = [h.square().sum() for h in hidden]
+    hidden[0].retain_grad()
+    hidden[0].grad = torch.zeros_like(hidden[0])
+    features.retain_grad()
+    gradients: list[Tensor] = []
+
+    def refuse(gradient: Tensor) -> None:
+        gradients.append(gradient)
+        if len(gradients) > 1:
+            raise ArithmeticError
+
+    trunk.register_hook(refuse)
+    with pytest.raises(ArithmeticError):
+        mtl_backward(losses, features) if step == "mtl_backward" else STEPS[step](losses)
+    assert len(gradients) == 2
+    assert features.grad is None
+    assert hidden[0].grad is not None
+    assert not hidden[0].grad.any()
+    assert trunk.grad is None
+
+
+STEPS: dict[str, Callable[[list[Tensor]], object]] = {"backward": backward, "jac": jac}
+
+
+@pytest.mark.parametrize("m", [2, 12])
+def test_inputs_that_are_no_leaves_and_retain_their_gradient_get_it_once(
+    truth: Truth, m: int
+) -> None:
+    trunk, private = _leaf(3), _leaf(3)
+    inner = private * 2
+    inner.retain_grad()
+    features = trunk.sin()
+    losses = [(features * inner).square().sum() * (k + 1) for k in range(m)]
+    expected = truth(losses, [trunk, inner])
+    inner.grad = None
+    mtl_backward(losses, features, shared_params=[trunk], tasks_params=[[inner]] * m)
+    torch.testing.assert_close(trunk.jac, expected[0])
+    torch.testing.assert_close(inner.grad, expected[1].sum(0))
