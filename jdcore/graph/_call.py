@@ -17,7 +17,7 @@ from jdcore.graph._memory import Memory
 from jdcore.graph._operations import REARRANGING
 from jdcore.graph._passes import Grads, copies
 from jdcore.graph._plan import Plan
-from jdcore.graph._saved import zeros_at
+from jdcore.graph._saved import function_of, zeros_at
 from jdcore.graph._site import Site
 from jdcore.graph.shares import Dense, sum_of
 
@@ -36,7 +36,8 @@ def call(node: Any, grads: Grads) -> tuple[Tensor | None, ...]:
     if hasattr(node, "apply"):
         return _applied(node, grads)
     found = node(*grads)
-    return found if isinstance(found, tuple) else (found,)
+    results = found if isinstance(found, tuple) else (found,)
+    return results if function_of(node) is None else tuple(copies(results))
 
 
 def _applied(function: Any, grads: Grads) -> tuple[Tensor | None, ...]:

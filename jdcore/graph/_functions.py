@@ -1,5 +1,5 @@
 """
-Functions of Python whose backward does what torch asks them not to, and does not stop.
+Functions of Python or C++ whose backward does what torch asks them not to, and does not stop.
 
 Some **write into the gradients** that they are given. Such a tensor may be the gradient at another
 operation as well (a sum hands the same one to both of its operands). If that one came first,
@@ -130,7 +130,7 @@ def kept_leaves(functions: Iterable[Any]) -> list[Tensor]:
     seen: set[int] = set()
     for node in functions:
         # The node of a custom function is the `ctx` of its forward, with all that was set there.
-        _collect(vars(node), found, seen, _DEPTH)
+        _collect(getattr(node, "__dict__", None), found, seen, _DEPTH)
     return list(found)
 
 

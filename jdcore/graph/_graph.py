@@ -112,9 +112,10 @@ class Form:
 
     @cached_property
     def has_functions(self) -> bool:
-        """Whether the backward of some node may be code of Python."""
-        # Behind "Backward", nodes of torch's own operations have the number of an overload.
-        return any(name.endswith("Backward") for name in self.names)
+        """Whether the backward of some node may be code of somebody else than torch."""
+        # Behind "Backward", nodes of torch's own operations have the number of an overload. Those
+        # of functions in C++ are templates.
+        return any(name.endswith(("Backward", ">")) for name in self.names)
 
     @cached_property
     def leading(self) -> set[int]:
@@ -272,7 +273,7 @@ class Graph:
 
     @cached_property
     def functions_of_others(self) -> dict[Any, type]:
-        """By node, the functions of Python that gradients pass through, without torch's own."""
+        """By node, the functions of others that gradients pass through, without torch's own."""
         form = self.form
         if not form.has_functions:
             return {}

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from contextlib import suppress
+from functools import cache
 from operator import attrgetter
 from typing import Any, TypeVar
 
@@ -246,9 +247,21 @@ def _plain_reader(kind: Any) -> tuple[tuple[str, ...], Callable[[Any], tuple[Any
 
 
 def function_of(node: Any) -> type | None:
-    """The ``torch.autograd.Function`` behind a node, None for an operation of torch."""
+    """
+    The ``torch.autograd.Function`` behind a node, None for an operation of torch.
+
+    Of functions written in C++ the graph shows the name alone: a class of this name stands for one.
+    """
     cls: type | None = getattr(node, "_forward_cls", None)
+    if cls is None and type(node).__name__ == "CppFunction":  # as torch shows what it does not know
+        return _written_in_cpp(node.name())
     return cls
+
+
+@cache
+def _written_in_cpp(name: str) -> type | None:
+    # What TorchScript makes of operations of torch is trusted as these are.
+    return None if name.startswith("torch::jit::") else type(name, (), {"__module__": ""})
 
 
 def function_of_others(node: Any) -> type | None:

@@ -32,8 +32,8 @@ class Reach:
     :param nodes: The nodes that are executed and may hold saved tensors, with their names: all but
         those of leaves.
     :param leaves: Leaf tensors that require grad, in the order in which they were found.
-    :param functions: Those nodes whose backward is Python code: custom functions, checkpoints,
-        compiled regions.
+    :param functions: Those nodes whose backward is code of others than torch, or of Python: custom
+        functions, checkpoints, compiled regions.
     :param stops: The edges at which the walk turned back.
     """
 
@@ -115,9 +115,9 @@ def reach(outputs: Iterable[Tensor], stop: Iterable[Tensor] = ()) -> Reach:
             leaves[node] = node.variable
             continue
         names[node] = name
-        # The base class of nodes whose backward is Python; nodes of torch's own operations are C++
-        # objects.
-        if isinstance(node, BackwardCFunction):
+        # The base class of nodes whose backward is Python. Nodes of functions in C++ are templates,
+        # those of torch's own operations are not.
+        if isinstance(node, BackwardCFunction) or name[-1] == ">":
             functions.append(node)
         # Reversed, so that the first operand is the next one to be expanded.
         stack += node.next_functions[::-1]

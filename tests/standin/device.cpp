@@ -10,6 +10,7 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/detail/PrivateUse1HooksInterface.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
+#include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
 #include <atomic>
@@ -315,7 +316,50 @@ TORCH_LIBRARY_IMPL(aten, AutocastPrivateUse1, m) {
   AT_FORALL_FP32(WIDER)
 }
 
+// Functions that extensions in C++ bring, whose backward does what torch asks it not to. Each is x in
+// the forward pass, times two.
+
+using torch::autograd::AutogradContext, torch::autograd::variable_list;
+
+template <typename Self>
+struct Twice : torch::autograd::Function<Self> {
+  static Tensor forward(AutogradContext* context, const Tensor& x) {
+    context->save_for_backward({x});
+    return x * 2;
+  }
+};
+
+struct MixesWithoutNaN : Twice<MixesWithoutNaN> {
+  static variable_list backward(AutogradContext*, variable_list grads) {
+    return {grads[0] * 2 - grads[0].sum(0, true).nan_to_num()};
+  }
+};
+
+struct WritesIntoItsGradient : Twice<WritesIntoItsGradient> {
+  static variable_list backward(AutogradContext*, variable_list grads) {
+    return {grads[0].mul_(2)};
+  }
+};
+
+struct ReturnsOneBuffer : Twice<ReturnsOneBuffer> {
+  static variable_list backward(AutogradContext*, variable_list grads) {
+    static Tensor buffer = at::empty_like(grads[0]);
+    return {at::mul_out(buffer, grads[0], at::full_like(grads[0], 2))};
+  }
+};
+
+struct AccumulatesItself : Twice<AccumulatesItself> {
+  static variable_list backward(AutogradContext* context, variable_list grads) {
+    context->get_saved_variables()[0].mutable_grad() = grads[0] * 2;
+    return {Tensor()};
+  }
+};
+
 TORCH_LIBRARY(standin, m) {
+  m.def("mixes", [](const Tensor& x) { return MixesWithoutNaN::apply(x); });
+  m.def("writes", [](const Tensor& x) { return WritesIntoItsGradient::apply(x); });
+  m.def("buffered", [](const Tensor& x) { return ReturnsOneBuffer::apply(x); });
+  m.def("accumulates", [](const Tensor& x) { return AccumulatesItself::apply(x); });
   m.def("operations", []() -> int64_t { return operations.load(); });
   m.def("waits", []() -> int64_t { return waits.load(); });
 }
