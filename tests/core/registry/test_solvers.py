@@ -244,6 +244,17 @@ def test_a_field_takes_an_object(fill: Fill) -> None:
     assert find_solver("nothing", Poser(solver=own).solver) is own
 
 
+def test_a_field_refuses_an_object_that_is_not_called_as_the_default_is(fill: Fill) -> None:
+    fill(one=[solver("many", variants=True)])
+
+    with pytest.raises(ParameterTypeError, match=r"got <function.*It is called as solver\(\)\."):
+        Poser(solver=lambda gramian: gramian)
+    with pytest.raises(ParameterTypeError, match=r"Make one: Constant\(\)"):
+        Poser(solver=Constant)
+    for given in (lambda gramian=None: gramian, lambda *_: None):
+        assert Poser(solver=given).solver is given
+
+
 def test_listing_solvers_makes_none(fill: Fill, monkeypatch: pytest.MonkeyPatch) -> None:
     fill(one=[solver("many", variants=True), solver("single")])
     monkeypatch.setattr(registry_module, "load_factory", lambda *_: pytest.fail("imported"))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
-from jdcore import ParameterError, get_aggregator, get_weighting
+from jdcore import ParameterError, ParameterTypeError, get_aggregator, get_weighting
 from jdcore.aggregation import Flattening, GramianSource, as_module, taken_by, weigh
 
 J = torch.tensor([[1.0, 2.0, 0.0], [0.0, 1.0, 1.0]])
@@ -37,3 +39,16 @@ def test_the_mean_is_refused_for_losses_of_two_dimensions_with_the_way_out() -> 
     with pytest.raises(ParameterError, match=r"losses of shape \[2, 1\].*Flattening\(weighting\)"):
         weigh(mean, source, (2, 1))
     assert weigh(Flattening(mean), source, (2, 1)).shape == (2, 1)
+
+
+@pytest.mark.parametrize(
+    ("method", "solver", "called"),
+    [
+        ("upgrad", lambda gramian: gramian, "gramian, references"),
+        ("mgda", lambda gramian, references: gramian, "gramian"),
+        ("nash_mtl", lambda gramian: gramian, "gramian, start, level"),
+    ],
+)
+def test_a_solver_of_another_problem_is_refused(method: str, solver: Any, called: str) -> None:
+    with pytest.raises(ParameterTypeError, match=rf"It is called as solver\({called}\)"):
+        get_aggregator(method, solver=solver)

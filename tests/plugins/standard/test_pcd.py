@@ -97,6 +97,17 @@ def test_scales_that_change_far_out_of_range_keep_the_typical_lengths(scale: flo
     assert two.weighting.lengths.isfinite().all()
 
 
+@pytest.mark.parametrize("beta", [0.0, 0.5, 0.999])
+def test_rows_whose_lengths_are_beyond_float64_are_those_of_any_other_scale(beta: float) -> None:
+    one, two = (get_aggregator("pcd", tau=0.5, beta=beta) for _ in range(2))
+    rows = torch.randn(3, 400, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+    expected, found = one(rows), two(rows * 4e307)
+    torch.testing.assert_close(found / 4e307, expected, rtol=1e-9, atol=0)
+    assert two(rows).isfinite().all()
+    assert two.weighting.lengths.isfinite().all()
+
+
 @pytest.mark.parametrize(
     ("tau", "error"),
     [

@@ -106,3 +106,16 @@ def test_a_second_batch_reaches_the_wrapped_method() -> None:
         0.5,
         0.5,
     ]
+
+
+@pytest.mark.parametrize("name", ["periodic", "cr_mogm"])
+def test_weights_of_rows_at_the_end_of_float32_are_not_those_of_later_rows(name: str) -> None:
+    arguments = {"every": 2} if name == "periodic" else {"alpha": 0.9}
+    aggregator = get_aggregator(name, weighting=get_weighting("nash_mtl"), **arguments)
+    rows = torch.eye(2)
+
+    first = aggregator(1e-45 * rows)
+    second = aggregator(rows)
+
+    torch.testing.assert_close(first, torch.full((2,), 0.5**0.5))
+    torch.testing.assert_close(second, first)

@@ -94,3 +94,14 @@ def kept_weights(state: Tensor, m: int, parameter: str = "gramian") -> NDArray[n
         )
     weights: NDArray[np.float64] = state.numpy().copy()
     return weights
+
+
+def are_keepable(weights: Tensor, precision: torch.dtype) -> bool:
+    """
+    Whether weights can be those of later rows, too: of rows of 1e-45, they may be 1e45.
+
+    :param weights: float64 Tensor [m].
+    :param precision: The dtype of the rows, in which an update is lost to larger weights.
+    """
+    largest = torch.finfo(torch.promote_types(precision, torch.float32)).max
+    return bool((weights.abs() <= largest).all())

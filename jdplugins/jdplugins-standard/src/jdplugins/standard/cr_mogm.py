@@ -6,7 +6,7 @@ from torch import Tensor
 
 from jdcore.aggregation import GramianSource, WeightingWrapper, state_field, weigh
 from jdcore.validators import real, row_vector
-from jdplugins.standard._simplex import kept_weights, no_weights
+from jdplugins.standard._simplex import are_keepable, kept_weights, no_weights
 
 
 @define(eq=False)
@@ -56,7 +56,7 @@ class CRMOGMWeighting(WeightingWrapper):
             past = fresh
         weights: Tensor = self.alpha * past + (1.0 - self.alpha) * fresh
         smoothed = weights * unit
-        # What is not finite would stay in the average for ever.
-        if bool(torch.isfinite(smoothed).all()):
+        # What is not finite would stay in the average for ever, and what is huge nearly as long.
+        if are_keepable(smoothed, source.precision):
             self.smoothed = smoothed
         return weights

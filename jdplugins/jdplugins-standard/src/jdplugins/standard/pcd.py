@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from typing import Any
 
 import numpy as np
@@ -81,21 +82,24 @@ class PCDWeighting(StateFields, GramianWeighting):
         taus = self._taus(m)
         cosines, norms, inverses = equilibrate(gramian)
         old = kept_weights(self.lengths, m)
-        fresh = math.sqrt(1.0 - self.beta) * norms * source.scale()
+        # In this unit the lengths of rows stay in the range of float64, which they may leave.
+        unit = max(source.scale(), 1.0)
+        lengths = norms * min(source.scale(), 1.0)
+        fresh = math.sqrt(1.0 - self.beta) * lengths
         # Roots of sums of squares, formed so that no square leaves the range of float64.
-        typical = fresh if old is None else np.hypot(math.sqrt(self.beta) * old, fresh)
+        typical = fresh if old is None else np.hypot(math.sqrt(self.beta) * old / unit, fresh)
         weights = np.zeros(m)
         if norms[0] > 0.0:
             # Lengths near the end of float64 have none that is typical: they are so themselves.
-            relative = np.divide(
-                norms * source.scale(), typical, out=np.ones(m), where=typical > 0.0
-            )
+            relative = np.divide(lengths, typical, out=np.ones(m), where=typical > 0.0)
             level = source.proximal_level
             shares = _shares(cosines, taus * relative[1:] / relative[0], level)
             squared = float(shares @ cosines @ shares)
             if squared > _ROUNDED * level * float(shares @ shares):
                 weights = shares * inverses * (norms[0] / math.sqrt(squared))
-        self.lengths = torch.from_numpy(typical)
+        with np.errstate(over="ignore"):
+            kept = np.minimum(typical * unit, sys.float_info.max)
+        self.lengths = torch.from_numpy(kept)
         return weights
 
     def _taus(self, m: int) -> NDArray[np.float64]:

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from jdcore.aggregation import GramianSource, WeightingWrapper, state_field, weigh
 from jdcore.validators import integer
-from jdplugins.standard._simplex import kept_weights, no_weights
+from jdplugins.standard._simplex import are_keepable, kept_weights, no_weights
 
 
 @define(eq=False)
@@ -44,10 +44,10 @@ class PeriodicWeighting(WeightingWrapper):
         if known is None:
             weights = weigh(self.weighting, source).double().cpu()
             kept = weights * source.unit(self.scale_degree)
-            # Neither kept nor counted, if they are no numbers or beyond the range of float64: the
+            # Neither kept nor counted, if they are no numbers or beyond the range of the rows: the
             # next call asks again.
-            lost = ~torch.isfinite(kept) | ((kept == 0.0) & (weights != 0.0))
-            if bool(lost.any()):
+            lost = (kept == 0.0) & (weights != 0.0)
+            if bool(lost.any()) or not are_keepable(kept, source.precision):
                 return weights
             self.reused = kept
         else:
