@@ -2,12 +2,14 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from contextvars import copy_context
 from functools import partial
 from itertools import chain
 from typing import Any, TypeAlias, TypeVar
 
 import torch
+from attrs import frozen
 from torch import Tensor
 from torch.autograd.graph import _engine_run_backward
 
@@ -25,6 +27,7 @@ Heard: TypeAlias = "tuple[int, Grads, Mapping[str, Any]]"
 Receive = Callable[[Iterator[Heard]], None]
 
 _NONE: Mapping[Any, Any] = {}
+_CPU = torch.device("cpu")
 
 Item = TypeVar("Item")
 
@@ -78,7 +81,7 @@ class Listener:
         :param hooks: Further hooks of nodes, for this pass.
         """
         graph, own, context = self._graph, OuterPass(), copy_context()
-
+        stream = _Stream.current(graph)
         waiting: deque[Heard] = deque()
         free = self._room
 
@@ -92,9 +95,13 @@ class Listener:
             if not own.is_running():
                 return
             free -= self._late.get(node, free + 1)
-            tensors = all_saved(graph.nodes[node]) if free >= 0 else None
+            other = stream and stream.other()
+            tensors = all_saved(graph.nodes[node]) if free >= 0 and not other else None
             waiting.append((node, grads, tensors or {}))
-            if tensors is None:
+            if stream and other:
+                with stream.following(other):
+                    context.copy().run(hand_on)
+            elif tensors is None:
                 # Threads of autograd, of which each accelerator has one, know nothing of variables
                 # that were set here, such as that products are to be made in float64.
                 context.copy().run(hand_on)
@@ -114,6 +121,37 @@ class Listener:
         # From here on, each gradient is freed as soon as its receiver is done with it.
         del found
         receive((n, of_node.pop(n), _NONE) for n in list(of_node))
+
+
+@frozen
+class _Stream:
+    """
+    The stream of an accelerator on which all shares are computed.
+
+    Autograd calls hooks on the stream on which the forward pass called the operation. Where that
+    had several ones, their hooks would add up shares at the same time.
+    """
+
+    own: torch.Stream
+
+    @classmethod
+    def current(cls, graph: Graph) -> _Stream | None:
+        """That of the caller, if the parameters are on an accelerator."""
+        device = next((t.device for t in graph.targets.values()), _CPU)
+        return None if device.type == "cpu" else cls(torch.accelerator.current_stream(device))
+
+    def other(self) -> torch.Stream | None:
+        """The stream of this thread, if it is another one."""
+        stream = torch.accelerator.current_stream(self.own.device)
+        return None if stream == self.own else stream
+
+    @contextmanager
+    def following(self, other: torch.Stream) -> Iterator[None]:
+        """Compute on this stream what goes on from another one."""
+        self.own.wait_stream(other)  # which makes the gradients
+        with self.own:
+            yield
+        other.wait_stream(self.own)  # before it uses their memory anew
 
 
 def saved_by(graph: Graph, nodes: Iterable[int]) -> dict[int, Mapping[str, Any]] | None:

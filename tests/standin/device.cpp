@@ -18,6 +18,7 @@
 #include <set>
 #include <string>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 namespace {
@@ -34,17 +35,25 @@ bool is_ours(const Tensor& t) { return t.device().type() == DeviceType::PrivateU
 
 // -- what torch wants to know of a device ----------------------------------------------------------
 
+// Streams have numbers only: each operation is done when it is called.
+const Stream FIRST{Stream::DEFAULT, OURS};
+thread_local Stream current = FIRST;
+std::atomic<int64_t> streams{0};
+
 struct Guard final : c10::impl::DeviceGuardImplInterface {
-  const Stream stream{Stream::DEFAULT, OURS};
   DeviceType type() const override { return DeviceType::PrivateUse1; }
   Device exchangeDevice(Device) const override { return OURS; }
   Device getDevice() const override { return OURS; }
   void setDevice(Device) const override {}
   void uncheckedSetDevice(Device) const noexcept override {}
-  Stream getStream(Device) const noexcept override { return stream; }
-  Stream getNewStream(Device, int) const override { return stream; }
-  Stream getDefaultStream(Device) const override { return stream; }
-  Stream exchangeStream(Stream) const noexcept override { return stream; }
+  Stream getStream(Device) const noexcept override { return current; }
+  Stream getNewStream(Device, int) const override {
+    return Stream(Stream::UNSAFE, OURS, ++streams);
+  }
+  Stream getDefaultStream(Device) const override { return FIRST; }
+  Stream exchangeStream(Stream stream) const noexcept override {
+    return std::exchange(current, stream);
+  }
   DeviceIndex deviceCount() const noexcept override { return 1; }
   void record(void**, const Stream&, const DeviceIndex, const c10::EventFlag) const override {}
   void block(void*, const Stream&) const override {}

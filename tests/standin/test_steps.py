@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import jdcore
 from jdcore.autogram import Engine
 from jdcore.autojac import backward, gramian_backward, jac_to_grad, mtl_backward
+from jdcore.graph.shares._share import Accumulator, Addend
 from tests.standin.conftest import NAME
 from tests.zoo.models import MODELS
 from tests.zoo.specimen import (
@@ -156,6 +157,32 @@ def test_weights_that_float32_does_not_hold_reach_the_parameters() -> None:
     weights = torch.tensor([1e40, 1e-40], dtype=torch.float64)
     Engine(model, batch_dim=0).backward(model(x).squeeze(1), lambda gramian: weights)
     torch.testing.assert_close(model.weight.grad, torch.tensor([[1e20, 1e-20]]))
+
+
+# -- streams ---------------------------------------------------------------------------------------
+
+
+def test_shares_are_added_up_on_one_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = nn.Sequential(*[nn.Linear(4, 4) for _ in range(4)]), torch.randn(6, 4)
+    ours = torch.accelerator.current_stream()
+    h, streams = x, [torch.Stream(NAME), ours, torch.Stream(NAME), ours]
+    for layer, stream in zip(model, streams, strict=True):
+        with stream:
+            h = layer(h).tanh()
+    losses = h.square().sum(1)
+    used: list[torch.Stream] = []
+    add_share = Accumulator.add_share
+
+    def noting(self: Accumulator, share: Addend) -> None:
+        used.append(torch.accelerator.current_stream())
+        add_share(self, share)
+
+    monkeypatch.setattr(Accumulator, "add_share", noting)
+    rows = _rows_on_host(losses, list(model.parameters()))
+    gramian = Engine(model, batch_dim=0, memory_budget=1).compute_gramian(losses)
+    torch.testing.assert_close(gramian.cpu(), rows @ rows.T, rtol=1e-4, atol=1e-5)
+    assert used
+    assert all(stream == ours for stream in used)
 
 
 # -- models on two devices -------------------------------------------------------------------------
