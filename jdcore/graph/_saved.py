@@ -269,12 +269,19 @@ def function_of_others(node: Any) -> type | None:
     :func:`function_of`, but None for torch's own, such as those of compiled regions.
 
     The backward of these is trusted, but for captured graphs, which return the same memory each
-    time.
+    time, and for those that run what users gave them.
     """
     function = function_of(node)
-    if function is None or function.__module__ == "torch.cuda.graphs":
+    if function is None or function.__module__ in _RUNNING_OTHERS:
         return function
     return None if function.__module__.startswith("torch.") else function
+
+
+_RUNNING_OTHERS = {
+    "torch.cuda.graphs",
+    "torch._library.autograd",  # operations that users register
+    "torch._functorch.autograd_function",  # their functions inside of vmap or compiled regions
+}
 
 
 def current_pass() -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -37,6 +38,37 @@ class _ClippedToo(_Clipped):
     """Another function, which no test has run before."""
 
 
+class _Batched(torch.autograd.Function):
+    """The same, of which torch makes another function inside of ``vmap``."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x.clamp(-0.5, 0.5)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad.mul_(ctx.saved_tensors[0].abs() <= 0.5)
+
+
+# And an operation that is registered, whose function torch makes as well.
+_registered = torch.library.custom_op(
+    "jdcore_tests::clipped", _Batched.forward, mutates_args=(), schema="(Tensor x) -> Tensor"
+)
+_registered.register_autograd(_Batched.backward, setup_context=_Batched.setup_context)
+
+FUNCTIONS: dict[str, Callable[[Tensor, bool], Tensor]] = {
+    "function": _Clipped.apply,
+    "in vmap": lambda x, _: torch.vmap(_Batched.apply)(x),
+    "registered": lambda x, _: _registered(x.clone()),
+}
+
+
 class _Residual(nn.Module):
     def __init__(self, function: Any, shortcut_first: bool) -> None:
         super().__init__()
@@ -47,7 +79,7 @@ class _Residual(nn.Module):
         hidden = 3 * self.trunk(x).tanh()
         if self.shortcut_first:
             shortcut = self.shortcut(hidden)
-        branch = self.function.apply(self.branch(hidden), in_place)
+        branch = self.function(self.branch(hidden), in_place)
         if not self.shortcut_first:
             shortcut = self.shortcut(hidden)
         return shortcut + branch
@@ -65,10 +97,11 @@ def _rows(model: nn.Module, losses: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("batch_dim", [0, None])
 @pytest.mark.parametrize("shortcut_first", [True, False])
+@pytest.mark.parametrize("function", FUNCTIONS.values(), ids=FUNCTIONS)
 def test_what_others_noted_of_it_is_not_changed(
-    batch_dim: int | None, shortcut_first: bool
+    function: Callable[[Tensor, bool], Tensor], batch_dim: int | None, shortcut_first: bool
 ) -> None:
-    model = _Residual(_Clipped, shortcut_first).double()
+    model = _Residual(function, shortcut_first).double()
     x = torch.randn(6, 5, dtype=torch.float64)
 
     def losses() -> Tensor:
@@ -93,14 +126,14 @@ def test_what_others_noted_of_it_is_not_changed(
 
 
 def test_samples_get_a_pass_each_with_a_warning_that_says_why() -> None:
-    model = _Residual(_Clipped, True)
+    model = _Residual(_Clipped.apply, True)
     losses = model(torch.randn(3, 5)).square().sum(1)
     with pytest.warns(RowByRowWarning, match="writes into the gradients"):
         Engine(model, batch_dim=0).compute_gramian(losses)
 
 
 def test_a_function_that_begins_to_do_so_is_refused_once() -> None:
-    model = _Residual(_ClippedToo, True)
+    model = _Residual(_ClippedToo.apply, True)
     engine, x = Engine(model, batch_dim=0), torch.randn(3, 5)
     engine.compute_gramian(model(x, False).square().sum(1))
     with pytest.raises(ParameterError, match="_ClippedToo, whose backward writes into"):

@@ -76,6 +76,7 @@ READ = {
         "_functorch",
         "_get_sequence_nr",
         "_input_metadata",
+        "_library",
         "_raw",
         "_raw_saved_",
         "_saved_",
