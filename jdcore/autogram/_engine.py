@@ -1,7 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from operator import attrgetter
+from collections.abc import Callable
 from typing import Any
 
 from attrs import evolve
@@ -247,7 +246,9 @@ class Engine:
         return names
 
     def _trainable(self) -> list[Tensor]:
-        return [p for p in _parameters_of(self._modules) if p.requires_grad]
+        # By identity, since the hash of a tensor is a function of Python.
+        found = {id(p): p for module in self._modules for p in module.parameters()}
+        return [p for p in found.values() if p.requires_grad]
 
     def _step(self, output: Any, trainable: list[Tensor], parameter: str = "output") -> Step:
         if not isinstance(output, Tensor):
@@ -274,37 +275,6 @@ class Engine:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._plans = Plans()
-
-
-# How torch finds the parameters of a module.
-_FINDING = frozenset({"parameters", "named_parameters", "_named_members", "named_modules"})
-_finders = attrgetter(*_FINDING)
-_PLAIN = _finders(nn.Module)
-
-
-def _parameters_of(modules: Sequence[nn.Module]) -> Iterable[Tensor]:
-    """The distinct ones of ``module.parameters()`` for each, without its calls of Python."""
-    # By identity: the hash of a tensor is a function of Python.
-    found: dict[int, Tensor] = {}
-    seen: set[nn.Module] = set()
-    changed = any(not _FINDING.isdisjoint(vars(module)) for module in modules)
-    stack = [*reversed(modules)]
-    while stack:
-        module = stack.pop()
-        if module in seen:
-            continue
-        seen.add(module)
-        if "named_modules" in module.__dict__:  # which that of a parent calls
-            changed = True
-        for parameter in module._parameters.values():
-            if parameter is not None:
-                found[id(parameter)] = parameter
-        if children := module._modules:
-            stack += [m for m in reversed(children.values()) if m is not None]
-    # Not kept by class: some are made for one module, as those with parametrizations are.
-    if changed or {*map(_finders, set(map(type, seen)))} - {_PLAIN}:
-        return {id(p): p for module in modules for p in module.parameters()}.values()
-    return found.values()
 
 
 def _refuse_replicating(module: nn.Module) -> None:

@@ -15,7 +15,7 @@ from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 
 from jdcore import RowByRowWarning, autogram
-from jdcore.autogram import Engine, _engine
+from jdcore.autogram import Engine
 from jdcore.graph import Graph, _passes, _plan
 from tests.core.autogram.oracle import (
     check_engine,
@@ -398,18 +398,13 @@ class Hiding(nn.Sequential):
 
 
 def test_the_parameters_are_those_that_modules_tell() -> None:
-    shared, empty = nn.Linear(2, 2), nn.Linear(2, 2, bias=False)
-    empty.register_module("none", None)
-    model = nn.Sequential(shared, nn.ParameterList([shared.weight, torch.zeros(2)]), empty, shared)
-    changed = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
-    changed.parameters = changed[1].parameters  # type: ignore[method-assign]
-    inside = nn.Sequential(nn.Sequential(nn.Linear(2, 2)))
-    inside[0].named_modules = lambda *_: iter(())  # type: ignore[assignment]
-    hiding = nn.Sequential(Hiding(shared))
-    for modules in ([model], [shared, model], [hiding], [changed], [inside]):
-        found = _engine._parameters_of(modules)
-        assert [*map(id, found)] == [*{id(p): 0 for m in modules for p in m.parameters()}]
-    assert len([*_engine._parameters_of([Hiding(shared)])]) == 1
+    shared = nn.Linear(2, 1).double()
+    losses = shared(randn(3, 2)).squeeze(1)
+    jacobian = explicit_jacobian(losses, [shared.weight, shared.bias])
+    # The bias alone, and each parameter once.
+    for modules, rows in (([Hiding(shared)], jacobian[:, 2:]), ([shared, shared], jacobian)):
+        gramian = Engine(*modules, batch_dim=0).compute_gramian(losses)
+        assert relative_error(gramian, rows @ rows.T) < 1e-12
 
 
 def test_no_class_that_was_made_for_one_step_is_kept() -> None:

@@ -21,7 +21,6 @@ HOOKS = {"_backward_hooks", "_post_accumulate_grad_hooks"}
 READ = {
     "jdcore/_fields.py": {*HOOKS, "_version"},
     "jdcore/aggregation/_module.py": {"_apply"},
-    "jdcore/autogram/_engine.py": {"_named_members", "_parameters"},
     "jdcore/autojac/_hidden.py": {"_backward_hooks"},
     "jdcore/autojac/_products.py": {"_backward_hooks"},
     "jdcore/autojac/_vmap.py": {"_backward_hooks"},
