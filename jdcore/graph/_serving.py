@@ -64,8 +64,7 @@ class Serving:
                 rest.append(operand)
             else:
                 bias = spot.roots[0] if joined and operand == 2 else None
-                given = spot.roots[operand], share, spot.name, "closed form"
-                self.roots.take(*given, bias=bias, beside_others=spot.beside)
+                self.roots.take(spot.roots[operand], share, spot.name, "closed form", bias=bias)
         return (site, rest) if rest else None
 
     def call(self, node: int, site: Site, rest: list[int]) -> None:
