@@ -101,18 +101,16 @@ def conv_ghost_beats_direct(
     return ghost < _direct(K * B, r * T, o * patch) + _time(0, B * r * patch * T)
 
 
-def batch_beats_single_passes(K: int, nodes: int, entries: int, weights: Sequence[int]) -> bool:
+def batch_beats_single_passes(K: int, results: Sequence[int], weights: Sequence[int]) -> bool:
     """
     Whether K losses should go through some operations together.
 
     A batched call takes as long as four single ones, and what it writes is too large for the caches
     sooner. Weights that are too large for them are read once, and not once for each loss.
 
-    :param nodes: The number of operations.
-    :param entries: Of all their results, for one loss.
-    :param weights: The numbers of entries of the parameters.
+    :param results: The numbers of entries of their results, for one loss.
+    :param weights: Those of the parameters.
     """
     read = sum(weight for weight in weights if weight * _ENTRY > _CACHE)
-    return (
-        nodes * (K - 4) * _CALL + (K - 1) * read * _ENTRY / _BYTES > K * entries * _ENTRY / _BYTES
-    )
+    saved = len(results) * (K - 4) * _CALL + (K - 1) * read * _ENTRY / _BYTES
+    return saved > K * sum(results) * _ENTRY / _BYTES

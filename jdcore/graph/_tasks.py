@@ -22,7 +22,6 @@ from jdcore.graph._batched import batched_gradients
 from jdcore.graph._cost import batch_beats_single_passes
 from jdcore.graph._graph import Form, Graph, Place, once_for_each_form
 from jdcore.graph._memory import Memory, pieces
-from jdcore.graph._nesting import Exit, leaving
 from jdcore.graph._objectives import Objectives, OneByOne
 from jdcore.graph._operations import having, is_batchable
 from jdcore.graph._passes import differentiate, stacked
@@ -139,17 +138,18 @@ class Ways:
     :param losses: By operation, the losses as bits of a number.
     :param common: The operations that all losses pass through, and behind which only such follow.
     :param kind: Names and dtypes of these.
-    :param owners: The loss of each operation and parameter of the heads; None if several losses
-        pass through one of them.
     :param entrances: Where gradients enter the trunk.
+    :param results: The numbers of entries of the results in the trunk that gradients meet.
+    :param weights: Those of the parameters that enter it.
     """
 
     starts: tuple[Place | None, ...]
     losses: Mapping[int, int]
     common: frozenset[int]
     kind: _Kind
-    owners: Mapping[int, int] | None
     entrances: Sequence[Place]
+    results: Sequence[int]
+    weights: Sequence[int]
 
     @cached_property
     def met_again(self) -> set[int]:
@@ -194,18 +194,12 @@ def _ways(form: Form, starts: tuple[Place | None, ...]) -> Ways:
     entering = [start for start in starts if start is not None]
     entering += [place for node in losses.keys() - common for place in form.inputs[node]]
     entrances = [place for place in dict.fromkeys(entering) if place[0] in common]
-    return Ways(starts, losses, common, kind, _owners(form, losses, common), entrances)
-
-
-def _owners(
-    form: Form, losses: Mapping[int, int], common: Collection[int]
-) -> Mapping[int, int] | None:
-    outside = losses.keys() - common
-    heads = [node for node in outside if node not in form.leaves]
-    heads += {child for node in heads for child, _ in form.inputs[node] if child in outside}
-    if any(losses[node] & (losses[node] - 1) for node in heads):
-        return None
-    return {node: losses[node].bit_length() - 1 for node in heads}
+    # What only rearranges parameters is not met by gradients.
+    inner = common - form.rearranged
+    results = [result.shape.numel() for node in inner for result in form.results[node]]
+    leaves = {child for node in common for child, _ in form.inputs[node]} & form.wanted
+    weights = [form.result((leaf, 0)).shape.numel() for leaf in leaves]
+    return Ways(starts, losses, common, kind, entrances, results, weights)
 
 
 def _common(
@@ -317,38 +311,22 @@ class Passes:
     @cached_property
     def _at_once(self) -> int:
         """How many losses go through the trunk together."""
-        count, graph = len(self._present), self.graph
-        if count < 2 or self.single:
+        count, graph, ways = len(self._present), self.graph, self._ways
+        if count < 2 or self.single or not ways.common or ways.kind in _FAILED:
             return 1
-        weights = [leaf.numel() for leaf in graph.wanted.values()]
-        if self.memory.reused and not batch_beats_single_passes(
-            count, len(graph.nodes), 0, weights
-        ):
-            return 1  # whatever the trunk is
-        if not self._ways.common or self._ways.kind in _FAILED:
+        # An accelerator is always faster with few large operations.
+        if self.memory.reused and not batch_beats_single_passes(count, ways.results, ways.weights):
             return 1
-        if not all(is_batchable(graph.form.names[n], graph.nodes[n]) for n in self._ways.common):
+        if not all(is_batchable(graph.form.names[n], graph.nodes[n]) for n in ways.common):
             return 1
-        # What only rearranges parameters is not met by gradients.
-        inner = self._ways.common - graph.form.rearranged
-        sizes = [r.shape.numel() for node in inner for r in graph.form.results[node]]
-        if self.memory.reused:
-            leaves = {
-                c for n in self._ways.common for c, _ in graph.form.inputs[n]
-            } & graph.wanted.keys()
-            weights = [graph.wanted[leaf].numel() for leaf in leaves]
-            if not batch_beats_single_passes(count, len(inner), sum(sizes), weights):
-                return 1
-        largest = max(sizes, default=1)
-        return max(1, min(count, self.memory.gradients // max(1, largest)))
+        return max(1, min(count, self.memory.gradients // max([1, *ways.results])))
 
     def _batched(self, places: Sequence[Place], retain_graph: bool) -> list[Tensor | None]:
         common, graph = self._ways.common, self.graph
         behind = {place for node in common for place in graph.form.inputs[node]}
         of_trunk = [p for p in places if p[0] in common or p in behind]
         of_heads = [p for p in places if p[0] not in common and p not in behind]
-        through = self._head_after_head if self._ways.owners is None else self._all_heads
-        found = through(of_heads, retain_graph)
+        found = self._through_heads(of_heads, retain_graph)
         # Taken out, so that those of single losses are gone before those of all go on.
         arriving = {
             place: self._arriving(place, found.pop(place)) for place in self._ways.entrances
@@ -357,7 +335,7 @@ class Passes:
         grads |= self._through_trunk(arriving, of_trunk, retain_graph)
         return [grads[place] for place in places]
 
-    def _head_after_head(
+    def _through_heads(
         self, of_heads: Sequence[Place], retain_graph: bool
     ) -> dict[Place, list[Tensor | None]]:
         """The gradient of each loss at places of heads and where it enters the trunk."""
@@ -370,41 +348,6 @@ class Passes:
             for k, start in enumerate(self.starts)
         ]
         return dict(zip(places, map(list, zip(*rows, strict=True)), strict=True))
-
-    def _all_heads(
-        self, of_heads: Sequence[Place], retain_graph: bool
-    ) -> dict[Place, list[Tensor | None]]:
-        """The same by one pass, for heads that have nothing in common."""
-        owners = self._ways.owners
-        assert owners is not None
-        inputs, nodes, entrances = self.graph.form.inputs, self.graph.nodes, self._ways.entrances
-        entering = set(entrances)
-        leading = {
-            node: {i: place for i, place in enumerate(inputs[node]) if place in entering}
-            for node in owners
-        }
-        exits = [Exit(nodes[n], owners[n], places) for n, places in leading.items() if places]
-        found: dict[Place, list[Tensor | None]] = {
-            place: [None] * len(self.starts) for place in [*of_heads, *entrances]
-        }
-
-        def receive(place: Place, k: int, grad: Tensor) -> None:
-            former = found[place][k]
-            # Detached, so that its memory is known to be shared: autograd then adds to no gradient
-            # in place that is that of another operand as well.
-            found[place][k] = self._own(grad.detach()) if former is None else former + grad
-
-        starts = [(k, start) for k, start in enumerate(self.starts) if start and start[0] in owners]
-        if starts:
-            outputs = [self.graph.edge(start) for _, start in starts]
-            seeds = [self.seeds(start, [k])[0] for k, start in starts]
-            edges = self.graph.edges([*of_heads, *entrances])
-            with leaving(exits, outputs, receive):
-                grads = differentiate(outputs, edges, seeds, retain_graph)
-            for place, grad in zip(of_heads, grads, strict=False):
-                if grad is not None:
-                    found[place][owners[place[0]]] = self._own(dense(grad.detach()))
-        return found
 
     def _arriving(self, place: Place, rows: Sequence[Tensor | None]) -> Tensor:
         """The gradients of all losses that have a graph at an entrance, given by loss."""

@@ -257,25 +257,6 @@ def test_what_all_losses_pass_through_is_passed_once(
     assert passes == expected
 
 
-@pytest.mark.parametrize(
-    ("name", "expected"),
-    [("separate", 1), ("heads_of_all_kinds", 1), ("tied", 0), ("some_reach_little", 0)],
-)
-def test_heads_that_have_nothing_in_common_are_passed_together(
-    name: str, expected: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    seen: list[int] = []
-    original = _tasks.differentiate
-
-    def noting(outputs: Sequence[Any], *rest: Any) -> Any:
-        seen.append(len(outputs))
-        return original(outputs, *rest)
-
-    monkeypatch.setattr(_tasks, "differentiate", noting)
-    _check(MODELS[name])
-    assert sum(count > 1 for count in seen) == expected
-
-
 def test_a_budget_bounds_the_losses_of_a_pass(passes: list[int]) -> None:
     _check(MODELS["one_vector"], 4 * 7 * 6 * 8)
     assert passes == [3, 3]
