@@ -32,13 +32,6 @@ _JOINED = 1 << 22
 # Entries of rows that may always be kept: 512 MB in float32.
 _ROWS = 1 << 27
 
-# Temporaries of the capacity and the gaps between their rows.
-_KEPT_ENTRIES = CAPACITY + CAPACITY // 8
-
-# Rows that are powers of two apart evict each other from the cache: their products take up to half
-# as long again.
-_GAP = 16
-
 
 _Slot: TypeAlias = "tuple[int, torch.dtype]"
 
@@ -139,7 +132,7 @@ class Memory:
         if not self.reused:
             return like.new_empty(shape)
         size, key = math.prod(shape), (slot, like.dtype)
-        buffers = _KEPT.buffers if size <= _KEPT_ENTRIES else self._large
+        buffers = _KEPT.buffers if size <= CAPACITY else self._large
         buffer = buffers.get(key)
         if buffer is None or buffer.numel() < size:
             # Grown in steps of two: a small model stays small.
@@ -149,18 +142,6 @@ class Memory:
                 buffer = torch.empty(length, dtype=like.dtype, device=like.device)
             buffers[key] = buffer
         return buffer[:size].view(shape)
-
-    def rows(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
-        """
-        Uninitialised rows of J, valid until slot 0 is taken again.
-
-        :param shape: ``[K, B, *features]``.
-        """
-        if not self.reused:
-            return like.new_empty(shape)
-        length = math.prod(shape[2:])
-        rows = self.take((shape[0] * shape[1], length + _GAP), like)[:, :length]
-        return rows.view(shape)
 
     def pieces(self, length: int, size: int) -> Sequence[tuple[int, int]]:
         """

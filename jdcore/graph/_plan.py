@@ -107,8 +107,6 @@ class Plan:
     """Operations whose rules ask a site for all that they read, with the size of their results."""
     left: list[Place] = field(factory=list)
     """Parameters that no loss depends on, such as those of an expert that no sample goes to."""
-    growth: dict[Place, int] = field(factory=dict)
-    """By root, how many entries more its weighted gradient has than its shares."""
     called: set[int] | None = None
     """Operations that are called after the pass; None before the first one."""
     _spots: dict[int, Spot] = field(factory=dict, init=False)

@@ -246,7 +246,9 @@ class RootShares:
         while self._layers:
             places, layers = self._layers.pop()
             grads.update(zip(places, layers.weighted(by_task), strict=True))
-        for root in self._ordered():
+        # In the order of the pass: the share of a last layer, which is narrow, frees more than its
+        # gradient takes.
+        for root in list(self._shares):
             shares = self._shares.pop(root)
             if bias := self._biases.get(root):
                 [share] = shares
@@ -272,14 +274,6 @@ class RootShares:
             share = Dense(rows[None], tensor.shape)
             final[tensor] = share.weighted(by_task.reshape(1, -1)).to(tensor.dtype)
         return final
-
-    def _ordered(self) -> list[Place]:
-        """The roots of shares: first those whose weighted gradients take least beside these."""
-        growth = self._plan.growth  # the same in each step
-        for root in self._shares.keys() - growth.keys():
-            held = sum(share.entries for share in self._shares[root])
-            growth[root] = self._graph.form.result(root).shape.numel() - held
-        return sorted(self._shares, key=growth.__getitem__)
 
 
 def _weighted(share: Share, by_task: Tensor) -> Tensor:

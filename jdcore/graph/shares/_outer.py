@@ -97,7 +97,7 @@ class Outer(Share):
         like = widened(grads[:0])
         for start, stop in memory.pieces(inputs.shape[2], K * B * o):
             factor = inputs[..., start:stop].mT
-            rows = memory.rows((K, B, stop - start, o), like)
+            rows = memory.take((K, B, stop - start, o), like)
             for k in range(K):
                 product(factor, grads[k], rows[k])
             gramian.add_rows(rows.flatten(2).flatten(0, 1))

@@ -20,10 +20,6 @@ from jdcore.graph.shares._share import Accumulator, Share
 _KEEP = 2.5
 
 
-# Entries of the gradients of a sample from which on, on CPUs, each has a call of its own.
-_ONE_IMAGE = 1 << 16
-
-
 @frozen
 class Geometry:
     """How a convolution walks over its (already padded, unless by zeros) input."""
@@ -95,11 +91,6 @@ class Patches(Share):
         K, B, r = self._sizes
         return f"Patches({K} x {B} rows of {list(self.shape)}, {r} images each)"
 
-    @property
-    def entries(self) -> int:
-        kept = 0 if self._kept is None else self._kept.numel()
-        return kept + self._images.numel() + self._grads.numel()
-
     # -- the Gramian -------------------------------------------------------------------------------
 
     def add_gramian(self, gramian: Accumulator) -> None:
@@ -161,7 +152,7 @@ class Patches(Share):
     def _pieces(self, memory: Memory) -> Iterator[Tensor]:
         """Rows of some features after the other, in reused memory."""
         like = widened(self._grads[:0])
-        return self._written(memory, lambda shape: memory.rows(shape, like), memory.entries)
+        return self._written(memory, lambda shape: memory.take(shape, like), memory.entries)
 
     def _written(
         self, memory: Memory, make: Callable[[tuple[int, ...]], Tensor], entries: int
@@ -174,7 +165,7 @@ class Patches(Share):
         """
         if not self._geometry.plain:
             rows = make(self._rows_of(self._features))
-            self._differentiate(rows, memory)
+            self._differentiate(rows)
             yield rows.flatten(2).flatten(0, 1)
             return
         whole = patches(self._images, self._geometry, self.shape[2:], self._sizes[1])
@@ -214,20 +205,8 @@ class Patches(Share):
             del copied, factor  # before there are those of the next piece
         return flat.flatten(2).flatten(0, 1)
 
-    def _differentiate(self, rows: Tensor, memory: Memory) -> None:
-        """Rows by ordinary weight gradients."""
-        K, B, r = self._sizes
-        for k in range(K):
-            if memory.reused and self._grads.shape[2:].numel() * B > _ONE_IMAGE:
-                for b in range(B):
-                    one = slice(b * r, (b + 1) * r)
-                    gradient = self._weight_gradient(self._grads[k, one], self._images[one])
-                    rows[k, b].movedim(-1, 1).copy_(gradient)
-            else:
-                rows[k].movedim(-1, 2).copy_(self._grouped(self._grads[k]))
-
-    def _grouped(self, grads: Tensor) -> Tensor:
-        """The rows of one task by one weight gradient, of a convolution with groups for samples."""
+    def _differentiate(self, rows: Tensor) -> None:
+        """Rows by ordinary weight gradients: those of a task by one, with groups for samples."""
         _, B, r = self._sizes
 
         def folded(tensor: Tensor) -> Tensor:
@@ -236,12 +215,10 @@ class Patches(Share):
             # its channels last.
             return found.flatten().view(found.shape) if found.is_contiguous() else found
 
-        return self._geometry.weight_gradient(
-            folded(grads), folded(self._images), self._weight, samples=B
-        ).view(B, *self.shape)
-
-    def _weight_gradient(self, grads: Tensor, images: Tensor) -> Tensor:
-        return self._geometry.weight_gradient(grads, images, self._weight)
+        images = folded(self._images)
+        for k, grads in enumerate(self._grads):
+            found = self._geometry.weight_gradient(folded(grads), images, self._weight, samples=B)
+            rows[k].movedim(-1, 2).copy_(found.view(B, *self.shape))
 
     # -- samples of several processes --------------------------------------------------------------
 
@@ -268,7 +245,8 @@ class Patches(Share):
             return total.view(self.shape[0], *self._features).movedim(-1, 1).reshape(self.shape)
         K, B, r = self._sizes
         by_sample = self._grads.reshape(K, B, r, *self._grads.shape[2:])
-        return self._weight_gradient(weighted_sum(weights, by_sample).flatten(0, 1), self._images)
+        grads = weighted_sum(weights, by_sample).flatten(0, 1)
+        return self._geometry.weight_gradient(grads, self._images, self._weight)
 
     def rows(self) -> Tensor:
         if self._kept is None:

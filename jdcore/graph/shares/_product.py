@@ -13,10 +13,6 @@ from jdcore._modes import rounding
 _COLUMNS = 16384
 _COLUMNS_ELSEWHERE = 2048
 
-# Entries whose products with weights are written out, which takes fewer calls. More of them would
-# lie in fresh pages.
-_SMALL = 1 << 13
-
 HALVES = (torch.bfloat16, torch.float16)
 
 _IN_FLOAT64: ContextVar[bool] = ContextVar("in_float64", default=False)
@@ -153,8 +149,6 @@ def weighted_sum(weights: Tensor, rows: Tensor) -> Tensor:
         by_sample = rows.to(dtype).flatten(2).transpose(0, 1)
         summed = product(weights.to(dtype).T[:, None], by_sample)
         return summed.view(rows.shape[1:])
-    if rows.numel() <= _SMALL:
-        return scaled(weights, rows).sum(0)
     total = scaled(weights[0], rows[0])
     scale = weights.to(dtype).view(*weights.shape, *[1] * (rows.ndim - 2))
     for k in range(1, tasks):

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Sequence
-from functools import lru_cache
 from typing import Protocol
 
 import torch
@@ -49,11 +48,6 @@ class Share(ABC):
     def rows(self) -> Tensor:
         """All rows written out, in at least float32, shape ``[K, B, *shape]``."""
 
-    @property
-    def entries(self) -> int:
-        """Of the tensors that it is made of."""
-        return sum(factor.numel() for factor, _ in self.factors_of_samples() or ())
-
     # -- samples of several processes --------------------------------------------------------------
 
     def flat_rows(self) -> Tensor:
@@ -93,10 +87,6 @@ class Dense(Share):
     def __repr__(self) -> str:
         K, B = self._rows.shape[:2]
         return f"Dense({K} x {B} rows of {list(self.shape)})"
-
-    @property
-    def entries(self) -> int:
-        return self._rows.numel()
 
     @classmethod
     def summed(cls, terms: Tensor, shape: Sequence[int]) -> Dense:
@@ -233,8 +223,7 @@ class Accumulator:
                 self.add_rows(columns)
             return
         if not self.memory.reused and length > 2 * width:
-            count = _even(length, width)
-            width = length // count
+            count = length // width
             rows = rows if rows.stride(1) == 1 else rows.contiguous()
             pieces = rows.as_strided((count, R, width), (width, rows.stride(0), 1))
             self.pend(product(pieces, pieces.mT))
@@ -252,13 +241,6 @@ class Accumulator:
         if rows <= _ROWS or not self.memory.reused:
             return [(0, rows)]
         return pieces(rows, max(_ROWS, -(-rows // 8)))
-
-
-@lru_cache(maxsize=1024)
-def _even(length: int, width: int) -> int:
-    """Into how many pieces of about a width to cut a length, with nothing left over if possible."""
-    least = length // width
-    return next((n for n in range(least, 2 * least) if length % n == 0), least)
 
 
 def lower_product(rows: Tensor, start: int, stop: int) -> Tensor:

@@ -183,15 +183,6 @@ def test_convolutions_of_one_position_behind_a_layer_with_channels_last(transpos
     check_engine(Net, _flat((1, 4)), 0)
 
 
-@pytest.mark.parametrize("name", ["conv1d grouped, same", "conv transpose 2d"])
-def test_large_images_are_differentiated_one_by_one(
-    monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
-    monkeypatch.setattr(_patches, "_ONE_IMAGE", 0)
-    make, shape = LAYERS[name]
-    check_engine(make, _tasks(shape), 0)
-
-
 @pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
 def test_layers_without_features_for_samples_that_are_chosen() -> None:
     """Clusters of an adaptive softmax may have none."""
