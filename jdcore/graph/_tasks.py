@@ -139,8 +139,6 @@ class Ways:
     :param common: The operations that all losses pass through, and behind which only such follow.
     :param kind: Names and dtypes of these.
     :param entrances: Where gradients enter the trunk.
-    :param results: The numbers of entries of the results in the trunk that gradients meet.
-    :param weights: Those of the parameters that enter it.
     """
 
     starts: tuple[Place | None, ...]
@@ -148,8 +146,6 @@ class Ways:
     common: frozenset[int]
     kind: _Kind
     entrances: Sequence[Place]
-    results: Sequence[int]
-    weights: Sequence[int]
 
     @cached_property
     def met_again(self) -> set[int]:
@@ -194,12 +190,17 @@ def _ways(form: Form, starts: tuple[Place | None, ...]) -> Ways:
     entering = [start for start in starts if start is not None]
     entering += [place for node in losses.keys() - common for place in form.inputs[node]]
     entrances = [place for place in dict.fromkeys(entering) if place[0] in common]
+    return Ways(starts, losses, common, kind, entrances)
+
+
+@once_for_each_form
+def _sizes(form: Form, common: frozenset[int]) -> tuple[list[int], list[int]]:
+    """The entries of the results in a trunk that gradients meet, and those of its parameters."""
     # What only rearranges parameters is not met by gradients.
     inner = common - form.rearranged
     results = [result.shape.numel() for node in inner for result in form.results[node]]
     leaves = {child for node in common for child, _ in form.inputs[node]} & form.wanted
-    weights = [form.result((leaf, 0)).shape.numel() for leaf in leaves]
-    return Ways(starts, losses, common, kind, entrances, results, weights)
+    return results, [form.result((leaf, 0)).shape.numel() for leaf in leaves]
 
 
 def _common(
@@ -296,7 +297,8 @@ class Passes:
     @cached_property
     def _reused(self) -> bool:
         """Whether hooks may hand out the same buffer again and again."""
-        return self.single or any(leaf._backward_hooks for leaf in self.graph.leaves.values())
+        hooked = [leaf for leaf in self.graph.leaves.values() if leaf._backward_hooks]
+        return self.single or bool(hooked)
 
     @cached_property
     def _ways(self) -> Ways:
@@ -314,12 +316,13 @@ class Passes:
         count, graph, ways = len(self._present), self.graph, self._ways
         if count < 2 or self.single or not ways.common or ways.kind in _FAILED:
             return 1
-        # An accelerator is always faster with few large operations.
-        if self.memory.reused and not batch_beats_single_passes(count, ways.results, ways.weights):
-            return 1
         if not all(is_batchable(graph.form.names[n], graph.nodes[n]) for n in ways.common):
             return 1
-        return max(1, min(count, self.memory.gradients // max([1, *ways.results])))
+        results, weights = _sizes(graph.form, ways.common)
+        # An accelerator is always faster with few large operations.
+        if self.memory.reused and not batch_beats_single_passes(count, results, weights):
+            return 1
+        return max(1, min(count, self.memory.gradients // max([1, *results])))
 
     def _batched(self, places: Sequence[Place], retain_graph: bool) -> list[Tensor | None]:
         common, graph = self._ways.common, self.graph
