@@ -15,7 +15,7 @@ from jdcore._differentiable import (
 from jdcore._modes import refuse_tangents
 from jdcore.distributed._sharding import is_dtensor, still_trainable
 from jdcore.errors import ParameterError, ParameterTypeError
-from jdcore.graph import Objectives, reach
+from jdcore.graph import Objectives
 from jdcore.validators import describe_tensor, tensor_list
 
 _REMEDY = "Compute the losses as one dense floating tensor, such as torch.stack of them."
@@ -120,7 +120,8 @@ def wanted_leaves(objectives: Objectives, inputs: Tensor | Iterable[Tensor] | No
     # Without an engine nobody says which leaves are parameters: inputs that require grad count as
     # well.
     if inputs is None:
-        return still_trainable(reach(objectives.outputs).leaves)
+        leaves = [leaf for leaf in objectives.walk.leaves.values() if leaf.requires_grad]
+        return still_trainable(leaves)
     given = tensor_list(inputs, "inputs")
     found = trainable(given, "inputs")
     for i, tensor in enumerate(given):

@@ -28,7 +28,7 @@ It knows no method, and leaves every ``.grad`` as it is. A step of autogram goes
 Other rooms import from its modules what they alone need.
 """
 
-from jdcore.graph._graph import Graph, Place
+from jdcore.graph._graph import Graph, Place, Walk
 from jdcore.graph._jacobian import Jacobian
 from jdcore.graph._layout import Layout
 from jdcore.graph._objectives import Objectives
@@ -58,6 +58,7 @@ __all__ = [
     "Rules",
     "Share",
     "Site",
+    "Walk",
     "edge_of",
     "reach",
 ]

@@ -192,23 +192,56 @@ def once_for_each_form(function: Callable[P, R]) -> Callable[P, R]:
     return known
 
 
-class Graph:
+class Walk:
     """
     All nodes below some outputs, numbered in the order of one walk, the same for the same graph.
 
     :param outputs: What was computed.
+    """
+
+    def __init__(self, outputs: Sequence[Tensor]) -> None:
+        self.starts = [edge_of(output) for output in outputs if output.requires_grad]
+        # Holding the nodes keeps their Python wrappers, hence their identity.
+        self.nodes: list[Any] = list(dict.fromkeys(node for node, _ in self.starts))
+        self.index: dict[Node, int] = {node: i for i, node in enumerate(self.nodes)}
+        inputs: list[tuple[Place, ...]] = []
+        # A list that grows rather than recursion: graphs are deeper than Python's stack.
+        nodes, known = self.nodes, self.index
+        for node in nodes:
+            edges = []
+            for child, k in node.next_functions:
+                number = -1 if child is None else known.get(child)
+                if number is None:
+                    number = known[child] = len(nodes)
+                    nodes.append(child)
+                edges.append((number, k))
+            inputs.append(tuple(edges))
+        self.inputs = tuple(inputs)
+        """By node, where its operands come from, as :class:`Form` has it."""
+        self.names = tuple([node.name() for node in nodes])
+        self.leaves: dict[int, Tensor] = {
+            i: nodes[i].variable for i, name in enumerate(self.names) if name == LEAF
+        }
+
+
+class Graph:
+    """
+    What a differentiation of some outputs passes through.
+
+    :param walk: All nodes below the outputs.
     :param wanted: The tensors with respect to which they are differentiated.
     :raises UnservedGraphError: If a reentrant checkpoint hides a part of the graph, or a leaf is in
         it twice.
     """
 
-    def __init__(self, outputs: Sequence[Tensor], wanted: Collection[Tensor]) -> None:
-        starts = [edge_of(output) for output in outputs if output.requires_grad]
-        # Holding the nodes keeps their Python wrappers, hence their identity.
-        self.nodes: list[Any] = list(dict.fromkeys(node for node, _ in starts))
-        self.leaves: dict[int, Tensor]
-        self._index: dict[Node, int] = {node: i for i, node in enumerate(self.nodes)}
-        properties = self._explore()
+    def __init__(self, walk: Walk, wanted: Collection[Tensor]) -> None:
+        self.nodes, self.leaves, self._index = walk.nodes, walk.leaves, walk.index
+        if REENTRANT in walk.names:
+            raise UnservedGraphError(
+                "a reentrant checkpoint",
+                "it hides the operations and the parameters inside it",
+                "Call torch.utils.checkpoint.checkpoint with use_reentrant=False.",
+            )
         # Torch gives a parameter another node when its dtype changes, and takes the gradient there
         # for its whole one.
         if len(set(map(id, self.leaves.values()))) < len(self.leaves):
@@ -232,44 +265,17 @@ class Graph:
         ]
         self.retained = [t for t in retaining() if self._computes(t) and id(t) not in asked]
         """Further results of operations whose ``.grad`` backward passes write."""
-        self.form: Form = form_of(
-            *properties,
-            tuple([(self._index[node], number) for node, number in starts]),
-            tuple(self.targets),
-        )
-
-    def _explore(self) -> tuple[tuple[Any, ...], ...]:
-        """Number all nodes behind the first ones: their names, operands and results."""
-        nodes, known = self.nodes, self._index
-        inputs: list[tuple[Place, ...]] = []
-        # A list that grows rather than recursion: graphs are deeper than Python's stack.
-        for node in nodes:
-            edges = []
-            for child, k in node.next_functions:
-                number = -1 if child is None else known.get(child)
-                if number is None:
-                    number = known[child] = len(nodes)
-                    nodes.append(child)
-                edges.append((number, k))
-            inputs.append(tuple(edges))
-        names = tuple([node.name() for node in nodes])
-        if REENTRANT in names:
-            raise UnservedGraphError(
-                "a reentrant checkpoint",
-                "it hides the operations and the parameters inside it",
-                "Call torch.utils.checkpoint.checkpoint with use_reentrant=False.",
-            )
-        self.leaves = {i: nodes[i].variable for i, name in enumerate(names) if name == LEAF}
         # The node of a leaf does not know when its data are replaced.
         described = tuple(
             [
                 ((*leaf.shape, leaf.dtype),)
                 if (leaf := self.leaves.get(i)) is not None
                 else results_of(node)
-                for i, node in enumerate(nodes)
+                for i, node in enumerate(self.nodes)
             ]
         )
-        return names, tuple(inputs), described
+        starts = tuple([(self._index[node], number) for node, number in walk.starts])
+        self.form: Form = form_of(walk.names, walk.inputs, described, starts, tuple(self.targets))
 
     @cached_property
     def functions_of_others(self) -> dict[Any, type]:

@@ -73,7 +73,7 @@ class Jacobian:
         self._report = report
         self._plans, self._rules = plans, rules
         self._all_leaves = all_leaves
-        self.graph = Graph(objectives.outputs, wanted)
+        self.graph = Graph(objectives.walk, wanted)
         # That of the parameters: losses may have been brought to the host.
         self._device = next(iter(self.graph.targets.values()), objectives.outputs[0]).device
         self.memory = Memory.of(self._device, budget, objectives.outputs[0].dtype)

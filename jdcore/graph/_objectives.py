@@ -9,6 +9,7 @@ import torch
 from attrs import frozen
 from torch import Tensor
 
+from jdcore.graph._graph import Walk
 from jdcore.linalg._combine import sent
 
 
@@ -23,6 +24,11 @@ class Objectives:
 
     outputs: Sequence[Tensor]
     batch_dim: int | None
+
+    @cached_property
+    def walk(self) -> Walk:
+        """All that lies behind the losses."""
+        return Walk(self.outputs)
 
     @cached_property
     def rows(self) -> int:

@@ -20,11 +20,20 @@ from torch import Tensor, nn
 
 from jdcore import _differentiable
 from jdcore.aggregation import GramianAggregator
-from jdcore.autojac import _problem, _vmap, backward, jac, jac_to_grad, mtl_backward, zero_jac
+from jdcore.autojac import (
+    _problem,
+    _vmap,
+    backward,
+    gramian_backward,
+    jac,
+    jac_to_grad,
+    mtl_backward,
+    zero_jac,
+)
 from jdcore.autojac._problem import Problem
 from jdcore.autojac._vmap import Kind, choose_chunk_size
 from jdcore.autojac.transform import Diagonalize, Init
-from jdcore.graph import Reach, reach
+from jdcore.graph import Reach, Walk, reach
 from jdcore.graph._hooks import hooks_made_lately
 from jdcore.graph._walk import largest_gradient
 from tests.operations import Operations
@@ -330,6 +339,30 @@ def test_a_walk_over_the_graph_is_taken_once_per_call(monkeypatch: pytest.Monkey
     model = _net(2)
     backward(_losses(model(torch.randn(3, 8))))
     assert len(walks) == 1
+
+
+def test_gramian_backward_goes_over_each_edge_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = _net(2)
+
+    def asked(step: Callable[[list[Tensor]], Any]) -> int:
+        count = 0
+
+        def profile(frame: FrameType, event: str, argument: Any) -> None:
+            nonlocal count
+            count += event == "c_call" and argument.__name__ == "name"
+
+        losses = _losses(model(torch.randn(3, 8)))
+        sys.setprofile(profile)
+        try:
+            step(losses)
+        finally:
+            sys.setprofile(None)
+        return count
+
+    nodes = asked(lambda losses: Walk(losses))
+    assert nodes == 4 * 3 + 2 * 3 + 4
+    gramian_backward(_losses(model(torch.randn(3, 8))), torch.diag)  # makes the plan
+    assert asked(lambda losses: gramian_backward(losses, torch.diag)) == nodes
 
 
 @pytest.mark.parametrize("m", [2, 8])

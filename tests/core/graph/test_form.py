@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from jdcore.autogram import Engine
-from jdcore.graph import Graph
+from jdcore.graph import Graph, Walk
 from jdcore.graph._graph import Form
 
 
 def _graph(model: nn.Module, samples: int = 3, *, frozen: bool = False) -> Graph:
     losses = model(torch.ones(samples, 4)).square().sum(1)
     parameters = list(model.parameters())
-    return Graph([losses], parameters[:-1] if frozen else parameters)
+    return Graph(Walk([losses]), parameters[:-1] if frozen else parameters)
 
 
 def test_graphs_of_all_steps_have_one_form() -> None:
@@ -37,7 +37,7 @@ def test_shapes_dtypes_operations_and_what_is_wanted_tell_forms_apart() -> None:
     assert _graph(nn.Sequential(nn.Linear(4, 3), nn.Tanh())).form is not form
     single = torch.ones(4, requires_grad=True)
     double = single.detach().double().requires_grad_()
-    one, two = (Graph([(x * 2).sum()], [x]).form for x in (single, double))
+    one, two = (Graph(Walk([(x * 2).sum()]), [x]).form for x in (single, double))
     assert one is not two
     assert (one.precision, two.precision) == (torch.float32, torch.float64)
 
@@ -67,7 +67,7 @@ def test_forms_are_forgotten_without_the_collector_of_cycles() -> None:
         forms = []
         for samples in range(3, 83):
             losses = model(torch.ones(samples, 4)).square().mean(0)
-            forms.append(ref(Graph([losses], list(model.parameters())).form))
+            forms.append(ref(Graph(Walk([losses]), list(model.parameters())).form))
             engine.compute_gramian(losses)
             del losses
     finally:
@@ -79,8 +79,8 @@ def test_a_parameter_whose_data_was_replaced_has_its_new_shape() -> None:
     parameter = nn.Parameter(torch.ones(2))
     kept = parameter * 2  # whose node of the leaf is that of later graphs, too
     parameter.data = torch.ones(5)
-    [leaf] = Graph([(parameter * 2).sum()], [parameter]).form.leaves
-    assert Graph([(parameter * 2).sum()], [parameter]).form.results[leaf][0].shape == (5,)
+    [leaf] = Graph(Walk([(parameter * 2).sum()]), [parameter]).form.leaves
+    assert Graph(Walk([(parameter * 2).sum()]), [parameter]).form.results[leaf][0].shape == (5,)
     assert kept.shape == (2,)
 
 
@@ -92,7 +92,7 @@ def test_the_order_leads_from_operands_to_results(shared: bool) -> None:
     def losses(x: Tensor) -> Tensor:
         return second(first(x).tanh()).sum(1)
 
-    graph = Graph([losses(torch.ones(3, 4))], list(first.parameters()))
+    graph = Graph(Walk([losses(torch.ones(3, 4))]), list(first.parameters()))
     order, form = graph.form.upwards, graph.form
     assert sorted(order) == list(range(len(graph.nodes)))
     place = {node: i for i, node in enumerate(order)}

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from jdcore import autogram, autojac
-from jdcore.graph import Graph, Objectives, _hooks, _tasks
+from jdcore.graph import Graph, Objectives, Walk, _hooks, _tasks
 from jdcore.graph._tasks import starts_of
 from tests.core.autogram.oracle import explicit_jacobian, generalized, randn, relative_error
 from tests.memory import peak_bytes
@@ -358,7 +358,7 @@ def test_losses_that_a_loop_put_into_a_row_start_where_they_were_computed() -> N
     losses = (weight * weight).sum()[None]
     for k in range(1200):  # more than Python may call within one another
         losses = torch.cat([losses, weight[k % 3][None]])
-    starts = starts_of(Graph([losses], [weight]), Objectives([losses], None))
+    starts = starts_of(Graph(Walk([losses]), [weight]), Objectives([losses], None))
     assert len(set(starts.places)) == 1201
     assert starts.entries == [0] * 1201
 
