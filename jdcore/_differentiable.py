@@ -64,7 +64,10 @@ def check_one(tensor: Tensor, name: str, remedy: str | None = None) -> None:
         raise no_float64(name, "Train on the CPU.")
     if tensor.is_meta:
         raise ParameterError(
-            name, "a Tensor that holds values", "a Tensor on the meta device", remedy
+            name,
+            "a Tensor that holds values",
+            "a Tensor on the meta device",
+            "Give the model memory first: module.to_empty(device=...), and load its parameters.",
         )
 
 
