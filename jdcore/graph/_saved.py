@@ -53,7 +53,8 @@ def saved(node: Any, name: str) -> Any:
     Something that an operation of the graph saved.
 
     What a checkpoint computed anew for this pass is handed out once and put back, so that the
-    operation finds it as well.
+    operation finds it as well. What other hooks unpack is copied: they may fill the same memory
+    again for the next operation.
 
     :param name: As in the formulas of torch's derivatives, such as "self" or "alpha".
     :raises Unreadable: If torch does not show it.
@@ -65,8 +66,11 @@ def saved(node: Any, name: str) -> Any:
     if not isinstance(value, Tensor):
         return value
     raw: Any = getattr(node, f"_raw_saved_{name}", None)
-    if getattr(raw, "unpack_hook", None) is not None:
-        _put_back(raw, value)
+    if getattr(raw, "unpack_hook", None) is None:
+        return value
+    if not isinstance(getattr(raw, "data", None), checkpoint._Holder):
+        return value.clone()
+    _put_back(raw, value)
     return value
 
 
@@ -106,9 +110,9 @@ def saved_as_it_is(node: Any, name: str) -> Any:
 def _put_back(raw: Any, value: Tensor) -> None:
     # A checkpoint keeps what it computed anew under a handle for each backward pass, which it drops
     # as soon as the tensor was handed out.
-    holder, task = getattr(raw, "data", None), current_pass()
+    holder, task = raw.data, current_pass()
     # Outside of a backward pass (a negative number), a checkpoint computes anew for every question.
-    if task < 0 or not isinstance(holder, checkpoint._Holder):
+    if task < 0:
         return
     if holder.handles.get(task) is None:
         kept = [cell.cell_contents for cell in raw.unpack_hook.__closure__]

@@ -323,3 +323,28 @@ def test_hooks_are_heard_by_a_thread_after_another_one_looked_for_them() -> None
     losses = _with_swapped_samples(net)
     _in_thread(lambda: engine.compute_gramian(_plain(net)))
     _right(engine, losses, net)
+
+
+@pytest.mark.parametrize("batch_dim", [0, None])
+def test_hooks_of_saved_tensors_may_unpack_into_the_same_memory_each_time(
+    batch_dim: int | None,
+) -> None:
+    memory = torch.empty(B, 6, dtype=torch.float64)
+
+    def pack(saved: Tensor) -> Tensor:
+        return saved.clone() if saved.shape == memory.shape else saved
+
+    def unpack(packed: Tensor) -> Tensor:
+        return memory.copy_(packed) if packed.shape == memory.shape else packed
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 6), nn.Sigmoid(), nn.Linear(6, 6), nn.Tanh()).double()
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        hidden = model(torch.randn(B, 6, dtype=torch.float64))
+    losses = hidden.sum(1 if batch_dim == 0 else 0)
+    jacobian = explicit_jacobian(losses, list(model.parameters()))
+    engine = Engine(model, batch_dim=batch_dim)
+    assert relative_error(engine.compute_gramian(losses), jacobian @ jacobian.T) < 1e-12
+    engine.backward(losses, lambda gramian: torch.ones(len(gramian), dtype=torch.float64))
+    update = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+    assert relative_error(update, jacobian.sum(0)) < 1e-12
