@@ -87,8 +87,11 @@ def test_cosines_of_many_objectives_are_not_kept() -> None:
     assert recorded(GramianAggregator(HalvesWeighting()), cosines_up_to=1).cosines is None
 
 
-def test_an_update_that_is_orthogonal_up_to_rounding_does_not_conflict() -> None:
-    matrix = torch.tensor([[1.0, 0.0], [-1.0 - 1e-7, 1.0]])
+@pytest.mark.parametrize("second", [[-1.0 - 1e-7, 1.0], [-1.0, 0.0]])
+def test_an_update_that_is_zero_or_orthogonal_up_to_rounding_does_not_conflict(
+    second: list[float],
+) -> None:
+    matrix = torch.tensor([[1.0, 0.0], second])
 
     assert recorded(GramianAggregator(HalvesWeighting()), matrix).conflicts == 0.0
 
