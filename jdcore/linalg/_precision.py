@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import math
 from functools import cache, lru_cache
-from operator import mul
 
 import numpy as np
 import torch
@@ -36,8 +35,7 @@ _MARGINS = {torch.float32: 32.0, torch.float64: 0.0}
 _HALF = 0.5
 _EPS = 2.0**-52
 
-# Rows up to which a call takes longer than a few products of them, and of all of them.
-_FEW, _SHORT = 8, 32
+_SHORT = 32  # rows up to which a call takes longer than products of all of them
 # Relative error of the update that float32 factors may cause: half of a unit in the last place of
 # each, times what is lost where the weighted rows cancel.
 _VISIBLE = 2e-5
@@ -93,15 +91,7 @@ def rounding_shows(weights: Tensor, gramian: Tensor, /) -> bool:
     :param weights: Weights [m] of any dtype.
     :param gramian: float64 Gramian [m, m] of the rows, or of a multiple of them.
     """
-    if gramian.is_cpu and gramian.shape[0] <= _FEW:
-        factors = weights.tolist()
-        squared = total = 0.0
-        for i, row in enumerate(gramian.tolist()):
-            factor = factors[i]
-            if factor:
-                total += abs(factor) * math.sqrt(row[i])
-                squared += factor * sum(map(mul, row, factors))
-    elif gramian.is_cpu:
+    if gramian.is_cpu:
         matrix, vector = gramian.numpy(), weights.double().cpu().numpy()
         squared = float(vector.dot(product(matrix, vector)))
         total = float(np.abs(vector).dot(np.sqrt(matrix.diagonal())))
