@@ -18,7 +18,7 @@ from jdplugins.standard._solvers._alone import EXACT, LARGE, solve_one
 from jdplugins.standard._solvers._lcp import ROUGH, Floats, one_entry
 from jdplugins.standard._solvers._parametric import follow
 from jdplugins.standard._solvers._semidefinite import is_plausible
-from jdplugins.standard._solvers._tiny import HANDFUL, Rows, roots_of, solve_few
+from jdplugins.standard._solvers._tiny import HANDFUL, HANDFUL_OF_ONE, Rows, roots_of, solve_few
 
 _OPPOSED = range(6, 97)  # rows from which on an inverse pays; numpy inverts more by several threads
 _MANY = 32  # rows from which on a guess pays
@@ -44,7 +44,7 @@ def project_few(gramian: Floats, references: Floats) -> Floats | None:
         opposed = _among_opposed(gramian, references)
         if opposed is not None:
             return opposed
-    if m <= HANDFUL:
+    if m <= (HANDFUL_OF_ONE if k == 1 else HANDFUL):
         project = _project_two if m == 2 else _project_handful
         few = project(gramian.tolist(), references.tolist())
         if few is not None:

@@ -14,11 +14,11 @@ from typing import TypeAlias
 
 Rows: TypeAlias = Sequence[Sequence[float]]
 
-HANDFUL = 8
-"""Rows up to which a call of numpy takes longer than the arithmetic."""
+HANDFUL, HANDFUL_OF_ONE = 8, 12
+"""Rows up to which calls of numpy take longer than the arithmetic: of several problems, of one."""
 
 _TOLERANCE = 1e-14
-_MAX_PIVOTS = 8
+_CREDIT = 4  # exchanges that may fail to reduce the number of wrong entries
 # Relative pivots: down to the first, values are right to many digits; down to the second, they may
 # be good enough, which their residual tells.
 _SMALLEST_PIVOT, _DEPENDENT_PIVOT, _ROUGH = 1e-6, 1e-13, 1e-15
@@ -44,8 +44,8 @@ def solve_few(
     indices = range(len(q))
     tolerance = _TOLERANCE * size
     passive = [j for j in indices if q[j] < -tolerance * roots[j]]
-    dependent = False
-    for _ in range(_MAX_PIVOTS):
+    dependent, credit, fewest = False, _CREDIT, len(q) + 1
+    while credit:
         values = _solve_passive(A, q, passive)
         if values is None:
             dependent = True
@@ -63,6 +63,7 @@ def solve_few(
             limit = _ROUGH * largest
             rough = dependent and any(abs(_slack(A[i], q[i], z)) > limit * roots[i] for i in z)
             return None if rough else z
+        credit, fewest = (_CREDIT, len(bad)) if len(bad) < fewest else (credit - 1, fewest)
         # Entries with a wrong sign change sides, all at once.
         passive = [j for j in indices if (j in z) != (j in bad)]
     return None
