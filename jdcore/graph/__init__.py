@@ -7,7 +7,7 @@ It knows no method, and leaves every ``.grad`` as it is. A step of autogram goes
 2. ``_graph``: one walk numbers the nodes behind them. What the graphs of all steps have in common
    is their form. (``_walk`` is the shorter walk that autojac makes do with.)
 3. ``_jacobian`` conducts all that follows. First it asks for what torch does not show: hooks of
-   others (``_hooks``), tensors that retain their gradient (``_retained``), functions of Python that
+   others (``_hooks``), tensors that retain their gradient (``_retained``), functions of others that
    do what torch asks them not to (``_functions``). Such graphs get a pass for each loss.
 4. ``_plan``: once for each kind of graph, it finds the frontier: the operations that keep samples
    apart, and those of their operands, the roots, that belong to no sample. Where samples are

@@ -225,12 +225,12 @@ class Jacobian:
 
     @cached_property
     def _kept(self) -> list[Tensor]:
-        """Further leaves that functions of Python know of."""
+        """Further leaves that functions of others know of."""
         return [*self.graph.leaves.values(), *kept_leaves(self._functions)]
 
     @cached_property
     def _functions(self) -> list[Any]:
-        """The functions of Python in the graph."""
+        """The functions of others in the graph, and of Python."""
         nodes = self.graph.nodes if self.graph.form.has_functions else []
         return [node for node in nodes if function_of(node)]
 
@@ -245,7 +245,7 @@ class Jacobian:
         tensors = [t for t in self.graph.targets.values() if not t.is_leaf]  # they retain it
         tensors += self.graph.retained
         kept = len(tensors)
-        # Only the backward of a Python function can accumulate into parameters behind torch's back.
+        # Only the backward of such a function can accumulate into parameters behind torch's back.
         if self.graph.form.has_functions:
             tensors += self._given + self._kept
         if not tensors:  # then there are no functions either

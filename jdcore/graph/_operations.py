@@ -117,7 +117,7 @@ _HANDING_ON: set[str] = set()
 @cache
 def operation(name: str) -> str:
     """
-    The operation of torch that a node is of, whatever its overload; empty for functions of Python.
+    The operation of torch that a node is of, whatever its overload; empty for functions.
 
     :param name: The name of the node.
     """

@@ -8,7 +8,7 @@ pass makes a code of each sample. The codes are words of equal weight, none of w
 another one or by several: so an entry that is NaN in just the passes of one code depends on this
 sample alone.
 
-Some functions of Python treat NaN otherwise than numbers, and so hide where samples are: they
+Some functions of others treat NaN otherwise than numbers, and so hide where samples are: they
 compare gradients, replace what is not finite or take another branch, as torch's own derivatives do
 not. So passes of numbers follow those of NaN: from the second one on, each sample has another
 factor, by which all that belongs to it has to grow. The factors are powers of two, which no
@@ -62,7 +62,7 @@ def find_layouts(graph: Graph, output: Tensor, batch_dim: int) -> Findings:
     :param output: The losses, the only output of the graph.
     :param batch_dim: Their dimension of samples.
     :raises Unshown: If there are nested tensors between the losses and the parameters, or a
-        function of Python hides samples.
+        function of others hides samples.
     """
     samples = output.shape[batch_dim]
     form = graph.form
@@ -186,7 +186,7 @@ def _codes(samples: int) -> list[int]:
     return [sum(1 << bit for bit in word) for word, _ in zip(words, range(samples), strict=False)]
 
 
-# -- functions of Python --------------------------------------------------------------------------
+# -- functions of others --------------------------------------------------------------------------
 
 
 def _functions_hide(
@@ -197,7 +197,7 @@ def _functions_hide(
     reached: Collection[Place],
 ) -> bool:
     """
-    Whether a function of Python does something else with numbers than with NaN.
+    Whether a function of others does something else with numbers than with NaN.
 
     :param layouts: Where NaN showed the samples.
     :param reached: The places that NaN came to.
