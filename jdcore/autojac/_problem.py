@@ -250,7 +250,9 @@ class Problem:
         """Differentiate so many rows at a time and write them to their places."""
         usage, every = self.usage, range(len(self.inputs))
         pieces = [usage[start : start + size] for start in range(0, self.m, size)]
-        used = [[i for i, column in enumerate(zip(*p, strict=True)) if any(column)] for p in pieces]
+        # Calls of C alone: there are as many entries as rows times outputs.
+        numbers = range(len(self.outputs))
+        used = [[*compress(numbers, map(any, zip(*piece, strict=True)))] for piece in pieces]
         asked = self.asked or [every] * len(pieces)
         # Rows that use no output make no pass: the graph is freed by the last one that does.
         passes = [k for k, outputs in enumerate(used) if outputs and asked[k]]

@@ -84,8 +84,10 @@ def test_rows_of_any_number_give_their_gramian(rows: int) -> None:
     gramian = _accumulator_of(rows)
     gramian.add_rows(jacobian)
     gramian.add_rows(2 * jacobian)
-    torch.testing.assert_close(gramian.total, 5 * jacobian @ jacobian.T, rtol=1e-12, atol=1e-12)
-    assert torch.equal(gramian.total, gramian.total.T)
+    torch.testing.assert_close(
+        gramian.result()[0], 5 * jacobian @ jacobian.T, rtol=1e-12, atol=1e-12
+    )
+    assert torch.equal(gramian.result()[0], gramian.result()[0].T)
 
 
 def test_what_lies_above_the_diagonal_does_not_count() -> None:
@@ -93,7 +95,7 @@ def test_what_lies_above_the_diagonal_does_not_count() -> None:
     gramian.add(torch.tensor([[1.0, torch.nan], [2.0, 3.0]]))
     gramian.add(torch.tensor([[1.0]]), 0)
     gramian.add(torch.tensor([[1.0, 1.0]]), 1)
-    assert gramian.total.tolist() == [[2.0, 3.0], [3.0, 4.0]]
+    assert gramian.result()[0].tolist() == [[2.0, 3.0], [3.0, 4.0]]
 
 
 @pytest.mark.parametrize("bias", [True, False])
