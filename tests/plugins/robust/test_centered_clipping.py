@@ -49,6 +49,18 @@ def test_the_center_may_be_longer_than_rows_by_more_than_has_a_square(
     torch.testing.assert_close(moved / before, expected, rtol=1e-9, atol=1e-12)
 
 
+def test_the_longest_block_of_the_center_gives_the_unit() -> None:
+    rows = torch.randn(3, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    together, by_blocks = (get_aggregator("centered_clipping", tau=1e199) for _ in range(2))
+    for before in (1e200, 1e200, 1.0):
+        blocks = [rows[:, :2] * before, rows[:, 2:]]
+        moved, _ = by_blocks.aggregate_blocks(blocks)
+        expected = together(torch.cat(blocks, dim=1))
+
+    assert bool(expected.isfinite().all())
+    torch.testing.assert_close(torch.cat(moved), expected)
+
+
 @pytest.mark.parametrize("n_iter", [1, 3])
 @pytest.mark.parametrize("scale", [1e-200, 1.0, 1e200])
 def test_steps_agree_with_those_on_the_rows_themselves(n_iter: int, scale: float) -> None:
