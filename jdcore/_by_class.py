@@ -6,6 +6,8 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 from weakref import finalize, ref
 
+import torch
+
 _R = TypeVar("_R")
 
 
@@ -25,6 +27,9 @@ class ByClass(dict["ref[Any]", _R]):
 
     def __missing__(self, key: ref[Any]) -> _R:
         cls = key()
-        answer = self[key] = self._find(cls)
-        finalize(cls, self.pop, key, None).atexit = False
+        answer = self._find(cls)
+        # What is compiled would depend on how many classes are waited for.
+        if not torch.compiler.is_dynamo_compiling():
+            self[key] = answer
+            finalize(cls, self.pop, key, None).atexit = False
         return answer
