@@ -14,6 +14,7 @@ from jdcore._modes import without_graph
 from jdcore.aggregation._columns import Columns, widest
 from jdcore.aggregation._differentiation import forbid_differentiation
 from jdcore.aggregation._finite import all_finite, finite_required, is_finite
+from jdcore.aggregation._nested_state import restorer, stateful_part
 from jdcore.aggregation._observation import observed
 from jdcore.aggregation._scalarization import looks_at_no_row
 from jdcore.aggregation._source import ColumnsSource, GramianSource
@@ -126,21 +127,27 @@ def _combine(weighting: Any, matrix: Tensor) -> Tensor:
 def _aggregate(
     weighting: Weighting, columns: Columns, losses: Tensor | None
 ) -> tuple[list[Tensor], Tensor, GramianSource]:
-    source = ColumnsSource(columns, losses)
-    weights = weigh(weighting, source)
-    if type(columns) is not Columns:
-        # Processes that hold the columns together must take the same weights.
-        weights = columns.agreed(weights)
-    if source.asked:
-        wide = source.rounding_shows(weights)
-        if columns.scale == 1.0:  # as `combined` does, which is one more call
-            return columns.combine(weights, wide=wide), weights, source
-        return *combined(weighting, columns, weights, columns.scale, wide=wide), source
-    # Nobody has looked at the rows: whether they are finite shows in their weighted sum.
-    vectors = columns.combine(weights)
-    if not (is_finite(vectors[0]) if len(vectors) == 1 else all_finite(vectors)):
-        vectors, weights = _examine(weighting, columns, source, vectors, weights)
-    return vectors, weights, source
+    source, part = ColumnsSource(columns, losses), stateful_part(weighting)
+    undo = None if part is None else restorer(part)
+    try:
+        weights = weigh(weighting, source)
+        if type(columns) is not Columns:
+            # Processes that hold the columns together must take the same weights.
+            weights = columns.agreed(weights)
+        if source.asked:
+            wide = source.rounding_shows(weights)
+            if columns.scale == 1.0:  # as `combined` does, which is one more call
+                return columns.combine(weights, wide=wide), weights, source
+            return *combined(weighting, columns, weights, columns.scale, wide=wide), source
+        # Nobody has looked at the rows: whether they are finite shows in their weighted sum.
+        vectors = columns.combine(weights)
+        if not (is_finite(vectors[0]) if len(vectors) == 1 else all_finite(vectors)):
+            vectors, weights = _examine(weighting, columns, source, vectors, weights)
+        return vectors, weights, source
+    except BaseException:
+        if undo is not None:  # memory may end after the weighing
+            undo()
+        raise
 
 
 def _examine(

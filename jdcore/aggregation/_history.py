@@ -14,6 +14,7 @@ from jdcore.aggregation._columns import Columns, widest
 from jdcore.aggregation._coordinatewise import portions
 from jdcore.aggregation._differentiation import forbid_differentiation
 from jdcore.aggregation._finite import finite_required, is_finite, nonfinite_rows
+from jdcore.aggregation._nested_state import state_kept
 from jdcore.aggregation._source import ColumnsSource, GramianSource, check_losses
 from jdcore.aggregation._state import StateFields, state_field
 from jdcore.aggregation._weigh import Result, combined, watched
@@ -155,7 +156,8 @@ class HistoryAggregator(StateFields):
         if not m:
             return columns.filled(0.0), blocks[0].new_zeros(0)
         refuse_tangents(blocks, "matrix")  # its state would keep them
-        return watched(self, columns, lambda: self._vectors(columns, known))
+        with state_kept(self):  # what is wrapped may have moved on when a later step fails
+            return watched(self, columns, lambda: self._vectors(columns, known))
 
     def _vectors(self, columns: Columns, losses: Tensor | None) -> Result:
         blocks = columns.blocks

@@ -16,11 +16,13 @@ from jdcore._methods import ComposedAggregator, compose
 from jdcore.aggregation import (
     GramianAggregator,
     GramianWeighting,
+    HistoryAggregator,
     NestedState,
     StateFields,
     as_module,
     state_field,
 )
+from jdcore.aggregation._columns import Columns
 from jdcore.aggregation._nested_state import state_kept
 from jdcore.autojac import backward, jac_to_grad
 from jdcore.validators import integer
@@ -269,6 +271,50 @@ def test_steps_that_fail_after_the_weighing_leave_the_state(make: Callable[[], A
     with pytest.raises(KeyboardInterrupt):
         _interrupted(method, gramian)
     assert torch.equal(method(2 * gramian), other(2 * gramian))
+
+
+@define(eq=False)
+class Following(NestedState, HistoryAggregator):
+    """Weighs by what it holds, whose state moves on before its own."""
+
+    inner: Averaging = field(factory=Averaging)
+
+    def inner_parts(self) -> dict[str, Any]:
+        return {"inner": self.inner}
+
+    def advance(self, rows: Tensor, history: Tensor | None, losses: Tensor | None) -> Tensor:
+        return rows
+
+    def weigh_rows(
+        self, rows: Columns, history: Columns, losses: Tensor | None
+    ) -> tuple[Tensor, dict[str, Any]]:
+        return self.inner(rows.gramian()), {}
+
+
+AGGREGATORS: dict[str, Callable[[], Any]] = {
+    "aggregator": lambda: GramianAggregator(Averaging()),
+    "composed": compose("Averaging", Averaging, "tests:averaging"),
+    "module": lambda: GramianAggregator(as_module(Averaging())),
+    "history": Following,
+}
+
+
+@pytest.mark.parametrize("make", AGGREGATORS.values(), ids=AGGREGATORS)
+def test_a_sum_of_rows_that_fails_leaves_the_state(
+    make: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise MemoryError
+
+    method, other, matrix = make(), make(), torch.tensor([[1.0, 2.0], [3.0, 1.0]])
+    for each in (method, other):
+        each(matrix)
+    with monkeypatch.context() as patch:
+        patch.setattr(Columns, "combine", fail)
+        with pytest.raises(MemoryError):
+            method(5 * matrix)
+
+    assert torch.equal(method(2 * matrix), other(2 * matrix))
 
 
 class Stops(torch.autograd.Function):

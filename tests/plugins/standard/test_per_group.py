@@ -100,6 +100,24 @@ def test_a_call_that_fails_in_a_later_group_changes_no_state() -> None:
     assert repr(aggregator.state_dict()) == before
 
 
+def test_groups_that_cannot_be_put_together_change_no_state(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(*_: object) -> None:
+        raise MemoryError
+
+    inner = get_aggregator("cr_mogm", weighting=get_weighting("mgda"))
+    aggregator = get_aggregator("per_group", aggregator=inner, columns=[4])
+    aggregator(draw(0))
+    before = repr(aggregator.state_dict())
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "cat", fail)
+        with pytest.raises(MemoryError):
+            aggregator(draw(1))
+    assert repr(aggregator.state_dict()) == before
+
+
 def test_more_columns_than_there_are_is_refused() -> None:
     aggregator = get_aggregator("per_group", aggregator=get_aggregator("mgda"), columns=[4, 7])
 

@@ -83,9 +83,10 @@ class CenteredClipping(StateFields, MatrixAggregator):
         kept = float(coefficients[-1])
         pairs = zip(moved, center, strict=True)
         centers = [torch.add(new.to(old.dtype), old, alpha=kept) for new, old in pairs]
+        vectors = [now.to(new.dtype) for now, new in zip(centers, moved, strict=True)]
         # In memory of its own, as the caller gets the vectors.
         self.center = torch.cat(centers) if len(centers) > 1 else centers[0].clone()
-        return [now.to(new.dtype) for now, new in zip(centers, moved, strict=True)]
+        return vectors
 
     def _previous(self, columns: Columns) -> list[Tensor]:
         """The center, in blocks as the columns, but never in half precision."""

@@ -136,10 +136,11 @@ class PerGroup:
             for (index, _), vector in zip(group, vectors, strict=True):
                 pieces[index].append(vector.to(blocks[index].dtype))
             states += [] if inner is None else [inner.state_dict()]
+        pairs = zip(blocks, pieces, strict=True)
+        vectors = [torch.cat(piece) if piece else b.new_zeros(0) for b, piece in pairs]
         # Only now, so that a call that failed on its way left the state as it was.
         self._states = states
-        pairs = zip(blocks, pieces, strict=True)
-        return [torch.cat(piece) if piece else b.new_zeros(0) for b, piece in pairs], None
+        return vectors, None
 
     def _enter(self, inner: Any, number: int) -> None:
         """Bring the wrapped method into the state of a group."""
