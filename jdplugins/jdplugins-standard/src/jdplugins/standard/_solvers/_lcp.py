@@ -33,6 +33,7 @@ Matrix = TypeVar("Matrix", Floats, Tensor)
 # Up to so many rows, to follow solutions takes no longer than a guess and what comes after it; and
 # up to so many multiplications, than what comes after a guess that is not good enough.
 _FOLLOWED, _WORTH = 32, 6e7
+_FACED = 48  # rows up to which that takes less than to look for rows that cancel
 _GATHERED = 88  # rows up to which a few exchanges take less time in numpy
 # Squared pivots of C. Below the first one, some combination of rows is zero, and above the second
 # one, they are as good as independent.
@@ -129,7 +130,10 @@ class _Search:
         if not one and (not few or (m > _FOLLOWED and self.way is _INDEPENDENT)):
             self._guess(left)
         if few:
-            self._follow(self.left(_EXACT))
+            faced = not one and m > _FACED and self.way is _CANCELLING
+            if faced:
+                self._by_face()
+            self._follow(self.left(self.way.enough if faced else _EXACT))
             return
         if not one:
             if self.way is _CANCELLING:
@@ -167,6 +171,9 @@ class _Search:
         rows = self.left(self.way.enough)
         face = find_face(self.C) if len(rows) > _ALONE else None
         if face is not None:
+            if not self.near.any():
+                X, _ = guess(self.C, self.Q[rows], self.way.settled)
+                self.near[rows] = X.clamp_min(0.0).double()
             Z = face.solve(self.Q[rows], self.near[rows], lambda C, Q: solve_lcps(C, Q)[0])
             self.keep(rows, Z, natural_residual(self.C, self.Q[rows], Z))
             self.come_nearer(rows, Z)
