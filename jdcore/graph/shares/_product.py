@@ -3,7 +3,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import reduce
+from functools import cache, reduce
 
 import torch
 from torch import Tensor
@@ -68,8 +68,7 @@ def product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
         dtype = torch.promote_types(a.dtype, b.dtype)
         a, b = a.to(dtype), b.to(dtype)
     if a.dtype in HALVES:
-        # Only torch's products on CUDA have `out_dtype`.
-        if a.is_cuda and out is None:
+        if a.is_cuda and out is None and _has_mixed(a.dtype, a.device):
             return _mixed(a, b)
         a, b = a.float(), b.float()
     # `matmul` puts five views around a batched product: on accelerators, a fifth of its time.
@@ -118,6 +117,21 @@ def long_product(a: Tensor, b: Tensor) -> Tensor:
         left, right = (head.transpose(0, 1) for head in heads)
         total += product(left, right.mT).sum(0, dtype=torch.float64)
     return total
+
+
+def _has_mixed(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether torch multiplies halves on a device into float32 (``out_dtype``): only on CUDA."""
+    if dtype is torch.float16 and torch.backends.cuda.matmul.allow_fp16_accumulation:
+        return False
+    return _ever_has_mixed(dtype, device)
+
+
+@cache
+def _ever_has_mixed(dtype: torch.dtype, device: torch.device) -> bool:
+    # Devices of AMD are called so, too; they have none, and older ones of NVIDIA those of float16.
+    if torch.version.hip is not None:
+        return False
+    return dtype is torch.float16 or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def _mixed(a: Tensor, b: Tensor) -> Tensor:

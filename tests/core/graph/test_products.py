@@ -136,6 +136,37 @@ def test_products_of_two_threads_are_exact_until_both_are_made() -> None:
     assert _settings() == before
 
 
+@pytest.fixture
+def capability(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """The version of the kernels of a CUDA device, which there need not be."""
+    found = [8, 0]
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: tuple(found))
+    _product._ever_has_mixed.cache_clear()
+    yield found
+    _product._ever_has_mixed.cache_clear()
+
+
+def test_halves_are_multiplied_into_float32_where_torch_does_so(
+    capability: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def found() -> tuple[bool, bool]:
+        _product._ever_has_mixed.cache_clear()
+        device = torch.device("cuda", 0)
+        return tuple(_product._has_mixed(d, device) for d in (torch.float16, torch.bfloat16))  # type: ignore[return-value]
+
+    assert found() == (True, True)
+    capability[:] = [7, 5]
+    assert found() == (True, False)
+    capability[:] = [9, 0]
+    try:
+        _BACKENDS.cuda.matmul.allow_fp16_accumulation = True
+        assert found() == (False, True)
+    finally:
+        _BACKENDS.cuda.matmul.allow_fp16_accumulation = False
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    assert found() == (False, False)
+
+
 def _multiplies(node: ast.AST) -> bool:
     if isinstance(node, ast.BinOp):
         return isinstance(node.op, ast.MatMult)
