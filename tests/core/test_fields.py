@@ -233,6 +233,26 @@ def test_sparse_gradients_add_up() -> None:
     assert dense.grad.tolist() == [1.0, 5.0, 1.0]
 
 
+@pytest.mark.parametrize(
+    "cut",
+    [
+        lambda whole: [whole[:2], whole[1:3]],  # with an end that belongs to none
+        lambda whole: [whole.view(2, 2).T],
+    ],
+)
+def test_gradients_that_only_seem_to_make_up_a_storage_are_copied(
+    cut: Callable[[Tensor], list[Tensor]],
+) -> None:
+    whole = torch.arange(4.0)
+    gradients = cut(whole)
+    separate = disjoint(gradients)
+    assert all(map(torch.equal, separate, gradients))
+    assert all(gradient.is_contiguous() for gradient in separate)
+    assert whole.untyped_storage().data_ptr() not in {
+        gradient.untyped_storage().data_ptr() for gradient in separate
+    }
+
+
 def test_gradients_that_share_memory_are_taken_apart() -> None:
     shared = torch.ones(2)
     separate = disjoint([shared, shared, torch.ones(1).expand(2), shared], [torch.ones(2)])
