@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from jdcore.linalg import add_proximal, gramian
-from jdplugins.standard._solvers import NativeDualConeSolver
+from jdplugins.standard._solvers import NativeDualConeSolver, _cone_of_few
 from jdplugins.standard._solvers._cone_of_few import project_few
 
 
@@ -33,14 +33,16 @@ def test_they_are_the_same_with_zero_rows_and_zero_preferences(m: int, n: int, m
     np.testing.assert_allclose(found @ rows.numpy(), expected @ rows.numpy(), atol=1e-11 * scale)
 
 
-@pytest.mark.parametrize("m", [6, 8, 32, 96])
+@pytest.mark.parametrize("m", [6, 8, 32, 128])
 @pytest.mark.parametrize("part", [0.9, 1.0])  # all of the mean: the rows cancel
 def test_rows_that_nearly_all_conflict_take_one_inverse(
     m: int, part: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     inverses: list[int] = []
-    inverse = np.linalg.inv
-    monkeypatch.setattr(np.linalg, "inv", lambda G: inverses.append(len(G)) or inverse(G))
+    solve = _cone_of_few.solve_definite
+    monkeypatch.setattr(
+        _cone_of_few, "solve_definite", lambda A, B: inverses.append(len(B)) or solve(A, B)
+    )
     generator = torch.Generator().manual_seed(m)
     rows = torch.randn(m, 40 * m, generator=generator, dtype=torch.float64)
     rows -= part * rows.mean(0)
@@ -56,6 +58,19 @@ def test_rows_that_nearly_all_conflict_take_one_inverse(
     lengths = rows.norm(dim=1, keepdim=True).numpy()
     updates = [V @ rows.numpy() / lengths for V in (found, expected)]
     np.testing.assert_allclose(*updates, atol=1e-8)
+
+
+@pytest.mark.parametrize("length", [0.0, 1e-161, 1e-155])
+def test_rows_that_nearly_all_conflict_may_be_of_no_length(length: float) -> None:
+    rows = torch.eye(8, dtype=torch.float64) - 0.2
+    rows[0] *= length
+    G = gramian(rows).numpy()
+    U = np.eye(8)
+
+    found = NativeDualConeSolver()(G, U) @ rows.numpy()
+
+    expected = NativeDualConeSolver().project(torch.from_numpy(G), torch.from_numpy(U)).numpy()
+    np.testing.assert_allclose(found, expected @ rows.numpy(), atol=1e-9)
 
 
 @pytest.mark.parametrize(("k", "m"), [(0, 0), (1, 0), (0, 3), (0, 40)])

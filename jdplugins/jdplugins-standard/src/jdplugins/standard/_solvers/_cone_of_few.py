@@ -13,14 +13,14 @@ from operator import mul
 import numpy as np
 import torch
 
-from jdcore.linalg import equilibrate, exchange_few, lcp_residual, product
+from jdcore.linalg import equilibrate, exchange_few, lcp_residual, product, solve_definite
 from jdplugins.standard._solvers._alone import EXACT, LARGE, solve_one
 from jdplugins.standard._solvers._lcp import ROUGH, Floats, one_entry
 from jdplugins.standard._solvers._parametric import follow
 from jdplugins.standard._solvers._semidefinite import is_plausible
 from jdplugins.standard._solvers._tiny import HANDFUL, HANDFUL_OF_ONE, Rows, roots_of, solve_few
 
-_OPPOSED = range(6, 97)  # rows from which on an inverse pays; numpy inverts more by several threads
+_OPPOSED = 6  # rows from which on an inverse pays
 _MANY = 32  # rows from which on a guess pays
 _INDEPENDENT = 3e-3  # length of what each unit row has beside those before it
 
@@ -40,7 +40,7 @@ def project_few(gramian: Floats, references: Floats) -> Floats | None:
     if m > 2 and _are_inside(gramian, references):
         found = references.copy()
         return found
-    if k == m and m in _OPPOSED:
+    if k == m >= _OPPOSED:
         opposed = _among_opposed(gramian, references)
         if opposed is not None:
             return opposed
@@ -93,6 +93,7 @@ def _are_inside(gramian: Floats, references: Floats) -> bool:
     return bool(gramian.min() >= 0.0 and references.min() >= 0.0)
 
 
+@np.errstate(all="ignore")  # what leaves the range of floats is told at the end
 def _among_opposed(gramian: Floats, references: Floats) -> Floats | None:
     """
     Projections of rows that nearly all conflict: each is orthogonal to all other rows.
@@ -107,17 +108,16 @@ def _among_opposed(gramian: Floats, references: Floats) -> Floats | None:
     if np.count_nonzero(references) != m or not shares.min() > 0.0:
         return None
     try:
-        inverse: Floats = np.asarray(np.linalg.inv(gramian), dtype=np.float64)
+        inverse = solve_definite(gramian, np.eye(m))
     except np.linalg.LinAlgError:
         return None
     found: Floats = inverse * (shares / inverse.diagonal())[:, None]
-    found.reshape(-1)[:: m + 1] = shares
+    found.flat[:: m + 1] = shares
     # What is left of the products of unit vectors, of which that with its own row may be any.
     norms = np.sqrt(gramian.diagonal())
     products = product(found / (shares * norms)[:, None], gramian) / norms
-    products.reshape(-1)[:: m + 1] = 0.0
-    exact = np.vdot(products, products) <= EXACT * EXACT and found.min() >= 0.0
-    return found if exact else None
+    products.flat[:: m + 1] = 0.0
+    return found if np.abs(products).max() <= EXACT and found.min() >= 0.0 else None
 
 
 def _solved(C: Floats, Q: Floats) -> Floats | None:
