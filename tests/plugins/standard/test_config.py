@@ -93,5 +93,13 @@ def test_only_the_ratios_of_preferences_matter_at_any_scale(scale: float) -> Non
     torch.testing.assert_close(vector, get_aggregator("config", pref_vector=preferences)(matrix))
 
 
+def test_a_preference_may_be_smaller_than_another_by_more_than_has_a_square() -> None:
+    preferences = torch.tensor([1.0, 1e-200], dtype=torch.float64)
+
+    vector = get_aggregator("config", pref_vector=preferences)(torch.diag(preferences + 3.0))
+
+    torch.testing.assert_close(vector, torch.tensor([4.0, 3e-200], dtype=torch.float64))
+
+
 def test_preferences_of_zero_ask_for_nothing() -> None:
     assert not get_aggregator("config", pref_vector=torch.zeros(2))(torch.eye(2)).any()

@@ -31,6 +31,14 @@ def test_without_momentum_it_is_the_method_itself() -> None:
         assert torch.equal(aggregator(matrix), get_aggregator("upgrad")(matrix))
 
 
+@pytest.mark.parametrize("scale", [1e-200, 1e200])
+def test_weights_of_a_function_do_not_depend_on_the_scale(scale: float) -> None:
+    matrix = torch.tensor([[1.0, 2.0], [3.0, -1.0]], dtype=torch.float64)
+    aggregator = get_aggregator("row_momentum", weighting=lambda gramian: gramian.new_ones(2))
+
+    torch.testing.assert_close(aggregator(matrix * scale) / scale, matrix.sum(0))
+
+
 def test_noise_that_makes_rows_conflict_is_averaged_out() -> None:
     generator = torch.Generator().manual_seed(0)
     truth = torch.tensor([[1.0, 0.2], [1.0, -0.2]], dtype=torch.float64)
