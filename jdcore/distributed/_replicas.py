@@ -160,7 +160,8 @@ def check_replicas(tensors: Iterable[Tensor], graphs: Iterable[Reach], parameter
                 "of a DistributedDataParallel module without static_graph=True",
                 "one with it",
                 "After a Jacobian, its ordinary backward passes would silently not be averaged. "
-                "Drop the option, or call model.module instead of model.",
+                "Drop the option, call model.module instead of model, or make an ordinary step "
+                "first.",
             )
         if replica._join_config.enable:
             raise ParameterError(

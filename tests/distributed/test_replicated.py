@@ -314,9 +314,14 @@ def test_plain_parameters_stay_with_their_process(two: Run) -> None:
 
 def _options() -> None:
     """What DistributedDataParallel can be told, and ordinary steps in between."""
-    for options in ({}, {"find_unused_parameters": True}, {"gradient_as_bucket_view": True}):
+    for first, options in (
+        (0, {}),
+        (0, {"find_unused_parameters": True}),
+        (0, {"gradient_as_bucket_view": True}),
+        (1, {"static_graph": True}),  # an ordinary step has to show it the graph
+    ):
         ours, alone = DistributedDataParallel(Tasks(), **options), Tasks()
-        for step in range(4):
+        for step in range(first, 4 + first):
             for module, of in ((ours, own_batch), (alone, whole_batch)):
                 module.zero_grad()
                 losses = losses_of(module(of(step))[1])
