@@ -98,7 +98,8 @@ def batched_gradients(
         # What `torch.vmap` does around a function. Some rules are made when they are needed first.
         lazy_load_decompositions()
         m = cotangents[0].shape[0]
-        level = functorch._vmap_increment_nesting(m, "error")
+        # Random numbers are drawn by checkpoints that run the forward pass again, for all rows.
+        level = functorch._vmap_increment_nesting(m, "same")
         try:
             found = row(*[functorch._add_batch_dim(c, 0, level) for c in cotangents])
             return [
@@ -119,7 +120,9 @@ def _by_vmap(row: Any, cotangents: Sequence[Tensor], count: int) -> list[Tensor 
         return [result for result in results if result is not None]
 
     found: list[Tensor | None] = [None] * count
-    for i, result in zip(reached, torch.vmap(tensors)(*cotangents), strict=False):
+    for i, result in zip(
+        reached, torch.vmap(tensors, randomness="same")(*cotangents), strict=False
+    ):
         found[i] = result
     return found
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.testing._internal.two_tensor import TwoTensor
+from torch.utils.checkpoint import checkpoint
 
 from jdcore.autojac import _problem, _vmap, backward, jac
 from jdcore.errors import VectorizationError, VectorizationWarning
@@ -409,6 +410,20 @@ def test_sparse_factors_of_products_that_were_batched_before_are_told_once(
     if chunk_size is None:
         backward((x.to_sparse() @ weight).square().sum(1))
         torch.testing.assert_close([weight.jac], expected)
+
+
+@pytest.mark.parametrize("chunk_size", [None, 2])
+def test_random_numbers_of_a_checkpoint_are_those_of_the_forward_pass_in_all_rows(
+    truth: Truth, chunk_size: int | None
+) -> None:
+    weight, x = _leaf(3, 4), torch.ones(5, 3, dtype=torch.float64)
+
+    def dropped(inner: Tensor) -> Tensor:
+        return torch.dropout(x @ inner, 0.5, train=True)
+
+    losses = checkpoint(dropped, weight, use_reentrant=False).square().sum(1)
+    expected = truth([losses], [weight])
+    torch.testing.assert_close(jac(losses, [weight], parallel_chunk_size=chunk_size), expected)
 
 
 @pytest.mark.parametrize("most", [3, 1])
