@@ -108,6 +108,26 @@ def test_dependent_rows_take_little_more_work_than_independent_ones(kind: str) -
         assert work(kind, m, seed) <= LIMIT * least_work(m)
 
 
+@pytest.mark.parametrize(
+    ("kind", "limit"), [("one row and its opposite", 0.1), ("products of factors", 1.5)]
+)
+def test_rows_beside_those_that_cancel_take_no_pivot_of_each(kind: str, limit: float) -> None:
+    assert work(kind, 64, 0) <= limit * least_work(64)
+
+
+def test_rows_that_have_noise_of_all_sizes_go_at_their_own_pace() -> None:
+    C = cosines("one row and noise", 128)
+    true = solve_lcps(C, C)[0] > 0.0
+    X, _ = _guess.guess(C, C, 5e-4)
+
+    def wrong(X: Tensor) -> list[float]:
+        return [float(((x > 0.0) ^ true[:4]).double().mean()) for x in X]
+
+    X, least = _guess.guess_again(C, C, X, torch.arange(4), wrong)
+    assert least <= 0.01
+    assert float(((X > 0.0) ^ true).double().mean()) <= 0.01  # 0.05 where all rows go at one pace
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("m", [64, 128, 256])
 @pytest.mark.parametrize("kind", KINDS)
