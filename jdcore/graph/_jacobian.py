@@ -170,7 +170,8 @@ class Jacobian:
                 self.memory.suit(self.objectives.tasks * plan.size(self.graph.form))
                 given = self.graph, self.objectives, plan, self._hooked, self.memory, total
                 self.roots = RootShares(*given, report=self._report)
-                serving = Serving(self.graph, plan, self._rules, self.memory, self.roots)
+                known = plan.spots(self.graph.form), self._rules
+                serving = Serving(self.graph, *known, self.memory, self.roots)
                 # Passes that end at parameters leave nothing that could be written to.
                 plain = isinstance(self.objectives, OneByOne) or not self.graph.functions_of_others
                 with nullcontext() if plain else refused_tampering(self.graph):

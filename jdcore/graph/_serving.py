@@ -11,7 +11,7 @@ from jdcore.graph._call import called_shares
 from jdcore.graph._graph import Graph
 from jdcore.graph._memory import Memory, pieces
 from jdcore.graph._passes import Grads, Heard
-from jdcore.graph._plan import Plan, Spot
+from jdcore.graph._plan import Spot
 from jdcore.graph._root_shares import SHORT, RootShares
 from jdcore.graph._saved import Unreadable, all_saved
 from jdcore.graph._site import Layers, NoRule, Site, alike
@@ -28,7 +28,7 @@ class Serving:
     """
 
     graph: Graph
-    plan: Plan
+    spots: Mapping[int, Spot]
     rules: Rules
     memory: Memory
     roots: RootShares
@@ -46,7 +46,7 @@ class Serving:
         :param tensors: What it saved, if a pass may have freed it.
         :returns: The operation and its operands without a rule, None if there is none.
         """
-        spot = self.plan.spots(self.graph.form)[node]
+        spot = self.spots[node]
         if spot.silent:
             # Where nothing depends on a result, what arrives there is zero.
             pairs = zip(spot.layouts, grads, strict=True)
@@ -74,7 +74,7 @@ class Serving:
         :param site: As :meth:`serve` returned it.
         :param rest: Likewise.
         """
-        spot = self.plan.spots(self.graph.form)[node]
+        spot = self.spots[node]
         for operand, share in called_shares(site, rest, self.memory).items():
             self.roots.take(spot.roots[operand], share, spot.name, "called for each sample")
 
@@ -93,10 +93,9 @@ class Serving:
             yield from heard
             return
         groups: dict[Hashable, list[Heard]] = {}
-        spots = self.plan.spots(self.graph.form)
         for one in heard:
             node, [grad, *others], _ = one
-            kind = spots[node].alike
+            kind = self.spots[node].alike
             if kind is None or grad is None or [g for g in others if g is not None]:
                 yield one
             else:
@@ -122,8 +121,7 @@ class Serving:
         """
         if not self.roots.has_room(entries):
             return False
-        known = self.plan.spots(self.graph.form)
-        spots = [known[node] for node, _, _ in heard]
+        spots = [self.spots[node] for node, _, _ in heard]
         nodes, spot = [self.graph.nodes[node] for node, _, _ in heard], spots[0]
         rule = self.rules.find(spot.name, nodes[0])
         try:

@@ -17,8 +17,9 @@ _ROWS = 128
 # part than this of what they would be if no position cancelled another one.
 _LEFT = 0.05
 
-# Entries of Gramians that wait to be added: 4 MB in float32, and as much once they are joined.
-_PENDING = 1 << 20
+# Entries of Gramians that wait to be added: 4 MB in float32, and as much once they are joined. On a
+# CPU, few enough to stay in its cache.
+_PENDING, _PENDING_HERE = 1 << 20, 1 << 16
 
 
 class Share(ABC):
@@ -130,6 +131,7 @@ class Accumulator:
         self.joins = True
         """Whether the shares of several layers may come as one."""
         self._pending: list[Tensor] = []
+        self._most_pending = _PENDING_HERE if memory.reused else _PENDING
         self._entries_pending = 0
         self._squares: dict[tuple[int, int], list[Tensor]] = {}
         self.added: list[Addend] = []
@@ -190,20 +192,18 @@ class Accumulator:
         n, c = product.shape
         if n < self.rows:
             self._lower[first : first + n, :c] += product
-        elif self.memory.reused:
-            self._lower.add_(product)
         else:
             self.pend(product[None])
 
     def pend(self, products: Tensor) -> None:
         """Add Gramians [n, R, R], small ones later and all at once: each addition is a kernel."""
-        if products.numel() >= _PENDING // 4:
+        if products.numel() >= self._most_pending // 4:
             alone = len(products) == 1
             self._lower.add_(products[0] if alone else products.sum(0, dtype=torch.float64))
             return
         self._pending.append(products)
         self._entries_pending += products.numel()
-        if self._entries_pending > _PENDING:
+        if self._entries_pending > self._most_pending:
             self._add_pending()
 
     def _add_pending(self) -> None:
