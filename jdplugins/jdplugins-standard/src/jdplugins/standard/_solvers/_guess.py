@@ -3,14 +3,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from copy import copy
-from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-Vector = TypeVar("Vector", NDArray[np.float64], Tensor)
+Floats = NDArray[np.float64]
 
 _RELAXATION = 1.85
 _CHECK = 4
@@ -175,7 +174,7 @@ def guess_again(
 
 
 @np.errstate(over="ignore", invalid="ignore")  # q may be beyond the range of float32
-def descend(C: Vector, q: Vector, start: Vector) -> Vector:
+def descend(C: Floats, q: Floats, start: Floats) -> Floats:
     """
     Towards the solution of one linear complementarity problem, by projected gradient steps.
 
@@ -187,25 +186,20 @@ def descend(C: Vector, q: Vector, start: Vector) -> Vector:
     :returns: ``z - y`` [m] at the end, which is positive where z is likely to be.
     """
     if len(q) < _LARGE:
-        near: Vector = (start - (C @ start + q)).clip(min=0.0)
-        return near - (C @ near + q)
+        near = (start - (C @ start + q)).clip(min=0.0)
+        nearer: Floats = near - (C @ near + q)
+        return nearer
     # Products with a matrix take as long as it takes to read it, and nothing relies on the result.
-    C, q, z = (_as(torch.float32, given) for given in (C, q, start))
-    y, length = C @ z + q, cast(Any, 1.0)
+    narrow, z = C.astype(np.float32), start.astype(np.float32)
+    y, length = narrow @ z + q.astype(np.float32), np.float32(1.0)
     positive = z > y
     for number in range(1, _DESCENTS + 1):
         step = (z - length * y).clip(min=0.0) - z
-        change = C @ step
+        change = narrow @ step
         length = (step @ change) / (change @ change + 1e-30)
         z, y = z + step, y + change
         if number % _CHECK_DESCENT == 0:
             before, positive = positive, z > y
-            if bool((positive == before).all()):
+            if (positive == before).all():
                 break
-    return cast(Vector, _as(torch.float64, z - y))
-
-
-def _as(dtype: torch.dtype, given: Any) -> Any:
-    if isinstance(given, Tensor):
-        return given.to(dtype)
-    return given.astype(np.float32 if dtype == torch.float32 else np.float64)
+    return (z - y).astype(np.float64)

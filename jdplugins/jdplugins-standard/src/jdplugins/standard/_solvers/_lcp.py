@@ -20,9 +20,9 @@ from torch import Tensor
 
 from jdcore.linalg import exchange_few, misplaced, natural_residual, one_thread, pivot
 from jdplugins.standard._solvers._active_set import WORK, ActiveSet
-from jdplugins.standard._solvers._alone import LARGE, THREADS, solve_one
+from jdplugins.standard._solvers._alone import THREADS, solve_one
 from jdplugins.standard._solvers._faces import find_face
-from jdplugins.standard._solvers._guess import GOOD, descend, guess, guess_again
+from jdplugins.standard._solvers._guess import GOOD, guess, guess_again
 from jdplugins.standard._solvers._parametric import follow
 from jdplugins.standard._solvers._unsolved import UNSOLVED
 
@@ -84,9 +84,9 @@ def solve_lcps(C: Tensor, Q: Tensor) -> tuple[Tensor, Tensor]:
     :param Q: Vectors q [k, m], float64.
     :returns: Solutions Z [k, m] and their natural residuals [k].
     """
-    if len(Q) == 1 and C.is_cpu:
-        z, residual = solve_one(C.numpy(), Q[0].numpy())
-        return torch.from_numpy(z)[None], Q.new_tensor([residual])
+    if len(Q) == 1:  # one row never keeps an accelerator busy
+        z, residual = solve_one(C.numpy(force=True), Q[0].numpy(force=True))
+        return Q.new_tensor(z[None]), Q.new_tensor([residual])
     with one_thread(C.is_cpu and len(C) <= THREADS):
         search = _Search(C, Q)
         search.run()
@@ -116,29 +116,24 @@ class _Search:
         return _way(self.C)
 
     def run(self) -> None:
-        (k, m), one = self.Q.shape, len(self.Q) == 1
-        if one:
-            Z, residuals = pivot(self.C, self.Q, _likely(self.C, self.Q[0]))
-            # A block that turns out to be singular gives a large z, whose residual says little.
-            self.keep(self.all, Z, torch.where(Z.amax(1) <= LARGE, residuals, torch.inf))
-        elif self.way is not _INDEPENDENT:
+        k, m = self.Q.shape
+        if self.way is not _INDEPENDENT:
             self.keep(self.all, *one_entry(self.C, self.Q))
-        left = self.left(ROUGH if one else _EXACT)
+        left = self.left(_EXACT)
         if not len(left):
             return
         few = k * m**3 <= _WORTH
-        if not one and (not few or (m > _FOLLOWED and self.way is _INDEPENDENT)):
+        if not few or (m > _FOLLOWED and self.way is _INDEPENDENT):
             self._guess(left)
         if few:
-            faced = not one and m > _FACED and self.way is _CANCELLING
+            faced = m > _FACED and self.way is _CANCELLING
             if faced:
                 self._by_face()
             self._follow(self.left(self.way.enough if faced else _EXACT))
             return
-        if not one:
-            if self.way is _CANCELLING:
-                self._by_face()
-            self._guess_again()
+        if self.way is _CANCELLING:
+            self._by_face()
+        self._guess_again()
         self._one_by_one()
 
     def left(self, residual: float) -> Tensor:
@@ -279,8 +274,3 @@ def _way(C: Tensor) -> _Way:
     if smallest < _SINGULAR:
         return _CANCELLING
     return _INDEPENDENT if smallest >= _FAR else _DEPENDENT
-
-
-def _likely(C: Tensor, q: Tensor) -> Tensor:
-    """Where the z of one problem is likely to be positive, [m] -> [1, m]."""
-    return (descend(C, q, torch.zeros_like(q)) > 0.0)[None]
