@@ -123,11 +123,6 @@ class Site:
         :raises NoRule: If the operand has samples of its own.
         """
         shape = self.shapes[operand]
-        lead = grads.ndim - len(shape)
-        if lead > 1 and self.samples_lead and grads.shape[lead:] == shape:
-            # All that it was broadcast to are positions of samples, as for the bias of a layer.
-            rows = self.positions(grads, 1, len(shape))
-            return Dense.summed(rows, shape)
         return self._broadcast(grads, shape, shape)
 
     def _broadcast(self, grads: Tensor, given: Sequence[int], shape: Size) -> Dense:
