@@ -61,7 +61,7 @@ class Engine:
         backward passes more, which show where in the graph the samples are. Their gradients are
         NaN, so a function of Python that keeps a state in its backward needs None.
     :param memory_budget: Bytes that a temporary may have. By default 256 MB on an accelerator, or
-        an eighth of its free memory if that is less, and what the caches hold on a CPU. A step
+        an eighth of its free memory if that is less, and 2 MB (of float32) on a CPU. A step
         whose activations take less than 256 MB keeps them to 32 MB, a larger one to an eighth.
         Two or three of them may be there at once, and what a step has anyway may be larger: the
         gradients of all samples and tasks at an operation, and whole rows of parameters that are

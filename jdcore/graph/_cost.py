@@ -7,7 +7,7 @@ faster by about the same factor. Shapes: K tasks, B samples, T positions per sam
 weight maps i inputs to o outputs. The three forms of a share with J = sum_t D_t X_tᵀ are
 
 * ghost: Gram matrices of X and D over positions, [N, N] each, and never J;
-* direct: the rows of J through a reused buffer, and their products;
+* direct: the rows of J in pieces, and their products;
 * rows: the rows of J from autograd itself (only without samples).
 """
 

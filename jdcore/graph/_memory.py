@@ -1,15 +1,13 @@
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Iterator, Sequence
 from functools import cache, lru_cache
 from itertools import pairwise
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
-from attrs import define, field
-from torch import Tensor
+from attrs import define
 
 CAPACITY = 1 << 19
 """Entries (2 MB of float32) that a temporary should not exceed on a CPU: caches are small."""
@@ -33,44 +31,24 @@ _JOINED = 1 << 22
 _ROWS = 1 << 27
 
 
-_Slot: TypeAlias = "tuple[int, torch.dtype]"
-
-
-class _Kept(threading.local):
-    """
-    Buffers that outlive a step.
-
-    Memory that is new in each step costs more than what is computed in it: its pages are cleared.
-    """
-
-    def __init__(self) -> None:
-        self.buffers: dict[_Slot, Tensor] = {}
-
-
-_KEPT = _Kept()
-
-
 @define(eq=False)
 class Memory:
     """
-    How large temporaries may be, and where they lie.
+    How large temporaries may be.
 
-    A CPU is fast on pieces that fit into its cache, in memory that is reused: writing a product
-    into fresh pages costs several times the product itself. An accelerator is fast on few large
-    operations. This is all that depends on the device.
+    A CPU is fast on pieces that fit into its cache, an accelerator on few large operations. This is
+    all that depends on the device.
 
     :param entries: Entries that a temporary may have.
     :param gradients: Entries that the gradients of several losses at one place may have.
     :param held: Entries of rows that may be held at once, or kept, where there are no samples.
-    :param reused: Whether temporaries lie in memory that is kept for the next one, also of later
-        steps: for each thread two of about :data:`CAPACITY` entries.
+    :param cached: Whether what fits into caches counts for more than the number of operations.
     """
 
     entries: int
     gradients: int
     held: int
-    reused: bool
-    _large: dict[_Slot, Tensor] = field(factory=dict, init=False)
+    cached: bool
 
     @classmethod
     def of(
@@ -85,13 +63,13 @@ class Memory:
         if budget is not None:
             entries = max(1, budget // max(_ENTRY, dtype.itemsize))
             held = _ROWS if device.type == "cpu" else max(_ROWS, entries)
-            return cls(entries, entries, held, reused=False)
+            return cls(entries, entries, held, cached=False)
         if device.type == "cpu":
             # Weights that are read once count for more than gradients that leave the cache.
-            return cls(CAPACITY, 4 * CAPACITY, _ROWS, reused=True)
+            return cls(CAPACITY, 4 * CAPACITY, _ROWS, cached=True)
         share = _share_of_free_memory(device)
         entries, gradients = min(_ELSEWHERE, share) // _ENTRY, share // _ENTRY
-        return cls(entries, gradients, max(_ROWS, gradients), reused=False)
+        return cls(entries, gradients, max(_ROWS, gradients), cached=False)
 
     @property
     def joined(self) -> int:
@@ -108,40 +86,16 @@ class Memory:
 
         :param held: The entries of that, about.
         """
-        if not self.reused:
-            self.entries = min(self.entries, max(_LEAST, held // _PART))
+        self.entries = min(self.entries, max(_LEAST, held // _PART))
 
     @property
     def waiting(self) -> int:
         """Entries of gradients that may wait during a pass, until several are served at a time."""
-        return self.entries // 4 if self.reused else 3 * self.joined // 2
+        return 3 * self.joined // 2
 
     def widen(self) -> None:
         """Keep temporaries as large in float64 as they were in float32."""
-        if not self.reused:
-            self.entries = max(1, self.entries // 2)
-
-    def take(self, shape: tuple[int, ...], like: Tensor, slot: int = 0) -> Tensor:
-        """
-        An uninitialised tensor, valid until the same slot is taken again.
-
-        :param shape: Its shape.
-        :param like: Gives dtype and device.
-        :param slot: Temporaries that live at the same time have different slots.
-        """
-        if not self.reused:
-            return like.new_empty(shape)
-        size, key = math.prod(shape), (slot, like.dtype)
-        buffers = _KEPT.buffers if size <= CAPACITY else self._large
-        buffer = buffers.get(key)
-        if buffer is None or buffer.numel() < size:
-            # Grown in steps of two: a small model stays small.
-            length = max(size, min(CAPACITY, 2 * size))
-            # A tensor that was made in inference mode could not be written to outside of it later.
-            with torch.inference_mode(False):
-                buffer = torch.empty(length, dtype=like.dtype, device=like.device)
-            buffers[key] = buffer
-        return buffer[:size].view(shape)
+        self.entries = max(1, self.entries // 2)
 
     def pieces(self, length: int, size: int) -> Sequence[tuple[int, int]]:
         """

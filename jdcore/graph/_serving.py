@@ -89,7 +89,7 @@ class Serving:
         :param heard: Operations, and their gradients for one task.
         :returns: Those that are left, which belong to no others or for which there is no room.
         """
-        if self.memory.reused or not self.roots.joins:
+        if not self.roots.joins:
             yield from heard
             return
         groups: dict[Hashable, list[Heard]] = {}

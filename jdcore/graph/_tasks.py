@@ -320,7 +320,7 @@ class Passes:
             return 1
         results, weights = _sizes(graph.form, ways.common)
         # An accelerator is always faster with few large operations.
-        if self.memory.reused and not batch_beats_single_passes(count, results, weights):
+        if self.memory.cached and not batch_beats_single_passes(count, results, weights):
             return 1
         return max(1, min(count, self.memory.gradients // max([1, *results])))
 

@@ -136,7 +136,7 @@ def _converted(value: Any, dtype: torch.dtype) -> Any:
 
 def explicit_rows(use: Use) -> Tensor:
     """The rows of a share by calling the operation, shape [K, B, *shape]."""
-    memory = Memory(1 << 30, 1 << 30, 1 << 30, reused=False)
+    memory = Memory(1 << 30, 1 << 30, 1 << 30, cached=False)
     return called_shares(use.site, [use.operand], memory)[use.operand].rows()
 
 

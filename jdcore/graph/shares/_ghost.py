@@ -5,12 +5,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from jdcore.graph._memory import pieces
 from jdcore.graph.shares._product import long_product, product, widened
 from jdcore.graph.shares._share import Accumulator, lower_product
-
-# Products of fewer positions than these are slow.
-_POSITIONS = 256
 
 Gram = Callable[[int, int], Tensor]
 """
@@ -61,15 +57,7 @@ def _add_one_task(gram: Gram, grads: Tensor, total: Accumulator) -> None:
     """Some rows of the Gramian at a time, up to their diagonal."""
     B, T, o = grads.shape
     flat = grads.reshape(B * T, o)
-    memory = total.memory
-    if T == 1:
-        parts = total.halves()
-    elif memory.reused:
-        # Eight pieces up to the diagonal compute 9/16 of the square. More of them would be slow
-        # products.
-        parts = pieces(B, max(_POSITIONS // T, -(-B // 8)))
-    else:
-        parts = memory.pieces(B, T * B * T)
+    parts = total.halves() if T == 1 else total.memory.pieces(B, T * B * T)
     for start, stop in parts:
         found = lower_product(flat, start * T, stop * T).mul_(gram(start, stop))
         total.add(summed_up(found[None], T, total, start)[0] if T > 1 else found, start)

@@ -82,25 +82,16 @@ class Outer(Share):
             self._add_direct(self.inputs, gramian)
 
     def _add_direct(self, inputs: Tensor, gramian: Accumulator) -> None:
-        K, B, T, o = self.grads.shape
+        K, B, T, _ = self.grads.shape
         memory, grads = gramian.memory, self.grads
-        if not memory.reused:
-            # One call for all tasks, which copies the inputs for each.
-            if K == 1:
-                grads = grads[0]
-            for some in torch.split(grads, max(1, memory.entries // max(1, K * B * T)), dim=-1):
-                parts = memory.pieces(inputs.shape[2], K * B * max(some.shape[-1], T))
-                for start, stop in parts:
-                    factor = inputs if len(parts) == 1 else inputs[..., start:stop]
-                    gramian.add_rows(product(factor.mT, some).reshape(K * B, -1))
-            return
-        like = widened(grads[:0])
-        for start, stop in memory.pieces(inputs.shape[2], K * B * o):
-            factor = inputs[..., start:stop].mT
-            rows = memory.take((K, B, stop - start, o), like)
-            for k in range(K):
-                product(factor, grads[k], rows[k])
-            gramian.add_rows(rows.flatten(2).flatten(0, 1))
+        # One call for all tasks, which copies the inputs for each.
+        if K == 1:
+            grads = grads[0]
+        for some in torch.split(grads, max(1, memory.entries // max(1, K * B * T)), dim=-1):
+            parts = memory.pieces(inputs.shape[2], K * B * max(some.shape[-1], T))
+            for start, stop in parts:
+                factor = inputs if len(parts) == 1 else inputs[..., start:stop]
+                gramian.add_rows(product(factor.mT, some).reshape(K * B, -1))
 
     def _add_looked_up(self, inputs: OneHot, gramian: Accumulator) -> None:
         K, B, T, o = self.grads.shape
@@ -114,7 +105,7 @@ class Outer(Share):
         if R * len(used) < B * T * T or R * len(used) * o <= memory.entries:
             for start, stop in memory.pieces(o, R * len(used)):
                 grads = widened(self.grads[..., start:stop])
-                rows = memory.take((R * len(used), stop - start), grads).zero_()
+                rows = grads.new_zeros(R * len(used), stop - start)
                 _scatter(rows, place, len(used), grads)
                 gramian.add_rows(rows.view(R, -1))
                 del rows  # before there are those of the next piece
@@ -334,8 +325,8 @@ class OuterLayers:
     """
     What the weights of several layers of one form contribute to the Jacobian, for one task.
 
-    On accelerators, where the launch of a small operation takes longer than the operation, they
-    are computed together.
+    They are computed together where the launch of a small operation takes longer than the
+    operation, above all on accelerators.
 
     :param share: With the layers in the place of tasks, and the inputs ``[n, B, T, i]`` of each.
     :param bias: The shape of a bias, if the weighted gradients of biases are wanted as well: each

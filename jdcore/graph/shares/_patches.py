@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -105,7 +105,7 @@ class Patches(Share):
             # Slices of them would keep their memory.
             self._images = self._grads = self._kept.new_empty(0)
         else:
-            for rows in self._pieces(memory):
+            for rows in self._written(memory, memory.entries):
                 gramian.add_rows(rows)
                 del rows  # before there are those of the next piece
 
@@ -145,26 +145,17 @@ class Patches(Share):
         return *kernel, channels
 
     def _all_rows(self, memory: Memory) -> Tensor:
-        entries = math.prod(self._rows_of(self._features))
-        [rows] = self._written(memory, widened(self._grads[:0]).new_empty, entries)
+        [rows] = self._written(memory, math.prod(self._rows_of(self._features)))
         return rows
 
-    def _pieces(self, memory: Memory) -> Iterator[Tensor]:
-        """Rows of some features after the other, in reused memory."""
-        like = widened(self._grads[:0])
-        return self._written(memory, lambda shape: memory.take(shape, like), memory.entries)
-
-    def _written(
-        self, memory: Memory, make: Callable[[tuple[int, ...]], Tensor], entries: int
-    ) -> Iterator[Tensor]:
+    def _written(self, memory: Memory, entries: int) -> Iterator[Tensor]:
         """
         Rows as matrices [R, o * features], those of a plain convolution in pieces.
 
-        :param make: Makes room for rows of a shape.
         :param entries: How many a piece may have.
         """
         if not self._geometry.plain:
-            rows = make(self._rows_of(self._features))
+            rows = widened(self._grads[:0]).new_empty(self._rows_of(self._features))
             self._differentiate(rows)
             yield rows.flatten(2).flatten(0, 1)
             return
@@ -173,11 +164,9 @@ class Patches(Share):
         for part in parts:
             index: tuple[Any, ...] = (..., *part)
             chosen = whole[index] if len(parts) > 1 else whole
-            yield self._multiplied(chosen, memory, make)
+            yield self._multiplied(chosen, memory)
 
-    def _multiplied(
-        self, chosen: Tensor, memory: Memory, make: Callable[[tuple[int, ...]], Tensor]
-    ) -> Tensor:
+    def _multiplied(self, chosen: Tensor, memory: Memory) -> Tensor:
         """
         Rows as products of gradients and patches, of some of the features.
 
@@ -189,20 +178,16 @@ class Patches(Share):
         if r > 1:
             grads = grads.reshape(K, B, r, o, -1).transpose(2, 3).reshape(K, B, o, -1)
         length = features.numel()
-        # Copied patches are multiplied while they are in the cache.
-        scale = 4 if memory.reused else 1
-        parts = memory.pieces(B, scale * grads.shape[3] * length)
-        if len(parts) == K == 1 and not memory.reused:
+        parts = memory.pieces(B, grads.shape[3] * length)
+        if len(parts) == K == 1:
             # A product that need not be written to a given place takes halves as they are.
             return product(grads[0], chosen.reshape(B, -1, length)).flatten(1)
-        flat = make(self._rows_of(features)).flatten(3)
+        flat = widened(grads[:0]).new_empty(self._rows_of(features)).flatten(3)
         for start, stop in parts:
-            part = chosen[start:stop]
-            copied = memory.take(tuple(part.shape), part, slot=1).copy_(part)
-            factor = copied.view(stop - start, -1, length)
+            factor = chosen[start:stop].reshape(stop - start, -1, length)
             for k in range(K):
                 product(grads[k, start:stop], factor, flat[k, start:stop])
-            del copied, factor  # before there are those of the next piece
+            del factor  # before there are those of the next piece
         return flat.flatten(2).flatten(0, 1)
 
     def _differentiate(self, rows: Tensor) -> None:
@@ -317,8 +302,9 @@ def patch_gram(
         first, last = start * r, stop * r
         total = pixel_gram(first, last).view(last - first, H, W, last, H, W)
         entries = total.numel() * (H + 2 * top) ** 2 // H**2 * (W + 2 * left) ** 2 // W**2
-        # Of larger ones a copy with room for the padding would show in the memory of a step.
-        if not memory.reused and entries <= 2 * memory.joined:
+        # Slow on CPUs. Of larger ones a copy with room for the padding shows in the memory of a
+        # step.
+        if not memory.cached and entries <= 2 * memory.joined:
             total = _sum_at_once(total, geometry, kernel, output)
             return total.view(total.shape[:3].numel(), -1)
         for dim in (1, 0):  # the width first, since shifts of the height move whole rows

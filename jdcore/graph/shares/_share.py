@@ -218,11 +218,11 @@ class Accumulator:
     def add_rows(self, rows: Tensor) -> None:
         """Add the Gramian of rows [R, n]."""
         width, (R, length) = columns_at_once(rows), rows.shape
-        if not self.memory.reused and length > (most := max(1, self.memory.entries // max(1, R))):
+        if length > (most := max(1, self.memory.entries // max(1, R))):
             for columns in torch.split(rows, most, dim=1):  # products in float64 copy them
                 self.add_rows(columns)
             return
-        if not self.memory.reused and length > 2 * width:
+        if length > 2 * width:
             count = length // width
             rows = rows if rows.stride(1) == 1 else rows.contiguous()
             pieces = rows.as_strided((count, R, width), (width, rows.stride(0), 1))
@@ -238,7 +238,7 @@ class Accumulator:
     def halves(self) -> Sequence[tuple[int, int]]:
         """Pieces of the rows of a symmetric product, few of which cost little more than a half."""
         rows = self.rows
-        if rows <= _ROWS or not self.memory.reused:
+        if rows <= _ROWS or not self.memory.cached:
             return [(0, rows)]
         return pieces(rows, max(_ROWS, -(-rows // 8)))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from threading import Thread
 from weakref import ref
 
 import pytest
@@ -12,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from jdcore.autogram import Engine
-from jdcore.graph._memory import CAPACITY, Memory, blocks
+from jdcore.graph._memory import Memory, blocks
 from jdcore.graph.shares import Accumulator, Geometry, Patches, _outer, _patches
 from tests.core.autogram.oracle import check_engine, randn
 
@@ -33,26 +32,6 @@ def test_blocks_are_runs_as_long_as_possible() -> None:
     assert list(blocks((3, 8), 24)) == [(slice(0, 3), whole)]
     assert list(blocks((3, 8), 9)) == [(slice(i, i + 1), whole) for i in range(3)]
     assert list(blocks((1, 8), 4)) == [(slice(0, 1), slice(a, a + 4)) for a in (0, 4)]
-
-
-def test_temporaries_of_inference_serve_training_as_well() -> None:
-    memory = Memory.of(torch.device("cpu"), None)
-    with torch.inference_mode():
-        taken = memory.take((40, 50), torch.ones(1))
-    assert memory.take((50, 40), torch.ones(1)).zero_().data_ptr() == taken.data_ptr()
-
-
-def test_temporaries_lie_where_those_of_the_last_step_lay() -> None:
-    like = torch.ones(1)
-    first, second = (Memory.of(torch.device("cpu"), None) for _ in range(2))
-    assert first.take((7,), like).data_ptr() == second.take((7,), like).data_ptr()
-    assert first.take((7,), like).data_ptr() != first.take((7,), like, slot=1).data_ptr()
-    other = Thread(target=lambda: places.append(second.take((7,), like).data_ptr()))
-    places: list[int] = []
-    other.start()
-    other.join()
-    assert first.take((7,), like).data_ptr() not in places
-    assert first.take((CAPACITY * 2,), like).numel() == CAPACITY * 2
 
 
 def test_kept_rows_of_a_convolution_let_go_of_what_they_were_made_of() -> None:

@@ -12,9 +12,9 @@ from jdcore.graph.shares import Geometry
 from jdcore.graph.shares._patches import patch_gram, patches
 
 POLICIES = {
-    "caches": Memory(1 << 20, 1 << 20, 1 << 20, reused=True),
-    "few operations": Memory(1 << 24, 1 << 24, 1 << 24, reused=False),
-    "few operations, little memory": Memory(1, 1, 1, reused=False),
+    "caches": Memory(1 << 20, 1 << 20, 1 << 20, cached=True),
+    "few operations": Memory(1 << 24, 1 << 24, 1 << 24, cached=False),
+    "few operations, little memory": Memory(1, 1, 1, cached=False),
 }
 
 PAIRS = st.tuples(st.integers(1, 2), st.integers(1, 2))
