@@ -105,7 +105,9 @@ def test_a_pass_with_small_gradients_needs_no_hooks(
 def test_the_gradients_of_a_layer_go_before_those_of_the_next_come(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    model = _deep()
+    # Each of another width, since small layers of one form are served together.
+    layers = [nn.Linear(6 + i, 7 + i) for i in range(12)]
+    model = nn.Sequential(*(part for layer in layers for part in (layer, nn.Tanh())))
     engine = Engine(model, batch_dim=0)
     engine.compute_gramian(_losses(model))
     alive: list[int] = []
