@@ -35,6 +35,7 @@ __all__ = [
     "exported_names",
     "exported_scalarizer",
     "exported_scalarizers",
+    "mixes_rows",
     "scalarizer_class",
     "weighting_class",
 ]
@@ -73,6 +74,12 @@ def weighting_class(name: str) -> type:
             f"{entry.spec.class_name} has to see the matrix: use get_aggregator({name!r}).",
         )
     return load_class(entry, entry.spec.weighting)
+
+
+def mixes_rows(name: str) -> bool:
+    """Whether a method combines the rows for a method that it wraps."""
+    spec = registry.aggregator(name).spec
+    return bool(spec.wrapper and spec.weighting is None)
 
 
 def scalarizer_class(name: str) -> type:

@@ -4,8 +4,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from jdcore._methods import aggregator_class, scalarizer_class, weighting_class
-from jdcore._registry import construct, get_solver, registry
+from jdcore._methods import aggregator_class, mixes_rows, scalarizer_class, weighting_class
+from jdcore._registry import construct, get_solver
 from jdcore.aggregation._weigh import as_weighting
 from jdcore.config._arguments import ADAPTERS, Argument, arguments_of
 from jdcore.config._tensors import read_tensor
@@ -79,9 +79,8 @@ def _class(name: str, kind: str) -> Any:
             _refuse_adapter_as(kind, adapter)
             return cls
     # What mixes rows has a weighting, if the method that it wraps has one.
-    spec = registry.aggregator(name).spec
-    mixes = spec.wrapper and spec.weighting is None
-    return weighting_class(name) if kind == "weighting" and not mixes else aggregator_class(name)
+    whole = kind == "aggregator" or mixes_rows(name)
+    return aggregator_class(name) if whole else weighting_class(name)
 
 
 def _refuse_adapter_as(kind: str, adapter: str) -> None:
