@@ -131,7 +131,7 @@ class Accumulator:
         self.joins = True
         """Whether the shares of several layers may come as one."""
         self._pending: list[Tensor] = []
-        self._most_pending = _PENDING_HERE if memory.reused else _PENDING
+        self._most_pending = _PENDING_HERE if memory.cached else _PENDING
         self._entries_pending = 0
         self._squares: dict[tuple[int, int], list[Tensor]] = {}
         self.added: list[Addend] = []
