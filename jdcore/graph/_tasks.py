@@ -23,7 +23,7 @@ from jdcore.graph._cost import batch_beats_single_passes
 from jdcore.graph._graph import Form, Graph, Place, once_for_each_form
 from jdcore.graph._memory import Memory, pieces
 from jdcore.graph._objectives import Objectives, OneByOne
-from jdcore.graph._operations import having, is_batchable
+from jdcore.graph._operations import having, is_batchable, is_listed
 from jdcore.graph._passes import differentiate, stacked
 from jdcore.linalg._combine import sent
 
@@ -194,8 +194,15 @@ def _ways(form: Form, starts: tuple[Place | None, ...]) -> Ways:
 
 
 @once_for_each_form
-def _sizes(form: Form, common: frozenset[int]) -> tuple[list[int], list[int]]:
-    """The entries of the results in a trunk that gradients meet, and those of its parameters."""
+def _sizes(form: Form, common: frozenset[int]) -> tuple[list[int], list[int]] | None:
+    """
+    The entries of the results in a trunk that gradients meet, and those of its parameters.
+
+    :returns: None if some operation is never batched; nested results, which have no sizes, come
+        from such.
+    """
+    if not all(is_listed(form.names[node]) for node in common):
+        return None
     # What only rearranges parameters is not met by gradients.
     inner = common - form.rearranged
     results = [result.shape.numel() for node in inner for result in form.results[node]]
@@ -316,11 +323,13 @@ class Passes:
         count, graph, ways = len(self._present), self.graph, self._ways
         if count < 2 or self.single or not ways.common or ways.kind in _FAILED:
             return 1
-        if not all(is_batchable(graph.form.names[n], graph.nodes[n]) for n in ways.common):
+        if (sizes := _sizes(graph.form, ways.common)) is None:
             return 1
-        results, weights = _sizes(graph.form, ways.common)
+        results, weights = sizes
         # An accelerator is always faster with few large operations.
         if self.memory.cached and not batch_beats_single_passes(count, results, weights):
+            return 1
+        if not all(is_batchable(graph.form.names[n], graph.nodes[n]) for n in ways.common):
             return 1
         return max(1, min(count, self.memory.gradients // max([1, *results])))
 

@@ -532,6 +532,8 @@ def main() -> None:
             _print_profile(name, setting)
         if arguments.json:
             arguments.json.write_text(json.dumps([asdict(r) for r in results], indent=1))
+    if wrong := [result.case for result in results if result.right is False]:
+        sys.exit(f"wrong: {', '.join(wrong)}")
 
 
 def _run_within(name: str, setting: Setting, seconds: float, results: list[Result]) -> None:
