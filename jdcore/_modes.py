@@ -59,7 +59,11 @@ class _Exact:
         with self._lock:
             self.inside -= 1
             if not self.inside:
-                self._settings.fp32_precision = self._before
+                # What was inherited still is: else this kind would no longer follow the setting of
+                # its device, or of all, that the user changes later.
+                self._settings.fp32_precision = "none"
+                if self._settings.fp32_precision != self._before:
+                    self._settings.fp32_precision = self._before
 
 
 _on_cuda, _elsewhere, _cudnn = torch.backends.cuda, torch.backends.mkldnn, torch.backends.cudnn

@@ -136,6 +136,23 @@ def test_products_of_two_threads_are_exact_until_both_are_made() -> None:
     assert _settings() == before
 
 
+@pytest.mark.parametrize("whose", [_BACKENDS, _BACKENDS.mkldnn], ids=["all", "of a device"])
+@pytest.mark.parametrize("operation", ["matmul", "conv"])
+def test_settings_that_are_inherited_are_so_afterwards(whose: Any, operation: str) -> None:
+    kind = getattr(_BACKENDS.mkldnn, operation)
+    settings = [(of, of.fp32_precision) for of in (whose, kind)]
+    whose.fp32_precision, kind.fp32_precision = "bf16", "none"
+    try:
+        with exact_products(torch.ones(1), operation):
+            assert kind.fp32_precision == "ieee"
+        assert kind.fp32_precision == "bf16"
+        whose.fp32_precision = "ieee"
+        assert kind.fp32_precision == "ieee"
+    finally:
+        for of, before in settings:
+            of.fp32_precision = before
+
+
 @pytest.fixture
 def capability(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """The version of the kernels of a CUDA device, which there need not be."""
