@@ -51,7 +51,11 @@ class _Exact:
     def __enter__(self) -> None:
         with self._lock:
             if not self.inside:
-                self._before = self._settings.fp32_precision
+                before = self._settings.fp32_precision
+                # What is inherited stays so: it is to follow what users set later on.
+                self._settings.fp32_precision = "none"
+                inherited = self._settings.fp32_precision == before
+                self._before = "none" if inherited else before
                 self._settings.fp32_precision = "ieee"
             self.inside += 1
 
