@@ -30,7 +30,7 @@ from jdcore.aggregation._module import as_module
 from jdcore.aggregation._nested_state import NestedState, stateful_part
 from jdcore.aggregation._observation import report_residual
 from jdcore.aggregation._scalarization import ScalarizationWeighting, equal_weights
-from jdcore.aggregation._solver import find_solver, solver_field
+from jdcore.aggregation._solver import find_solver, solution, solver_field
 from jdcore.aggregation._source import GramianSource, taken_by
 from jdcore.aggregation._state import StateFields, state_field
 from jdcore.aggregation._weigh import as_weighting, weigh
@@ -70,6 +70,7 @@ __all__ = [
     "report_residual",
     "row_lengths",
     "row_weights",
+    "solution",
     "solver_field",
     "state_field",
     "stateful_part",

@@ -25,6 +25,7 @@ from jdcore.aggregation._observation import report_residual as report_residual
 from jdcore.aggregation._scalarization import ScalarizationWeighting as ScalarizationWeighting
 from jdcore.aggregation._scalarization import equal_weights as equal_weights
 from jdcore.aggregation._solver import find_solver as find_solver
+from jdcore.aggregation._solver import solution as solution
 from jdcore.aggregation._solver import solver_field as solver_field
 from jdcore.aggregation._source import GramianSource as GramianSource
 from jdcore.aggregation._source import taken_by as taken_by

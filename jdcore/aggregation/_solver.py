@@ -1,13 +1,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from inspect import signature
+from inspect import isroutine, signature
 from typing import Any
 
+import numpy as np
 from attrs import Attribute, field
+from numpy.typing import NDArray
 
 from jdcore._registry import shared_solver
-from jdcore.errors import ParameterTypeError
+from jdcore.errors import ParameterError, ParameterTypeError, PluginError, UnknownNameError
 
 
 def solver_field(problem: str, *, default: str | None = "native") -> Any:
@@ -17,7 +19,7 @@ def solver_field(problem: str, *, default: str | None = "native") -> Any:
     It takes the name of a registered backend or an object with the call of the problem's protocol.
     A name that is not registered, and an object that is not called as the default backend is, are
     refused on construction and on every later set; it is the name that is kept, shown and pickled.
-    Use with :func:`find_solver`.
+    Use with :func:`solution`.
 
     :param problem: The problem, e.g. ``"dual_cone"``.
     :param default: Name of the default backend. None makes the solver optional.
@@ -32,7 +34,10 @@ def solver_field(problem: str, *, default: str | None = "native") -> Any:
         elif callable(solver):
             if isinstance(value, str) or default is None:
                 return
-            names = signature(find_solver(problem, default)).parameters
+            try:
+                names = signature(find_solver(problem, default)).parameters
+            except (UnknownNameError, PluginError):  # an object is what to give where it is missing
+                return
             if _takes(solver, len(names)):
                 return
             hint = f"It is called as solver({', '.join(names)})."
@@ -44,13 +49,18 @@ def solver_field(problem: str, *, default: str | None = "native") -> Any:
 
 
 def _takes(solver: Callable[..., Any], count: int) -> bool:
-    """Whether a solver takes so many arguments by position."""
+    """Whether a solver takes so many arguments by position, as far as it tells."""
     try:
-        signature(solver).bind(*[None] * count)
+        # Asked itself, as what a decorator wraps may be called in another way; and of objects, the
+        # call that is bound to them, be it that of a class.
+        call: Any = solver if isroutine(solver) else solver.__call__
+        told = signature(call, follow_wrapped=False)
+    except Exception:  # a function of another language, or an object that tells something else
+        return True
+    try:
+        told.bind(*[None] * count)
     except TypeError:
         return False
-    except ValueError:  # a function of another language, which does not tell
-        return True
     return True
 
 
@@ -63,3 +73,29 @@ def find_solver(problem: str, solver: Any) -> Any:
     """
     # Looked up at each call, so that a solver that is registered anew is used from then on.
     return shared_solver(problem, solver) if isinstance(solver, str) else solver
+
+
+def solution(
+    problem: str, solver: Any, shape: tuple[int, ...], /, *arguments: Any
+) -> NDArray[np.float64]:
+    """
+    What a solver answers, which may be anybody's.
+
+    :param solver: The value of a ``solver`` field, as for :func:`find_solver`.
+    :param shape: That of the answer.
+    :param arguments: Those of the problem's protocol.
+    :returns: float64 array of that shape.
+    :raises ParameterError: If the answer is something else.
+    """
+    found = find_solver(problem, solver)(*arguments)
+    try:
+        answer = np.asarray(found)
+        if answer.shape == shape and answer.dtype.kind in "fiu":
+            return answer.astype(np.float64, copy=False)
+    except (TypeError, ValueError, RuntimeError):  # ragged lists, tensors of an accelerator
+        pass
+    got = f"an object of type {type(found).__name__}"
+    if isinstance(found, np.ndarray):
+        got = f"an array of {found.dtype} of shape {list(found.shape)}"
+    expected = f"one that answers a {problem} problem by a real array of shape {list(shape)}"
+    raise ParameterError("solver", expected, got)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from attrs import define, field, frozen
 
 import jdcore
@@ -15,7 +18,7 @@ from jdcore import _registry as registry_module
 from jdcore._discovery import Plugin, PluginRecord
 from jdcore._loading import Loading
 from jdcore._registry import Registry
-from jdcore.aggregation import find_solver, solver_field
+from jdcore.aggregation import find_solver, solution, solver_field
 from jdcore.errors import AmbiguousNameError, PluginError
 
 
@@ -253,6 +256,65 @@ def test_a_field_refuses_an_object_that_is_not_called_as_the_default_is(fill: Fi
         Poser(solver=Constant)
     for given in (lambda gramian=None: gramian, lambda *_: None):
         assert Poser(solver=given).solver is given
+
+
+def _with_more(gramian: Any, *_: Any) -> Any:
+    return gramian
+
+
+@functools.wraps(_with_more)
+def _decorated() -> Any:
+    return _with_more(None)
+
+
+class _Bare:
+    @staticmethod
+    def __call__() -> None: ...
+
+
+class _Odd:
+    @property
+    def __signature__(self) -> Any:
+        raise OSError
+
+    def __call__(self) -> None: ...
+
+
+@pytest.mark.parametrize("given", [_decorated, functools.partial(_with_more, 1), _Bare(), _Odd()])
+def test_a_field_takes_what_can_be_called_whatever_it_tells(fill: Fill, given: Any) -> None:
+    fill(one=[solver("many", variants=True)])
+
+    assert Poser(solver=given).solver is given
+
+
+def test_a_field_takes_an_object_where_its_default_is_missing(fill: Fill) -> None:
+    fill(one=[])
+
+    assert Poser(solver=_decorated).solver is _decorated
+
+
+@pytest.mark.parametrize(
+    ("answer", "told"),
+    [
+        (None, "an object of type NoneType"),
+        (1.0, "an object of type float"),
+        ([[1.0], [1.0, 2.0]], "an object of type list"),
+        (np.ones((1, 2)), r"an array of float64 of shape \[1, 2\]"),
+        (np.ones(2, complex), r"an array of complex128 of shape \[2\]"),
+        (torch.ones(2, requires_grad=True), "an object of type Tensor"),
+    ],
+)
+def test_what_is_no_answer_is_told(answer: Any, told: str) -> None:
+    expected = rf"a nothing problem by a real array of shape \[2\], got {told}"
+    with pytest.raises(ParameterError, match=expected):
+        solution("nothing", lambda given: given, (2,), answer)
+
+
+@pytest.mark.parametrize("answer", [[1, 2], np.array([1.0, 2.0], np.float32), torch.arange(1, 3)])
+def test_an_answer_is_of_float64(answer: Any) -> None:
+    found = solution("nothing", lambda given: given, (2,), answer)
+
+    assert (found.dtype, found.tolist()) == (np.float64, [1.0, 2.0])
 
 
 def test_listing_solvers_makes_none(fill: Fill, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,7 @@ import numpy as np
 from attrs import define, field
 from numpy.typing import NDArray
 
-from jdcore.aggregation import GramianSource, GramianWeighting, find_solver, solver_field
+from jdcore.aggregation import GramianSource, GramianWeighting, solution, solver_field
 from jdcore.linalg import add_proximal
 from jdcore.protocols import ConflictAverseSolver
 from jdcore.validators import real
@@ -41,5 +41,5 @@ class CAGradWeighting(GramianWeighting):
     ) -> NDArray[np.float64]:
         # The solver is told the level, too: what is no longer than it explains counts as zero.
         level = source.proximal_level
-        solve: ConflictAverseSolver = find_solver("conflict_averse", self.solver)
-        return solve(add_proximal(gramian, level), self.c, level)
+        given = add_proximal(gramian, level), self.c, level
+        return solution("conflict_averse", self.solver, (len(gramian),), *given)

@@ -6,7 +6,7 @@ import numpy as np
 from attrs import define, field
 from numpy.typing import NDArray
 
-from jdcore.aggregation import GramianSource, GramianWeighting, find_solver, solver_field
+from jdcore.aggregation import GramianSource, GramianWeighting, solution, solver_field
 from jdcore.linalg import add_proximal
 from jdcore.protocols import MinNormSolver
 from jdcore.validators import real
@@ -86,8 +86,8 @@ class ConicGradWeighting(GramianWeighting):
         """Weights of the shortest combination of ``g_i + t g0``, and its cosine less c."""
         towards = gramian.mean(axis=1)
         shifted = gramian + t * (towards[:, None] + towards) + t * t * length * length
-        solve: MinNormSolver = find_solver("min_norm", self.solver)
-        weights = solve(shifted) + t / len(gramian)
+        shortest = solution("min_norm", self.solver, (len(gramian),), shifted)
+        weights = shortest + t / len(gramian)
         norm = _length(weights, gramian) * length
         # What is zero has no cosine; it is left aside later on, as it improves nothing.
         cosine = float(weights @ towards) / norm if norm > 0.0 else 1.0

@@ -7,7 +7,7 @@ from attrs import define, field
 from numpy.typing import NDArray
 from torch import Tensor
 
-from jdcore.aggregation import GramianWeighting, find_solver, row_weights, solver_field
+from jdcore.aggregation import GramianWeighting, row_weights, solution, solver_field
 from jdcore.protocols import DualConeSolver
 from jdcore.validators import row_vector
 
@@ -41,9 +41,8 @@ class DualProjWeighting(GramianWeighting):
     solver: DualConeSolver | str = solver_field("dual_cone")
 
     def compute(self, gramian: NDArray[np.float64]) -> NDArray[np.float64]:
-        project: DualConeSolver = find_solver("dual_cone", self.solver)
         # One reference among the several that a solver projects at once.
-        weights: NDArray[np.float64] = project(
-            gramian, row_weights(self.pref_vector, len(gramian))[None]
-        )[0]
+        reference = row_weights(self.pref_vector, len(gramian))[None]
+        found = solution("dual_cone", self.solver, reference.shape, gramian, reference)
+        weights: NDArray[np.float64] = found[0]
         return weights

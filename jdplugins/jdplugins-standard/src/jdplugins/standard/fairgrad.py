@@ -7,7 +7,7 @@ import numpy as np
 from attrs import Attribute, define, field
 from numpy.typing import NDArray
 
-from jdcore.aggregation import GramianSource, GramianWeighting, find_solver, solver_field
+from jdcore.aggregation import GramianSource, GramianWeighting, solution, solver_field
 from jdcore.errors import ParameterError
 from jdcore.protocols import FairAllocationSolver
 from jdcore.validators import real
@@ -59,5 +59,5 @@ class FairGradWeighting(GramianWeighting):
     ) -> NDArray[np.float64]:
         if self.alpha == 0.0:
             return np.full(len(gramian), 1.0 / len(gramian))
-        solve: FairAllocationSolver = find_solver("fair_allocation", self.solver)
-        return solve(source.definite(gramian), self.alpha, source.proximal_level)
+        given = source.definite(gramian), self.alpha, source.proximal_level
+        return solution("fair_allocation", self.solver, (len(gramian),), *given)

@@ -6,7 +6,7 @@ import numpy as np
 from attrs import define
 from numpy.typing import NDArray
 
-from jdcore.aggregation import GramianWeighting, find_solver, solver_field
+from jdcore.aggregation import GramianWeighting, solution, solver_field
 from jdcore.protocols import MinNormSolver
 
 
@@ -40,5 +40,4 @@ class MGDAWeighting(GramianWeighting):
     solver: MinNormSolver | str = solver_field("min_norm")
 
     def compute(self, gramian: NDArray[np.float64]) -> NDArray[np.float64]:
-        solve: MinNormSolver = find_solver("min_norm", self.solver)
-        return solve(gramian)
+        return solution("min_norm", self.solver, (len(gramian),), gramian)

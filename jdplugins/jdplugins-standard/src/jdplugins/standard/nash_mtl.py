@@ -14,7 +14,7 @@ from jdcore.aggregation import (
     GramianSource,
     GramianWeighting,
     StateFields,
-    find_solver,
+    solution,
     solver_field,
     state_field,
 )
@@ -81,10 +81,10 @@ class NashMTLWeighting(StateFields, GramianWeighting):
                 "n_tasks", f"{m}, the number of objectives", self.n_tasks, "It can be left out."
             )
         if self.calls % self.update_weights_every == 0:
-            solve: NashBargainingSolver = find_solver("nash_bargaining", self.solver)
             # Weights of another number of objectives are nothing to start from.
             start = self.alpha.numpy() * scale if len(self.alpha) == m else None
-            alpha = solve(gramian, start, source.proximal_level)
+            given = gramian, start, source.proximal_level
+            alpha = solution("nash_bargaining", self.solver, (m,), *given)
         else:
             alpha = self._reused(m) * scale
         # What is kept are weights of the rows themselves, where the Gramian is that of rows divided

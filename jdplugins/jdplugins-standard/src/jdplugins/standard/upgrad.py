@@ -9,7 +9,7 @@ from attrs import define, field
 from numpy.typing import NDArray
 from torch import Tensor
 
-from jdcore.aggregation import GramianWeighting, find_solver, row_weights, solver_field
+from jdcore.aggregation import GramianWeighting, find_solver, row_weights, solution, solver_field
 from jdcore.linalg import product
 from jdcore.protocols import DualConeSolver
 from jdcore.validators import row_vector
@@ -59,14 +59,14 @@ class UPGradWeighting(GramianWeighting):
     solver: DualConeSolver | str = solver_field("dual_cone")
 
     def compute(self, gramian: NDArray[np.float64]) -> NDArray[np.float64]:
-        project: DualConeSolver = find_solver("dual_cone", self.solver)
         m = len(gramian)
         if self.pref_vector is None and m <= _FEW:
             # A copy, as the solver may be anybody's and write into it.
             references = _shares_of_few(m).copy()
         else:
             references = np.diag(row_weights(self.pref_vector, m))
-        return product(_ones(m), project(gramian, references))
+        found = solution("dual_cone", self.solver, (m, m), gramian, references)
+        return product(_ones(m), found)
 
     def compute_there(self, gramian: Tensor) -> Tensor | None:
         project = getattr(find_solver("dual_cone", self.solver), "project", None)
