@@ -10,7 +10,7 @@ from jdcore.linalg import equilibrate, lcp_residual, product
 from jdplugins.standard._solvers._alone import solve_one
 from jdplugins.standard._solvers._guess import descend
 from jdplugins.standard._solvers._lcp import Floats
-from jdplugins.standard._solvers._tiny import HANDFUL_OF_ONE, Rows, roots_of, solve_few
+from jdplugins.standard._solvers._tiny import HANDFUL, Rows, roots_of, solve_few
 from jdplugins.standard._solvers._unsolved import warn_if_unsolved
 
 
@@ -32,7 +32,7 @@ class NativeMinNormSolver:
         :param gramian: Finite Gramian [m, m].
         :returns: Weights w [m], >= 0, of sum one; equal on the zero rows if there are any.
         """
-        if len(gramian) <= HANDFUL_OF_ONE:
+        if len(gramian) <= HANDFUL:
             rows = gramian.tolist()
             few = _shortest_of_two(rows) if len(rows) == 2 else _shortest_of_few(rows)
             if few is not None:

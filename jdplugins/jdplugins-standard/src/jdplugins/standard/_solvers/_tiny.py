@@ -15,7 +15,7 @@ from typing import TypeAlias
 Rows: TypeAlias = Sequence[Sequence[float]]
 
 HANDFUL, HANDFUL_OF_ONE = 8, 12
-"""Rows up to which calls of numpy take longer than the arithmetic: of several problems, of one."""
+"""Rows up to which calls of numpy take longer than the arithmetic; for one vector to project."""
 
 _TOLERANCE = 1e-14
 _CREDIT = 4  # exchanges that may fail to reduce the number of wrong entries
