@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-from collections.abc import Callable
 from inspect import isroutine, signature
 from typing import Any
 
@@ -48,12 +47,12 @@ def solver_field(problem: str, *, default: str | None = "native") -> Any:
     return field(default=default, kw_only=True, validator=validate, metadata=metadata)
 
 
-def _takes(solver: Callable[..., Any], count: int) -> bool:
+def _takes(solver: Any, count: int) -> bool:
     """Whether a solver takes so many arguments by position, as far as it tells."""
     try:
         # Asked itself, as what a decorator wraps may be called in another way; and of objects, the
         # call that is bound to them, be it that of a class.
-        call: Any = solver if isroutine(solver) else solver.__call__
+        call = solver if isroutine(solver) else solver.__call__
         told = signature(call, follow_wrapped=False)
     except Exception:  # a function of another language, or an object that tells something else
         return True
