@@ -109,7 +109,8 @@ def test_dependent_rows_take_little_more_work_than_independent_ones(kind: str) -
 
 
 @pytest.mark.parametrize(
-    ("kind", "limit"), [("one row and its opposite", 0.1), ("products of factors", 1.5)]
+    ("kind", "limit"),
+    [("one row and its opposite", 0.1), ("products of factors", 1.5), ("blocks", 0.5)],
 )
 def test_rows_beside_those_that_cancel_take_no_pivot_of_each(kind: str, limit: float) -> None:
     assert work(kind, 64, 0) <= limit * least_work(64)
@@ -126,6 +127,17 @@ def test_rows_that_have_noise_of_all_sizes_go_at_their_own_pace() -> None:
     X, least = _guess.guess_again(C, C, X, torch.arange(4), wrong)
     assert least <= 0.01
     assert float(((X > 0.0) ^ true).double().mean()) <= 0.01  # 0.05 where all rows go at one pace
+
+
+@pytest.mark.parametrize(
+    ("kind", "own"),
+    [("one row and noise", True), ("columns of all scales", False), ("nearly equal", False)],
+)
+def test_only_rows_that_differ_by_orders_of_magnitude_go_at_their_own_pace(
+    kind: str, own: bool
+) -> None:
+    rho = Splitting(cosines(kind, 128), _guess._SCALES[:3], adapted=True).rho
+    assert bool((rho.amax(1) > rho.amin(1)).any()) == own
 
 
 @pytest.mark.slow

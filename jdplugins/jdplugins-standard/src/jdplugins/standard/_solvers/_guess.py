@@ -19,6 +19,7 @@ _CHECK = 4
 _SCALE, _FALL, _PASSING = 0.45, 8.0, 8
 _SCALES = tuple(_SCALE / _FALL**power for power in range(1, 10))
 _AT_ONCE = 3
+_DIFFERENT = 12.0  # times the least: what rows have beside the others, where they differ in it
 _FIRST_STEPS, _FIRST_STEPS_ELSEWHERE, _MORE_STEPS = 64, 32, 80
 _SETTLED = 5e-5  # part of the signs that may still change in a step at the end
 GOOD = 0.02
@@ -38,20 +39,19 @@ class Splitting:
     tells the signs of most entries. Nothing relies on them.
 
     How fast it goes depends on rho, which should be about the geometric mean of the eigenvalues
-    that matter: 0.45 for independent rows, less the more these depend on each other. Adapted, it
-    is as much of what each row has beside the others, once all have noise of the given size:
-    rows that differ in that by orders of magnitude go equally fast then.
+    that matter: 0.45 for independent rows, less the more these depend on each other. Where rows
+    differ by orders of magnitude in what each has beside the others, once all have noise of the
+    given size, it may be adapted to be as much of that: all go equally fast then.
 
     :param C: Positive semi-definite matrix with a unit diagonal [m, m], float64.
     :param scales: Values of rho for independent rows, which are tried side by side [s].
-    :param adapted: Whether to adapt these to each row.
+    :param adapted: Whether to adapt these to such rows.
     """
 
     def __init__(self, C: Tensor, scales: Sequence[float], adapted: bool) -> None:
         self.rho = rho = C.new_tensor(scales)[:, None].expand(-1, len(C))
-        if adapted:
-            beside = _shifted_inverses(C, rho / _SCALE).diagonal(dim1=1, dim2=2)
-            self.rho = rho = _SCALE / beside
+        if adapted and bool((own := _own_scales(C, rho[-1:])).amax() > _DIFFERENT * own.amin()):
+            self.rho = rho = _own_scales(C, rho)
         self._inverses = _shifted_inverses(C, rho)
         matrices = self._inverses * (_RELAXATION * rho[:, :, None])
         matrices.diagonal(dim1=1, dim2=2).sub_(0.5 * _RELAXATION)
@@ -111,6 +111,11 @@ class Splitting:
                     # What changes little by little for long has far to go.
                     return X, step > steps // 2
         return X, changing
+
+
+def _own_scales(C: Tensor, rho: Tensor) -> Tensor:
+    """What rho is adapted to each row [s, m]."""
+    return _SCALE / _shifted_inverses(C, rho / _SCALE).diagonal(dim1=1, dim2=2)
 
 
 def _shifted_inverses(C: Tensor, rho: Tensor) -> Tensor:

@@ -39,10 +39,12 @@ _GATHERED = 88  # rows up to which a few exchanges take less time in numpy
 # one, they are as good as independent.
 _SINGULAR, _FAR = 1e-10, 1e-3
 
-_PIVOTED = 256  # rows up to which a few are followed in less time than others come near
+# Rows up to which a few are followed in less time than others come near, and up to which exchanges
+# suit rows none of which cancel.
+_PIVOTED = 256
 # Part of a guess up to which one wrong sign after the other takes less time than exchanges, and the
-# rows from which on that is so.
-_CORRECTED, _LARGE = 0.05, 97
+# rows above which that is so.
+_CORRECTED, _LARGE = 0.05, 96
 _DAMPED = 1e-10  # proximal term with which wrong signs are counted
 _SAMPLE = 4  # rows that tell which scale is right for all
 _EXACT = 1e-12  # residual that suffices for few rows
@@ -165,7 +167,8 @@ class _Search:
         """Solve what is left beside the rows that cancel, if there are any."""
         rows = self.left(self.way.enough)
         face = find_face(self.C) if len(rows) > _ALONE else None
-        if face is not None:
+        # Beside a few that cancel, others of small problems are followed in less time.
+        if face is not None and (len(self.C) > _LARGE or len(face.inside) > len(face.outside)):
             if not self.near.any():
                 X, _ = guess(self.C, self.Q[rows], self.way.settled)
                 self.near[rows] = X.clamp_min(0.0).double()
@@ -187,7 +190,9 @@ class _Search:
             # Not where the objective is lower alone: two rows that are nearly equal change it less
             # than rounding does, however they share.
             self.near[rows] = centre = X.nan_to_num(0.0, 0.0).clamp_min(0.0).double()
-            near = least <= _CORRECTED and len(self.C) >= _LARGE
+            # Of rows that cancel, some signs are small beside what exchanges of others change.
+            large = _LARGE if self.way is _CANCELLING else _PIVOTED
+            near = least <= _CORRECTED and len(self.C) > large
             if not (near and self.C.is_cpu):
                 self._pivot(rows, centre)
 
