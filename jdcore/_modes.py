@@ -52,7 +52,8 @@ class _Exact:
         with self._lock:
             if not self.inside:
                 before = self._settings.fp32_precision
-                # What is inherited stays so: it is to follow what users set later on.
+                # What is inherited stays so: it is to follow the setting of its device, or of all,
+                # that users change later, or meanwhile.
                 self._settings.fp32_precision = "none"
                 inherited = self._settings.fp32_precision == before
                 self._before = "none" if inherited else before
@@ -63,11 +64,7 @@ class _Exact:
         with self._lock:
             self.inside -= 1
             if not self.inside:
-                # What was inherited still is: else this kind would no longer follow the setting of
-                # its device, or of all, that the user changes later.
-                self._settings.fp32_precision = "none"
-                if self._settings.fp32_precision != self._before:
-                    self._settings.fp32_precision = self._before
+                self._settings.fp32_precision = self._before
 
 
 _on_cuda, _elsewhere, _cudnn = torch.backends.cuda, torch.backends.mkldnn, torch.backends.cudnn

@@ -124,20 +124,6 @@ def test_the_model_of_the_user_keeps_its_setting() -> None:
     assert all(found == before for found in seen)
 
 
-def test_a_setting_that_is_inherited_follows_what_it_is_inherited_from() -> None:
-    matmul, kinds = _BACKENDS.mkldnn.matmul, (_BACKENDS, _BACKENDS.mkldnn.matmul)
-    before = [kind.fp32_precision for kind in kinds]
-    try:
-        _BACKENDS.fp32_precision, matmul.fp32_precision = "bf16", "none"
-        combine(torch.ones(3), torch.ones(3, 8))
-        assert matmul.fp32_precision == "bf16"
-        _BACKENDS.fp32_precision = "ieee"
-        assert matmul.fp32_precision == "ieee"
-    finally:
-        for kind, precision in zip(kinds, before, strict=True):
-            kind.fp32_precision = precision
-
-
 @pytest.mark.usefixtures("rounded")
 def test_products_of_two_threads_are_exact_until_both_are_made() -> None:
     before, factor = _settings(), torch.ones(1)
