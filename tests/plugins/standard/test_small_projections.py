@@ -73,6 +73,21 @@ def test_rows_that_nearly_all_conflict_may_be_of_no_length(length: float) -> Non
     np.testing.assert_allclose(found, expected @ rows.numpy(), atol=1e-9)
 
 
+@pytest.mark.parametrize("m", [8, 32, 128])
+def test_rows_that_nearly_all_conflict_may_have_rounded_products(m: int) -> None:
+    conflicts = np.random.default_rng(m).random((m, m))
+    conflicts += conflicts.T
+    np.fill_diagonal(conflicts, 0.0)
+    lengths = np.sqrt(conflicts.sum(1))
+    # Rows that cancel have this Gramian without the last term, which makes it that of no rows.
+    G = np.eye(m) - conflicts / np.outer(lengths, lengths) - 1e-3 * np.eye(m)
+
+    found = NativeDualConeSolver()(G, np.eye(m))
+
+    expected = NativeDualConeSolver().project(torch.from_numpy(G), torch.eye(m).double()).numpy()
+    np.testing.assert_allclose(found, expected, rtol=1e-9)
+
+
 @pytest.mark.parametrize(("k", "m"), [(0, 0), (1, 0), (0, 3), (0, 40)])
 def test_nothing_to_project_has_the_shape_that_was_asked_for(k: int, m: int) -> None:
     found = NativeDualConeSolver()(np.eye(m), np.zeros((k, m)))

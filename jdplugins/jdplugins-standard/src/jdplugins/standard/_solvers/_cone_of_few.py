@@ -113,11 +113,14 @@ def _among_opposed(gramian: Floats, references: Floats) -> Floats | None:
         return None
     found: Floats = inverse * (shares / inverse.diagonal())[:, None]
     found.flat[:: m + 1] = shares
-    # What is left of the products of unit vectors, of which that with its own row may be any.
+    # What is left of the products of unit vectors, of which that with its own row may be positive.
     norms = np.sqrt(gramian.diagonal())
     products = product(found / (shares * norms)[:, None], gramian) / norms
     products.flat[:: m + 1] = 0.0
-    return found if np.abs(products).max() <= EXACT and found.min() >= 0.0 else None
+    # Of rows whose products are rounded to an indefinite matrix, the product with the own row may
+    # be negative; then all others are.
+    exact = inverse.diagonal().min() > 0.0 and np.abs(products).max() <= EXACT
+    return found if exact and found.min() >= 0.0 else None
 
 
 def _solved(C: Floats, Q: Floats) -> Floats | None:
