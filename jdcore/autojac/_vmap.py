@@ -302,6 +302,10 @@ def insist(
     return results
 
 
+# Also where the memory of the host ends, for which torch has no class of its own.
+_OF_ANY_PASS = "second time|inplace operation|nan values|allocate memory"
+
+
 def _blames_vmap(error: Exception) -> bool:
     # Errors of ours say themselves what is wrong.
     if isinstance(error, JDCoreError):
@@ -311,7 +315,7 @@ def _blames_vmap(error: Exception) -> bool:
         return True
     # What operations of torch raise here in other words (sparse factors, dtypes under autocast)
     # single passes do not, but for some.
-    return _is_of_torch(error) and not re.search(r"second time|inplace operation|nan values", text)
+    return _is_of_torch(error) and not re.search(_OF_ANY_PASS, text)
 
 
 def _is_of_torch(error: Exception) -> bool:
@@ -319,7 +323,7 @@ def _is_of_torch(error: Exception) -> bool:
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
-    return trace is not None and trace.tb_frame.f_globals["__name__"] == "torch.autograd.graph"
+    return trace is not None and trace.tb_frame.f_globals.get("__name__") == "torch.autograd.graph"
 
 
 def describe_failure(error: Exception) -> str:

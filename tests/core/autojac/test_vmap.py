@@ -217,6 +217,24 @@ def test_an_error_that_vmap_is_not_to_blame_for_stays_that_of_torch() -> None:
         assert not hasattr(a, "jac")
 
 
+def test_errors_of_hooks_that_were_made_by_exec_stay_theirs() -> None:
+    made: dict[str, Any] = {}
+    exec("def hook(grad):\n    raise ValueError('mine')", made)  # its module has no name
+    x = _leaf(3)
+    y = x.tanh()
+    y.register_hook(made["hook"])
+    with pytest.raises(ValueError, match="mine"):
+        jac(y, x, parallel_chunk_size=3)
+
+
+def test_where_the_memory_of_the_host_ends_vmap_is_not_blamed() -> None:
+    x = _leaf(3)
+    jac(x.tanh().expand(4, 3)[0], x, parallel_chunk_size=3)
+    with pytest.raises(RuntimeError, match="allocate memory") as caught:
+        jac(x.tanh().expand(1 << 50, 3)[0], x, parallel_chunk_size=3)
+    assert type(caught.value) is RuntimeError
+
+
 def test_an_intermediate_tensor_that_retains_grad_gets_no_batched_gradient(truth: Truth) -> None:
     a = _leaf(3)
     hidden = a.sin()
