@@ -20,7 +20,12 @@ from jdcore.linalg import (
     proximal_level,
 )
 from jdcore.linalg._pivoting import PassiveSets
-from jdplugins.standard._solvers import NativeDualConeSolver, _guess, _parametric
+from jdplugins.standard._solvers import (
+    NativeDualConeSolver,
+    NativeMinNormSolver,
+    _guess,
+    _parametric,
+)
 from jdplugins.standard._solvers._active_set import ActiveSet
 from jdplugins.standard._solvers._faces import find_face
 from jdplugins.standard._solvers._guess import Splitting
@@ -138,6 +143,28 @@ def test_only_rows_that_differ_by_orders_of_magnitude_go_at_their_own_pace(
 ) -> None:
     rho = Splitting(cosines(kind, 128), _guess._SCALES[:3], adapted=True).rho
     assert bool((rho.amax(1) > rho.amin(1)).any()) == own
+
+
+@pytest.mark.parametrize(
+    ("kind", "limit"),  # from far: 3.6, 3.2 and 0.42
+    [("weakly stationary", 1.0), ("columns of all scales", 1.0), ("half rank", 0.3)],
+)
+def test_the_shortest_of_many_that_matter_is_found_from_near(kind: str, limit: float) -> None:
+    m, work = 128, 0.0
+    solve = ActiveSet.solve
+
+    def counted(method: ActiveSet, q: np.ndarray, start: np.ndarray) -> tuple[np.ndarray, float]:
+        nonlocal work
+        before = method.work
+        answer = solve(method, q, start)
+        work += before - method.work
+        return answer
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ActiveSet, "solve", counted)
+        for seed in range(1, 3):
+            NativeMinNormSolver()(gramian_of(kind, m, seed))
+    assert work <= limit * m**3
 
 
 @pytest.mark.slow
