@@ -264,8 +264,9 @@ def function_of(node: Any) -> type | None:
 
 @cache
 def _written_in_cpp(name: str) -> type | None:
-    # What TorchScript makes of operations of torch is trusted as these are.
-    return None if name.startswith("torch::jit::") else type(name, (), {"__module__": ""})
+    # They are templates. What torch shows in the same way besides them is of its own: operations on
+    # lists of tensors, and what TorchScript makes of operations.
+    return type(name, (), {"__module__": ""}) if name.endswith(">") else None
 
 
 def function_of_others(node: Any) -> type | None:

@@ -263,3 +263,6 @@ def test_the_function_behind_a_node_is_shown() -> None:
 
     assert reader.function_of(Twice.apply(V).grad_fn) is Twice
     assert reader.function_of((2 * V).grad_fn) is None
+    [of_a_list] = torch._foreach_mul([V], [2.0])
+    assert type(of_a_list.grad_fn).__name__ == "CppFunction"  # as those of others in C++
+    assert reader.function_of(of_a_list.grad_fn) is None
