@@ -24,6 +24,7 @@ from jdplugins.standard._solvers import (
     NativeDualConeSolver,
     NativeMinNormSolver,
     _guess,
+    _lcp,
     _parametric,
 )
 from jdplugins.standard._solvers._active_set import ActiveSet
@@ -121,6 +122,27 @@ def test_rows_beside_those_that_cancel_take_no_pivot_of_each(kind: str, limit: f
     assert work(kind, 64, 0) <= limit * least_work(64)
 
 
+@pytest.mark.parametrize(
+    ("kind", "all_of_them"),
+    [("graded columns", False), ("sum of zero", False), ("nearly opposite", True)],
+)
+def test_80_rows_are_followed_pivot_by_pivot_only_where_no_guess_is_good(
+    kind: str, all_of_them: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    followed = 0
+
+    def counted(C: np.ndarray, Q: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        nonlocal followed
+        followed += len(Q)
+        return _parametric.follow(C, Q)
+
+    monkeypatch.setattr(_lcp, "follow", counted)
+    C = cosines(kind, 80)
+    _, residuals = solve_lcps(C, C)
+    assert float(residuals.max()) <= 1e-11
+    assert (followed == 80) == all_of_them
+
+
 def test_rows_that_have_noise_of_all_sizes_go_at_their_own_pace() -> None:
     C = cosines("one row and noise", 128)
     true = solve_lcps(C, C)[0] > 0.0
@@ -129,7 +151,7 @@ def test_rows_that_have_noise_of_all_sizes_go_at_their_own_pace() -> None:
     def wrong(X: Tensor) -> list[float]:
         return [float(((x > 0.0) ^ true[:4]).double().mean()) for x in X]
 
-    X, least = _guess.guess_again(C, C, X, torch.arange(4), wrong)
+    X, least = _guess.guess_again(C, C, X, torch.arange(4), wrong, 1.0)
     assert least <= 0.01
     assert float(((X > 0.0) ^ true).double().mean()) <= 0.01  # 0.05 where all rows go at one pace
 

@@ -145,6 +145,7 @@ def guess_again(
     X: Tensor,
     sample: Tensor,
     wrong: Callable[[Tensor], Sequence[float]],
+    most: float,
 ) -> tuple[Tensor, float]:
     """
     The X of some rows, on the smaller scale that suits them.
@@ -154,7 +155,8 @@ def guess_again(
     :param X: That of the first guess [k, m].
     :param sample: The positions of a few rows, which tell the scale for all.
     :param wrong: The parts of the signs that some X of these rows get wrong, [s, n, m] -> [s].
-    :returns: X [k, m], and the least part.
+    :param most: The part above which such an X is not worth it.
+    :returns: X [k, m], which is the given one then, and the least part.
     """
     splittings: list[Splitting] = []
     few, least, best = X[sample], math.inf, 0
@@ -169,6 +171,8 @@ def guess_again(
                 least, best = part, number
         if least <= GOOD:
             break
+    if least > most:
+        return X, least
     rho = first
     for number in range(best + 1):
         splitting = splittings[number // _AT_ONCE].only(number % _AT_ONCE)

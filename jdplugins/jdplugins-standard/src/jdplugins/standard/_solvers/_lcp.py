@@ -45,6 +45,9 @@ _PIVOTED = 256
 # Part of a guess up to which one wrong sign after the other takes less time than exchanges, and the
 # rows above which that is so.
 _CORRECTED, _LARGE = 0.05, 96
+# Rows above which a guess on a scale that suits them pays, of rows none of which cancel, unless it
+# is wrong by this part.
+_GUESSED, _USELESS = 64, 0.1
 _DAMPED = 1e-10  # proximal term with which wrong signs are counted
 _SAMPLE = 4  # rows that tell which scale is right for all
 _EXACT = 1e-12  # residual that suffices for few rows
@@ -124,7 +127,7 @@ class _Search:
         left = self.left(_EXACT)
         if not len(left):
             return
-        few = k * m**3 <= _WORTH
+        few = k * m**3 <= _WORTH and (m <= _GUESSED or self.way is not _DEPENDENT)
         if not few or (m > _FOLLOWED and self.way is _INDEPENDENT):
             self._guess(left)
         if few:
@@ -186,14 +189,17 @@ class _Search:
         if len(rows) > _ALONE:
             sample = _sample(rows)
             wrong = functools.partial(self._wrong, rows[sample])
-            X, least = guess_again(self.C, self.Q[rows], self.X[rows], sample, wrong)
+            most = _USELESS if len(rows) * len(self.C) ** 3 <= _WORTH else 1.0
+            X, least = guess_again(self.C, self.Q[rows], self.X[rows], sample, wrong, most)
             # Not where the objective is lower alone: two rows that are nearly equal change it less
             # than rounding does, however they share.
             self.near[rows] = centre = X.nan_to_num(0.0, 0.0).clamp_min(0.0).double()
             # Of rows that cancel, some signs are small beside what exchanges of others change.
             large = _LARGE if self.way is _CANCELLING else _PIVOTED
             near = least <= _CORRECTED and len(self.C) > large
-            if not (near and self.C.is_cpu):
+            if least > most:
+                self._follow(rows)
+            elif not (near and self.C.is_cpu):
                 self._pivot(rows, centre)
 
     def _wrong(self, rows: Tensor, X: Tensor) -> list[float]:
