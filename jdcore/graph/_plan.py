@@ -63,6 +63,7 @@ class Spot:
     :param may_join: Whether it adds a bias to a product, both of which are finished at once.
     :param alike: What it shares with those operations that one call of its rule may serve together
         with it, None if no other one may be.
+    :param beside: Whether it is a product of what another one is a product of.
     """
 
     name: str
@@ -73,6 +74,7 @@ class Spot:
     silent: bool
     may_join: bool
     alike: Hashable
+    beside: bool
 
 
 @define
@@ -130,6 +132,7 @@ class Plan:
             None in layouts,
             name == "AddmmBackward0" and {roots.get(0), roots.get(2)} <= self.alone,
             self._kind(form, node, layouts[0]),
+            self._is_beside(form, node),
         )
 
     def size(self, form: Form) -> int:
@@ -138,6 +141,14 @@ class Plan:
             of_nodes = [form.results[node] for node in self.frontier]
             self._size = sum(result.shape.numel() for of_node in of_nodes for result in of_node)
         return self._size
+
+    def _is_beside(self, form: Form, node: int) -> bool:
+        name = form.names[node]
+        if name not in MATRIX_PRODUCTS:
+            return False
+        factor = form.inputs[node][MATRIX_PRODUCTS[name][0] - 1]
+        uses = [n for n in self.frontier if form.names[n] == name and factor in form.inputs[n]]
+        return factor[0] >= 0 and len(uses) > 1
 
     def _kind(self, form: Form, node: int, layout: Layout | None) -> Hashable:
         """The form of an operation, if its operands are parameters that it has alone."""

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Hashable, Iterator, Mapping, Sequence, Set
 from typing import TypeAlias
 
 import torch
@@ -18,9 +18,11 @@ from jdcore.graph.shares import (
     Addend,
     Dense,
     Outer,
+    OuterBeside,
     OuterLayers,
     Patches,
     Share,
+    beside,
     combined,
     joined,
     sum_of,
@@ -82,12 +84,14 @@ class RootShares:
         self._total = total
         self._keep = total.keep
         self._shares: dict[Place, list[Share]] = {}
-        self._layers: list[tuple[Sequence[Place], OuterLayers]] = []
+        self._layers: list[tuple[Sequence[Place], OuterLayers | OuterBeside]] = []
         self._short = ShortRows(total.keep)
         self.joins = total.joins and not report
         """Whether several layers may come as one."""
         self._biases: dict[Place, Place] = {}
         """By weights whose share is that of a bias as well, where the gradient of that belongs."""
+        self._waiting: dict[Hashable, list[tuple[Place, Place, Share]]] = {}
+        """Shares of the same inputs that are not added yet, with their roots and places."""
         self.graph_stays = True
         """Whether what operations saved stays in memory, beside what was copied for that."""
         self._room = memory.entries // 4  # for such copies
@@ -109,6 +113,7 @@ class RootShares:
         how: str,
         *,
         bias: Place | None = None,
+        beside_others: bool = False,
     ) -> None:
         """
         Take a share.
@@ -116,6 +121,7 @@ class RootShares:
         :param operation: The name of the operation that the root enters.
         :param how: How the share was made, in words.
         :param bias: The root whose Gramian is in that of this share, if there is one.
+        :param beside_others: Whether others of the same inputs may follow, or have come before.
         """
         if self._report:
             self.served.append(Served(operation, root, repr(share), how))
@@ -131,9 +137,35 @@ class RootShares:
         if isinstance(share, Dense) and share.shape.numel() < SHORT:
             self._short.add([place], share)
             return
+        kind = beside(share) if beside_others and self.joins else None
+        if kind is None:
+            self._add_alone(root, place, share)
+        else:
+            self._waiting.setdefault((kind, bias is None), []).append((root, place, share))
+
+    def _add_alone(self, root: Place, place: Place, share: Share) -> None:
         self._add(share, [root])
         if self._keep:
             self._shares.setdefault(place, []).append(share)
+
+    def _add_waiting(self) -> None:
+        """Add shares that waited for others of the same inputs."""
+        for waiting in self._waiting.values():
+            if len(waiting) == 1:
+                self._add_alone(*waiting[0])
+            else:
+                roots, places, shares = zip(*waiting, strict=True)
+                biases = [self._biases[place] for place in places if place in self._biases]
+                shapes = [self._graph.form.result(bias).shape for bias in biases]
+                self._add_several(OuterBeside(shares, shapes), roots, [*places, *biases])
+        self._waiting.clear()
+
+    def _add_several(
+        self, layers: OuterLayers | OuterBeside, roots: Sequence[Place], places: Sequence[Place]
+    ) -> None:
+        self._add(layers, list(roots))
+        if self._keep:
+            self._layers.append((places, layers))
 
     def has_room(self, entries: int) -> bool:
         """Whether so many entries may be copied for several layers."""
@@ -157,9 +189,7 @@ class RootShares:
             bias = self._graph.form.result(biases[0]).shape if biases else None
             turned = share.turned() if ends[0].turned else share
             layers = OuterLayers(turned, bias, self._memory.joined)
-            self._add(layers, list(roots))
-            if self._keep:
-                self._layers.append(([*places, *map(self._place_of, biases)], layers))
+            self._add_several(layers, roots, [*places, *map(self._place_of, biases)])
             self._room -= entries if self._keep else 0
         else:
             assert isinstance(share, Dense)
@@ -167,6 +197,7 @@ class RootShares:
 
     def finish(self) -> None:
         """Add what waited until all shares are there."""
+        self._add_waiting()
         late, self._late = self._late, None
         for share, roots in late or ():
             self._add(share, roots)

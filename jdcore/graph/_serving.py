@@ -64,7 +64,8 @@ class Serving:
                 rest.append(operand)
             else:
                 bias = spot.roots[0] if joined and operand == 2 else None
-                self.roots.take(spot.roots[operand], share, spot.name, "closed form", bias=bias)
+                given = spot.roots[operand], share, spot.name, "closed form"
+                self.roots.take(*given, bias=bias, beside_others=spot.beside)
         return (site, rest) if rest else None
 
     def call(self, node: int, site: Site, rest: list[int]) -> None:

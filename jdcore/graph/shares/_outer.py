@@ -20,6 +20,9 @@ from jdcore.graph.shares._product import (
 )
 from jdcore.graph.shares._share import Accumulator, Share
 
+# Entries of gradients from which on to copy them for several layers takes longer than calls.
+_COPIED = 1 << 14
+
 # Entries of weights from which on each weighted gradient is computed by itself.
 _WIDE = 1 << 17
 
@@ -396,3 +399,66 @@ class OuterLayers:
             views[:0] = self._share.summed(inputs, grads).view(-1, *shape).unbind()
         # In memory of their own, by one call: to keep one of them must not keep all.
         return own + (list(torch._foreach_mul(views, 1.0)) if views else [])
+
+
+class OuterBeside:
+    """
+    What the weights of several layers of the same inputs contribute to the Jacobian.
+
+    They are one layer with the outputs of all: its Gramian takes the products of the inputs once.
+
+    :param shares: Of one :func:`beside`.
+    :param biases: The shapes of their biases, if weighted gradients of these are wanted as well.
+    """
+
+    def __init__(self, shares: Sequence[Outer], biases: Sequence[Size]) -> None:
+        first, *_ = shares
+        self._shapes = [*(share.shape for share in shares), *biases]
+        self._outputs = [share.grads.shape[3] for share in shares]
+        self._whole = Outer(
+            first.inputs,
+            torch.cat([share.grads for share in shares], 3),
+            grads_first=first.grads_first,
+            shape=(sum(self._outputs), -1) if first.grads_first else (-1, sum(self._outputs)),
+            plus=first.plus,
+        )
+
+    def add_gramian(self, gramian: Accumulator) -> None:
+        """Add the Gramian of the rows of all layers."""
+        self._whole.add_gramian(gramian)
+
+    def weighted(self, weights: Tensor) -> list[Tensor]:
+        """
+        The weighted gradients of all weights, and behind them those of their biases, if any.
+
+        :param weights: Shape [K, B], in float64 where they are to be summed in float64.
+        """
+        whole, outputs = self._whole, self._outputs
+        views: list[Tensor] = []
+        if len(self._shapes) > len(outputs):
+            total, bias = whole.weighted_with_bias(weights, Size([-1]))
+            views += torch.split(bias, outputs)
+        else:
+            total = whole.weighted(weights)
+        views[:0] = torch.split(total, outputs, 0 if whole.grads_first else 1)
+        # In memory of their own, by one call: to keep one of them must not keep all.
+        own = torch._foreach_mul(views, 1.0)
+        return [part.reshape(shape) for part, shape in zip(own, self._shapes, strict=True)]
+
+
+def beside(share: Share) -> Hashable:
+    """
+    What shares have in common that are those of one layer with the outputs of all.
+
+    :returns: None if it is faster by itself.
+    """
+    if not (isinstance(share, Outer) and isinstance(share.inputs, Tensor)):
+        return None
+    inputs, grads = share.inputs, share.grads
+    if grads.numel() > _COPIED:
+        return None
+    # What lies in the same place, while both are there, is the same, unless one of them is read as
+    # the negative of what lies there, as the imaginary parts of conjugates are.
+    place = inputs.data_ptr(), inputs.shape, inputs.stride(), inputs.dtype, inputs.device
+    read = place, inputs.is_neg()
+    return read, grads.shape[2], grads.dtype, share.grads_first, share.plus

@@ -1,4 +1,4 @@
-"""Layers of the same inputs, such as heads of tasks, and what is given to several parameters."""
+"""Layers of the same inputs, such as heads of tasks, which count as one with the outputs of all."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from tests.core.autogram.oracle import (
     randn,
     relative_error,
 )
+from tests.operations import Operations
 
 B, T, D = 5, 3, 6
 
@@ -55,6 +56,56 @@ def _of_sequences(model: nn.Module) -> Tensor:
 )
 def test_heads_are_right(losses: Any, batch_dim: int) -> None:
     check_engine(_Heads, losses, batch_dim)
+
+
+# A budget asks for what accelerators do.
+@pytest.mark.parametrize("budget", [None, 1 << 24])
+def test_products_of_their_inputs_are_made_once(budget: int | None) -> None:
+    torch.manual_seed(0)
+    trunk, heads = nn.Linear(4, D), nn.ModuleList(nn.Linear(D, 1) for _ in range(4))
+    engine = Engine(trunk, heads, batch_dim=0, memory_budget=budget)
+    x = torch.randn(B, 4)
+
+    def losses() -> Tensor:
+        hidden = trunk(x).relu()
+        return torch.cat([head(hidden) for head in heads], 1).square()
+
+    engine.compute_gramian(losses())
+    output = losses()
+    with Operations() as counted:
+        engine.compute_gramian(output)
+    # One for all heads, and one for the trunk.
+    assert counted.counts["mul_"] == 2
+    # In each of four passes one for the gradient of each head, as none of them is batched here;
+    # then two for all heads, and two for the trunk.
+    if budget is None:
+        assert counted.counts["mm"] == 4 * 4 + 2 + 2
+
+
+def test_inputs_that_were_exchanged_between_two_uses_are_told_apart() -> None:
+    first, second = nn.Linear(D, 1).double(), nn.Linear(D, 2).double()
+    x = randn(B, D).requires_grad_()
+    hidden = x.tanh()
+    head = first(hidden)
+    hidden.data = randn(B, D) + 1.0  # the same place in the graph, other numbers
+    losses = torch.cat([head, second(hidden)], 1).square().sum(1)
+    jacobian = explicit_jacobian(losses, parameters_of([first, second]))
+    gramian = Engine(first, second, batch_dim=0).compute_gramian(losses)
+    assert relative_error(gramian, jacobian @ jacobian.T) < 1e-12
+
+
+def test_inputs_that_are_the_negative_of_others_in_the_same_memory_are_told_apart() -> None:
+    heads = nn.ModuleList(nn.Linear(D, o).double() for o in (1, 1, 2, 2))
+    hidden = randn(B, D).requires_grad_().tanh()
+    turning = torch.complex(hidden, 2.0 * hidden)
+    inputs = turning.imag, turning.conj().imag
+    assert inputs[0].data_ptr() == inputs[1].data_ptr()
+    found = [head(inputs[i // 2]) for i, head in enumerate(heads)]
+    losses = torch.cat(found, 1).square().sum(1)
+    jacobian = explicit_jacobian(losses, parameters_of([heads]))
+    Engine(heads, batch_dim=0).backward(losses, lambda gramian: gramian.new_ones(B))
+    update = torch.cat([parameter.grad.flatten() for parameter in heads.parameters()])
+    assert relative_error(update, jacobian.sum(0)) < 1e-12
 
 
 def test_a_bias_of_each_sample_is_none_of_each_output() -> None:
