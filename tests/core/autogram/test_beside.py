@@ -82,6 +82,29 @@ def test_products_of_their_inputs_are_made_once(budget: int | None) -> None:
         assert counted.counts["mm"] == 4 * 4 + 2 + 2
 
 
+def _operations_of_tasks(count: int, budget: int | None) -> int:
+    torch.manual_seed(0)
+    trunk, heads = nn.Linear(8, 64), nn.ModuleList(nn.Linear(64, 1) for _ in range(count))
+    engine, x = Engine(trunk, heads, batch_dim=None, memory_budget=budget), torch.randn(16, 8)
+
+    def step() -> None:
+        hidden = trunk(x).tanh()
+        losses = torch.stack([head(hidden).square().mean() for head in heads])
+        engine.backward(losses, lambda gramian: gramian.new_ones(count))
+
+    step()
+    with Operations() as counted:
+        step()
+    return counted.counts.total()
+
+
+@pytest.mark.parametrize("budget", [None, 1 << 28])
+def test_a_further_task_costs_few_operations(budget: int | None) -> None:
+    plain = 21  # those of one head and its loss, forward and backward
+    further = _operations_of_tasks(16, budget) - _operations_of_tasks(4, budget)
+    assert further <= 12 * (1.5 * plain + 6)
+
+
 def test_inputs_that_were_exchanged_between_two_uses_are_told_apart() -> None:
     first, second = nn.Linear(D, 1).double(), nn.Linear(D, 2).double()
     x = randn(B, D).requires_grad_()
