@@ -20,7 +20,12 @@ from torch.autograd.graph import GradientEdge, Node
 from jdcore.errors import UnservedGraphError
 from jdcore.graph._operations import PARTS, REARRANGING, operation
 from jdcore.graph._retained import retaining
-from jdcore.graph._saved import function_of_others, plain_attributes, results_of
+from jdcore.graph._saved import (
+    WRITTEN_IN_CPP,
+    function_of_others,
+    plain_attributes,
+    results_of,
+)
 from jdcore.graph._walk import LEAF, REENTRANT, edge_of
 
 P = ParamSpec("P")
@@ -113,9 +118,8 @@ class Form:
     @cached_property
     def has_functions(self) -> bool:
         """Whether the backward of some node may be code of somebody else than torch."""
-        # Behind "Backward", nodes of torch's own operations have the number of an overload. Those
-        # of functions in C++ are templates.
-        return any(name.endswith(("Backward", ">")) for name in self.names)
+        # Behind "Backward", nodes of torch's own operations have the number of an overload.
+        return any(name.endswith(("Backward", WRITTEN_IN_CPP)) for name in self.names)
 
     @cached_property
     def leading(self) -> set[int]:

@@ -20,6 +20,9 @@ from torch.utils import checkpoint
 
 T = TypeVar("T")
 
+# How the names of functions written in C++ end, which are templates. No operation of torch is one.
+WRITTEN_IN_CPP = ">"
+
 
 class _Kinds(dict[Any, T]):
     """
@@ -264,9 +267,9 @@ def function_of(node: Any) -> type | None:
 
 @cache
 def _written_in_cpp(name: str) -> type | None:
-    # They are templates. What torch shows in the same way besides them is of its own: operations on
-    # lists of tensors, and what TorchScript makes of operations.
-    return type(name, (), {"__module__": ""}) if name.endswith(">") else None
+    # What torch shows in the same way besides them is of its own: operations on lists of tensors,
+    # and what TorchScript makes of operations.
+    return type(name, (), {"__module__": ""}) if name.endswith(WRITTEN_IN_CPP) else None
 
 
 def function_of_others(node: Any) -> type | None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
-from jdcore.graph._saved import results_of
+from jdcore.graph._saved import WRITTEN_IN_CPP, results_of
 
 Edge: TypeAlias = "tuple[Node, int]"
 
@@ -115,9 +115,8 @@ def reach(outputs: Iterable[Tensor], stop: Iterable[Tensor] = ()) -> Reach:
             leaves[node] = node.variable
             continue
         names[node] = name
-        # The base class of nodes whose backward is Python. Nodes of functions in C++ are templates,
-        # those of torch's own operations are not.
-        if isinstance(node, BackwardCFunction) or name[-1] == ">":
+        # The base class of nodes whose backward is Python.
+        if isinstance(node, BackwardCFunction) or name.endswith(WRITTEN_IN_CPP):
             functions.append(node)
         # Reversed, so that the first operand is the next one to be expanded.
         stack += node.next_functions[::-1]
