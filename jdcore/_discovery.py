@@ -6,14 +6,14 @@ import sys
 import traceback
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from importlib.metadata import Distribution, DistributionFinder, EntryPoint
+from importlib.metadata import Distribution, DistributionFinder, EntryPoint, PackageNotFoundError
 from typing import Any, TypeVar
 
 import pluggy
 from attrs import evolve, frozen
 
 from jdcore import hooks
-from jdcore.errors import ParameterError, ParameterTypeError, message_of
+from jdcore.errors import ParameterError, ParameterTypeError, line_of, message_of
 from jdcore.hooks import ENTRY_POINT_GROUP
 from jdcore.spec import (
     AggregatorSpec,
@@ -71,9 +71,7 @@ class PluginRecord:
             return "it is being imported at this moment."
         if self.error is None:
             return ""
-        # In one line, as messages and tables show it: those of pluggy have several.
-        message = " ".join(message_of(self.error).split())
-        return f"{type(self.error).__name__}: {message}"
+        return line_of(self.error)
 
 
 @frozen
@@ -118,6 +116,14 @@ def normalize_distribution(name: str) -> str:
 
 
 # -- what is installed -----------------------------------------------------------------------------
+
+
+def installed_version(distribution: str) -> str | None:
+    """Version of an installed distribution, or None."""
+    try:
+        return Distribution.from_name(distribution).version
+    except PackageNotFoundError:
+        return None
 
 
 def installed_plugins() -> list[Plugin]:

@@ -324,7 +324,7 @@ class Registry:
     @staticmethod
     def solver_class(entry: Entry) -> Any:
         """What makes the solver of an entry."""
-        return load_factory(entry.qualified_name, entry.spec.factory)
+        return load_factory(entry, entry.spec.factory)
 
 
 def _name_table(
@@ -420,14 +420,14 @@ def load_class(entry: Entry, factory: str) -> type:
     :raises PluginError: If that fails, or it is no class: pickles, configurations, subclasses and
         what is composed of it would all fail later.
     """
-    found = load_factory(entry.qualified_name, factory)
+    found = load_factory(entry, factory)
     if not isinstance(found, type):
         reason = f"{factory!r} is no class, but of type {type(found).__name__}"
         raise PluginError(entry.qualified_name, reason)
     return found
 
 
-def load_factory(provider: str, factory: str) -> Any:
+def load_factory(entry: Entry, factory: str) -> Any:
     module, _, attribute = factory.partition(":")
     try:
         found = getattr(importlib.import_module(module), attribute)
@@ -438,7 +438,9 @@ def load_factory(provider: str, factory: str) -> Any:
         raise
     except BaseException as error:  # as for the plugins themselves: sys.exit(), pytest.skip(), ...
         reason = f"{factory!r} cannot be loaded: {message_of(error)}"
-        raise PluginError(provider, reason) from error
+        if isinstance(error, ImportError) and (missing := entry.missing()):
+            reason += f". Run: pip install {' '.join(missing)}"
+        raise PluginError(entry.qualified_name, reason) from error
 
 
 def construct(cls: type, name: str, arguments: Mapping[str, Any], *first: Any) -> Any:
@@ -505,7 +507,7 @@ def get_gramian_rule(entry: Entry) -> Any:
 
     :raises PluginError: If it cannot be loaded.
     """
-    return load_factory(entry.qualified_name, entry.spec.rule)
+    return load_factory(entry, entry.spec.rule)
 
 
 registry = Registry()

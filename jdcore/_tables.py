@@ -7,7 +7,7 @@ from typing import Any
 
 from attrs import frozen
 
-from jdcore._discovery import normalize_distribution
+from jdcore._discovery import installed_version, normalize_distribution
 from jdcore.errors import AmbiguousNameError
 from jdcore.spec import normalize_name
 
@@ -20,6 +20,12 @@ class Entry:
     @property
     def qualified_name(self) -> str:
         return f"{self.distribution}:{self.spec.name}"
+
+    def missing(self) -> list[str]:
+        """The distributions that it needs and that are not installed."""
+        # By their metadata, as importing all of them would take seconds.
+        requires = getattr(self.spec, "requires", ())
+        return [required for required in requires if installed_version(required) is None]
 
 
 class NameTable:

@@ -13,7 +13,7 @@ from typing import Any, NoReturn, TextIO
 from jdcore._commands import check, doctor, info, listing, new, plugins, stubs
 from jdcore.bench import command as bench
 from jdcore.demo import command as demo
-from jdcore.errors import JDCoreError
+from jdcore.errors import JDCoreError, one_line
 
 __all__ = ["main"]
 
@@ -99,7 +99,7 @@ def _leave(stream: TextIO) -> None:
 
 def _fail(command: str, message: str) -> int:
     try:
-        print(f"{command}: {' '.join(message.split())}", file=sys.stderr, flush=True)
+        print(f"{command}: {one_line(message)}", file=sys.stderr, flush=True)
     except OSError:  # standard error may be full as well
         _leave(sys.stderr)
     return 2

@@ -47,6 +47,16 @@ def message_of(error: BaseException) -> str:
         return "(its message cannot be shown)"
 
 
+def one_line(text: str) -> str:
+    """A text without line breaks, and without the control characters that a terminal would obey."""
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
+
+
+def line_of(error: BaseException) -> str:
+    """Class and message of any exception, in one line."""
+    return one_line(f"{type(error).__name__}: {message_of(error)}")
+
+
 class _OfParts:
     """What is rebuilt from the parts of its message, e.g. in another process."""
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Iterator
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from attrs import asdict
 
 from jdcore._catalogue import METHODS, SCALARIZERS
-from jdcore._discovery import AGGREGATOR, Kind, PluginRecord
+from jdcore._discovery import AGGREGATOR, Kind, PluginRecord, installed_version
 from jdcore._registry import registry
 from jdcore._tables import Entry
 from jdcore.errors import PluginWarning
@@ -27,14 +26,6 @@ def discover() -> tuple[PluginRecord, ...]:
     if caught:
         print("Some plugins are left out, see: jdcore plugins", file=sys.stderr)
     return records
-
-
-def installed_version(distribution: str) -> str | None:
-    """Version of an installed distribution, or None."""
-    try:
-        return version(distribution)
-    except PackageNotFoundError:
-        return None
 
 
 def records_of(kind: Kind) -> list[dict[str, Any]]:
@@ -163,11 +154,9 @@ def _description(name: str, spec: AggregatorSpec | ScalarizerSpec) -> dict[str, 
 
 
 def _installation(entry: Entry) -> dict[str, Any]:
-    requires = entry.spec.requires
-    # By their metadata, as importing all of them would take seconds.
-    missing = [required for required in requires if installed_version(required) is None]
+    missing = entry.missing()
     return {
-        "requires": list(requires),
+        "requires": list(entry.spec.requires),
         "distribution": entry.distribution,
         "version": installed_version(entry.distribution),
         "installed": not missing,

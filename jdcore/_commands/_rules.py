@@ -26,7 +26,7 @@ def trouble_of(entry: Entry) -> str | None:
         return f"the core has a rule for {operation!r}" if operation in RULES else None
     if find_spec(module.partition(".")[0]) is None:
         return None
-    function = load_factory(entry.qualified_name, operation)
+    function = load_factory(entry, operation)
     if isinstance(function, type) and issubclass(function, torch.autograd.Function):
         return None
     return f"the operation {operation!r} is no torch.autograd.Function"

@@ -13,16 +13,12 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from attrs import asdict, frozen
 
 from jdcore._commands._output import plugins_on_stderr, print_json, print_table
-from jdcore._commands._records import (
-    installed_version,
-    plugin_records,
-    solver_records,
-)
+from jdcore._commands._records import plugin_records, solver_records
 from jdcore._commands.info import solver_problem
-from jdcore._discovery import KINDS
+from jdcore._discovery import KINDS, installed_version
 from jdcore._registry import registry
 from jdcore._tables import Entry
-from jdcore.errors import message_of
+from jdcore.errors import line_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -125,7 +121,7 @@ def _rule_trial(entry: Entry) -> Trial:
     except KeyboardInterrupt:
         raise
     except BaseException as error:
-        trouble = _one_line(error)
+        trouble = line_of(error)
     return Trial(
         kind="rule",
         method=entry.qualified_name,
@@ -144,7 +140,7 @@ def _aggregator_trials(name: str) -> Iterator[Trial]:
         raise
     except BaseException as error:
         yield Trial(
-            kind="aggregator", method=name, solver=None, milliseconds=None, trouble=_one_line(error)
+            kind="aggregator", method=name, solver=None, milliseconds=None, trouble=line_of(error)
         )
         return
     if problem is None:
@@ -163,7 +159,7 @@ def _try(kind: str, name: str, solver: str | None, prepare: Callable[[], Call]) 
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # methods of third parties may raise anything
-        milliseconds, trouble = None, _one_line(error)
+        milliseconds, trouble = None, line_of(error)
     return Trial(kind=kind, method=name, solver=solver, milliseconds=milliseconds, trouble=trouble)
 
 
@@ -218,10 +214,6 @@ def _time(call: Call) -> float:
     if not bool(result.isfinite().all()):
         raise ArithmeticError("the result is not finite")
     return 1e3 * min(seconds)
-
-
-def _one_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(message_of(error).split())}"
 
 
 def _label(trial: Trial) -> str:

@@ -393,6 +393,20 @@ def test_a_plugin_of_rules_alone_provides_something(
     assert json.loads(as_json)[0]["gramian_rules"] == ["a"]
 
 
+def test_errors_are_told_in_one_line_that_a_terminal_does_not_obey(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    error = RuntimeError("in \x1b[31mred\x1b[0m,\na second\rline\x9b2J and \u202ebackwards")
+    plugin = PluginRecord(distribution="red", version="1.0", entry_point="red", error=error)
+    monkeypatch.setattr(_records, "discover", lambda: (plugin,))
+
+    _, printed = run(capsys, "plugins")
+
+    line = printed.splitlines()[1]
+    assert line.isprintable()
+    assert line.endswith("RuntimeError: in [31mred [0m, a second line 2J and backwards")
+
+
 @pytest.mark.parametrize("command", ["info", "check"])
 def test_asking_for_a_rule_as_a_method_tells_where_it_is(
     command: str, capsys: pytest.CaptureFixture[str]

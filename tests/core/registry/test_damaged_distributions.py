@@ -203,6 +203,32 @@ except jdcore.PluginError as error:
     assert error.endswith("'exits:S' cannot be loaded: no license")
 
 
+def test_a_factory_that_lacks_a_distribution_tells_how_to_install_it(tmp_path: Path) -> None:
+    source = """
+from jdcore import SolverSpec, hookimpl
+
+@hookimpl
+def jdcore_solvers():
+    requires = "no-such-solver", "numpy"
+    yield SolverSpec(name="s", problem="p", summary="S.", factory="lacking_s:S", api_version=1,
+                     requires=requires)
+"""
+    unpack(tmp_path, "lacking", {"lacking.py": source, "lacking_s.py": "import no_such_solver"})
+
+    error = run(
+        tmp_path,
+        """
+try:
+    jdcore.get_solver("p", "s")
+except jdcore.PluginError as error:
+    result = str(error)
+""",
+        JDCORE_PLUGINS="lacking",
+    )
+
+    assert error.endswith("No module named 'no_such_solver'. Run: pip install no-such-solver")
+
+
 def test_a_finder_that_raises_hides_only_what_it_would_have_found(tmp_path: Path) -> None:
     healthy(tmp_path)
 
