@@ -233,6 +233,16 @@ def test_lengths_of_losses_and_preferences_stay_in_range(scale: float) -> None:
     assert cosmos(losses * scale).item() == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("scale", [1e-40, 1e-45])
+def test_a_gradient_out_of_range_is_infinite_and_not_nan(scale: float) -> None:
+    losses = torch.tensor([1.0, 0.0]).mul_(scale).requires_grad_()
+    cosmos = get_scalarizer("cosmos", pref_vector=torch.tensor([1.0, 1.0]))
+
+    [gradient] = torch.autograd.grad(cosmos(losses), [losses])
+
+    assert gradient.tolist() == [1.0, -math.inf]
+
+
 def test_a_smoothing_of_zero_is_refused() -> None:
     with pytest.raises(ParameterError, match="`mu` must be > 0"):
         STCH(mu=0.0)

@@ -20,10 +20,15 @@ def preferred(losses: Tensor, vector: Tensor | None) -> Tensor:
     return vector.detach().to(losses.dtype)
 
 
+def unit_of(vector: Tensor) -> Tensor:
+    """The largest absolute entry, without its gradient; one for a vector of zeros."""
+    largest = vector.detach().abs().amax()
+    return torch.where(largest == 0.0, 1.0, largest)
+
+
 def length(vector: Tensor) -> Tensor:
     """Norm of a vector, whose squares may leave the range; the gradient at zero is zero."""
-    largest = vector.detach().abs().amax()
-    unit = torch.where(largest == 0.0, 1.0, largest)
+    unit = unit_of(vector)
     # Torch takes the gradient of the norm of a zero vector to be zero, where sqrt would give NaN.
     norm: Tensor = unit * torch.linalg.vector_norm(vector / unit)
     return norm

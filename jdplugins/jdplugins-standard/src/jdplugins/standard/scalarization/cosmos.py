@@ -6,7 +6,7 @@ from torch import Tensor
 
 from jdcore.scalarization import LossScalarizer
 from jdcore.validators import real, row_vector
-from jdplugins.standard.scalarization._references import direction, length, preferred
+from jdplugins.standard.scalarization._references import direction, preferred, unit_of
 
 
 @define(eq=False)
@@ -32,7 +32,9 @@ class COSMOS(LossScalarizer):
 
     def scalarize(self, losses: Tensor) -> Tensor:
         preferences = preferred(losses, self.pref_vector)
-        size = length(losses)
+        # Of a multiple, whose gradient stays in range until the last division.
+        multiple = losses / unit_of(losses)
+        size = torch.linalg.vector_norm(multiple)
         # All losses being zero have no direction, and nothing to gain from one.
-        cosine = direction(preferences) @ (losses / torch.where(size == 0.0, 1.0, size))
+        cosine = direction(preferences) @ (multiple / torch.where(size == 0.0, 1.0, size))
         return preferences @ losses - self.lambda_ * cosine
