@@ -370,14 +370,15 @@ def warn(warning: Warning) -> None:
 
     :param warning: An instance; its class is the category.
     """
-    # `skip_file_prefixes` would do this from Python 3.12 on.
+    # `skip_file_prefixes` would do this from Python 3.12 on; `stacklevel` leaves frames of imports
+    # out as it counts.
     frame = sys._getframe(1)
-    inside = {*_INSIDE, _package_of(frame)}
-    level = 2
+    inside = _INSIDE | {_package_of(frame)}
     while frame.f_back is not None and _package_of(frame) in inside:
         frame = frame.f_back
-        level += 1
-    warnings.warn(warning, stacklevel=level)
+    registry = frame.f_globals.setdefault("__warningregistry__", {})
+    place = frame.f_code.co_filename, frame.f_lineno, frame.f_globals.get("__name__")
+    warnings.warn_explicit(warning, type(warning), *place, registry)
 
 
 def left_out(owner: object, method: str) -> NotImplementedError:
@@ -390,8 +391,8 @@ def left_out(owner: object, method: str) -> NotImplementedError:
 
 
 # Frames of these packages are ours, or stand between ours and those of the user: torch.no_grad and
-# np.errstate as decorators, a backward pass, a hook.
-_INSIDE = ("jdcore", "jdplugins", "torch", "contextlib", "numpy")
+# np.errstate as decorators, a backward pass, a hook, a cached property, an import.
+_INSIDE = {"jdcore", "jdplugins", "torch", "numpy", "attr", "pluggy", *sys.stdlib_module_names}
 
 
 def _package_of(frame: FrameType) -> str:

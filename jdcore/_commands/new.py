@@ -11,8 +11,7 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from jdcore._discovery import installed_version
-from jdcore._discovery import normalize_distribution
+from jdcore._discovery import installed_version, normalize_distribution
 from jdcore.errors import ParameterError
 from jdcore.spec import normalize_name
 

@@ -22,7 +22,7 @@ from jdcore.graph._operations import (
     operation,
     sizes_decide,
 )
-from jdcore.graph._probe import Findings, find_layouts
+from jdcore.graph._probe import Findings, Unshown, find_layouts
 from jdcore.graph._saved import (
     Unreadable,
     has_unpack_hooks,
@@ -398,8 +398,13 @@ class Plans:
                 self._last = plan
             return plan
         found = find_layouts(graph, output, batch_dim)
-        plan = plan_of_samples(graph, found, hooked)
-        if found.sure and _is_fixed(graph, plan, rules):
+        try:
+            plan = plan_of_samples(graph, found, hooked)
+        except UnservedGraphError:
+            if found.spoilt:
+                raise Unshown("NaN in the gradients hides where samples are") from None
+            raise
+        if not (found.sparse or found.spoilt) and _is_fixed(graph, plan, rules):
             self._kept[kind] = self._last = plan
             if len(self._kept) > _KINDS:
                 # The one that was not used for longest: sequences of ever new lengths make ever new

@@ -46,13 +46,14 @@ class Findings:
 
     :param layouts: Where the samples are, at all places where they are apart.
     :param reached: Places at which gradients arrive that are not zero.
-    :param sure: Whether the form of the graph alone decides that, apart from operations that are
-        not steady: no value became NaN by itself, and no product has a sparse factor.
+    :param sparse: Whether a product has a sparse factor, whose entries decide as well.
+    :param spoilt: Whether gradients are NaN by themselves.
     """
 
     layouts: dict[Place, Layout]
     reached: set[Place]
-    sure: bool
+    sparse: bool
+    spoilt: bool
 
 
 def find_layouts(graph: Graph, output: Tensor, batch_dim: int) -> Findings:
@@ -99,7 +100,7 @@ def find_layouts(graph: Graph, output: Tensor, batch_dim: int) -> Findings:
     if everything in _words(found):
         poison(torch.zeros(samples, dtype=torch.bool, device=output.device), _BY_ITSELF)
         found = _read(seen)
-    sure = not sparse and not any(word >> _BY_ITSELF for word in _words(found))
+    spoilt = any(word >> _BY_ITSELF for word in _words(found))
     start = form.starts[0]
     layouts = {start: Layout(batch_dim, samples)}
     for place, of_dims in found.items():
@@ -111,7 +112,7 @@ def find_layouts(graph: Graph, output: Tensor, batch_dim: int) -> Findings:
     layouts = _whole(layouts, found)
     if _functions_hide(graph, output, batch_dim, layouts, reached):
         raise Unshown("a function of the graph treats NaN otherwise than numbers")
-    return Findings(layouts, reached, sure)
+    return Findings(layouts, reached, bool(sparse), spoilt)
 
 
 # The highest bit of an int64 beside its sign: no code is that long.

@@ -2,8 +2,9 @@ from __future__ import annotations
 
 import ast
 import pickle
+import sys
 from pathlib import Path
-from typing import Any
+from types import ModuleType
 
 import pytest
 import torch
@@ -101,6 +102,7 @@ def test_a_warning_of_the_core_points_at_the_line_that_called_it(
 
 
 _PLUGIN = """
+from functools import cached_property
 import numpy as np
 import torch
 from jdcore.errors import JDCoreWarning, warn
@@ -110,21 +112,30 @@ from jdcore.errors import JDCoreWarning, warn
 def inner():
     warn(JDCoreWarning("x"))
 
-def method():
-    inner()
+class Weighting:
+    @cached_property
+    def weights(self):
+        inner()
+
+def __getattr__(name):
+    if name == "Method":
+        Weighting().weights
+    return name
 """
 
 
-def test_a_warning_of_a_plugin_of_any_name_points_past_it() -> None:
-    plugin: dict[str, Any] = {"__name__": "somebody.method"}
-    exec(_PLUGIN, plugin)
+def test_a_warning_of_a_plugin_of_any_name_points_past_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "somebody", somebody := ModuleType("somebody"))
+    exec(_PLUGIN, vars(somebody))
     with pytest.warns(JDCoreWarning, match="x") as caught:
-        plugin["method"]()
+        from somebody import Method  # type: ignore[import-not-found]  # noqa: F401
     assert caught[0].filename == __file__
 
 
 def test_nothing_warns_but_by_the_helper_that_finds_the_line() -> None:
     root = Path(__file__).parents[2]
     sources = [*root.glob("jdcore/**/*.py"), *root.glob("jdplugins/*/src/**/*.py")]
-    warning = [path.name for path in sources if "warnings.warn(" in path.read_text("utf-8")]
+    warning = [path.name for path in sources if "warnings.warn" in path.read_text("utf-8")]
     assert warning == ["errors.py"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import warnings
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -608,6 +609,19 @@ def test_scaled_float16_losses_that_overflow_are_no_mixing_of_samples() -> None:
     losses = net(randn(B, 3).half()).square().sum(1) * 65536.0
     gramian_of = Engine(net, batch_dim=0).compute_gramian(losses)
     assert not torch.isfinite(gramian_of).all()
+
+
+@pytest.mark.parametrize("spoilt", [B, B - 1])
+def test_losses_that_are_nan_are_no_mixing_of_samples(spoilt: int) -> None:
+    net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+    x = randn(B, 3)
+    x[:spoilt] = torch.nan
+    losses = net(x).square().sum(1)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Each of .* since NaN in the gradients hides where")
+        found = Engine(net, batch_dim=0).compute_gramian(losses)
+    assert found[:spoilt].isnan().all()
+    assert found[spoilt:, spoilt:].isfinite().all()
 
 
 def test_one_loss_that_is_not_finite_concerns_no_other() -> None:
