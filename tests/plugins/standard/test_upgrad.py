@@ -1,5 +1,6 @@
 import pickle
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 import jdcore
 from jdcore.aggregation import UPGrad, UPGradWeighting
-from jdcore.errors import ParameterTypeError, UnknownNameError
+from jdcore.errors import ParameterError, ParameterTypeError, UnknownNameError
 from jdcore.testing import FAMILIES, family
 
 J = torch.tensor([[-4.0, 1.0, 1.0], [6.0, 1.0, 1.0]])
@@ -140,3 +141,26 @@ def test_the_order_of_few_nearly_opposite_rows_does_not_matter() -> None:
     for seed in range(6):
         order = torch.randperm(5, generator=torch.Generator().manual_seed(seed))
         torch.testing.assert_close(UPGrad()(rows[order]), update, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        lambda references: references[0],
+        lambda references: references[:2],
+        lambda references: references.float(),
+        lambda references: references.numpy(),
+        lambda references: None,
+    ],
+)
+def test_what_a_solver_answers_on_a_device_is_checked(answer: Any) -> None:
+    class Solver:
+        def __call__(self, gramian: Any, references: Any) -> Any:
+            return references
+
+        def project(self, gramian: Tensor, references: Tensor) -> Any:
+            return answer(references)
+
+    weighting = UPGradWeighting(solver=Solver())
+    with pytest.raises(ParameterError, match=r"whose `project` answers a float64 .* \[3, 3\]"):
+        weighting.compute_there(torch.eye(3, dtype=torch.float64))

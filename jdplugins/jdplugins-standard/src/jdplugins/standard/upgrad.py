@@ -10,9 +10,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from jdcore.aggregation import GramianWeighting, find_solver, row_weights, solution, solver_field
+from jdcore.errors import ParameterError
 from jdcore.linalg import product
 from jdcore.protocols import DualConeSolver
-from jdcore.validators import row_vector
+from jdcore.validators import describe_tensor, row_vector
 
 _FEW = 64  # rows up to which what is projected is kept, 32 KB at most
 
@@ -76,5 +77,10 @@ class UPGradWeighting(GramianWeighting):
         preferences = gramian.new_full((len(gramian),), 1.0 / len(gramian))
         if self.pref_vector is not None:
             preferences = self.pref_vector.to(gramian)
-        weights: Tensor = project(gramian, torch.diag(preferences)).sum(0)
+        found = project(gramian, torch.diag(preferences))
+        # Told without waiting for the device, as `solution` does on the host.
+        if getattr(found, "shape", None) != gramian.shape or found.dtype != gramian.dtype:
+            expected = f"one whose `project` answers {describe_tensor(gramian)}"
+            raise ParameterError("solver", expected, describe_tensor(found))
+        weights: Tensor = found.sum(0)
         return weights
