@@ -3,6 +3,7 @@
 from jdcore.linalg._blas import (
     cholesky,
     eigh,
+    factorize,
     one_thread,
     product,
     solve,
@@ -30,6 +31,7 @@ __all__ = [
     "eigh",
     "equilibrate",
     "exchange_few",
+    "factorize",
     "factors",
     "flatten_gramian",
     "gramian",

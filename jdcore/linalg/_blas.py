@@ -30,6 +30,9 @@ _STRIP = 4  # rows
 _ARRAYS = {torch.float32: np.dtype(np.float32), torch.float64: np.dtype(np.float64)}
 _SOLVE = 96
 _EIGH = 24
+# From the first of these sizes on, LAPACK takes up to three times as long for multiples of the
+# second one as for their neighbours: rows that are so far apart share the lines of a cache.
+_ALIGNED, _STRIDE = 128, 32
 
 
 def is_small(*blocks: Tensor, dtypes: Container[torch.dtype] = _ARRAYS) -> bool:
@@ -173,12 +176,29 @@ def solve_definite(A: NDArray[np.float64], B: NDArray[np.float64], /) -> NDArray
     """
     if len(A) <= _SOLVE:
         return solve(A, B)
-    factor, failed = torch.linalg.cholesky_ex(torch.from_numpy(A))
+    factor, failed = factorize(torch.from_numpy(A))
     if failed.item():
         return solve(A, B)
     columns = torch.from_numpy(B.reshape(len(A), -1))
     solution: NDArray[np.float64] = torch.cholesky_solve(columns, factor).numpy()
     return solution.reshape(B.shape)
+
+
+def factorize(A: Tensor) -> tuple[Tensor, Tensor]:
+    """
+    ``torch.linalg.cholesky_ex`` in a third to all of its time, on CPUs.
+
+    :param A: Symmetric positive definite matrices [..., m, m], float32 or float64.
+    :returns: Lower triangular factors [..., m, m], and where there are none: integers [...], zero
+        for those that there are.
+    """
+    m = A.shape[-1]
+    if not A.is_cpu or m < _ALIGNED or m % _STRIDE:
+        return tuple(torch.linalg.cholesky_ex(A))
+    bordered = torch.nn.functional.pad(A, (0, 1, 0, 1))
+    bordered[..., m, m] = 1.0
+    L, failed = torch.linalg.cholesky_ex(bordered)
+    return L[..., :m, :m], failed
 
 
 def cholesky(A: NDArray[np.float64], /) -> NDArray[np.float64]:
@@ -190,7 +210,7 @@ def cholesky(A: NDArray[np.float64], /) -> NDArray[np.float64]:
     """
     if len(A) <= _SOLVE:
         return np.asarray(np.linalg.cholesky(A), dtype=np.float64)
-    factor, failed = torch.linalg.cholesky_ex(torch.from_numpy(A))
+    factor, failed = factorize(torch.from_numpy(A))
     if failed.item():
         raise np.linalg.LinAlgError(f"The leading minor of order {failed.item()} is not positive.")
     lower: NDArray[np.float64] = factor.numpy()

@@ -22,7 +22,7 @@ from attrs import frozen
 from numpy.typing import NDArray
 from torch import Tensor
 
-from jdcore.linalg._blas import one_thread, product, solve
+from jdcore.linalg._blas import factorize, one_thread, product, solve
 
 EPS = 2.0**-52
 # Exchanges of small problems. What takes more is left to others.
@@ -192,7 +192,7 @@ def _batch_of_few(C: Floats, sets: NDArray[np.bool_]) -> Callable[[Floats], Floa
     indices[rows, places] = members
     blocks = padded.take(indices[:, :, None] * (m + 1) + indices[:, None, :])
     blocks.reshape(len(sets), -1)[:, :: indices.shape[1] + 1] += indices == m
-    factors = torch.linalg.cholesky_ex(torch.from_numpy(blocks))[0]
+    factors = factorize(torch.from_numpy(blocks))[0]
 
     def apply(b: Floats) -> Floats:
         gathered, z = np.zeros(indices.shape), np.zeros_like(b)
@@ -376,8 +376,7 @@ class _Whole(Factors):
 
     @cached_property
     def _factor(self) -> tuple[Tensor, Tensor]:
-        factor, failed = torch.linalg.cholesky_ex(self.matrix)
-        return factor, failed
+        return factorize(self.matrix)
 
     @cached_property
     def pivot(self) -> float:
@@ -466,7 +465,7 @@ def _factorised(M: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
     entries = (indices[:, :, None] * m + indices[:, None, :]).view(-1)
     A = M.view(-1).index_select(0, entries).view(-1, size, size)
     A.diagonal(dim1=1, dim2=2).add_(indices == m - 1)
-    return indices, torch.linalg.cholesky_ex(A)[0]
+    return indices, factorize(A)[0]
 
 
 class _Complement(Factors):

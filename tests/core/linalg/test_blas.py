@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
-from jdcore.linalg import cholesky, eigh, product, solve
+from jdcore.linalg import cholesky, eigh, factorize, product, solve
 
 SIZES = (1, 3, 24, 40, 96, 130)
 
@@ -44,6 +45,40 @@ def test_factors_multiply_to_the_matrix(m: int) -> None:
     np.testing.assert_allclose(factor @ factor.T, A, rtol=1e-12, atol=1e-12)
     assert (np.diff(values) >= 0.0).all()
     np.testing.assert_allclose((vectors * values) @ vectors.T, A, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("m", [8, 96, 128, 160, 192])
+def test_factors_of_any_size_are_those_of_torch(m: int, dtype: torch.dtype) -> None:
+    A = torch.from_numpy(np.stack([positive(m), positive(m), positive(m)])).to(dtype)
+    A[1].diagonal()[m // 2] = -1.0
+    before = A.clone()
+    expected, places = torch.linalg.cholesky_ex(A)
+    factors, failed = factorize(A)
+    alone, fine = factorize(A[2])
+
+    assert torch.equal(A, before)
+    assert factors.shape == A.shape
+    assert failed.tolist() == places.tolist() == [0, m // 2 + 1, 0]
+    torch.testing.assert_close(factors[0], expected[0])
+    torch.testing.assert_close(alone, expected[2])
+    assert fine.item() == 0
+
+
+def test_sizes_that_lapack_is_slow_for_are_factorised_as_their_neighbours(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    sizes: list[int] = []
+    cholesky_ex = torch.linalg.cholesky_ex
+
+    def counted(A: torch.Tensor) -> object:
+        sizes.append(A.shape[-1])
+        return cholesky_ex(A)
+
+    monkeypatch.setattr(torch.linalg, "cholesky_ex", counted)
+    for m in (64, 127, 128, 130, 512):
+        factorize(torch.eye(m))
+    assert sizes == [64, 127, 129, 130, 513]
 
 
 @pytest.mark.parametrize("m", [3, 130])

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from jdcore.linalg import EPS, product, solve
+from jdcore.linalg import EPS, factorize, product, solve
 
 Floats = NDArray[np.float64]
 Mask = NDArray[np.bool_]
@@ -180,7 +180,7 @@ class _Factor:
         block = torch.from_numpy(block_of(C, indices))
         for self._shift in _PROXIMAL:
             block.diagonal().add_(self._shift)
-            self._L, failed = torch.linalg.cholesky_ex(block)
+            self._L, failed = factorize(block)
             if not failed.item():
                 break
         else:

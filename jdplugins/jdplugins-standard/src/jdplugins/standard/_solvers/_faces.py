@@ -6,6 +6,7 @@ import torch
 from attrs import frozen
 from torch import Tensor
 
+from jdcore.linalg import factorize
 from jdplugins.standard._solvers._gains import bargain
 
 _PROXIMAL = 1e-9
@@ -103,7 +104,7 @@ def _pseudoinverse(block: Tensor) -> Callable[[Tensor], Tensor]:
     """Solves with a block but for what vanishes: nothing is returned along that."""
     shifted = block.clone()
     shifted.diagonal().add_(_PROXIMAL)
-    factor = torch.linalg.cholesky_ex(shifted)[0]
+    factor = factorize(shifted)[0]
 
     def solve(b: Tensor) -> Tensor:
         x = torch.cholesky_solve(b, factor)

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from jdcore.aggregation import report_residual
-from jdcore.linalg import equilibrate, product, solve_definite
+from jdcore.linalg import equilibrate, factorize, product, solve_definite
 from jdplugins.standard._solvers._gains_of_few import balance_few
 from jdplugins.standard._solvers._tiny import HANDFUL
 from jdplugins.standard._solvers._unsolved import UNSOLVED, warn_if_unsolved
@@ -443,7 +443,7 @@ class _System:
         factors, added = (torch.from_numpy(x).float() for x in (self.factors, self.added))
         matrix = (narrow * factors[:, None]).mul_(factors)
         matrix.diagonal().add_(added)
-        factor, failed = torch.linalg.cholesky_ex(matrix)
+        factor, failed = factorize(matrix)
         if failed.item():
             return None
         return self.approximate(right, narrow, accuracy, _CORRECTIONS, factor)

@@ -9,6 +9,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from jdcore.linalg import factorize
+
 Floats = NDArray[np.float64]
 
 _RELAXATION = 1.85
@@ -122,7 +124,7 @@ def _shifted_inverses(C: Tensor, rho: Tensor) -> Tensor:
     """Those of ``C + diag(rho)`` for each rho [s, m]."""
     shifted = C.repeat(len(rho), 1, 1)
     shifted.diagonal(dim1=1, dim2=2).add_(rho)
-    return torch.cholesky_inverse(torch.linalg.cholesky_ex(shifted)[0])
+    return torch.cholesky_inverse(factorize(shifted)[0])
 
 
 def guess(C: Tensor, Q: Tensor, settled: float) -> tuple[Tensor, bool]:

@@ -18,7 +18,14 @@ from attrs import frozen
 from numpy.typing import NDArray
 from torch import Tensor
 
-from jdcore.linalg import exchange_few, misplaced, natural_residual, one_thread, pivot
+from jdcore.linalg import (
+    exchange_few,
+    factorize,
+    misplaced,
+    natural_residual,
+    one_thread,
+    pivot,
+)
 from jdplugins.standard._solvers._active_set import WORK, ActiveSet
 from jdplugins.standard._solvers._alone import THREADS, solve_one
 from jdplugins.standard._solvers._faces import find_face
@@ -280,7 +287,7 @@ def _way(C: Tensor) -> _Way:
     """What the pivots of a factorisation tell about the dependence of rows."""
     shifted = C.clone()
     shifted.diagonal().add_(0.1 * _SINGULAR)  # so that only an indefinite matrix has no factor
-    factor, failed = torch.linalg.cholesky_ex(shifted)
+    factor, failed = factorize(shifted)
     smallest = float(torch.where(failed == 0, factor.diagonal() ** 2, 0.0).min())
     if smallest < _SINGULAR:
         return _CANCELLING
