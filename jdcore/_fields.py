@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.masked import MaskedTensor
 
 from jdcore._accumulators import accumulator_hooks
-from jdcore.errors import ParameterError, ParameterTypeError
+from jdcore.errors import ParameterError, ParameterTypeError, UnservedGraphError
 from jdcore.validators import describe_tensor
 
 
@@ -107,15 +107,16 @@ def check_fits(shape: Sequence[int], tensor: Tensor) -> None:
     Copies and products would be spread over another one without a word.
 
     :param shape: That of the gradient.
-    :raises ParameterError: If it has another one.
+    :raises UnservedGraphError: If it has another one.
     """
     if shape != tensor.shape:
-        raise ParameterError(
+        raise UnservedGraphError(
+            f"one of shape {list(shape)}",
+            "it belongs to data that were replaced after the forward pass",
+            "Compute the losses once more.",
             "gradient",
             f"of the shape of its tensor, {list(tensor.shape)}",
-            f"one of shape {list(shape)}",
-            "Were data of another shape put into it after the forward pass?",
-        )
+        ).at([tensor])
 
 
 def write_grads(gradients: Mapping[Tensor, Tensor]) -> None:

@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from types import FrameType
+from typing import Any
 
 __all__ = [
     "AmbiguousNameError",
@@ -30,6 +31,7 @@ __all__ = [
     "PluginWarning",
     "RowByRowWarning",
     "SinglePassError",
+    "TransformError",
     "UnknownNameError",
     "UnservedGraphError",
     "UnsolvedWarning",
@@ -61,11 +63,13 @@ class _OfParts:
     """What is rebuilt from the parts of its message, e.g. in another process."""
 
     def __reduce__(self) -> tuple[type, tuple[object, ...]]:
-        # Exceptions are rebuilt from ``args`` (the message) by default, which drops the parts. They
-        # have the names of the arguments of the constructor.
+        # Exceptions are rebuilt from ``args`` (the message) by default, which drops the parts.
+        return type(self), tuple(self.parts().values())
+
+    def parts(self) -> dict[str, Any]:
+        """The parts, which have the names of the arguments of the constructor."""
         code = type(self).__init__.__code__
-        names = code.co_varnames[1 : code.co_argcount]
-        return type(self), tuple(getattr(self, name) for name in names)
+        return {name: getattr(self, name) for name in code.co_varnames[1 : code.co_argcount]}
 
 
 class JDCoreError(Exception):
@@ -214,7 +218,7 @@ class NonDifferentiableError(_OfParts, JDCoreError, RuntimeError):
         )
 
 
-class GraphError(JDCoreError, ValueError):
+class TransformError(JDCoreError, ValueError):
     """
     Two transforms do not fit together.
 
@@ -241,7 +245,24 @@ class PeerError(_OfParts, JDCoreError, RuntimeError):
         super().__init__(f"{who}, so nothing is written on any: {reason}")
 
 
-class SinglePassError(_OfParts, JDCoreError, RuntimeError):
+class GraphError(_OfParts, JDCoreError, RuntimeError):
+    """
+    The graph of what is differentiated does not allow what was asked for: base of all such errors.
+
+    They are raised before any number is returned and before any field changes.
+    """
+
+    remedy: str
+    """What to do instead, a full sentence."""
+    layer: str | None = None
+    """
+    The module at fault, as ``named_modules`` calls it.
+
+    None where the graph does not show it, or nobody gave modules: only an engine knows some.
+    """
+
+
+class SinglePassError(GraphError):
     """
     A graph can be differentiated only once, although several objectives need a pass each.
 
@@ -258,18 +279,21 @@ class SinglePassError(_OfParts, JDCoreError, RuntimeError):
         )
 
 
-class UnservedGraphError(ParameterError):
+class UnservedGraphError(GraphError, ParameterError):
     """
-    A graph of losses holds something with which a Gramian could not be shown to be right.
-
-    It is raised before any number is returned and before any field changes.
+    A graph holds something with which the result could not be shown to be right.
 
     :param operation: The operation or layer at fault, as far as it is known, a noun phrase.
     :param reason: Why it cannot be served, a clause with "it" as its subject.
     :param remedy: What to do instead, a full sentence.
     :param parameter: Name of the argument that does not fit the graph, mostly the losses.
     :param expected: What the argument must be.
+    :param layer: The module at fault, see :class:`GraphError`.
+    :param where: Where the operation is, as far as it is known, a phrase behind it.
     """
+
+    tensors: Sequence[Any] = ()
+    """Parameters and buffers at fault, which tell an engine the layer. Not kept afterwards."""
 
     def __init__(
         self,
@@ -278,9 +302,38 @@ class UnservedGraphError(ParameterError):
         remedy: str,
         parameter: str = "output",
         expected: str = "computed by operations that autogram can serve",
+        layer: str | None = None,
+        where: str = "",
     ) -> None:
         self.operation, self.reason, self.remedy = operation, reason, remedy
-        super().__init__(parameter, expected, f"{operation}: {reason}", remedy)
+        self.layer, self.where = layer, where
+        got = f"{operation} {where}".rstrip()
+        ParameterError.__init__(self, parameter, expected, f"{got}: {reason}", remedy)
+
+    def at(self, tensors: Iterable[Any]) -> UnservedGraphError:
+        """
+        Say where the fault is.
+
+        :param tensors: Parameters or buffers of the operation, as far as they are known.
+        """
+        self.tensors = tuple(tensors)
+        return self
+
+
+class VectorizationError(GraphError):
+    """
+    Several rows could not be differentiated at once, although a chunk size above 1 was asked for.
+
+    :param reason: The operation at fault, as far as it is known, and what it said.
+    """
+
+    remedy = "Leave parallel_chunk_size at None, which falls back by itself, or set it to 1."
+
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
+        super().__init__(
+            f"The rows cannot be differentiated several at a time: {reason} {self.remedy}"
+        )
 
 
 class JDCoreWarning(UserWarning):
@@ -330,21 +383,6 @@ class UnsolvedWarning(_OfParts, JDCoreWarning):
         super().__init__(
             f"The {problem} problem was solved only up to a relative residual of {residual:.1e}: "
             f"{reason}. The best weights found are returned."
-        )
-
-
-class VectorizationError(_OfParts, JDCoreError, RuntimeError):
-    """
-    Several rows could not be differentiated at once, although a chunk size above 1 was asked for.
-
-    :param reason: The operation at fault, as far as it is known, and what it said.
-    """
-
-    def __init__(self, reason: str) -> None:
-        self.reason = reason
-        super().__init__(
-            f"The rows cannot be differentiated several at a time: {reason} Leave "
-            "parallel_chunk_size at None, which falls back by itself, or set it to 1."
         )
 
 

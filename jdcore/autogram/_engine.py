@@ -266,7 +266,13 @@ class Engine:
                     "modules", "initialised", "a lazy parameter", "Run one forward pass before."
                 )
         known, shape = (self._plans, "modules", self._budget), shape_of(output)
-        return Step(objectives, wanted, *known, all_leaves=True, shape=shape, losses=parameter)
+        return Step(
+            *(objectives, wanted, *known),
+            all_leaves=True,
+            shape=shape,
+            losses=parameter,
+            modules=self._modules,
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         # Plans concern graphs of this process.

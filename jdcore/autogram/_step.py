@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import torch
 from attrs import frozen
-from torch import Tensor
+from torch import Tensor, nn
 
 from jdcore._differentiable import check_each
 from jdcore._fields import check_fits, check_grads, disjoint, write_grads
@@ -15,6 +15,7 @@ from jdcore._modes import plain_modes
 from jdcore.aggregation import GramianSource, weigh
 from jdcore.aggregation._finite import all_finite
 from jdcore.aggregation._nested_state import state_kept
+from jdcore.autogram._layers import layer_of
 from jdcore.autogram._losses import refuse_divided
 from jdcore.autogram._rules import RULES_IN_USE
 from jdcore.distributed._refusals import refuse_replicated, refuse_sharded
@@ -24,6 +25,7 @@ from jdcore.graph._cancelling import products_of
 from jdcore.graph._saved import results_of
 from jdcore.linalg import unflatten_gramian
 from jdcore.linalg._combine import sent
+from jdcore.validators import describe_tensor
 
 _REMEDY = "Freeze it (requires_grad_(False)), or use a dense real tensor in its place."
 
@@ -41,6 +43,7 @@ class Step:
     :param all_leaves: Whether all leaves behind the losses get a gradient.
     :param shape: Shape of the losses, to which Gramian and weights belong; None for a vector.
     :param losses: What the losses are called in messages.
+    :param modules: Where the tensors belong, as far as it is known.
     """
 
     objectives: Objectives
@@ -51,6 +54,7 @@ class Step:
     all_leaves: bool
     shape: Sequence[int] | None
     losses: str = "output"
+    modules: Sequence[nn.Module] = ()
 
     @contextmanager
     def opened(self, *, together: bool = False, report: bool = False) -> Iterator[Jacobian]:
@@ -59,28 +63,38 @@ class Step:
 
         :param together: Whether the processes that hold the tensors make the step together.
         :param report: Whether it notes what serves each operand, and nothing of it is written.
-        :raises UnservedGraphError: If it cannot be right.
-        :raises ParameterError: Instead of torch's error where data of another shape were put into
-            a parameter after the forward pass.
+        :raises UnservedGraphError: If it cannot be right, also instead of torch's error where data
+            of another shape were put into a parameter after the forward pass.
         """
         jacobian = None
         try:
-            with plain_modes(self.objectives.outputs):
-                jacobian = self._jacobian(together, report)
-                yield jacobian
-        except UnservedGraphError as error:
-            # The graph knows no arguments: the losses are called in its errors as the caller does.
-            if error.parameter != "output" or self.losses == "output":
+            try:
+                with plain_modes(self.objectives.outputs):
+                    jacobian = self._jacobian(together, report)
+                    yield jacobian
+            except RuntimeError:
+                # Asked only now: of a leaf whose data were replaced before, too, a graph that still
+                # lives knows the former shape.
+                if jacobian is not None:
+                    for i, leaf in jacobian.graph.leaves.items():
+                        check_fits(results_of(jacobian.graph.nodes[i])[0][:-1], leaf)
                 raise
-            parts = error.operation, error.reason, error.remedy
-            raise UnservedGraphError(*parts, self.losses) from None
-        except RuntimeError:
-            # Asked only now: of a leaf whose data were replaced before, too, a graph that still
-            # lives knows the former shape.
-            if jacobian is not None:
-                for i, leaf in jacobian.graph.leaves.items():
-                    check_fits(results_of(jacobian.graph.nodes[i])[0][:-1], leaf)
+        except UnservedGraphError as error:
+            self._tell(error)
             raise
+
+    def _tell(self, error: UnservedGraphError) -> None:
+        """Let an error of the graph, which knows neither arguments nor modules, tell of these."""
+        parts = error.parts()
+        if error.parameter == "output":
+            parts["parameter"] = self.losses
+        if found := layer_of(self.modules, error.tensors):
+            parts["layer"], kind = found
+            parts["where"] = f"in layer {found[0]!r} ({kind})"
+        elif error.tensors:
+            parts["where"] = f"at {describe_tensor(error.tensors[0])}"
+        UnservedGraphError.__init__(error, **parts)
+        error.tensors = ()
 
     def _jacobian(self, together: bool, report: bool) -> Jacobian:
         # Refused by kind before the graph is read, where the same things fail with errors that name

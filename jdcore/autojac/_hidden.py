@@ -18,12 +18,13 @@ import torch
 from torch import Tensor
 
 from jdcore._fields import grad_versions, set_aside
-from jdcore.errors import ParameterError
+from jdcore.errors import UnservedGraphError
 from jdcore.graph import Reach, edge_of
 from jdcore.graph._functions import kept_leaves
 from jdcore.graph._hooks import has_hook_for_several
 from jdcore.graph._nesting import OuterPass
 from jdcore.graph._walk import REENTRANT
+from jdcore.validators import describe_tensor
 
 # Most leaves have none: to ask this way takes no call of Python for each.
 _hooks_of: Callable[[Tensor], dict[int, Any] | None] = attrgetter("_backward_hooks")
@@ -34,13 +35,14 @@ def is_reentrant(graph: Reach) -> bool:
     return any(node.name() == REENTRANT for node in graph.functions)
 
 
-def default_error(parameter: str) -> ParameterError:
+def default_error(parameter: str) -> UnservedGraphError:
     """The error for parameters that cannot be found because a checkpoint hides them."""
-    return ParameterError(
-        parameter,
-        "given where the graph passes through a reentrant checkpoint, which hides its parameters",
-        "None",
+    return UnservedGraphError(
+        "a reentrant checkpoint",
+        "it hides the parameters inside it",
         "Pass all parameters, or call torch.utils.checkpoint with use_reentrant=False.",
+        parameter,
+        "given where the graph does not show all parameters",
     )
 
 
@@ -73,7 +75,7 @@ def guarded(leaves: Iterable[Tensor], *, custom: bool) -> Iterator[None]:
     :param leaves: The leaves that are watched.
     :param custom: Whether the graph holds custom functions. Then the ``.grad`` fields are taken
         away meanwhile, so that they are as before also where the passes are refused.
-    :raises ParameterError: At the end of the block, if the ``.grad`` of a leaf changed.
+    :raises UnservedGraphError: At the end of the block, if the ``.grad`` of a leaf changed.
     """
     watched = list(leaves)
     with set_aside(watched) if custom else nullcontext():
@@ -82,27 +84,23 @@ def guarded(leaves: Iterable[Tensor], *, custom: bool) -> Iterator[None]:
         yield
         changed = _changed(watched, before)
     if changed:  # raised where the fields are as before
-        raise _incomplete()
+        raise UnservedGraphError(
+            f"a function that accumulates into the .grad of {describe_tensor(changed[0])}",
+            "it does not return this gradient, as in a reversible block",
+            "Pass all parameters, and let the function take its parameters as arguments or keep "
+            "its modules as attributes of ctx.",
+            "inputs",
+            "all parameters where the graph does not show all of them",
+        )
 
 
-def _incomplete() -> ParameterError:
-    return ParameterError(
-        "inputs",
-        "all parameters where a function of the graph accumulates into their .grad by itself "
-        "(as reversible blocks do)",
-        "an incomplete list, or parameters that the function does not keep in its context",
-        "Pass all parameters, and let the function take its parameters as arguments or keep "
-        "its modules as attributes of ctx.",
-    )
-
-
-def _changed(leaves: list[Tensor], before: list[tuple[Tensor | None, int]]) -> bool:
-    changed = False
+def _changed(leaves: list[Tensor], before: list[tuple[Tensor | None, int]]) -> list[Tensor]:
+    changed = []
     triples = zip(leaves, before, grad_versions(leaves), strict=True)
     for leaf, (old, old_version), (new, version) in triples:
         # A function may add in place, which changes the version, or set another tensor.
         if new is not old or version != old_version:
-            changed = True
+            changed.append(leaf)
             if old is None:
                 leaf.grad = None
     return changed

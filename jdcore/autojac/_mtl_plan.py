@@ -14,7 +14,7 @@ from jdcore.distributed._gathering import has_hooks, without_hooks
 from jdcore.distributed._refusals import refuse_flat
 from jdcore.distributed._replicas import check_replicas, check_trunk
 from jdcore.distributed._sharding import Gathered, still_trainable
-from jdcore.errors import ParameterError, ParameterTypeError
+from jdcore.errors import ParameterError, ParameterTypeError, UnservedGraphError
 from jdcore.graph import Reach, edge_of, reach
 from jdcore.graph._walk import united
 from jdcore.validators import describe_tensor, items, tensor_list
@@ -188,13 +188,14 @@ def _refuse_ties(trunk: Reach, front: Reach, parameter: str) -> None:
         if node in functions and (node, number) not in trunk.edges
     ]
     if ties:
-        raise ParameterError(
+        raise UnservedGraphError(
+            f"{ties[0]} (a compiled region, say)",
+            "it gives features and, besides them, what losses depend on, so that all parameters "
+            "behind it would count as shared",
+            "Give shared_params and tasks_params, or all of its outputs as features, or compile "
+            "the trunk and the heads apart.",
             parameter,
-            "given where one function (a compiled region, say) gives features and, besides them, "
-            "what losses depend on",
-            f"None, with {ties[0]}",
-            "All parameters behind it would count as shared. Give shared_params and tasks_params, "
-            "or all of its outputs as features, or compile the trunk and the heads apart.",
+            "given where the graph does not show which parameters are shared",
         )
 
 

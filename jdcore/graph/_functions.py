@@ -65,19 +65,20 @@ def refused_tampering(graph: Graph) -> Iterator[None]:
     with _watched(graph) as guilty:
         yield
     if guilty:
+        name = graph.functions_of_others[guilty[0]].__name__
         raise UnservedGraphError(
-            f"{guilty[0].__name__}, whose backward writes into the gradient that it is given",
+            f"{name}, whose backward writes into the gradient that it is given",
             "another operation may have the same one, and the function did not do so before",
             "Let it write into a clone, or make this step once more: from now on, such graphs get "
             "a pass for each loss.",
-        )
+        ).at(graph.belonging_to(guilty[0]))
 
 
 @contextmanager
-def _watched(graph: Graph) -> Iterator[list[type]]:
+def _watched(graph: Graph) -> Iterator[list[Any]]:
     """Notice those functions that write into their gradients, for the time of a ``with`` block."""
     given: dict[Any, list[tuple[Tensor, int]]] = {}
-    guilty: list[type] = []
+    guilty: list[Any] = []
 
     def before(node: Any, grads: Sequence[Tensor | None]) -> None:
         # Held until afterwards, since tensors know how often they were written to.
@@ -87,7 +88,7 @@ def _watched(graph: Graph) -> Iterator[list[type]]:
         changed = any(grad._version != version for grad, version in given.pop(node, ()))
         _KNOWN[function] = changed or _KNOWN.get(function, False)
         if changed:
-            guilty.append(function)
+            guilty.append(node)
 
     def hooks() -> Iterator[RemovableHandle]:
         for node, function in graph.functions_of_others.items():

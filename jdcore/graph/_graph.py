@@ -6,8 +6,9 @@ What follows from names, shapes and edges alone is found out once, for the form.
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
 from functools import cached_property, wraps
 from typing import Any, NamedTuple, ParamSpec, TypeAlias, TypeVar
 from weakref import WeakValueDictionary
@@ -22,11 +23,13 @@ from jdcore.graph._operations import PARTS, REARRANGING, operation
 from jdcore.graph._retained import retaining
 from jdcore.graph._saved import (
     WRITTEN_IN_CPP,
+    Unreadable,
     function_of_others,
     plain_attributes,
     results_of,
+    saved_as_it_is,
 )
-from jdcore.graph._walk import LEAF, REENTRANT, edge_of
+from jdcore.graph._walk import LEAF, edge_of
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -234,18 +237,11 @@ class Graph:
 
     :param walk: All nodes below the outputs.
     :param wanted: The tensors with respect to which they are differentiated.
-    :raises UnservedGraphError: If a reentrant checkpoint hides a part of the graph, or a leaf is in
-        it twice.
+    :raises UnservedGraphError: If a leaf is in it twice.
     """
 
     def __init__(self, walk: Walk, wanted: Collection[Tensor]) -> None:
         self.nodes, self.leaves, self._index = walk.nodes, walk.leaves, walk.index
-        if REENTRANT in walk.names:
-            raise UnservedGraphError(
-                "a reentrant checkpoint",
-                "it hides the operations and the parameters inside it",
-                "Call torch.utils.checkpoint.checkpoint with use_reentrant=False.",
-            )
         # Torch gives a parameter another node when its dtype changes, and takes the gradient there
         # for its whole one.
         if len(set(map(id, self.leaves.values()))) < len(self.leaves):
@@ -253,7 +249,7 @@ class Graph:
                 "a parameter whose dtype or device changed between two uses",
                 "it is in the graph twice",
                 "Compute all losses after the change.",
-            )
+            ).at(leaf for leaf, n in Counter(self.leaves.values()).items() if n > 1)
         # By identity, since `==` of tensors compares their entries.
         asked = set(map(id, wanted))
         self.wanted = {i: leaf for i, leaf in self.leaves.items() if id(leaf) in asked}
@@ -305,6 +301,17 @@ class Graph:
             steps.append((self.form.names[node], number, integers))
             node, number = self.form.inputs[node][0]
         return node, tuple(steps)
+
+    def belonging_to(self, node: Any) -> list[Tensor]:
+        """The wanted leaves that enter an operation as they are or rearranged, and its buffers."""
+        form, found = self.form, list[Tensor]()
+        for place in form.inputs[self._index[node]]:
+            if place[0] in form.rearranged and (leaf := self.way(place)[0]) in self.wanted:
+                found.append(self.wanted[leaf])
+        # Normalizations may have no parameters, and keep what they write in the forward pass.
+        with suppress(Unreadable):
+            found.append(saved_as_it_is(node, "running_mean"))
+        return [tensor for tensor in found if tensor is not None]
 
     def edges(self, places: Sequence[Place]) -> list[GradientEdge]:
         """:meth:`edge` of each."""

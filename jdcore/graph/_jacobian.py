@@ -31,6 +31,7 @@ from jdcore.graph._saved import function_of
 from jdcore.graph._serving import Serving
 from jdcore.graph._site import Site
 from jdcore.graph._tasks import Passes, starts_of
+from jdcore.graph._walk import REENTRANT
 from jdcore.graph.rules import Rules
 from jdcore.graph.shares import Accumulator, Dense
 from jdcore.linalg import factors
@@ -87,6 +88,7 @@ class Jacobian:
         self.objectives = objectives
         self.one_by_one: str | None = None
         """Why each loss gets a backward pass of its own, if that is so in spite of samples."""
+        self._refuse_reentrant()
         self._refuse_hooks_for_several(hooked if all_leaves else self._hooked)
         if may_have_hooks(self.graph):
             self._take_plain_rows(_HOOKED)
@@ -115,15 +117,26 @@ class Jacobian:
             self._plan  # noqa: B018 - to look for it may show this
         return self.one_by_one is not None
 
+    def _refuse_reentrant(self) -> None:
+        names = self.graph.form.names
+        hiding = [self.graph.nodes[i] for i, name in enumerate(names) if name == REENTRANT]
+        if hiding:
+            raise UnservedGraphError(
+                "a reentrant checkpoint",
+                "it hides the operations and the parameters inside it",
+                "Call torch.utils.checkpoint.checkpoint with use_reentrant=False.",
+            ).at(kept_leaves(hiding[:1]))
+
     def _refuse_hooks_for_several(self, hooked: Iterable[int]) -> None:
         # Torch tells these hooks only of leaves that a pass accumulates into, and ours accumulate
         # into none.
-        if any(has_hook_for_several(self.graph.leaves[leaf], "all") for leaf in hooked):
+        leaves = [self.graph.leaves[leaf] for leaf in hooked]
+        if hearing := [leaf for leaf in leaves if has_hook_for_several(leaf, "all")]:
             raise UnservedGraphError(
                 "a hook of register_multi_grad_hook on parameters",
                 "it hears only of gradients that are accumulated",
                 "Remove it for this step, or use jdcore.autojac.backward and jac_to_grad.",
-            )
+            ).at(hearing)
 
     # -- the Gramian -------------------------------------------------------------------------------
 
@@ -271,7 +284,7 @@ class Jacobian:
                 "it does not return all gradients, as in a reversible block",
                 "Use functions that return the gradients of their parameters, or "
                 "jdcore.autojac.backward with all parameters as `inputs`, and jac_to_grad.",
-            )
+            ).at(hidden)
 
     def _run(self, serving: Serving, retain_graph: bool) -> None:
         """All tasks, with samples."""

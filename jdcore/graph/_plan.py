@@ -201,7 +201,7 @@ def plan_of_samples(graph: Graph, found: Findings, hooked: set[int]) -> Plan:
             if root[0] not in form.leading or root[0] in apart:
                 continue
             if root in found.reached or root[0] in form.rearranged:
-                _refuse_mixing(form, plan, node, operand)
+                _refuse_mixing(graph, plan, node, operand)
                 plan.frontier.setdefault(node, []).append(operand)
                 uses[root] = uses.get(root, 0) + 1
     inside = apart | form.leaves
@@ -284,12 +284,13 @@ def _goes_along(name: str, operand: int, layout: Layout) -> bool:
     return kind in _ALONG_ALL or (kind in _ALONG_FIRST and operand == 0)
 
 
-def _refuse_mixing(form: Form, plan: Plan, node: int, operand: int) -> None:
+def _refuse_mixing(graph: Graph, plan: Plan, node: int, operand: int) -> None:
     """
     Refuse an operation on the samples themselves, of which other losses depend on as well.
 
     Whatever else samples share (a table, prototypes, a routing) is served.
     """
+    form = graph.form
     name, root = form.names[node], form.inputs[node][operand]
     layout = plan.layouts.get((node, 0))
     if layout is None or root[0] in form.rearranged or not _goes_along(name, operand, layout):
@@ -307,7 +308,7 @@ def _refuse_mixing(form: Form, plan: Plan, node: int, operand: int) -> None:
         + (", call .eval() on it, or use GroupNorm or InstanceNorm." if norm else "."),
         "batch_dim",
         "a dimension of samples that stay apart",
-    )
+    ).at(graph.belonging_to(graph.nodes[node]))
 
 
 # -- without samples -------------------------------------------------------------------------------

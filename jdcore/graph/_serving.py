@@ -7,6 +7,7 @@ import torch
 from attrs import frozen
 from torch import Tensor
 
+from jdcore.errors import UnservedGraphError
 from jdcore.graph._call import called_shares
 from jdcore.graph._graph import Graph
 from jdcore.graph._memory import Memory, pieces
@@ -57,7 +58,11 @@ class Serving:
         site = Site(self.graph.nodes[node], *of_place, tensors)
         # Of complex numbers some factors are conjugated, which the node itself knows best.
         make = None if spot.complex else self.rules.find(site.name, site.node)
-        shares, joined = _shares(make, site, spot)
+        try:
+            shares, joined = _shares(make, site, spot)
+        except UnservedGraphError as error:  # of a rule, which knows no parameters
+            error.at(self.graph.belonging_to(site.node))
+            raise
         rest = []
         for operand, share in shares.items():
             if share is None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import ast
 import pickle
+import re
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -25,12 +26,13 @@ EXAMPLES = [
     errors.PluginError("x (y)", "it is broken."),
     errors.NonFiniteError([0, 2]),
     errors.NonDifferentiableError("UPGrad()"),
-    errors.GraphError("keys are missing"),
+    errors.TransformError("keys are missing"),
     errors.VectorizationError("aten::sort cannot be batched."),
     errors.SinglePassError("its memory is reused", "Set a switch."),
     errors.PeerError(3, "it ran out of data"),
     errors.PeerError(None, "their shapes differ"),
     errors.UnservedGraphError("a layer", "it mixes", "Leave it out.", "batch_dim", "None"),
+    errors.UnservedGraphError("a norm", "it mixes", "Drop it.", layer="a.b", where="in a.b"),
     errors.JDCoreWarning("something"),
     errors.PluginWarning("a plugin failed"),
     errors.RowByRowWarning(3, "a tensor has a hook"),
@@ -51,13 +53,23 @@ def test_every_exception_crosses_process_borders_with_its_parts(error: Exception
 def test_every_exception_is_among_the_examples() -> None:
     assert {type(example).__name__ for example in EXAMPLES} == {*errors.__all__} - {
         "JDCoreError",
+        "GraphError",
         "warn",
     }
 
 
+def test_errors_of_the_graph_are_one_class_with_a_remedy() -> None:
+    of_graph = [error for error in EXAMPLES if isinstance(error, errors.GraphError)]
+    names = {type(error).__name__ for error in of_graph}
+    assert names == {"SinglePassError", "UnservedGraphError", "VectorizationError"}
+    assert all(error.remedy in str(error) for error in of_graph)
+    assert {error.layer for error in of_graph} == {None, "a.b"}
+
+
 def test_nothing_raises_the_base_class() -> None:
     for path in sorted(ROOT.glob("jdcore/**/*.py")) + sorted(ROOT.glob("jdplugins/*/src/**/*.py")):
-        assert "raise JDCoreError(" not in path.read_text(encoding="utf-8"), path
+        text = path.read_text(encoding="utf-8")
+        assert not re.search(r"raise (JDCore|Graph)Error\(", text), path
 
 
 def test_functions_that_are_called_refuse_raise() -> None:

@@ -7,7 +7,7 @@ from operator import is_
 
 from torch import Tensor
 
-from jdcore.errors import GraphError
+from jdcore.errors import TransformError
 
 Values = Mapping[Tensor, Tensor]
 
@@ -59,7 +59,7 @@ class Transform(ABC):
 
         :param values: Values for at least the keys in ``needs``; may be left out if there are none.
         :returns: Values for the keys in ``gives``.
-        :raises GraphError: If keys are missing.
+        :raises TransformError: If keys are missing.
         """
         given = {} if values is None else values
         # In a chain, these are most often the very keys: the hash of a tensor is a function of
@@ -92,7 +92,7 @@ class Chain(Transform):
     Transforms run one after another, as ``first >> second``.
 
     :param parts: The transforms, in the order in which they run.
-    :raises GraphError: If a part needs keys that the one before it does not give.
+    :raises TransformError: If a part needs keys that the one before it does not give.
     """
 
     def __init__(self, parts: Iterable[Transform]) -> None:
@@ -118,7 +118,7 @@ class Union(Transform):
     Transforms that read the same values and give different keys, as ``one | other``.
 
     :param parts: The transforms. They run in this order.
-    :raises GraphError: If two parts give the same key.
+    :raises TransformError: If two parts give the same key.
     """
 
     def __init__(self, parts: Iterable[Transform]) -> None:
@@ -127,7 +127,7 @@ class Union(Transform):
         for part in self.parts:
             doubled = [key for key in part.gives if id(key) in given]
             if doubled:
-                raise GraphError(
+                raise TransformError(
                     f"{given[id(doubled[0])]!r} and {part!r} cannot be united: both give "
                     f"{describe_keys(doubled, limit=None)}."
                 )
@@ -160,13 +160,13 @@ def check_covered(
 
     :param given: The keys that there are.
     :param giver: The transform they come from, if any.
-    :raises GraphError: Naming the keys that are not among those given.
+    :raises TransformError: Naming the keys that are not among those given.
     """
     available = set(map(id, given))
     missing = [key for key in transform.needs if id(key) not in available]
     if missing:
         blame = "The values given to it lack" if giver is None else f"{giver!r} does not give"
-        raise GraphError(
+        raise TransformError(
             f"{transform!r} needs keys that are missing. {blame} "
             f"{describe_keys(missing, limit=None)}."
         )

@@ -24,7 +24,8 @@ class GramianRule(Protocol):
 
     * rows agree with those of the backward pass of the operation, to rounding;
     * where it does not hold, whatever the reason, it raises :class:`~jdcore.autogram.NoRule`; the
-      operation is then called once for each sample;
+      operation is then called once for each sample. Where that would be wrong as well, it raises
+      :class:`~jdcore.UnservedGraphError` with operation, reason and remedy; the layer is added;
     * it changes neither the gradients nor what was saved, and has no state.
 
     :func:`jdcore.testing.gramian_rule_tests` checks all of this.

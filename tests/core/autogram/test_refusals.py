@@ -62,6 +62,100 @@ def test_the_losses_are_called_as_the_caller_calls_them(
     assert caught.value.operation == "a reentrant checkpoint"
 
 
+class _Inner(nn.Module):
+    """A model with one layer, ``blocks.1``, of which something is wrong."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.Linear(6, 4), layer, nn.Linear(4, 1)])
+
+    def forward(self, x: Tensor, through: Callable[..., Tensor] | None = None) -> Tensor:
+        first, layer, last = self.blocks
+        hidden = first(x)
+        return last(layer(hidden) if through is None else through(layer, hidden)).squeeze(1)
+
+
+def _listened(layer: nn.Module) -> None:
+    torch.autograd.graph.register_multi_grad_hook(list(layer.parameters()), print)
+
+
+class _Hiding(torch.autograd.Function):
+    """Accumulates into parameters that it keeps."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: nn.Module) -> Any:
+        ctx.layer, ctx.x = layer, x.detach()
+        return layer(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        with torch.enable_grad():
+            out = ctx.layer(ctx.x.requires_grad_())
+        torch.autograd.backward(out, grads)
+        return ctx.x.grad, None
+
+
+def _hidden(layer: nn.Module, hidden: Tensor) -> Tensor:
+    out: Tensor = _Hiding.apply(hidden, layer)
+    return out
+
+
+def _checkpointed(layer: nn.Module, hidden: Tensor) -> Tensor:
+    out: Tensor = checkpoint(lambda x: layer(x), hidden, use_reentrant=True)
+    return out
+
+
+def _twice(layer: nn.Module, hidden: Tensor) -> Tensor:
+    once: Tensor = layer(hidden)
+    layer.float()
+    return once + layer(hidden.float()).double()
+
+
+def _replaced(layer: nn.Module, hidden: Tensor) -> Tensor:
+    out: Tensor = layer(hidden)
+    layer.weight.data = torch.ones(5)
+    return out
+
+
+@pytest.mark.parametrize(
+    ("make", "prepare", "through"),
+    [
+        (lambda: nn.BatchNorm1d(4), None, None),
+        (lambda: nn.BatchNorm1d(4, affine=False), None, None),
+        (lambda: nn.BatchNorm1d(4).requires_grad_(False), None, None),
+        (lambda: nn.Linear(4, 4), _listened, None),
+        (lambda: nn.Linear(4, 4), None, _hidden),
+        (lambda: nn.Linear(4, 4), None, _checkpointed),
+        (lambda: nn.Linear(4, 4), None, _twice),
+        (lambda: nn.LayerNorm(4, bias=False), None, _replaced),
+    ],
+)
+def test_the_layer_at_fault_is_named(
+    make: Callable[[], nn.Module],
+    prepare: Callable[[nn.Module], None] | None,
+    through: Callable[..., Tensor] | None,
+) -> None:
+    model = _Inner(make())
+    if prepare is not None:
+        prepare(model.blocks[1])
+    where = rf"in layer '{{}}' \({type(model.blocks[1]).__name__}\): it"
+
+    with pytest.raises(UnservedGraphError, match=where.format(r"blocks\.1")) as caught:
+        Engine(model, batch_dim=0).backward(model(randn(B, 6), through), torch.diag)
+    assert caught.value.layer == "blocks.1"
+    assert not caught.value.tensors
+
+    if through is _twice or through is _replaced:
+        return  # once only
+    # Of several modules by its number among them; and without modules, by what is at fault.
+    parts = Engine(model.blocks[0], model.blocks, batch_dim=0)
+    with pytest.raises(UnservedGraphError, match=where.format(r"1\.1")):
+        parts.backward(model(randn(B, 6), through), torch.diag)
+    with pytest.raises(UnservedGraphError, match=r"at a float64 Tensor of shape \[4") as caught:
+        gramian(model(randn(B, 6), through), batch_dim=0)
+    assert caught.value.layer is None
+
+
 @pytest.mark.parametrize("batch_dim", [0, None])
 def test_selective_checkpointing_which_allows_one_pass(batch_dim: int | None) -> None:
     model = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6))

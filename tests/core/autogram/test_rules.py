@@ -13,6 +13,7 @@ from jdcore import GramianRuleSpec, ParameterError, PluginWarning, hookimpl
 from jdcore._discovery import _specs_of
 from jdcore._registry import Registry
 from jdcore.autogram import Engine, GramianRule, NoRule, Share, Site
+from jdcore.errors import UnservedGraphError
 from jdcore.graph import RULES
 from tests.core.autogram.oracle import (
     check_engine,
@@ -151,6 +152,20 @@ def test_a_rule_that_cannot_be_loaded_is_left_out(registry: Registry) -> None:
     with pytest.warns(PluginWarning, match="runtime:scale is left out"):
         gramian = Engine(model, batch_dim=0).compute_gramian(model(randn(B, 6)).sum(1))
     assert gramian.shape == (B, B)
+
+
+def scale_rule_that_refuses(site: Site, operand: int) -> Share:
+    """Nothing."""
+    raise UnservedGraphError("a scaling by chance", "it draws numbers", "Seed it.")
+
+
+def test_a_rule_may_refuse_and_the_layer_is_named(registry: Registry) -> None:
+    registry.register(_spec(rule=f"{__name__}:scale_rule_that_refuses"))
+    model = _model()
+    with pytest.raises(UnservedGraphError, match=r"chance in layer '1' \(_Scaled\): it") as caught:
+        Engine(model, batch_dim=0).backward(model(randn(B, 6)).sum(1), torch.diag)
+    assert (caught.value.layer, caught.value.remedy) == ("1", "Seed it.")
+    assert all(parameter.grad is None for parameter in model.parameters())
 
 
 @pytest.mark.parametrize(

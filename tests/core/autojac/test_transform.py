@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from jdcore import GraphError, ParameterError
+from jdcore import ParameterError, TransformError
 from jdcore.autojac.transform import (
     AccumulateGrad,
     AccumulateJac,
@@ -45,24 +45,24 @@ def test_missing_keys_are_named_when_the_graph_is_built() -> None:
     a, b = _leaf(2), _leaf(3, 4)
     losses = a * 2
     with pytest.raises(
-        GraphError, match=r"AccumulateJac.* lacks? .*|needs keys .* float32\[3, 4\]"
+        TransformError, match=r"AccumulateJac.* lacks? .*|needs keys .* float32\[3, 4\]"
     ):
         Init([losses]) >> Diagonalize([losses]) >> Jac([losses], [a]) >> AccumulateJac([a, b])
-    with pytest.raises(GraphError, match=r"float32\[2\] of Mul"):
+    with pytest.raises(TransformError, match=r"float32\[2\] of Mul"):
         Init([b]) >> Jac([losses], [a])
 
 
 def test_missing_keys_are_named_when_a_graph_without_source_is_run() -> None:
     a = _leaf(2)
-    with pytest.raises(GraphError, match=r"given to it lack float32\[2\]"):
+    with pytest.raises(TransformError, match=r"given to it lack float32\[2\]"):
         Scale([a], 2.0)({})
-    with pytest.raises(GraphError, match="lack"):
+    with pytest.raises(TransformError, match="lack"):
         Scale([a], 2.0)()
 
 
 def test_doubled_keys_are_named_when_the_graph_is_built() -> None:
     a = _leaf(5)
-    with pytest.raises(GraphError, match=r"both give float32\[5\]"):
+    with pytest.raises(TransformError, match=r"both give float32\[5\]"):
         Keep([a]) | Scale([a], 2.0)
 
 
