@@ -10,7 +10,7 @@ from attrs import frozen
 from torch import Tensor, nn
 
 from jdcore._differentiable import check_each
-from jdcore._fields import check_fits, check_grads, disjoint, write_grads
+from jdcore._fields import check_fits, check_grads, write_grads
 from jdcore._modes import plain_modes
 from jdcore.aggregation import GramianSource, weigh
 from jdcore.aggregation._finite import all_finite
@@ -194,9 +194,6 @@ class Step:
                     # And the Gramian, which is as large as a layer where there are many losses.
                     del source
                     gradients = jacobian.weighted(weights, retain_graph=retain_graph, wide=wide)
-            # Two leaves may have got the same tensor, as both terms of a sum do.
-            if not jacobian.gradients_disjoint:
-                gradients = dict(zip(gradients, disjoint(gradients.values()), strict=True))
             write_grads(gradients)
             return self.for_user(weights)
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from jdcore._fields import dense
+from jdcore._fields import dense, disjoint
 from jdcore.errors import JDCoreError, RowByRowWarning, UnservedGraphError, warn
 from jdcore.graph._cancelling import multiplied
 from jdcore.graph._functions import (
@@ -100,8 +100,6 @@ class Jacobian:
             self._take_plain_rows(_TAMPERED)
         self.roots: RootShares | None = None
         """Once they were made, the shares."""
-        self.gradients_disjoint = False
-        """Whether the weighted gradients are known to lie in memory of their own."""
         self.definite = False
         """Whether the Gramian has shown that no combination of its rows nearly vanishes."""
 
@@ -451,7 +449,6 @@ class Jacobian:
             gradients = self.roots.weighted(self.objectives.by_task(placed))
         # An ordinary pass knows whether the gradient of what no loss depends on is zero, or none.
         others = self._others() + [self.graph.targets[place] for place in self._plan.left]
-        self.gradients_disjoint = self.roots.gradients_disjoint and not others
         gradients.update(self._differentiated(others, weights, retain_graph))
         return gradients
 
@@ -469,11 +466,13 @@ class Jacobian:
         with self.fields_unchanged():
             found = differentiate(outputs, tensors, seeds, retain_graph)
         # What a hook hands out may be a buffer of its own, which must not become a `.grad`.
-        return {
+        given = {
             tensor: g.clone() if self._single_passes or tensor._backward_hooks else g
             for tensor, g in zip(tensors, found, strict=True)
             if g is not None
         }
+        # Two leaves may have got the same tensor, as both terms of a sum do.
+        return dict(zip(given, disjoint(given.values()), strict=True))
 
     def _others(self) -> list[Tensor]:
         return [*(self.graph.others if self._all_leaves else ()), *self.graph.retained]

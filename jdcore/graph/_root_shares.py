@@ -1,13 +1,13 @@
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Mapping, Sequence, Set
+from collections.abc import Hashable, Mapping, Sequence, Set
 from typing import TypeAlias
 
 import torch
 from attrs import frozen
 from torch import Tensor
 
-from jdcore._fields import through_tensor_hooks
+from jdcore._fields import disjoint, through_tensor_hooks
 from jdcore.graph._call import pull, pull_rows
 from jdcore.graph._graph import Graph, Place
 from jdcore.graph._memory import Memory
@@ -20,18 +20,15 @@ from jdcore.graph.shares import (
     Outer,
     OuterBeside,
     OuterLayers,
-    Patches,
     Share,
+    ShortRows,
     beside,
-    combined,
     joined,
     sum_of,
 )
 
-_OURS = {Dense, Outer, Patches}
-
-_Entry: TypeAlias = "tuple[Place, torch.Size]"
-
+_Entry: TypeAlias = "tuple[Sequence[Place], Sequence[Place], Addend]"
+"""The roots of a share, where its gradients belong, and it."""
 
 SHORT = 1 << 16
 """Entries of a row, below which few large products are faster than many small ones."""
@@ -83,26 +80,22 @@ class RootShares:
         self._hooked, self._memory, self._report = hooked, memory, report
         self._total = total
         self._keep = total.keep
+        self._alone: list[_Entry] = []
+        """What makes up parameters by itself, if it is kept."""
         self._shares: dict[Place, list[Share]] = {}
-        self._layers: list[tuple[Sequence[Place], OuterLayers | OuterBeside]] = []
-        self._short = ShortRows(total.keep)
+        """By root, the shares of others."""
+        self._short: dict[torch.dtype, list[tuple[Sequence[Place], Dense]]] = {}
+        """Short rows, and the places of each, which is several of layers that came as one."""
         self.joins = total.joins and not report
         """Whether several layers may come as one."""
-        self._biases: dict[Place, Place] = {}
-        """By weights whose share is that of a bias as well, where the gradient of that belongs."""
-        self._waiting: dict[Hashable, list[tuple[Place, Place, Share]]] = {}
+        self._waiting: dict[Hashable, list[tuple[Place, list[Place], Outer]]] = {}
         """Shares of the same inputs that are not added yet, with their roots and places."""
         self.graph_stays = True
         """Whether what operations saved stays in memory, beside what was copied for that."""
         self._room = memory.entries // 4  # for such copies
-        # What is kept anyway is added after the pass: what the graph has freed by then leaves room
-        # for temporaries, and products that follow on each other find their code in the caches.
-        self._late: list[tuple[Addend, list[Place]]] | None = [] if total.keep else None
         self._finished: dict[int, Tensor] = {}
         self.served: list[Served] = []
-        self.gradients_disjoint = False
-        """Whether the weighted gradients are known to lie in memory of their own each."""
-        self.sources: list[list[Place]] = []
+        self.sources: list[Sequence[Place]] = []
         """The roots that each of the shares was made for, in the order in which they were added."""
 
     def take(
@@ -125,47 +118,38 @@ class RootShares:
         """
         if self._report:
             self.served.append(Served(operation, root, repr(share), how))
+            if bias is not None and isinstance(share, Outer):
+                of_bias = Dense(share.grads, self._graph.form.result(bias).shape)
+                self.served.append(Served(operation, bias, repr(of_bias), "with its weight"))
         if root not in self._plan.alone:
             self._shares.setdefault(root, []).append(share)
             return
         place, share = self._at_end(root, share)
-        if bias is not None:
-            self._biases[place] = self._place_of(bias)
-            if self._report and isinstance(share, Outer):
-                of_bias = Dense(share.grads, self._graph.form.result(bias).shape)
-                self.served.append(Served(operation, bias, repr(of_bias), "with its weight"))
         if isinstance(share, Dense) and share.shape.numel() < SHORT:
-            self._short.add([place], share)
+            self._short.setdefault(share.dtype, []).append(([place], share))
             return
+        places = [place] if bias is None else [place, self._place_of(bias)]
         kind = beside(share) if beside_others and self.joins else None
-        if kind is None:
-            self._add_alone(root, place, share)
+        if kind is None or not isinstance(share, Outer):
+            self._add_alone([root], places, share)
         else:
-            self._waiting.setdefault((kind, bias is None), []).append((root, place, share))
+            self._waiting.setdefault(kind, []).append((root, places, share))
 
-    def _add_alone(self, root: Place, place: Place, share: Share) -> None:
-        self._add(share, [root])
+    def _add_alone(self, roots: Sequence[Place], places: Sequence[Place], share: Addend) -> None:
+        # What is kept anyway is added after the pass: what the graph has freed by then leaves room
+        # for temporaries, and products that follow on each other find their code in the caches.
         if self._keep:
-            self._shares.setdefault(place, []).append(share)
+            self._alone.append((roots, places, share))
+        else:
+            self._add(share, roots)
 
     def _add_waiting(self) -> None:
         """Add shares that waited for others of the same inputs."""
         for waiting in self._waiting.values():
-            if len(waiting) == 1:
-                self._add_alone(*waiting[0])
-            else:
-                roots, places, shares = zip(*waiting, strict=True)
-                biases = [self._biases[place] for place in places if place in self._biases]
-                shapes = [self._graph.form.result(bias).shape for bias in biases]
-                self._add_several(OuterBeside(shares, shapes), roots, [*places, *biases])
+            roots, places, shares = zip(*waiting, strict=True)
+            share = OuterBeside(shares) if len(shares) > 1 else shares[0]
+            self._add_alone(roots, _by_kind(places), share)
         self._waiting.clear()
-
-    def _add_several(
-        self, layers: OuterLayers | OuterBeside, roots: Sequence[Place], places: Sequence[Place]
-    ) -> None:
-        self._add(layers, list(roots))
-        if self._keep:
-            self._layers.append((places, layers))
 
     def has_room(self, entries: int) -> bool:
         """Whether so many entries may be copied for several layers."""
@@ -184,36 +168,38 @@ class RootShares:
         :param entries: Of what was copied for it.
         """
         ends = [self._plan.ends[root] for root in roots]
-        places = [(end.leaf, 0) for end in ends]
         if isinstance(share, Outer):
-            bias = self._graph.form.result(biases[0]).shape if biases else None
             turned = share.turned() if ends[0].turned else share
-            layers = OuterLayers(turned, bias, self._memory.joined)
-            self._add_several(layers, roots, [*places, *map(self._place_of, biases)])
+            places = [*[(end.leaf, 0) for end in ends], *map(self._place_of, biases)]
+            self._add_alone(roots, places, OuterLayers(turned, self._memory.joined))
             self._room -= entries if self._keep else 0
         else:
             assert isinstance(share, Dense)
-            self._short.add([*map(self._place_of, roots)], share)
+            places = [*map(self._place_of, roots)]
+            self._short.setdefault(share.dtype, []).append((places, share))
 
     def finish(self) -> None:
         """Add what waited until all shares are there."""
         self._add_waiting()
-        late, self._late = self._late, None
-        for share, roots in late or ():
+        for roots, _, share in self._alone:
             self._add(share, roots)
         for group in self._plan.groups:
             self._add_group(group)
         if self._plan.derived:
             self._add_rows(self._plan.derived)
-        for share, roots in self._short.shares():
-            self._add(share, roots)
+        for same in self._short.values():
+            places = [place for of_share, _ in same for place in of_share]
+            rows = [_side_by_side(share) if len(p) > 1 else share.flat_rows() for p, share in same]
+            shapes = [share.shape for of_share, share in same for _ in of_share]
+            short = ShortRows(rows, shapes)
+            self._add(short, places)
+            if self._keep:
+                self._alone.append((places, places, short))
+        self._short.clear()
         # It has the same shares, which are to be freed one after the other by what weighs them.
         del self._total
 
-    def _add(self, share: Addend, roots: list[Place]) -> None:
-        if self._late is not None:
-            self._late.append((share, roots))
-            return
+    def _add(self, share: Addend, roots: Sequence[Place]) -> None:
         self._total.add_share(share)
         self.sources.append(roots)
 
@@ -273,45 +259,31 @@ class RootShares:
 
         :param by_task: Weights [K, B].
         """
-        graph, grads = self._graph, self._short.weighted(by_task)
-        while self._layers:
-            places, layers = self._layers.pop()
-            grads.update(zip(places, layers.weighted(by_task), strict=True))
+        graph, grads = self._graph, dict[Place, Tensor]()
         # In the order of the pass: the share of a last layer, which is narrow, frees more than its
         # gradient takes.
+        self._alone.reverse()
+        while self._alone:
+            _, places, alone = self._alone.pop()
+            grads.update(zip(places, alone.gradients(by_task), strict=True))
+            del alone
         for root in list(self._shares):
-            shares = self._shares.pop(root)
-            if bias := self._biases.get(root):
-                [share] = shares
-                assert isinstance(share, Outer)  # see above
-                shape = graph.form.result(bias).shape
-                grads[root], grads[bias] = share.weighted_with_bias(by_task, shape)
-                continue
-            of_uses = [_weighted(share, by_task) for share in shares]
-            if root in grads:
-                of_uses.append(grads[root])
-            grads[root] = sum_of(of_uses) if len(of_uses) > 1 else of_uses[0]
+            grads[root] = sum_of(share.gradients(by_task)[0] for share in self._shares.pop(root))
         final = {
             graph.targets[place]: grads.pop(place).to(graph.form.result(place).dtype)
             for place in self._plan.ordinary
             if place in grads
         }
+        pulled = pull(graph, self._plan, grads)
+        final |= {graph.leaves[leaf]: grad for leaf, grad in pulled.items()}
         # Operations may hand one gradient on to several leaves, or a part of it.
-        self.gradients_disjoint = not [n for n, _ in grads if n not in graph.wanted]
-        for leaf, grad in pull(graph, self._plan, grads).items():
-            final[graph.leaves[leaf]] = grad
+        if [n for n, _ in grads if n not in graph.wanted]:
+            final = dict(zip(final, disjoint(final.values()), strict=True))
         for leaf, rows in self._finished.items():
             tensor = graph.wanted[leaf]
             share = Dense(rows[None], tensor.shape)
             final[tensor] = share.weighted(by_task.reshape(1, -1)).to(tensor.dtype)
         return final
-
-
-def _weighted(share: Share, by_task: Tensor) -> Tensor:
-    """The weighted gradient of a share, in memory of its own."""
-    found = share.weighted(by_task)
-    # Those of third parties may hand out what they keep, which must not become a `.grad`.
-    return found if type(share) in _OURS else found.clone()
 
 
 def _through_hooks(leaf: Tensor, rows: Tensor) -> Tensor:
@@ -320,54 +292,11 @@ def _through_hooks(leaf: Tensor, rows: Tensor) -> Tensor:
     return torch.stack(changed)
 
 
-class ShortRows:
-    """
-    Short rows of many parameters, multiplied together.
+def _by_kind(places: Sequence[Sequence[Place]]) -> list[Place]:
+    """Those of weights, and behind them those of biases, of several layers."""
+    return [place for of_kind in zip(*places, strict=True) for place in of_kind]
 
-    :param keep: Whether :meth:`weighted` will be called.
-    """
 
-    def __init__(self, keep: bool) -> None:
-        self._keep = keep
-        self._groups: dict[torch.dtype, list[tuple[list[_Entry], Tensor]]] = {}
-        self._joined: list[tuple[Tensor, list[_Entry]]] = []
-
-    def add(self, roots: Sequence[Place], share: Dense) -> None:
-        """
-        Add the rows of a share.
-
-        :param roots: Where its gradient belongs; of several layers for one task, those of each,
-            and the share has the layers in the place of tasks.
-        """
-        rows = share.flat_rows()
-        if len(roots) > 1:
-            rows = rows.transpose(0, 1).flatten(1)[None]
-        entries = [(root, share.shape) for root in roots]
-        self._groups.setdefault(rows.dtype, []).append((entries, rows))
-
-    def shares(self) -> Iterator[tuple[Dense, list[Place]]]:
-        """What is to be added to the Gramian, and the roots whose rows it is made of."""
-        for parts in self._groups.values():
-            rows = [of_roots for _, of_roots in parts]
-            joined = torch.cat(rows, 2) if len(rows) > 1 else rows[0]
-            entries = [entry for of_rows, _ in parts for entry in of_rows]
-            yield Dense(joined, joined.shape[2:]), [root for root, _ in entries]
-            if self._keep:
-                self._joined.append((joined, entries))
-        self._groups.clear()
-
-    def weighted(self, weights: Tensor) -> dict[Place, Tensor]:
-        grads: dict[Place, Tensor] = {}
-        for rows, entries in self._joined:
-            summed = combined(weights.reshape(-1), rows.flatten(0, 1))
-            parts: Sequence[Tensor] = [summed]
-            if len(entries) > 1:
-                views = torch.split(summed, [shape.numel() for _, shape in entries])
-                # In memory of their own, by one call: to keep one of them must not keep all.
-                parts = torch._foreach_mul(views, 1.0)
-            for (root, shape), part in zip(entries, parts, strict=True):
-                if len(shape) != 1:  # most of them are biases, and each view costs a call
-                    part = part.view(shape)
-                grads[root] = grads[root] + part if root in grads else part
-        self._joined.clear()
-        return grads
+def _side_by_side(layers: Dense) -> Tensor:
+    """Rows [K, B, n] of several layers for one task, as those of one."""
+    return layers.flat_rows().transpose(0, 1).flatten(1)[None]

@@ -195,7 +195,7 @@ def _joins_bias(site: Site, weight: Share | None) -> bool:
     # times beta.
     if site.saved("alpha") != site.saved("beta"):
         return False
-    weight.plus = 1.0
+    weight.bias = shape
     return True
 
 

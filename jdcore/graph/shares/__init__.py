@@ -3,7 +3,7 @@
 from jdcore.graph.shares._outer import OneHot, Outer, OuterBeside, OuterLayers, beside, joined
 from jdcore.graph.shares._patches import Geometry, Patches
 from jdcore.graph.shares._product import combined, outer, product, sum_of, sum_over, widened
-from jdcore.graph.shares._share import Accumulator, Addend, Dense, Share
+from jdcore.graph.shares._share import Accumulator, Addend, Dense, Share, ShortRows
 
 __all__ = [
     "Accumulator",
@@ -16,6 +16,7 @@ __all__ = [
     "OuterLayers",
     "Patches",
     "Share",
+    "ShortRows",
     "beside",
     "combined",
     "joined",

@@ -15,19 +15,19 @@ at those of samples 0 to stop. What it gives may be overwritten.
 """
 
 
-def linear_gram(inputs: Tensor, plus: float = 0.0) -> Gram:
+def linear_gram(inputs: Tensor, *, one_more: bool = False) -> Gram:
     """
     Of inputs as they are.
 
     :param inputs: Shape [B, T, i].
-    :param plus: Added to all entries.
+    :param one_more: Whether there is one more input, which is 1.
     """
     T = inputs.shape[1]
     flat = inputs.flatten(0, 1)
 
     def gram(start: int, stop: int) -> Tensor:
         found = lower_product(flat, start * T, stop * T)
-        return found.add_(plus) if plus else found
+        return found.add_(1.0) if one_more else found
 
     return gram
 

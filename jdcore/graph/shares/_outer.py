@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import math
 from collections.abc import Hashable, Sequence
 
 import torch
@@ -18,7 +17,7 @@ from jdcore.graph.shares._product import (
     weighted_sum,
     widened,
 )
-from jdcore.graph.shares._share import Accumulator, Share
+from jdcore.graph.shares._share import Accumulator, Share, apart
 
 # Entries of gradients from which on to copy them for several layers takes longer than calls.
 _COPIED = 1 << 14
@@ -50,7 +49,8 @@ class Outer(Share):
     :param grads: The gradients at its result, shape [K, B, T, o].
     :param grads_first: Whether the operand is [o, i] rather than [i, o].
     :param shape: The shape of the operand, of i times o entries.
-    :param plus: 1 if the Gramian is to hold a bias as well, the weight of one more input that is 1.
+    :param bias: The shape of a bias that the Gramian is to hold as well, if there is one: it is the
+        weight of one more input, which is 1.
     """
 
     def __init__(
@@ -60,10 +60,10 @@ class Outer(Share):
         *,
         grads_first: bool,
         shape: Sequence[int],
-        plus: float = 0.0,
+        bias: Size | None = None,
     ) -> None:
         self.inputs, self.grads, self.grads_first = inputs, grads, grads_first
-        self.shape, self.plus = torch.Size(shape), plus
+        self.shape, self.bias = torch.Size(shape), bias
 
     def __repr__(self) -> str:
         K, B, T, o = self.grads.shape
@@ -80,7 +80,8 @@ class Outer(Share):
         K, B, T, o = self.grads.shape
         # With one position per sample, the matrices of the ghost are no larger than the Gramian.
         if T == 1 or outer_ghost_beats_direct(K, B, T, self.inputs.shape[2], o):
-            add_contracted(linear_gram(self.inputs, self.plus), self.grads, gramian)
+            gram = linear_gram(self.inputs, one_more=self.bias is not None)
+            add_contracted(gram, self.grads, gramian)
         else:
             self._add_direct(self.inputs, gramian)
 
@@ -125,16 +126,13 @@ class Outer(Share):
             return self._total(scaled(weights[0], inputs), grads[0])  # the smaller one
         return self._total(inputs, weighted_sum(weights, grads))
 
-    def weighted_with_bias(self, weights: Tensor, shape: torch.Size) -> tuple[Tensor, Tensor]:
-        """
-        :meth:`weighted`, and the same of a bias, which has the same gradients [K, B, 1, o].
-
-        :param shape: Of the bias.
-        """
+    def gradients(self, weights: Tensor) -> list[Tensor]:
+        """:meth:`weighted`, and the same of the bias, which has the same gradients [K, B, 1, o]."""
+        if self.bias is None:
+            return super().gradients(weights)
         assert isinstance(self.inputs, Tensor)  # tables have none
         grads = weighted_sum(weights, self.grads)
-        bias = grads.sum((0, 1))
-        return self._total(self.inputs, grads), bias if len(shape) == 1 else bias.view(shape)
+        return [self._total(self.inputs, grads), grads.sum((0, 1)).view(self.bias)]
 
     def _total(self, inputs: Tensor, grads: Tensor) -> Tensor:
         """The sum over samples [B, T, i] by [B, T, o], one of them weighted."""
@@ -173,11 +171,7 @@ class Outer(Share):
 
     def flat_rows(self) -> Tensor:
         rows = super().flat_rows()
-        if not self.plus:
-            return rows
-        # The product of two such columns adds `plus` times the product of the gradients.
-        bias = widened(self.grads).sum(2) * math.sqrt(self.plus)
-        return torch.cat([rows, bias], 2)
+        return rows if self.bias is None else torch.cat([rows, widened(self.grads).sum(2)], 2)
 
     def factors_of_samples(self) -> list[tuple[Tensor, int]]:
         inputs = self.inputs.index if isinstance(self.inputs, OneHot) else self.inputs
@@ -190,14 +184,14 @@ class Outer(Share):
             grads,
             grads_first=self.grads_first,
             shape=self.shape,
-            plus=self.plus,
+            bias=self.bias,
         )
 
     @property
     def setting(self) -> tuple[Hashable, ...]:
         inputs = self.inputs
         table = (inputs.size, inputs.sparse) if isinstance(inputs, OneHot) else None
-        return self.grads_first, self.plus, table
+        return self.grads_first, self.bias is None, table
 
     # -- several uses of one operand ---------------------------------------------------------------
 
@@ -216,7 +210,7 @@ class Outer(Share):
             self.grads,
             grads_first=not self.grads_first,
             shape=(self.shape[1], self.shape[0]),
-            plus=self.plus,
+            bias=self.bias,
         )
 
     @property
@@ -332,15 +326,12 @@ class OuterLayers:
     operation, above all on accelerators.
 
     :param share: With the layers in the place of tasks, and the inputs ``[n, B, T, i]`` of each.
-    :param bias: The shape of a bias, if the weighted gradients of biases are wanted as well: each
-        is the weight of one more input, which is 1.
     :param joined: Entries of weighted gradients that may be computed together.
     """
 
-    def __init__(self, share: Outer, bias: Size | None, joined: int) -> None:
+    def __init__(self, share: Outer, joined: int) -> None:
         assert isinstance(share.inputs, Tensor)  # tables are served one by one
-        self._inputs, self._share, self._bias = share.inputs, share, bias
-        self._joined = joined
+        self._inputs, self._share, self._joined = share.inputs, share, joined
 
     def add_gramian(self, gramian: Accumulator) -> None:
         """Add the Gramian of the rows of all layers."""
@@ -360,11 +351,11 @@ class OuterLayers:
 
     def _add_ghosts(self, inputs: Tensor, grads: Tensor, gramian: Accumulator) -> None:
         """By Gram matrices over positions."""
-        T, plus = grads.shape[2], self._share.plus
+        T = grads.shape[2]
         inputs, grads = inputs.flatten(1, 2), grads.flatten(1, 2)
         gram = product(inputs, inputs.mT)
-        if plus:
-            gram += plus
+        if self._share.bias is not None:
+            gram += 1.0
         found = product(grads, grads.mT).mul_(gram)
         gramian.pend(summed_up(found, T, gramian) if T > 1 else found)
 
@@ -374,17 +365,13 @@ class OuterLayers:
         rows = product(inputs.flatten(0, 1).mT, grads.flatten(0, 1)).view(n, B, -1)
         gramian.add_rows(rows.transpose(0, 1).flatten(1))
 
-    def weighted(self, weights: Tensor) -> list[Tensor]:
-        """
-        The weighted gradients of all weights, and behind them those of all biases.
-
-        :param weights: Shape [1, B], in float64 where they are to be summed in float64.
-        """
+    def gradients(self, weights: Tensor) -> list[Tensor]:
+        """The weighted gradients of all weights, and behind them those of all biases."""
         inputs, grads, shape = self._inputs, self._share.grads, self._share.shape
         views: list[Tensor] = []
-        if self._bias is not None:
+        if self._share.bias is not None:
             biases = product(weights.expand(grads.shape[0], *weights.shape), grads.flatten(1, 2))
-            views += biases.view(-1, *self._bias).unbind()
+            views += biases.view(-1, *self._share.bias).unbind()
         # The same scale for all of them, of the smaller factor.
         if inputs.shape[3] < grads.shape[3]:
             inputs = scaled(weights, inputs)
@@ -397,8 +384,7 @@ class OuterLayers:
             own = [self._share.summed(*of_layer).view(shape) for of_layer in pairs]
         else:
             views[:0] = self._share.summed(inputs, grads).view(-1, *shape).unbind()
-        # In memory of their own, by one call: to keep one of them must not keep all.
-        return own + (list(torch._foreach_mul(views, 1.0)) if views else [])
+        return own + apart(views, [view.shape for view in views])
 
 
 class OuterBeside:
@@ -408,42 +394,30 @@ class OuterBeside:
     They are one layer with the outputs of all: its Gramian takes the products of the inputs once.
 
     :param shares: Of one :func:`beside`.
-    :param biases: The shapes of their biases, if weighted gradients of these are wanted as well.
     """
 
-    def __init__(self, shares: Sequence[Outer], biases: Sequence[Size]) -> None:
-        first, *_ = shares
-        self._shapes = [*(share.shape for share in shares), *biases]
+    def __init__(self, shares: Sequence[Outer]) -> None:
+        first, *_ = self._shares = shares
         self._outputs = [share.grads.shape[3] for share in shares]
         self._whole = Outer(
             first.inputs,
             torch.cat([share.grads for share in shares], 3),
             grads_first=first.grads_first,
             shape=(sum(self._outputs), -1) if first.grads_first else (-1, sum(self._outputs)),
-            plus=first.plus,
+            bias=None if first.bias is None else Size([sum(self._outputs)]),
         )
 
     def add_gramian(self, gramian: Accumulator) -> None:
         """Add the Gramian of the rows of all layers."""
         self._whole.add_gramian(gramian)
 
-    def weighted(self, weights: Tensor) -> list[Tensor]:
-        """
-        The weighted gradients of all weights, and behind them those of their biases, if any.
-
-        :param weights: Shape [K, B], in float64 where they are to be summed in float64.
-        """
-        whole, outputs = self._whole, self._outputs
-        views: list[Tensor] = []
-        if len(self._shapes) > len(outputs):
-            total, bias = whole.weighted_with_bias(weights, Size([-1]))
-            views += torch.split(bias, outputs)
-        else:
-            total = whole.weighted(weights)
-        views[:0] = torch.split(total, outputs, 0 if whole.grads_first else 1)
-        # In memory of their own, by one call: to keep one of them must not keep all.
-        own = torch._foreach_mul(views, 1.0)
-        return [part.reshape(shape) for part, shape in zip(own, self._shapes, strict=True)]
+    def gradients(self, weights: Tensor) -> list[Tensor]:
+        """The weighted gradients of all weights, and behind them those of all biases."""
+        total, *bias = self._whole.gradients(weights)
+        views = [*torch.split(total, self._outputs, 0 if self._whole.grads_first else 1)]
+        views += [part for of_all in bias for part in torch.split(of_all, self._outputs)]
+        shapes = [share.shape for share in self._shares]
+        return apart(views, shapes + [s.bias for s in self._shares if s.bias is not None])
 
 
 def beside(share: Share) -> Hashable:
@@ -461,4 +435,4 @@ def beside(share: Share) -> Hashable:
     # the negative of what lies there, as the imaginary parts of conjugates are.
     place = inputs.data_ptr(), inputs.shape, inputs.stride(), inputs.dtype, inputs.device
     read = place, inputs.is_neg()
-    return read, grads.shape[2], grads.dtype, share.grads_first, share.plus
+    return read, grads.shape[2], grads.dtype, share.grads_first, share.bias is None

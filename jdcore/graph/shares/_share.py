@@ -8,7 +8,14 @@ import torch
 from torch import Tensor
 
 from jdcore.graph._memory import Memory, pieces
-from jdcore.graph.shares._product import columns_at_once, combined, product, sum_over, widened
+from jdcore.graph.shares._product import (
+    HALVES,
+    columns_at_once,
+    combined,
+    product,
+    sum_over,
+    widened,
+)
 
 # Products of fewer rows are slow.
 _ROWS = 128
@@ -20,6 +27,8 @@ _LEFT = 0.05
 # Entries of Gramians that wait to be added: 4 MB in float32, and as much once they are joined. On a
 # CPU, few enough to stay in its cache.
 _PENDING, _PENDING_HERE = 1 << 20, 1 << 16
+
+_OURS = "jdcore."
 
 
 class Share(ABC):
@@ -44,6 +53,12 @@ class Share(ABC):
         :param weights: Shape [K, B], in float64 where it is to be summed in float64.
         """
         return combined(weights.reshape(-1), self.flat_rows().flatten(0, 1)).view(self.shape)
+
+    def gradients(self, weights: Tensor) -> list[Tensor]:
+        """:meth:`weighted`, in memory of its own."""
+        found = self.weighted(weights)
+        # Those of third parties may hand out what they keep, which must not become a `.grad`.
+        return [found if type(self).__module__.startswith(_OURS) else found.clone()]
 
     @abstractmethod
     def rows(self) -> Tensor:
@@ -102,12 +117,55 @@ class Dense(Share):
         rows = widened(self._rows)
         return rows.reshape(*rows.shape[:2], *self.shape)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of the rows as they are multiplied."""
+        return torch.float32 if self._rows.dtype in HALVES else self._rows.dtype
+
+
+class ShortRows(Dense):
+    """
+    Short rows of several operands side by side, multiplied together.
+
+    :param parts: Rows [K, B, n] each.
+    :param shapes: The shapes of the operands, one behind the other.
+    """
+
+    def __init__(self, parts: list[Tensor], shapes: Sequence[torch.Size]) -> None:
+        joined = torch.cat(parts, 2) if len(parts) > 1 else parts[0]
+        super().__init__(joined, joined.shape[2:])
+        self._shapes = shapes
+
+    def gradients(self, weights: Tensor) -> list[Tensor]:
+        """The weighted gradients of all operands."""
+        sizes = [shape.numel() for shape in self._shapes]
+        return apart(torch.split(self.weighted(weights), sizes), self._shapes)
+
+
+def apart(views: list[Tensor] | tuple[Tensor, ...], shapes: Sequence[torch.Size]) -> list[Tensor]:
+    """
+    Parts of a tensor in memory of their own, by one call: to keep one of them must not keep all.
+
+    :param shapes: Those that they are to have.
+    """
+    own = torch._foreach_mul(views, 1.0) if len(views) > 1 else views
+    # Most of them are biases, and each view costs a call.
+    pairs = zip(own, shapes, strict=True)
+    return [part if part.shape == shape else part.reshape(shape) for part, shape in pairs]
+
 
 class Addend(Protocol):
     """What has a Gramian: a share, or several of them at once."""
 
     def add_gramian(self, gramian: Accumulator) -> None:
         """Add it, float64 [R, R], to those of others."""
+
+    def gradients(self, weights: Tensor) -> list[Tensor]:
+        """
+        The weighted gradients of all operands, each in memory of its own.
+
+        :param weights: As for :meth:`Share.weighted`.
+        """
 
 
 class Accumulator:
