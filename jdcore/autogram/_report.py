@@ -11,6 +11,7 @@ from torch import Tensor
 
 from jdcore.autogram._step import Step
 from jdcore.graph import Graph, Jacobian, Place
+from jdcore.graph._functions import tampers
 from jdcore.graph._root_shares import Served
 
 
@@ -77,9 +78,12 @@ def verified(step: Step, names: Mapping[Tensor, str]) -> Verification:
     with step.opened(report=True) as whole:
         whole.gramian(keep=False, retain_graph=True)
         entries = _by_parameter(whole, names)
+        # As below, only those functions run that are on the way to one parameter, where some write
+        # into gradients that others get as well.
+        parts = [[tensor] for tensor in entries] if tampers(whole.graph) else [list(entries)]
         # Plain passes write the `.grad` of what retains it.
         with whole.fields_unchanged():
-            rows = plain_rows(step.objectives.outputs, list(entries))
+            rows = [row for part in parts for row in plain_rows(step.objectives.outputs, part)]
     longest = max((float(of_tensor.norm()) for of_tensor in rows), default=0.0)
     # Rows shorter than that are zero but for rounding, as those of a bias in front of a norm.
     nothing = _ROUNDING * torch.finfo(whole.graph.form.precision).eps * longest

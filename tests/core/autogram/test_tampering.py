@@ -115,6 +115,7 @@ def test_what_others_noted_of_it_is_not_changed(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", RowByRowWarning)
             assert relative_error(engine.compute_gramian(losses()), jacobian @ jacobian.T) < 1e-12
+            assert engine.verify(losses()).worst < 1e-12
             for step in (
                 lambda: engine.backward(losses(), lambda gramian: weights),
                 lambda: gramian_backward(losses(), lambda gramian: weights),
