@@ -5,9 +5,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import attrs
-from attrs import define, field
+from attrs import Attribute, define, field
 
-from jdcore.errors import MissingPackageError
+from jdcore.errors import MissingPackageError, ParameterTypeError
 from jdcore.monitor._numbers import Numbers
 
 _FEW = 16
@@ -125,6 +125,14 @@ class Step:
         return f"Step({', '.join(f'{name}={value!r}' for name, value in known)})"
 
 
+def _functions(_: Any, attribute: Attribute[Any], value: tuple[Any, ...]) -> None:
+    for callback in value:
+        # A class would be called as well, and make an object that does nothing.
+        if isinstance(callback, type) or not callable(callback):
+            expected = "functions of a Step, or objects that are called so"
+            raise ParameterTypeError(attribute.name, expected, repr(callback))
+
+
 @define(eq=False, repr=False)
 class History:
     """
@@ -136,7 +144,7 @@ class History:
     :param callbacks: Each is called with every new :class:`Step`.
     """
 
-    callbacks: tuple[Callable[[Step], object], ...] = ()
+    callbacks: tuple[Callable[[Step], object], ...] = field(default=(), validator=_functions)
     steps: list[Step] = field(factory=list, init=False)
     _large: list[Step] = field(factory=list, init=False)
     _excess: int = field(default=0, init=False)

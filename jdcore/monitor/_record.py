@@ -10,10 +10,11 @@ from attrs import define, field
 from torch import Tensor
 
 from jdcore.aggregation._observation import Observation, observing
-from jdcore.errors import ParameterError, ParameterTypeError
+from jdcore.errors import ParameterError
 from jdcore.monitor._change import first_order_change
 from jdcore.monitor._history import History, Step
 from jdcore.monitor._numbers import numbers_of
+from jdcore.validators import integer
 
 
 @contextmanager
@@ -54,13 +55,6 @@ def record(
     >>> history[0].conflicting_pairs, history[0].conflicts
     (1.0, 0.0)
     """
-    for name, value in (("every", every), ("cosines_up_to", cosines_up_to)):
-        least = 1 if name == "every" else 0
-        # A bool is an int to Python.
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise ParameterTypeError(name, "an int", repr(value))
-        if value < least:
-            raise ParameterError(name, f">= {least}", value)
     if (optimizer is None) != (losses is None):
         raise ParameterError(
             "losses", "given if and only if `optimizer` is", repr(losses), "Give both or neither."
@@ -87,9 +81,9 @@ def record(
 @define(eq=False)
 class _Recorder:
     history: History
-    every: int
+    every: int = field(validator=integer(1))
     complete: bool
-    cosines_up_to: int
+    cosines_up_to: int = field(validator=integer(0))
     losses: Callable[[], Tensor] | None
     heard: int = 0
     pending: Step | None = None

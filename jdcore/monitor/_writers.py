@@ -3,10 +3,21 @@ from __future__ import annotations
 import sys
 from typing import Any, TextIO
 
-from attrs import define, field
+from attrs import Attribute, define, field
 
 from jdcore.errors import ParameterTypeError
 from jdcore.monitor._history import Step, scalars
+from jdcore.validators import Validator, integer
+
+
+def _having(*methods: str) -> Validator:
+    # When the writer is made: the first step may come hours later.
+    def validate(_: Any, attribute: Attribute[Any], value: Any) -> None:
+        if not any(callable(getattr(value, name, None)) for name in methods):
+            expected = f"an object with {' or '.join(methods)}"
+            raise ParameterTypeError(attribute.name, expected, repr(value))
+
+    return validate
 
 
 @define(eq=False)
@@ -16,21 +27,16 @@ class TensorBoardWriter:
 
     :param writer: A ``torch.utils.tensorboard.SummaryWriter``, or anything with its ``add_scalar``.
     :param prefix: What the names of the curves begin with.
+    :raises ParameterTypeError: If it has none.
     """
 
-    writer: Any
+    writer: Any = field(validator=_having("add_scalar"))
     prefix: str = "jd/"
 
     def __call__(self, step: Step, /) -> None:
         """Write one step."""
         for name, value in scalars(step, self.prefix).items():
             self.writer.add_scalar(name, value, step.index)
-
-
-def _logger(_: Any, attribute: Any, value: Any) -> None:
-    # When the writer is made: the first step may come hours later.
-    if not any(callable(getattr(value, name, None)) for name in ("log_metrics", "log")):
-        raise ParameterTypeError(attribute.name, "an object with log_metrics or log", repr(value))
 
 
 @define(eq=False)
@@ -44,7 +50,7 @@ class LoggerWriter:
     :raises ParameterTypeError: If it has neither.
     """
 
-    logger: Any = field(validator=_logger)
+    logger: Any = field(validator=_having("log_metrics", "log"))
     prefix: str = "jd/"
 
     def __call__(self, step: Step, /) -> None:
@@ -67,7 +73,7 @@ class ProgressLine:
 
     # Looked up when the line is made: notebooks and tests replace this stream.
     stream: TextIO = field(factory=lambda: sys.stderr)
-    every: int = 10
+    every: int = field(default=10, validator=integer(1))
 
     def __call__(self, step: Step, /) -> None:
         """Write the line, if it is time."""

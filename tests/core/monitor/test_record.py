@@ -4,6 +4,7 @@ import io
 import json
 import math
 import threading
+from typing import Any
 
 import numpy as np
 import pytest
@@ -407,8 +408,21 @@ def test_many_objectives_are_logged_by_their_extremes() -> None:
 
 
 def test_something_that_cannot_log_is_refused() -> None:
-    with pytest.raises(ParameterTypeError, match="`logger` must be an object with log_metrics"):
+    with pytest.raises(ParameterTypeError, match="`logger` must be an object with log_metrics or"):
         monitor.LoggerWriter(3)
+    with pytest.raises(ParameterTypeError, match="`writer` must be an object with add_scalar, got"):
+        monitor.TensorBoardWriter(monitor.TensorBoardWriter)
+    with pytest.raises(ParameterError, match="`every` must be >= 1"):
+        monitor.ProgressLine(every=0)
+
+
+@pytest.mark.parametrize("callback", [3, None, monitor.ProgressLine])
+def test_what_cannot_hear_of_a_step_is_refused(callback: Any) -> None:
+    with (
+        pytest.raises(ParameterTypeError, match="`callbacks` must be functions of a Step"),
+        monitor.record(callback),
+    ):
+        pass
 
 
 def test_the_progress_line_says_how_the_objectives_get_along() -> None:
