@@ -108,6 +108,14 @@ def test_a_history_without_what_is_drawn_is_refused(draw: object) -> None:
         draw(monitor.History())  # type: ignore[operator]
 
 
+@pytest.mark.parametrize("draw", [plots.weights_over_time, plots.conflicts_over_time])
+def test_a_history_of_several_numbers_of_objectives_is_refused(draw: object) -> None:
+    mixed = history(3, 2)
+    mixed.steps += history(4, 1).steps
+    with pytest.raises(ParameterError, match=r"of one number of objectives, got steps of \["):
+        draw(mixed)  # type: ignore[operator]
+
+
 def test_paths_keep_their_ends_and_names() -> None:
     paths = {"one": [[[0, 0], [1, 1]], [[2, 0], [1, 1]]], "other": [[[0, 1], [1, 0]]]}
 

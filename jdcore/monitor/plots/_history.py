@@ -52,14 +52,13 @@ def conflicts_over_time(history: History, /, *, axes: Axes | None = None) -> Axe
     :raises ParameterError: If there are none.
     """
     steps = [step for step in history if step.cosines is not None and len(step.cosines) > 1]
-    cubes = [np.asarray(step.cosines) for step in steps]
-    m = len(cubes[0]) if cubes else 0
-    pairs = np.triu_indices(m, 1)
-    table = _table([cube[pairs].tolist() for cube in cubes if len(cube) == m], "cosines")
+    matrices = [np.asarray(step.cosines) for step in steps]
+    pairs = [np.triu_indices(len(matrix), 1) for matrix in matrices]
+    table = _table([m[of].tolist() for m, of in zip(matrices, pairs, strict=True)], "cosines")
     # Means of neighbouring steps, since a picture drops columns that it has no pixels for.
     groups = np.array_split(table, min(_CELLS, len(table)))
     cells = np.stack([group.mean(0) for group in groups], 1)
-    names = [f"{i + 1}, {j + 1}" for i, j in zip(*pairs, strict=True)]
+    names = [f"{i + 1}, {j + 1}" for i, j in zip(*pairs[0], strict=True)]
     height = 1.4 + 0.22 * len(names)
     axes = new_axes((6.4, min(8.0, height))) if axes is None else axes
     extent = (steps[0].index, steps[-1].index + 1, len(names) - 0.5, -0.5)
