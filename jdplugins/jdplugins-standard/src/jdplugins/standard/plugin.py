@@ -450,16 +450,8 @@ def _scalarizer(
 
 @hookimpl
 def jdcore_scalarizers() -> Iterator[ScalarizerSpec]:
-    yield _scalarizer(
-        "mean",
-        "Mean",
-        "Mean of the losses.",
-    )
-    yield _scalarizer(
-        "sum",
-        "Sum",
-        "Sum of the losses.",
-    )
+    yield _scalarizer("mean", "Mean", "Mean of the losses.")
+    yield _scalarizer("sum", "Sum", "Sum of the losses.")
     yield _scalarizer(
         "constant",
         "Constant",
@@ -573,47 +565,20 @@ def _as_many(m: int) -> dict[str, Any]:
     return {"n_losses": m}
 
 
+def _solver(problem: str, class_name: str, summary: str, name: str = "native") -> SolverSpec:
+    factory = f"{_PACKAGE}._solvers:{class_name}"
+    return SolverSpec(name=name, problem=problem, summary=summary, factory=factory, api_version=1)
+
+
 @hookimpl
 def jdcore_solvers() -> Iterator[SolverSpec]:
-    yield SolverSpec(
-        name="native",
-        problem="dual_cone",
-        summary="Exact and scale-free, by block pivoting in numpy.",
-        factory=f"{_PACKAGE}._solvers:NativeDualConeSolver",
-        api_version=1,
-    )
-    yield SolverSpec(
-        name="native",
-        problem="min_norm",
-        summary="Exact and scale-free, by block pivoting in numpy.",
-        factory=f"{_PACKAGE}._solvers:NativeMinNormSolver",
-        api_version=1,
-    )
-    yield SolverSpec(
-        name="frank_wolfe",
-        problem="min_norm",
-        summary="The published procedure for deep networks: approximate, stops by its arguments.",
-        factory=f"{_PACKAGE}._solvers:FrankWolfeSolver",
-        api_version=1,
-    )
-    yield SolverSpec(
-        name="native",
-        problem="conflict_averse",
-        summary="Exact and scale-free, by LCPs for the level of improvement, in numpy.",
-        factory=f"{_PACKAGE}._solvers:NativeConflictAverseSolver",
-        api_version=1,
-    )
-    yield SolverSpec(
-        name="native",
-        problem="fair_allocation",
-        summary="Exact and scale-free, by damped Newton steps in numpy.",
-        factory=f"{_PACKAGE}._solvers:NativeFairAllocationSolver",
-        api_version=1,
-    )
-    yield SolverSpec(
-        name="native",
-        problem="nash_bargaining",
-        summary="Exact and scale-free, by damped Newton steps in numpy.",
-        factory=f"{_PACKAGE}._solvers:NativeNashBargainingSolver",
-        api_version=1,
-    )
+    by_pivoting = "Exact and scale-free, by block pivoting in numpy."
+    by_lcps = "Exact and scale-free, by LCPs for the level of improvement, in numpy."
+    by_newton = "Exact and scale-free, by damped Newton steps in numpy."
+    published = "The published procedure for deep networks: approximate, stops by its arguments."
+    yield _solver("dual_cone", "NativeDualConeSolver", by_pivoting)
+    yield _solver("min_norm", "NativeMinNormSolver", by_pivoting)
+    yield _solver("min_norm", "FrankWolfeSolver", published, "frank_wolfe")
+    yield _solver("conflict_averse", "NativeConflictAverseSolver", by_lcps)
+    yield _solver("fair_allocation", "NativeFairAllocationSolver", by_newton)
+    yield _solver("nash_bargaining", "NativeNashBargainingSolver", by_newton)
