@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
-
-__all__ = ["CHOOSE", "RUNTIME", "OperationTable"]
 
 RUNTIME = "runtime"
 """Stands for the distribution in the qualified name of registered specs."""
@@ -24,11 +22,8 @@ class OperationTable:
     The rules of the core are not in it: they come first.
     """
 
-    def __init__(self) -> None:
-        self._entries: list[Any] = []
-
-    def add(self, entry: Any) -> None:
-        self._entries.append(entry)
+    def __init__(self, entries: Iterable[Any]) -> None:
+        self._entries = list(entries)
 
     def __iter__(self) -> Iterator[Any]:
         return iter(self._entries)

@@ -21,8 +21,6 @@ from attrs import evolve
 
 from jdcore._discovery import Plugin, PluginRecord, load
 
-__all__ = ["Loading"]
-
 _POLL = 0.02
 """Seconds between two looks at a thread that is waited for."""
 

@@ -27,19 +27,6 @@ from jdcore.protocols import Weighting
 from jdcore.spec import normalize_name
 from jdcore.validators import describe_tensor
 
-__all__ = [
-    "ComposedAggregator",
-    "aggregator_class",
-    "compose",
-    "exported_class",
-    "exported_names",
-    "exported_scalarizer",
-    "exported_scalarizers",
-    "mixes_rows",
-    "scalarizer_class",
-    "weighting_class",
-]
-
 _COMPOSED: dict[str, type[ComposedAggregator]] = {}
 """The composed class of each method, by its qualified name."""
 
@@ -52,7 +39,7 @@ def aggregator_class(name: str) -> type:
 
     Errors as :func:`jdcore.get_aggregator`.
     """
-    entry = registry.aggregator(name)
+    entry = registry.entry(AGGREGATOR, name)
     if entry.spec.aggregator is not None:
         return load_class(entry, entry.spec.aggregator)
     weighting = load_class(entry, entry.spec.weighting)
@@ -65,7 +52,7 @@ def weighting_class(name: str) -> type:
 
     :raises ParameterError: If the method is not a weighting of the Gramian.
     """
-    entry = registry.aggregator(name)
+    entry = registry.entry(AGGREGATOR, name)
     if entry.spec.weighting is None:
         raise ParameterError(
             "name",
@@ -78,36 +65,30 @@ def weighting_class(name: str) -> type:
 
 def mixes_rows(name: str) -> bool:
     """Whether a method combines the rows for a method that it wraps."""
-    spec = registry.aggregator(name).spec
+    spec = registry.entry(AGGREGATOR, name).spec
     return bool(spec.wrapper and spec.weighting is None)
 
 
 def scalarizer_class(name: str) -> type:
     """The class of a scalarizer. Errors as :func:`jdcore.get_scalarizer`."""
-    entry = registry.scalarizer(name)
+    entry = registry.entry(SCALARIZER, name)
     return load_class(entry, entry.spec.scalarizer)
 
 
-def exported_class(class_name: str) -> type:
+def exported_class(kind: Kind, class_name: str) -> type:
     """
-    The class that ``jdcore.aggregation`` exports under this name.
+    The class that ``jdcore.aggregation`` or ``jdcore.scalarization`` exports under this name.
 
     :raises AttributeError: If no method has this class name (so that ``hasattr`` works).
     :raises MissingMethodError: If a known distribution that is not installed provides it.
     :raises AmbiguousNameError: If several distributions provide it.
     """
+    if kind is SCALARIZER:
+        return scalarizer_class(_exported(kind, class_name, class_name).qualified_name)
     # A spec has one class name, that of the aggregator, from which the other one follows.
     base = class_name.removesuffix("Weighting")
     find = aggregator_class if class_name == base else weighting_class
-    return find(_exported(AGGREGATOR, base, class_name).qualified_name)
-
-
-def exported_scalarizer(class_name: str) -> type:
-    """
-    The class that ``jdcore.scalarization`` exports under this name. Errors as
-    :func:`exported_class`.
-    """
-    return scalarizer_class(_exported(SCALARIZER, class_name, class_name).qualified_name)
+    return find(_exported(kind, base, class_name).qualified_name)
 
 
 def _exported(kind: Kind, class_name: str, asked: str) -> Entry:
@@ -133,16 +114,11 @@ def _exported(kind: Kind, class_name: str, asked: str) -> Entry:
     )
 
 
-def exported_scalarizers() -> list[str]:
-    """The names of all classes that ``jdcore.scalarization`` exports for registered scalarizers."""
-    return [entry.spec.class_name for entry in registry.entries(SCALARIZER)]
-
-
-def exported_names() -> list[str]:
-    """The names of all classes that ``jdcore.aggregation`` exports for registered methods."""
-    specs = [entry.spec for entry in registry.entries(AGGREGATOR)]
-    weightings = [f"{s.class_name}Weighting" for s in specs if s.weighting is not None]
-    return [s.class_name for s in specs] + weightings
+def exported_names(kind: Kind) -> list[str]:
+    """The names of all classes of registered methods or scalarizers."""
+    specs = [entry.spec for entry in registry.entries(kind)]
+    weighted = [spec for spec in specs if getattr(spec, "weighting", None) is not None]
+    return [spec.class_name for spec in specs] + [f"{s.class_name}Weighting" for s in weighted]
 
 
 class ComposedAggregator(GramianAggregator):

@@ -15,9 +15,7 @@ from attrs import frozen
 
 from jdcore._catalogue import distribution_of, solver_names
 from jdcore._discovery import (
-    AGGREGATOR,
     KINDS,
-    SCALARIZER,
     Kind,
     PluginRecord,
     installed_plugins,
@@ -190,9 +188,9 @@ class Registry:
                 for kind in KINDS
             },
             solvers=_solver_tables([(r.distribution, s) for r in records for s in r.solvers]),
-            rules=_rule_table(
-                [(r.distribution, rule) for r in records for rule in r.gramian_rules]
-                + [(RUNTIME, rule) for rule in runtime_rules]
+            rules=OperationTable(
+                [Entry(r.distribution, rule) for r in records for rule in r.gramian_rules]
+                + [Entry(RUNTIME, rule) for rule in runtime_rules]
             ),
         )
 
@@ -238,25 +236,11 @@ class Registry:
         """All names of a kind, sorted; qualified where several distributions claim one."""
         return self._discover().methods[kind].listed_names()
 
-    def aggregators(self) -> list[str]:
-        return self.names(AGGREGATOR)
-
-    def scalarizers(self) -> list[str]:
-        return self.names(SCALARIZER)
-
     def solvers(self, problem: str) -> list[str]:
         return self._discover().solver_table(problem).listed_names()
 
     def problems(self) -> list[str]:
         return sorted(self._discover().solvers)
-
-    def aggregator(self, name: str) -> Entry:
-        """The entry of a method. Raises as :meth:`entry`."""
-        return self.entry(AGGREGATOR, name)
-
-    def scalarizer(self, name: str) -> Entry:
-        """The entry of a scalarizer. Raises as :meth:`entry`."""
-        return self.entry(SCALARIZER, name)
 
     def entry(self, kind: Kind, name: str) -> Entry:
         """
@@ -342,13 +326,6 @@ def _solver_tables(solvers: Iterable[tuple[str, SolverSpec]]) -> dict[str, NameT
         table = tables.setdefault(spec.problem, NameTable(f"{spec.problem} solver", spec.problem))
         table.add(Entry(distribution, spec), (spec.name,))
     return tables
-
-
-def _rule_table(rules: Iterable[tuple[str, GramianRuleSpec]]) -> OperationTable:
-    table = OperationTable()
-    for distribution, spec in rules:
-        table.add(Entry(distribution, spec))
-    return table
 
 
 def _demand_if_strict(known: _Known) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from jdcore._discovery import PluginRecord
+from jdcore._discovery import AGGREGATOR, SCALARIZER, PluginRecord
 from jdcore._registry import construct, get_solver, registry
 from jdcore.spec import AggregatorSpec, GramianRuleSpec, ScalarizerSpec
 
@@ -100,23 +100,23 @@ def _read_config(config: Mapping[str, Any], kind: str, arguments: Mapping[str, A
 
 def list_aggregators() -> tuple[str, ...]:
     """Names of all usable methods, sorted; qualified where two distributions claim a name."""
-    return tuple(registry.aggregators())
+    return tuple(registry.names(AGGREGATOR))
 
 
 def describe(name: str, /) -> AggregatorSpec:
     """The spec of a method, without importing it. Errors as :func:`get_aggregator`."""
-    spec: AggregatorSpec = registry.aggregator(name).spec
+    spec: AggregatorSpec = registry.entry(AGGREGATOR, name).spec
     return spec
 
 
 def list_scalarizers() -> tuple[str, ...]:
     """Names of all usable scalarizers, as :func:`list_aggregators`."""
-    return tuple(registry.scalarizers())
+    return tuple(registry.names(SCALARIZER))
 
 
 def describe_scalarizer(name: str, /) -> ScalarizerSpec:
     """The spec of a scalarizer, without importing it. Errors as :func:`get_aggregator`."""
-    spec: ScalarizerSpec = registry.scalarizer(name).spec
+    spec: ScalarizerSpec = registry.entry(SCALARIZER, name).spec
     return spec
 
 

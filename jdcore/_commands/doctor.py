@@ -15,7 +15,7 @@ from attrs import asdict, frozen
 from jdcore._commands._output import plugins_on_stderr, print_json, print_table
 from jdcore._commands._records import plugin_records, solver_records
 from jdcore._commands.info import solver_problem
-from jdcore._discovery import KINDS, installed_version
+from jdcore._discovery import AGGREGATOR, KINDS, SCALARIZER, installed_version
 from jdcore._registry import registry
 from jdcore._tables import Entry
 from jdcore.errors import line_of
@@ -105,9 +105,9 @@ def _versions(plugins: list[dict[str, Any]]) -> Iterator[tuple[str, str]]:
 
 
 def _trials() -> Iterator[Trial]:
-    for name in registry.aggregators():
+    for name in registry.names(AGGREGATOR):
         yield from _aggregator_trials(name)
-    for name in registry.scalarizers():
+    for name in registry.names(SCALARIZER):
         yield _try("scalarizer", name, None, partial(_scalarizer_call, name))
     for entry in registry.rules():
         yield _rule_trial(entry)
@@ -167,7 +167,7 @@ def _aggregator_call(name: str, arguments: dict[str, Any]) -> Call:
     from jdcore._methods import aggregator_class
     from jdcore.aggregation._informed import example_inputs
 
-    spec = registry.aggregator(name).spec
+    spec = registry.entry(AGGREGATOR, name).spec
     m = max(_ROWS, spec.min_rows)
     matrix = _matrix(m)
     inputs = example_inputs(spec, matrix)
@@ -181,7 +181,7 @@ def _scalarizer_call(name: str) -> Call:
     from jdcore._methods import scalarizer_class
 
     losses = _matrix(_ROWS).square().mean(dim=1).requires_grad_()
-    scalarizer = scalarizer_class(name)(**registry.scalarizer(name).spec.example(_ROWS))
+    scalarizer = scalarizer_class(name)(**registry.entry(SCALARIZER, name).spec.example(_ROWS))
 
     def call() -> Tensor:
         # With its gradient, as training asks for it.

@@ -9,6 +9,7 @@ import UPGrad, UPGradWeighting``; these are the classes that :func:`jdcore.get_a
 from typing import Any
 
 from jdcore._compilation import not_traced
+from jdcore._discovery import AGGREGATOR
 from jdcore._modes import without_graph
 from jdcore.aggregation._aggregator import GramianAggregator
 from jdcore.aggregation._any import vectors_of
@@ -86,10 +87,10 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from jdcore._methods import exported_class  # on demand: it stands above this package
 
-    return exported_class(name)
+    return exported_class(AGGREGATOR, name)
 
 
 def __dir__() -> list[str]:
     from jdcore._methods import exported_names
 
-    return sorted({*__all__, *exported_names()})
+    return sorted({*__all__, *exported_names(AGGREGATOR)})

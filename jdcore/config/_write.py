@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from jdcore._discovery import AGGREGATOR, SCALARIZER
 from jdcore._methods import (
     ComposedAggregator,
     aggregator_class,
@@ -120,21 +121,17 @@ def _name_of(method: Any) -> str | None:
     for adapter, adapter_class in ADAPTERS.items():
         if cls is adapter_class:
             return adapter
-    found = (_listed(entry) for entry in _entries() if _makes(entry, cls))
+    found = (_listed(entry) for entry in registry.entries(AGGREGATOR) if _makes(entry, cls))
     return next(found, None) or _scalarizer_of(cls)
 
 
 def _scalarizer_of(cls: type) -> str | None:
-    for name in registry.scalarizers():
+    for name in registry.names(SCALARIZER):
         # Comparing names first, so that no other scalarizer is imported.
-        same_name = registry.scalarizer(name).spec.class_name == cls.__name__
+        same_name = registry.entry(SCALARIZER, name).spec.class_name == cls.__name__
         if same_name and scalarizer_class(name) is cls:
             return name
     return None
-
-
-def _entries() -> list[Any]:
-    return [registry.aggregator(name) for name in registry.aggregators()]
 
 
 def _makes(entry: Any, cls: Any) -> bool:
@@ -148,5 +145,5 @@ def _makes(entry: Any, cls: Any) -> bool:
 
 def _listed(entry: Any) -> str:
     reserved = normalize_name(entry.spec.name) in map(normalize_name, ADAPTERS)
-    plain = entry.spec.name in registry.aggregators() and not reserved
+    plain = entry.spec.name in registry.names(AGGREGATOR) and not reserved
     return str(entry.spec.name if plain else entry.qualified_name)

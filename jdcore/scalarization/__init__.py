@@ -14,6 +14,7 @@ is in their docstrings.
 
 from typing import Any
 
+from jdcore._discovery import SCALARIZER
 from jdcore.scalarization._base import LossScalarizer, TrainableScalarizer, WeightedSum
 from jdcore.scalarization._losses import check_losses, require_above
 
@@ -29,12 +30,12 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name.startswith("_"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from jdcore._methods import exported_scalarizer  # on demand: it stands above this package
+    from jdcore._methods import exported_class  # on demand: it stands above this package
 
-    return exported_scalarizer(name)
+    return exported_class(SCALARIZER, name)
 
 
 def __dir__() -> list[str]:
-    from jdcore._methods import exported_scalarizers
+    from jdcore._methods import exported_names
 
-    return sorted({*__all__, *exported_scalarizers()})
+    return sorted({*__all__, *exported_names(SCALARIZER)})

@@ -8,6 +8,7 @@ import torch
 from attrs import frozen
 from torch import Tensor
 
+from jdcore._discovery import AGGREGATOR
 from jdcore._methods import aggregator_class, weighting_class
 from jdcore._registry import registry
 from jdcore.aggregation._informed import example_inputs
@@ -35,7 +36,7 @@ class Case:
 
     @property
     def spec(self) -> AggregatorSpec:
-        spec: AggregatorSpec = registry.aggregator(self.name).spec
+        spec: AggregatorSpec = registry.entry(AGGREGATOR, self.name).spec
         return spec
 
     @property

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 import jdcore.aggregation
+from jdcore._discovery import AGGREGATOR
 from jdcore._methods import aggregator_class
 from jdcore._registry import registry
 from jdcore.spec import AggregatorSpec, ScalarizerSpec
@@ -90,7 +91,7 @@ def shows_what_you_would_type(case: Case) -> None:
 
 
 def is_listed_without_being_imported(case: Case) -> None:
-    modules = modules_after_listing(registry.aggregator(case.name).distribution)
+    modules = modules_after_listing(registry.entry(AGGREGATOR, case.name).distribution)
     factory = case.spec.weighting or case.spec.aggregator or ""
     for module in ("torch", factory.partition(":")[0]):
         demand(module not in modules, f"listing the plugin imports {module}")

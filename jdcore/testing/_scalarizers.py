@@ -16,6 +16,7 @@ from attrs import frozen
 from torch import Tensor
 
 import jdcore.scalarization
+from jdcore._discovery import SCALARIZER
 from jdcore._gramian_rules import RUNTIME
 from jdcore._methods import scalarizer_class
 from jdcore._registry import registry
@@ -40,7 +41,7 @@ class ScalarizerCase:
 
     @property
     def spec(self) -> ScalarizerSpec:
-        spec: ScalarizerSpec = registry.scalarizer(self.name).spec
+        spec: ScalarizerSpec = registry.entry(SCALARIZER, self.name).spec
         return spec
 
     def make(self, m: int = 4, arguments: Mapping[str, Any] | None = None, seed: int = 0) -> Any:
@@ -250,7 +251,7 @@ def shows_what_you_would_type(case: ScalarizerCase) -> None:
 
 
 def is_listed_without_being_imported(case: ScalarizerCase) -> None:
-    modules = modules_after_listing(registry.scalarizer(case.name).distribution)
+    modules = modules_after_listing(registry.entry(SCALARIZER, case.name).distribution)
     for module in ("torch", case.spec.scalarizer.partition(":")[0]):
         demand(module not in modules, f"listing the plugin imports {module}")
 
@@ -295,7 +296,7 @@ def _applicable(case: ScalarizerCase) -> Iterator[Check]:
     yield from _OF_STATE if case.spec.stateful else (() if case.spec.trainable else _OF_STATE[:1])
     if not case.spec.stochastic:  # a torch.Generator has no literal and cannot be pickled
         yield from (shows_what_you_would_type, survives_pickling_and_copying)
-    if registry.scalarizer(case.name).distribution != RUNTIME:
+    if registry.entry(SCALARIZER, case.name).distribution != RUNTIME:
         yield is_listed_without_being_imported
 
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from jdcore._discovery import AGGREGATOR
 from jdcore._gramian_rules import RUNTIME
 from jdcore._registry import registry
 from jdcore.spec import AggregatorSpec, Property
@@ -84,7 +85,7 @@ def _applicable(name: str, spec: AggregatorSpec) -> Iterator[Check]:
         yield from _OF_STATE
     if not spec.stochastic:
         yield from _WITHOUT_GENERATOR
-    if registry.aggregator(name).distribution != RUNTIME:
+    if registry.entry(AGGREGATOR, name).distribution != RUNTIME:
         yield _description.is_listed_without_being_imported
     yield from (check for prop, check in _DECLARED.items() if prop in spec.properties)
 

@@ -12,6 +12,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 import jdcore
+from jdcore._discovery import AGGREGATOR
 from jdcore._registry import registry
 from jdcore.aggregation._informed import example_inputs
 from jdcore.protocols import BlockwiseAggregator
@@ -56,7 +57,7 @@ class Elsewhere(TorchFunctionMode):
 
 
 def reads(name: str, m: int, widths: Sequence[int]) -> list[str]:
-    spec = registry.aggregator(name).spec
+    spec = registry.entry(AGGREGATOR, name).spec
     generator = torch.Generator().manual_seed(0)
     blocks = [torch.randn(m, n, generator=generator) for n in widths]
     inputs = example_inputs(spec, torch.cat(blocks, dim=1))
@@ -73,7 +74,7 @@ NAMES = [
     name
     for name in jdcore.list_aggregators()
     if isinstance(
-        jdcore.get_aggregator(name, **registry.aggregator(name).spec.example(5)),
+        jdcore.get_aggregator(name, **registry.entry(AGGREGATOR, name).spec.example(5)),
         BlockwiseAggregator,
     )
 ]

@@ -177,17 +177,27 @@ def test_whatever_a_plugin_raises_it_fails_alone(tmp_path: Path, source: str, re
     assert "damaged.py" in traceback
 
 
-def test_a_factory_may_raise_anything_too(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("factory", "told"),
+    [
+        ("raise SystemExit('no license')", "'factory:S' cannot be loaded: no license"),
+        (
+            "import no_such_solver",
+            "No module named 'no_such_solver'. Run: pip install no-such-solver",
+        ),
+    ],
+    ids=["leaves", "lacks a distribution"],
+)
+def test_a_factory_may_raise_anything_too(tmp_path: Path, factory: str, told: str) -> None:
     source = """
 from jdcore import SolverSpec, hookimpl
 
 @hookimpl
 def jdcore_solvers():
-    yield SolverSpec(name="s", problem="p", summary="S.", factory="exits:S", api_version=1)
+    yield SolverSpec(name="s", problem="p", summary="S.", factory="factory:S", api_version=1,
+                     requires=("no-such-solver", "numpy"))
 """
-    unpack(
-        tmp_path, "leaving", {"leaving.py": source, "exits.py": "raise SystemExit('no license')"}
-    )
+    unpack(tmp_path, "failing", {"failing.py": source, "factory.py": factory})
 
     error = run(
         tmp_path,
@@ -197,36 +207,10 @@ try:
 except jdcore.PluginError as error:
     result = str(error)
 """,
-        JDCORE_PLUGINS="leaving",
+        JDCORE_PLUGINS="failing",
     )
 
-    assert error.endswith("'exits:S' cannot be loaded: no license")
-
-
-def test_a_factory_that_lacks_a_distribution_tells_how_to_install_it(tmp_path: Path) -> None:
-    source = """
-from jdcore import SolverSpec, hookimpl
-
-@hookimpl
-def jdcore_solvers():
-    requires = "no-such-solver", "numpy"
-    yield SolverSpec(name="s", problem="p", summary="S.", factory="lacking_s:S", api_version=1,
-                     requires=requires)
-"""
-    unpack(tmp_path, "lacking", {"lacking.py": source, "lacking_s.py": "import no_such_solver"})
-
-    error = run(
-        tmp_path,
-        """
-try:
-    jdcore.get_solver("p", "s")
-except jdcore.PluginError as error:
-    result = str(error)
-""",
-        JDCORE_PLUGINS="lacking",
-    )
-
-    assert error.endswith("No module named 'no_such_solver'. Run: pip install no-such-solver")
+    assert error.endswith(told)
 
 
 def test_a_finder_that_raises_hides_only_what_it_would_have_found(tmp_path: Path) -> None:

@@ -76,8 +76,8 @@ def test_a_registered_method_is_found_in_any_spelling(registry: Registry, spelli
 
     assert _methods.weighting_class(spelling) is LastRowWeighting
     assert _methods.aggregator_class(spelling).__name__ == "LastRow"
-    assert _methods.exported_class("LastRowWeighting") is LastRowWeighting
-    assert _methods.exported_class("LastRow") is _methods.aggregator_class(spelling)
+    assert _methods.exported_class(AGGREGATOR, "LastRowWeighting") is LastRowWeighting
+    assert _methods.exported_class(AGGREGATOR, "LastRow") is _methods.aggregator_class(spelling)
 
 
 def test_the_composed_class_takes_the_arguments_and_the_docstring_of_its_weighting(
@@ -199,14 +199,14 @@ def test_registering_again_replaces_the_earlier_registration(registry: Registry)
     registry.register(spec())
     registry.register(spec(summary="Another summary."))
 
-    assert registry.aggregator("last_row").spec.summary == "Another summary."
+    assert registry.entry(AGGREGATOR, "last_row").spec.summary == "Another summary."
 
 
 def test_registrations_survive_a_refresh(registry: Registry) -> None:
     registry.register(spec())
     registry.refresh()
 
-    assert "last_row" in registry.aggregators()
+    assert "last_row" in registry.names(AGGREGATOR)
 
 
 def test_what_a_refresh_has_overtaken_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -220,9 +220,9 @@ def test_what_a_refresh_has_overtaken_is_not_kept(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(_registry, "Loading", Overtaken)
 
-    registry.aggregators()
-    registry.aggregators()
-    registry.aggregators()
+    registry.names(AGGREGATOR)
+    registry.names(AGGREGATOR)
+    registry.names(AGGREGATOR)
 
     assert len(looks) == 2
 
@@ -239,14 +239,14 @@ def test_classes_stay_the_same_whatever_else_is_registered(registry: Registry) -
 
 def test_registering_a_taken_alias_is_refused_and_changes_nothing(registry: Registry) -> None:
     registry.register(spec())
-    before = registry.aggregators()
+    before = registry.names(AGGREGATOR)
 
     with pytest.raises(
         ParameterError, match=r"`name` must be free, got .last_row., taken by runtime"
     ):
         registry.register(spec("other", aliases=["last_row"]))
 
-    assert registry.aggregators() == before
+    assert registry.names(AGGREGATOR) == before
 
 
 def test_registering_something_else_is_refused(registry: Registry) -> None:
@@ -260,7 +260,7 @@ def test_an_unknown_name_shows_close_matches_and_what_is_registered(registry: Re
     registry.register(spec())
 
     with pytest.raises(UnknownNameError, match="Close matches: last_row") as caught:
-        registry.aggregator("lst_row")
+        registry.entry(AGGREGATOR, "lst_row")
 
     assert caught.value.name == "lst_row"
     assert caught.value.close == ("last_row",)
@@ -271,9 +271,9 @@ def test_an_exported_name_must_be_the_exact_class_name(registry: Registry) -> No
     registry.register(spec())
 
     with pytest.raises(AttributeError, match="did you mean 'LastRow'"):
-        _methods.exported_class("Lastrow")
+        _methods.exported_class(AGGREGATOR, "Lastrow")
     with pytest.raises(AttributeError, match="No aggregator is registered"):
-        _methods.exported_class("NoSuchMethod")
+        _methods.exported_class(AGGREGATOR, "NoSuchMethod")
 
 
 def test_a_class_is_exported_by_its_own_name_whatever_the_method_is_called(
@@ -281,17 +281,17 @@ def test_a_class_is_exported_by_its_own_name_whatever_the_method_is_called(
 ) -> None:
     registry.register(spec("final"))
 
-    assert {"LastRow", "LastRowWeighting"} <= set(_methods.exported_names())
-    assert _methods.exported_class("LastRow") is _methods.aggregator_class("final")
+    assert {"LastRow", "LastRowWeighting"} <= set(_methods.exported_names(AGGREGATOR))
+    assert _methods.exported_class(AGGREGATOR, "LastRow") is _methods.aggregator_class("final")
     with pytest.raises(AttributeError, match="did you mean 'LastRow'"):
-        _methods.exported_class("Final")
+        _methods.exported_class(AGGREGATOR, "Final")
 
 
 def test_the_method_that_is_called_like_its_class_exports_it(registry: Registry) -> None:
     registry.register(spec("a_variant"))
     registry.register(spec())
 
-    exported: Any = _methods.exported_class("LastRow")
+    exported: Any = _methods.exported_class(AGGREGATOR, "LastRow")
     assert exported.qualified_name == "runtime:last_row"
 
 
@@ -308,9 +308,8 @@ def test_a_class_name_that_two_distributions_claim_is_exported_by_neither(
     monkeypatch.setattr("jdcore._loading.Loading.records", lambda _: tuple(records))
     monkeypatch.setattr(registry, "_report", lambda known: None)
 
-    export = _methods.exported_class if kind is AGGREGATOR else _methods.exported_scalarizer
     with pytest.raises(AmbiguousNameError, match="'first:last_row', 'second:last_row'"):
-        export("LastRow")
+        _methods.exported_class(kind, "LastRow")
 
 
 @pytest.mark.parametrize("kind", ["scalarizer", "aggregator", "", None])
@@ -343,11 +342,11 @@ def test_an_unknown_solver_names_its_problem(registry: Registry) -> None:
 
 def test_a_name_that_two_methods_claim_is_ambiguous(registry: Registry) -> None:
     registry.register(spec())
-    entry = registry.aggregator("last_row")
+    entry = registry.entry(AGGREGATOR, "last_row")
     registry._discover().methods[AGGREGATOR].add(entry, ("last_row",))
 
     with pytest.raises(AmbiguousNameError):
-        registry.aggregator("last_row")
+        registry.entry(AGGREGATOR, "last_row")
 
 
 def test_the_contracts_are_exported_beside_the_methods() -> None:
@@ -367,12 +366,10 @@ def test_the_name_of_a_submodule_leads_to_no_look_up(monkeypatch: pytest.MonkeyP
 
 
 def test_a_rule_that_is_registered_settles_a_clash_between_distributions() -> None:
-    table = OperationTable()
-    for distribution in ("one", "two"):
-        table.add(Entry(distribution, rule_spec()))
-    assert table.clashes() == {"my:Function": ["one:mine", "two:mine"]}
+    installed = [Entry(distribution, rule_spec()) for distribution in ("one", "two")]
+    assert OperationTable(installed).clashes() == {"my:Function": ["one:mine", "two:mine"]}
 
-    table.add(Entry(RUNTIME, rule_spec()))
+    table = OperationTable([*installed, Entry(RUNTIME, rule_spec())])
 
     assert table.clashes() == {}
     assert [entry.distribution for entry in table.find("my:Function", None)] == [RUNTIME]
