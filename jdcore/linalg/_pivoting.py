@@ -27,8 +27,7 @@ from jdcore.linalg._blas import factorize, one_thread, product, solve
 EPS = 2.0**-52
 # Exchanges of small problems. What takes more is left to others.
 _ROUNDS = 6
-# Entries of the matrices of which blocks are factorised at once: so few that caches hold them.
-_BATCH = 1 << 16
+_FEW = 88  # rows up to which a few exchanges in numpy save calls
 _MASKED = 32  # up to this size, gathering the block of a set costs more than it saves
 # Exchanges that may fail to reduce the number of wrong entries.
 _CREDIT = 8
@@ -40,15 +39,16 @@ _REFINEMENTS = 2
 _SLIGHT = 1e-8  # an entry of z that is negative by so little is zero in the solution
 # Entries of the blocks that are factorised at once: caches of CPUs are small, and an accelerator
 # wants few calls.
-_ENTRIES, _ENTRIES_ELSEWHERE = 1 << 18, 1 << 26
+_ENTRIES, _ENTRIES_ELSEWHERE = 1 << 16, 1 << 26
 
-_INVERTED = 16  # sets up to which an inverse takes longer than it saves
+_INVERSE = 3.0  # factorisations of a matrix that take as long as its inverse
 # Square of the smallest pivot from which a matrix can be inverted, and of those below each of which
 # answers by the inverse take one more step of refinement, without which signs are noise.
 _DEPENDENT, _CORRECTED = 1e-12, (1e-2, 1e-9)
 
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
+_Solver = Callable[[Floats], Floats]
 
 
 def natural_residual(C: Tensor, Q: Tensor, Z: Tensor) -> Tensor:
@@ -86,7 +86,7 @@ def pivot(
         which is NaN where a block was singular.
     """
     b = -Q if centre is None else torch.sub(centre * delta, Q)
-    if len(C) <= _MASKED and C.is_cpu:
+    if C.is_cpu and len(C) <= (_MASKED if delta else _FEW):
         c, q, rhs, sets = C.numpy(), Q.numpy(), b.numpy(), passive.numpy()
         with suppress(np.linalg.LinAlgError):
             Z = torch.from_numpy(exchange_few(c, q, rhs, sets, delta))
@@ -126,10 +126,10 @@ def exchange_few(
     :returns: z >= 0 [k, m], as far as a few exchanges find it.
     :raises numpy.linalg.LinAlgError: If a block of up to 32 rows is singular.
     """
-    shifted = C + delta * np.eye(len(C)) if delta else C
+    solver_of = _solvers_of_few(C, delta)
     Z, left, sets, rhs = np.zeros_like(Q), np.arange(len(Q)), passive, b
     for _ in range(_ROUNDS):
-        solver = _solver_of_few(shifted, sets)
+        solver = solver_of(sets)
         z = solver(rhs)
         y = product(z, C)
         y -= rhs
@@ -152,56 +152,25 @@ def exchange_few(
     return Z
 
 
-def _solver_of_few(C: Floats, sets: NDArray[np.bool_]) -> Callable[[Floats], Floats]:
-    """
-    What solves with blocks of a matrix.
+def _solvers_of_few(C: Floats, delta: float) -> Callable[[NDArray[np.bool_]], _Solver]:
+    """What makes solvers with the blocks of ``C + delta I`` at sets of indices, one per row."""
+    if len(C) > _MASKED:
+        whole = PassiveSets(torch.from_numpy(C), delta)
 
-    :param C: The matrix [m, m].
-    :param sets: The indices of a block in each row [k, m].
-    """
-    k, m = sets.shape
-    if m <= _MASKED:
+        def gathered(sets: NDArray[np.bool_]) -> _Solver:
+            factors = whole.factors(torch.from_numpy(sets), sets.sum(axis=1))
+            return lambda b: factors.solve(torch.from_numpy(b)).numpy()
+
+        return gathered
+    unit = np.eye(len(C))
+    shifted = C + delta * unit
+
+    def masked(sets: NDArray[np.bool_]) -> _Solver:
         # Outside of its set, a row is that of the unit matrix: so all blocks have one size.
-        inside = sets[:, :, None] & sets[:, None, :]
-        blocks = np.where(inside, C, np.eye(m))
+        blocks = np.where(sets[:, :, None] & sets[:, None, :], shifted, unit)
         return lambda b: solve(blocks, (b * sets)[:, :, None])[:, :, 0]
-    count = max(1, _BATCH // (m * m))
-    if k <= count:
-        return _batch_of_few(C, sets)
-    order = np.argsort(sets.sum(axis=1))
-    parts = [
-        (rows, _batch_of_few(C, sets[rows])) for rows in np.split(order, range(count, k, count))
-    ]
 
-    def together(b: Floats) -> Floats:
-        z = np.empty_like(b)
-        for rows, part in parts:
-            z[rows] = part(b[rows])
-        return z
-
-    return together
-
-
-def _batch_of_few(C: Floats, sets: NDArray[np.bool_]) -> Callable[[Floats], Floats]:
-    m, sizes = sets.shape[1], sets.sum(axis=1)
-    padded = np.zeros((m + 1, m + 1))  # in a fraction of the time of `np.pad`
-    padded[:-1, :-1] = C
-    rows, members = sets.nonzero()
-    places = np.arange(len(rows)) - np.repeat(sizes.cumsum() - sizes, sizes)
-    indices = np.full((len(sets), sizes.max(initial=0)), m)
-    indices[rows, places] = members
-    blocks = padded.take(indices[:, :, None] * (m + 1) + indices[:, None, :])
-    blocks.reshape(len(sets), -1)[:, :: indices.shape[1] + 1] += indices == m
-    factors = factorize(torch.from_numpy(blocks))[0]
-
-    def apply(b: Floats) -> Floats:
-        gathered, z = np.zeros(indices.shape), np.zeros_like(b)
-        gathered[rows, places] = b[sets]
-        x = torch.cholesky_solve(torch.from_numpy(gathered)[:, :, None], factors).numpy()
-        z[sets] = x[rows, places, 0]
-        return z
-
-    return apply
+    return masked
 
 
 @frozen(slots=False)
@@ -271,8 +240,7 @@ class _Exchange:
     @cached_property
     def _partners(self) -> Tensor:
         """The one row that each is nearly equal or opposite to [m]; itself if there are more."""
-        near = self.C.abs() > _PAIR
-        near.diagonal().fill_(False)
+        near = (self.C.abs() > _PAIR).fill_diagonal_(False)
         alone = near.sum(1) == 1
         near &= alone & alone[:, None]
         return torch.where(near.any(1), near.byte().argmax(1), self._numbers)
@@ -294,85 +262,19 @@ def index(positions: NDArray[Any], like: Tensor) -> Tensor:
     return torch.from_numpy(positions).to(like.device, non_blocking=True)
 
 
-class Factors:
-    """What solves with ``C + delta I`` on one index set per row."""
-
-    matrix: Tensor
-
-    def solve(self, b: Tensor) -> Tensor:
-        """Rows z with ``(C_FF + delta I) z_F = b_F``, and zero elsewhere."""
-        z = self.solve_roughly(b)
-        for _ in range(self._corrections() + (not b.is_cpu)):
-            z = z + self.solve_roughly(torch.addmm(b, z, self.matrix, alpha=-1.0))
-        return z
-
-    def _corrections(self) -> int:
-        """
-        Steps of refinement that are needed on a CPU.
-
-        Elsewhere it is one more: batched solves of CUDA leave larger residuals than rounding does,
-        and so signs that are wrong where rows nearly depend.
-        """
-        return 0
-
-    def solve_roughly(self, b: Tensor) -> Tensor:
-        """:meth:`solve`, maybe to a few digits only, as a step of refinement needs."""
-        raise NotImplementedError
-
-
 class PassiveSets:
-    """Makes the factors of ``C + delta I`` on any sets of indices."""
+    """
+    Makes what solves with ``C + delta I`` on any sets of indices.
+
+    :param C: Positive semi-definite matrix [m, m].
+    :param delta: The proximal term.
+    """
 
     def __init__(self, C: Tensor, delta: float) -> None:
-        self._C, self._delta = C, delta
-
-    @cached_property
-    def _padded(self) -> Tensor:
-        """The matrix with one more row and column of zeros."""
-        padded = torch.nn.functional.pad(self._C, (0, 1, 0, 1))
-        padded.diagonal()[:-1].add_(self._delta)
-        return padded
-
-    @cached_property
-    def _whole(self) -> _Whole:
-        return _Whole(self._padded[:-1, :-1])
-
-    def factors(self, passive: Tensor, sizes: Integers) -> Factors:
-        """
-        Factors on index sets F.
-
-        :param passive: The sets, bool [k, m].
-        :param sizes: Their sizes [k].
-        """
-        m = passive.shape[1]
-        with one_thread(passive.is_cpu):
-            full = sizes == m
-            # Where most indices are in, their complement is factorised instead.
-            many = ~full & (sizes * 2 > m)
-            many &= np.count_nonzero(many) > _INVERTED and self._whole.invertible
-            kinds: tuple[tuple[NDArray[np.bool_], Callable[[Tensor, Integers], Factors]], ...] = (
-                (full, lambda sets, sizes: self._whole),
-                (many, lambda sets, sizes: _Complement(self._whole, sets, m - sizes)),
-                (~full & ~many, lambda sets, sizes: _Gathered(self._padded, sets, sizes)),
-            )
-            parts: list[tuple[Tensor, Factors]] = []
-            for which, make in kinds:
-                rows = np.flatnonzero(which)
-                if rows.size:
-                    at = index(rows, passive)
-                    parts.append((at, make(passive[at], sizes[rows])))
-        return parts[0][1] if len(parts) == 1 else _Parts(parts)
-
-
-class _Whole(Factors):
-    """
-    The factor of the whole matrix, and its inverse.
-
-    :param M: The matrix [m, m].
-    """
-
-    def __init__(self, M: Tensor) -> None:
-        self.matrix = M
+        # One more row and column pad the shorter sets of a batch.
+        self._padded = torch.nn.functional.pad(C, (0, 1, 0, 1))
+        self._padded.diagonal()[:-1].add_(delta)
+        self.matrix = self._padded[:-1, :-1]
 
     @cached_property
     def _factor(self) -> tuple[Tensor, Tensor]:
@@ -380,22 +282,107 @@ class _Whole(Factors):
 
     @cached_property
     def pivot(self) -> float:
-        """The smallest one, squared; 0 if there is no factor."""
+        """The smallest one of the matrix, squared; 0 if it has no factor."""
         factor, failed = self._factor
         return float(torch.where(failed == 0, factor.diagonal().min() ** 2, 0.0))
 
-    @property
-    def invertible(self) -> bool:
-        """Whether the inverse has digits."""
-        return self.pivot >= _DEPENDENT
-
     @cached_property
-    def inverse(self) -> Tensor:
-        """The inverse with one more row and column of zeros."""
-        return torch.nn.functional.pad(torch.cholesky_inverse(self._factor[0]), (0, 1, 0, 1))
+    def both(self) -> Tensor:
+        """The matrix and its inverse, padded [2, m + 1, m + 1]."""
+        inverse = torch.cholesky_inverse(self._factor[0])
+        return torch.stack((self._padded, torch.nn.functional.pad(inverse, (0, 1, 0, 1))))
+
+    def factors(self, passive: Tensor, sizes: Integers) -> Factors:
+        """
+        What solves on index sets F.
+
+        :param passive: The sets, bool [k, m].
+        :param sizes: Their sizes [k].
+        """
+        m = passive.shape[1]
+        complements = np.minimum(sizes, m - sizes)
+        saved = (sizes**3.0 - complements**3.0).sum()
+        with one_thread(passive.is_cpu):
+            if saved > _INVERSE * m**3 and self.pivot >= _DEPENDENT:
+                many = index(np.flatnonzero(sizes > complements), passive)
+                return Factors(self, self.both, passive, complements, many)
+            return Factors(self, self._padded[None], passive, sizes, None)
+
+
+class Factors:
+    """
+    What solves with a matrix M on one index set F per row, by factors of blocks.
+
+    Where most indices are in, these are those of the inverse P on the complement A: the z of
+    ``P b`` that is zero in A is ``P b - P_A (P_AA)⁻¹ (P b)_A``.
+
+    :param whole: What knows the matrix.
+    :param matrices: M, and P if that is needed, padded [1 or 2, m + 1, m + 1].
+    :param passive: The sets F, bool [k, m].
+    :param sizes: Those of the blocks [k].
+    :param many: The rows of which the complement is factorised.
+    """
+
+    def __init__(
+        self,
+        whole: PassiveSets,
+        matrices: Tensor,
+        passive: Tensor,
+        sizes: Integers,
+        many: Tensor | None,
+    ) -> None:
+        self._whole, self._many, m = whole, many, passive.shape[1]
+        self._order = order = index(np.argsort(sizes), passive)
+        sets = passive
+        if many is not None:
+            self._within, self._inverse = passive[many], matrices[1, :-1, :-1]
+            sets = passive.index_copy(0, many, ~self._within)
+        ends = np.sort(sizes).tolist()
+        indices = _indices(sets[order], ends[-1])
+        rows = indices * (m + 1)
+        if many is not None:
+            inverted = torch.zeros_like(order).index_fill_(0, many, matrices[0].numel())
+            rows += inverted[order][:, None]
+        self._batches: list[tuple[slice, Tensor, Tensor]] = []
+        entries = _ENTRIES if passive.is_cpu else _ENTRIES_ELSEWHERE
+        end = len(ends)
+        while end and ends[end - 1]:
+            size = ends[end - 1]
+            batch = slice(max(0, end - max(1, entries // (size * size))), end)
+            members = indices[batch, :size]
+            places = (rows[batch, :size, None] + members[:, None, :]).view(-1)
+            blocks = matrices.view(-1).index_select(0, places).view(-1, size, size)
+            blocks.diagonal(dim1=1, dim2=2).add_(members == m)
+            self._batches.append((batch, members, factorize(blocks)[0]))
+            end = batch.start
+
+    def solve(self, b: Tensor) -> Tensor:
+        """Rows z with ``M_FF z_F = b_F``, and zero elsewhere."""
+        z = self.solve_roughly(b)
+        # Batched solves of CUDA leave larger residuals than rounding does, and so does the inverse:
+        # signs would be wrong where rows nearly depend.
+        count = 0 if self._many is None else sum(self._whole.pivot < limit for limit in _CORRECTED)
+        for _ in range(count + (not b.is_cpu)):
+            z = z + self.solve_roughly(torch.addmm(b, z, self._whole.matrix, alpha=-1.0))
+        return z
 
     def solve_roughly(self, b: Tensor) -> Tensor:
-        return torch.cholesky_solve(b.mT, self._factor[0]).mT
+        """:meth:`solve`, maybe to a few digits only, as a step of refinement needs."""
+        if self._many is None:
+            return self._solve_blocks(b)
+        images = (b[self._many] * self._within) @ self._inverse
+        z = self._solve_blocks(b.index_copy(0, self._many, images))
+        images.addmm_(z[self._many], self._inverse, alpha=-1.0)
+        return z.index_copy_(0, self._many, images.mul_(self._within))
+
+    def _solve_blocks(self, b: Tensor) -> Tensor:
+        padded = torch.nn.functional.pad(b, (0, 1))[self._order]
+        z = torch.zeros_like(padded)
+        with one_thread(b.is_cpu):
+            for batch, members, factor in self._batches:
+                x = torch.cholesky_solve(padded[batch].gather(1, members)[:, :, None], factor)
+                z[batch].scatter_(1, members, x[:, :, 0])
+        return torch.empty_like(z).index_copy_(0, self._order, z)[:, :-1]
 
 
 def _indices(sets: Tensor, width: int) -> Tensor:
@@ -406,83 +393,3 @@ def _indices(sets: Tensor, width: int) -> Tensor:
     members = torch.arange(m, device=sets.device).expand(k, m)
     filled = torch.full((k, width + 1), m, device=sets.device)
     return filled.scatter_(1, places, members)[:, :width]
-
-
-@frozen
-class _Parts(Factors):
-    """Some rows here, some there."""
-
-    parts: list[tuple[Tensor, Factors]]
-
-    def solve(self, b: Tensor) -> Tensor:
-        return self._together(b, [factors.solve for _, factors in self.parts])
-
-    def solve_roughly(self, b: Tensor) -> Tensor:
-        return self._together(b, [factors.solve_roughly for _, factors in self.parts])
-
-    def _together(self, b: Tensor, solves: list[Callable[[Tensor], Tensor]]) -> Tensor:
-        z = torch.empty_like(b)
-        for (rows, _), apply in zip(self.parts, solves, strict=True):
-            z[rows] = apply(b[rows])
-        return z
-
-
-class _Gathered(Factors):
-    """
-    Factors of the blocks alone, in batches of sets of like size.
-
-    :param M: Matrix with one more row and column of zeros, which pad the shorter sets of a batch.
-    """
-
-    def __init__(self, M: Tensor, sets: Tensor, sizes: Integers) -> None:
-        self.matrix = M[:-1, :-1]
-        self._batches: list[tuple[Tensor, Tensor, Tensor]] = []
-        order = np.argsort(sizes)
-        ascending = sizes[order].tolist()
-        indices = _indices(sets, ascending[-1])
-        entries = _ENTRIES if M.is_cpu else _ENTRIES_ELSEWHERE
-        end = len(ascending)
-        while end and ascending[end - 1]:
-            size = ascending[end - 1]
-            start = max(0, end - max(1, entries // (size * size)))
-            batch = index(order[start:end], M)
-            self._batches.append((batch, *_factorised(M, indices[batch, :size])))
-            end = start
-
-    def solve_roughly(self, b: Tensor) -> Tensor:
-        z = b.new_zeros((len(b), b.shape[1] + 1))
-        padded = torch.nn.functional.pad(b, (0, 1))
-        with one_thread(b.is_cpu):
-            for batch, indices, factor in self._batches:
-                x = torch.cholesky_solve(padded[batch].gather(1, indices)[:, :, None], factor)
-                z[batch] = z[batch].scatter_(1, indices, x[:, :, 0])
-        return z[:, :-1]
-
-
-def _factorised(M: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
-    """Factors of the blocks of M at some indices, and these."""
-    m, size = len(M), indices.shape[1]
-    entries = (indices[:, :, None] * m + indices[:, None, :]).view(-1)
-    A = M.view(-1).index_select(0, entries).view(-1, size, size)
-    A.diagonal(dim1=1, dim2=2).add_(indices == m - 1)
-    return indices, factorize(A)[0]
-
-
-class _Complement(Factors):
-    """
-    Solves on sets F by factors on their complements: those of the inverse P of the matrix.
-
-    The z of ``P b`` that is zero outside of F is ``P b - P_A (P_AA)⁻¹ (P b)_A``.
-    """
-
-    def __init__(self, whole: _Whole, passive: Tensor, sizes: Integers) -> None:
-        self._whole, self._passive, self.matrix = whole, passive, whole.matrix
-        self._outside = _Gathered(whole.inverse, ~passive, sizes)
-
-    def _corrections(self) -> int:
-        return sum(self._whole.pivot < limit for limit in _CORRECTED)
-
-    def solve_roughly(self, b: Tensor) -> Tensor:
-        P = self._whole.inverse[:-1, :-1]
-        z = (b * self._passive) @ P
-        return z.addmm_(self._outside.solve(z), P, alpha=-1.0).mul_(self._passive)

@@ -18,14 +18,7 @@ from attrs import frozen
 from numpy.typing import NDArray
 from torch import Tensor
 
-from jdcore.linalg import (
-    exchange_few,
-    factorize,
-    misplaced,
-    natural_residual,
-    one_thread,
-    pivot,
-)
+from jdcore.linalg import factorize, misplaced, natural_residual, one_thread, pivot
 from jdplugins.standard._solvers._active_set import WORK, ActiveSet
 from jdplugins.standard._solvers._alone import THREADS, solve_one
 from jdplugins.standard._solvers._faces import find_face
@@ -41,7 +34,6 @@ Matrix = TypeVar("Matrix", Floats, Tensor)
 # up to so many multiplications, than what comes after a guess that is not good enough.
 _FOLLOWED, _WORTH = 32, 6e7
 _FACED = 48  # rows up to which that takes less than to look for rows that cancel
-_GATHERED = 88  # rows up to which a few exchanges take less time in numpy
 # Squared pivots of C. Below the first one, some combination of rows is zero, and above the second
 # one, they are as good as independent.
 _SINGULAR, _FAR = 1e-10, 1e-3
@@ -221,7 +213,7 @@ class _Search:
     def _pivot(self, rows: Tensor, centre: Tensor) -> None:
         """Pivot from about some z, and from the answer where that is nearly right."""
         for delta in self.way.deltas:
-            Z, residuals = self._pivoted(self.Q[rows], centre, delta)
+            Z, residuals = pivot(self.C, self.Q[rows], centre > 0.0, delta=delta, centre=centre)
             self.keep(rows, Z, residuals)
             left = residuals > self.way.enough
             self.come_nearer(rows[left], Z[left])
@@ -230,14 +222,6 @@ class _Search:
             if not len(rows):
                 break
             centre = self.Z[rows]
-
-    def _pivoted(self, Q: Tensor, centre: Tensor, delta: float) -> tuple[Tensor, Tensor]:
-        C = self.C
-        if len(C) > _GATHERED or delta:
-            return pivot(C, Q, centre > 0.0, delta=delta, centre=centre)
-        c, q, sets = (X.numpy(force=True) for X in (C, Q, centre > 0.0))
-        Z = torch.from_numpy(exchange_few(c, q, -q, sets)).to(Q)
-        return Z, natural_residual(C, Q, Z)
 
     def _follow(self, rows: Tensor) -> None:
         """Solve for some rows by the method that always ends, on the host."""
