@@ -138,6 +138,7 @@ def _door(package: str, classes: Iterable[tuple[str, str]]) -> str:
         for node in _tree(package).body
         if isinstance(node, ast.ImportFrom) and node.module != "__future__"
         for alias in node.names
+        if alias.asname is None  # what has another name here is for the package itself
     ]
     found = [f"from {module} import {name} as {name}" for module, name in sorted(classes)]
     why = "# Methods of other distributions are found at run time."

@@ -9,7 +9,7 @@ import UPGrad, UPGradWeighting``; these are the classes that :func:`jdcore.get_a
 from typing import Any
 
 from jdcore._compilation import not_traced
-from jdcore._discovery import AGGREGATOR
+from jdcore._discovery import AGGREGATOR as _KIND
 from jdcore._modes import without_graph
 from jdcore.aggregation._aggregator import GramianAggregator
 from jdcore.aggregation._any import vectors_of
@@ -20,6 +20,7 @@ from jdcore.aggregation._finite import finite_required
 from jdcore.aggregation._flattening import Flattening
 from jdcore.aggregation._history import HistoryAggregator
 from jdcore.aggregation._informed import CrossGramianWeighting, LossWeighting
+from jdcore.aggregation._informed_aggregator import InformedAggregator
 from jdcore.aggregation._matrix_aggregator import MatrixAggregator
 from jdcore.aggregation._mixing import (
     RowMixing,
@@ -50,6 +51,7 @@ __all__ = [
     "GramianSource",
     "GramianWeighting",
     "HistoryAggregator",
+    "InformedAggregator",
     "LossWeighting",
     "MatrixAggregator",
     "NestedState",
@@ -87,10 +89,10 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from jdcore._methods import exported_class  # on demand: it stands above this package
 
-    return exported_class(AGGREGATOR, name)
+    return exported_class(_KIND, name)
 
 
 def __dir__() -> list[str]:
     from jdcore._methods import exported_names
 
-    return sorted({*__all__, *exported_names(AGGREGATOR)})
+    return sorted({*__all__, *exported_names(_KIND)})

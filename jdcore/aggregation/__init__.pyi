@@ -13,6 +13,7 @@ from jdcore.aggregation._flattening import Flattening as Flattening
 from jdcore.aggregation._history import HistoryAggregator as HistoryAggregator
 from jdcore.aggregation._informed import CrossGramianWeighting as CrossGramianWeighting
 from jdcore.aggregation._informed import LossWeighting as LossWeighting
+from jdcore.aggregation._informed_aggregator import InformedAggregator as InformedAggregator
 from jdcore.aggregation._matrix_aggregator import MatrixAggregator as MatrixAggregator
 from jdcore.aggregation._mixing import RowMixing as RowMixing
 from jdcore.aggregation._mixing import aggregator_validator as aggregator_validator

@@ -1,26 +1,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
-from attrs import Attribute, define, field
+from attrs import Attribute, define
 from torch import Tensor
 
-from jdcore._compilation import not_traced
-from jdcore._modes import refuse_tangents, without_graph
+from jdcore._modes import refuse_tangents
 from jdcore.aggregation._columns import Columns, widest
 from jdcore.aggregation._coordinatewise import portions
-from jdcore.aggregation._differentiation import forbid_differentiation
 from jdcore.aggregation._finite import finite_required, is_finite, nonfinite_rows
+from jdcore.aggregation._informed_aggregator import InformedAggregator
 from jdcore.aggregation._nested_state import state_kept
 from jdcore.aggregation._source import ColumnsSource, GramianSource, check_losses
 from jdcore.aggregation._state import StateFields, state_field
 from jdcore.aggregation._weigh import Result, combined, watched
 from jdcore.errors import NonFiniteError, ParameterError, left_out
 from jdcore.linalg._pages import new_tensor
-from jdcore.validators import boolean, check_blocks, check_matrix, check_second, describe_tensor
+from jdcore.validators import describe_tensor
 
 
 def _nothing() -> Tensor:
@@ -33,7 +31,7 @@ def _matrix(_: object, attribute: Attribute[Tensor], value: Tensor) -> None:
 
 
 @define(eq=False)
-class HistoryAggregator(StateFields):
+class HistoryAggregator(StateFields, InformedAggregator):
     """
     Base class of aggregators that keep something of the size of the Jacobian from call to call.
 
@@ -43,11 +41,8 @@ class HistoryAggregator(StateFields):
     step of a call that succeeded. Jacobians of single parameters are never concatenated; the
     history is one Tensor [m, n], in the wider of float32 and the dtype of the Jacobian.
 
-    All calls between two :meth:`reset` must have Jacobians of the same shape.
-
-    :param check_finite: Whether NaN or infinite input raises
-        :class:`~jdcore.errors.NonFiniteError` instead of giving a vector of NaN. None means: as the
-        environment variable ``JDCORE_CHECK_FINITE`` says (``1`` raises), else no.
+    All calls between two :meth:`reset` must have Jacobians of the same shape. A second batch has no
+    history.
     """
 
     needs_jacobian: ClassVar[bool] = True
@@ -62,7 +57,6 @@ class HistoryAggregator(StateFields):
     looks_at_losses: ClassVar[bool] = False
     """Whether a call without losses is refused."""
 
-    check_finite: bool | None = field(default=None, kw_only=True, validator=boolean, repr=False)
     history: Tensor = state_field(_nothing, validator=_matrix)  # noqa: RUF009 - a field
 
     @property
@@ -106,56 +100,14 @@ class HistoryAggregator(StateFields):
         """
         raise left_out(self, "weigh_rows")
 
-    @not_traced
-    def __call__(
-        self, matrix: Tensor, /, *, losses: Tensor | None = None, second: Tensor | None = None
-    ) -> Tensor:
-        """
-        :param matrix: Jacobian, real floating Tensor [m, n].
-        :param losses: Values of the objectives, Tensor [m], for methods that look at them.
-        :param second: Jacobian of a second, independent batch, Tensor [m, n], for methods that look
-            at the cross-Gramian. It has no history.
-        :returns: Update [n], same dtype and device.
-        :raises ParameterError: If the matrix is not a real floating matrix, differs in shape from
-            those before, or losses are missing.
-        :raises NonFiniteError: See ``check_finite``.
-        :raises NonDifferentiableError: When differentiating through the aggregation.
-        """
-        check_matrix(matrix)
-        others = None if second is None else [second]
-        [vector], _ = self._aggregate([without_graph(matrix)], losses, others)
-        return forbid_differentiation(self, matrix, vector)
-
-    def aggregate_blocks(
-        self,
-        blocks: Sequence[Tensor],
-        /,
-        *,
-        losses: Tensor | None = None,
-        second: Sequence[Tensor] | None = None,
+    def aggregate_parts(
+        self, columns: Columns, losses: Tensor | None
     ) -> tuple[list[Tensor], Tensor | None]:
-        """
-        Aggregate the Jacobian given as column blocks, without putting them together.
-
-        :param blocks: At least one matrix [m, n1], [m, n2], ...; their dtypes may differ.
-        :param losses: As for a call.
-        :param second: As for a call, as column blocks of the same shapes.
-        :returns: Vectors [n1], [n2], ... in the dtypes of the blocks, and the weights [m] in the
-            promoted dtype; None if the update is no combination of the rows of the Jacobian.
-        :raises ParameterError: If a block is no real floating matrix or the numbers of rows differ.
-        """
-        check_blocks(blocks)
-        return self._aggregate(list(map(without_graph, blocks)), losses, second)
-
-    def _aggregate(
-        self, blocks: list[Tensor], losses: Tensor | None, second: Sequence[Tensor] | None
-    ) -> tuple[list[Tensor], Tensor | None]:
-        columns = Columns(blocks, check_second(second, blocks))
         m = columns.rows
         known = self._known(losses, m)
         if not m:
-            return columns.filled(0.0), blocks[0].new_zeros(0)
-        refuse_tangents(blocks, "matrix")  # its state would keep them
+            return columns.filled(0.0), columns.blocks[0].new_zeros(0)
+        refuse_tangents(columns.blocks, "matrix")  # its state would keep them
         with state_kept(self):  # what is wrapped may have moved on when a later step fails
             return watched(self, columns, lambda: self._vectors(columns, known))
 

@@ -11,11 +11,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from jdcore._compilation import not_traced
-from jdcore._modes import exact_products, without_autocast, without_graph
+from jdcore._modes import exact_products, without_autocast
 from jdcore.aggregation._aggregator import GramianAggregator
 from jdcore.aggregation._any import vectors_of
 from jdcore.aggregation._columns import Columns, power, power_of_two, widest
-from jdcore.aggregation._differentiation import forbid_differentiation
 from jdcore.aggregation._finite import (
     all_finite,
     finite_required,
@@ -23,6 +22,7 @@ from jdcore.aggregation._finite import (
     is_finite,
     nonfinite_rows,
 )
+from jdcore.aggregation._informed_aggregator import InformedAggregator
 from jdcore.aggregation._nested_state import NestedState, restorer, state_kept
 from jdcore.aggregation._row_vectors import check_row_vectors
 from jdcore.aggregation._source import ColumnsSource, GramianSource, numbers_of, taken_by
@@ -33,7 +33,6 @@ from jdcore.linalg import factors
 from jdcore.linalg._combine import sent
 from jdcore.linalg._gramian import symmetric
 from jdcore.protocols import Aggregator, Weighting
-from jdcore.validators import boolean, check_blocks, check_matrix, check_second
 
 
 def aggregator_validator(_: Any, attribute: Attribute[Any], value: Any) -> None:
@@ -42,7 +41,7 @@ def aggregator_validator(_: Any, attribute: Attribute[Any], value: Any) -> None:
 
 
 @define(eq=False)
-class RowMixing(NestedState):
+class RowMixing(NestedState, InformedAggregator):
     """
     Base class of wrappers that hand combinations of the rows to another aggregator.
 
@@ -56,14 +55,13 @@ class RowMixing(NestedState):
     Its state is that of its own :func:`state_field` fields, and that of the wrapped aggregator, if
     it has one, under the key ``"aggregator"``.
 
+    A wrapped method that looks at the losses is given ``M losses``, whose Jacobian is ``M J``; the
+    rows of a second batch are combined by the M of the first.
+
     :param aggregator: What aggregates the combined rows: any :class:`~jdcore.Aggregator`.
-    :param check_finite: Whether NaN or infinite input raises
-        :class:`~jdcore.errors.NonFiniteError` instead of giving a vector of NaN. None means: as the
-        environment variable ``JDCORE_CHECK_FINITE`` says (``1`` raises), else no.
     """
 
     aggregator: Aggregator = field(validator=aggregator_validator)
-    check_finite: bool | None = field(default=None, kw_only=True, validator=boolean, repr=False)
 
     def inner_parts(self) -> dict[str, Any]:
         """The wrapped aggregator."""
@@ -91,53 +89,13 @@ class RowMixing(NestedState):
         needs = getattr(inner, "needs_all_columns", False)
         return bool(needs) or not hasattr(inner, "aggregate_columns")
 
-    @not_traced
-    def __call__(
-        self, matrix: Tensor, /, *, losses: Tensor | None = None, second: Tensor | None = None
-    ) -> Tensor:
-        """
-        :param matrix: Jacobian, real floating Tensor [m, n].
-        :param losses: Values of the objectives, Tensor [m], if the wrapped method looks at them. It
-            is given ``M losses``, of which ``M J`` is the Jacobian.
-        :param second: Jacobian of a second, independent batch, Tensor [m, n], if the wrapped method
-            looks at the cross-Gramian. Its rows are combined by the M of the first.
-        :returns: Update [n], same dtype and device.
-        :raises ParameterError: If the matrix is not a real floating matrix, or an argument does not
-            fit it.
-        :raises NonFiniteError: See ``check_finite``.
-        :raises NonDifferentiableError: When differentiating through the aggregation.
-        """
-        check_matrix(matrix)
-        others = None if second is None else check_second([second], [matrix])
-        [vector], _ = self.aggregate_columns(
-            Columns([without_graph(matrix)], others), losses=losses
-        )
-        return forbid_differentiation(self, matrix, vector)
-
-    def aggregate_blocks(
-        self,
-        blocks: Sequence[Tensor],
-        /,
-        *,
-        losses: Tensor | None = None,
-        second: Sequence[Tensor] | None = None,
+    def aggregate_parts(
+        self, columns: Columns, losses: Tensor | None
     ) -> tuple[list[Tensor], Tensor | None]:
-        """
-        Aggregate the Jacobian given as column blocks, without putting them together.
-
-        :param blocks: At least one matrix [m, n1], [m, n2], ...; their dtypes may differ.
-        :param losses: As for a call.
-        :param second: As for a call, as column blocks of the same shapes.
-        :returns: Vectors [n1], [n2], ... in the dtypes of the blocks; and the weights [m] in the
-            promoted dtype, or None if the update is not a weighted sum of the rows.
-        :raises ParameterError: If a block is no real floating matrix or the numbers of rows differ.
-        """
-        check_blocks(blocks)
-        columns = Columns(list(map(without_graph, blocks)), check_second(second, blocks))
         vectors, weights = self.aggregate_columns(columns, losses=losses)
-        dtype = widest(blocks)
-        sums = None if weights is None else sent(weights, blocks[0].device, dtype, copy=True)
-        return vectors, sums
+        if weights is not None:
+            weights = sent(weights, columns.device, widest(columns.blocks), copy=True)
+        return vectors, weights
 
     def aggregate_columns(
         self, columns: Columns, /, *, losses: Tensor | None = None

@@ -14,7 +14,7 @@ is in their docstrings.
 
 from typing import Any
 
-from jdcore._discovery import SCALARIZER
+from jdcore._discovery import SCALARIZER as _KIND
 from jdcore.scalarization._base import LossScalarizer, TrainableScalarizer, WeightedSum
 from jdcore.scalarization._losses import check_losses, require_above
 
@@ -32,10 +32,10 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from jdcore._methods import exported_class  # on demand: it stands above this package
 
-    return exported_class(SCALARIZER, name)
+    return exported_class(_KIND, name)
 
 
 def __dir__() -> list[str]:
     from jdcore._methods import exported_names
 
-    return sorted({*__all__, *exported_names(SCALARIZER)})
+    return sorted({*__all__, *exported_names(_KIND)})

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -11,17 +12,15 @@ from torch import Tensor
 
 from jdcore.aggregation import (
     Columns,
+    InformedAggregator,
     aggregator_validator,
     finite_required,
-    forbid_differentiation,
-    not_traced,
     stateful_part,
     vectors_of,
-    without_graph,
 )
 from jdcore.errors import NonFiniteError, ParameterError, ParameterTypeError
 from jdcore.protocols import Aggregator
-from jdcore.validators import boolean, check_blocks, check_matrix, check_second, integer, items
+from jdcore.validators import integer, items
 
 State = dict[str, Any]
 
@@ -39,7 +38,7 @@ def _positive(instance: Any, attribute: Attribute[Any], value: Any) -> None:
 
 
 @define(eq=False)
-class PerGroup:
+class PerGroup(InformedAggregator):
     """
     Another method on each group of parameters by itself, such as the layers of a network.
 
@@ -67,57 +66,12 @@ class PerGroup:
 
     aggregator: Aggregator = field(validator=aggregator_validator)
     columns: Sequence[int] = field(converter=_widths, validator=_positive)
-    check_finite: bool | None = field(default=None, kw_only=True, validator=boolean, repr=False)
     _states: list[State] = field(factory=list, init=False, repr=False)
 
-    @not_traced
-    def __call__(
-        self, matrix: Tensor, /, *, losses: Tensor | None = None, second: Tensor | None = None
-    ) -> Tensor:
-        """
-        :param matrix: Jacobian, real floating Tensor [m, n].
-        :param losses: Values of the objectives, Tensor [m], if the wrapped method looks at them.
-        :param second: Jacobian of a second, independent batch, Tensor [m, n], if the wrapped method
-            looks at the cross-Gramian. It is cut into the same groups.
-        :returns: Update [n], same dtype and device.
-        :raises ParameterError: If the matrix is not a real floating matrix, has fewer columns than
-            the groups, or does not fit the wrapped method.
-        :raises NonFiniteError: See ``check_finite``.
-        :raises NonDifferentiableError: When differentiating through the aggregation.
-        """
-        check_matrix(matrix)
-        others = None if second is None else check_second([second], [matrix])
-        [vector], _ = self._aggregate([without_graph(matrix)], losses, others)
-        return forbid_differentiation(self, matrix, vector)
-
-    def aggregate_blocks(
-        self,
-        blocks: Sequence[Tensor],
-        /,
-        *,
-        losses: Tensor | None = None,
-        second: Sequence[Tensor] | None = None,
-    ) -> tuple[list[Tensor], None]:
-        """
-        Aggregate the Jacobian given as column blocks, which groups may cut or join.
-
-        :param blocks: At least one matrix [m, n1], [m, n2], ...; their dtypes may differ.
-        :param losses: As for a call.
-        :param second: As for a call, as column blocks of the same shapes.
-        :returns: Vectors [n1], [n2], ... in the dtypes of the blocks; and None, because the weights
-            differ between groups.
-        :raises ParameterError: As for a call, or if the numbers of rows differ.
-        """
-        check_blocks(blocks)
-        others = check_second(second, blocks)
-        return self._aggregate(list(map(without_graph, blocks)), losses, others)
-
-    def _aggregate(
-        self, blocks: list[Tensor], losses: Tensor | None, second: list[Tensor] | None
-    ) -> tuple[list[Tensor], None]:
-        columns = Columns(blocks)
+    def aggregate_parts(self, columns: Columns, losses: Tensor | None) -> tuple[list[Tensor], None]:
         if not columns.rows:
             return columns.filled(0.0), None
+        blocks, second = columns.blocks, columns.second
         given = Columns([*blocks, *(second or [])])
         if not given.finite():
             if finite_required(self.check_finite):
@@ -173,7 +127,7 @@ class PerGroup:
 
     def state_dict(self) -> State:
         """Copy the state: that of the wrapped method for each group, by its number."""
-        return {str(number): dict(state) for number, state in enumerate(self._states)}
+        return {str(number): deepcopy(state) for number, state in enumerate(self._states)}
 
     def load_state_dict(self, state: Mapping[str, Any], /) -> None:
         """
@@ -192,4 +146,4 @@ class PerGroup:
             raise ParameterError("state", expected, f"the keys {names}")
         for name in names if inner is not None else []:
             inner.load_state_dict(state[name])  # type: ignore[union-attr]  # checked just above
-        self._states = [dict(state[name]) for name in names]
+        self._states = [deepcopy(state[name]) for name in names]
