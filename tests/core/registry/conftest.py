@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -20,8 +21,32 @@ def plugin_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     The modules that use it are one group for xdist, so that it is made once.
     """
-    distributions = sorted(p for p in FIXTURES.iterdir() if (p / "pyproject.toml").exists())
-    return make_environment(tmp_path_factory.mktemp("plugins") / "venv", *distributions)
+    folder = tmp_path_factory.mktemp("plugins")
+    packages = sorted(path.parent for path in FIXTURES.glob("*/__init__.py"))
+    return make_environment(folder / "venv", *[_distribution(p, folder) for p in packages])
+
+
+_PROJECT = """
+[build-system]
+requires = ["hatchling"]
+build-backend = "hatchling.build"
+
+[project]
+name = "{name}"
+version = "1.0"
+
+[project.entry-points."jdcore.plugins"]
+{name} = "{package}"
+"""
+
+
+def _distribution(package: Path, folder: Path) -> Path:
+    """The distribution of a package, as its author would lay it out."""
+    name = package.name.replace("_", "-")
+    shutil.copytree(package, folder / name / package.name)
+    project = _PROJECT.format(name=name, package=package.name)
+    (folder / name / "pyproject.toml").write_text(project)
+    return folder / name
 
 
 Run = Callable[..., Any]
