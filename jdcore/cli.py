@@ -23,7 +23,7 @@ _COMMANDS = (demo, bench, listing, info, plugins, doctor, check, new, stubs)
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         # Without the usage, which would bury the one line that matters.
-        self.exit(2, f"{self.prog}: {message}\n")
+        self.exit(2, f"{self.prog}: {one_line(message)}\n")
 
     def _print_message(self, message: str, file: Any = None) -> None:
         # As in argparse, but for the errors of writing, which it keeps to itself.
