@@ -145,11 +145,13 @@ def write_grads(gradients: Mapping[Tensor, Tensor]) -> None:
         if present is not None:
             _check_grad(tensor, present, gradient.layout)
     with torch.set_grad_enabled(False):  # half of the calls of torch.no_grad()
-        for tensor, gradient, present in fields:
+        # What takes memory, and may fail, comes before the first field is written.
+        made = [_as_field(t, g) if present is None else g for t, g, present in fields]
+        for (tensor, _, present), gradient in zip(fields, made, strict=True):
             if present is not None:
                 present.add_(gradient)
             else:
-                tensor.grad = _as_field(tensor, gradient)
+                tensor.grad = gradient
         for tensor, gradient in gradients.items():
             # torch keeps the hooks in this field, None if there are none; there is no public way to
             # ask.
@@ -294,6 +296,11 @@ def _through_hooks(leaf: Tensor, gradient: Tensor) -> Tensor:
             # A hook may hand out the same buffer for each gradient.
             gradient = gradient if replaced is gradient else replaced.clone()
     return gradient
+
+
+def as_grads(gradients: Mapping[Tensor, Tensor]) -> dict[Tensor, Tensor]:
+    """Gradients as :func:`write_grads` can write them without any further memory."""
+    return {t: _as_field(t, g) if t.grad is None else g for t, g in gradients.items()}
 
 
 def _as_field(tensor: Tensor, gradient: Tensor) -> Tensor:

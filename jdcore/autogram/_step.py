@@ -194,8 +194,9 @@ class Step:
                     # And the Gramian, which is as large as a layer where there are many losses.
                     del source
                     gradients = jacobian.weighted(weights, retain_graph=retain_graph, wide=wide)
+            answer = self.for_user(weights)  # before anything is written, as it takes memory
             write_grads(gradients)
-            return self.for_user(weights)
+            return answer
 
 
 def _are_finite(gradients: Iterable[Tensor]) -> bool:

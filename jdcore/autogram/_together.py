@@ -129,8 +129,9 @@ def _together(
         # weights of all samples are those of a mean over the processes.
         parts = 1 if per_process else meeting.size
         local = {t: gradient / parts for t, gradient in found.items() if t not in means}
+        answer = step.for_user(weights)  # before anything is written, as it takes memory
     write_grads(means | local)
-    return step.for_user(weights)
+    return answer
 
 
 def _all_weights(

@@ -9,7 +9,15 @@ from torch import Tensor
 
 from jdcore._compilation import not_traced
 from jdcore._differentiable import refuse_transformed
-from jdcore._fields import check_grads, check_jac, disjoint, free_jacs, get_jac, write_grads
+from jdcore._fields import (
+    as_grads,
+    check_grads,
+    check_jac,
+    disjoint,
+    free_jacs,
+    get_jac,
+    write_grads,
+)
 from jdcore._modes import plain_modes
 from jdcore.aggregation._any import vectors_of
 from jdcore.aggregation._nested_state import state_kept
@@ -157,7 +165,7 @@ def _alone(
         # Everything that may fail comes before the first field is written.
         check_grads(local.matrices)  # again: the aggregator may have changed them
         pairs = zip(local.matrices, vectors, strict=True)
-        gradients = {t: vector if t.ndim == 1 else vector.view(t.shape) for t, vector in pairs}
+        gradients = as_grads({t: v if t.ndim == 1 else v.view(t.shape) for t, v in pairs})
     return Update(gradients, weights=weights)
 
 

@@ -101,8 +101,9 @@ class Rows:
         if i < len(self._results):
             return self.place(i, k)
         # A copy, as a gradient may lie in the memory of another one (as those of a + b do), of what
-        # it was computed from, or of a hook that hands out one buffer again and again.
-        place = self._sums[i] = torch.empty_like(gradient)
+        # it was computed from, or of a hook that hands out one buffer again and again. Laid out as
+        # its `.grad` will be, which then takes no memory any more.
+        place = self._sums[i] = torch.empty_like(self._inputs[i], dtype=gradient.dtype)
         return place
 
     def finished(self) -> list[Tensor]:

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
-from jdcore import ParameterError
+from jdcore import ParameterError, autogram
 from jdcore._fields import disjoint, set_aside, through_tensor_hooks, write_grads, write_jacs
 from jdcore.autogram import Engine
 from jdcore.autojac import backward, gramian_backward, jac_to_grad, mtl_backward
+from tests.operations import Operations
 
 
 def equal_weights(gramian: Tensor) -> Tensor:
@@ -304,3 +305,52 @@ def test_tensor_hooks_change_gradients_that_no_backward_pass_brought() -> None:
     assert through_tensor_hooks({a: torch.ones(2)})[a].tolist() == [1.0, 0.0]
     with pytest.raises(ParameterError, match=r"`hook` must be a function that returns None"):
         through_tensor_hooks({b: torch.ones(2)})
+
+
+# -- memory that ends ------------------------------------------------------------------------------
+
+
+class _Ending(Operations):
+    """Has memory for the results of so many operations."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.count = count
+
+    def is_counted(self, name: str, function: Any) -> bool:
+        takes = name != "view"  # as is made to look for hooks
+        if takes and self.counts.total() == self.count:
+            raise torch.OutOfMemoryError
+        return takes
+
+
+@pytest.mark.parametrize("name", ["jac_to_grad", "mtl_backward", "gramian_backward", "autogram"])
+def test_memory_that_ends_anywhere_leaves_all_fields_as_they_were(name: str) -> None:
+    """Also of parameters whose ``.grad`` is laid out otherwise than the gradient: it is copied."""
+
+    def run(count: int) -> bool:
+        leaves = [torch.ones(3, 2).t().requires_grad_() for _ in range(3)]
+        features = leaves[0].sin()
+        scales = torch.ones(2, dtype=torch.float64)  # so that weights are told in another dtype
+        losses = (features * leaves[1] * leaves[2] * torch.ones(2, 3)).sum(1) * scales
+        steps: dict[str, Callable[[], object]] = {
+            "jac_to_grad": lambda: jac_to_grad(leaves, lambda jacobian: jacobian.mean(0)),
+            "mtl_backward": lambda: mtl_backward(list(losses), features),
+            "gramian_backward": lambda: gramian_backward(losses, equal_weights),
+            "autogram": lambda: autogram.backward(losses, equal_weights, batch_dim=0),
+        }
+        if name == "jac_to_grad":
+            backward(losses)
+        before = [getattr(leaf, "jac", None) for leaf in leaves]
+        try:
+            with _Ending(count):
+                steps[name]()
+        except torch.OutOfMemoryError:
+            assert all(leaf.grad is None for leaf in leaves)
+            assert all(getattr(t, "jac", None) is j for t, j in zip(leaves, before, strict=True))
+            return False
+        assert any(leaf.grad is not None for leaf in leaves)
+        return True
+
+    assert not run(0)
+    assert any(run(count) for count in range(1, 400))
