@@ -144,7 +144,7 @@ class Step:
     def for_user(self, result: Tensor) -> Tensor:
         """A copy of a result where the losses are: float64 for float64 losses, else float32."""
         outputs = self.objectives.outputs
-        wide = any(output.dtype == torch.float64 for output in outputs)
+        wide = torch.float64 in [output.dtype for output in outputs]
         dtype = torch.float64 if wide else torch.float32
         return sent(result, outputs[0].device, dtype, copy=True)
 
@@ -211,7 +211,7 @@ def source_of(jacobian: Jacobian, losses: Tensor, compute: Callable[[], Tensor])
     :param losses: The values of all losses [m].
     :param compute: Makes their Gramian, float64 [m, m].
     """
-    rows, precision = len(losses), jacobian.graph.form.precision
+    rows, precision = losses.shape[0], jacobian.graph.form.precision
     return GramianSource(
         *(rows, precision, losses.device, compute),
         products=products_of(rows, precision),

@@ -22,7 +22,7 @@ from jdcore.graph import Reach, reach
 from jdcore.graph._batched import agree, batched_gradients, mixed
 from jdcore.graph._functions import kept_leaves, returning_copies
 from jdcore.graph._hooks import hooks_made_lately
-from jdcore.graph._passes import SinglePassesExplained, differentiate
+from jdcore.graph._passes import differentiate, explain_single_pass
 from jdcore.graph._retained import retained_in
 from jdcore.graph._saved import function_of_others
 
@@ -221,12 +221,15 @@ class Problem:
     @contextmanager
     def _checked(self) -> Iterator[None]:
         """Refuse what would make rows incomplete, and explain what torch refuses."""
-        with SinglePassesExplained():
+        try:
             if self.accumulates:  # the rows are taken from there
                 yield
             else:
                 with guarded(self._leaves(), custom=bool(self.graph.functions)):
                     yield
+        except RuntimeError as error:
+            explain_single_pass(error)
+            raise
 
     def _leaves(self) -> list[Tensor]:
         given = [tensor for tensor in self.inputs if tensor.is_leaf]

@@ -66,7 +66,7 @@ def products_of(rows: int, precision: torch.dtype) -> torch.dtype:
 
 
 def _is_coarse(gramian: Tensor) -> bool:
-    if len(gramian) > _FEW:
+    if gramian.shape[0] > _FEW:  # `len` is a function of Python
         return _leaves_range(gramian)
     shown = gramian.cpu()  # once, as each question waits for an accelerator
     return _leaves_range(shown) or rows_cancel(shown)

@@ -105,12 +105,12 @@ def batch_beats_single_passes(K: int, results: Sequence[int], weights: Sequence[
     """
     Whether K losses should go through some operations together.
 
-    A batched call takes as long as four single ones, and what it writes is too large for the caches
-    sooner. Weights that are too large for them are read once, and not once for each loss.
+    A batched call takes as long as four single ones, and half of what it writes is too large for
+    the caches. Weights that are too large for them are read once, and not once for each loss.
 
     :param results: The numbers of entries of their results, for one loss.
     :param weights: Those of the parameters.
     """
     read = sum(weight for weight in weights if weight * _ENTRY > _CACHE)
     saved = len(results) * (K - 4) * _CALL + (K - 1) * read * _ENTRY / _BYTES
-    return saved > K * sum(results) * _ENTRY / _BYTES
+    return saved > K * sum(results) * _ENTRY / _BYTES / 2

@@ -314,9 +314,5 @@ class Graph:
         return [tensor for tensor in found if tensor is not None]
 
     def edges(self, places: Sequence[Place]) -> list[GradientEdge]:
-        """:meth:`edge` of each."""
+        """Where autograd can be asked for the gradients at places."""
         return [GradientEdge(self.nodes[node], number) for node, number in places]
-
-    def edge(self, place: Place) -> GradientEdge:
-        """Where autograd can be asked for the gradient at a place."""
-        return GradientEdge(self.nodes[place[0]], place[1])

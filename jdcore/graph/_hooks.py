@@ -48,9 +48,8 @@ class _Watch(threading.local):
     def may_have_hooks(self, graph: Graph) -> bool:
         """Whether somebody may have put a hook on something in a graph, parameters apart."""
         nodes = [node for i, node in enumerate(graph.nodes) if i not in graph.leaves]
-        made = hooks_made()
         # Where none of so many hooks was on a tensor of any graph, none is until there are more.
-        if not self.made_lately(nodes) or made == self._harmless:
+        if not self.made_lately(nodes) or (made := hooks_made()) == self._harmless:
             return False
         found = hooks_anywhere(graph.leaves.values())
         if not found:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from jdcore._fields import dense, disjoint
+from jdcore._fields import disjoint
 from jdcore.errors import JDCoreError, RowByRowWarning, UnservedGraphError, warn
 from jdcore.graph._cancelling import multiplied
 from jdcore.graph._functions import (
@@ -23,11 +23,11 @@ from jdcore.graph._hooks import has_hook_for_several, may_have_hooks
 from jdcore.graph._memory import Memory
 from jdcore.graph._objectives import Objectives, OneByOne
 from jdcore.graph._operations import is_sparse
-from jdcore.graph._passes import Heard, Listener, differentiate, saved_by
+from jdcore.graph._passes import Heard, Listener, detached, differentiate
 from jdcore.graph._plan import Plan, Plans, plan_of_tasks
 from jdcore.graph._probe import Unshown
 from jdcore.graph._root_shares import RootShares
-from jdcore.graph._saved import function_of
+from jdcore.graph._saved import all_saved, function_of
 from jdcore.graph._serving import Serving
 from jdcore.graph._site import Site
 from jdcore.graph._tasks import Passes, starts_of
@@ -88,14 +88,14 @@ class Jacobian:
         self.objectives = objectives
         self.one_by_one: str | None = None
         """Why each loss gets a backward pass of its own, if that is so in spite of samples."""
-        self._refuse_reentrant()
-        self._refuse_hooks_for_several(hooked if all_leaves else self._hooked)
+        if REENTRANT in self.graph.form.names:
+            self._refuse_reentrant()
+        if hooked:
+            self._refuse_hooks_for_several(hooked if all_leaves else self._hooked)
         if may_have_hooks(self.graph):
             self._take_plain_rows(_HOOKED)
-        elif any(has_hook_for_several(self.graph.wanted[i], "any") for i in self._hooked):
-            self._take_plain_rows("a parameter has a hook that hears of one gradient in a pass")
-        elif self._hooked and any(map(is_sparse, self.graph.form.names, self.graph.nodes)):
-            self._take_plain_rows("a hook of a parameter may be meant for sparse gradients")
+        elif self._hooked and (reason := self._reason_of_hooks()):
+            self._take_plain_rows(reason)
         elif tampers(self.graph):
             self._take_plain_rows(_TAMPERED)
         self.roots: RootShares | None = None
@@ -118,12 +118,11 @@ class Jacobian:
     def _refuse_reentrant(self) -> None:
         names = self.graph.form.names
         hiding = [self.graph.nodes[i] for i, name in enumerate(names) if name == REENTRANT]
-        if hiding:
-            raise UnservedGraphError(
-                "a reentrant checkpoint",
-                "it hides the operations and the parameters inside it",
-                "Call torch.utils.checkpoint.checkpoint with use_reentrant=False.",
-            ).at(kept_leaves(hiding[:1]))
+        raise UnservedGraphError(
+            "a reentrant checkpoint",
+            "it hides the operations and the parameters inside it",
+            "Call torch.utils.checkpoint.checkpoint with use_reentrant=False.",
+        ).at(kept_leaves(hiding[:1]))
 
     def _refuse_hooks_for_several(self, hooked: Iterable[int]) -> None:
         # Torch tells these hooks only of leaves that a pass accumulates into, and ours accumulate
@@ -135,6 +134,14 @@ class Jacobian:
                 "it hears only of gradients that are accumulated",
                 "Remove it for this step, or use jdcore.autojac.backward and jac_to_grad.",
             ).at(hearing)
+
+    def _reason_of_hooks(self) -> str | None:
+        """Why hooks of parameters need a backward pass for each loss, if they do."""
+        if any(has_hook_for_several(self.graph.wanted[i], "any") for i in self._hooked):
+            return "a parameter has a hook that hears of one gradient in a pass"
+        if any(map(is_sparse, self.graph.form.names, self.graph.nodes)):
+            return "a hook of a parameter may be meant for sparse gradients"
+        return None
 
     # -- the Gramian -------------------------------------------------------------------------------
 
@@ -178,11 +185,10 @@ class Jacobian:
         with torch.set_grad_enabled(False):  # half of the calls of torch.no_grad()
             with self.fields_unchanged():
                 plan = self._plan
-                self.memory.suit(self.objectives.tasks * plan.size(self.graph.form))
+                self.memory.suit(self.objectives.tasks * plan.size)
                 given = self.graph, self.objectives, plan, self._hooked, self.memory, total
                 self.roots = RootShares(*given, report=self._report)
-                known = plan.spots(self.graph.form), self._rules
-                serving = Serving(self.graph, *known, self.memory, self.roots)
+                serving = Serving(self.graph, plan, self._rules, self.memory, self.roots)
                 # Passes that end at parameters leave nothing that could be written to.
                 plain = isinstance(self.objectives, OneByOne) or not self.graph.functions_of_others
                 with nullcontext() if plain else refused_tampering(self.graph):
@@ -209,7 +215,7 @@ class Jacobian:
     @cached_property
     def _plan(self) -> Plan:
         """What is known of the graph. To find it may take passes."""
-        if not isinstance(self.objectives, OneByOne):
+        if self.graph.functions_of_others and not isinstance(self.objectives, OneByOne):
             try_functions(self.graph, self.objectives.outputs)
             if tampers(self.graph):
                 self._take_plain_rows(_TAMPERED)
@@ -294,35 +300,39 @@ class Jacobian:
         retain_graph |= len(plan.late) < len(plan.frontier)
         serving.roots.graph_stays = retain_graph
         unserved: dict[int, tuple[Site, list[int]]] = {}
+        several = tasks == 1 and serving.roots.joins and plan.some_alike
 
         def receive(heard: Iterable[Heard]) -> None:
-            for node, grads, tensors in serving.serve_alike(heard) if tasks == 1 else heard:
+            for node, grads, tensors in serving.serve_alike(heard) if several else heard:
                 found = serving.serve(node, grads, tensors)
                 if found is not None:
                     unserved[node] = found
 
-        saved = self._saved_if_small()
+        saved, results = self._saved_if_small(), self.graph.form.results
         if saved is None:
             self._listen(receive, retain_graph)
-        else:
-            receive(self._at_once(saved, retain_graph))
+        else:  # after passes without any hook
+            grads = self._of_first(tasks, retain_graph)
+            receive(
+                (n, [grads.pop((n, i), None) for i in range(len(results[n]))], saved.pop(n))
+                for n in list(saved)
+            )
         for node, (site, rest) in unserved.items():
             serving.call(node, site, rest)
         plan.called = {*(plan.called or ()), *unserved}
 
     def _saved_if_small(self) -> dict[int, Mapping[str, Any]] | None:
         """What the frontier saved, if the gradients there may wait until passes have freed it."""
-        plan, tasks = self._plan, self.objectives.tasks
-        wait = len(plan.late) == len(plan.frontier)
-        wait &= tasks * sum(plan.late.values()) <= self.memory.waiting
-        return saved_by(self.graph, plan.frontier) if wait else None
-
-    def _at_once(self, saved: dict[int, Any], retain_graph: bool) -> Iterator[Heard]:
-        """The gradients of all tasks, after passes without any hook."""
-        grads = self._of_first(self.objectives.tasks, retain_graph)
-        for node in list(saved):
-            numbers = range(len(self.graph.form.results[node]))
-            yield node, [grads.pop((node, i), None) for i in numbers], saved.pop(node)
+        plan, found = self._plan, dict[int, Mapping[str, Any]]()
+        small = self.objectives.tasks * plan.size <= self.memory.waiting
+        if len(plan.late) < len(plan.frontier) or not small:
+            return None
+        for node in plan.frontier:
+            tensors = all_saved(self.graph.nodes[node])
+            if tensors is None:  # Python code makes some of it
+                return None
+            found[node] = tensors
+        return found
 
     def _listen(self, receive: Callable[[Iterable[Heard]], None], retain_graph: bool) -> None:
         """Hear the gradients of the last task, so that nothing of it need be kept, with others."""
@@ -351,6 +361,14 @@ class Jacobian:
     def _of_first(self, count: int, retain_graph: bool) -> dict[Place, Tensor]:
         """The gradients of the first tasks at the operations of the frontier, [count, ...] each."""
         graph, objectives = self.graph, self.objectives
+        places, found = self._plan.places, dict[Place, Tensor]()
+        if count == 1:
+            seed = objectives.seeds_of_tasks([0])[0]
+            single = differentiate(objectives.outputs, graph.edges(places), [seed], retain_graph)
+            for place, grad in zip(places, single, strict=True):
+                if grad is not None:
+                    found[place] = detached(grad)[None]
+            return found
         [start] = graph.form.starts
         # Those of all tasks at once if they are small, as each costs some calls.
         small = count * objectives.rows <= self.memory.waiting
@@ -362,9 +380,8 @@ class Jacobian:
             return whole[tasks[0] : tasks[-1] + 1]
 
         passes = Passes(graph, [start] * count, seeds, self.memory, self._single_passes)
-        places = [place for place in graph.form.used if place[0] in self._plan.frontier]
-        found = zip(places, passes.gradients(places, retain_graph=retain_graph), strict=True)
-        return {place: grads for place, grads in found if grads is not None}
+        of_places = passes.gradients(places, retain_graph=retain_graph)
+        return {p: grads for p, grads in zip(places, of_places, strict=True) if grads is not None}
 
     def _run_tasks(self, serving: Serving, keep: bool, retain_graph: bool) -> None:
         """All tasks, without samples: ordinary gradients, beside shares of products."""
@@ -383,7 +400,7 @@ class Jacobian:
                 if of_place is not None:
                     plan.alone.add(place)
                     share = Dense(of_place[:, None], of_place.shape[1:])
-                    serving.roots.take(place, share, "a parameter", "ordinary gradients")
+                    serving.roots.take([place], share, "a parameter", "ordinary gradients")
             for node in reversed(products):
                 serving.serve(node, [grads.pop()], {})
 
@@ -488,9 +505,7 @@ def _joined(first: Tensor | None, last: Tensor | None, tasks: int) -> Tensor | N
     """
     if last is None:
         return None if first is None else torch.cat([first, torch.zeros_like(first[:1])])
-    if last.requires_grad:  # which it does where somebody differentiates twice
-        last = last.detach()
-    row = dense(last)[None]
+    row = detached(last)[None]
     if tasks == 1:
         return row
     return torch.cat([row.new_zeros(tasks - 1, *row.shape[1:]) if first is None else first, row])

@@ -13,6 +13,7 @@ from attrs import frozen
 from torch import Tensor
 from torch.autograd.graph import _engine_run_backward
 
+from jdcore._fields import dense
 from jdcore._handles import own_hooks
 from jdcore.errors import SinglePassError
 from jdcore.graph._graph import Form, Graph, Place, once_for_each_form
@@ -154,21 +155,6 @@ class _Stream:
         other.wait_stream(self.own)  # before it uses their memory anew
 
 
-def saved_by(graph: Graph, nodes: Iterable[int]) -> dict[int, Mapping[str, Any]] | None:
-    """
-    What some nodes saved, for when a pass has freed it.
-
-    :returns: None if Python code makes some of it.
-    """
-    found: dict[int, Mapping[str, Any]] = {}
-    for node in nodes:
-        tensors = all_saved(graph.nodes[node])
-        if tensors is None:
-            return None
-        found[node] = tensors
-    return found
-
-
 def _taken(waiting: deque[Item]) -> Iterator[Item]:
     """Take out all that waits, also where several threads of autograd do so."""
     try:
@@ -189,45 +175,37 @@ def differentiate(
     """
     if not inputs:
         return ()
-    with SinglePassesExplained():
+    try:
         # What `torch.autograd.grad` comes down to: its questions take longer than small operations.
         found: tuple[Tensor | None, ...] = _engine_run_backward(
             tuple(outputs),
             *(tuple(seeds), retain_graph, False, tuple(inputs), True),
             accumulate_grad=False,
         )
-        return found
+    except RuntimeError as error:
+        explain_single_pass(error)
+        raise
+    return found
 
 
-class SinglePassesExplained:
+def explain_single_pass(error: RuntimeError) -> None:
     """
-    Says what to do where a compiled graph allows one pass only, for the time of a ``with`` block.
+    Say what to do where a compiled graph allows one pass only.
 
-    A class, as each pass enters it, and a generator takes three times as many calls.
-
-    :raises SinglePassError: Instead of torch's error.
+    :param error: That of torch, which has no class of its own for these errors: their texts tell.
+    :raises SinglePassError: If it is one of them.
     """
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: object
-    ) -> None:
-        if not isinstance(error, RuntimeError):
-            return
-        # Torch has no class of its own for these errors, so their texts have to tell.
-        if "under selective activation checkpoint" in str(error):
-            raise SinglePassError(
-                "a selective checkpoint hands out what it kept once",
-                "Call torch.utils.checkpoint.checkpoint without `context_fn`.",
-            ) from error
-        if "donated buffers" in str(error):
-            raise SinglePassError(
-                "a compiled region reuses the memory of what it saved (donated buffers)",
-                "Set torch._functorch.config.donated_buffer = False before the first backward "
-                "pass of the compiled region.",
-            ) from error
+    if "under selective activation checkpoint" in str(error):
+        raise SinglePassError(
+            "a selective checkpoint hands out what it kept once",
+            "Call torch.utils.checkpoint.checkpoint without `context_fn`.",
+        ) from error
+    if "donated buffers" in str(error):
+        raise SinglePassError(
+            "a compiled region reuses the memory of what it saved (donated buffers)",
+            "Set torch._functorch.config.donated_buffer = False before the first backward pass of "
+            "the compiled region.",
+        ) from error
 
 
 def copies(grads: Grads) -> Grads:
@@ -237,7 +215,7 @@ def copies(grads: Grads) -> Grads:
 
 def stacked(rows: Sequence[Tensor | None]) -> Tensor | None:
     """Gradients of all losses at one place, zero where there is none; None if there is none."""
-    present = [(k, row) for k, row in enumerate(rows) if row is not None]
+    present = [(k, detached(row)) for k, row in enumerate(rows) if row is not None]
     if not present:
         return None
     if len(present) == len(rows):
@@ -247,3 +225,11 @@ def stacked(rows: Sequence[Tensor | None]) -> Tensor | None:
     for k, row in present:
         whole[k].copy_(row)
     return whole
+
+
+def detached(grad: Tensor) -> Tensor:
+    """A gradient that is dense, and no part of a graph."""
+    if type(grad) is Tensor and grad.layout == torch.strided and not grad.requires_grad:
+        return grad
+    # Where somebody differentiates twice, gradients require grad themselves.
+    return dense(grad.detach())

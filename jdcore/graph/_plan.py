@@ -1,8 +1,9 @@
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Hashable, Mapping
+from collections import Counter, OrderedDict
+from collections.abc import Hashable
 from contextlib import suppress
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -77,7 +78,7 @@ class Spot:
     beside: bool
 
 
-@define
+@define(eq=False, slots=False)  # slots leave no room for cached properties
 class Plan:
     """
     Where shares arise and how they reach the parameters, for all graphs of one kind.
@@ -85,9 +86,11 @@ class Plan:
     The **frontier** is made of the operands that belong to no sample of operations whose results
     keep the samples apart; such an operand is a **root**.
 
+    :param form: The form of the graphs.
     :param layouts: Where the samples are.
     """
 
+    form: Form
     layouts: dict[Place, Layout]
     frontier: dict[int, list[int]] = field(factory=dict)
     """By operation, which of its operands are roots."""
@@ -111,18 +114,34 @@ class Plan:
     """Parameters that no loss depends on, such as those of an expert that no sample goes to."""
     called: set[int] | None = None
     """Operations that are called after the pass; None before the first one."""
-    _spots: dict[int, Spot] = field(factory=dict, init=False)
-    _size: int | None = field(default=None, init=False)
 
-    def spots(self, form: Form) -> Mapping[int, Spot]:
-        """What is known of the operations of the frontier, found out once."""
-        if not self._spots:
-            self._spots = {node: self._spot(form, node) for node in self.frontier}
-        return self._spots
+    @cached_property
+    def places(self) -> list[Place]:
+        """The results of the frontier that something is computed from."""
+        return [place for place in self.form.used if place[0] in self.frontier]
 
-    def _spot(self, form: Form, node: int) -> Spot:
-        roots = {p: form.inputs[node][p] for p in self.frontier[node]}
-        name, layouts = form.names[node], self.of_results(form, node)
+    @cached_property
+    def size(self) -> int:
+        """How many entries the results of the frontier have."""
+        return sum(result.shape.numel() for n in self.frontier for result in self.form.results[n])
+
+    @cached_property
+    def spots(self) -> dict[int, Spot]:
+        """What is known of the operations of the frontier."""
+        kinds = {node: self._kind(node) for node in self.frontier}
+        often = {kind for kind, count in Counter(kinds.values()).items() if count > 1}
+        return {n: self._spot(n, kind if kind in often else None) for n, kind in kinds.items()}
+
+    @cached_property
+    def some_alike(self) -> bool:
+        """Whether one call of a rule may serve several operations."""
+        return any(spot.alike is not None for spot in self.spots.values())
+
+    def _spot(self, node: int, alike: Hashable) -> Spot:
+        form = self.form
+        # A weight comes before the bias that may join it.
+        roots = {p: form.inputs[node][p] for p in reversed(self.frontier[node])}
+        name, layouts = form.names[node], self.of_results(node)
         return Spot(
             name,
             layouts,
@@ -131,27 +150,21 @@ class Plan:
             any(result.dtype.is_complex for result in form.results[node]),
             None in layouts,
             name == "AddmmBackward0" and {roots.get(0), roots.get(2)} <= self.alone,
-            self._kind(form, node, layouts[0]),
-            self._is_beside(form, node),
+            alike,
+            self._is_beside(node),
         )
 
-    def size(self, form: Form) -> int:
-        """How many entries the results of the frontier have."""
-        if self._size is None:
-            of_nodes = [form.results[node] for node in self.frontier]
-            self._size = sum(result.shape.numel() for of_node in of_nodes for result in of_node)
-        return self._size
-
-    def _is_beside(self, form: Form, node: int) -> bool:
-        name = form.names[node]
+    def _is_beside(self, node: int) -> bool:
+        form, name = self.form, self.form.names[node]
         if name not in MATRIX_PRODUCTS:
             return False
         factor = form.inputs[node][MATRIX_PRODUCTS[name][0] - 1]
         uses = [n for n in self.frontier if form.names[n] == name and factor in form.inputs[n]]
         return factor[0] >= 0 and len(uses) > 1
 
-    def _kind(self, form: Form, node: int, layout: Layout | None) -> Hashable:
+    def _kind(self, node: int) -> Hashable:
         """The form of an operation, if its operands are parameters that it has alone."""
+        form, layout = self.form, self.layouts.get((node, 0))
         operands, (shape, dtype) = self.frontier[node], form.result((node, 0))
         ends = [self.ends.get(form.inputs[node][p]) for p in operands]
         if form.names[node] not in FOR_LAYERS or dtype.is_complex or None in ends:
@@ -165,9 +178,9 @@ class Plan:
         sizes = form.described[node], layout.samples, *operands, *shapes, *turned
         return form.names[node], *sizes
 
-    def of_results(self, form: Form, node: int) -> list[Layout | None]:
+    def of_results(self, node: int) -> list[Layout | None]:
         """Where the samples are in each result of an operation."""
-        return [self.layouts.get((node, number)) for number in range(len(form.results[node]))]
+        return [self.layouts.get((node, number)) for number in range(len(self.form.results[node]))]
 
     def finish_at_once(self, root: Place, descent: Descent) -> None:
         """
@@ -191,7 +204,8 @@ def plan_of_samples(graph: Graph, found: Findings, hooked: set[int]) -> Plan:
     :param hooked: Parameters whose rows have to be written out, for their hooks.
     :raises UnservedGraphError: If samples mix in a way that can be named.
     """
-    plan, form = Plan(found.layouts), graph.form
+    form = graph.form
+    plan = Plan(form, found.layouts)
     apart = {node for node, _ in found.layouts}
     uses: dict[Place, int] = {}
     for node in reversed(form.upwards):
@@ -206,7 +220,7 @@ def plan_of_samples(graph: Graph, found: Findings, hooked: set[int]) -> Plan:
                 uses[root] = uses.get(root, 0) + 1
     inside = apart | form.leaves
     plan.below = [n for n in reversed(form.upwards) if n in form.leading and n not in inside]
-    _classify(form, plan, uses, apart, hooked)
+    _classify(plan, uses, apart, hooked)
     plan.late = {
         node: sum(result.shape.numel() for result in form.results[node])
         for node in plan.frontier
@@ -215,10 +229,9 @@ def plan_of_samples(graph: Graph, found: Findings, hooked: set[int]) -> Plan:
     return plan
 
 
-def _classify(
-    form: Form, plan: Plan, uses: dict[Place, int], apart: set[int], hooked: set[int]
-) -> None:
+def _classify(plan: Plan, uses: dict[Place, int], apart: set[int], hooked: set[int]) -> None:
     """Tell which roots are finished by themselves, which belong together, which are pulled back."""
+    form = plan.form
     of_leaf: dict[int, list[tuple[Place, Descent]]] = {}
     for root in uses:
         descent = descend(form, root)
@@ -323,7 +336,8 @@ def plan_of_tasks(graph: Graph, tasks: int, hooked: set[int]) -> Plan:
     :param tasks: Number of losses.
     :param hooked: Parameters whose hooks have to see the rows.
     """
-    plan, form = Plan({}, called=set()), graph.form
+    form = graph.form
+    plan = Plan(form, {}, called=set())
     uses: dict[int, list[tuple[int, int, Descent]]] = {}
     inner = REARRANGING | PARTS
     for node, edges in enumerate(form.inputs):
@@ -428,7 +442,7 @@ def _is_fixed(graph: Graph, plan: Plan, rules: Rules) -> bool:
 
     def is_fixed(node: int) -> bool:
         name = form.names[node]
-        dims = [layout.dim for layout in plan.of_results(form, node) if layout is not None]
+        dims = [layout.dim for layout in plan.of_results(node) if layout is not None]
         return rules.steady(name, graph.nodes[node]) and not sizes_decide(
             name, form.inputs[node], dims
         )

@@ -100,40 +100,51 @@ class RootShares:
 
     def take(
         self,
-        root: Place,
+        roots: Sequence[Place],
         share: Share,
         operation: str,
         how: str,
         *,
-        bias: Place | None = None,
+        biases: Sequence[Place] = (),
         beside_others: bool = False,
+        copied: int = 0,
     ) -> None:
         """
         Take a share.
 
+        :param roots: Its root; those of several layers of one form, if it has these in the place of
+            tasks. Each of these is a parameter that nothing else uses, as it is or turned.
         :param operation: The name of the operation that the root enters.
         :param how: How the share was made, in words.
-        :param bias: The root whose Gramian is in that of this share, if there is one.
+        :param biases: The roots whose Gramian is in that of this share, if there are any.
         :param beside_others: Whether others of the same inputs may follow, or have come before.
+        :param copied: Entries of what was copied for it.
         """
         if self._report:
-            self.served.append(Served(operation, root, repr(share), how))
-            if bias is not None and isinstance(share, Outer):
-                of_bias = Dense(share.grads, self._graph.form.result(bias).shape)
-                self.served.append(Served(operation, bias, repr(of_bias), "with its weight"))
-        if root not in self._plan.alone:
-            self._shares.setdefault(root, []).append(share)
+            self.served.append(Served(operation, roots[0], repr(share), how))
+            if isinstance(share, Outer):
+                for bias in biases:
+                    of_bias = Dense(share.grads, self._graph.form.result(bias).shape)
+                    self.served.append(Served(operation, bias, repr(of_bias), "with its weight"))
+        if roots[0] not in self._plan.alone:
+            self._shares.setdefault(roots[0], []).append(share)
             return
-        place, share = self._at_end(root, share)
-        if isinstance(share, Dense) and share.shape.numel() < SHORT:
-            self._short.setdefault(share.dtype, []).append(([place], share))
-            return
-        places = [place] if bias is None else [place, self._place_of(bias)]
-        kind = beside(share) if beside_others and self.joins else None
-        if kind is None or not isinstance(share, Outer):
-            self._add_alone([root], places, share)
+        end = self._plan.ends.get(roots[0])
+        if end is not None and end.turned and isinstance(share, Outer):
+            share, places = share.turned(), [(self._plan.ends[root].leaf, 0) for root in roots]
         else:
-            self._waiting.setdefault(kind, []).append((root, places, share))
+            places = [*map(self._place_of, roots)]
+        places += map(self._place_of, biases)
+        if isinstance(share, Dense) and share.shape.numel() < SHORT:
+            self._short.setdefault(share.dtype, []).append((places, share))
+        elif len(roots) > 1:
+            assert isinstance(share, Outer)  # nothing else comes with several layers
+            self._add_alone(roots, places, OuterLayers(share, self._memory.joined))
+            self._room -= copied if self._keep else 0
+        elif isinstance(share, Outer) and beside_others and self.joins and (kind := beside(share)):
+            self._waiting.setdefault(kind, []).append((roots[0], places, share))
+        else:
+            self._add_alone(roots, places, share)
 
     def _add_alone(self, roots: Sequence[Place], places: Sequence[Place], share: Addend) -> None:
         # What is kept anyway is added after the pass: what the graph has freed by then leaves room
@@ -154,29 +165,6 @@ class RootShares:
     def has_room(self, entries: int) -> bool:
         """Whether so many entries may be copied for several layers."""
         return entries <= self._room or not (self._keep and self.graph_stays)
-
-    def take_layers(
-        self, roots: Sequence[Place], share: Share, biases: Sequence[Place], entries: int
-    ) -> None:
-        """
-        Take the shares of operands of several layers of one form, for one task.
-
-        Each is a parameter that nothing else uses, as it is or turned.
-
-        :param share: With the layers in the place of tasks.
-        :param biases: The operands whose Gramian is in that of this share.
-        :param entries: Of what was copied for it.
-        """
-        ends = [self._plan.ends[root] for root in roots]
-        if isinstance(share, Outer):
-            turned = share.turned() if ends[0].turned else share
-            places = [*[(end.leaf, 0) for end in ends], *map(self._place_of, biases)]
-            self._add_alone(roots, places, OuterLayers(turned, self._memory.joined))
-            self._room -= entries if self._keep else 0
-        else:
-            assert isinstance(share, Dense)
-            places = [*map(self._place_of, roots)]
-            self._short.setdefault(share.dtype, []).append((places, share))
 
     def finish(self) -> None:
         """Add what waited until all shares are there."""
@@ -207,13 +195,6 @@ class RootShares:
         """Where a gradient of the shape of a root belongs: at the parameter that it is as it is."""
         end = self._plan.ends.get(root)
         return root if end is None or end.turned else (end.leaf, 0)
-
-    def _at_end(self, root: Place, share: Share) -> tuple[Place, Share]:
-        """A share as that of a parameter, if its root is nothing but one, as it is or turned."""
-        end = self._plan.ends.get(root)
-        if end is not None and end.turned and isinstance(share, Outer):
-            return (end.leaf, 0), share.turned()
-        return self._place_of(root), share
 
     # -- parameters that are used several times, or derived ----------------------------------------
 

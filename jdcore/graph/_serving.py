@@ -12,7 +12,7 @@ from jdcore.graph._call import called_shares
 from jdcore.graph._graph import Graph
 from jdcore.graph._memory import Memory, pieces
 from jdcore.graph._passes import Grads, Heard
-from jdcore.graph._plan import Spot
+from jdcore.graph._plan import Plan, Spot
 from jdcore.graph._root_shares import SHORT, RootShares
 from jdcore.graph._saved import Unreadable, all_saved
 from jdcore.graph._site import Layers, NoRule, Site, alike
@@ -29,7 +29,7 @@ class Serving:
     """
 
     graph: Graph
-    spots: Mapping[int, Spot]
+    plan: Plan
     rules: Rules
     memory: Memory
     roots: RootShares
@@ -47,12 +47,12 @@ class Serving:
         :param tensors: What it saved, if a pass may have freed it.
         :returns: The operation and its operands without a rule, None if there is none.
         """
-        spot = self.spots[node]
+        spot = self.plan.spots[node]
         if spot.silent:
             # Where nothing depends on a result, what arrives there is zero.
             pairs = zip(spot.layouts, grads, strict=True)
             grads = [None if layout is None else grad for layout, grad in pairs]
-        if not [g for g in grads if g is not None]:
+        if not [grad for grad in grads if grad is not None]:
             return None
         of_place = spot.name, grads, spot.layouts, spot.shapes
         site = Site(self.graph.nodes[node], *of_place, tensors)
@@ -68,9 +68,9 @@ class Serving:
             if share is None:
                 rest.append(operand)
             else:
-                bias = spot.roots[0] if joined and operand == 2 else None
-                given = spot.roots[operand], share, spot.name, "closed form"
-                self.roots.take(*given, bias=bias, beside_others=spot.beside)
+                biases = [spot.roots[0]] if joined and operand == 2 else ()
+                given = [spot.roots[operand]], share, spot.name, "closed form"
+                self.roots.take(*given, biases=biases, beside_others=spot.beside)
         return (site, rest) if rest else None
 
     def call(self, node: int, site: Site, rest: list[int]) -> None:
@@ -80,9 +80,9 @@ class Serving:
         :param site: As :meth:`serve` returned it.
         :param rest: Likewise.
         """
-        spot = self.spots[node]
+        spot = self.plan.spots[node]
         for operand, share in called_shares(site, rest, self.memory).items():
-            self.roots.take(spot.roots[operand], share, spot.name, "called for each sample")
+            self.roots.take([spot.roots[operand]], share, spot.name, "called for each sample")
 
     # -- several operations at once ----------------------------------------------------------------
 
@@ -95,13 +95,10 @@ class Serving:
         :param heard: Operations, and their gradients for one task.
         :returns: Those that are left, which belong to no others or for which there is no room.
         """
-        if not self.roots.joins:
-            yield from heard
-            return
         groups: dict[Hashable, list[Heard]] = {}
         for one in heard:
             node, [grad, *others], _ = one
-            kind = self.spots[node].alike
+            kind = self.plan.spots[node].alike
             if kind is None or grad is None or [g for g in others if g is not None]:
                 yield one
             else:
@@ -127,7 +124,7 @@ class Serving:
         """
         if not self.roots.has_room(entries):
             return False
-        spots = [self.spots[node] for node, _, _ in heard]
+        spots = [self.plan.spots[node] for node, _, _ in heard]
         nodes, spot = [self.graph.nodes[node] for node, _, _ in heard], spots[0]
         rule = self.rules.find(spot.name, nodes[0])
         try:
@@ -145,7 +142,8 @@ class Serving:
             return False
         for operand, share in shares.items():
             biases = [of.roots[0] for of in spots] if joined else []
-            self.roots.take_layers([of.roots[operand] for of in spots], share, biases, entries)
+            given = [of.roots[operand] for of in spots], share, spot.name, "closed form"
+            self.roots.take(*given, biases=biases, copied=entries)
         return True
 
 
@@ -170,12 +168,15 @@ def _shares(rule: Rule | None, site: Site, spot: Spot) -> tuple[dict[int, Share 
 
     :returns: They, by operand, and whether that of a weight is that of its bias as well.
     """
-    if not spot.may_join:
-        return {operand: _made(rule, site, operand) for operand in spot.roots}, False
-    weight = _made(rule, site, 2)
-    joined = _joins_bias(site, weight)
-    rest = [operand for operand in spot.roots if operand not in ((0, 2) if joined else (2,))]
-    return {2: weight, **{operand: _made(rule, site, operand) for operand in rest}}, joined
+    shares: dict[int, Share | None] = {}
+    joined = False
+    for operand in spot.roots:
+        if joined and operand == 0:
+            continue
+        share = shares[operand] = _made(rule, site, operand)
+        if spot.may_join and operand == 2:
+            joined = _joins_bias(site, share)
+    return shares, joined
 
 
 def _joins_bias(site: Site, weight: Share | None) -> bool:

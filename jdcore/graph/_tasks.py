@@ -17,14 +17,13 @@ from attrs import frozen
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from jdcore._fields import dense
 from jdcore.graph._batched import batched_gradients
 from jdcore.graph._cost import batch_beats_single_passes
 from jdcore.graph._graph import Form, Graph, Place, once_for_each_form
 from jdcore.graph._memory import Memory, pieces
 from jdcore.graph._objectives import Objectives, OneByOne
 from jdcore.graph._operations import having, is_batchable, is_listed
-from jdcore.graph._passes import differentiate, stacked
+from jdcore.graph._passes import copies, differentiate, stacked
 from jdcore.linalg._combine import sent
 
 _Kind: TypeAlias = "frozenset[tuple[str, tuple[torch.dtype, ...]]]"
@@ -289,17 +288,8 @@ class Passes:
             return [None] * len(edges)
         seed = self.seeds(start, [k])[0]
         retain = retain_graph or k in self._ways.met_again
-        found = differentiate([self.graph.edge(start)], edges, [seed], retain)
-        # Where somebody differentiates twice, gradients require grad themselves.
-        detached = [g.detach() if g is not None and g.requires_grad else g for g in found]
-        plain = [g is None or (type(g) is Tensor and g.layout == torch.strided) for g in detached]
-        if all(plain) and not self._reused:  # asked of all at once, which takes few calls
-            return detached
-        return [None if grad is None else self._own(dense(grad)) for grad in detached]
-
-    def _own(self, grad: Tensor) -> Tensor:
-        """A gradient that nobody writes to later."""
-        return grad.clone() if self._reused else grad
+        found = differentiate(self.graph.edges([start]), edges, [seed], retain)
+        return copies(found) if self._reused else found
 
     @cached_property
     def _reused(self) -> bool:

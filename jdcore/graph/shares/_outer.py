@@ -420,16 +420,14 @@ class OuterBeside:
         return apart(views, shapes + [s.bias for s in self._shares if s.bias is not None])
 
 
-def beside(share: Share) -> Hashable:
+def beside(share: Outer) -> Hashable:
     """
     What shares have in common that are those of one layer with the outputs of all.
 
     :returns: None if it is faster by itself.
     """
-    if not (isinstance(share, Outer) and isinstance(share.inputs, Tensor)):
-        return None
     inputs, grads = share.inputs, share.grads
-    if grads.numel() > _COPIED:
+    if isinstance(inputs, OneHot) or grads.numel() > _COPIED:
         return None
     # What lies in the same place, while both are there, is the same, unless one of them is read as
     # the negative of what lies there, as the imaginary parts of conjugates are.

@@ -13,6 +13,9 @@ from jdcore._modes import rounding
 _COLUMNS = 16384
 _COLUMNS_ELSEWHERE = 2048
 
+# Entries that stay in the caches of a CPU, so that few calls count.
+_CACHED = 1 << 17
+
 HALVES = (torch.bfloat16, torch.float16)
 
 _IN_FLOAT64: ContextVar[bool] = ContextVar("in_float64", default=False)
@@ -154,8 +157,7 @@ def weighted_sum(weights: Tensor, rows: Tensor) -> Tensor:
     :param rows: Shape [K, B, ...].
     :returns: Shape [B, ...].
     """
-    tasks = rows.shape[0]
-    if tasks == 1:
+    if rows.shape[0] == 1:
         return scaled(weights, rows)[0]
     dtype = _of_sums(weights, rows)
     if not (rows.is_cpu and rows.shape[1] > 1):
@@ -163,9 +165,11 @@ def weighted_sum(weights: Tensor, rows: Tensor) -> Tensor:
         by_sample = rows.to(dtype).flatten(2).transpose(0, 1)
         summed = product(weights.to(dtype).T[:, None], by_sample)
         return summed.view(rows.shape[1:])
+    if rows.numel() <= _CACHED:
+        return scaled(weights, rows).sum(0)
     total = scaled(weights[0], rows[0])
     scale = weights.to(dtype).view(*weights.shape, *[1] * (rows.ndim - 2))
-    for k in range(1, tasks):
+    for k in range(1, rows.shape[0]):
         total.addcmul_(rows[k].to(dtype), scale[k])
     return total
 

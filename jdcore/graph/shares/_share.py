@@ -188,7 +188,7 @@ class Accumulator:
         self.memory = memory
         self.joins = True
         """Whether the shares of several layers may come as one."""
-        self._pending: list[Tensor] = []
+        self._pending: dict[torch.dtype, list[Tensor]] = {}
         self._most_pending = _PENDING_HERE if memory.cached else _PENDING
         self._entries_pending = 0
         self._squares: dict[tuple[int, int], list[Tensor]] = {}
@@ -259,14 +259,13 @@ class Accumulator:
             alone = len(products) == 1
             self._lower.add_(products[0] if alone else products.sum(0, dtype=torch.float64))
             return
-        self._pending.append(products)
+        self._pending.setdefault(products.dtype, []).append(products)
         self._entries_pending += products.numel()
         if self._entries_pending > self._most_pending:
             self._add_pending()
 
     def _add_pending(self) -> None:
-        for dtype in dict.fromkeys(pending.dtype for pending in self._pending):
-            same = [pending for pending in self._pending if pending.dtype == dtype]
+        for same in self._pending.values():
             joined = torch.cat(same) if len(same) > 1 else same[0]
             summed = joined.sum(0, dtype=torch.float64)
             self._found = summed if self._found is None else self._found.add_(summed)
