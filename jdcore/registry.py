@@ -132,11 +132,12 @@ def register(spec: AggregatorSpec | ScalarizerSpec | GramianRuleSpec, /) -> None
     A later registration of the same name replaces an earlier one. In a notebook the factory is
     ``"__main__:MyWeighting"``.
 
-    Where several installed distributions claim one layer, and so disable each other, registering a
-    rule for it is the choice between them; their specs are in :func:`list_plugins`.
+    Where several installed distributions claim one operation, and so disable each other,
+    registering a rule for it is the choice between them; their specs are in :func:`list_plugins`.
 
     :raises ParameterTypeError: If ``spec`` is none of these.
-    :raises ParameterError: If an installed plugin already provides one of its names or its layer.
+    :raises ParameterError: If an installed plugin already provides one of its names, or a rule for
+        its operation.
     """
     registry.register(spec)
 
