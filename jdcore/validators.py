@@ -199,7 +199,10 @@ def check_matrix(matrix: Tensor, parameter: str = "matrix") -> None:
     :raises ParameterTypeError: If it is no Tensor, or not of a real floating dtype.
     :raises ParameterError: If it is not dense, or does not have two dimensions.
     """
-    check_floating(matrix, parameter, "a Tensor of shape [m, n]")
+    # A call less where nothing is unusual, as it nearly always is.
+    usual = type(matrix) is Tensor and matrix.is_cpu and matrix.layout is torch.strided
+    if not usual or matrix.is_nested or matrix.dtype not in FLOATS:
+        check_floating(matrix, parameter, "a Tensor of shape [m, n]")
     if matrix.ndim != 2:
         raise ParameterError(
             parameter,

@@ -14,7 +14,7 @@ from jdcore._modes import without_graph
 from jdcore.aggregation._columns import Columns, widest
 from jdcore.aggregation._differentiation import forbid_differentiation
 from jdcore.aggregation._finite import all_finite, finite_required, is_finite
-from jdcore.aggregation._nested_state import restorer, stateful_part
+from jdcore.aggregation._nested_state import restorer, stateful_part, stateless
 from jdcore.aggregation._observation import observed
 from jdcore.aggregation._scalarization import looks_at_no_row
 from jdcore.aggregation._source import ColumnsSource, GramianSource
@@ -127,7 +127,8 @@ def _combine(weighting: Any, matrix: Tensor) -> Tensor:
 def _aggregate(
     weighting: Weighting, columns: Columns, losses: Tensor | None
 ) -> tuple[list[Tensor], Tensor, GramianSource]:
-    source, part = ColumnsSource(columns, losses), stateful_part(weighting)
+    source = ColumnsSource(columns, losses)
+    part = None if stateless[ref(type(weighting))] else stateful_part(weighting)
     undo = None if part is None else restorer(part)
     try:
         weights = weigh(weighting, source)
@@ -135,7 +136,7 @@ def _aggregate(
             # Processes that hold the columns together must take the same weights.
             weights = columns.agreed(weights)
         if source.asked:
-            wide = source.rounding_shows(weights)
+            wide = columns.few is None and source.rounding_shows(weights)
             if columns.scale == 1.0:  # as `combined` does, which is one more call
                 return columns.combine(weights, wide=wide), weights, source
             return *combined(weighting, columns, weights, columns.scale, wide=wide), source

@@ -6,20 +6,16 @@ from functools import reduce
 
 import numpy as np
 import torch
-from attrs import define, field
 from numpy.typing import NDArray
 from torch import Tensor
 
 from jdcore._modes import refuse_tangents, without_graph
 from jdcore.aggregation._finite import all_finite, nonfinite_rows
-from jdcore.linalg._blas import is_small, small_combination, small_gramian
+from jdcore.linalg._blas import small_combination
 from jdcore.linalg._combine import combine, combine_blocks
 from jdcore.linalg._gramian import gramian_and_rows, sum_cross_gramians, sum_gramians
 
-_NARROW = (torch.float32,)
 
-
-@define(eq=False)
 class Columns:
     """
     The Jacobian of one step, as column blocks, and what an aggregator does with them.
@@ -32,21 +28,24 @@ class Columns:
         cross-Gramian.
     """
 
-    blocks: list[Tensor]
-    second: list[Tensor] | None = None
-    scale: float = field(default=1.0, init=False)
+    # It is made at every step: what is fetched for that takes as long as to multiply a few rows.
+    rows: int
+    """Number of objectives m."""
+    scale: float = 1.0
     """A power of two by which rows are divided before they are multiplied."""
-    products: Tensor | None = field(default=None, init=False)
+    products: Tensor | None = None
     """The Gramian, once :meth:`gramian` was asked for it."""
-    _few: NDArray[np.float64] | None = field(default=None, init=False)
+    few: NDArray[np.float64] | None = None
     """The rows in float64, once their products were asked for, if they are few and short."""
-    _wide: Tensor | None = field(default=None, init=False)
+    length: float = math.inf
+    """What the rows that are few are not longer than, as one vector."""
+    _wide: Tensor | None = None
     """The rows in float64, once their products were asked for, if they were converted at once."""
 
-    @property
-    def rows(self) -> int:
-        """Number of objectives m."""
-        return self.blocks[0].shape[0]
+    def __init__(self, blocks: list[Tensor], second: list[Tensor] | None = None) -> None:
+        self.blocks, self.second = blocks, second
+        if blocks:
+            self.rows = blocks[0].shape[0]
 
     @property
     def device(self) -> torch.device:
@@ -56,7 +55,7 @@ class Columns:
     @property
     def wide(self) -> bool:
         """Whether sums with weights in float64 are made in float64 anyway."""
-        if self._few is not None or self._wide is not None:
+        if self.few is not None or self._wide is not None:
             return True
         return self.precision == torch.float64
 
@@ -74,18 +73,6 @@ class Columns:
     def rounded_to(self) -> torch.dtype:
         """The narrowest dtype that the rows were rounded to, see :func:`rounded_to`."""
         return narrowest([self.precision, *map(rounded_to, self.blocks)])
-
-    def few_products(self) -> NDArray[np.float64] | None:
-        """
-        :meth:`gramian` of a few short rows as an array, which takes less time; None for others.
-
-        Not of float64, whose squares may leave the range.
-        """
-        # Columns on several processes need not have a block here before they are exchanged.
-        if not (type(self) is Columns and is_small(*self.blocks, dtypes=_NARROW)):
-            return None
-        self._few, products = small_gramian(*self.blocks)
-        return products
 
     def gramian(self) -> Tensor:
         """
@@ -156,15 +143,19 @@ class Columns:
 
         :param wide: Whether to multiply in float64, whatever the dtypes of the blocks.
         """
-        few, rows, blocks = self._few, self._wide, self.blocks
+        few, rows, blocks = self.few, self._wide, self.blocks
         # Rows that are few are in the cache already, in float64, since their Gramian was made.
         if few is not None and weights.is_cpu and weights.dtype == torch.float64:
-            vector = small_combination(weights.numpy(), few, torch.float32)
+            vector = small_combination(weights.numpy(), few, torch.float32, self.length)
             if len(blocks) == 1:
                 return [vector]
             return list(torch.split(vector, [block.shape[1] for block in blocks]))
         if rows is not None:
-            return [rows.T.mv(weights.to(rows.device, rows.dtype)).to(blocks[0].dtype)]
+            if not (weights.is_cpu and weights.dtype is rows.dtype):
+                weights = weights.to(rows.device, rows.dtype)
+            vector = rows.T.mv(weights)
+            narrow = blocks[0].dtype  # `float` takes half of the time of `to`
+            return [vector.float() if narrow is torch.float32 else vector.to(narrow)]
         if len(blocks) == 1:
             return [combine(weights, blocks[0], wide=wide)]
         return combine_blocks(weights, blocks, wide=wide)

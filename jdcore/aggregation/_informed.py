@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from jdcore.aggregation._finite import finite_required
-from jdcore.aggregation._source import GramianSource, numbers_of
+from jdcore.aggregation._source import GramianSource
 from jdcore.aggregation._weighting import GramianWeighting
 from jdcore.errors import NonFiniteError, left_out
 from jdcore.spec import AggregatorSpec
@@ -86,6 +86,8 @@ class CrossGramianWeighting(GramianWeighting):
     how to give two.
     """
 
+    looks_across: ClassVar[bool] = True
+
     def source_of(self, matrix: Tensor, losses: Tensor | None) -> GramianSource:
         """What the matrix that a call is given stands for: the cross-Gramian."""
         return GramianSource.of_cross(matrix, losses)
@@ -97,7 +99,3 @@ class CrossGramianWeighting(GramianWeighting):
         :raises ParameterError: If there is one batch only.
         """
         return source.cross_gramian()
-
-    def array_of(self, source: GramianSource) -> NDArray[np.float64]:
-        """The cross-Gramian, float64 array [m, m]."""
-        return numbers_of(self.matrix_of(source))

@@ -245,14 +245,11 @@ class MixedColumns(Columns):
         self, columns: Columns, mixing: NDArray[np.float64], source: GramianSource
     ) -> None:
         super().__init__(columns.blocks, columns.second)
+        self.rows = len(mixing)
         self._columns = columns
         self._mixing = torch.from_numpy(mixing)
         self._power = _scale_of(mixing)
         self._source = _mixed_source(mixing / self._power, self._power, source)
-
-    @property
-    def rows(self) -> int:
-        return len(self._mixing)
 
     @property
     def local(self) -> bool:

@@ -83,6 +83,13 @@ def stateful_part(method: Any) -> Stateful | None:
 
 
 @ByClass
+def stateless(cls: Any) -> bool:
+    """Whether :func:`stateful_part` finds nothing in any object of a class."""
+    held = ("wrapped", "weighting", "__getattr__")
+    return not (cls.__dictoffset__ or _is_stateful[ref(cls)] or any(hasattr(cls, n) for n in held))
+
+
+@ByClass
 def _is_stateful(cls: Any) -> bool:
     # Asked in every step: a comparison of each object with the protocol takes as long as to weigh.
     return all(hasattr(cls, name) for name in ("reset", "state_dict", "load_state_dict"))

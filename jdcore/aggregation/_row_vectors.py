@@ -29,7 +29,7 @@ def check_row_vectors(method: Any, m: int, given: Placed) -> None:
     :param given: The input, which is asked for its device where there are such arguments.
     :raises ParameterError: If the length or the device differs.
     """
-    for name in _row_vector_fields[ref(type(method))]:
+    for name in row_vector_fields[ref(type(method))]:
         vector = getattr(method, name)
         if vector is None:
             continue
@@ -48,6 +48,7 @@ def check_row_vectors(method: Any, m: int, given: Placed) -> None:
 
 
 @ByClass
-def _row_vector_fields(cls: Any) -> tuple[str, ...]:
+def row_vector_fields(cls: Any) -> tuple[str, ...]:
+    """The fields that :func:`check_row_vectors` looks at."""
     # By the validator, so that a field of any name, of a class of anybody, is found without a list.
     return tuple(f.name for f in attrs.fields(cls) if f.validator is row_vector)

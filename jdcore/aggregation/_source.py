@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -15,12 +16,14 @@ from jdcore._modes import is_transformed, refuse_tangents, without_graph
 from jdcore.aggregation._columns import Columns, power
 from jdcore.errors import ParameterError, ParameterTypeError
 from jdcore.linalg import add_proximal, proximal_level, rounding_shows
+from jdcore.linalg._blas import is_small, small_gramian
 from jdcore.validators import FLOATS, describe_tensor, holds_real_numbers
 
 # Rows whose Gramian an accelerator copies in less time than it is told what to compute.
 _COPIED = 64
 # What products of unit rows may be wrong by where they were made in TF32, which keeps 10 bits.
 _ROUGH_PRODUCTS = 5e-3
+_NARROW = (torch.float32,)
 _AT_ONCE = 1 << 13  # entries, of which new arrays cost no page faults
 
 
@@ -114,6 +117,8 @@ class GramianSource:
     undo: list[Callable[[], None]] = field(factory=list, init=False)
     """What takes back the changes of state of methods that did not look at the Jacobian, for the
     caller to run if it turns out to hold NaN or infinite values."""
+    finite: bool = field(default=False, init=False)
+    """Whether the Gramian is known to be finite, once it was asked for."""
     _gramian: Tensor | None = field(default=None, init=False)
     _array: NDArray[np.float64] | None = field(default=None, init=False)
 
@@ -266,10 +271,11 @@ class ColumnsSource(GramianSource):
     products, borrowed = torch.float64, False
 
     def __init__(self, columns: Columns, losses: Tensor | None = None) -> None:
-        self._columns = columns
-        self.rows, self.precision = columns.rows, columns.precision
+        blocks = columns.blocks
+        self._columns, self.rows = columns, columns.rows
+        self.precision = blocks[0].dtype if len(blocks) == 1 else columns.precision
         self.losses = None if losses is None else check_losses(losses, self.rows)
-        self.asked = False
+        self.asked = self.finite = False
         self.undo = []
         self._gramian = self._array = None
 
@@ -289,8 +295,13 @@ class ColumnsSource(GramianSource):
         return self._columns.gramian() if products is None else products
 
     def array(self) -> NDArray[np.float64]:
-        if self._array is None and self._gramian is None:
-            self._array = self._columns.few_products()
+        columns = self._columns
+        # A few short rows take less time as arrays. Not of float64, whose squares may leave the
+        # range; and columns on several processes need not have a block here yet.
+        short = self._gramian is None and type(columns) is Columns
+        if short and self._array is None and is_small(*columns.blocks, dtypes=_NARROW):
+            columns.few, self._array, columns.length = small_gramian(*columns.blocks)
+            self.finite = columns.length < math.inf
         self.asked = True
         return super().array() if self._array is None else self._array
 

@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any
 from weakref import ref
 
+import torch
 from torch import Tensor
 
 from jdcore._by_class import ByClass
@@ -106,16 +107,24 @@ def weigh(weighting: Any, source: GramianSource, shape: Sequence[int] | None = N
     :returns: Weights of that shape, [m] if None, detached.
     :raises ParameterError: If the weighting returns something else.
     """
-    if not observed() or source.compute is None:  # without a Gramian there is nothing to see
-        return _ask(weighting, source, shape)
+    # Without a Gramian there is nothing to see.
+    if observed() and source.compute is not None:
+        return _watched_weights(weighting, source, shape)
+    if shape is not None and len(shape) != 1:
+        return checked(_ask_of_shape(weighting, source, shape), tuple(shape))
+    takes = _takes_source[ref(type(weighting))]
+    weights = weighting.weigh(source) if takes else weighting(_copy(source))
+    return checked(weights, (source.rows,))
 
+
+def _watched_weights(weighting: Any, source: GramianSource, shape: Sequence[int] | None) -> Tensor:
     def observation(weights: Tensor, seconds: float, residuals: Residuals) -> Observation:
         of_rows = unscaled(weights, weighting, source.scale())
         flat = of_rows if of_rows.ndim == 1 else of_rows.flatten()
         return Observation(weighting, source, flat, None, seconds, residuals)
 
     with state_kept(weighting):  # an observer may fail
-        return told(partial(_ask, weighting, source, shape), observation)
+        return told(partial(weigh, weighting, source, shape), observation)
 
 
 def unscaled(weights: Tensor, weighting: Any, scale: float) -> Tensor:
@@ -160,16 +169,6 @@ def combined(
     return scaled, weights * half * half
 
 
-def _ask(weighting: Any, source: GramianSource, shape: Sequence[int] | None) -> Tensor:
-    if shape is not None and len(shape) != 1:
-        expected, weights = tuple(shape), _ask_of_shape(weighting, source, shape)
-    else:
-        expected = (source.rows,)
-        takes = _takes_source[ref(type(weighting))]
-        weights = weighting.weigh(source) if takes else weighting(_copy(source))
-    return checked(weights, expected)
-
-
 def _copy(source: GramianSource) -> Tensor:
     # A function may normalize it in place, or differentiate; the Gramian is looked at again.
     return source.gramian().clone()
@@ -182,14 +181,18 @@ def checked(weights: Any, expected: tuple[int, ...]) -> Tensor:
     :param expected: The shape that it is to have.
     :raises ParameterError: If it is something else.
     """
-    if not holds_real_numbers(weights) or weights.shape != expected:
+    # What an array becomes as a tensor is told without a call.
+    plain = type(weights) is Tensor and weights.is_cpu and weights.dtype is torch.float64
+    dense = plain and weights.layout is torch.strided and not weights.is_nested
+    if not (dense or holds_real_numbers(weights)) or weights.shape != expected:
         raise ParameterError(
             "weighting",
             f"one that returns real weights of shape {list(expected)}",
             describe_tensor(weights),
             None if isinstance(weights, Tensor) else "Give it as one: torch.as_tensor(weights).",
         )
-    return weights.detach() if weights.requires_grad else weights
+    tensor: Tensor = weights
+    return tensor.detach() if tensor.requires_grad else tensor
 
 
 def _ask_of_shape(weighting: Any, source: GramianSource, shape: Sequence[int]) -> Any:

@@ -14,8 +14,8 @@ from jdcore._by_class import ByClass
 from jdcore._compilation import not_traced
 from jdcore.aggregation._differentiation import forbid_differentiation
 from jdcore.aggregation._finite import finite_required, gramian_error
-from jdcore.aggregation._row_vectors import check_row_vectors
-from jdcore.aggregation._source import GramianSource
+from jdcore.aggregation._row_vectors import check_row_vectors, row_vector_fields
+from jdcore.aggregation._source import GramianSource, numbers_of
 from jdcore.aggregation._weigh import weigh
 from jdcore.errors import left_out
 from jdcore.linalg import add_proximal
@@ -51,6 +51,9 @@ class GramianWeighting:
     True for methods whose weights solve an optimisation problem: their problem is then well-posed
     however the rows depend on each other, to the precision at which they are known.
     """
+
+    looks_across: ClassVar[bool] = False
+    """Whether :meth:`compute` gets the cross-Gramian in place of the Gramian."""
 
     check_finite: bool | None = field(default=None, kw_only=True, validator=boolean, repr=False)
 
@@ -96,10 +99,6 @@ class GramianWeighting:
         """What :meth:`compute_there` looks at, float64 Tensor [m, m]: the Gramian, here."""
         return source.gramian()
 
-    def array_of(self, source: GramianSource) -> NDArray[np.float64]:
-        """What :meth:`compute` looks at, float64 array [m, m]: the Gramian, here."""
-        return source.array()
-
     def compute_from(
         self, gramian: NDArray[np.float64], source: GramianSource
     ) -> NDArray[np.float64]:
@@ -122,7 +121,8 @@ class GramianWeighting:
         :returns: The m weights, a float64 Tensor on any device.
         """
         m = source.rows
-        check_row_vectors(self, m, source)
+        if row_vector_fields[ref(type(self))]:  # asked here, which is a call less
+            check_row_vectors(self, m, source)
         if m == 0:
             return torch.empty(0, dtype=torch.float64, device="cpu")
         if m >= _THERE:
@@ -130,9 +130,9 @@ class GramianWeighting:
             if there is not None:
                 return there
         # No copy where the Gramian is on the CPU: `compute` must not modify it.
-        array = self.array_of(source)
+        array = numbers_of(self.matrix_of(source)) if self.looks_across else source.array()
         # A finite sum of squares has finite terms only, and costs less than looking at a few.
-        small = array.size <= _SMALL and math.isfinite(np.vdot(array, array))
+        small = source.finite or (array.size <= _SMALL and math.isfinite(np.vdot(array, array)))
         if small or np.isfinite(array).all():
             return torch.from_numpy(np.asarray(self.compute_from(array, source), dtype=np.float64))
         if finite_required(self.check_finite):

@@ -43,12 +43,8 @@ class ReplicatedColumns(Columns):
         self._buckets = buckets
         self._matrices = matrices
         self._second = second
-        self._m = rows
+        self.rows = rows
         self._vectors: list[Tensor] = []
-
-    @property
-    def rows(self) -> int:
-        return self._m
 
     @property
     def device(self) -> torch.device:
@@ -112,22 +108,22 @@ class ReplicatedColumns(Columns):
 
     def nonfinite_rows(self) -> list[int]:
         self._divide()
-        flags = torch.zeros(self._m, dtype=torch.int64, device=self.device)
+        flags = torch.zeros(self.rows, dtype=torch.int64, device=self.device)
         flags[super().nonfinite_rows()] = 1
         return self._meeting.maximum(Stage.FINITE, flags).nonzero().flatten().tolist()
 
     def whole(self) -> tuple[list[Tensor], list[Tensor] | None]:
         """The mean rows of all columns, one matrix for each parameter; and of the second batch."""
-        rows = mean_rows(self._meeting, self._buckets, self._matrices, self._m)
+        rows = mean_rows(self._meeting, self._buckets, self._matrices, self.rows)
         if self._second is None:
             return rows, None
-        return rows, mean_rows(self._meeting, self._buckets, self._second, self._m)
+        return rows, mean_rows(self._meeting, self._buckets, self._second, self.rows)
 
     def _divide(self) -> None:
         if not self.blocks:
-            self.blocks = mean_shards(self._meeting, self._buckets, self._matrices, self._m)
+            self.blocks = mean_shards(self._meeting, self._buckets, self._matrices, self.rows)
             if self._second is not None:
-                self.second = mean_shards(self._meeting, self._buckets, self._second, self._m)
+                self.second = mean_shards(self._meeting, self._buckets, self._second, self.rows)
 
 
 def weights_of_first(meeting: Meeting, weights: Tensor, device: torch.device) -> Tensor:

@@ -9,6 +9,7 @@ matrices stay with numpy, which costs less to call.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from itertools import pairwise
@@ -18,8 +19,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from jdcore._modes import is_transformed
+from jdcore._modes import is_wrapped
 
 _PRODUCT = 64 * 64
 # Up to these sizes numpy multiplies rows by one another, or by weights, without threads.
@@ -27,6 +29,8 @@ _ENTRIES, _ROWS = 9216, 8
 # Multiplications of a product of matrices up to which numpy makes it without threads.
 _MULTIPLICATIONS = 1 << 18
 _STRIP = 4  # rows
+# More than squares of small entries lose below the range of their dtype, and float32's largest.
+_TINY, _LARGEST = 1e-33, 3e38
 _ARRAYS = {torch.float32: np.dtype(np.float32), torch.float64: np.dtype(np.float64)}
 _SOLVE = 96
 _EIGH = 24
@@ -35,7 +39,12 @@ _EIGH = 24
 _ALIGNED, _STRIDE = 128, 32
 
 
-def is_small(*blocks: Tensor, dtypes: Container[torch.dtype] = _ARRAYS) -> bool:
+def is_small(
+    *blocks: Tensor,
+    dtypes: Container[torch.dtype] = _ARRAYS,
+    rows: int = _ROWS,
+    most: int = _ENTRIES,
+) -> bool:
     """
     Whether numpy can look at a matrix, and multiplies it in less time than torch takes to be asked.
 
@@ -43,34 +52,49 @@ def is_small(*blocks: Tensor, dtypes: Container[torch.dtype] = _ARRAYS) -> bool:
 
     :param blocks: Its columns, in one block or several.
     :param dtypes: Those that they may have.
+    :param rows: How many they may have.
+    :param most: How many entries they may have.
     """
     entries = 0
     for block in blocks:
         entries += block.numel()
         if not (
-            entries <= _ENTRIES
+            entries <= most
             and block.is_cpu
             and block.dtype in dtypes
-            and block.shape[0] <= _ROWS
+            and block.shape[0] <= rows
             and type(block) is Tensor
             and not block.requires_grad
             and not block.is_neg()  # as imaginary parts of conjugates, which numpy cannot look at
-            and not is_transformed(block)
+            and not is_wrapped(block)
+            and forward_ad._current_level < 0  # nobody asks for tangents, which numpy drops
         ):
             return False
     return True
 
 
-# What overflows or is not finite is told from the results, not by warnings of numpy.
-@np.errstate(over="ignore", invalid="ignore")
-def small_gramian(*blocks: Tensor) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """A small matrix A in float64, and ``A Aᵀ``, exactly symmetric."""
+def small_gramian(*blocks: Tensor) -> tuple[NDArray[np.float64], NDArray[np.float64], float]:
+    """
+    A small matrix A in float64, and ``A Aᵀ``, exactly symmetric.
+
+    :param blocks: Its columns, as :func:`is_small` wants them.
+    :returns: The two, and what A as a vector is not longer than; infinity where entries may not be
+        finite.
+    """
+    # What overflows or is not finite is told from the results, not by warnings of numpy. To silence
+    # these takes longer than to multiply a few rows, and than to see that there will be none.
     if len(blocks) == 1:
-        rows = blocks[0].numpy().astype(np.float64)
-    else:
+        array = blocks[0].numpy()
+        squares = float(np.vdot(array, array))  # in the dtype of A
+        if squares < math.inf:
+            rows = array.astype(np.float64)
+            # Of a matrix times its transpose numpy computes one triangle.
+            return rows, rows.dot(rows.T), math.sqrt(1.001 * squares + _TINY)
+    with np.errstate(over="ignore", invalid="ignore"):
         rows = np.concatenate([block.numpy() for block in blocks], 1, dtype=np.float64)
-    # Of a matrix times its transpose numpy computes one triangle.
-    return rows, rows.dot(rows.T)
+        squares = float(np.vdot(rows, rows))
+        length = math.sqrt(squares + _TINY) if squares < math.inf else math.inf
+        return rows, rows.dot(rows.T), length
 
 
 @np.errstate(over="ignore", invalid="ignore")
@@ -100,16 +124,23 @@ def add_short_products(total: NDArray[np.float64], rows: NDArray[np.float64]) ->
             total[first:end, : end + 1] += np.matmul(piece[first:end], piece[: end + 1].T)
 
 
-@np.errstate(over="ignore", invalid="ignore")
 def small_combination(
-    weights: NDArray[np.floating[Any]], rows: NDArray[np.floating[Any]], dtype: torch.dtype
+    weights: NDArray[np.floating[Any]],
+    rows: NDArray[np.floating[Any]],
+    dtype: torch.dtype,
+    length: float = math.inf,
 ) -> Tensor:
     """
     ``w A``, multiplied in the wider dtype of the two.
 
     :param dtype: float32 or float64, to which the result is rounded.
+    :param length: As :func:`small_gramian` returns it.
     """
-    return torch.from_numpy(weights.dot(rows).astype(_ARRAYS[dtype], copy=False))
+    # No entry is above the product of the lengths of w and A.
+    if math.hypot(*weights.tolist()) * length < _LARGEST:
+        return torch.from_numpy(weights.dot(rows).astype(_ARRAYS[dtype], copy=False))
+    with np.errstate(over="ignore", invalid="ignore"):
+        return torch.from_numpy(weights.dot(rows).astype(_ARRAYS[dtype], copy=False))
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from functools import cache
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ _SHORT = range(2, 65)
 _ONE = 1 << 15
 # Rows from which on half of a product is left out on a CPU, and how many strips it is cut into.
 _MANY, _STRIPS = 96, 4
+_MIRRORED = 256  # rows up to which numpy copies a triangle in less time than torch
 # Columns of one product of a batch on accelerators.
 _BATCHED = 4096
 
@@ -72,7 +73,7 @@ def gramian_and_rows(blocks: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
     if len(blocks) == 1 and blocks[0].numel() <= _ONE:
         rows = blocks[0].double()
         if m < _MANY:
-            return symmetric(rows.mm(rows.T)), rows
+            return _mirrored(rows.mm(rows.T)), rows
         total = rows.new_empty((m, m))
         _add_product(total, rows, beta=0.0)
         return _mirrored(total), rows
@@ -95,13 +96,13 @@ def _sum_of_short(blocks: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
     total, buffer = np.zeros((m, m + 1)), torch.from_numpy(wide[:m])
     for filled in _filled(buffer, blocks):
         add_short_products(total, wide[:, :filled])
-    lower = total[:, :m]
-    return torch.from_numpy(np.where(_triangle(m), lower, lower.T)), _all_rows(buffer, blocks)
+    return _mirrored(torch.from_numpy(total[:, :m].copy())), _all_rows(buffer, blocks)
 
 
-@cache
-def _triangle(m: int) -> NDArray[np.bool_]:
-    return np.tri(m, dtype=np.bool_)
+@lru_cache(maxsize=16)
+def _upper(m: int) -> NDArray[np.bool_]:
+    upper: NDArray[np.bool_] = np.tri(m, k=-1, dtype=np.bool_).T
+    return upper
 
 
 def _all_rows(buffer: Tensor, blocks: Sequence[Tensor]) -> Tensor | None:
@@ -230,12 +231,13 @@ def _add_product(total: Tensor, wide: Tensor, *, beta: float = 1.0) -> None:
 
 
 def _mirrored(total: Tensor) -> Tensor:
-    """A total of :func:`_add_product` with both triangles."""
-    return symmetric(total) if len(total) < _MANY else _from_lower(total)
-
-
-def _from_lower(total: Tensor) -> Tensor:
-    """The symmetric matrix of which another one holds the lower triangle."""
+    """A total of :func:`_add_product` with both triangles; it may be overwritten."""
+    if is_small(total, rows=_MIRRORED, most=_MIRRORED**2):
+        array = total.numpy()
+        np.copyto(array, array.T, where=_upper(len(array)))
+        return total
+    if len(total) < _MANY:
+        return symmetric(total)
     # The upper one may hold anything, also NaN, which no product with zeros would remove.
     lower = total.tril()
     return lower + lower.tril(-1).T

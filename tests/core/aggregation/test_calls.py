@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -81,7 +82,20 @@ def test_a_few_rows_are_multiplied_without_an_operation_of_torch() -> None:
     aggregator, matrix = GramianAggregator(Shorter()), torch.randn(2, 1000)
     counts = _operations(lambda: aggregator(matrix))
     assert not counts.keys() & {"mm", "mv", "maximum", "_to_copy", "dot"}, counts
-    assert _python_calls(lambda: aggregator(matrix)) <= 30
+    assert _python_calls(lambda: aggregator(matrix)) <= 17
+
+
+def test_warnings_of_numpy_are_silenced_only_where_there_may_be_any(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    entered = []
+    monkeypatch.setattr(np, "errstate", lambda **how: entered.append(how) or nullcontext())
+    aggregator = GramianAggregator(Shorter())
+    for length in (1e-30, 1.0, 1e15):
+        aggregator(length * torch.randn(3, 50))
+    assert not entered
+    aggregator(torch.full((3, 50), 1e25))  # whose squares leave the range of float32
+    assert len(entered) == 1
 
 
 def test_a_few_rows_in_blocks_are_multiplied_without_an_operation_of_torch() -> None:
@@ -138,6 +152,23 @@ def test_small_blocks_are_summed_together_and_come_back_in_their_order() -> None
         for vector, block in zip(found, blocks, strict=True):
             assert vector.dtype == block.dtype
             torch.testing.assert_close(vector, combine(weights, block, wide=wide))
+
+
+@pytest.mark.parametrize("bits", [0x7F800001, 0x7FC00000, 0x7F800000])
+def test_rows_with_any_nan_or_infinity_warn_of_nothing(bits: int) -> None:
+    matrix = torch.ones(3, 5)
+    matrix.view(torch.int32)[1, 2] = bits  # the first one is a NaN that signals
+    assert GramianAggregator(Shorter())(matrix).isnan().all()
+
+
+@pytest.mark.parametrize("length", [1e-44, 1e-30, 1e-19, 1.0, 1e18, 1e20, 3e38])
+def test_a_few_rows_of_any_length_are_summed_as_in_float64(length: float) -> None:
+    matrix = torch.randn(4, 30, generator=torch.Generator().manual_seed(1)).sign() * length
+    for factor in (1e-40, 1.0, 1e38, 1e77, 1e300):
+        weights = torch.tensor([1.0, -2.0, 0.5, 3.0], dtype=torch.float64) * factor
+        aggregator = GramianAggregator(lambda gramian, weights=weights: weights + 0.0 * gramian[0])
+        expected = (weights @ matrix.double()).float()
+        torch.testing.assert_close(aggregator(matrix), expected, rtol=1e-6, atol=1e-45)
 
 
 def test_non_finite_rows_and_overflow_of_a_few_rows_warn_of_nothing() -> None:

@@ -67,7 +67,7 @@ class UPGradWeighting(GramianWeighting):
         else:
             references = np.diag(row_weights(self.pref_vector, m))
         found = solution("dual_cone", self.solver, (m, m), gramian, references)
-        return product(_ones(m), found)
+        return _ones(m).dot(found) if m <= _FEW else product(_ones(m), found)
 
     def compute_there(self, gramian: Tensor) -> Tensor | None:
         project = getattr(find_solver("dual_cone", self.solver), "project", None)
