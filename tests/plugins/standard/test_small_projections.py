@@ -33,10 +33,12 @@ def test_they_are_the_same_with_zero_rows_and_zero_preferences(m: int, n: int, m
     np.testing.assert_allclose(found @ rows.numpy(), expected @ rows.numpy(), atol=1e-11 * scale)
 
 
-@pytest.mark.parametrize("m", [6, 8, 32, 128])
+@pytest.mark.parametrize(
+    ("m", "many"), [(6, True), (8, True), (12, False), (32, True), (32, False), (128, True)]
+)
 @pytest.mark.parametrize("part", [0.9, 1.0])  # all of the mean: the rows cancel
 def test_rows_that_nearly_all_conflict_take_one_inverse(
-    m: int, part: float, monkeypatch: pytest.MonkeyPatch
+    m: int, many: bool, part: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     inverses: list[int] = []
     solve = _cone_of_few.solve_definite
@@ -48,14 +50,15 @@ def test_rows_that_nearly_all_conflict_take_one_inverse(
     rows -= part * rows.mean(0)
     rows *= torch.logspace(-3, 3, m, dtype=torch.float64)[:, None]
     G = add_proximal(gramian(rows).numpy(), 4e-12)
-    U = np.diag(np.linspace(1.0, 2.0, m))
+    shares = np.linspace(1.0, 2.0, m)
+    U = np.diag(shares) if many else (shares / rows.norm(dim=1).numpy())[None]
 
     found = NativeDualConeSolver()(G, U)
 
     assert inverses == [m]
     assert (found >= U).all()
     expected = NativeDualConeSolver().project(torch.from_numpy(G), torch.from_numpy(U)).numpy()
-    lengths = rows.norm(dim=1, keepdim=True).numpy()
+    lengths = rows.norm(dim=1, keepdim=True).numpy() if many else 1.0
     updates = [V @ rows.numpy() / lengths for V in (found, expected)]
     np.testing.assert_allclose(*updates, atol=1e-8)
 

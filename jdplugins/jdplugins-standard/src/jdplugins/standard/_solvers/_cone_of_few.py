@@ -12,6 +12,7 @@ from operator import mul
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from jdcore.linalg import equilibrate, exchange_few, lcp_residual, product, solve_definite
 from jdplugins.standard._solvers._alone import EXACT, LARGE, solve_one
@@ -20,7 +21,8 @@ from jdplugins.standard._solvers._parametric import follow
 from jdplugins.standard._solvers._semidefinite import is_plausible
 from jdplugins.standard._solvers._tiny import HANDFUL, HANDFUL_OF_ONE, Rows, roots_of, solve_few
 
-_OPPOSED = 6  # rows from which on an inverse pays
+_OPPOSED, _OPPOSED_TO_ONE = 6, 10  # rows from which on an inverse pays; for one vector
+_SOME = 4  # rows that have positive products with one projection of rows that nearly all conflict
 _MANY = 32  # rows from which on a guess pays
 _INDEPENDENT = 3e-3  # length of what each unit row has beside those before it
 
@@ -40,7 +42,7 @@ def project_few(gramian: Floats, references: Floats) -> Floats | None:
     if m > 2 and _are_inside(gramian, references):
         found = references.copy()
         return found
-    if k == m >= _OPPOSED:
+    if k == m >= _OPPOSED or (k == 1 and m >= _OPPOSED_TO_ONE):
         opposed = _among_opposed(gramian, references)
         if opposed is not None:
             return opposed
@@ -96,31 +98,57 @@ def _are_inside(gramian: Floats, references: Floats) -> bool:
 @np.errstate(all="ignore")  # what leaves the range of floats is told at the end
 def _among_opposed(gramian: Floats, references: Floats) -> Floats | None:
     """
-    Projections of rows that nearly all conflict: each is orthogonal to all other rows.
+    Projections of rows that nearly all conflict: each is orthogonal to nearly all of them.
 
-    :param references: Multiples of the unit vectors, in their order.
+    :param references: One vector, or multiples of the unit vectors, in their order.
     :returns: None where that is not so.
     """
-    m, shares = len(gramian), references.diagonal()
+    m = len(gramian)
     # Of random rows, half of the pairs conflict; these are three standard deviations more.
     if np.count_nonzero(gramian < 0.0) < (m - 1) * (0.5 * m + 2.0):
         return None
-    if np.count_nonzero(references) != m or not shares.min() > 0.0:
+    norms = np.sqrt(gramian.diagonal())
+    one, shares = len(references) == 1, references.diagonal()
+    if not one and (np.count_nonzero(references) != m or not shares.min() > 0.0):
         return None
     try:
         inverse = solve_definite(gramian, np.eye(m))
     except np.linalg.LinAlgError:
         return None
-    found: Floats = inverse * (shares / inverse.diagonal())[:, None]
-    found.flat[:: m + 1] = shares
-    # What is left of the products of unit vectors, of which that with its own row may be positive.
-    norms = np.sqrt(gramian.diagonal())
-    products = product(found / (shares * norms)[:, None], gramian) / norms
-    products.flat[:: m + 1] = 0.0
-    # Of rows whose products are rounded to an indefinite matrix, the product with the own row may
-    # be negative; then all others are.
-    exact = inverse.diagonal().min() > 0.0 and np.abs(products).max() <= EXACT
-    return found if exact and found.min() >= 0.0 else None
+    if one:
+        scales = np.abs(references * norms).max(1)
+        found, own = _beside_some(inverse, references[0])
+    else:
+        scales, own = shares * norms, np.arange(0, m * m, m + 1)
+        found = inverse * (shares / inverse.diagonal())[:, None]
+        found.flat[own] = shares
+    # What is left of the products of rows as long as in the problem that others solve. Only those
+    # with the own rows may be positive; of rows whose products are rounded to an indefinite matrix,
+    # they may be negative.
+    products = product(found / scales[:, None], gramian) / norms
+    positive = products.flat[own].min() >= 0.0
+    products.flat[own] = 0.0
+    exact = positive and np.abs(products).max() <= EXACT
+    return found if exact and (found >= references).all() else None
+
+
+def _beside_some(inverse: Floats, reference: Floats) -> tuple[Floats, NDArray[np.intp]]:
+    """
+    The projection of one vector if only a few rows have positive products with it.
+
+    The most likely ones come first: those with which it would be the longest, were they alone.
+
+    :returns: It [1, m], and these rows.
+    """
+    rows = np.argsort(-reference * np.abs(reference) / inverse.diagonal())
+    for count in range(1, _SOME + 1):
+        few = rows[:count]
+        products = np.linalg.solve(inverse[few[:, None], few], reference[few])
+        found: Floats = products.dot(inverse[few])
+        found[few] = reference[few]
+        if (found >= reference).all():
+            break
+    return found[None], few
 
 
 def _solved(C: Floats, Q: Floats) -> Floats | None:
