@@ -64,11 +64,9 @@ class Call:
         )
 
 
-def _one_each(outputs: Sequence[Tensor]) -> list[list[bool]]:
-    """For each row, which outputs it differentiates, where each element has a row."""
-    return [
-        [other is output for other in outputs] for output in outputs for _ in range(output.numel())
-    ]
+def _one_each(outputs: Sequence[Tensor]) -> list[list[int]]:
+    """For each row, the output it differentiates, where each element has a row."""
+    return [[i] for i, output in enumerate(outputs) for _ in range(output.numel())]
 
 
 @contextmanager

@@ -91,10 +91,10 @@ class Plan:
         return retained[::-1]
 
     @property
-    def uses(self) -> list[list[bool]]:
-        """Per task, which of the features its loss depends on, as far as the graph tells."""
+    def uses(self) -> list[list[int]]:
+        """Per task, the features its loss depends on, by position, as far as the graph tells."""
         edges = [edge_of(feature) for feature in self.cut]
-        return [[edge in head.stops for edge in edges] for head in self.heads]
+        return [[i for i, edge in enumerate(edges) if edge in head.stops] for head in self.heads]
 
 
 def find_trunk(features: Tensor | Sequence[Tensor]) -> tuple[list[Tensor], Reach]:

@@ -3,7 +3,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property, partial
-from itertools import compress
+from itertools import chain, compress
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from jdcore.autojac._taps import RowTaps, worth_a_hook
 from jdcore.autojac._vmap import Kind, attempt, choose_chunk_size, insist, seems_hooked
 from jdcore.errors import VectorizationError
 from jdcore.graph import Reach, reach
-from jdcore.graph._batched import agree, batched_gradients, mixed
+from jdcore.graph._batched import agree, batched_gradients, mixed, without_warning
 from jdcore.graph._functions import kept_leaves, returning_copies
 from jdcore.graph._hooks import hooks_made_lately
 from jdcore.graph._passes import differentiate, explain_single_pass
@@ -40,7 +40,7 @@ class Problem:
     :param cotangents: Initial Jacobians ``[m, *S_output]``, one per output.
     :param graph: What lies behind the outputs.
     :param watched: Leaves that functions of the graph may accumulate into by themselves.
-    :param uses: For each row, which outputs it differentiates, where the caller knows.
+    :param uses: For each row, the positions of the outputs it differentiates, where that is known.
     :param sums: How many of the inputs, the last ones, get the sum over the rows in place of a row
         each. Such rows are differentiated one by one.
     :param asked: For each row, the positions of the inputs that it is wanted of. By default all.
@@ -55,7 +55,7 @@ class Problem:
     cotangents: list[Tensor]
     graph: Reach
     watched: list[Tensor]
-    uses: list[list[bool]] | None = None
+    uses: Sequence[Sequence[int]] | None = None
     sums: int = 0
     asked: Sequence[Sequence[int]] | None = None
     retained: Sequence[bool] | None = None
@@ -68,7 +68,7 @@ class Problem:
         cotangents: Sequence[Tensor],
         graph: Reach | None = None,
         watched: Iterable[Tensor] = (),
-        uses: Sequence[Sequence[bool]] | None = None,
+        uses: Sequence[Sequence[int]] | None = None,
         **options: Any,
     ) -> Problem:
         """
@@ -77,7 +77,8 @@ class Problem:
         :param graph: What lies behind the outputs, if it is known.
         :param watched: Tensors among which are leaves whose ``.grad`` must not change, besides
             those that the graph shows.
-        :param uses: For each row, which of all the outputs it differentiates, if that is known.
+        :param uses: For each row, the positions among all the outputs of those that it
+            differentiates, if that is known.
         :param options: Further fields.
         """
         # autograd refuses outputs without a graph; the loss of an absent task has none, and its row
@@ -88,8 +89,10 @@ class Problem:
         found = reach(differentiated) if graph is None else graph
         aside = kept_leaves(found.functions)
         aside += [tensor for tensor in watched if tensor.requires_grad and tensor.is_leaf]
-        live_uses = None if uses is None else [list(compress(row, live)) for row in uses]
-        return Problem(differentiated, list(inputs), rows, found, aside, live_uses, **options)
+        if uses is not None and len(rows) < len(live):
+            places = {old: new for new, old in enumerate(compress(range(len(live)), live))}
+            uses = [[places[i] for i in row if i in places] for row in uses]
+        return Problem(differentiated, list(inputs), rows, found, aside, uses, **options)
 
     @property
     def m(self) -> int:
@@ -121,9 +124,9 @@ class Problem:
         return evolve(self, products=find_products(self.graph, large))
 
     @cached_property
-    def usage(self) -> list[list[bool]]:
+    def usage(self) -> Sequence[Sequence[int]]:
         """
-        For each row, which outputs it differentiates.
+        For each row, the positions of the outputs it differentiates.
 
         An output whose part of the row is zero is left out: passing zeros through its graph costs
         time, and gives NaN wherever that graph has an infinite derivative.
@@ -132,13 +135,13 @@ class Problem:
             return self.uses
         matrices = list(map(as_matrix, self.cotangents))
         if all(matrix.is_cpu for matrix in matrices):
-            return [list(row) for row in zip(*map(_rows_not_zero, matrices), strict=True)]
-        masks = [matrix.any(dim=1) for matrix in matrices]
-        if len(masks) == 1:
-            return [[used] for used in masks[0].tolist()]
-        # One transfer for all rows, as each one would wait for an accelerator.
-        usage: list[list[bool]] = torch.stack(masks, dim=1).tolist()
-        return usage
+            used = list(map(_rows_not_zero, matrices))
+        else:
+            masks = [matrix.any(dim=1) for matrix in matrices]
+            # One transfer for all rows, as each one would wait for an accelerator.
+            used = (masks[0][None] if len(masks) == 1 else torch.stack(masks)).tolist()
+        numbers = range(len(matrices))
+        return [[*compress(numbers, row)] for row in zip(*used, strict=True)]
 
     def jacobians(self, retain_graph: bool, chunk_size: int | None = None) -> list[Tensor]:
         """
@@ -172,9 +175,11 @@ class Problem:
 
     def _chunk_size(self) -> int:
         known = self.uses is not None
-        return choose_chunk_size(
-            self.kind, self.inputs, self.m, lambda: self.usage, self.graph, known=known
-        )
+
+        def use_all() -> bool:
+            return all(len(row) == len(self.outputs) for row in self.usage)
+
+        return choose_chunk_size(self.kind, self.inputs, self.m, use_all, self.graph, known=known)
 
     def row_by_row(self, retain_graph: bool) -> list[Tensor]:
         """Differentiate without vmap, freeing the graph with the last row."""
@@ -192,9 +197,11 @@ class Problem:
                 raise VectorizationError(
                     "the graph holds functions or hooks for which each row must be accumulated."
                 )
-            if size > 1 and size == self.m:
-                return self._at_once(retain_graph)
-            return self._in_pieces(size, retain_graph)
+            if size == 1:
+                return self._in_pieces(size, retain_graph)
+            with without_warning(self.kind.operations):
+                whole = size == self.m
+                return self._at_once(retain_graph) if whole else self._in_pieces(size, retain_graph)
 
     def _solve_in_memory(self, chunk_size: int, retain_graph: bool) -> list[Tensor]:
         """:meth:`solve`, with less rows at a time where memory does not suffice."""
@@ -251,12 +258,11 @@ class Problem:
 
     def _in_pieces(self, size: int, retain_graph: bool) -> list[Tensor]:
         """Differentiate so many rows at a time and write them to their places."""
-        usage, every = self.usage, range(len(self.inputs))
-        pieces = [usage[start : start + size] for start in range(0, self.m, size)]
-        # Calls of C alone: there are as many entries as rows times outputs.
-        numbers = range(len(self.outputs))
-        used = [[*compress(numbers, map(any, zip(*piece, strict=True)))] for piece in pieces]
-        asked = self.asked or [every] * len(pieces)
+        used, every = self.usage, range(len(self.inputs))
+        if size > 1:
+            pieces = [used[start : start + size] for start in range(0, self.m, size)]
+            used = [sorted({*chain.from_iterable(piece)}) for piece in pieces]
+        asked = self.asked or [every] * len(used)
         # Rows that use no output make no pass: the graph is freed by the last one that does.
         passes = [k for k, outputs in enumerate(used) if outputs and asked[k]]
         rows = Rows(self.inputs, self.sums, self.m, size, self.products)

@@ -91,7 +91,7 @@ def choose_chunk_size(
     kind: Kind,
     inputs: Sequence[Tensor],
     m: int,
-    usage: Callable[[], Sequence[Sequence[bool]]],
+    use_all: Callable[[], bool],
     graph: Reach,
     *,
     known: bool = False,
@@ -112,9 +112,9 @@ def choose_chunk_size(
     :param kind: The graph to be differentiated.
     :param inputs: The tensors with respect to which it is.
     :param m: Number of rows.
-    :param usage: Tells for each row which outputs it differentiates.
+    :param use_all: Tells whether each row differentiates all outputs.
     :param graph: What lies behind the outputs.
-    :param known: Whether ``usage`` tells without reading values.
+    :param known: Whether ``use_all`` tells without reading values.
     """
     if kind.wrong:
         return 1
@@ -130,7 +130,7 @@ def choose_chunk_size(
         small = is_small(graph, inputs)
         # An output that a row does not use may have an infinite derivative, which gives NaN under
         # vmap. Rows that use all outputs have it themselves, as on accelerators the Jacobian does.
-        suits = small and not kind.convolves and all(map(all, usage()))
+        suits = small and not kind.convolves and use_all()
         return min(m, _MOST_ROWS) if suits else 1
     return _rows_that_fit(m, inputs, graph)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from jdcore._living import living
+from jdcore.graph._operations import some_looped
+from jdcore.graph._passes import differentiate
 from jdcore.graph._saved import is_batched
 from jdcore.graph.shares import combined
 
@@ -70,6 +72,24 @@ def _noted() -> Iterator[None]:
         _RUNNING.pop()
 
 
+def without_warning(names: Iterable[str] | None = None) -> AbstractContextManager[object]:
+    """
+    Let vmap run row by row, without a word, what it cannot batch, as we would do ourselves.
+
+    :param names: Those of the operations, if they are known.
+    """
+    # Only where it may warn: once the filters have changed, Python shows again what it showed once,
+    # such as the warnings of the user's own loop.
+    return _silent() if names is None or some_looped(names) else nullcontext()
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="There is a performance drop")
+        yield
+
+
 def batched_gradients(
     outputs: Sequence[Any],
     inputs: Sequence[Any],
@@ -86,13 +106,9 @@ def batched_gradients(
     """
 
     def row(*gradients: Tensor) -> tuple[Tensor | None, ...]:
-        return torch.autograd.grad(
-            outputs, inputs, gradients, retain_graph=retain_graph, allow_unused=True
-        )
+        return differentiate(outputs, inputs, gradients, retain_graph)
 
-    with _noted(), warnings.catch_warnings():
-        # vmap runs an operator that it cannot batch row by row, as we would do without it.
-        warnings.filterwarnings("ignore", message="There is a performance drop")
+    with _noted():
         if not QUICK:
             return _by_vmap(row, cotangents, len(inputs))
         # What `torch.vmap` does around a function. Some rules are made when they are needed first.

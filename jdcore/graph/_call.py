@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from itertools import compress
 from typing import Any
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 
 from jdcore._fields import dense
-from jdcore.graph._batched import agree, mixed
+from jdcore.graph._batched import agree, mixed, without_warning
 from jdcore.graph._graph import Graph, Place
 from jdcore.graph._memory import Memory
 from jdcore.graph._operations import REARRANGING
@@ -153,9 +152,7 @@ def _batched(
     :returns: Its results, stacked, or None if one of its operations cannot be batched.
     """
     try:
-        with warnings.catch_warnings():
-            # Some operations are batched by a loop; that is what would be done otherwise.
-            warnings.filterwarnings("ignore", message="There is a performance drop")
+        with without_warning():
             found: tuple[Tensor, ...] = torch.vmap(one)(*rows)
     # vmap raises it for what it cannot batch, such as Python code that asks for a value.
     except RuntimeError:

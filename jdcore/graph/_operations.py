@@ -3,9 +3,9 @@ What is known of the operations of torch, by the names of their nodes: one table
 
 An operation is **batched** if its derivative is the same for many gradients at once as for one
 after the other. Not all are: torch batches those of ``cdist`` and ``as_strided_scatter``, and of
-``roll`` for a tensor without dimensions, wrongly without a word, and others by a loop. Those that
-are named here are compared with single passes by the tests, for all supported versions of torch; no
-other one is ever batched.
+``roll`` for a tensor without dimensions, wrongly without a word, and others, "looped" ones, by a
+loop. Those that are named here are compared with single passes by the tests, for all supported
+versions of torch; no other one is ever batched.
 
 It is **steady** if names, shapes and integers alone decide which entries of its operands its
 results depend on. Where samples are is shown once for each kind of graph of such operations; what
@@ -43,10 +43,11 @@ _TABLE = """
         NativeGroupNorm NativeBatchNorm
     steady along-first: CudnnBatchNorm
     batched steady: Rsub Neg Exp2 Expm1 Log1P Log2 Log10 Sqrt Rsqrt Sin Cos Tan Sinh Cosh Asin Acos
-        Atan Asinh Acosh Atanh Erf Erfc Silu Mish Softplus LogSigmoid Elu LeakyRelu Abs Reciprocal
+        Atan Asinh Acosh Atanh Erf Erfc Silu Softplus LogSigmoid Elu LeakyRelu Abs Reciprocal
         Expand Slice Select Sum Mean Var Logsumexp Amax Amin Dot MseLoss SmoothL1Loss
         BinaryCrossEntropy BinaryCrossEntropyWithLogits Convolution AvgPool2D AdaptiveAvgPool2D
-        ConstantPadNd ScaledDotProductFlashAttentionForCpu
+        ConstantPadNd
+    batched looped steady: Mish ScaledDotProductFlashAttentionForCpu
     steady: Erfinv MT Addcmul Addcdiv Lerp Logaddexp Logaddexp2 Vdot Addr Linear Trilinear
         SlowConvTranspose2D SlowConv2D ThnnConv2D ConvDepthwise2D CudnnConvolution MkldnnLinear
         FusedRmsNorm MiopenBatchNorm Glu VarMean Cumsum Movedim Flip Rot90 Diagonal DiagEmbed Tril
@@ -90,6 +91,7 @@ REARRANGING = having("rearrange")
 PARTS = having("part")
 """Operations whose results are parts of what they are given that do not overlap."""
 _BATCHED, _STEADY, _PRODUCTS = having("batched"), having("steady"), having("product")
+_BATCHED_AS_ONE = _BATCHED - having("looped")
 _WRONG, _WRONG_FOR_NUMBERS = having("wrong-if-batched"), having("wrong-for-numbers-if-batched")
 
 MATRIX_PRODUCTS = {"AddmmBackward0": (2, "mat1"), "MmBackward0": (1, "self")}
@@ -142,6 +144,11 @@ def is_batchable(name: str, node: Any) -> bool:
 def is_listed(name: str) -> bool:
     """Whether an operation is known to be batched rightly."""
     return operation(name) in _BATCHED
+
+
+def some_looped(names: Iterable[str]) -> bool:
+    """Whether torch may batch one of some operations by a loop, of which it warns."""
+    return not _BATCHED_AS_ONE.issuperset(map(operation, names))
 
 
 def is_sparse(name: str, node: Any) -> bool:

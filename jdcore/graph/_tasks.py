@@ -17,7 +17,7 @@ from attrs import frozen
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from jdcore.graph._batched import batched_gradients
+from jdcore.graph._batched import batched_gradients, without_warning
 from jdcore.graph._cost import batch_beats_single_passes
 from jdcore.graph._graph import Form, Graph, Place, once_for_each_form
 from jdcore.graph._memory import Memory, pieces
@@ -367,15 +367,16 @@ class Passes:
             return {}
         outputs, inputs = self.graph.edges(list(arriving)), self.graph.edges(places)
         bounds = pieces(len(self._present), self._at_once)
-        parts = [
-            batched_gradients(
-                outputs,
-                inputs,
-                [grads[start:stop] for grads in arriving.values()],
-                retain_graph or stop < len(self._present),
-            )
-            for start, stop in bounds
-        ]
+        with without_warning(self.graph.form.names[node] for node in self._ways.common):
+            parts = [
+                batched_gradients(
+                    outputs,
+                    inputs,
+                    [grads[start:stop] for grads in arriving.values()],
+                    retain_graph or stop < len(self._present),
+                )
+                for start, stop in bounds
+            ]
         _PASSED.add(self._ways.kind)
         found = (self._joined(of_place) for of_place in zip(*parts, strict=True))
         return dict(zip(places, found, strict=True))

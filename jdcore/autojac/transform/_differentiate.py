@@ -23,8 +23,9 @@ class Jac(Transform):
     :param graph: What lies behind the outputs, if it is known.
     :param watched: Tensors among which are leaves whose ``.grad`` must not change meanwhile,
         besides those of the graph.
-    :param uses: For each row, which outputs it differentiates: those for which it is not zero. Read
-        from the values if it is left out, for which an accelerator must be waited for.
+    :param uses: For each row, the positions of the outputs it differentiates: those for which it is
+        not zero. Read from the values if it is left out, for which an accelerator must be waited
+        for.
     """
 
     def __init__(
@@ -36,7 +37,7 @@ class Jac(Transform):
         chunk_size: int | None = None,
         graph: Reach | None = None,
         watched: Iterable[Tensor] = (),
-        uses: Sequence[Sequence[bool]] | None = None,
+        uses: Sequence[Sequence[int]] | None = None,
     ) -> None:
         super().__init__(needs=outputs, gives=inputs)
         self.retain_graph, self.chunk_size = retain_graph, chunk_size

@@ -76,7 +76,7 @@ def jac_of(
     watched: Iterable[Tensor] = (),
     retain_graph: bool = False,
     chunk_size: int | None = None,
-    uses: Sequence[Sequence[bool]] | None = None,
+    uses: Sequence[Sequence[int]] | None = None,
 ) -> Transform:
     """
     :class:`Jac`, or :class:`ShardedJac` where a process holds a part only.

@@ -55,7 +55,7 @@ class PerTask(Transform):
             [value.expand(m, *value.shape) for value in values.values()],
             self.graph,
             self.watched,
-            uses=[[False] * k + [True] + [False] * (m - k - 1) for k in range(m)],
+            uses=[[k] for k in range(m)],
             sums=len(self.gives) - len(rows),
             asked=[[*rows, *[places[id(key)] for key in task]] for task in self.tasks],
             retained=self.retained,

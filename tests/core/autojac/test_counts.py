@@ -112,12 +112,12 @@ def _chosen(model: nn.Module, x: Tensor, m: int, free: int | None) -> int:
     losses = _losses(model(x), m)
     graph, inputs = reach(losses), list(model.parameters())
 
-    def usage() -> list[list[bool]]:
+    def use_all() -> bool:
         raise AssertionError("reads values, for which the host would wait")
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_vmap, "free_memory", lambda device, enough: free)
-        return choose_chunk_size(Kind.of(graph), inputs, m, usage, graph)
+        return choose_chunk_size(Kind.of(graph), inputs, m, use_all, graph)
 
 
 @pytest.mark.usefixtures("_fresh")
@@ -174,7 +174,7 @@ def test_on_accelerators_single_rows_are_written_by_one_call_each() -> None:
         problem = Problem.of([y], list(model.parameters()), [start[y]])
         with pytest.MonkeyPatch.context() as patch:
             # Which rows are zero is asked once, before the first pass.
-            patch.setattr(Problem, "usage", property(lambda self: [[True]] * m))
+            patch.setattr(Problem, "usage", property(lambda self: [[0]] * m))
             with Operations() as operations:
                 problem.row_by_row(retain_graph=True)
             return operations.counts, _python_calls(lambda: problem.row_by_row(retain_graph=True))

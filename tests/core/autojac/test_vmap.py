@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils.checkpoint import checkpoint
 
-from jdcore.autojac import _problem, _vmap, backward, jac
+from jdcore.autojac import _problem, _vmap, backward, gramian_backward, jac, zero_jac
 from jdcore.errors import VectorizationError, VectorizationWarning
 from jdcore.graph import _operations, reach
 from tests.core.autojac.conftest import Truth
@@ -32,40 +32,49 @@ def _leaf(*shape: int) -> Tensor:
     return torch.randn(shape, dtype=torch.float64, requires_grad=True)
 
 
-def _chosen(outputs: list[Tensor], inputs: list[Tensor], usage: list[list[bool]]) -> int:
+def _chosen(outputs: list[Tensor], inputs: list[Tensor], m: int, *, dense: bool = True) -> int:
     graph = reach(outputs)
-    kind = _vmap.Kind.of(graph)
-    return _vmap.choose_chunk_size(kind, inputs, len(usage), lambda: usage, graph)
-
-
-def _dense(m: int) -> list[list[bool]]:
-    return [[True]] * m
+    return _vmap.choose_chunk_size(_vmap.Kind.of(graph), inputs, m, lambda: dense, graph)
 
 
 def test_small_graphs_are_vmapped_on_cpu_in_bounded_chunks() -> None:
     layer = nn.Linear(8, 8)
     out = layer(torch.randn(8)).tanh()
-    assert _chosen([out], list(layer.parameters()), _dense(8)) == 8
-    assert _chosen([out], list(layer.parameters()), _dense(1000)) == 64
-    assert _chosen([out], list(layer.parameters()), _dense(3)) == 3
-    assert _chosen([out], list(layer.parameters()), _dense(2)) == 1
+    assert _chosen([out], list(layer.parameters()), 8) == 8
+    assert _chosen([out], list(layer.parameters()), 1000) == 64
+    assert _chosen([out], list(layer.parameters()), 3) == 3
+    assert _chosen([out], list(layer.parameters()), 2) == 1
+
+
+@pytest.mark.parametrize("step", [backward, lambda y: gramian_backward(y, torch.diag)])
+def test_warnings_that_were_shown_once_are_not_shown_again_after_a_step(
+    step: Callable[[Tensor], Any],
+) -> None:
+    layer = nn.Linear(8, 8)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        for _ in range(4):
+            warnings.warn("of the loop around", stacklevel=1)
+            step(layer(torch.randn(8)).tanh())
+            zero_jac(layer.parameters())
+    assert len(caught) == 1
 
 
 def test_large_layers_are_differentiated_row_by_row_on_cpu() -> None:
     layer = nn.Linear(512, 512)
-    assert _chosen([layer(torch.randn(512))], list(layer.parameters()), _dense(8)) == 1
+    assert _chosen([layer(torch.randn(512))], list(layer.parameters()), 8) == 1
 
 
 def test_separate_losses_are_differentiated_row_by_row_on_cpu() -> None:
     a = _leaf(2)
     losses = [a.sum(), a.prod()]
-    assert _chosen(losses, [a], [[True, False], [False, True]]) == 1
+    assert _chosen(losses, [a], 4, dense=False) == 1
 
 
 def test_convolutions_are_differentiated_row_by_row_on_cpu() -> None:
     layer = nn.Conv2d(1, 2, 3)
     out = layer(torch.randn(1, 1, 5, 5))
-    assert _chosen([out], list(layer.parameters()), _dense(8)) == 1
+    assert _chosen([out], list(layer.parameters()), 8) == 1
 
 
 def test_leaves_with_hooks_are_differentiated_row_by_row() -> None:
