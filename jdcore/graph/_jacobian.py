@@ -488,8 +488,9 @@ class Jacobian:
             for tensor, g in zip(tensors, found, strict=True)
             if g is not None
         }
-        # Two leaves may have got the same tensor, as both terms of a sum do.
-        return dict(zip(given, disjoint(given.values()), strict=True))
+        # Two leaves may have got the same tensor, as both terms of a sum do, or that of the weights
+        # themselves, which may be a field of who gave them.
+        return dict(zip(given, disjoint(given.values(), seeds), strict=True))
 
     def _others(self) -> list[Tensor]:
         return [*(self.graph.others if self._all_leaves else ()), *self.graph.retained]

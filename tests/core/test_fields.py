@@ -307,6 +307,20 @@ def test_tensor_hooks_change_gradients_that_no_backward_pass_brought() -> None:
         through_tensor_hooks({b: torch.ones(2)})
 
 
+@pytest.mark.parametrize("batch_dim", [0, None])
+@pytest.mark.parametrize("combine", [torch.add, lambda a, _: a.view(2)])
+def test_gradients_do_not_lie_in_the_weights_that_were_given(
+    combine: Callable[[Tensor, Tensor], Tensor], batch_dim: int | None
+) -> None:
+    """Where losses are parameters, or a sum of them, a pass hands on what it starts with."""
+    leaf, weights = _leaf(2), torch.tensor([1.0, 2.0])
+    losses = combine(leaf, _leaf(2))
+    autogram.backward(losses, lambda _: weights, batch_dim=batch_dim, second_pass=True)
+    assert leaf.grad is not None
+    leaf.grad.zero_()  # as optimizers do
+    assert weights.tolist() == [1.0, 2.0]
+
+
 # -- memory that ends ------------------------------------------------------------------------------
 
 
