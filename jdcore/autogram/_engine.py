@@ -229,7 +229,8 @@ class Engine:
         """
         Compare the Gramian with that of rows by plain backward passes, parameter by parameter.
 
-        Takes one backward pass for each loss, and the memory of the whole Jacobian.
+        Takes one backward pass for each loss, a step for each parameter (of thousands of them:
+        verify some modules), and the memory of the whole Jacobian.
 
         :param output: As for :meth:`compute_gramian`.
         :returns: One entry for each parameter behind the losses; printed, a table.
