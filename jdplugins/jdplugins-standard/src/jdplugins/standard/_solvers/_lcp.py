@@ -14,7 +14,6 @@ from typing import TypeAlias, TypeVar
 
 import numpy as np
 import torch
-from attrs import frozen
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -49,35 +48,16 @@ _CORRECTED, _LARGE = 0.05, 96
 _GUESSED, _USELESS = 64, 0.1
 _DAMPED = 1e-10  # proximal term with which wrong signs are counted
 _SAMPLE = 4  # rows that tell which scale is right for all
-_EXACT = 1e-12  # residual that suffices for few rows
 _ALONE = 16  # rows that are solved one by one before another guess would be made
-
-
-# A residual above this is handed on to the next method.
-ROUGH = 1e-11
-
-
-@frozen
-class _Way:
-    """
-    How to go about a matrix.
-
-    :param settled: Part of the signs that may still change in a guess.
-    :param deltas: Proximal terms to pivot with, one after the other.
-    :param enough: Residual that suffices.
-    """
-
-    settled: float
-    deltas: tuple[float, ...]
-    enough: float
-
-
-_INDEPENDENT = _Way(5e-4, (0.0,), 1e-12)
-_DEPENDENT = _Way(5e-4, (0.0,), 1e-12)
-# Of many solutions, a proximal term chooses one near the guess. What differs between these is as
-# small as the least eigenvalues, and so are residuals.
-_CANCELLING = _Way(5e-5, (_DAMPED, 1e-13), UNSOLVED)
-_NEARLY = 1e-7  # residual of answers of which only signs that are rounding are wrong
+# Residuals: that suffices for few rows, above which an answer is handed on to the next method, and
+# of answers of which only signs that are rounding are wrong.
+_EXACT, ROUGH, _NEARLY = 1e-12, 1e-11, 1e-7
+# Part of the signs that may still change in a guess, proximal terms to pivot with one after the
+# other, and the residual that suffices. Of many solutions of rows that cancel, a proximal term
+# chooses one near the guess; what differs between these is as small as the least eigenvalues, and
+# so are residuals.
+_ANY = 5e-4, (0.0,), _EXACT
+_CANCELLING = 5e-5, (_DAMPED, 1e-13), UNSOLVED
 
 
 def solve_lcps(C: Tensor, Q: Tensor) -> tuple[Tensor, Tensor]:
@@ -114,31 +94,28 @@ class _Search:
         self.near = self.Z.clone()
         self.residuals = Q.amin(1).neg_().clamp_min_(0.0)
         self.all = torch.arange(len(Q), device=Q.device)
-
-    @functools.cached_property
-    def way(self) -> _Way:
-        return _way(self.C)
+        pivot = _smallest_pivot(C)
+        self.cancelling, self.independent = pivot < _SINGULAR, pivot >= _FAR
+        self.settled, self.deltas, self.enough = _CANCELLING if self.cancelling else _ANY
 
     def run(self) -> None:
         k, m = self.Q.shape
-        if self.way is not _INDEPENDENT:
+        if not self.independent:
             self.keep(self.all, *one_entry(self.C, self.Q))
         left = self.left(_EXACT)
         if not len(left):
             return
-        few = k * m**3 <= _WORTH and (m <= _GUESSED or self.way is not _DEPENDENT)
-        if not few or (m > _FOLLOWED and self.way is _INDEPENDENT):
+        few = k * m**3 <= _WORTH and (m <= _GUESSED or self.independent or self.cancelling)
+        if not few or (m > _FOLLOWED and self.independent):
             self._guess(left)
-        if few:
-            faced = m > _FACED and self.way is _CANCELLING
-            if faced:
-                self._by_face()
-            self._follow(self.left(self.way.enough if faced else _EXACT))
-            return
-        if self.way is _CANCELLING:
+        faced = self.cancelling and (m > _FACED or not few)
+        if faced:
             self._by_face()
-        self._guess_again()
-        self._one_by_one()
+        if few:
+            self._follow(self.left(self.enough if faced else _EXACT))
+        else:
+            self._guess_again()
+            self._one_by_one()
 
     def left(self, residual: float) -> Tensor:
         """The rows that are not solved yet: those of larger residuals."""
@@ -158,21 +135,21 @@ class _Search:
 
     def _guess(self, rows: Tensor) -> None:
         """Guess, and pivot from there if that is close."""
-        X, changing = guess(self.C, self.Q[rows], self.way.settled)
+        X, changing = guess(self.C, self.Q[rows], self.settled)
         self.X[rows], self.near[rows] = X, X.clamp_min(0.0).double()
         # To look for a better scale costs less than to pivot from far.
-        sure = self.way is not _DEPENDENT and not changing
+        sure = (self.independent or self.cancelling) and not changing
         if sure or self._wrong(few := rows[_sample(rows)], self.X[few][None])[0] <= GOOD:
             self._pivot(rows, self.near[rows])
 
     def _by_face(self) -> None:
         """Solve what is left beside the rows that cancel, if there are any."""
-        rows = self.left(self.way.enough)
+        rows = self.left(self.enough)
         face = find_face(self.C) if len(rows) > _ALONE else None
         # Beside a few that cancel, others of small problems are followed in less time.
         if face is not None and (len(self.C) > _LARGE or len(face.inside) > len(face.outside)):
             if not self.near.any():
-                X, _ = guess(self.C, self.Q[rows], self.way.settled)
+                X, _ = guess(self.C, self.Q[rows], self.settled)
                 self.near[rows] = X.clamp_min(0.0).double()
             Z = face.solve(self.Q[rows], self.near[rows], lambda C, Q: solve_lcps(C, Q)[0])
             self.keep(rows, Z, natural_residual(self.C, self.Q[rows], Z))
@@ -194,7 +171,7 @@ class _Search:
             # than rounding does, however they share.
             self.near[rows] = centre = X.nan_to_num(0.0, 0.0).clamp_min(0.0).double()
             # Of rows that cancel, some signs are small beside what exchanges of others change.
-            large = _LARGE if self.way is _CANCELLING else _PIVOTED
+            large = _LARGE if self.cancelling else _PIVOTED
             near = least <= _CORRECTED and len(self.C) > large
             if least > most:
                 self._follow(rows)
@@ -212,10 +189,10 @@ class _Search:
 
     def _pivot(self, rows: Tensor, centre: Tensor) -> None:
         """Pivot from about some z, and from the answer where that is nearly right."""
-        for delta in self.way.deltas:
+        for delta in self.deltas:
             Z, residuals = pivot(self.C, self.Q[rows], centre > 0.0, delta=delta, centre=centre)
             self.keep(rows, Z, residuals)
-            left = residuals > self.way.enough
+            left = residuals > self.enough
             self.come_nearer(rows[left], Z[left])
             residuals = self.residuals[rows]
             rows = rows[(residuals > ROUGH) & (residuals < _NEARLY)]
@@ -232,7 +209,7 @@ class _Search:
 
     def _one_by_one(self) -> None:
         """The same for many, where to begin near a solution takes less than to come from zero."""
-        rows = self.left(self.way.enough)
+        rows = self.left(self.enough)
         if len(rows) <= _ALONE and len(self.C) <= _PIVOTED:
             self._follow(rows)
         elif len(rows):
@@ -267,12 +244,9 @@ def _sample(rows: Tensor) -> Tensor:
     return torch.linspace(0, len(rows) - 1, count, device=rows.device).long()
 
 
-def _way(C: Tensor) -> _Way:
-    """What the pivots of a factorisation tell about the dependence of rows."""
+def _smallest_pivot(C: Tensor) -> float:
+    """The least squared one of a factorisation, which tells how far rows depend on each other."""
     shifted = C.clone()
     shifted.diagonal().add_(0.1 * _SINGULAR)  # so that only an indefinite matrix has no factor
     factor, failed = factorize(shifted)
-    smallest = float(torch.where(failed == 0, factor.diagonal() ** 2, 0.0).min())
-    if smallest < _SINGULAR:
-        return _CANCELLING
-    return _INDEPENDENT if smallest >= _FAR else _DEPENDENT
+    return float(torch.where(failed == 0, factor.diagonal() ** 2, 0.0).min())
