@@ -22,6 +22,7 @@ from jdcore.linalg._pivoting import PassiveSets
 from jdplugins.standard._solvers import (
     NativeDualConeSolver,
     NativeMinNormSolver,
+    _cone_of_few,
     _guess,
     _lcp,
     _parametric,
@@ -114,6 +115,14 @@ def test_dependent_rows_take_little_more_work_than_independent_ones(kind: str) -
 )
 def test_rows_beside_those_that_cancel_take_no_pivot_of_each(kind: str, limit: float) -> None:
     assert work(kind, 64, 0) <= limit * least_work(64)
+
+
+@pytest.mark.parametrize("m", [16, 32])
+def test_multiples_of_one_row_take_no_pivot(m: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_cone_of_few, "follow", None)
+    G = gramian_of("one row and its opposite", m)
+    V = NativeDualConeSolver()(G, np.eye(m) / m)
+    assert np.abs(V.sum(axis=0) @ G).max() <= 1e-9 * G.max()  # nothing is left of any row
 
 
 @pytest.mark.parametrize(

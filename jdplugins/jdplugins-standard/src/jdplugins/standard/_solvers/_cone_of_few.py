@@ -159,7 +159,7 @@ def _solved(C: Floats, Q: Floats) -> Floats | None:
         left = ~(lcp_residual(C, Q, Z) <= EXACT)
     else:
         Z, residuals = one_entry(C, Q)
-        left = ~(residuals <= EXACT)
+        left = ~(residuals <= ROUGH)  # no more than rounding of the rows explains
     if left.any():
         Z[left], residuals = follow(C, Q[left])
         if not residuals.max() <= ROUGH:

@@ -56,8 +56,9 @@ _EXACT, ROUGH, _NEARLY = 1e-12, 1e-11, 1e-7
 # other, and the residual that suffices. Of many solutions of rows that cancel, a proximal term
 # chooses one near the guess; what differs between these is as small as the least eigenvalues, and
 # so are residuals.
-_ANY = 5e-4, (0.0,), _EXACT
-_CANCELLING = 5e-5, (_DAMPED, 1e-13), UNSOLVED
+_Way: TypeAlias = tuple[float, tuple[float, ...], float]
+_ANY: _Way = 5e-4, (0.0,), _EXACT
+_CANCELLING: _Way = 5e-5, (_DAMPED, 1e-13), UNSOLVED
 
 
 def solve_lcps(C: Tensor, Q: Tensor) -> tuple[Tensor, Tensor]:
