@@ -110,7 +110,9 @@ class Engine:
             [m1, ..., mk, mk, ..., m1] for any other shape. float64 for float64 losses, else
             float32.
         :raises ParameterTypeError: If the output is no floating Tensor.
-        :raises ParameterError: If what was asked for cannot be right: see the class.
+        :raises ParameterError: If what was asked for cannot be right: see the class. Where the
+            graph is at fault, a :class:`~jdcore.UnservedGraphError`, whose ``layer`` is the name of
+            the module.
         """
         return self._step(output, self._trainable()).gramian()
 
