@@ -20,6 +20,7 @@ from jdcore import (
 )
 from jdcore.testing import family
 from jdplugins.standard._solvers import _gains
+from tests.plugins.standard.dependent_rows import KINDS
 from tests.plugins.standard.test_weakly_stationary import rows_of
 
 
@@ -376,6 +377,32 @@ def test_many_rows_that_depend_on_each_other_are_solved_by_factors_in_float32(
     weights = get_weighting("nash_mtl", max_norm=0.0)(gramian)
 
     torch.testing.assert_close(weights * (gramian @ weights), torch.ones(160).double())
+
+
+@pytest.mark.parametrize(
+    "kind", ["low rank", "opposite", "integers", "sum of zero", "one row and its opposite"]
+)
+def test_rows_that_all_cancel_are_found_before_their_shares_are_large(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Shares double in each step: 10 steps to a thousand, 20 to a million.
+    def refused(*arguments: np.ndarray) -> np.ndarray:
+        raise AssertionError("eigenvectors take ten times as long as a factorisation")
+
+    systems = 0
+    solve = _gains.solve_definite
+
+    def counted(*arguments: np.ndarray) -> np.ndarray:
+        nonlocal systems
+        systems += 1
+        return solve(*arguments)
+
+    monkeypatch.setattr(_gains, "spectrum", refused)
+    monkeypatch.setattr(_gains, "solve_definite", counted)
+    rows = torch.from_numpy(KINDS[kind](64, np.random.default_rng(1))).float()
+    update = get_aggregator("nash_mtl")(rows)
+    assert update.norm() <= 1e-5
+    assert systems <= 12
 
 
 @pytest.mark.parametrize("name", ["nash_mtl", "fairgrad"])

@@ -48,6 +48,9 @@ _UNSEEN = 1e-60  # part of the largest share that changes no sum
 # Combinations of stationary rows vanish to 1e-6, which is more than rounding to float32 leaves, or
 # to some multiple of their rounding.
 _STATIONARY, _ROUNDED = 1e-6, 4.0
+# Shares from which on all rows may be found to cancel, and the least of them then, relative to the
+# largest; eigenvalues that vanish, and solves that leave nothing else.
+_LARGE, _PART, _ZERO, _SOLVES = 1e3, 1e-3, 1e-11, 3
 _CONFLICT = 1e-5  # of unit rows with an update, which what is left of stationary ones may cause
 
 
@@ -115,7 +118,13 @@ class _Gains:
         """The b above for a matrix of cosines and the logarithms of k."""
         game = _Game(cosines, logarithms, self.exponent)
         nash = game if game.is_nash else _Game(cosines, np.zeros_like(logarithms), 1.0)
-        near, _ = nash.newton(nash.start(), _PROXIMAL)
+        near, _ = nash.newton(nash.start(), _PROXIMAL, until=_LARGE)
+        if float(near.max()) > _LARGE:
+            combination = _vanishing_altogether(cosines, near)
+            if combination is not None:
+                everything = np.ones(len(near), np.bool_)
+                return combination, game.residual(combination, everything), _allowed(levels)
+            near, _ = nash.newton(near, _PROXIMAL)
         shares, decrement = nash.newton(near, 0.0, give_up=_NEARBY)
         if decrement > _NEARBY:
             # Which rows are stationary does not depend on what the others bargain for.
@@ -321,11 +330,13 @@ class _Game:
         return started
 
     def newton(
-        self, shares: Floats, shift: float, give_up: float = math.inf
+        self, shares: Floats, shift: float, give_up: float = math.inf, until: float = math.inf
     ) -> tuple[Floats, float]:
         """
-        Minimise with C + shift I; stop at the first step that changes a share by ``give_up``.
+        Minimise with C + shift I.
 
+        :param give_up: Stop before a step that changes a share by more than that.
+        :param until: Stop after one that brings a share above that.
         :returns: The shares, and the largest relative change in the last step.
         """
         nearby = self.nearby
@@ -362,7 +373,7 @@ class _Game:
             stalled = full and 0.5 * previous < change < nearby
             slope = 0.0 if change < nearby else float(gradient @ step)
             shares, full = self._stepped(shares, shift, step, slope)
-            if change < 1e-7 or stalled:
+            if change < 1e-7 or stalled or shares.max() > until:
                 break
             previous = change
         return shares, change
@@ -492,6 +503,26 @@ def _vanishing(cosines: Floats, shares: Floats) -> Floats:
     null_space = spectrum(cosines).null_space
     combination: Floats = null_space @ (null_space.T @ shares)
     return combination
+
+
+def _vanishing_altogether(cosines: Floats, shares: Floats) -> Floats | None:
+    """
+    :func:`_vanishing`, relative to its largest entry, if it is positive throughout; else None.
+
+    By a factorisation, which takes a tenth of the time of eigenvectors.
+    """
+    shifted = torch.from_numpy(cosines.copy())
+    shifted.diagonal().add_(_ZERO)
+    factor, failed = factorize(shifted)
+    if failed.item():
+        return None
+    combination = torch.from_numpy(shares)[:, None]
+    for _ in range(_SOLVES):  # each leaves the null space, and of the rest next to nothing
+        combination = _ZERO * torch.cholesky_solve(combination, factor)
+    found: Floats = combination[:, 0].numpy() / float(combination.max())
+    square = float(found @ product(cosines, found))
+    rounding = _ROUNDINGS * len(found) * float(np.finfo(np.float64).eps) * float(found @ found)
+    return found if float(found.min()) > _PART and square <= rounding else None
 
 
 def _allowed(levels: Floats) -> float:
