@@ -22,6 +22,7 @@ from jdplugins.standard._solvers._semidefinite import is_plausible
 from jdplugins.standard._solvers._tiny import HANDFUL, HANDFUL_OF_ONE, Rows, roots_of, solve_few
 
 _OPPOSED, _OPPOSED_TO_ONE = 6, 10  # rows from which on an inverse pays; for one vector
+_INVERTED = 96  # rows up to which numpy inverts by one thread
 _SOME = 4  # rows that have positive products with one projection of rows that nearly all conflict
 _MANY = 32  # rows from which on a guess pays
 _INDEPENDENT = 3e-3  # length of what each unit row has beside those before it
@@ -112,7 +113,7 @@ def _among_opposed(gramian: Floats, references: Floats) -> Floats | None:
     if not one and (np.count_nonzero(references) != m or not shares.min() > 0.0):
         return None
     try:
-        inverse = solve_definite(gramian, np.eye(m))
+        inverse = _inverse(gramian)
     except np.linalg.LinAlgError:
         return None
     if one:
@@ -130,6 +131,12 @@ def _among_opposed(gramian: Floats, references: Floats) -> Floats | None:
     products.flat[own] = 0.0
     exact = positive and np.abs(products).max() <= EXACT
     return found if exact and (found >= references).all() else None
+
+
+def _inverse(gramian: Floats) -> Floats:
+    m = len(gramian)
+    # Numpy's takes half of the time, but as many threads as there are cores of what is large.
+    return np.linalg.inv(gramian) if m <= _INVERTED else solve_definite(gramian, np.eye(m))
 
 
 def _beside_some(inverse: Floats, reference: Floats) -> tuple[Floats, NDArray[np.intp]]:
