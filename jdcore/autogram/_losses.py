@@ -38,8 +38,14 @@ def objectives_of(
         check_one(output, label, _REMEDY)
         refuse_transformed([output], label, _TRANSFORMED)
         refuse_tangents([output], label)
-        # Numbers of such a wrapper are somewhere else. Of DTensors there is more to say than this.
-        if not is_dtensor(output) and dispatches(output):
+        if is_dtensor(output):
+            raise ParameterError(
+                label,
+                "a tensor of this process",
+                f"{describe_tensor(output)} that is a DTensor",
+                "Give losses.full_tensor(), or losses.to_local() for the samples of this process.",
+            )
+        if dispatches(output):  # numbers of such a wrapper are somewhere else
             raise ParameterError(
                 label,
                 "a Tensor with numbers of its own",
@@ -49,7 +55,7 @@ def objectives_of(
     check_distinct(outputs, parameter)
     # With samples, a leaf as losses has no operation that could show where the samples are.
     one = isinstance(losses, Tensor) and batch_dim is not None and losses.grad_fn is None
-    if one or not any(output.requires_grad for output in outputs):
+    if one or True not in [output.requires_grad for output in outputs]:
         raise ParameterError(
             parameter,
             "the result of differentiable operations",
@@ -134,19 +140,3 @@ def wanted_leaves(objectives: Objectives, inputs: Tensor | Iterable[Tensor] | No
             )
     check_accumulates(given, "inputs")
     return found
-
-
-def refuse_divided(outputs: Sequence[Tensor]) -> None:
-    """
-    Refuse losses that are divided among processes.
-
-    :raises ParameterError: If one is a DTensor.
-    """
-    for output in outputs:
-        if is_dtensor(output):
-            raise ParameterError(
-                "output",
-                "a tensor of this process",
-                f"{describe_tensor(output)} that is a DTensor",
-                "Give losses.full_tensor(), or losses.to_local() for the samples of this process.",
-            )

@@ -16,7 +16,6 @@ from jdcore.aggregation import GramianSource, weigh
 from jdcore.aggregation._finite import all_finite
 from jdcore.aggregation._nested_state import state_kept
 from jdcore.autogram._layers import layer_of
-from jdcore.autogram._losses import refuse_divided
 from jdcore.autogram._rules import RULES_IN_USE
 from jdcore.distributed._refusals import refuse_replicated, refuse_sharded
 from jdcore.errors import ParameterError, UnservedGraphError
@@ -99,7 +98,6 @@ class Step:
     def _jacobian(self, together: bool, report: bool) -> Jacobian:
         # Refused by kind before the graph is read, where the same things fail with errors that name
         # no argument.
-        refuse_divided(self.objectives.outputs)
         if not together:
             refuse_sharded(self.wanted, self.parameter)
         # One process alone would weigh its own samples with parameters that all hold, and the

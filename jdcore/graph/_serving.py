@@ -59,17 +59,18 @@ class Serving:
         # Of complex numbers some factors are conjugated, which the node itself knows best.
         make = None if spot.complex else self.rules.find(site.name, site.node)
         try:
-            shares, joined = _shares(make, site, spot)
+            shares = _shares(make, site, spot)
         except UnservedGraphError as error:  # of a rule, which knows no parameters
             error.at(self.graph.belonging_to(site.node))
             raise
         rest = []
+        joined = [root for operand, root in spot.roots.items() if operand not in shares]
         for operand, share in shares.items():
             if share is None:
                 rest.append(operand)
             else:
-                biases = [spot.roots[0]] if joined and operand == 2 else ()
                 given = [spot.roots[operand]], share, spot.name, "closed form"
+                biases = joined if operand == 2 else ()
                 self.roots.take(*given, biases=biases, beside_others=spot.beside)
         return (site, rest) if rest else None
 
@@ -132,7 +133,7 @@ class Serving:
             of_place = spot.name, [grads], spot.layouts, spot.shapes
             saved = [(n, tensors) for n, (_, _, tensors) in zip(nodes, heard, strict=True)]
             site = Layers(nodes[0], *of_place, operations=saved)
-            found, joined = _shares(rule, site, spot)
+            found = _shares(rule, site, spot)
         except NoRule:
             return False
         shares = {operand: share for operand, share in found.items() if share is not None}
@@ -141,7 +142,7 @@ class Serving:
         ):
             return False
         for operand, share in shares.items():
-            biases = [of.roots[0] for of in spots] if joined else []
+            biases = [root for of in spots for p, root in of.roots.items() if p not in found]
             given = [of.roots[operand] for of in spots], share, spot.name, "closed form"
             self.roots.take(*given, biases=biases, copied=entries)
         return True
@@ -162,21 +163,13 @@ def _entries(node: Any, heard: Heard) -> int:
     return sum([t.numel() for t in saved], grad.numel())
 
 
-def _shares(rule: Rule | None, site: Site, spot: Spot) -> tuple[dict[int, Share | None], bool]:
-    """
-    The shares of the operands, None for those that the rule does not serve.
-
-    :returns: They, by operand, and whether that of a weight is that of its bias as well.
-    """
+def _shares(rule: Rule | None, site: Site, spot: Spot) -> dict[int, Share | None]:
+    """The shares of the operands, None where the rule does not serve; of joined biases none."""
     shares: dict[int, Share | None] = {}
-    joined = False
     for operand in spot.roots:
-        if joined and operand == 0:
-            continue
-        share = shares[operand] = _made(rule, site, operand)
-        if spot.may_join and operand == 2:
-            joined = _joins_bias(site, share)
-    return shares, joined
+        if not (spot.may_join and operand == 0 and _joins_bias(site, shares[2])):
+            shares[operand] = _made(rule, site, operand)
+    return shares
 
 
 def _joins_bias(site: Site, weight: Share | None) -> bool:

@@ -193,12 +193,13 @@ def _ways(form: Form, starts: tuple[Place | None, ...]) -> Ways:
 
 
 @once_for_each_form
-def _sizes(form: Form, common: frozenset[int]) -> tuple[list[int], list[int]] | None:
+def _sizes(form: Form, common: frozenset[int], count: int) -> tuple[int, bool] | None:
     """
-    The entries of the results in a trunk that gradients meet, and those of its parameters.
+    The entries of the largest result in a trunk that gradients meet.
 
-    :returns: None if some operation is never batched; nested results, which have no sizes, come
-        from such.
+    :param count: Of the losses.
+    :returns: With it, whether a CPU is faster with all of them at once. None if some operation is
+        never batched; nested results, which have no sizes, come from such.
     """
     if not all(is_listed(form.names[node]) for node in common):
         return None
@@ -206,7 +207,8 @@ def _sizes(form: Form, common: frozenset[int]) -> tuple[list[int], list[int]] | 
     inner = common - form.rearranged
     results = [result.shape.numel() for node in inner for result in form.results[node]]
     leaves = {child for node in common for child, _ in form.inputs[node]} & form.wanted
-    return results, [form.result((leaf, 0)).shape.numel() for leaf in leaves]
+    weights = [form.result((leaf, 0)).shape.numel() for leaf in leaves]
+    return max([1, *results]), batch_beats_single_passes(count, results, weights)
 
 
 def _common(
@@ -313,15 +315,15 @@ class Passes:
         count, graph, ways = len(self._present), self.graph, self._ways
         if count < 2 or self.single or not ways.common or ways.kind in _FAILED:
             return 1
-        if (sizes := _sizes(graph.form, ways.common)) is None:
+        if (sizes := _sizes(graph.form, ways.common, count)) is None:
             return 1
-        results, weights = sizes
+        largest, faster = sizes
         # An accelerator is always faster with few large operations.
-        if self.memory.cached and not batch_beats_single_passes(count, results, weights):
+        if self.memory.cached and not faster:
             return 1
         if not all(is_batchable(graph.form.names[n], graph.nodes[n]) for n in ways.common):
             return 1
-        return max(1, min(count, self.memory.gradients // max([1, *results])))
+        return max(1, min(count, self.memory.gradients // largest))
 
     def _batched(self, places: Sequence[Place], retain_graph: bool) -> list[Tensor | None]:
         common, graph = self._ways.common, self.graph
