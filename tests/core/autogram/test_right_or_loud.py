@@ -652,6 +652,20 @@ def test_unusual_parameters_are_refused(make: Callable[[], Tensor], kind: str) -
         Engine(net, batch_dim=0).compute_gramian(net(randn(B, 3)).sum(1))
 
 
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support")
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr])
+def test_sparse_leaves_outside_of_the_modules_get_no_gradient(layout: torch.layout) -> None:
+    net = nn.Linear(3, 2)
+    edges = torch.eye(B).to_sparse(layout=layout).requires_grad_()
+    losses = (edges @ net(randn(B, 3))).sum(1)
+    engine = Engine(net, batch_dim=None)
+    rows = explicit_jacobian(losses, list(net.parameters()))
+    assert relative_error(engine.compute_gramian(losses), rows @ rows.T) < 1e-6
+    with pytest.raises(ParameterError, match=r"`leaves behind output` must .*Freeze"):
+        engine.backward(losses, lambda _: torch.ones(B))
+    assert net.weight.grad is None
+
+
 def test_functions_without_modules() -> None:
     w = torch.tensor([1.0, 2.0], requires_grad=True)
     x = torch.tensor([[1.0, 0.0], [0.0, 2.0], [1.0, 1.0]])
