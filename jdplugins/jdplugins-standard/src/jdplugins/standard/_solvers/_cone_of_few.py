@@ -136,7 +136,10 @@ def _among_opposed(gramian: Floats, references: Floats) -> Floats | None:
 def _inverse(gramian: Floats) -> Floats:
     m = len(gramian)
     # Numpy's takes half of the time, but as many threads as there are cores of what is large.
-    return np.linalg.inv(gramian) if m <= _INVERTED else solve_definite(gramian, np.eye(m))
+    if m > _INVERTED:
+        return solve_definite(gramian, np.eye(m))
+    inverse: Floats = np.linalg.inv(gramian)
+    return inverse
 
 
 def _beside_some(inverse: Floats, reference: Floats) -> tuple[Floats, NDArray[np.intp]]:
