@@ -138,8 +138,7 @@ def _inverse(gramian: Floats) -> Floats:
     # Numpy's takes half of the time, but as many threads as there are cores of what is large.
     if m > _INVERTED:
         return solve_definite(gramian, np.eye(m))
-    inverse: Floats = np.linalg.inv(gramian)
-    return inverse
+    return np.asarray(np.linalg.inv(gramian), dtype=np.float64)
 
 
 def _beside_some(inverse: Floats, reference: Floats) -> tuple[Floats, NDArray[np.intp]]:
