@@ -52,6 +52,7 @@ READ = {
         "_get_fp32_precision_getter",
         "_is_any_autocast_enabled",
     },
+    "jdcore/linalg/_blas.py": {"_current_level"},
     "jdcore/graph/_batched.py": {
         "_C",
         "_add_batch_dim",
