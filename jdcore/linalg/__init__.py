@@ -8,6 +8,7 @@ from jdcore.linalg._blas import (
     product,
     solve,
     solve_definite,
+    substitute,
 )
 from jdcore.linalg._combine import combine, factors
 from jdcore.linalg._complementarity import lcp_residual, refine_lcp
@@ -49,5 +50,6 @@ __all__ = [
     "solve",
     "solve_definite",
     "squared_distances",
+    "substitute",
     "unflatten_gramian",
 ]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from jdcore.linalg import cholesky, eigh, factorize, product, solve
+from jdcore.linalg import cholesky, eigh, factorize, product, solve, substitute
 
 SIZES = (1, 3, 24, 40, 96, 130)
 
@@ -63,6 +63,9 @@ def test_factors_of_any_size_are_those_of_torch(m: int, dtype: torch.dtype) -> N
     torch.testing.assert_close(factors[0], expected[0])
     torch.testing.assert_close(alone, expected[2])
     assert fine.item() == 0
+    right = torch.ones(m, 2, dtype=dtype)
+    torch.testing.assert_close(substitute(alone, right), torch.cholesky_solve(right, expected[2]))
+    assert alone.mT.is_contiguous()  # or each solve would copy it
 
 
 def test_sizes_that_lapack_is_slow_for_are_factorised_as_their_neighbours(
