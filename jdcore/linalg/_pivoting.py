@@ -28,6 +28,8 @@ EPS = 2.0**-52
 # Exchanges of small problems. What takes more is left to others.
 _ROUNDS = 6
 _FEW = 88  # rows up to which a few exchanges in numpy save calls
+# Entries of the matrices of which blocks are factorised at once by that.
+_BATCH = 1 << 16
 _MASKED = 32  # up to this size, gathering the block of a set costs more than it saves
 # Exchanges that may fail to reduce the number of wrong entries.
 _CREDIT = 8
@@ -154,16 +156,10 @@ def exchange_few(
 
 def _solvers_of_few(C: Floats, delta: float) -> Callable[[NDArray[np.bool_]], _Solver]:
     """What makes solvers with the blocks of ``C + delta I`` at sets of indices, one per row."""
-    if len(C) > _MASKED:
-        whole = PassiveSets(torch.from_numpy(C), delta)
-
-        def gathered(sets: NDArray[np.bool_]) -> _Solver:
-            factors = whole.factors(torch.from_numpy(sets), sets.sum(axis=1))
-            return lambda b: factors.solve(torch.from_numpy(b)).numpy()
-
-        return gathered
     unit = np.eye(len(C))
     shifted = C + delta * unit
+    if len(C) > _MASKED:
+        return lambda sets: _gathered(shifted, sets)
 
     def masked(sets: NDArray[np.bool_]) -> _Solver:
         # Outside of its set, a row is that of the unit matrix: so all blocks have one size.
@@ -171,6 +167,46 @@ def _solvers_of_few(C: Floats, delta: float) -> Callable[[NDArray[np.bool_]], _S
         return lambda b: solve(blocks, (b * sets)[:, :, None])[:, :, 0]
 
     return masked
+
+
+def _gathered(C: Floats, sets: NDArray[np.bool_]) -> _Solver:
+    """Solves with blocks in batches of sets of like size, whose calls take less than torch's."""
+    k, m = sets.shape
+    count = max(1, _BATCH // (m * m))
+    order = np.argsort(sets.sum(axis=1))
+    parts = [
+        (rows, _batch_of_few(C, sets[rows])) for rows in np.split(order, range(count, k, count))
+    ]
+
+    def together(b: Floats) -> Floats:
+        z = np.empty_like(b)
+        for rows, part in parts:
+            z[rows] = part(b[rows])
+        return z
+
+    return together
+
+
+def _batch_of_few(C: Floats, sets: NDArray[np.bool_]) -> _Solver:
+    m, sizes = sets.shape[1], sets.sum(axis=1)
+    padded = np.zeros((m + 1, m + 1))  # in a fraction of the time of `np.pad`
+    padded[:-1, :-1] = C
+    rows, members = sets.nonzero()
+    places = np.arange(len(rows)) - np.repeat(sizes.cumsum() - sizes, sizes)
+    indices = np.full((len(sets), sizes.max(initial=0)), m)
+    indices[rows, places] = members
+    blocks = padded.take(indices[:, :, None] * (m + 1) + indices[:, None, :])
+    blocks.reshape(len(sets), -1)[:, :: indices.shape[1] + 1] += indices == m
+    factors = factorize(torch.from_numpy(blocks))[0]
+
+    def apply(b: Floats) -> Floats:
+        gathered, z = np.zeros(indices.shape), np.zeros_like(b)
+        gathered[rows, places] = b[sets]
+        x = torch.cholesky_solve(torch.from_numpy(gathered)[:, :, None], factors).numpy()
+        z[sets] = x[rows, places, 0]
+        return z
+
+    return apply
 
 
 @frozen(slots=False)
