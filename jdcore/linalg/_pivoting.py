@@ -29,7 +29,7 @@ EPS = 2.0**-52
 _ROUNDS = 6
 _FEW = 88  # rows up to which a few exchanges in numpy save calls
 # Entries of the matrices of which blocks are factorised at once by that.
-_BATCH = 1 << 16
+_BATCH = 1 << 17
 _MASKED = 32  # up to this size, gathering the block of a set costs more than it saves
 # Exchanges that may fail to reduce the number of wrong entries.
 _CREDIT = 8
