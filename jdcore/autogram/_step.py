@@ -167,7 +167,7 @@ class Step:
             second_pass |= jacobian.too_large or self.objectives.rows == 0
             fields = [*jacobian.changed, *jacobian.graph.retained]
             # Leaves outside of the modules, as the matrix of a graph may be one.
-            sparse = [t for t in jacobian.graph.others if t.layout != torch.strided]
+            sparse = [t for t in jacobian.changed if t.layout != torch.strided and t.requires_grad]
             check_each(sparse, f"leaves behind {self.losses}", _REMEDY)
             # Whether a sparse `.grad` fits shows when its gradient is there, which may be sparse as
             # well; `write_grads` then checks before it writes.

@@ -666,6 +666,15 @@ def test_sparse_leaves_outside_of_the_modules_get_no_gradient(layout: torch.layo
     assert net.weight.grad is None
 
 
+def test_sparse_leaves_that_are_not_asked_for_are_left_alone() -> None:
+    edges = torch.eye(B).to_sparse().requires_grad_()
+    w = randn(B, 3).requires_grad_()
+    losses = (edges @ w).square().sum(1)
+    backward(losses, lambda _: torch.ones(B), inputs=[w], batch_dim=None)
+    torch.testing.assert_close(w.grad, 2 * w.detach())
+    assert edges.grad is None
+
+
 def test_functions_without_modules() -> None:
     w = torch.tensor([1.0, 2.0], requires_grad=True)
     x = torch.tensor([[1.0, 0.0], [0.0, 2.0], [1.0, 1.0]])
