@@ -6,7 +6,7 @@ import torch
 from attrs import frozen
 from torch import Tensor
 
-from jdcore.linalg import factorize
+from jdcore.linalg import factorize, substitute
 from jdplugins.standard._solvers._gains import bargain
 
 _PROXIMAL = 1e-9
@@ -107,9 +107,9 @@ def _pseudoinverse(block: Tensor) -> Callable[[Tensor], Tensor]:
     factor = factorize(shifted)[0]
 
     def solve(b: Tensor) -> Tensor:
-        x = torch.cholesky_solve(b, factor)
+        x = substitute(factor, b)
         for _ in range(_REFINEMENTS):
-            x += torch.cholesky_solve(b - block @ x, factor)
+            x += substitute(factor, b - block @ x)
         return x
 
     return solve

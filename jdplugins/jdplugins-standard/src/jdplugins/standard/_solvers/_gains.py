@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from jdcore.aggregation import report_residual
-from jdcore.linalg import equilibrate, factorize, product, solve_definite
+from jdcore.linalg import equilibrate, factorize, product, solve_definite, substitute
 from jdplugins.standard._solvers._gains_of_few import balance_few
 from jdplugins.standard._solvers._tiny import HANDFUL
 from jdplugins.standard._solvers._unsolved import UNSOLVED, warn_if_unsolved
@@ -483,7 +483,7 @@ class _System:
             near = residual
             if factor is not None:
                 column = torch.from_numpy(residual.astype(np.float32))[:, None]
-                near = torch.cholesky_solve(column, factor)[:, 0].numpy().astype(np.float64)
+                near = substitute(factor, column)[:, 0].numpy().astype(np.float64)
             squared = float(residual @ near)
             direction, before = near + (squared / before) * direction, squared
             scaled = torch.from_numpy((self.factors * direction).astype(np.float32))
@@ -518,7 +518,7 @@ def _vanishing_altogether(cosines: Floats, shares: Floats) -> Floats | None:
         return None
     combination = torch.from_numpy(shares)[:, None]
     for _ in range(_SOLVES):  # each leaves the null space, and of the rest next to nothing
-        combination = _ZERO * torch.cholesky_solve(combination, factor)
+        combination = _ZERO * substitute(factor, combination)
     found: Floats = combination[:, 0].numpy() / float(combination.max())
     square = float(found @ product(cosines, found))
     rounding = _ROUNDINGS * len(found) * float(np.finfo(np.float64).eps) * float(found @ found)
