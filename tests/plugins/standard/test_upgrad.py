@@ -143,6 +143,19 @@ def test_the_order_of_few_nearly_opposite_rows_does_not_matter() -> None:
         torch.testing.assert_close(UPGrad()(rows[order]), update, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_what_rows_of_float64_have_beside_a_common_one_is_not_taken_for_rounding(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    signs = torch.tensor([1.0, -1.0] * 5, dtype=torch.float64)[:, None]
+    own = torch.randn(10, 20, generator=generator, dtype=torch.float64)
+    rows = signs * torch.ones(10, 20, dtype=torch.float64) + 2e-6 * own
+
+    update = UPGrad()(rows)
+
+    # By what is beside the common part: its squares, 4e-12, are far above rounding.
+    assert (rows @ update).min() > 0.0
+
+
 @pytest.mark.parametrize(
     "answer",
     [
