@@ -130,9 +130,11 @@ class GramianWeighting:
             if there is not None:
                 return there
         # No copy where the Gramian is on the CPU: `compute` must not modify it.
-        array = numbers_of(self.matrix_of(source)) if self.looks_across else source.array()
+        across = self.looks_across
+        array = numbers_of(self.matrix_of(source)) if across else source.array()
+        known = source.finite and not across
         # A finite sum of squares has finite terms only, and costs less than looking at a few.
-        small = source.finite or (array.size <= _SMALL and math.isfinite(np.vdot(array, array)))
+        small = known or (array.size <= _SMALL and math.isfinite(np.vdot(array, array)))
         if small or np.isfinite(array).all():
             return torch.from_numpy(np.asarray(self.compute_from(array, source), dtype=np.float64))
         if finite_required(self.check_finite):

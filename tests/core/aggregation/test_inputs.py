@@ -18,6 +18,7 @@ from jdcore import (
     ParameterTypeError,
 )
 from jdcore.aggregation import (
+    Columns,
     CrossGramianWeighting,
     Flattening,
     GramianAggregator,
@@ -82,6 +83,16 @@ def test_the_cross_gramian_reaches_the_weighting_from_every_call() -> None:
     vectors, weights = aggregator.aggregate_blocks(blocks, second=others)
     assert torch.equal(torch.cat(vectors), expected @ J)
     assert torch.equal(weights, expected)
+
+
+def test_a_second_batch_is_looked_at_by_itself_where_the_first_is_finite() -> None:
+    columns = Columns([J], [K.clone().fill_(math.nan)])
+    source = GramianSource.of_columns(columns)
+    source.array()  # as what wraps a method may
+
+    assert RowSums().weigh(source).isnan().all()
+    with pytest.raises(NonFiniteError):
+        RowSums(check_finite=True).weigh(source)
 
 
 def test_who_needs_neither_is_not_disturbed_by_them() -> None:
