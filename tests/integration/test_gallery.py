@@ -27,6 +27,8 @@ def missing(text: str) -> list[str]:
     imported = set(re.findall(r"^(?:import|from) (\w+)", text, re.MULTILINE))
     if "monitor import plots" in text:
         imported.add("matplotlib")
+    if "transformers" in imported:  # whose Trainer is not made without it
+        imported.add("accelerate")
     return sorted(name for name in imported if importlib.util.find_spec(name) is None)
 
 
