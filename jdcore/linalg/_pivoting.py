@@ -88,7 +88,7 @@ def pivot(
         which is NaN where a block was singular.
     """
     b = -Q if centre is None else torch.sub(centre * delta, Q)
-    if C.is_cpu and len(C) <= (_MASKED if delta else _FEW):
+    if C.is_cpu and len(Q) and len(C) <= (_MASKED if delta else _FEW):
         c, q, rhs, sets = C.numpy(), Q.numpy(), b.numpy(), passive.numpy()
         with suppress(np.linalg.LinAlgError):
             Z = torch.from_numpy(exchange_few(c, q, rhs, sets, delta))
@@ -374,7 +374,7 @@ class Factors:
             self._within, self._inverse = passive[many], matrices[1, :-1, :-1]
             sets = passive.index_copy(0, many, ~self._within)
         ends = np.sort(sizes).tolist()
-        indices = _indices(sets[order], ends[-1])
+        indices = _indices(sets[order], int(sizes.max(initial=0)))
         rows = indices * (m + 1)
         if many is not None:
             inverted = torch.zeros_like(order).index_fill_(0, many, matrices[0].numel())

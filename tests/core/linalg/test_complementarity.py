@@ -132,6 +132,15 @@ def test_of_two_rows_that_are_nearly_opposite_one_is_exchanged_at_a_time() -> No
     assert float((residuals <= 1e-11).double().mean()) >= 0.9
 
 
+@pytest.mark.parametrize("m", [8, 40, 100])
+@pytest.mark.parametrize("delta", [0.0, 1e-10])
+def test_no_problem_has_no_answer(m: int, delta: float) -> None:
+    none = torch.zeros(0, m, dtype=torch.float64)
+    Z, residuals = pivot(torch.eye(m).double(), none, none > 0.0, delta=delta)
+    assert Z.shape == (0, m)
+    assert residuals.shape == (0,)
+
+
 @pytest.mark.parametrize(("k", "m"), [(0, 3), (2, 0), (0, 0)])
 def test_no_problems_and_no_rows_are_fine(k: int, m: int) -> None:
     refined, residuals = refine_lcp(np.eye(m), np.zeros((k, m)), np.zeros((k, m)))
