@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import attrs
@@ -125,12 +125,13 @@ class Step:
         return f"Step({', '.join(f'{name}={value!r}' for name, value in known)})"
 
 
-def _functions(_: Any, attribute: Attribute[Any], value: tuple[Any, ...]) -> None:
-    for callback in value:
-        # A class would be called as well, and make an object that does nothing.
-        if isinstance(callback, type) or not callable(callback):
-            expected = "functions of a Step, or objects that are called so"
-            raise ParameterTypeError(attribute.name, expected, repr(callback))
+def _functions(_: Any, attribute: Attribute[Any], value: Any) -> None:
+    # A class would be called as well, and make an object that does nothing; what can be gone
+    # through once only would be at its end after this.
+    several = isinstance(value, Sequence)
+    if not several or any(isinstance(f, type) or not callable(f) for f in value):
+        expected = "functions of a Step, or objects that are called so, in a tuple"
+        raise ParameterTypeError(attribute.name, expected, repr(value))
 
 
 @define(eq=False, repr=False)

@@ -425,6 +425,12 @@ def test_what_cannot_hear_of_a_step_is_refused(callback: Any) -> None:
         pass
 
 
+@pytest.mark.parametrize("callbacks", [print, iter([print]), {print}, 3])
+def test_callbacks_that_are_no_sequence_are_refused(callbacks: Any) -> None:
+    with pytest.raises(ParameterTypeError, match=r"`callbacks` must be .* in a tuple, got"):
+        monitor.History(callbacks)
+
+
 def test_the_progress_line_says_how_the_objectives_get_along() -> None:
     stream = io.StringIO()
     with monitor.record(monitor.ProgressLine(stream, every=2)):
