@@ -73,7 +73,8 @@ def gramian_and_rows(blocks: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
     if len(blocks) == 1 and blocks[0].numel() <= _ONE:
         rows = blocks[0].double()
         if m < _MANY:
-            return _mirrored(rows.mm(rows.T)), rows
+            total = rows.mm(rows.T)
+            return _mirrored(total) if total.is_cpu else symmetric(total), rows
         total = rows.new_empty((m, m))
         _add_product(total, rows, beta=0.0)
         return _mirrored(total), rows
@@ -236,8 +237,6 @@ def _mirrored(total: Tensor) -> Tensor:
         array = total.numpy()
         np.copyto(array, array.T, where=_upper(len(array)))
         return total
-    if len(total) < _MANY:
-        return symmetric(total)
     # The upper one may hold anything, also NaN, which no product with zeros would remove.
     lower = total.tril()
     return lower + lower.tril(-1).T

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from jdcore import ParameterError, ParameterTypeError
 from jdcore.linalg import _gramian, cross_gramian, gramian
@@ -175,3 +176,18 @@ def test_what_is_neither_a_matrix_nor_a_list_is_refused_by_name(jacobian: Any) -
         gramian(jacobian)
     with pytest.raises(ParameterTypeError, match="`other` must be a matrix, or a list of them"):
         cross_gramian(torch.ones(2, 3), jacobian)
+
+
+@pytest.mark.parametrize(("m", "n"), [(3, 4000), (12, 4000), (64, 600), (100, 40), (260, 4)])
+@pytest.mark.parametrize("cut", [1, 0])
+def test_rows_beside_which_something_else_is_differentiated_are_multiplied_as_ever(
+    m: int, n: int, cut: int
+) -> None:
+    matrix = torch.randn(m, n, generator=torch.Generator().manual_seed(0))
+    blocks = [matrix[:, :cut], matrix[:, cut:]] if cut else matrix
+    expected = matrix.double() @ matrix.double().T
+
+    with forward_ad.dual_level():
+        torch.testing.assert_close(gramian(blocks), expected)
+    derivative = torch.func.grad(lambda factor: (factor * gramian(blocks)).sum())
+    torch.testing.assert_close(derivative(torch.ones((), dtype=torch.float64)), expected.sum())
