@@ -7,7 +7,7 @@ What follows from names, shapes and edges alone is found out once, for the form.
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Sequence, Set
 from contextlib import suppress
 from functools import cached_property, wraps
 from typing import Any, NamedTuple, ParamSpec, TypeAlias, TypeVar
@@ -110,7 +110,7 @@ class Form:
                 order.append(node)
         return order
 
-    def above(self, nodes: Collection[int]) -> set[int]:
+    def above(self, nodes: Set[int]) -> set[int]:
         """The nodes from which another one of some nodes can be reached."""
         found: set[int] = set()
         for node in self.upwards:

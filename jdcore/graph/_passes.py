@@ -34,11 +34,12 @@ Item = TypeVar("Item")
 
 
 @once_for_each_form
-def _stops(form: Form, heard: tuple[int, ...]) -> tuple[list[int], list[Place]]:
+def _stops(form: Form, heard: frozenset[int]) -> tuple[list[int], list[Place]]:
     """Those of some nodes that need a hook, and of the others the results to ask for."""
-    inner = form.above(heard) & {*heard}  # other ones lie behind them
+    inner = form.above(heard) & heard  # other ones lie behind them
+    ends = heard - inner
     # A result that nothing uses may not even exist, so those in use are asked for.
-    return sorted(inner), [place for place in form.used if place[0] in {*heard} - inner]
+    return sorted(inner), [place for place in form.used if place[0] in ends]
 
 
 class Listener:
@@ -62,7 +63,7 @@ class Listener:
         self, graph: Graph, heard: Iterable[int], *, late: Mapping[int, int] = _NONE, room: int = 0
     ) -> None:
         self._graph, self._late, self._room = graph, late, room
-        self._inner, self._ends = _stops(graph.form, tuple(heard))
+        self._inner, self._ends = _stops(graph.form, frozenset(heard))
 
     def run(
         self,

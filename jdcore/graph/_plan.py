@@ -151,16 +151,21 @@ class Plan:
             None in layouts,
             name == "AddmmBackward0" and {roots.get(0), roots.get(2)} <= self.alone,
             alike,
-            self._is_beside(node),
+            self._products[self._product(node)] > 1,
         )
 
-    def _is_beside(self, node: int) -> bool:
-        form, name = self.form, self.form.names[node]
+    @cached_property
+    def _products(self) -> Counter[tuple[str, Place] | None]:
+        """How many products of the frontier there are of each factor."""
+        return Counter(filter(None, map(self._product, self.frontier)))
+
+    def _product(self, node: int) -> tuple[str, Place] | None:
+        """What an operation is a product of, if it is one and that is differentiated."""
+        name = self.form.names[node]
         if name not in MATRIX_PRODUCTS:
-            return False
-        factor = form.inputs[node][MATRIX_PRODUCTS[name][0] - 1]
-        uses = [n for n in self.frontier if form.names[n] == name and factor in form.inputs[n]]
-        return factor[0] >= 0 and len(uses) > 1
+            return None
+        factor = self.form.inputs[node][MATRIX_PRODUCTS[name][0] - 1]
+        return (name, factor) if factor[0] >= 0 else None
 
     def _kind(self, node: int) -> Hashable:
         """The form of an operation, if its operands are parameters that it has alone."""
@@ -263,7 +268,8 @@ def _classify(plan: Plan, uses: dict[Place, int], apart: set[int], hooked: set[i
             else:
                 plan.groups.append({root: descent.turned for root, descent in group.items()})
     plan.pulled = sorted(pulled)
-    plan.left = [place for place in form.targets if place[0] not in pulled | of_leaf.keys()]
+    served = pulled | of_leaf.keys()
+    plan.left = [place for place in form.targets if place[0] not in served]
 
 
 def descend(form: Form, root: Place) -> Descent | None:
@@ -362,7 +368,8 @@ def plan_of_tasks(graph: Graph, tasks: int, hooked: set[int]) -> Plan:
             plan.finish_at_once(form.inputs[node][operand], descent)
             served.add(leaf)
     plan.ordinary = [place for place in form.targets if place[0] not in served]
-    plan.below = [n for n in reversed(form.upwards) if n in form.rearranged - form.leaves]
+    moved = form.rearranged - form.leaves
+    plan.below = [n for n in reversed(form.upwards) if n in moved]
     return plan
 
 

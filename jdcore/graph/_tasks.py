@@ -8,7 +8,7 @@ for each loss, which ends where the trunk begins and meets no head of another lo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence, Set
 from functools import cached_property
 from typing import TypeAlias
 
@@ -212,7 +212,7 @@ def _sizes(form: Form, common: frozenset[int], count: int) -> tuple[int, bool] |
 
 
 def _common(
-    form: Form, losses: Mapping[int, int], starts: Collection[int], partly: Collection[int]
+    form: Form, losses: Mapping[int, int], starts: Collection[int], partly: Set[int]
 ) -> frozenset[int]:
     """
     The operations of the trunk.
@@ -222,7 +222,7 @@ def _common(
     :param partly: Those that not all losses pass through in the same way.
     """
     inner = [node for node in form.upwards if node in losses and node not in form.leaves]
-    found = set(inner) - form.above(partly) - set(partly)
+    found = set(inner) - form.above(partly) - partly
     # The pass of a head ends where it enters the trunk. It must not go on through the trunk to
     # another such place, or to a parameter that both of them use.
     while True:

@@ -113,3 +113,28 @@ def test_plugins_import_public_modules_of_the_core_alone() -> None:
         names = [name for node in ast.walk(tree) for name in _modules(node)]
         private = [n for n in names if re.match(r"jdcore\..*\b_", n)]
         assert private == [], path
+
+
+def test_no_test_in_a_comprehension_makes_the_same_set_anew_for_each_item() -> None:
+    """Graphs have thousands of nodes, and so have sets of them: their time would be squared."""
+    found = [
+        f"{path.relative_to(ROOT)}:{line}: {text}" for path in SOURCES for line, text in _anew(path)
+    ]
+    assert found == []
+
+
+def _anew(path: Path) -> Iterator[tuple[int, str]]:
+    for made in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        generators: list[ast.comprehension] = getattr(made, "generators", [])
+        items = {name for generator in generators for name in _names(generator.target)}
+        tests = [test for generator in generators for test in generator.ifs]
+        for compared in [node for test in tests for node in ast.walk(test)]:
+            if isinstance(compared, ast.Compare):
+                for right in compared.comparators:
+                    new = isinstance(right, ast.BinOp | ast.Set | ast.SetComp | ast.ListComp)
+                    if new and not items & _names(right):
+                        yield right.lineno, ast.unparse(right)
+
+
+def _names(tree: ast.AST) -> set[str]:
+    return {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import gc
+import sys
+from types import FrameType
+from typing import Any
 from weakref import ref
 
 import pytest
@@ -10,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from jdcore.autogram import Engine
-from jdcore.graph import Graph, Walk
+from jdcore.graph import Graph, Walk, _plan
 from jdcore.graph._graph import Form
 
 
@@ -100,3 +103,27 @@ def test_the_order_leads_from_operands_to_results(shared: bool) -> None:
         assert all(place[child] < place[node] for child, _ in edges if child >= 0)
     assert form.wanted == {i for i, leaf in graph.leaves.items() if leaf in {*first.parameters()}}
     assert all(node in form.leading for node in form.wanted)
+
+
+def test_the_work_of_a_new_graph_grows_like_its_size() -> None:
+    def lines(layers: int) -> int:
+        """How often a line of plans begins, also by the next turn of a loop."""
+        model = nn.Sequential(*[nn.Linear(2, 2) for _ in range(layers)])
+        losses = model(torch.ones(3, 2)).square().sum(1)
+        count = 0
+
+        def trace(frame: FrameType, event: str, _: object) -> Any:
+            nonlocal count
+            count += event == "line"
+            return trace if frame.f_code.co_filename == _plan.__file__ else None
+
+        before = sys.gettrace()
+        sys.settrace(trace)
+        try:
+            Engine(model, batch_dim=0).backward(losses, lambda gramian: gramian[0])
+        finally:
+            sys.settrace(before)
+        return count
+
+    few, more, most = lines(20), lines(40), lines(60)
+    assert most - more <= more - few
