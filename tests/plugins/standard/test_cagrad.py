@@ -12,6 +12,7 @@ import jdcore
 from jdcore.aggregation import CAGrad, CAGradWeighting, DualProj
 from jdcore.errors import ParameterError, ParameterTypeError
 from jdcore.testing import FAMILIES, family
+from jdplugins.standard._solvers import _conflict_averse
 
 J = torch.tensor([[-4.0, 1.0, 1.0], [6.0, 1.0, 1.0]])
 LD = np.longdouble
@@ -100,6 +101,16 @@ def test_the_duality_gap_vanishes(name: str, m: int, c: float, seed: int) -> Non
     gap, radius = _certificate(_matrix(name, m, 200, seed).numpy(), c)
     assert gap <= (1e-9 if name == "neardup" else 3e-11)
     assert radius <= c * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("name", ["gauss", "conflict"])
+def test_independent_rows_take_no_linear_complementarity_problem_where_they_are_many(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_conflict_averse, "solve_one", None)
+    gap, radius = _certificate(_matrix(name, 128, 300, 0).numpy(), 0.5)
+    assert gap <= 3e-11
+    assert radius == pytest.approx(0.5, rel=1e-9)
 
 
 @pytest.mark.parametrize("c", [0.2, 1.0])

@@ -53,8 +53,12 @@ def solve_one(C: Floats, q: Floats, passive: Mask | None = None) -> tuple[Floats
     if residual <= EXACT:
         return start, residual
     with one_thread(len(q) <= THREADS):
-        # If few rows matter, not many steps lead from there to the solution.
-        if residual == math.inf and np.count_nonzero(found) > _MANY * len(q):
+        # If few rows matter, not many steps lead from there to the solution; nor do they from the
+        # minimum over a set that is near it.
+        many = residual == math.inf and np.count_nonzero(found) > _MANY * len(q)
+        if many and not (
+            start.any() and np.abs((product(C, start) + q)[start > 0.0]).max() <= _NEAR
+        ):
             start = _approached(C, q, passive)
         return ActiveSet(C, WORK).solve(q, start)
 
@@ -91,7 +95,6 @@ def _pivoted(C: Floats, q: Floats, passive: Mask) -> tuple[Floats, Mask, float]:
     for _ in range(_ROUNDS):
         indices = passive.nonzero()[0]
         z = np.zeros(m)
-        least = min(least, passive, key=np.count_nonzero)
         try:
             z[indices] = solve_definite(block_of(C, indices), -q[indices])
         except np.linalg.LinAlgError:
@@ -114,5 +117,9 @@ def _pivoted(C: Floats, q: Floats, passive: Mask) -> tuple[Floats, Mask, float]:
             failures += 1
             if failures == _CREDIT:
                 break
-        passive = passive ^ wrong
+        if largest > LARGE:  # as of rows that are nearly equal: what is negative is one of them
+            passive = passive & ~wrong
+        else:
+            passive = passive ^ wrong
+            least = min(least, passive, key=np.count_nonzero)
     return nearest if fewest < _FAR * m else np.zeros(m), least, math.inf

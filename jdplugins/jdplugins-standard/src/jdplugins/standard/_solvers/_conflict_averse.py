@@ -21,6 +21,9 @@ _MAX_LEVELS = 60
 # Rescaling v to remove the latter would disturb the levels by as much, so they are left.
 _EXACT_NORM, _ROUGH_NORM = 1e-14, 1e-8
 _EXACT = 1e-14  # residual of a solution
+# From this number of rows on, gradient steps tell about where the level is in less time than LCPs;
+# that number of guesses, and the error of one that is good.
+_MANY, _GUESSES, _NEAR = 96, 8, 1e-3
 
 
 @frozen
@@ -94,19 +97,54 @@ class _Levels:
 
     def solve(self) -> Floats:
         """The v of ``d = g0 + Jᵀ v`` [m]."""
-        v, excess = self._at(0.0, np.zeros_like(self.b))
-        if abs(excess) <= _ROUGH_NORM:
-            return v
-        if excess > 0.0:
-            lowest = min(float((self.b / self.a).min()), 0.0)  # v is zero there
-            return self._search(Bracket(lowest, 0.0, -1.0, excess), v, v > 0.0)
-        if self._stationary():
-            return v
-        uppermost = (self.b + self.radius) / self.a
-        passive = v > 0.0
-        if not passive.any():
-            passive[int(uppermost.argmin())] = True
-        return self._search(Bracket(0.0, float(uppermost.min()), excess, math.inf), v, passive)
+        lowest = float((self.b / self.a).min())  # v is zero there
+        many = len(self.b) >= _MANY
+        v, excess = (self._roughly if many else self._at)(0.0, np.zeros_like(self.b))
+        bracket = Bracket(min(lowest, 0.0), 0.0, -1.0, excess)
+        if excess <= _ROUGH_NORM:
+            if excess >= -_ROUGH_NORM and not many:
+                return v
+            if self._stationary():
+                z, bracket.above = self._at(0.0, v) if many else (v, excess)
+                if bracket.above <= _ROUGH_NORM:
+                    return z
+            else:
+                uppermost = (self.b + self.radius) / self.a
+                below = (min(lowest, 0.0), -1.0) if many else (0.0, excess)
+                bracket = Bracket(below[0], float(uppermost.min()), below[1], math.inf)
+                if not v.any():
+                    v[int(uppermost.argmin())] = 1.0
+        guess, v = self._near(bracket, v, excess) if many else (math.nan, v)
+        return self._search(bracket, guess, v)
+
+    def _near(self, bracket: Bracket, v: Floats, excess: float) -> tuple[float, Floats]:
+        """About the level and v of the solution, by steps of Newton's method from level zero."""
+        level, least = 0.0, math.inf
+        for _ in range(_GUESSES):
+            # Half of the square of the norm grows with the level by a @ v.
+            slope = float(self.a @ v) / self.radius**2
+            level = level - excess * (1.0 + excess) / slope if excess > -1.0 else bracket.high
+            level = min(max(level, bracket.low), bracket.high)
+            v, excess = self._roughly(level, v)
+            if abs(excess) <= _NEAR or abs(excess) > 0.5 * least:
+                break
+            least = abs(excess)
+        return level, v
+
+    def _roughly(self, level: float, start: Floats) -> tuple[Floats, float]:
+        """
+        About :meth:`_at`, by gradient steps.
+
+        The norm is not less than it is with the multiple of any v >= 0 that lowers the objective
+        most, so an excess that is positive here is so in truth.
+        """
+        q = self.b - level * self.a
+        v = descend(self.C, q, start).clip(min=0.0)
+        along = -float(q @ v)
+        squared = float(v @ product(self.C, v)) + len(v) * EPS * float(v @ v)
+        if not (along > 0.0 and 0.0 < squared < math.inf):
+            return np.zeros_like(v), -1.0
+        return v * (along / squared), along / math.sqrt(squared) / self.radius - 1.0
 
     def _at(self, level: float, start: Floats) -> tuple[Floats, float]:
         """The v of a level, and by how much the norm of its ``Jᵀ v`` exceeds the radius."""
@@ -136,11 +174,24 @@ class _Levels:
         proximal = 2.0 * self.level * float(z @ z)
         return squared <= max(rounding * float(self.a @ z) ** 2, proximal)
 
-    def _search(self, bracket: Bracket, v: Floats, passive: Mask) -> Floats:
-        """Find the level where the norm is the radius."""
-        level = bracket.clip(self._on(passive)[0])
-        best, best_excess, best_level = np.zeros_like(self.b), math.inf, level
-        for _ in range(_MAX_LEVELS):
+    def _search(self, bracket: Bracket, guess: float, v: Floats) -> Floats:
+        """Find the level where the norm is the radius, which is about a guess, as is v."""
+        best, best_excess, best_level = np.zeros_like(self.b), math.inf, guess
+        passive = before = v > 0.0
+        for number in range(_MAX_LEVELS):
+            if number and (passive == before).all():
+                # A closed formula that was wrong for its own passive set suffers from rounding.
+                level = bracket.interpolate()
+            else:
+                level, on = self._on(passive)
+                residual = self._residual(level, on)
+                known = number or not math.isnan(guess)
+                if known and residual <= _EXACT:  # the set of the solution, then
+                    best, best_excess, best_level = on, 0.0, level
+                    break
+                # The formula of a set that is a guess may lead anywhere.
+                rough = known and not number and not residual <= _NEAR
+                level = bracket.clip(guess if rough else level)
             before = passive
             v, excess = self._at(level, v)
             passive = v > 0.0
@@ -149,15 +200,6 @@ class _Levels:
                 best, best_excess, best_level = v, excess, level
             if abs(excess) <= _EXACT_NORM or stuck or not bracket.tighten(level, excess):
                 break
-            if (passive == before).all():
-                # A closed formula that was wrong for its own passive set suffers from rounding.
-                level = bracket.interpolate()
-                continue
-            level, on = self._on(passive)
-            if self._residual(level, on) <= _EXACT:  # the set of the solution, then
-                best, best_excess, best_level = on, 0.0, level
-                break
-            level = bracket.clip(level)
         # An answer that is too long or too short is brought to the radius, and its residual tells.
         if abs(best_excess) > _ROUGH_NORM and best_excess > -1.0:
             best = best / (1.0 + best_excess)
