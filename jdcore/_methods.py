@@ -79,7 +79,8 @@ def exported_class(kind: Kind, class_name: str) -> type:
     """
     The class that ``jdcore.aggregation`` or ``jdcore.scalarization`` exports under this name.
 
-    :raises AttributeError: If no method has this class name (so that ``hasattr`` works).
+    :raises AttributeError: If no method has this class name, or it has no weighting of a Gramian
+        (so that ``hasattr`` works).
     :raises MissingMethodError: If a known distribution that is not installed provides it.
     :raises AmbiguousNameError: If several distributions provide it.
     """
@@ -87,8 +88,13 @@ def exported_class(kind: Kind, class_name: str) -> type:
         return scalarizer_class(_exported(kind, class_name, class_name).qualified_name)
     # A spec has one class name, that of the aggregator, from which the other one follows.
     base = class_name.removesuffix("Weighting")
-    find = aggregator_class if class_name == base else weighting_class
-    return find(_exported(kind, base, class_name).qualified_name)
+    name = _exported(kind, base, class_name).qualified_name
+    if class_name == base:
+        return aggregator_class(name)
+    try:
+        return weighting_class(name)
+    except ParameterError as error:
+        raise AttributeError(str(error), name=class_name) from None
 
 
 def _exported(kind: Kind, class_name: str, asked: str) -> Entry:

@@ -276,6 +276,14 @@ def test_an_exported_name_must_be_the_exact_class_name(registry: Registry) -> No
         _methods.exported_class(AGGREGATOR, "NoSuchMethod")
 
 
+def test_a_method_that_sees_the_matrix_exports_no_weighting(registry: Registry) -> None:
+    registry.register(spec(weighting=None, aggregator=f"{__name__}:LastRow"))
+
+    # Not an error of its own: `hasattr` asks for this one.
+    with pytest.raises(AttributeError, match=r"LastRow has to see the matrix: use get_aggregator"):
+        _methods.exported_class(AGGREGATOR, "LastRowWeighting")
+
+
 def test_a_class_is_exported_by_its_own_name_whatever_the_method_is_called(
     registry: Registry,
 ) -> None:
