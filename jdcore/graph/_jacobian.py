@@ -98,6 +98,7 @@ class Jacobian:
             self._take_plain_rows(reason)
         elif tampers(self.graph):
             self._take_plain_rows(_TAMPERED)
+        self._found: Plan | None = None
         self.roots: RootShares | None = None
         """Once they were made, the shares."""
         self.definite = False
@@ -212,9 +213,16 @@ class Jacobian:
         self._hooked = set(self.graph.wanted)
         self.__dict__.pop("_of_tasks", None)  # it is another one now
 
-    @cached_property
+    @property
     def _plan(self) -> Plan:
         """What is known of the graph. To find it may take passes."""
+        # A cached_property of Python 3.11 holds a lock of all threads while its value is found:
+        # passes would wait for others that ask for theirs, and the child of a fork for ever.
+        if self._found is None:
+            self._found = self._find_plan()
+        return self._found
+
+    def _find_plan(self) -> Plan:
         if self.graph.functions_of_others and not isinstance(self.objectives, OneByOne):
             try_functions(self.graph, self.objectives.outputs)
             if tampers(self.graph):

@@ -4,6 +4,7 @@ import gc
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from threading import Event
 from types import FrameType
 from typing import Any
 from weakref import ref
@@ -351,6 +352,29 @@ def test_gradients_of_small_parameters_have_memory_of_their_own() -> None:
     for p in model.parameters():
         assert p.grad is not None
         assert p.grad.untyped_storage().nbytes() == p.grad.numel() * p.grad.itemsize
+
+
+def test_a_thread_does_not_wait_for_the_passes_of_another() -> None:
+    began, ended = Event(), Event()
+
+    class Waiting(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> Tensor:
+            began.set()
+            assert ended.wait(20), "the other thread could not make its step"
+            return grad.clone()
+
+    slow, model = nn.Linear(6, 3), nn.Linear(6, 3)
+    with ThreadPoolExecutor(1) as pool:
+        step = pool.submit(Engine(slow, batch_dim=0).compute_gramian, Waiting.apply(_one(slow)))
+        assert began.wait(20)
+        Engine(model, batch_dim=0).compute_gramian(_one(model))
+        ended.set()
+        step.result()
 
 
 @pytest.mark.parametrize("elsewhere", [False, True])
