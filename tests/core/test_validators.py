@@ -94,6 +94,7 @@ def test_devices_without_float64_are_refused_by_name(monkeypatch: pytest.MonkeyP
     matrix, layer = torch.ones(2, 3), nn.Linear(2, 2)
     losses = layer(torch.ones(2))
     monkeypatch.setattr(Tensor, "is_mps", True, raising=False)
+    monkeypatch.setattr(Tensor, "is_cpu", False, raising=False)
     for call in (
         lambda: check_matrix(matrix),
         lambda: backward(list(losses)),
