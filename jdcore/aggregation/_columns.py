@@ -151,7 +151,7 @@ class Columns:
                 return [vector]
             return list(torch.split(vector, [block.shape[1] for block in blocks]))
         if rows is not None:
-            if not (weights.is_cpu and weights.dtype is rows.dtype):
+            if not (weights.is_cpu and rows.is_cpu and weights.dtype is rows.dtype):
                 weights = weights.to(rows.device, rows.dtype)
             vector = rows.T.mv(weights)
             narrow = blocks[0].dtype  # `float` takes half of the time of `to`
