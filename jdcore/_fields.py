@@ -146,7 +146,7 @@ def write_grads(gradients: Mapping[Tensor, Tensor]) -> None:
             _check_grad(tensor, present, gradient.layout)
     with torch.set_grad_enabled(False):  # half of the calls of torch.no_grad()
         # What takes memory, and may fail, comes before the first field is written.
-        made = [_as_field(t, g) if present is None else g for t, g, present in fields]
+        made = as_grads(gradients).values()
         for (tensor, _, present), gradient in zip(fields, made, strict=True):
             if present is not None:
                 present.add_(gradient)

@@ -9,6 +9,7 @@ from torch.nn.parallel import DataParallel
 from torch.nn.parameter import is_lazy
 
 from jdcore._compilation import not_traced
+from jdcore.autogram._layers import named
 from jdcore.autogram._losses import checked_batch_dim, checked_budget, objectives_of, shape_of
 from jdcore.autogram._report import Verification, explained, verified
 from jdcore.autogram._step import Step
@@ -241,11 +242,10 @@ class Engine:
 
     def _names(self) -> dict[Tensor, str]:
         names: dict[Tensor, str] = {}
-        for i, module in enumerate(self._modules):
-            prefix = f"{i}." if len(self._modules) > 1 else ""
-            for name, parameter in module.named_parameters():
+        for place, module in named(self._modules):
+            for name, parameter in module.named_parameters(place, recurse=False):
                 # A parameter that several modules share has the name of its first place.
-                names.setdefault(parameter, prefix + name)
+                names.setdefault(parameter, name)
         return names
 
     def _trainable(self) -> list[Tensor]:
