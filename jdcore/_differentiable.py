@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.masked import MaskedTensor
 
-from jdcore._modes import is_functionalized, is_wrapped
+from jdcore._modes import is_inside_of, is_wrapped
 from jdcore.errors import ParameterError, ParameterTypeError
 from jdcore.validators import FLOATS, describe_tensor, is_frozen, no_float64
 
@@ -114,7 +114,7 @@ def refuse_transformed(tensors: Sequence[Tensor], parameter: str, remedy: str) -
     :raises ParameterError: If a tensor exists inside of one, or the call is under functionalize.
     """
     wrapped = any(map(is_wrapped, tensors))
-    if wrapped or is_functionalized():
+    if wrapped or is_inside_of("Functionalize"):
         raise ParameterError(
             parameter,
             "computed outside of the transforms of torch.func",

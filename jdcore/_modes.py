@@ -18,6 +18,8 @@ from jdcore.errors import ParameterError
 casts_anywhere = torch._C._is_any_autocast_enabled
 # Whether a tensor exists inside of a transform of ``torch.func`` only.
 is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+# The transform of ``torch.func`` that this code runs in, or None.
+innermost_transform = torch._C._functorch.peek_interpreter_stack
 
 
 def without_autocast(device_type: str) -> AbstractContextManager[object]:
@@ -134,21 +136,27 @@ def _left(inference: bool, casting: Sequence[str]) -> Iterator[None]:
         yield
 
 
-def is_transformed(tensor: Tensor) -> bool:
+def is_inside_of(*kinds: str) -> bool:
     """
-    Whether a tensor is more than the numbers in its memory.
+    Whether the innermost transform of ``torch.func`` around this code is one of some.
 
-    It exists inside of a transform of ``torch.func`` only, or carries a tangent of forward-mode AD,
-    of which numpy would see nothing.
+    :param kinds: Names of ``TransformType``.
     """
-    return is_wrapped(tensor) or (forward_ad._current_level >= 0 and has_tangent(tensor))
+    transform = innermost_transform()
+    return transform is not None and transform.key().name in kinds
 
 
-def is_functionalized() -> bool:
-    """Whether ``torch.func.functionalize`` is the innermost transform around this code."""
-    functorch = torch._C._functorch
-    interpreter = functorch.peek_interpreter_stack()
-    return interpreter is not None and interpreter.key() == functorch.TransformType.Functionalize
+@contextmanager
+def without_transforms() -> Iterator[None]:
+    """Leave the transforms of ``torch.func``, for the time of a ``with`` block."""
+    functorch, left = torch._C._functorch, []
+    try:
+        while innermost_transform() is not None:
+            left.append(functorch.pop_dynamic_layer_stack())
+        yield
+    finally:
+        while left:
+            functorch.push_dynamic_layer_stack(left.pop())
 
 
 def has_tangent(tensor: Tensor) -> bool:

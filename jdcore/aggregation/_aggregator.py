@@ -5,17 +5,16 @@ from collections.abc import Sequence
 from typing import Any
 from weakref import ref
 
-import torch
 from attrs import define, field
 from torch import Tensor
 
-from jdcore._compilation import not_traced
 from jdcore._modes import without_graph
 from jdcore.aggregation._columns import Columns, widest
 from jdcore.aggregation._differentiation import forbid_differentiation
 from jdcore.aggregation._finite import all_finite, finite_required, is_finite
 from jdcore.aggregation._nested_state import restorer, stateful_part, stateless
 from jdcore.aggregation._observation import observed
+from jdcore.aggregation._on_numbers import on_numbers
 from jdcore.aggregation._scalarization import looks_at_no_row
 from jdcore.aggregation._source import ColumnsSource, GramianSource
 from jdcore.aggregation._weigh import as_weighting, checked, combined, weigh
@@ -46,6 +45,7 @@ class GramianAggregator:
 
     weighting: Weighting = field(converter=as_weighting)
 
+    @on_numbers
     def __call__(
         self, matrix: Tensor, /, *, losses: Tensor | None = None, second: Tensor | None = None
     ) -> Tensor:
@@ -60,9 +60,6 @@ class GramianAggregator:
         :raises NonFiniteError: If the weighting asks for finite input and the matrix is not.
         :raises NonDifferentiableError: When differentiating through a non-differentiable method.
         """
-        if torch.compiler.is_dynamo_compiling():  # as `not_traced` does, which is one more call
-            untraced = not_traced(GramianAggregator.__call__)
-            return untraced(self, matrix, losses=losses, second=second)
         check_matrix(matrix)
         weighting = self.weighting
         if losses is second is None and looks_at_no_row[ref(type(weighting))] and not observed():
@@ -74,6 +71,7 @@ class GramianAggregator:
             return vector
         return forbid_differentiation(self, matrix, vector.detach())
 
+    @on_numbers
     def aggregate_blocks(
         self,
         blocks: Sequence[Tensor],

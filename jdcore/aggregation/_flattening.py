@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from attrs import define, field
 from torch import Tensor
 
-from jdcore._compilation import not_traced
 from jdcore.aggregation._differentiation import forbid_differentiation
+from jdcore.aggregation._on_numbers import on_numbers
 from jdcore.aggregation._source import GramianSource
 from jdcore.aggregation._weigh import as_weighting, weigh
 from jdcore.errors import ParameterError
@@ -32,7 +32,7 @@ class Flattening:
 
     weighting: Weighting = field(converter=as_weighting)
 
-    @not_traced
+    @on_numbers
     def __call__(self, gramian: Tensor, /, *, losses: Tensor | None = None) -> Tensor:
         """
         :param gramian: Generalized Gramian [m1, ..., mk, mk, ..., m1].

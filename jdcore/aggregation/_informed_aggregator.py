@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from attrs import define, field
 from torch import Tensor
 
-from jdcore._compilation import not_traced
 from jdcore._modes import without_graph
 from jdcore.aggregation._columns import Columns
 from jdcore.aggregation._differentiation import forbid_differentiation
+from jdcore.aggregation._on_numbers import on_numbers
 from jdcore.errors import left_out
 from jdcore.validators import boolean, check_blocks, check_matrix, check_second
 
@@ -39,7 +39,7 @@ class InformedAggregator:
         """
         raise left_out(self, "aggregate_parts")
 
-    @not_traced
+    @on_numbers
     def __call__(
         self, matrix: Tensor, /, *, losses: Tensor | None = None, second: Tensor | None = None
     ) -> Tensor:
@@ -55,10 +55,11 @@ class InformedAggregator:
         :raises NonDifferentiableError: When differentiating through the aggregation.
         """
         check_matrix(matrix)
-        others = None if second is None else [second]
-        [vector], _ = self.aggregate_blocks([matrix], losses=losses, second=others)
+        others = None if second is None else check_second([second], [matrix])
+        [vector], _ = self.aggregate_parts(Columns([without_graph(matrix)], others), losses)
         return forbid_differentiation(self, matrix, vector)
 
+    @on_numbers
     def aggregate_blocks(
         self,
         blocks: Sequence[Tensor],

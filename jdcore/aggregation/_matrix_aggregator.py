@@ -7,11 +7,11 @@ from typing import ClassVar
 from attrs import define, field
 from torch import Tensor
 
-from jdcore._compilation import not_traced
 from jdcore._modes import without_graph
 from jdcore.aggregation._columns import Columns
 from jdcore.aggregation._differentiation import forbid_differentiation
 from jdcore.aggregation._finite import finite_required
+from jdcore.aggregation._on_numbers import on_numbers
 from jdcore.aggregation._row_vectors import check_row_vectors
 from jdcore.aggregation._weigh import watched
 from jdcore.errors import NonFiniteError, left_out
@@ -58,7 +58,7 @@ class MatrixAggregator:
         """
         raise left_out(self, "aggregate_finite")
 
-    @not_traced
+    @on_numbers
     def __call__(self, matrix: Tensor, /) -> Tensor:
         """
         :param matrix: Jacobian, real floating Tensor [m, n].
@@ -72,6 +72,7 @@ class MatrixAggregator:
         [vector], _ = self.aggregate_columns(Columns([without_graph(matrix)]))
         return forbid_differentiation(self, matrix, vector)
 
+    @on_numbers
     def aggregate_blocks(self, blocks: Sequence[Tensor], /) -> tuple[list[Tensor], None]:
         """
         Aggregate the Jacobian given as column blocks, without putting them together.

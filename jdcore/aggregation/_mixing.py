@@ -10,7 +10,6 @@ from attrs import Attribute, define, field
 from numpy.typing import NDArray
 from torch import Tensor
 
-from jdcore._compilation import not_traced
 from jdcore._modes import exact_products, without_autocast
 from jdcore.aggregation._aggregator import GramianAggregator
 from jdcore.aggregation._any import vectors_of
@@ -24,6 +23,7 @@ from jdcore.aggregation._finite import (
 )
 from jdcore.aggregation._informed_aggregator import InformedAggregator
 from jdcore.aggregation._nested_state import NestedState, restorer, state_kept
+from jdcore.aggregation._on_numbers import on_numbers
 from jdcore.aggregation._row_vectors import check_row_vectors
 from jdcore.aggregation._source import ColumnsSource, GramianSource, numbers_of, taken_by
 from jdcore.aggregation._weigh import Result, check_aggregator, watched, weigh, weighting_of
@@ -179,7 +179,7 @@ class MixedWeighting(Delegating, NestedState):
         """That of the wrapper."""
         return self.mixing.check_finite
 
-    @not_traced
+    @on_numbers
     def __call__(self, gramian: Tensor, /, *, losses: Tensor | None = None) -> Tensor:
         """
         :param gramian: The matrix that the wrapped weighting takes, of the rows before they are

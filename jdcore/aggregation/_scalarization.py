@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from jdcore._by_class import ByClass
-from jdcore._compilation import not_traced
+from jdcore.aggregation._on_numbers import on_numbers
 from jdcore.aggregation._row_vectors import Placed, check_row_vectors
 from jdcore.aggregation._source import GramianSource
 from jdcore.aggregation._weigh import weigh
@@ -64,7 +64,7 @@ class ScalarizationWeighting:
         """
         raise left_out(self, "compute")
 
-    @not_traced
+    @on_numbers
     def __call__(self, gramian: Tensor, /, *, losses: Tensor | None = None) -> Tensor:
         """
         :param gramian: Real floating Tensor [m, m], whose entries are not read.

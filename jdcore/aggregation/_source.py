@@ -12,7 +12,7 @@ from attrs import define, field
 from numpy.typing import NDArray
 from torch import Tensor
 
-from jdcore._modes import is_transformed, refuse_tangents, without_graph
+from jdcore._modes import refuse_tangents, without_graph
 from jdcore.aggregation._columns import Columns, power
 from jdcore.errors import ParameterError, ParameterTypeError
 from jdcore.linalg import add_proximal, proximal_level, rounding_shows
@@ -326,20 +326,12 @@ def numbers_of(gramian: Tensor) -> NDArray[np.float64]:
     """
     A matrix on the host, for methods that compute with numpy.
 
-    :raises ParameterError: If it exists inside of a transform of ``torch.func`` only, or carries a
-        tangent of forward-mode AD: numpy follows neither.
+    :raises ParameterError: If it carries a tangent of forward-mode AD, which numpy does not follow.
     """
     gramian = gramian.cpu()
     refuse_tangents([gramian], "gramian")
-    if not is_transformed(gramian):
-        array: NDArray[np.float64] = gramian.numpy()
-        return array
-    raise ParameterError(
-        "gramian",
-        "a matrix of numbers, for methods that look at them",
-        "one inside of a transform of torch.func (vmap, functionalize, jvp, ...)",
-        "Call the method outside of it.",
-    )
+    array: NDArray[np.float64] = gramian.numpy()
+    return array
 
 
 def check_losses(

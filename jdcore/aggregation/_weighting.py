@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from jdcore._by_class import ByClass
-from jdcore._compilation import not_traced
 from jdcore.aggregation._differentiation import forbid_differentiation
 from jdcore.aggregation._finite import finite_required, gramian_error
+from jdcore.aggregation._on_numbers import on_numbers
 from jdcore.aggregation._row_vectors import check_row_vectors, row_vector_fields
 from jdcore.aggregation._source import GramianSource, numbers_of
 from jdcore.aggregation._weigh import weigh
@@ -76,7 +76,7 @@ class GramianWeighting:
         """
         return None
 
-    @not_traced
+    @on_numbers
     def __call__(self, gramian: Tensor, /, *, losses: Tensor | None = None) -> Tensor:
         """
         :param gramian: Gramian of the Jacobian, real floating Tensor [m, m].

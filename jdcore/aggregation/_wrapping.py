@@ -6,10 +6,10 @@ import torch
 from attrs import define, field
 from torch import Tensor
 
-from jdcore._compilation import not_traced
 from jdcore.aggregation._differentiation import forbid_differentiation
 from jdcore.aggregation._finite import finite_required, gramian_error, is_finite
 from jdcore.aggregation._nested_state import NestedState, restorer
+from jdcore.aggregation._on_numbers import on_numbers
 from jdcore.aggregation._row_vectors import check_row_vectors
 from jdcore.aggregation._source import GramianSource, numbers_of
 from jdcore.aggregation._weigh import as_weighting, weigh
@@ -80,7 +80,7 @@ class WeightingWrapper(Delegating, NestedState):
         """
         raise left_out(self, "rewrite")
 
-    @not_traced
+    @on_numbers
     def __call__(self, gramian: Tensor, /, *, losses: Tensor | None = None) -> Tensor:
         """
         :param gramian: The matrix that the wrapped weighting takes, real floating Tensor [m, m].

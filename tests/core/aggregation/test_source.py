@@ -149,7 +149,15 @@ def test_a_matrix_whose_diagonal_holds_no_squares_is_no_gramian(dtype: torch.dty
 def test_numbers_inside_of_a_transform_are_not_looked_at(
     transform: Any, shape: tuple[int, ...]
 ) -> None:
-    aggregator = GramianAggregator(InverseNorms())
-    matrix = torch.ones(shape)[None] if transform is torch.vmap else torch.ones(shape)
-    with pytest.raises(ParameterError, match=r"got one inside of a transform of torch\.func"):
-        transform(aggregator)(matrix)
+    aggregator, matrix = GramianAggregator(InverseNorms()), torch.randn(shape)
+    results = []
+
+    def of_outside(ones: Tensor) -> Tensor:
+        results.append(aggregator(matrix))
+        return ones
+
+    with pytest.raises(ParameterError, match=r"`matrix`.*inside of a transform of torch\.func"):
+        transform(aggregator)(torch.ones(1, *shape) if transform is torch.vmap else matrix)
+    transform(of_outside)(torch.ones(2))
+
+    assert torch.equal(results[0], aggregator(matrix))
