@@ -17,6 +17,8 @@ from jdcore.validators import check_blocks
 # from; with 2 MB, 4 to 16 rows take 1.2 to 1.8 times as long. An accelerator wants few calls.
 _ENTRIES = 1 << 16
 _ENTRIES_ELSEWHERE = 1 << 24
+# Up to so many of one block, all are kept: rows that cancel are summed in float64.
+_KEPT = 1 << 18
 _NARROWEST = 1024  # columns, below which the product itself gets slow
 # Numbers of rows whose products on a CPU are so small beside their factors that an ordinary product
 # takes twice as long to arrange these as to multiply them.
@@ -82,9 +84,10 @@ def gramian_and_rows(blocks: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
         return _sum_of_short(blocks)
     total = blocks[0].new_zeros((m, m), dtype=torch.float64)
     if not on_cpu:
-        columns = max(1, -(-_width(blocks, _ENTRIES_ELSEWHERE) // _BATCHED)) * _BATCHED
+        most = _width(blocks, max(_NARROWEST, _ENTRIES_ELSEWHERE // max(1, m)))
+        columns = max(1, -(-most // _BATCHED)) * _BATCHED
         return symmetric(_sum_in_batches(total, list(_pieces(blocks, columns)), columns)), None
-    buffer = total.new_empty((m, _width(blocks, _ENTRIES)))
+    buffer = total.new_empty((m, _width(blocks, max(_NARROWEST, _ENTRIES // max(1, m)))))
     for filled in _filled(buffer, blocks):
         _add_product(total, buffer[:, :filled])
     return _mirrored(total), _all_rows(buffer, blocks)
@@ -94,7 +97,7 @@ def gramian_and_rows(blocks: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
 def _sum_of_short(blocks: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
     m = blocks[0].shape[0]
     # A row and a column more than there are, as `add_short_products` wants them.
-    wide = np.empty((m + 1, min(short_columns(m), sum([block.shape[1] for block in blocks]))))
+    wide = np.empty((m + 1, _width(blocks, short_columns(m))))
     wide[m] = 0.0
     total, buffer = np.zeros((m, m + 1)), torch.from_numpy(wide[:m])
     for filled in _filled(buffer, blocks):
@@ -113,10 +116,11 @@ def _all_rows(buffer: Tensor, blocks: Sequence[Tensor]) -> Tensor | None:
     return buffer if buffer.shape[1] == sum([block.shape[1] for block in blocks]) else None
 
 
-def _width(blocks: Sequence[Tensor], entries: int) -> int:
-    """Columns of a buffer of some entries, or what there is if that is less."""
-    columns = max(_NARROWEST, entries // max(1, blocks[0].shape[0]))
-    return min(columns, sum(block.shape[1] for block in blocks))
+def _width(blocks: Sequence[Tensor], columns: int) -> int:
+    """Columns of a buffer: so many, or all that there are if they are less, or kept."""
+    if len(blocks) == 1 and blocks[0].numel() <= _KEPT:
+        return blocks[0].shape[1]
+    return min(columns, sum([block.shape[1] for block in blocks]))
 
 
 def _filled(buffer: Tensor, blocks: Sequence[Tensor]) -> Iterator[int]:
