@@ -26,6 +26,7 @@ from jdcore.graph._operations import (
 from jdcore.graph._probe import Findings, Unshown, find_layouts
 from jdcore.graph._saved import (
     Unreadable,
+    device_of,
     has_unpack_hooks,
     plain_attributes,
     saved,
@@ -225,6 +226,7 @@ def plan_of_samples(graph: Graph, found: Findings, hooked: set[int]) -> Plan:
                 uses[root] = uses.get(root, 0) + 1
     inside = apart | form.leaves
     plan.below = [n for n in reversed(form.upwards) if n in form.leading and n not in inside]
+    _refuse_moved(graph, plan)
     _classify(plan, uses, apart, hooked)
     plan.late = {
         node: sum(result.shape.numel() for result in form.results[node])
@@ -232,6 +234,19 @@ def plan_of_samples(graph: Graph, found: Findings, hooked: set[int]) -> Plan:
         if form.names[node] in RULES
     }
     return plan
+
+
+def _refuse_moved(graph: Graph, plan: Plan) -> None:
+    """Refuse roots that are not where the parameters are: their shares cannot be added up."""
+    device = next(iter(graph.targets.values())).device
+    for node, operands in plan.frontier.items():
+        roots = [graph.form.inputs[node][operand] for operand in operands]
+        if any(device_of(graph.nodes[n], number) != device for n, number in roots):
+            raise UnservedGraphError(
+                "a parameter that is used on another device",
+                "its rows are not where those of others are",
+                "Move the module instead, or use batch_dim=None.",
+            ).at(graph.belonging_to(graph.nodes[node]))
 
 
 def _classify(plan: Plan, uses: dict[Place, int], apart: set[int], hooked: set[int]) -> None:
@@ -380,6 +395,9 @@ def _is_cheap(graph: Graph, tasks: int, leaf: int, node: int, operand: int) -> b
         return False  # of nothing, gradients are zero
     if has_unpack_hooks(graph.nodes[node]):
         return False  # a checkpoint would compute it anew for each of its products
+    root, number = form.inputs[node][operand]
+    if root != leaf and device_of(graph.nodes[root], number) != graph.leaves[leaf].device:
+        return False  # rows are added up where the parameters are
     try:
         if saved(graph.nodes[node], other).layout != torch.strided:
             return False

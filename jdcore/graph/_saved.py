@@ -194,6 +194,12 @@ def sizes_of(node: Any) -> str:
     return f"{node.name()} {told}"
 
 
+def device_of(node: Any, number: int) -> torch.device:
+    """Where a result of an operation is."""
+    found: torch.device = node._input_metadata[number].device
+    return found
+
+
 def zeros_at(node: Any, number: int) -> Tensor:
     """A gradient of zero at a result of an operation."""
     result = node._input_metadata[number]

@@ -8,6 +8,7 @@ import pytest
 import torch
 from attrs import evolve
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import jdcore
 from jdcore.autogram import Engine
@@ -222,6 +223,37 @@ def test_engines_refuse_models_on_two_devices() -> None:
     with pytest.raises(jdcore.ParameterError, match=message):
         Engine(model, batch_dim=0).backward(losses, jdcore.get_weighting("mean"))
     assert all(p.grad is None for p in model.parameters())
+
+
+class _Moved(nn.Module):
+    """A layer whose weight is used on another device, as it is or halved."""
+
+    def __init__(self, device: str, whole: bool) -> None:
+        super().__init__()
+        self.inner, self.whole = nn.Linear(3, 3, device=device), whole
+        self.used = "cpu" if device == NAME else NAME
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.inner.weight if self.whole else self.inner.weight / 2
+        return F.linear(x.to(self.used), weight.to(self.used)).tanh()
+
+
+@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize("device", ["cpu", NAME])
+def test_parameters_that_are_used_on_another_device(device: str, whole: bool) -> None:
+    model, x = _Moved(device, whole), torch.randn(6, 3)
+    parameters = [model.inner.weight]
+    where = " in layer 'inner'" if whole else ""
+    with pytest.raises(jdcore.UnservedGraphError, match=f"used on another device{where}"):
+        Engine(model, batch_dim=0).backward(model(x).sum(1), jdcore.get_weighting("upgrad"))
+    assert parameters[0].grad is None
+    rows = _rows_on_host(model(x).sum(1), parameters)
+    engine = Engine(model, batch_dim=None)
+    gramian = engine.compute_gramian(model(x).sum(1)).cpu()
+    torch.testing.assert_close(gramian, rows @ rows.T, rtol=1e-4, atol=1e-5)
+    weights = engine.backward(model(x).sum(1), jdcore.get_weighting("upgrad")).cpu()
+    update = parameters[0].grad.cpu().flatten()
+    torch.testing.assert_close(update, weights @ rows, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("batch_dim", [0, None])
