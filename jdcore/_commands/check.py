@@ -31,13 +31,17 @@ def run(arguments: argparse.Namespace) -> int:
     Run every check, one line each.
 
     :returns: 1 if a check failed, else 0.
-    :raises JDCoreError: If there is no such method.
+    :raises JDCoreError: If there is no such method, or it cannot be imported.
     """
     discover()
+    from jdcore._methods import aggregator_class, scalarizer_class
     from jdcore.testing import checks_of, scalarizer_checks
 
-    find = scalarizer_checks if arguments.scalarizer else checks_of
-    verdicts = [_verdict(check) for check in find(arguments.name)]
+    name = arguments.name
+    # Each check of what cannot be imported would fail, for the same reason.
+    scalarizer_class(name) if arguments.scalarizer else aggregator_class(name)
+    checks = scalarizer_checks(name) if arguments.scalarizer else checks_of(name)
+    verdicts = [_verdict(check) for check in checks]
     counts = ((word, verdicts.count(word)) for word in ("passed", "failed", "skipped"))
     print(", ".join(f"{count} {word}" for word, count in counts if count))
     return 1 if "failed" in verdicts else 0

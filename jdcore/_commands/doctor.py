@@ -202,8 +202,13 @@ def _time(call: Call) -> float:
     """
     Milliseconds of the fastest of a few calls.
 
+    :raises TypeError: If a result is no Tensor.
     :raises ArithmeticError: If a result is not finite.
     """
+    from torch import Tensor
+
+    from jdcore.validators import describe_tensor
+
     seconds = []
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # on numbers this tame, a warning is trouble too
@@ -211,6 +216,8 @@ def _time(call: Call) -> float:
             start = time.perf_counter()
             result = call()
             seconds.append(time.perf_counter() - start)
+    if not isinstance(result, Tensor):
+        raise TypeError(f"the result is {describe_tensor(result)}, no Tensor")
     if not bool(result.isfinite().all()):
         raise ArithmeticError("the result is not finite")
     return 1e3 * min(seconds)

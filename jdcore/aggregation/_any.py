@@ -27,21 +27,32 @@ def vectors_of(
     :param second: Column blocks of a second batch, for an aggregator that takes them.
     :returns: One vector per block as the aggregator gives it, in whatever dtype and memory, and the
         weights [m] of the rows or None.
-    :raises ParameterError: If the aggregator returns anything else than vectors of these shapes.
+    :raises ParameterError: If the aggregator returns anything else.
     """
     # By its name, as a comparison with the protocol takes as long as a few rows take to be weighed.
     blockwise: Any = getattr(aggregator, "aggregate_blocks", None)
     if not callable(blockwise):
         return _of_matrix(aggregator, blocks, losses, second), None
     known = taken_by(blockwise, losses=losses, second=second)
-    vectors, weights = blockwise(blocks, **known)
-    expected = [(block.shape[1],) for block in blocks]
-    got = [tuple(v.shape) if holds_real_numbers(v) else describe_tensor(v) for v in vectors]
-    if got != expected:
+    answer = blockwise(blocks, **known)
+    if not (isinstance(answer, tuple) and len(answer) == 2 and isinstance(answer[0], Sequence)):
+        expected = "one whose aggregate_blocks returns a list of vectors, and weights or None"
+        raise ParameterError("aggregator", expected, f"one that returns {describe_tensor(answer)}")
+    vectors, weights = answer
+    shapes, got = [(block.shape[1],) for block in blocks], list(map(_shape, vectors))
+    if got != shapes:
         raise ParameterError(
-            "aggregator", f"one that returns real vectors of shapes {expected}", f"shapes {got}"
+            "aggregator", f"one that returns real vectors of shapes {shapes}", f"shapes {got}"
         )
+    m = blocks[0].shape[0]
+    if weights is not None and _shape(weights) != (m,):
+        expected = f"one that returns real weights of shape [{m}], or None"
+        raise ParameterError("aggregator", expected, describe_tensor(weights))
     return vectors, weights
+
+
+def _shape(vector: object) -> tuple[int, ...] | str:
+    return tuple(vector.shape) if holds_real_numbers(vector) else describe_tensor(vector)
 
 
 def _of_matrix(

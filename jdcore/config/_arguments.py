@@ -37,6 +37,18 @@ class Argument:
     hint: Any
     problem: str | None = None
 
+    def of(self, owner: Any) -> Any:
+        """
+        The value that an object was made with, or was set later.
+
+        :raises ParameterError: If it is kept elsewhere, as may be where a class is not attrs.
+        """
+        try:
+            return getattr(owner, self.attribute)
+        except AttributeError:
+            where = f"kept in an attribute of this name by {type(owner).__name__}"
+            raise ParameterError(self.name, where, "an object without one") from None
+
     def accepts(self, type_name: str) -> bool:
         """
         Whether the annotation is a type of this name, or a union with one.

@@ -52,7 +52,7 @@ def _refuse_unknown(omit: Collection[str], arguments: Collection[str], name: str
 
 
 def _is_default(argument: Argument, owner: Any) -> bool:
-    value = getattr(owner, argument.attribute)
+    value = argument.of(owner)
     if value is argument.default:
         return True
     if type(value) is not type(argument.default):  # since 1 == True == 1.0
@@ -64,7 +64,7 @@ def _is_default(argument: Argument, owner: Any) -> bool:
 
 
 def _value(argument: Argument, owner: Any, path: str) -> Any:
-    value = getattr(owner, argument.attribute)
+    value = argument.of(owner)
     solver = None if argument.problem is None else _solver(argument.problem, value, path)
     return _plain(value, path) if solver is None else solver
 

@@ -15,6 +15,7 @@ from jdcore.aggregation._informed import example_inputs
 from jdcore.errors import ParameterError, UnsolvedWarning
 from jdcore.spec import AggregatorSpec, Property
 from jdcore.testing.families import FAMILIES, family
+from jdcore.validators import describe_tensor
 
 _SIZES = (2, 3, 5, 8)
 _COLUMNS = 40
@@ -107,10 +108,17 @@ def accelerator() -> str:
 
 
 def quietly(call: Callable[[], Tensor]) -> Tensor:
-    """Call a method; being told that a problem is ill-posed is no failure of the method."""
+    """
+    Call a method; being told that a problem is ill-posed is no failure of the method.
+
+    :raises ConformanceError: If it returns no Tensor.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UnsolvedWarning)
-        return call()
+        result: object = call()
+    if isinstance(result, Tensor):
+        return result
+    raise ConformanceError(f"it returns {describe_tensor(result)}, no Tensor")
 
 
 def demand(condition: bool, message: str) -> None:

@@ -85,9 +85,21 @@ class Names(dict[str, Any]):
 
 def shows_what_you_would_type(case: Case) -> None:
     names = Names(jdcore.aggregation, {case.spec.class_name: aggregator_class(case.name)})
-    shown = repr(case.make(case.rows))
+    demand_expression(repr(case.make(case.rows)), names)
+
+
+def demand_expression(shown: str, names: Names) -> None:
+    """
+    Demand that what an object is shown as makes it.
+
+    :raises ConformanceError: If it makes something else, or nothing.
+    """
+    try:
+        again = repr(eval(shown, {}, names))
+    except (SyntaxError, NameError, KeyError) as error:
+        raise ConformanceError(f"its repr, {shown}, is no expression: {error}") from None
     # By its text, since methods are compared by identity.
-    demand(repr(eval(shown, {}, names)) == shown, f"{shown} does not evaluate to itself")
+    demand(again == shown, f"its repr, {shown}, makes {again}")
 
 
 def is_listed_without_being_imported(case: Case) -> None:

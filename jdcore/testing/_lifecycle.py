@@ -26,7 +26,7 @@ def survives_pickling_and_copying(case: Case) -> None:
     copies = pickle.loads(pickle.dumps(original)), copy.deepcopy(original)
     expected = case.call(original, matrix)
     for other in copies:
-        demand(repr(other) == repr(original), f"{other} is not {original}")
+        demand(repr(other) == repr(original), f"the copy of {original} is {other}")
         demand(torch.equal(case.call(other, matrix), expected), "the copy behaves otherwise")
 
 

@@ -27,7 +27,12 @@ from jdcore.registry import get_scalarizer
 from jdcore.spec import ScalarizerSpec
 from jdcore.testing._case import accelerator, demand, demand_close, demand_refusal
 from jdcore.testing._check import ConformanceCheck, checks_by, distribution_test
-from jdcore.testing._description import Names, demand_description, modules_after_listing
+from jdcore.testing._description import (
+    Names,
+    demand_description,
+    demand_expression,
+    modules_after_listing,
+)
 from jdcore.testing._lifecycle import foreign_states
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -246,8 +251,7 @@ def describes_itself(case: ScalarizerCase) -> None:
 
 def shows_what_you_would_type(case: ScalarizerCase) -> None:
     names = Names(jdcore.scalarization, {case.spec.class_name: scalarizer_class(case.name)})
-    shown = repr(case.make())
-    demand(repr(eval(shown, {}, names)) == shown, f"{shown} does not evaluate to itself")
+    demand_expression(repr(case.make()), names)
 
 
 def is_listed_without_being_imported(case: ScalarizerCase) -> None:

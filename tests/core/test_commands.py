@@ -248,6 +248,18 @@ def test_an_unknown_method_is_one_line_and_exit_code_2(
     assert error.count("\n") == 1
 
 
+def test_check_of_a_method_that_cannot_be_imported_is_one_line(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    register("missing", "NoSuchWeighting")
+
+    code, printed = main(["check", "missing"]), capsys.readouterr()
+
+    assert (code, printed.out) == (2, "")
+    assert "has no attribute 'NoSuchWeighting'" in printed.err
+    assert printed.err.count("\n") == 1
+
+
 def test_check_reports_every_check_and_succeeds_for_an_honest_method(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -308,6 +320,23 @@ def test_the_doctor_names_what_is_broken_goes_on_and_exits_with_1(
     assert f"Broken: sick: {trouble}" in printed
     [line] = [line for line in printed.splitlines() if line.startswith("even ")]
     assert line.endswith("ok")
+
+
+class Nothing:
+    """Lacks a return."""
+
+    def __call__(self, matrix: Tensor, /) -> None: ...
+
+
+def test_the_doctor_tells_what_comes_in_place_of_a_tensor(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    factory = f"{__name__}:Nothing"
+    jdcore.register(
+        AggregatorSpec(name="nothing", summary="Nothing.", aggregator=factory, api_version=1)
+    )
+
+    assert "nothing: TypeError: the result is a NoneType, no Tensor" in run(capsys, "doctor")[1]
 
 
 def register_scalarizer(name: str, scalarizer: str) -> None:

@@ -172,14 +172,29 @@ def test_vectors_of_an_aggregator_are_cast_to_the_dtype_of_their_tensor() -> Non
     assert a.grad.dtype == torch.float32
 
 
-def test_an_aggregator_that_returns_other_shapes_changes_nothing() -> None:
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (lambda blocks: ([b.sum() for b in blocks], None), r"vectors of shapes \[\(2,\), \(3,\)\]"),
+        (lambda blocks: None, r"returns a list of vectors, and weights or None.*a NoneType"),
+        (lambda blocks: [b[0] for b in blocks], r"a list of vectors, and weights.*returns a list"),
+        (
+            lambda blocks: ([b[0] for b in blocks], torch.ones(2)),
+            r"weights of shape \[5\], or None",
+        ),
+        (lambda blocks: ([b[0] for b in blocks], [0.2] * 5), r"weights of shape \[5\].*got a list"),
+    ],
+)
+def test_an_aggregator_that_returns_something_else_changes_nothing(
+    answer: Callable[[list[Tensor]], Any], message: str
+) -> None:
     class Wrong(_FirstRow):
-        def aggregate_blocks(self, blocks: list[Tensor]) -> tuple[list[Tensor], None]:
-            return [block.sum() for block in blocks], None
+        def aggregate_blocks(self, blocks: list[Tensor]) -> Any:
+            return answer(blocks)
 
     a, b = torch.ones(2, requires_grad=True), torch.ones(3, requires_grad=True)
     backward(torch.cat([a, b]))
-    with pytest.raises(ParameterError, match=r"vectors of shapes \[\(2,\), \(3,\)\]"):
+    with pytest.raises(ParameterError, match=message):
         jac_to_grad([a, b], Wrong())
     assert a.grad is None
     assert a.jac.shape == (5, 2)

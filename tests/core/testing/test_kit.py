@@ -158,6 +158,20 @@ class Secretive:
         return self._level * matrix.sum(dim=0)
 
 
+class EmptyHanded:
+    """Lacks a return."""
+
+    def __call__(self, matrix: Tensor, /) -> None:
+        matrix.sum(dim=0)
+
+
+class OrdinaryWeighting:
+    """Is not attrs."""
+
+    def __call__(self, gramian: Tensor, /) -> Tensor:
+        return torch.ones(len(gramian), dtype=gramian.dtype)
+
+
 @define(eq=False)
 class ForgetfulWeighting(HonestWeighting):
     """Has state that a saved state does not hold."""
@@ -376,7 +390,24 @@ def test_state_with_nan_that_is_believed_is_caught() -> None:
 def test_arguments_that_cannot_be_read_back_are_caught() -> None:
     found = failures("secretive", None, aggregator=f"{__name__}:Secretive")
 
-    assert "AttributeError" in found["survives_a_config_round_trip"]
+    assert (
+        "`level` must be kept in an attribute of this name by Secretive"
+        in (found["survives_a_config_round_trip"])
+    )
+    shown = found["shows_what_you_would_type"]
+    assert "Secretive object at" in shown
+    assert "is no expression" in shown
+
+
+def test_a_method_that_returns_no_tensor_is_told_so() -> None:
+    found = failures("emptyhanded", None, aggregator=f"{__name__}:EmptyHanded")
+
+    assert found["keeps_dtype_and_shape"] == "it returns a NoneType, no Tensor"
+    assert found["handles_degenerate_rows"] == "it returns a NoneType, no Tensor"
+
+
+def test_a_weighting_of_an_ordinary_class_has_no_vectors_to_be_checked() -> None:
+    assert "checks_vectors_against_the_rows" not in failures("ordinary", "OrdinaryWeighting")
 
 
 def test_an_expected_failure_is_accepted_only_while_it_fails() -> None:
