@@ -30,7 +30,7 @@ from jdcore.graph._root_shares import RootShares
 from jdcore.graph._saved import all_saved, function_of
 from jdcore.graph._serving import Serving
 from jdcore.graph._site import Site
-from jdcore.graph._tasks import Passes, starts_of
+from jdcore.graph._tasks import Passes, Starts, starts_of
 from jdcore.graph._walk import REENTRANT
 from jdcore.graph.rules import Rules
 from jdcore.graph.shares import Accumulator, Dense
@@ -211,7 +211,8 @@ class Jacobian:
         self.objectives = OneByOne(self.objectives.outputs, self.objectives.batch_dim)
         self._single_passes = True
         self._hooked = set(self.graph.wanted)
-        self.__dict__.pop("_of_tasks", None)  # it is another one now
+        for known in ("_of_tasks", "_starts"):  # they are others now
+            self.__dict__.pop(known, None)
 
     @property
     def _plan(self) -> Plan:
@@ -247,7 +248,13 @@ class Jacobian:
 
     @cached_property
     def _of_tasks(self) -> Plan:
-        return plan_of_tasks(self.graph, self.objectives.rows, self._hooked)
+        given = self.graph, self.objectives.rows, self._hooked
+        return plan_of_tasks(*given, self._starts.alone)
+
+    @cached_property
+    def _starts(self) -> Starts:
+        """Where losses without samples start."""
+        return starts_of(self.graph, self.objectives)
 
     @cached_property
     def _kept(self) -> list[Tensor]:
@@ -394,7 +401,8 @@ class Jacobian:
     def _run_tasks(self, serving: Serving, keep: bool, retain_graph: bool) -> None:
         """All tasks, without samples: ordinary gradients, beside shares of products."""
         plan, graph = self._plan, self.graph
-        starts = starts_of(graph, self.objectives)
+        starts = self._starts
+        alone = {place for place in plan.ordinary if place[0] in starts.alone}
         passes = Passes(graph, starts.places, starts.seeds, self.memory, self._single_passes)
         # What operations saved is read afterwards, and other leaves differentiated.
         retain_graph |= bool(self._others()) or bool(plan.frontier)
@@ -403,20 +411,24 @@ class Jacobian:
             last = i == len(groups) - 1
             products = list(plan.frontier) if last else []
             places = [*group, *((node, 0) for node in products)]
-            grads = passes.gradients(places, retain_graph=retain_graph or not last)
+            retain = retain_graph or not last
+            grads = passes.gradients(places, retain_graph=retain, alone=alone)
             for place, of_place in zip(group, grads, strict=False):
                 if of_place is not None:
                     plan.alone.add(place)
-                    share = Dense(of_place[:, None], of_place.shape[1:])
-                    serving.roots.take([place], share, "a parameter", "ordinary gradients")
+                    loss = starts.alone.get(place[0])
+                    rows = of_place[:, None] if loss is None else of_place[None, None]
+                    share = Dense(rows, rows.shape[2:])
+                    given = [place], share, "a parameter", "ordinary gradients"
+                    serving.roots.take(*given, only=loss)
             for node in reversed(products):
                 serving.serve(node, [grads.pop()], {})
 
     def _groups(self, places: list[Place]) -> list[list[Place]]:
         """Such that the rows of a group are not larger than allowed, or than those of one place."""
-        sizes = [self.graph.form.result(place).shape.numel() for place in places]
+        sizes = [*map(self._entries, places)]
         # A place whose rows alone exceed the limit makes a group of its own.
-        largest = max([self.memory.held // max(1, self.objectives.rows), *sizes])
+        largest = max([self.memory.held, *sizes])
         groups: list[list[Place]] = [[]]
         filled = 0
         for place, size in zip(places, sizes, strict=True):
@@ -432,8 +444,12 @@ class Jacobian:
         """Whether the rows take more memory than should be kept."""
         if not self._without_samples:
             return False
-        size = sum(self.graph.form.result(place).shape.numel() for place in self._of_tasks.ordinary)
-        return self.objectives.rows * size > self.memory.held
+        return sum(map(self._entries, self._of_tasks.ordinary)) > self.memory.held
+
+    def _entries(self, place: Place) -> int:
+        """Of the rows at a place, without samples."""
+        rows = 1 if place[0] in self._starts.alone else self.objectives.rows
+        return rows * self.graph.form.result(place).shape.numel()
 
     def plain_rows(self) -> dict[Tensor, Tensor]:
         """
@@ -442,7 +458,7 @@ class Jacobian:
         :returns: Shape [R, n] each, in the order [K, B].
         """
         graph, rows = self.graph, self.objectives.rows
-        starts = starts_of(graph, self.objectives)
+        starts = self._starts
         passes = Passes(graph, starts.places, starts.seeds, self.memory, single=True)
         found: Sequence[Tensor | None] = [None] * len(graph.targets)
         if rows:

@@ -214,17 +214,23 @@ def copies(grads: Grads) -> Grads:
     return tuple([None if grad is None else grad.clone() for grad in grads])
 
 
-def stacked(rows: Sequence[Tensor | None]) -> Tensor | None:
-    """Gradients of all losses at one place, zero where there is none; None if there is none."""
-    present = [(k, detached(row)) for k, row in enumerate(rows) if row is not None]
-    if not present:
+def stacked(rows: Mapping[int, Tensor], count: int) -> Tensor | None:
+    """
+    Gradients at one place, zero where there is none; None if there is none at all.
+
+    :param rows: By loss, in their order.
+    :param count: Of all losses.
+    """
+    if not rows:
         return None
-    if len(present) == len(rows):
-        return torch.stack([row for _, row in present]) if len(rows) > 1 else present[0][1][None]
-    # Of a head, which one of many losses passes through, there is one row.
-    whole = present[0][1].new_zeros(len(rows), *present[0][1].shape)
-    for k, row in present:
-        whole[k].copy_(row)
+    if len(rows) == count:
+        found = [*map(detached, rows.values())]
+        return torch.stack(found) if count > 1 else found[0][None]
+    first = detached(next(iter(rows.values())))
+    # What some of the losses pass through has rows of these.
+    whole = first.new_zeros(count, *first.shape)
+    for k, row in rows.items():
+        whole[k].copy_(detached(row))
     return whole
 
 

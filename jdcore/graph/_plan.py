@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from collections.abc import Hashable
+from collections.abc import Container, Hashable
 from contextlib import suppress
 from functools import cached_property
 from typing import Any
@@ -348,7 +348,7 @@ def _refuse_mixing(graph: Graph, plan: Plan, node: int, operand: int) -> None:
 # -- without samples -------------------------------------------------------------------------------
 
 
-def plan_of_tasks(graph: Graph, tasks: int, hooked: set[int]) -> Plan:
+def plan_of_tasks(graph: Graph, tasks: int, hooked: set[int], alone: Container[int] = ()) -> Plan:
     """
     Without samples ordinary gradients are the rows, and come with the pass.
 
@@ -356,6 +356,7 @@ def plan_of_tasks(graph: Graph, tasks: int, hooked: set[int]) -> Plan:
 
     :param tasks: Number of losses.
     :param hooked: Parameters whose hooks have to see the rows.
+    :param alone: Leaves that one loss alone reaches, which have but one row.
     """
     form = graph.form
     plan = Plan(form, {}, called=set())
@@ -376,7 +377,9 @@ def plan_of_tasks(graph: Graph, tasks: int, hooked: set[int]) -> Plan:
     served: set[int] = set()
     for leaf, found in uses.items():
         node, operand, descent = found[0]
-        if len(found) == 1 and leaf not in hooked and _is_cheap(graph, tasks, leaf, node, operand):
+        if len(found) > 1 or leaf in hooked or leaf in alone:
+            continue
+        if _is_cheap(graph, tasks, leaf, node, operand):
             plan.frontier[node] = [operand]
             # One sample that has all positions: the share is that of one row per task.
             plan.layouts[node, 0] = Layout(0, 1, form.result((node, 0)).shape[0])

@@ -22,6 +22,7 @@ from jdcore.graph.shares import (
     OuterLayers,
     Share,
     ShortRows,
+    SingleRows,
     beside,
     joined,
     sum_of,
@@ -86,6 +87,8 @@ class RootShares:
         """By root, the shares of others."""
         self._short: dict[torch.dtype, list[tuple[Sequence[Place], Dense]]] = {}
         """Short rows, and the places of each, which is several of layers that came as one."""
+        self._single: list[tuple[Place, int, Tensor]] = []
+        """Rows of single losses, with their places."""
         self.joins = total.joins and not report
         """Whether several layers may come as one."""
         self._waiting: dict[Hashable, list[tuple[Place, list[Place], Outer]]] = {}
@@ -108,6 +111,7 @@ class RootShares:
         biases: Sequence[Place] = (),
         beside_others: bool = False,
         copied: int = 0,
+        only: int | None = None,
     ) -> None:
         """
         Take a share.
@@ -119,6 +123,7 @@ class RootShares:
         :param biases: The roots whose Gramian is in that of this share, if there are any.
         :param beside_others: Whether others of the same inputs may follow, or have come before.
         :param copied: Entries of what was copied for it.
+        :param only: The one loss whose row it is, None if it has a row of each.
         """
         if self._report:
             self.served.append(Served(operation, roots[0], repr(share), how))
@@ -135,7 +140,9 @@ class RootShares:
         else:
             places = [*map(self._place_of, roots)]
         places += map(self._place_of, biases)
-        if isinstance(share, Dense) and share.shape.numel() < SHORT:
+        if only is not None:
+            self._single.append((places[0], only, share.rows()[0, 0]))
+        elif isinstance(share, Dense) and share.shape.numel() < SHORT:
             self._short.setdefault(share.dtype, []).append((places, share))
         elif len(roots) > 1:
             assert isinstance(share, Outer)  # nothing else comes with several layers
@@ -179,13 +186,19 @@ class RootShares:
             places = [place for of_share, _ in same for place in of_share]
             rows = [_side_by_side(share) if len(p) > 1 else share.flat_rows() for p, share in same]
             shapes = [share.shape for of_share, share in same for _ in of_share]
-            short = ShortRows(rows, shapes)
-            self._add(short, places)
-            if self._keep:
-                self._alone.append((places, places, short))
+            self._add_last(places, ShortRows(rows, shapes))
         self._short.clear()
+        if self._single:
+            places, losses, rows = map(list, zip(*self._single, strict=True))
+            self._single.clear()
+            self._add_last(places, SingleRows(rows, losses))
         # It has the same shares, which are to be freed one after the other by what weighs them.
         del self._total
+
+    def _add_last(self, places: Sequence[Place], share: Addend) -> None:
+        self._add(share, places)
+        if self._keep:
+            self._alone.append((places, places, share))
 
     def _add(self, share: Addend, roots: Sequence[Place]) -> None:
         self._total.add_share(share)

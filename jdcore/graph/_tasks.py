@@ -8,7 +8,7 @@ for each loss, which ends where the trunk begins and meets no head of another lo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence, Set
+from collections.abc import Callable, Collection, Container, Iterator, Mapping, Sequence, Set
 from functools import cached_property
 from typing import TypeAlias
 
@@ -23,7 +23,7 @@ from jdcore.graph._graph import Form, Graph, Place, once_for_each_form
 from jdcore.graph._memory import Memory, pieces
 from jdcore.graph._objectives import Objectives, OneByOne
 from jdcore.graph._operations import having, is_batchable, is_listed
-from jdcore.graph._passes import copies, differentiate, stacked
+from jdcore.graph._passes import copies, detached, differentiate, stacked
 from jdcore.linalg._combine import sent
 
 _Kind: TypeAlias = "frozenset[tuple[str, tuple[torch.dtype, ...]]]"
@@ -36,7 +36,7 @@ _FAILED: set[_Kind] = set()
 _JOINS = having("join")
 
 
-@frozen
+@frozen(eq=False, slots=False)  # slots leave no room for cached properties
 class Starts:
     """
     Where the gradients of losses without samples start.
@@ -51,6 +51,11 @@ class Starts:
     places: Sequence[Place | None]
     entries: Sequence[int]
     device: torch.device
+
+    @cached_property
+    def alone(self) -> Mapping[int, int]:
+        """The operations and leaves that one of several losses reaches, and this loss."""
+        return _ways(self.graph.form, tuple(self.places)).alone
 
     def seeds(self, place: Place, losses: Sequence[int]) -> Tensor:
         """What some losses start with at a place: one at their entry, else zero."""
@@ -103,13 +108,25 @@ def _entries(graph: Graph, place: Place) -> list[tuple[Place | None, int]]:
         if parts:
             stack += reversed(parts)
         else:
-            found += _at_row(graph, place)
+            found += _in_vector(graph, place) or _at_row(graph, place)
     return found
 
 
 def _at_row(graph: Graph, place: Place) -> list[tuple[Place | None, int]]:
     """The losses at a place, as they are."""
     return [(place, i) for i in range(graph.form.result(place).shape.numel())]
+
+
+def _in_vector(graph: Graph, place: Place) -> list[tuple[Place | None, int]]:
+    """The loss at a place as the entry of a vector, if a loop took it out of one."""
+    # Torch makes of the gradient of one entry a zero for each other one, whose number would be
+    # squared.
+    form, (node, number) = graph.form, place
+    if form.operations[node] != "Unbind" or place in graph.targets:
+        return []
+    [vector] = form.inputs[node]
+    alone = vector[0] in graph.leaves or vector in graph.targets
+    return [] if alone or len(form.result(vector).shape) > 1 else [(vector, number)]
 
 
 def _parts(graph: Graph, place: Place) -> Sequence[Place]:
@@ -158,7 +175,34 @@ class Ways:
         for found in patterns:
             # All of them but the last, after which nobody needs what the operation saved.
             again |= found & ~(1 << found.bit_length() - 1)
-        return {k for k in range(len(self.starts)) if again >> k & 1}
+        return {*_numbers(again)}
+
+    @cached_property
+    def alone(self) -> dict[int, int]:
+        """The operations that one of several losses passes through, and this loss."""
+        several = len(self.starts) > 1
+        single = {n: bits for n, bits in self.losses.items() if several and not bits & (bits - 1)}
+        return {node: found.bit_length() - 1 for node, found in single.items()}
+
+
+def _numbers(losses: int) -> Iterator[int]:
+    """Losses that are given as bits of a number."""
+    while losses:
+        lowest = losses & -losses
+        yield lowest.bit_length() - 1
+        losses ^= lowest
+
+
+@once_for_each_form
+def _asked(
+    form: Form, starts: tuple[Place | None, ...], places: tuple[Place, ...]
+) -> Sequence[Sequence[Place]]:
+    """By loss, those of some places that it may reach: each asked of all would be their square."""
+    asked: list[list[Place]] = [[] for _ in starts]
+    for place in places:
+        for k in _numbers(_ways(form, starts).losses.get(place[0], 0)):
+            asked[k].append(place)
+    return asked
 
 
 @once_for_each_form
@@ -253,41 +297,70 @@ class Passes:
     memory: Memory
     single: bool
 
-    def gradients(self, places: Sequence[Place], *, retain_graph: bool) -> list[Tensor | None]:
+    def gradients(
+        self, places: Sequence[Place], *, retain_graph: bool, alone: Container[Place] = ()
+    ) -> list[Tensor | None]:
         """
         The gradients of all losses at some places.
 
-        :returns: Shape ``[K, *result.shape]`` each, None where no loss arrives.
+        :param alone: Of these, places that one loss alone reaches, and where its gradient is wanted
+            as it is.
+        :returns: Else of shape ``[K, *result.shape]`` each, None where no loss arrives.
         """
         if self._at_once == 1:
-            return self._one_by_one(places, retain_graph)
+            return self._one_by_one(places, retain_graph, alone)
         # Nothing is freed before operations of this kind are known to pass.
         known = self._ways.kind in _PASSED
         try:
-            return self._batched(places, retain_graph or not known)
+            return self._batched(places, retain_graph or not known, alone)
         # An operation may refuse to be batched in spite of its name (by a hook, or in a newer
         # torch).
         except RuntimeError:
             if known and not retain_graph:
                 raise
-        found = self._one_by_one(places, retain_graph)
+        found = self._one_by_one(places, retain_graph, alone)
         _FAILED.add(self._ways.kind)
         return found
 
-    def _one_by_one(self, places: Sequence[Place], retain_graph: bool) -> list[Tensor | None]:
-        edges = self.graph.edges(places)
-        rows = [[*self._single(k, edges, retain_graph)] for k in range(len(self.starts))]
+    def _one_by_one(
+        self, places: Sequence[Place], retain_graph: bool, alone: Container[Place]
+    ) -> list[Tensor | None]:
+        rows = self._rows(places, retain_graph)
         # Place by place, so that no more than one is in memory twice.
-        found = [stacked([of_loss.pop() for of_loss in rows]) for _ in places]
-        return found[::-1]
+        return [self._stacked(rows.pop(place), place in alone) for place in places]
+
+    def _stacked(self, rows: Mapping[int, Tensor], alone: bool) -> Tensor | None:
+        """The gradients of losses at one place, see :meth:`gradients`."""
+        if alone:
+            return next(map(detached, rows.values()), None)
+        return stacked(rows, len(self.starts))
+
+    def _rows(
+        self, places: Sequence[Place], retain_graph: bool, but: Container[int] = ()
+    ) -> dict[Place, dict[int, Tensor]]:
+        """
+        By place, the gradients that arrive there, by their losses.
+
+        :param but: The operations whose losses get no pass.
+        """
+        edges = dict(zip(places, self.graph.edges(places), strict=True))
+        rows: dict[Place, dict[int, Tensor]] = {place: {} for place in places}
+        asked = _asked(self.graph.form, tuple(self.starts), tuple(places))
+        for k, start in enumerate(self.starts):
+            if start is None or start[0] in but:
+                continue
+            found = self._single(k, start, [edges[place] for place in asked[k]], retain_graph)
+            for place, grad in zip(asked[k], found, strict=True):
+                if grad is not None:
+                    rows[place][k] = grad
+        return rows
 
     def _single(
-        self, k: int, edges: Sequence[GradientEdge], retain_graph: bool
+        self, k: int, start: Place, edges: Sequence[GradientEdge], retain_graph: bool
     ) -> Sequence[Tensor | None]:
         """The gradients of one loss."""
-        start = self.starts[k]
-        if start is None:
-            return [None] * len(edges)
+        if not edges:
+            return ()
         seed = self.seeds(start, [k])[0]
         retain = retain_graph or k in self._ways.met_again
         found = differentiate(self.graph.edges([start]), edges, [seed], retain)
@@ -325,37 +398,26 @@ class Passes:
             return 1
         return max(1, min(count, self.memory.gradients // largest))
 
-    def _batched(self, places: Sequence[Place], retain_graph: bool) -> list[Tensor | None]:
+    def _batched(
+        self, places: Sequence[Place], retain_graph: bool, alone: Container[Place]
+    ) -> list[Tensor | None]:
         common, graph = self._ways.common, self.graph
         behind = {place for node in common for place in graph.form.inputs[node]}
         of_trunk = [p for p in places if p[0] in common or p in behind]
         of_heads = [p for p in places if p[0] not in common and p not in behind]
-        found = self._through_heads(of_heads, retain_graph)
+        found = self._rows([*of_heads, *self._ways.entrances], retain_graph, common)
         # Taken out, so that those of single losses are gone before those of all go on.
         arriving = {
             place: self._arriving(place, found.pop(place)) for place in self._ways.entrances
         }
-        grads = {place: stacked(found.pop(place)) for place in of_heads}
+        grads = {place: self._stacked(found.pop(place), place in alone) for place in of_heads}
         grads |= self._through_trunk(arriving, of_trunk, retain_graph)
         return [grads[place] for place in places]
 
-    def _through_heads(
-        self, of_heads: Sequence[Place], retain_graph: bool
-    ) -> dict[Place, list[Tensor | None]]:
-        """The gradient of each loss at places of heads and where it enters the trunk."""
-        places = [*of_heads, *self._ways.entrances]
-        edges = self.graph.edges(places)
-        rows = [
-            [None] * len(places)
-            if start is None or start[0] in self._ways.common
-            else self._single(k, edges, retain_graph)
-            for k, start in enumerate(self.starts)
-        ]
-        return dict(zip(places, map(list, zip(*rows, strict=True)), strict=True))
-
-    def _arriving(self, place: Place, rows: Sequence[Tensor | None]) -> Tensor:
+    def _arriving(self, place: Place, rows: Mapping[int, Tensor]) -> Tensor:
         """The gradients of all losses that have a graph at an entrance, given by loss."""
-        grads = stacked([rows[k] for k in self._present])
+        of_present = {i: rows[k] for i, k in enumerate(self._present) if k in rows}
+        grads = stacked(of_present, len(self._present))
         # A loss may itself be a result of the trunk, beside those that enter there from a head.
         if grads is None or place in self.starts:
             seeds = self.seeds(place, self._present)

@@ -3,7 +3,7 @@
 from jdcore.graph.shares._outer import OneHot, Outer, OuterBeside, OuterLayers, beside, joined
 from jdcore.graph.shares._patches import Geometry, Patches
 from jdcore.graph.shares._product import combined, outer, product, sum_of, sum_over, widened
-from jdcore.graph.shares._share import Accumulator, Addend, Dense, Share, ShortRows
+from jdcore.graph.shares._share import Accumulator, Addend, Dense, Share, ShortRows, SingleRows
 
 __all__ = [
     "Accumulator",
@@ -17,6 +17,7 @@ __all__ = [
     "Patches",
     "Share",
     "ShortRows",
+    "SingleRows",
     "beside",
     "combined",
     "joined",

@@ -154,6 +154,34 @@ def apart(views: list[Tensor] | tuple[Tensor, ...], shapes: Sequence[torch.Size]
     return [part if part.shape == shape else part.reshape(shape) for part, shape in pairs]
 
 
+class SingleRows:
+    """
+    Rows of operands that one loss alone depends on, as on the parameters of its own head.
+
+    :param rows: Of each operand, in its shape.
+    :param losses: The loss of each.
+    """
+
+    def __init__(self, rows: list[Tensor], losses: Sequence[int]) -> None:
+        self._rows, self._losses = rows, losses
+
+    def add_gramian(self, gramian: Accumulator) -> None:
+        """Add their squares to the diagonal, as they are orthogonal to all others."""
+        lengths = torch._foreach_norm(self._rows, 2, torch.float64)
+        of_loss: list[list[Tensor]] = [[] for _ in range(gramian.rows)]
+        for loss, length in zip(self._losses, lengths, strict=True):
+            of_loss[loss].append(length)
+        # In one sum of a fixed order, whatever the device.
+        most, zero = max(map(len, of_loss)), torch.zeros_like(lengths[0])
+        padded = [length for own in of_loss for length in own + [zero] * (most - len(own))]
+        gramian.add_diagonal(torch.stack(padded).view(-1, most).square().sum(1))
+
+    def gradients(self, weights: Tensor) -> list[Tensor]:
+        """The weighted gradients of all operands."""
+        of_loss = weights.flatten().unbind()
+        return [*torch._foreach_mul(self._rows, [of_loss[loss] for loss in self._losses])]
+
+
 class Addend(Protocol):
     """What has a Gramian: a share, or several of them at once."""
 
@@ -252,6 +280,10 @@ class Accumulator:
             self._lower[first : first + n, :c] += product
         else:
             self.pend(product[None])
+
+    def add_diagonal(self, squares: Tensor) -> None:
+        """Add to the diagonal, float64 [R]."""
+        self._lower.diagonal().add_(squares)
 
     def pend(self, products: Tensor) -> None:
         """Add Gramians [n, R, R], small ones later and all at once: each addition is a kernel."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -225,13 +226,25 @@ def _heads_of_all_kinds() -> tuple[list[Tensor], list[Tensor]]:
     return losses, [*net.parameters(), *table.parameters()]
 
 
+def _taken_apart() -> tuple[list[Tensor], list[Tensor]]:
+    net, vector = _Net(), randn(3).requires_grad_()
+    first, *middle, last = net.trunk(randn(7, 4)).square().mean(0)
+    # Of a vector that is a parameter, of rows, and of one that is asked for itself.
+    rows = [row.square().sum() for row in net.third(randn(2, 6))]
+    whole = net.heads[0](randn(4, 6)).square()[:, 0]
+    whole.retain_grad()
+    return [last, *middle, first, *rows, *vector, *whole, *_heads(net, randn(3, 6))], [
+        *(*net.parameters(), vector, whole)
+    ]
+
+
 MODELS = {
     function.__name__.removeprefix("_"): function
     for function in (
         *(_separate, _in_a_row, _in_rows_of_rows, _one_vector, _norms, _samples_mix),
         *(_some_reach_little, _deep_and_shallow, _tied, _recurrent, _parts_of_one_result),
         *(_infinite_elsewhere, _retained, _heads_of_all_kinds),
-        *(_a_row_below_heads, _one_is_absent),
+        *(_a_row_below_heads, _one_is_absent, _taken_apart),
     )
 }
 
@@ -418,6 +431,79 @@ def test_each_further_head_costs_its_own_operations_and_no_more() -> None:
     few, more, many = (_operations_with(k, stacked) for k in (16, 20, 28))
     assert many - more == 2 * (more - few)
     assert more - few <= 4 * 9  # the seed, and the five operations of a head
+
+
+def test_losses_that_were_taken_out_of_a_vector_start_there() -> None:
+    def apart(net: _Net, hidden: Tensor) -> Tensor:
+        return torch.stack([*(hidden @ torch.ones(6, len(net.heads))).square().mean(0)])
+
+    assert _operations_with(16, apart) == _operations_with(24, apart)
+
+
+@pytest.mark.parametrize("budget", [None, ALWAYS])
+def test_costs_of_heads_grow_with_their_number_and_not_with_its_square(
+    budget: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = 0
+    differentiate = _tasks.differentiate
+
+    def noting(outputs: Any, inputs: Sequence[Any], *rest: Any) -> Any:
+        nonlocal asked
+        asked += len(inputs)
+        return differentiate(outputs, inputs, *rest)
+
+    monkeypatch.setattr(_tasks, "differentiate", noting)
+
+    def step(heads: int) -> tuple[int, int]:
+        """Gradients that passes are asked for, and functions called."""
+        nonlocal asked
+        net = _Net(heads)
+        engine = autogram.Engine(net, batch_dim=None, memory_budget=budget)
+        calls = 0
+
+        def profile(frame: Any, event: str, argument: Any) -> None:
+            nonlocal calls
+            calls += event == "call"
+
+        def run() -> None:
+            nonlocal asked, calls
+            losses = torch.stack(_heads(net, net.trunk(randn(7, 4))))
+            asked = calls = 0
+            sys.setprofile(profile)
+            try:
+                engine.backward(losses, lambda gramian: gramian.diagonal())
+            finally:
+                sys.setprofile(None)
+
+        run()
+        run()
+        return asked, calls
+
+    few, more, many = map(step, (20, 40, 80))
+    assert many[0] - more[0] == 2 * (more[0] - few[0])
+    assert many[1] - more[1] <= 2.1 * (more[1] - few[1])
+
+
+def test_a_parameter_of_one_head_has_one_row_in_memory() -> None:
+    heads, x = nn.ModuleList(nn.Conv1d(300, 300, 1) for _ in range(6)), randn(2, 300, 3)
+
+    def losses() -> Tensor:
+        return torch.stack([head(x).square().mean() for head in heads])
+
+    def step() -> None:
+        autogram.backward(losses(), lambda gramian: torch.ones(6), batch_dim=None)
+
+    def plain() -> None:
+        losses().sum().backward()
+
+    peaks = []
+    for run in (step, plain):
+        run()
+        heads.zero_grad()
+        peaks.append(peak_bytes(run))
+        heads.zero_grad()
+    # The rows, of which the gradients are multiples.
+    assert peaks[0] <= 2.1 * peaks[1]
 
 
 @pytest.mark.parametrize("layers", [1, 2])
