@@ -115,9 +115,14 @@ class Columns:
         """The Gramian of the rows divided by ``scale``."""
         blocks = self.blocks
         refuse_tangents(blocks, "matrix")
-        single = type(self) is Columns and len(blocks) == 1 and scale == 1.0
+        dtype = blocks[0].dtype
         # What is differentiable is to stay so, for those who ask for the derivative to be told.
-        if not single or blocks[0].requires_grad or blocks[0].dtype == torch.float64:
+        if (
+            type(self) is not Columns
+            or scale != 1.0
+            or dtype == torch.float64
+            or any(block.requires_grad or block.dtype is not dtype for block in blocks)
+        ):
             return sum_gramians(_divided(blocks, scale))
         gramian, self._wide = gramian_and_rows(blocks)
         return gramian
@@ -147,18 +152,19 @@ class Columns:
         # Rows that are few are in the cache already, in float64, since their Gramian was made.
         if few is not None and weights.is_cpu and weights.dtype == torch.float64:
             vector = small_combination(weights.numpy(), few, torch.float32, self.length)
-            if len(blocks) == 1:
-                return [vector]
-            return list(torch.split(vector, [block.shape[1] for block in blocks]))
-        if rows is not None:
+        elif rows is not None:
             if not (weights.is_cpu and rows.is_cpu and weights.dtype is rows.dtype):
                 weights = weights.to(rows.device, rows.dtype)
             vector = rows.T.mv(weights)
             narrow = blocks[0].dtype  # `float` takes half of the time of `to`
-            return [vector.float() if narrow is torch.float32 else vector.to(narrow)]
+            vector = vector.float() if narrow is torch.float32 else vector.to(narrow)
+        elif len(blocks) == 1:
+            vector = combine(weights, blocks[0], wide=wide)
+        else:
+            return combine_blocks(weights, blocks, wide=wide)
         if len(blocks) == 1:
-            return [combine(weights, blocks[0], wide=wide)]
-        return combine_blocks(weights, blocks, wide=wide)
+            return [vector]
+        return list(torch.split(vector, [block.shape[1] for block in blocks]))
 
     def apply(self, function: Callable[[Tensor], Tensor]) -> list[Tensor]:
         """

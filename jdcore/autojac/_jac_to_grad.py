@@ -50,11 +50,11 @@ def jac_to_grad(
 
     The Jacobians of all the tensors count as one matrix; call it once per group of parameters to
     aggregate group by group. The update is added to a ``.grad`` that is already there. An
-    aggregator of the Gramian kind never sees the matrix in one piece: its memory is that of the
-    ``.jac`` fields and the gradients. Tensors without ``.jac`` are skipped, as optimizers skip
-    parameters without ``.grad``. Nothing changes if the call fails. At its end, the hooks of
-    ``register_post_accumulate_grad_hook``, and of the operations that accumulate, run once for each
-    tensor.
+    aggregator of the Gramian kind never needs the matrix in one piece: its memory is that of the
+    ``.jac`` fields and the gradients, and at most 2 MB. Tensors without ``.jac`` are skipped, as
+    optimizers skip parameters without ``.grad``. Nothing changes if the call fails. At its end, the
+    hooks of ``register_post_accumulate_grad_hook``, and of the operations that accumulate, run once
+    for each tensor.
 
     On several processes, what is aggregated is the mean of their Jacobians, and all get the same
     update: for parameters of a ``DistributedDataParallel`` module, and where ``group`` is given.

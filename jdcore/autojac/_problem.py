@@ -37,7 +37,8 @@ class Problem:
 
     :param outputs: Tensors to differentiate, all of which require grad.
     :param inputs: Tensors that require grad.
-    :param cotangents: Initial Jacobians ``[m, *S_output]``, one per output.
+    :param cotangents: Initial Jacobians ``[m, *S_output]``, one per output; or initial gradients
+        ``[*S_output]``, see ``apart``.
     :param graph: What lies behind the outputs.
     :param watched: Leaves that functions of the graph may accumulate into by themselves.
     :param uses: For each row, the positions of the outputs it differentiates, where that is known.
@@ -46,6 +47,8 @@ class Problem:
     :param asked: For each row, the positions of the inputs that it is wanted of. By default all.
     :param retained: For each row, whether later ones need the graph that its pass goes through. By
         default, all of them go through the same one.
+    :param apart: Whether each output belongs to one row alone, so that it has a gradient in place
+        of a Jacobian. Such rows are differentiated one by one, and known by their ``uses``.
     :param products: Inputs, by position, whose rows are computed as products. Only taken into
         account where rows are differentiated one by one.
     """
@@ -59,6 +62,7 @@ class Problem:
     sums: int = 0
     asked: Sequence[Sequence[int]] | None = None
     retained: Sequence[bool] | None = None
+    apart: bool = False
     products: Mapping[int, Product] = field(factory=dict)
 
     @staticmethod
@@ -97,7 +101,7 @@ class Problem:
     @property
     def m(self) -> int:
         """Number of rows."""
-        return self.cotangents[0].shape[0]
+        return self.cotangents[0].shape[0] if self.uses is None else len(self.uses)
 
     @property
     def with_rows(self) -> list[Tensor]:
@@ -288,7 +292,9 @@ class Problem:
             if size > 1:
                 rows = [self.cotangents[i][k * size : (k + 1) * size] for i in used]
                 return batched_gradients(outputs, self.inputs, rows, retain_graph)
-            cotangents = [self.cotangents[i][k] for i in used]
+            cotangents = [self.cotangents[i] for i in used]
+            if not self.apart:
+                cotangents = [cotangent[k] for cotangent in cotangents]
             if accumulated is not None:
                 found = accumulated.row(outputs, cotangents, retain_graph)
                 return found if self.asked is None else [found[i] for i in self.asked[k]]

@@ -109,26 +109,23 @@ def short_columns(m: int) -> int:
 
 def add_short_products(total: NDArray[np.float64], rows: NDArray[np.float64]) -> None:
     """
-    Add the lower triangle of ``A Aᵀ`` to a total, for a few rows of any length.
+    Add the lower triangle of ``A Aᵀ`` to a total, for a few short rows.
 
-    Piece by piece, see :func:`short_columns`. Of an array times its own transpose numpy computes
-    one triangle, by a routine that does arrange the factors. So a strip of rows is multiplied by
-    all rows above it and by one more, at the end by a row of zeros.
+    Of an array times its own transpose numpy computes one triangle, by a routine that does arrange
+    the factors. So a strip of rows is multiplied by all rows above it and by one more, at the end
+    by a row of zeros.
 
     :param total: Array [m, m + 1] of at least two rows. Above the diagonal it is not to be read.
-    :param rows: Array [m + 1, n]: the rows of A, and one of zeros.
+    :param rows: Array [m + 1, n] of at most :func:`short_columns`: the rows of A, and one of zeros.
     """
     m = len(total)
     strips = -(-m // _STRIP)
     # Nearly equal, so that none has a single row: a vector is multiplied by another routine, with
     # threads of its own.
     bounds = [m * i // strips for i in range(strips + 1)]
-    step = short_columns(m)
-    for start in range(0, rows.shape[1], step):
-        piece = rows[:, start : start + step]
-        for first, end in pairwise(bounds):
-            # Not `dot`, which copies what has gaps between its rows.
-            total[first:end, : end + 1] += np.matmul(piece[first:end], piece[: end + 1].T)
+    for first, end in pairwise(bounds):
+        # Not `dot`, which copies what has gaps between its rows.
+        total[first:end, : end + 1] += np.matmul(rows[first:end], rows[: end + 1].T)
 
 
 def small_combination(

@@ -17,14 +17,13 @@ from jdcore.validators import check_blocks
 # from; with 2 MB, 4 to 16 rows take 1.2 to 1.8 times as long. An accelerator wants few calls.
 _ENTRIES = 1 << 16
 _ENTRIES_ELSEWHERE = 1 << 24
-# Up to so many of one block, all are kept: rows that cancel are summed in float64.
-_KEPT = 1 << 18
 _NARROWEST = 1024  # columns, below which the product itself gets slow
 # Numbers of rows whose products on a CPU are so small beside their factors that an ordinary product
 # takes twice as long to arrange these as to multiply them.
 _SHORT = range(2, 65)
-# Entries of a single matrix up to which it is multiplied by one call.
-_ONE = 1 << 15
+# Entries up to which blocks are joined, converted and multiplied by one call each: beside a few
+# layers of a small network, each further call takes longer than what it does.
+_ONE = 1 << 17
 # Rows from which on half of a product is left out on a CPU, and how many strips it is cut into.
 _MANY, _STRIPS = 96, 4
 _MIRRORED = 256  # rows up to which numpy copies a triangle in less time than torch
@@ -36,9 +35,9 @@ def gramian(jacobian: Tensor | Sequence[Tensor], /) -> Tensor:
     """
     Gramian ``J Jᵀ`` of a matrix, or of a Jacobian given as column blocks, in float64.
 
-    Blocks are never concatenated and need not share a dtype. Accumulating in float64 keeps the
-    error near 1e-13 of the largest diagonal entry where ``J @ J.T`` in float32 reaches 1e-3 for
-    long rows, and neither overflows nor underflows for any float32 input.
+    Blocks are not concatenated, unless they are small, and need not share a dtype. Accumulating in
+    float64 keeps the error near 1e-13 of the largest diagonal entry where ``J @ J.T`` in float32
+    reaches 1e-3 for long rows, and neither overflows nor underflows for any float32 input.
 
     :param jacobian: Matrix [m, n] of a real floating dtype, or blocks [m, n1], [m, n2], ...
     :returns: float64 Tensor [m, m] on the device of the Jacobian, exactly symmetric.
@@ -72,8 +71,8 @@ def gramian_and_rows(blocks: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
         piece.
     """
     m, on_cpu = blocks[0].shape[0], blocks[0].is_cpu
-    if len(blocks) == 1 and blocks[0].numel() <= _ONE:
-        rows = blocks[0].double()
+    rows = _joined(blocks)
+    if rows is not None:
         if m < _MANY:
             total = rows.mm(rows.T)
             return _mirrored(total) if total.is_cpu else symmetric(total), rows
@@ -81,28 +80,36 @@ def gramian_and_rows(blocks: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
         _add_product(total, rows, beta=0.0)
         return _mirrored(total), rows
     if on_cpu and m in _SHORT:
-        return _sum_of_short(blocks)
+        return _sum_of_short(blocks), None
     total = blocks[0].new_zeros((m, m), dtype=torch.float64)
     if not on_cpu:
-        most = _width(blocks, max(_NARROWEST, _ENTRIES_ELSEWHERE // max(1, m)))
-        columns = max(1, -(-most // _BATCHED)) * _BATCHED
+        columns = max(1, -(-_width(blocks, _ENTRIES_ELSEWHERE) // _BATCHED)) * _BATCHED
         return symmetric(_sum_in_batches(total, list(_pieces(blocks, columns)), columns)), None
-    buffer = total.new_empty((m, _width(blocks, max(_NARROWEST, _ENTRIES // max(1, m)))))
+    buffer = total.new_empty((m, _width(blocks, _ENTRIES)))
     for filled in _filled(buffer, blocks):
         _add_product(total, buffer[:, :filled])
-    return _mirrored(total), _all_rows(buffer, blocks)
+    return _mirrored(total), None
+
+
+def _joined(blocks: Sequence[Tensor]) -> Tensor | None:
+    """The rows of blocks in float64, side by side; None if that are too many entries."""
+    if sum([block.numel() for block in blocks]) > _ONE:
+        return None
+    if len(blocks) == 1:
+        return blocks[0].double()
+    # They may lie on several devices.
+    return torch.cat(list(blocks), 1).double() if all(b.is_cpu for b in blocks) else None
 
 
 @np.errstate(over="ignore", invalid="ignore")
-def _sum_of_short(blocks: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
+def _sum_of_short(blocks: Sequence[Tensor]) -> Tensor:
     m = blocks[0].shape[0]
     # A row and a column more than there are, as `add_short_products` wants them.
-    wide = np.empty((m + 1, _width(blocks, short_columns(m))))
+    wide, total = np.empty((m + 1, short_columns(m))), np.zeros((m, m + 1))
     wide[m] = 0.0
-    total, buffer = np.zeros((m, m + 1)), torch.from_numpy(wide[:m])
-    for filled in _filled(buffer, blocks):
+    for filled in _filled(torch.from_numpy(wide[:m]), blocks):
         add_short_products(total, wide[:, :filled])
-    return _mirrored(torch.from_numpy(total[:, :m].copy())), _all_rows(buffer, blocks)
+    return _mirrored(torch.from_numpy(total[:, :m].copy()))
 
 
 @lru_cache(maxsize=16)
@@ -111,16 +118,10 @@ def _upper(m: int) -> NDArray[np.bool_]:
     return upper
 
 
-def _all_rows(buffer: Tensor, blocks: Sequence[Tensor]) -> Tensor | None:
-    """A buffer that was filled, if it held all columns at once."""
-    return buffer if buffer.shape[1] == sum([block.shape[1] for block in blocks]) else None
-
-
-def _width(blocks: Sequence[Tensor], columns: int) -> int:
-    """Columns of a buffer: so many, or all that there are if they are less, or kept."""
-    if len(blocks) == 1 and blocks[0].numel() <= _KEPT:
-        return blocks[0].shape[1]
-    return min(columns, sum([block.shape[1] for block in blocks]))
+def _width(blocks: Sequence[Tensor], entries: int) -> int:
+    """Columns of a buffer of some entries, or what there is if that is less."""
+    columns = max(_NARROWEST, entries // max(1, blocks[0].shape[0]))
+    return min(columns, sum(block.shape[1] for block in blocks))
 
 
 def _filled(buffer: Tensor, blocks: Sequence[Tensor]) -> Iterator[int]:

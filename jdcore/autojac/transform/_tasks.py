@@ -45,20 +45,20 @@ class PerTask(Transform):
         self.graph, self.watched = graph, tuple(watched)
 
     def apply(self, values: dict[Tensor, Tensor], /) -> Values:
-        m, rows = len(values), range(len(self.rows))
+        rows = range(len(self.rows))
         # By identity, as the hash of a tensor is a function of Python.
         places = {id(key): i for i, key in enumerate(self.gives)}
         problem = Problem.of(
             self.needs,
             self.gives,
-            # Each row starts at one loss, so that all of them may show the same memory.
-            [value.expand(m, *value.shape) for value in values.values()],
+            [*values.values()],
             self.graph,
             self.watched,
-            uses=[[k] for k in range(m)],
+            uses=[[k] for k in range(len(values))],
             sums=len(self.gives) - len(rows),
             asked=[[*rows, *[places[id(key)] for key in task]] for task in self.tasks],
             retained=self.retained,
+            apart=True,
         )
         return dict(zip(self.gives, problem.row_by_row(self.retain_graph), strict=True))
 

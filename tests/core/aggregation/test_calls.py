@@ -131,11 +131,15 @@ def test_rows_are_converted_to_float64_once(m: int, n: int) -> None:
     aggregator, half = GramianAggregator(Shorter()), torch.randn(m // 2, n)
     # Rows that cancel: their sum is made in float64.
     matrix = torch.cat([half, 1e-6 * torch.randn(m // 2, n) - half])
-    counts = _operations(lambda: aggregator(matrix))
-    # The rows, for the Gramian and for the sum; and their sum back.
-    assert counts["_to_copy"] + counts["copy_"] <= 2, counts
+    blocks = list(matrix.split([n - 7, 0, 7], dim=1))
+    of_matrix = _operations(lambda: aggregator(matrix))
+    of_blocks = _operations(lambda: aggregator.aggregate_blocks(blocks))
+    # The rows, for the Gramian and for the sum; and their sum back. The weights go to a device.
+    for counts, most in ((of_matrix, 2), (of_blocks, 3)):
+        assert counts["_to_copy"] + counts["copy_"] <= most, counts
     expected = aggregator(matrix.double())
-    torch.testing.assert_close(aggregator(matrix).double(), expected, rtol=1e-6, atol=1e-12)
+    for update in (aggregator(matrix), torch.cat(aggregator.aggregate_blocks(blocks)[0])):
+        torch.testing.assert_close(update.double(), expected, rtol=1e-6, atol=1e-12)
 
 
 def test_small_blocks_are_summed_together_and_come_back_in_their_order() -> None:
