@@ -300,10 +300,10 @@ def _through_hooks(leaf: Tensor, gradient: Tensor) -> Tensor:
 
 def as_grads(gradients: Mapping[Tensor, Tensor]) -> dict[Tensor, Tensor]:
     """Gradients as :func:`write_grads` can write them without any further memory."""
-    return {t: _as_field(t, g) if t.grad is None else g for t, g in gradients.items()}
+    return {t: as_grad(t, g) if t.grad is None else g for t, g in gradients.items()}
 
 
-def _as_field(tensor: Tensor, gradient: Tensor) -> Tensor:
+def as_grad(tensor: Tensor, gradient: Tensor) -> Tensor:
     """The gradient in the dtype and memory layout that a backward pass would give it."""
     # As :func:`_grad_dtype`, without its call for each parameter.
     dtype = (tensor.grad_dtype if tensor.is_leaf else tensor.dtype) or gradient.dtype
@@ -313,7 +313,9 @@ def _as_field(tensor: Tensor, gradient: Tensor) -> Tensor:
         return gradient
     # Optimizers are fast where both have the same layout. For a tensor with gaps or repetitions,
     # `empty_like` gives a contiguous one.
-    return torch.empty_like(tensor, dtype=dtype).copy_(gradient)
+    made = torch.empty_like(tensor, dtype=dtype).copy_(gradient)
+    # Backward passes give parameters of a subclass plain gradients.
+    return made if type(made) is type(gradient) else made.as_subclass(Tensor)
 
 
 def _grad_dtype(tensor: Tensor) -> torch.dtype | None:

@@ -5,9 +5,9 @@ from collections.abc import Iterable, Mapping, Sequence, Set
 import torch
 from torch import Tensor
 
-from jdcore._fields import check_fits, dense
+from jdcore._fields import as_grad, check_fits, dense
 from jdcore.autojac._products import Product
-from jdcore.linalg._pages import new_tensors
+from jdcore.linalg._pages import new_tensor, new_tensors
 
 
 class Rows:
@@ -79,32 +79,39 @@ class Rows:
                 continue
             if type(gradient) is not Tensor or gradient.layout is not torch.strided:
                 gradient = dense(gradient)
-            if i in self._sums:
-                self._sums[i].add_(gradient)
-                continue
-            if i < count and views[i] and following[i] == k:
-                place = views[i][k]
-                following[i] = k + 1
+            if i >= count:
+                self._add(i, gradient)
             else:
-                place = self._first_place(i, k, gradient)
-            places.append(place)
-            values.append(gradient)
+                if views[i] and following[i] == k:
+                    place = views[i][k]
+                    following[i] = k + 1
+                else:
+                    place = self._first_place(i, k, gradient)
+                places.append(place)
+                values.append(gradient)
         if places:
             # One call, and on accelerators few kernels, for all of them.
             torch._foreach_copy_(places, values)
 
     def _first_place(self, i: int, k: int, gradient: Tensor) -> Tensor:
         """Where the first gradient of an input, or one that follows a gap, is to be written."""
-        shape = gradient.shape if self._size == 1 else gradient.shape[1:]
+        self._check(i, gradient.shape if self._size == 1 else gradient.shape[1:])
+        return self.place(i, k)
+
+    def _add(self, i: int, gradient: Tensor) -> None:
+        if i in self._sums:
+            self._sums[i].add_(gradient)
+            return
+        self._check(i, gradient.shape)
+        # Laid out as its `.grad` will be, which then takes no memory any more.
+        made = as_grad(self._inputs[i], gradient)
+        # A copy, as a gradient may lie in the memory of another one (as those of a + b do), of what
+        # it was computed from, or of a hook that hands out one buffer again and again.
+        self._sums[i] = gradient.clone() if made is gradient else made
+
+    def _check(self, i: int, shape: torch.Size) -> None:
         if shape != self._inputs[i].shape:  # later ones have the same
             check_fits(shape, self._inputs[i])
-        if i < len(self._results):
-            return self.place(i, k)
-        # A copy, as a gradient may lie in the memory of another one (as those of a + b do), of what
-        # it was computed from, or of a hook that hands out one buffer again and again. Laid out as
-        # its `.grad` will be, which then takes no memory any more.
-        place = self._sums[i] = torch.empty_like(self._inputs[i], dtype=gradient.dtype)
-        return place
 
     def finished(self) -> list[Tensor]:
         """The Jacobians, then the sums."""
@@ -114,7 +121,7 @@ class Rows:
         if self._zero:
             torch._foreach_zero_(self._zero)
         added = range(len(self._results), len(self._inputs))
-        sums = [
-            self._sums[i] if i in self._sums else torch.zeros_like(self._inputs[i]) for i in added
-        ]
-        return self._results + sums
+        return self._results + [self._sums[i] if i in self._sums else self._none(i) for i in added]
+
+    def _none(self, i: int) -> Tensor:
+        return new_tensor(self._inputs[i], *self._inputs[i].shape).zero_()

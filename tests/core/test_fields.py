@@ -223,6 +223,40 @@ def test_a_grad_has_the_memory_layout_of_its_tensor() -> None:
     torch.testing.assert_close(weight.grad, gradient)
 
 
+class Marked(Tensor):
+    """A subclass that changes nothing."""
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_gradients_of_a_subclass_are_plain_tensors_as_those_of_a_backward_pass(
+    transposed: bool,
+) -> None:
+    matrix = torch.randn(3, 2).T if transposed else torch.randn(2, 3)
+    trunk = nn.Parameter(matrix.as_subclass(Marked))
+    heads = [nn.Parameter(matrix.clone().as_subclass(Marked)) for _ in range(2)]
+
+    def step(name: str) -> None:
+        features = trunk * 2.0
+        losses = [(features * head).sum() for head in heads]
+        if name == "torch":
+            sum(losses).backward()
+        elif name == "mtl":
+            mtl_backward(losses, features)
+        elif name == "gramian":
+            gramian_backward(losses, equal_weights)
+        else:
+            backward(losses)
+        if hasattr(trunk, "jac"):
+            jac_to_grad([trunk, *heads], lambda rows: rows.sum(0))
+
+    for name in ("torch", "mtl", "gramian", "rows"):
+        step(name)
+        for parameter in (trunk, *heads):
+            assert type(parameter.grad) is Tensor, name
+            assert parameter.grad.stride() == parameter.stride(), name
+            parameter.grad = None
+
+
 def test_sparse_gradients_add_up() -> None:
     sparse, dense = _leaf(3), _leaf(3)
     dense.grad = torch.ones(3)
