@@ -32,7 +32,8 @@ def first_order_change(
     :param before: Values of the parameters at which the losses are differentiated, if other than
         the present ones, which are put back afterwards.
     :returns: The changes, of the shape and dtype of the losses.
-    :raises ParameterError: If the losses do not depend on any of the parameters, or there are none.
+    :raises ParameterError: If the losses do not depend on any of the parameters, there are none,
+        one is frozen, or what is given for one is not of its shape.
 
     >>> import torch
     >>> from jdcore.monitor import first_order_change
@@ -40,9 +41,12 @@ def first_order_change(
     >>> first_order_change(lambda: torch.stack([w.sum(), -w[0]]), {w: torch.tensor([0.5, 0.0])})
     tensor([ 0.5000, -0.5000])
     """
+    if not isinstance(step, Mapping) or not step:
+        got = describe_tensor(step) if step else "none"
+        raise ParameterError("step", "of at least one parameter, as a mapping", got)
+    _check_values(step, "step")
+    _check_values(before or {}, "before")
     parameters = list(step)
-    if not parameters:
-        raise ParameterError("step", "of at least one parameter", "none")
     # The optimizer has stepped already: the change is told from where the step began.
     present = {p: p.detach().clone() for p in before} if before else {}
     try:
@@ -69,6 +73,16 @@ def first_order_change(
     finally:
         _assign(present)
     return change.detach()
+
+
+def _check_values(values: Mapping[Tensor, Tensor], name: str) -> None:
+    for parameter, value in values.items():
+        if not parameter.requires_grad:
+            raise ParameterError(name, "of parameters that require grad", "a frozen one")
+        # Others would be broadcast.
+        if value.shape != parameter.shape:
+            expected = f"of shape {list(parameter.shape)} for a parameter of this shape"
+            raise ParameterError(name, expected, describe_tensor(value))
 
 
 def _check(values: Tensor) -> None:

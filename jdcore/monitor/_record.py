@@ -10,11 +10,11 @@ from attrs import define, field
 from torch import Tensor
 
 from jdcore.aggregation._observation import Observation, observing
-from jdcore.errors import ParameterError
+from jdcore.errors import ParameterError, ParameterTypeError
 from jdcore.monitor._change import first_order_change
 from jdcore.monitor._history import History, Step
 from jdcore.monitor._numbers import numbers_of
-from jdcore.validators import integer
+from jdcore.validators import boolean, describe_tensor, integer
 
 
 @contextmanager
@@ -59,6 +59,11 @@ def record(
         raise ParameterError(
             "losses", "given if and only if `optimizer` is", repr(losses), "Give both or neither."
         )
+    if not (optimizer is None or hasattr(optimizer, "register_step_pre_hook")):
+        raise ParameterTypeError("optimizer", "a torch.optim.Optimizer", repr(optimizer))
+    if not (losses is None or callable(losses)):
+        expected = "a function that evaluates the losses"
+        raise ParameterTypeError("losses", expected, describe_tensor(losses))
     history = History(callbacks)
     recorder = _Recorder(history, every, complete, cosines_up_to, losses)
     handles: list[Any] = []
@@ -82,7 +87,7 @@ def record(
 class _Recorder:
     history: History
     every: int = field(validator=integer(1))
-    complete: bool
+    complete: bool = field(validator=boolean)
     cosines_up_to: int = field(validator=integer(0))
     losses: Callable[[], Tensor] | None
     heard: int = 0
@@ -129,7 +134,7 @@ class _Recorder:
         step = {p: p.detach() - old for p, old in before.items()}
         change = first_order_change(self.losses, step, before=before)
         raised = float((change > 0).double().mean()) if change.numel() else 0.0
-        self.pending.change, self.pending.raised = change.tolist(), raised
+        self.pending.change, self.pending.raised = change.flatten().tolist(), raised
         self.flush()
 
 

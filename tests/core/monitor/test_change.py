@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -72,8 +75,17 @@ def test_losses_without_a_graph_are_refused() -> None:
         first_order_change(lambda: w.detach(), {w: torch.ones(1)})
 
 
-def test_a_step_of_no_parameter_is_refused() -> None:
-    w = torch.tensor([3.0], requires_grad=True)
+@pytest.mark.parametrize(
+    ("step", "message"),
+    [
+        (lambda w: {}, "`step` must be of at least one parameter, as a mapping, got none"),
+        (lambda w: [w], "`step` must be of at least one parameter, as a mapping, got a list"),
+        (lambda w: {w: torch.ones(1)}, r"of shape \[2\] for a parameter.*of shape \[1\]"),
+        (lambda w: {w.detach(): torch.ones(2)}, "of parameters that require grad, got a frozen"),
+    ],
+)
+def test_a_step_that_is_none_is_refused(step: Callable[[Tensor], Any], message: str) -> None:
+    w = torch.tensor([3.0, 1.0], requires_grad=True)
 
-    with pytest.raises(ParameterError, match="`step` must be of at least one parameter"):
-        first_order_change(lambda: w * 1.0, {})
+    with pytest.raises(ParameterError, match=message):
+        first_order_change(lambda: w * 1.0, step(w))

@@ -302,7 +302,8 @@ def test_the_optimizers_own_step_is_recorded() -> None:
     w = torch.tensor([0.0], requires_grad=True)
     optimizer = torch.optim.SGD([w], lr=1.0, momentum=1.0)
     signs = [torch.tensor([1.0, 1.0]), torch.tensor([-0.5, -0.5])]
-    with monitor.record(optimizer=optimizer, losses=lambda: sign * w) as history:
+    # Of any shape; the record has them in one list.
+    with monitor.record(optimizer=optimizer, losses=lambda: (sign * w)[None]) as history:
         for sign in signs:
             optimizer.zero_grad()
             gramian_backward(sign * w, HalvesWeighting())
@@ -367,6 +368,13 @@ def test_a_step_that_no_optimizer_made_is_recorded_all_the_same() -> None:
         ({"every": True}, ParameterTypeError, "`every` must be an int, got True"),
         ({"cosines_up_to": -1}, ParameterError, "`cosines_up_to` must be >= 0, got -1"),
         ({"losses": lambda: None}, ParameterError, "Give both or neither"),
+        ({"complete": "no"}, ParameterTypeError, "`complete` must be a bool"),
+        ({"optimizer": "sgd", "losses": print}, ParameterTypeError, "`optimizer` must be a torch"),
+        (
+            {"optimizer": torch.optim.SGD([torch.ones(1)]), "losses": torch.ones(2)},
+            ParameterTypeError,
+            "`losses` must be a function that evaluates the losses, got a float32 Tensor",
+        ),
     ],
 )
 def test_unusable_options_are_refused(
