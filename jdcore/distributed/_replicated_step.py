@@ -97,7 +97,9 @@ class Replicas:
         """Number of rows, tensors with a ``.jac`` anywhere, and those with a local gradient."""
         aggregator, losses = arguments
         lacks = len(own.matrices) < len(self.given) or any(map(is_local, self.members))
-        count, some = start(meeting, own, aggregator, self._words, losses, lacks=lacks)
+        # Members begin with what is given, of which another process may have given more.
+        more = losses, len(self.given)
+        count, some = start(meeting, own, aggregator, self._words, *more, lacks=lacks)
         # The usual case, in which no process has anything to add, is told without a second
         # exchange.
         if not some:

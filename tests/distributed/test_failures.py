@@ -104,6 +104,13 @@ def _rows_differ() -> None:
     with pytest.raises(ParameterError, match="same tensors in the same order"):
         _step(model, jdcore.get_aggregator("mean" if dist.get_rank() else "upgrad"))
     _untouched(model)
+    # One module keeps all of them equal, also those that one process does not give.
+    wrapped = nn.parallel.DistributedDataParallel(nn.Linear(5, 3).double())
+    backward(wrapped(own_batch()).square().mean(0))
+    parameters = list(wrapped.parameters())[: 2 - dist.get_rank()]
+    with pytest.raises(ParameterError, match="same tensors in the same order"):
+        jac_to_grad(parameters, GramianAggregator(torch.diag))
+    _untouched(wrapped)
     _works_afterwards()
 
 
