@@ -16,7 +16,6 @@ from jdcore.distributed._sharding import Gathered
 from jdcore.errors import ParameterError
 from jdcore.graph import Reach
 from jdcore.graph._retained import put_back_on_failure
-from jdcore.validators import tensor_list
 
 
 @not_traced
@@ -73,16 +72,14 @@ def backward(
         retain_graph=retain_graph,
         chunk_size=parallel_chunk_size,
     ) as call:
-        # Once: it may be an iterator such as model.parameters(), and is needed twice.
-        given = None if inputs is None else tensor_list(inputs, "inputs")
-        targets = reached(call.graph, given)
+        targets = reached(call.graph, call.inputs)
         # Before the passes, which take the time and may free the graph.
         check_jacs(targets, call.m)
         # The keys are checked as the graph is put together; nothing is computed before it is
         # called.
         graph = call.jacobian(
             targets,
-            watched=given or (),
+            watched=call.inputs or (),
             retain_graph=retain_graph,
             chunk_size=parallel_chunk_size,
         ) >> AccumulateJac(targets)

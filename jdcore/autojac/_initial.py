@@ -15,7 +15,8 @@ from jdcore.distributed._passes import telling_holders
 from jdcore.distributed._refusals import refuse_flat
 from jdcore.distributed._sharding import still_trainable
 from jdcore.errors import ParameterError
-from jdcore.graph import Reach, reach
+from jdcore.graph import Reach, edge_of, reach
+from jdcore.graph._hooks import node_has_hooks
 from jdcore.validators import describe_tensor, tensor_list
 
 
@@ -27,11 +28,13 @@ class Call:
     :param outputs: The tensors to be differentiated.
     :param initial: Initial Jacobians, None for one row per element of the outputs.
     :param graph: What lies behind the outputs.
+    :param inputs: With respect to what, if that is given.
     """
 
     outputs: list[Tensor]
     initial: list[Tensor] | None
     graph: Reach
+    inputs: list[Tensor] | None = None
 
     @property
     def m(self) -> int:
@@ -89,7 +92,36 @@ def begun(
     outputs = tensor_list(tensors, names[0])
     with telling_holders(outputs, inputs):
         checks.check_call(outputs, names[0], retain_graph, chunk_size)
-        yield Call(outputs, initial_jacobians(initial, outputs, names[1]), reach(outputs))
+        start = initial_jacobians(initial, outputs, names[1])
+        # Once: it may be an iterator such as model.parameters(), and is needed twice.
+        given = None if inputs is None else tensor_list(inputs, "inputs")
+        if start is None:
+            outputs = _as_vector(outputs, given or ())
+        yield Call(outputs, start, reach(outputs), given)
+
+
+def _as_vector(outputs: list[Tensor], inputs: Iterable[Tensor]) -> list[Tensor]:
+    """
+    The vector that a loop took some outputs out of, if they are all of its entries, in its place.
+
+    Torch makes of the gradient of one entry a zero for each other one: m of them in each of m rows.
+    """
+    vector, node = outputs[0]._base, outputs[0].grad_fn
+    if (
+        vector is None
+        or node is None
+        or node.name() != "UnbindBackward0"
+        or vector.shape != (len(outputs),)
+        # What was written into it since does not count.
+        or not vector.requires_grad
+        or node.next_functions[0] != edge_of(vector)
+        or any(tensor.grad_fn is node for tensor in inputs)
+    ):
+        return outputs
+    are_all = all(o.grad_fn is node and o.output_nr == i for i, o in enumerate(outputs))
+    # Hooks of entries, and their `.grad`, want gradients that would no longer pass by.
+    heard = any(t._backward_hooks or t.retains_grad for t in (vector, *outputs))
+    return [vector] if are_all and not heard and not node_has_hooks(node) else outputs
 
 
 def inputs_or_leaves(graph: Reach, inputs: Tensor | Iterable[Tensor] | None) -> list[Tensor]:

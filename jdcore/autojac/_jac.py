@@ -62,7 +62,7 @@ def jac(
         retain_graph=retain_graph,
         chunk_size=parallel_chunk_size,
     ) as call:
-        targets = _targets(call.graph, inputs)
+        targets = _targets(call.graph, call.inputs)
         graph = call.jacobian(targets, retain_graph=retain_graph, chunk_size=parallel_chunk_size)
         with plain_modes([*call.outputs, *targets]), put_back_on_failure(call.graph):
             results = graph()

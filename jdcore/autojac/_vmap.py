@@ -374,4 +374,7 @@ def _batched_tensors() -> list[Tensor]:
 
 def _has_grad(tensor: Tensor) -> bool:
     # Asking an intermediate tensor that does not retain its gradient for it causes a warning.
-    return (tensor.is_leaf or tensor.retains_grad) and tensor.grad is not None
+    try:
+        return (tensor.retains_grad or tensor.is_leaf) and tensor.grad is not None
+    except RuntimeError:  # one of several views that torch allows no more, as somebody wrote there
+        return False

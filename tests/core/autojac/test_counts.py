@@ -413,3 +413,65 @@ def test_each_of_many_parameters_costs_jac_to_grad_a_few_calls() -> None:
     # A weight and a bias for each layer: views as a matrix and back, and writing into the buffer.
     assert (many - few) / 40 <= 4
     assert (many_calls - few_calls) / 40 <= 15
+
+
+# -- losses out of a loop --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_entries_of_a_vector_cost_what_the_vector_costs(given: bool) -> None:
+    model = _net(2).double()
+    x, parameters = torch.randn(9, 8, dtype=torch.float64), list(model.parameters())
+    inputs = parameters if given else None
+
+    def counted(take: Callable[[Tensor], Any]) -> tuple[Counter[str], list[Tensor]]:
+        losses = take(model(x).square().mean(dim=1))
+        with Operations() as run:
+            found = jac(losses, inputs)
+        return run.counts, list(found)
+
+    (vector, expected), (entries, found) = counted(lambda v: v), counted(list)
+    assert entries == vector
+    for one, other in zip(expected, found, strict=True):
+        torch.testing.assert_close(other, one, rtol=0.0, atol=0.0)
+
+
+def _hear(losses: list[Tensor], vector: Tensor) -> None:
+    losses[1].register_hook(lambda gradient: None if gradient is None else 3.0 * gradient)
+
+
+def _hear_operation(losses: list[Tensor], vector: Tensor) -> None:
+    losses[0].grad_fn.register_hook(lambda gradients, _: (3.0 * gradients[0],))
+
+
+def _swap(losses: list[Tensor], vector: Tensor) -> None:
+    losses[0], losses[1] = losses[1], losses[0]
+
+
+@pytest.mark.parametrize("change", [_hear, _hear_operation, _swap, lambda *_: None])
+def test_entries_of_a_vector_have_the_rows_that_they_have_one_by_one(
+    change: Callable[[list[Tensor], Tensor], None],
+) -> None:
+    w = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64, requires_grad=True)
+
+    def losses() -> list[Tensor]:
+        vector = w.exp() * w.sum()
+        entries = list(vector)
+        change(entries, vector)
+        return entries
+
+    entries = losses()
+    expected = [torch.autograd.grad(loss, w, retain_graph=True)[0] for loss in entries]
+    backward(losses())
+    torch.testing.assert_close(w.jac, torch.stack(expected))
+
+
+def test_an_entry_that_is_an_input_and_one_that_retains_its_gradient_are_met() -> None:
+    w = torch.tensor([1.0, 2.0], requires_grad=True)
+    entries = list(w.exp())
+    [rows] = jac(entries, entries[0])
+    assert rows.tolist() == [1.0, 0.0]
+    entries = list(w.exp())
+    entries[0].retain_grad()
+    backward(entries, inputs=[w, entries[0]])
+    assert entries[0].jac.tolist() == [1.0, 0.0]

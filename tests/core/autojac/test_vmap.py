@@ -477,3 +477,17 @@ def test_less_rows_are_taken_at_once_where_memory_ends(
     with pytest.raises(torch.OutOfMemoryError):
         jac([out], [layer.weight])
     assert not _vmap._FAILED
+
+
+def test_views_that_torch_allows_no_more_disturb_nobody() -> None:
+    """Somewhere in the process, entries of a vector that was written into live on."""
+    other = _leaf(2) * 1.0
+    entries = list(other)
+    with torch.no_grad():
+        other.mul_(2.0)
+    layer = nn.Linear(8, 8).double()
+    out = layer(torch.randn(8, dtype=torch.float64)).tanh()
+    [rows, _] = jac(out, layer.parameters())
+    assert rows.shape == (8, 8, 8)
+    with pytest.raises(RuntimeError, match="modified inplace"):
+        print(entries[0].is_leaf)

@@ -22,6 +22,7 @@ READ = {
     "jdcore/_fields.py": {*HOOKS, "_version"},
     "jdcore/aggregation/_module.py": {"_apply"},
     "jdcore/autojac/_hidden.py": {"_backward_hooks"},
+    "jdcore/autojac/_initial.py": {"_backward_hooks", "_base"},
     "jdcore/autojac/_products.py": {"_backward_hooks"},
     "jdcore/autojac/_vmap.py": {"_backward_hooks"},
     "jdcore/distributed/_gathering.py": {
