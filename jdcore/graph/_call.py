@@ -13,7 +13,7 @@ from jdcore._fields import dense
 from jdcore.graph._batched import agree, mixed, without_warning
 from jdcore.graph._graph import Graph, Place
 from jdcore.graph._memory import Memory
-from jdcore.graph._operations import REARRANGING
+from jdcore.graph._operations import REARRANGING, is_batchable
 from jdcore.graph._passes import Grads, copies
 from jdcore.graph._plan import Plan
 from jdcore.graph._saved import function_of, zeros_at
@@ -112,6 +112,7 @@ def called_for_rows(
     parts: Sequence[tuple[int, int]],
     *,
     one_by_one: bool = False,
+    known: bool = False,
 ) -> tuple[Sequence[Tensor], bool]:
     """
     Call a linear function of some tensors for many rows, as many at once as a part has.
@@ -119,6 +120,7 @@ def called_for_rows(
     :param rows_of: Gives the rows of a part.
     :param parts: First row and end of each, one after the other.
     :param one_by_one: Whether to call it for each row by itself anyway.
+    :param known: Whether it is known to be batched rightly. Else the first part shows it.
     :returns: Its results, shape [R, ...] each, and whether it could be called for several at once.
     """
     batched, results = not one_by_one, list[Tensor]()
@@ -126,7 +128,7 @@ def called_for_rows(
         rows = rows_of(start, stop)
         found = None
         if batched and stop - start > 1:
-            found = _batched(one, rows, check=start == 0)
+            found = _batched(one, rows, check=start == 0 and not known)
             batched = found is not None
         if found is None:
             each = [one(*(of_operand[r] for of_operand in rows)) for r in range(stop - start)]
@@ -248,6 +250,10 @@ def pull_rows(
         for node, function in graph.functions_of_others.items()
     )
     found, _ = called_for_rows(
-        one, lambda a, b: [rows[p][a:b] for p in places], parts, one_by_one=alone
+        one,
+        lambda a, b: [rows[p][a:b] for p in places],
+        parts,
+        one_by_one=alone,
+        known=all(is_batchable(graph.form.names[n], graph.nodes[n]) for n in plan.below),
     )
     return dict(zip(reached, found, strict=True))

@@ -71,9 +71,11 @@ class Layout:
         dim = self.dim + lead
         if self.index is None:
             before = tensor.shape[dim] // (self.samples * self.after)
-            sizes = (before, self.samples, self.after)
-            split = tensor.reshape(*tensor.shape[:dim], *sizes, *tensor.shape[dim + 1 :])
-            return split.movedim(dim + 1, lead)
+            first = before == 1 and dim == lead  # in their place already, as they mostly are
+            sizes = (self.samples, before) if first else (before, self.samples)
+            shape = *tensor.shape[:dim], *sizes, self.after, *tensor.shape[dim + 1 :]
+            split = tensor.reshape(shape)
+            return split if first else split.movedim(dim + 1, lead)
         index = sent(self.index, tensor.device)
         # A missing entry (-1) chooses any other one here, and is set to zero below.
         chosen = tensor.index_select(dim, index.clamp(min=0).flatten())

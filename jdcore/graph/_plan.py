@@ -171,17 +171,18 @@ class Plan:
     def _kind(self, node: int) -> Hashable:
         """The form of an operation, if its operands are parameters that it has alone."""
         form, layout = self.form, self.layouts.get((node, 0))
-        operands, (shape, dtype) = self.frontier[node], form.result((node, 0))
+        operands, dtype = self.frontier[node], form.result((node, 0)).dtype
         ends = [self.ends.get(form.inputs[node][p]) for p in operands]
         if form.names[node] not in FOR_LAYERS or dtype.is_complex or None in ends:
             return None
-        if layout is None or not layout.leads(shape[0]):
+        if layout is None or layout.index is not None:
             return None
         shapes = [form.result(form.inputs[node][p]).shape for p in operands]
         if not all(map(Size.numel, shapes)):
             return None  # of nothing, there is no size to cut by
         turned = [end.turned for end in ends if end is not None]
-        sizes = form.described[node], layout.samples, *operands, *shapes, *turned
+        samples = layout.dim, layout.samples, layout.after
+        sizes = form.described[node], *samples, *operands, *shapes, *turned
         return form.names[node], *sizes
 
     def of_results(self, node: int) -> list[Layout | None]:

@@ -271,8 +271,8 @@ class RootShares:
         pulled = pull(graph, self._plan, grads)
         final |= {graph.leaves[leaf]: grad for leaf, grad in pulled.items()}
         # Operations may hand one gradient on to several leaves, or a part of it.
-        if [n for n, _ in grads if n not in graph.wanted]:
-            final = dict(zip(final, disjoint(final.values()), strict=True))
+        passed = {graph.leaves[n]: g for n, g in pulled.items() if grads.get((n, 0)) is not g}
+        final |= zip(passed, disjoint(passed.values()), strict=True)
         for leaf, rows in self._finished.items():
             tensor = graph.wanted[leaf]
             share = Dense(rows[None], tensor.shape)

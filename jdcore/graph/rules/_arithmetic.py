@@ -56,7 +56,7 @@ def matrix_and_vector(site: Site, operand: int) -> Share:
     return Dense.summed(rows, site.shapes[1])
 
 
-@rule("AddBackward0", "SubBackward0", "ExpandBackward0")
+@rule("AddBackward0", "SubBackward0", "ExpandBackward0", layers=True)
 def sum_of_entries(site: Site, operand: int) -> Share:
     """``a + alpha * b`` or ``a - alpha * b``."""
     if operand == 0:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 
 import pytest
@@ -94,6 +95,17 @@ class _Grouped(nn.Module):
         return x
 
 
+class _Attention(nn.Module):
+    """Attention as torch has it, which brings samples behind positions for its products."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(D, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.attention(x, x, x, need_weights=False)[0]
+
+
 def _deep(make: Callable[[], nn.Module]) -> nn.Module:
     return nn.Sequential(*(nn.Sequential(make(), nn.Tanh()) for _ in range(LAYERS)))
 
@@ -134,6 +146,9 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "scaled apart": (lambda: _deep(lambda: _Scaled(2.0, 3.0, 0.0)), (B, D)),
     "scaled each by another number": (lambda: _deep(lambda: _Scaled(2.0, 2.0, 1.0)), (B, D)),
     "RMS norms": (lambda: _deep(lambda: nn.RMSNorm(D)), (B, T, D)),
+    "attention": (lambda: _deep(_Attention), (B, T, D)),
+    "as many samples as positions": (lambda: _deep(_Attention), (B, B, D)),
+    "attention to one position": (lambda: _deep(_Attention), (B, 1, D)),
     "tied": (_tied, (B, T, D)),
     "partly frozen": (_partly_frozen, (B, T, D)),
     "one sample": (_mixed, (1, T, D)),
@@ -202,6 +217,49 @@ def test_products_and_sums_do_not_grow_with_the_number_of_layers(name: str) -> N
 
     # With the smaller budget none of the layers may be copied.
     assert operations(BUDGET) <= operations(16 * D * D) - 4 * LAYERS
+
+
+def test_layers_whose_samples_do_not_come_first_are_served_together() -> None:
+    def further(layers: int) -> Counter[str]:
+        """Operations beyond those of a plain step."""
+        model = nn.Sequential(*(_Attention() for _ in range(layers)))
+        engine = Engine(model, batch_dim=0, memory_budget=BUDGET)
+        counts = []
+        steps: list[Callable[[Tensor], object]] = [
+            lambda losses: losses.sum().backward(),
+            lambda losses: engine.backward(losses, lambda g: g.new_ones(len(g))),
+        ]
+        for step in steps:
+            step(_losses(model, randn(B, T, D)))
+            losses = _losses(model, randn(B, T, D))
+            with Operations() as operations:
+                step(losses)
+            counts.append(operations.counts)
+        return counts[1] - counts[0]
+
+    few, many = further(3), further(9)
+    for kind in ("mm", "bmm", "sum", "mul", "clone", "permute"):
+        assert many[kind] <= few[kind]
+
+
+def test_the_rows_of_a_table_of_positions_wait_for_no_comparison() -> None:
+    class Embedded(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.tokens, self.positions = nn.Embedding(9, D), nn.Embedding(T, D)
+
+        def forward(self, index: Tensor) -> Tensor:
+            return (self.tokens(index) + self.positions(torch.arange(T)[None])).tanh()
+
+    model, index = Embedded(), torch.arange(B * T).view(B, T) % 9
+    rows = explicit_jacobian(_losses(model, index), list(model.parameters()))
+    engine = Engine(model, batch_dim=0)
+    engine.compute_gramian(_losses(model, index))
+    losses = _losses(model, index)
+    with Operations() as operations:
+        gramian = engine.compute_gramian(losses)
+    assert relative_error(gramian, rows @ rows.T) < 1e-12
+    assert operations.counts["embedding_dense_backward"] == 1  # of all rows, and no other one
 
 
 def test_gradients_of_layers_of_one_form_have_memory_of_their_own() -> None:
