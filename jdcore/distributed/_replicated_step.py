@@ -97,9 +97,7 @@ class Replicas:
         """Number of rows, tensors with a ``.jac`` anywhere, and those with a local gradient."""
         aggregator, losses = arguments
         lacks = len(own.matrices) < len(self.given) or any(map(is_local, self.members))
-        # Members begin with what is given, of which another process may have given more.
-        more = losses, len(self.given)
-        count, some = start(meeting, own, aggregator, self._words, *more, lacks=lacks)
+        count, some = start(meeting, own, aggregator, self._words, losses, lacks=lacks)
         # The usual case, in which no process has anything to add, is told without a second
         # exchange.
         if not some:
@@ -114,7 +112,8 @@ class Replicas:
     def _words(self, by_numbers: bool) -> list[object]:
         """Words that tell lists of tensors apart, also where shapes repeat."""
         promised = self.members if self.promised else ()
-        return words_of(self.members, promised, by_numbers=by_numbers)
+        # Members begin with what is given, of which another process may have given more.
+        return [len(self.given), *words_of(self.members, promised, by_numbers=by_numbers)]
 
     def _means(self, meeting: Meeting, heads: list[Tensor]) -> dict[Tensor, Tensor]:
         if not heads:

@@ -80,7 +80,8 @@ def start(
     own: LocalRows,
     aggregator: Any,
     words: Callable[[bool], object],
-    *arguments: object,
+    losses: bool,
+    *,
     lacks: bool = False,
 ) -> tuple[int, bool]:
     """
@@ -89,15 +90,16 @@ def start(
     :param own: What this process has.
     :param words: Words for the tensors of the step. It is called with True where those of the
         processes differ: then, the numbers in copies are to tell these, if there are any.
-    :param arguments: Words for the arguments of the step.
+    :param losses: Whether this process has the values of the losses.
     :param lacks: Whether this process has something to say about single tensors.
     :returns: The number of rows, and whether some process has something to say.
-    :raises ParameterError: If rows, tensors or arguments differ, or no process has a ``.jac``.
+    :raises ParameterError: If rows, tensors, methods or arguments differ, or no process has a
+        ``.jac``.
     """
     rows = own.rows
     kinds = [type(aggregator).__name__, type(getattr(aggregator, "weighting", None)).__name__]
-    others = arguments, kinds, own.second is None
-    number = number_of(words(False), others)
+    arguments = losses, own.second is None
+    number = number_of(words(False), kinds, arguments)
     # One meeting says all that a usual step has to ask: each costs as much as many small layers.
     most, least, one, other, some = meeting.agree(
         Stage.START, rows, None if rows is None else -rows, number, -number, int(lacks)
@@ -113,14 +115,27 @@ def start(
             "An objective that is absent from the batch of a process is a loss of zero there: see "
             "jdcore.distributed.global_means.",
         )
-    if not (is_same(one, other) or meeting.agree_on(Stage.COPIES, words(True), others)):
+    if not is_same(one, other):
+        _refuse_different(*meeting.agree_on_each(Stage.COPIES, words(True), kinds, arguments))
+    return most, bool(some)
+
+
+def _refuse_different(tensors: bool, methods: bool, arguments: bool) -> None:
+    """Raise what tells which things are not the same on all processes, if there are any."""
+    if not methods:
+        raise ParameterError(
+            "aggregator", "of the same class on all processes", "others on some of them"
+        )
+    if not arguments:
+        expected = "given on all processes or on none, as is `second`"
+        raise ParameterError("losses", expected, "one of them given on some processes only")
+    if not tensors:
         raise ParameterError(
             "tensors",
-            "the same tensors in the same order, with the same arguments, on all processes",
+            "the same tensors in the same order on all processes",
             "others on some of them",
             "Pass all parameters of the model; those without .jac are skipped.",
         )
-    return most, bool(some)
 
 
 def mean_losses(meeting: Meeting, losses: Tensor | None) -> Tensor | None:

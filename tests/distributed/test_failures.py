@@ -101,8 +101,16 @@ def _rows_differ() -> None:
     with pytest.raises(ParameterError, match="same tensors in the same order"):
         jac_to_grad(parameters, GramianAggregator(torch.diag), group=dist.group.WORLD)
     _untouched(model)
-    with pytest.raises(ParameterError, match="same tensors in the same order"):
+    with pytest.raises(ParameterError, match="`aggregator` must be of the same class on all"):
         _step(model, jdcore.get_aggregator("mean" if dist.get_rank() else "upgrad"))
+    _untouched(model)
+    with pytest.raises(ParameterError, match="`losses` must be given on all processes or on none"):
+        jac_to_grad(
+            model.parameters(),
+            GramianAggregator(torch.diag),
+            losses=torch.ones(3) if dist.get_rank() else None,
+            group=dist.group.WORLD,
+        )
     _untouched(model)
     # One module keeps all of them equal, also those that one process does not give.
     wrapped = nn.parallel.DistributedDataParallel(nn.Linear(5, 3).double())
