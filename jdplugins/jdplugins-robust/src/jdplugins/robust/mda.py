@@ -25,8 +25,9 @@ class MDAWeighting(GramianWeighting):
 
     Choose it for a strong guarantee with few bad rows. The minimum is exact: the rows to leave out
     are a vertex cover of the pairs that are too far apart, which is searched in a time exponential
-    in ``n_byzantine`` only, not in m. Of several sets with the least diameter, the one with the
-    least sum of squared distances is taken.
+    in ``n_byzantine`` only, not in m. Where fewer rows than that have to go, the outermost of the
+    others follow, one after the other; of several sets that come about so, the one with the least
+    sum of squared distances is taken.
 
     :param n_byzantine: Number of rows that may be adversarial; at least ``2 n_byzantine + 1`` rows
         are needed.
