@@ -63,13 +63,11 @@ class _OfParts:
     """What is rebuilt from the parts of its message, e.g. in another process."""
 
     def __reduce__(self) -> tuple[type, tuple[object, ...]]:
-        # Exceptions are rebuilt from ``args`` (the message) by default, which drops the parts.
-        return type(self), tuple(self.parts().values())
-
-    def parts(self) -> dict[str, Any]:
-        """The parts, which have the names of the arguments of the constructor."""
+        # Exceptions are rebuilt from ``args`` (the message) by default, which drops the parts: fields
+        # called as the arguments of the constructor.
         code = type(self).__init__.__code__
-        return {name: getattr(self, name) for name in code.co_varnames[1 : code.co_argcount]}
+        names = code.co_varnames[1 : code.co_argcount]
+        return type(self), tuple([getattr(self, name) for name in names])
 
 
 class JDCoreError(Exception):
@@ -318,6 +316,13 @@ class UnservedGraphError(GraphError, ParameterError):
         """
         self.tensors = tuple(tensors)
         return self
+
+    def tell(self, parameter: str, layer: str | None, where: str) -> None:
+        """Say what operations do not know: the argument, and where they are, as for a new one."""
+        # Not of the subclass that it may be, whose constructor may take anything.
+        own = self.operation, self.reason, self.remedy
+        UnservedGraphError.__init__(self, *own, parameter, self.expected, layer, where)
+        self.tensors = ()
 
 
 class VectorizationError(GraphError):

@@ -84,16 +84,13 @@ class Step:
 
     def _tell(self, error: UnservedGraphError) -> None:
         """Let an error of the graph, which knows neither arguments nor modules, tell of these."""
-        parts = error.parts()
-        if error.parameter == "output":
-            parts["parameter"] = self.losses
+        parameter = self.losses if error.parameter == "output" else error.parameter
+        layer, where = error.layer, error.where
         if found := layer_of(self.modules, error.tensors):
-            parts["layer"], kind = found
-            parts["where"] = f"in layer {found[0]!r} ({kind})"
+            layer, where = found[0], f"in layer {found[0]!r} ({found[1]})"
         elif error.tensors:
-            parts["where"] = f"at {describe_tensor(error.tensors[0])}"
-        UnservedGraphError.__init__(error, **parts)
-        error.tensors = ()
+            where = f"at {describe_tensor(error.tensors[0])}"
+        error.tell(parameter, layer, where)
 
     def _jacobian(self, together: bool, report: bool) -> Jacobian:
         # Refused by kind before the graph is read, where the same things fail with errors that name

@@ -9,7 +9,7 @@ their own, which accumulates into the ``.grad`` of these, so each row is taken f
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from operator import attrgetter
 from typing import Any
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from jdcore._fields import grad_versions, set_aside
+from jdcore._handles import own_hooks
 from jdcore.errors import UnservedGraphError
 from jdcore.graph import Reach, edge_of
 from jdcore.graph._functions import kept_leaves
@@ -130,13 +131,10 @@ class AccumulatedRows:
         :param leaves: All leaves that may accumulate.
         """
         aside = dict.fromkeys([*leaves, *(leaf for _, leaf in self._leaves)])
-        with ExitStack() as stack:
-            stack.enter_context(set_aside(aside))
-            stack.enter_context(self._pass.starting_at(outputs))
-            for i, tensor in self._others:
-                # After the hook that notes the pass, for inputs that are outputs as well.
-                node, position = edge_of(tensor)
-                stack.callback(node.register_prehook(partial(self._hear, i, position)).remove)
+        places = [(i, *edge_of(tensor)) for i, tensor in self._others]
+        heard = (node.register_prehook(partial(self._hear, i, at)) for i, node, at in places)
+        # After the hook that notes the pass, for inputs that are outputs as well.
+        with set_aside(aside), self._pass.starting_at(outputs), own_hooks(heard):
             yield
 
     def row(

@@ -12,6 +12,7 @@ import gc
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -126,7 +127,13 @@ def is_ignored(hook: object) -> bool:
 
 def _matters(value: object) -> bool:
     # Modules note in such dictionaries, too, how some of their hooks are to be called.
-    return callable(value) and not is_ignored(value)
+    return callable(value) and not is_ignored(value) and not _is_own(value)
+
+
+def _is_own(hook: object) -> bool:
+    """Whether a hook is ours: of a pass that another thread makes."""
+    function = hook.func if isinstance(hook, partial) else hook
+    return str(getattr(function, "__module__", "")).startswith("jdcore.")
 
 
 def _by_number(hooks: OrderedDict[Any, Any]) -> bool:

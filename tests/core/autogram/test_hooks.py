@@ -16,6 +16,7 @@ from jdcore import RowByRowWarning, autogram
 from jdcore.autogram import Engine
 from jdcore.autojac import gramian_backward
 from jdcore.errors import UnservedGraphError
+from jdcore.graph._nesting import OuterPass
 from tests.core.autogram.oracle import explicit_jacobian, randn, relative_error
 
 B = 4
@@ -208,6 +209,15 @@ def test_hooks_of_the_graph_are_run_row_by_row_which_is_told(
         _right(engine, losses, net)
     with pytest.warns(RowByRowWarning):
         assert "backward pass of its own" in engine.explain(losses)
+
+
+def test_hooks_of_ours_in_passes_of_other_threads_are_nobody_elses() -> None:
+    net, other = _net(), _net()
+    losses, others = net(randn(B, 3)).square().sum(1), other(randn(B, 3))
+    with ThreadPoolExecutor(1) as pool, OuterPass().starting_at([others]):
+        # Somebody makes one meanwhile, so that there is a look at all of them.
+        others.grad_fn.register_hook(lambda *_: None).remove()
+        pool.submit(_right, Engine(net, batch_dim=0), losses, net).result()
 
 
 @pytest.mark.filterwarnings("ignore::jdcore.RowByRowWarning")

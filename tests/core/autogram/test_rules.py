@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from jdcore import GramianRuleSpec, ParameterError, PluginWarning, hookimpl
+from jdcore import GramianRuleSpec, ParameterError, PluginWarning, autogram, hookimpl
 from jdcore._discovery import _specs_of
 from jdcore._registry import Registry
 from jdcore.autogram import Engine, GramianRule, NoRule, Share, Site
@@ -118,6 +118,28 @@ def test_a_rule_may_hold_for_some_data_only(registry: Registry, called: list[str
         assert relative_error(update, jacobian.sum(0)) < 1e-12
     assert uses == [1]
     assert called == ["ScaleBackward"]
+
+
+class OfAPlugin(UnservedGraphError):
+    def __init__(self, number: int) -> None:
+        self.number = number
+        super().__init__("an operation of a plugin", f"it has the number {number}", "Take another.")
+
+
+def refusing_rule(site: Site, operand: int) -> Share:
+    """None."""
+    raise OfAPlugin(3)
+
+
+def test_an_error_of_a_rule_may_be_of_a_class_of_its_own(registry: Registry) -> None:
+    registry.register(_spec(rule=f"{__name__}:refusing_rule"))
+    model = _model()
+    losses = model(randn(B, 6)).square().sum(1)
+    with pytest.raises(OfAPlugin, match="it has the number 3") as caught:
+        Engine(model, batch_dim=0).compute_gramian(losses)
+    assert (caught.value.number, caught.value.parameter) == (3, "output")
+    with pytest.raises(OfAPlugin, match="Parameter `losses` must be"):
+        autogram.backward(model(randn(B, 6)).square().sum(1), torch.diagonal, batch_dim=0)
 
 
 def test_subclasses_are_served_unless_they_override_backward(
