@@ -63,8 +63,8 @@ class _OfParts:
     """What is rebuilt from the parts of its message, e.g. in another process."""
 
     def __reduce__(self) -> tuple[type, tuple[object, ...]]:
-        # Exceptions are rebuilt from ``args`` (the message) by default, which drops the parts: fields
-        # called as the arguments of the constructor.
+        # Exceptions are rebuilt from ``args`` (the message) by default, which drops the parts: the
+        # fields called as the arguments of the constructor.
         code = type(self).__init__.__code__
         names = code.co_varnames[1 : code.co_argcount]
         return type(self), tuple([getattr(self, name) for name in names])
