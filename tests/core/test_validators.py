@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from jdcore import ParameterError, ParameterTypeError
 from jdcore.autogram import Engine
 from jdcore.autojac import backward, gramian_backward
-from jdcore.validators import check_matrix, integer, one_of, real, row_vector
+from jdcore.validators import check_matrix, generator, integer, one_of, real, row_vector
 
 
 @define
@@ -57,6 +57,7 @@ class Chosen:
     count: int = field(default=1, validator=integer(1))
     mode: str = field(default="min", validator=one_of("min", "max"))
     weights: Tensor | None = field(default=None, validator=row_vector)
+    generator: torch.Generator | None = field(default=None, validator=generator)
 
 
 @pytest.mark.parametrize(
@@ -64,6 +65,7 @@ class Chosen:
     [
         ({"count": 2**63}, "`count` must be <= 9223372036854775807, got 9223372036854775808"),
         ({"count": 10**400}, "`count` must be <= 9223372036854775807, got an integer of 1329 bits"),
+        ({"generator": 3}, "`generator` must be a torch.Generator or None, got 3"),
         ({"mode": np.ones(2)}, "`mode` must be one of 'min', 'max', got array"),
         ({"mode": ["min"]}, "`mode` must be one of 'min', 'max', got \\['min'\\]"),
         ({"weights": torch.ones(2).to_sparse()}, "`weights` must be .*, got a sparse_coo float32"),

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from jdcore import ParameterError, get_aggregator, get_weighting
+from jdcore import get_aggregator, get_weighting
 from jdcore.aggregation import ConFIG
 from jdcore.testing import family
 
@@ -62,15 +62,6 @@ def test_zero_rows_get_weight_zero() -> None:
 
     assert float(weights[0]) == 0.0
     torch.testing.assert_close(weights @ matrix, torch.tensor([2.0, 2.0]))
-
-
-def test_bad_preferences_are_refused_and_the_old_ones_kept() -> None:
-    preferences = torch.ones(2)
-    weighting = get_weighting("config", pref_vector=preferences)
-
-    with pytest.raises(ParameterError, match="`pref_vector`"):
-        weighting.pref_vector = torch.ones(2, 2)
-    assert weighting.pref_vector is preferences
 
 
 def test_whether_rows_are_dependent_does_not_depend_on_their_order() -> None:

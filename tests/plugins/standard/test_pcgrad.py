@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from jdcore import ParameterTypeError, get_aggregator, get_weighting
+from jdcore import get_aggregator, get_weighting
 from jdcore.testing import FAMILIES, family
 
 
@@ -77,13 +77,3 @@ def test_zero_rows_neither_project_nor_are_projected() -> None:
     matrix = torch.tensor([[0.0, 0.0], [1.0, 0.0], [-1.0, 1.0]])
 
     torch.testing.assert_close(get_aggregator("pcgrad")(matrix), torch.tensor([0.5, 1.5]))
-
-
-def test_a_seed_is_no_generator() -> None:
-    weighting = get_weighting("pcgrad")
-
-    with pytest.raises(ParameterTypeError, match="`generator`"):
-        get_weighting("pcgrad", generator=3)
-    with pytest.raises(ParameterTypeError, match="`generator`"):
-        weighting.generator = 3
-    assert weighting.generator is None

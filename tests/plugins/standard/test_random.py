@@ -1,9 +1,8 @@
 from __future__ import annotations
 
-import pytest
 import torch
 
-from jdcore import ParameterTypeError, get_aggregator, get_weighting
+from jdcore import get_aggregator, get_weighting
 
 GRAMIAN = torch.eye(3, dtype=torch.float64)
 
@@ -41,13 +40,3 @@ def test_without_a_generator_the_seed_of_torch_decides() -> None:
 
 def test_a_single_row_comes_back() -> None:
     assert get_aggregator("random")(torch.tensor([[3.0, -1.0]])).tolist() == [3.0, -1.0]
-
-
-def test_a_seed_is_no_generator() -> None:
-    weighting = get_weighting("random")
-
-    with pytest.raises(ParameterTypeError, match="`generator` must be a"):
-        get_weighting("random", generator=0)
-    with pytest.raises(ParameterTypeError, match="`generator`"):
-        weighting.generator = 0
-    assert weighting.generator is None

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from jdcore import ParameterError, get_aggregator, get_weighting
+from jdcore import get_aggregator, get_weighting
 
 
 def draw(m: int, seed: int) -> torch.Tensor:
@@ -65,13 +65,6 @@ def test_the_scale_of_the_losses_plays_no_part() -> None:
         torch.testing.assert_close(
             found(one * scale, second=two * scale), expected(one, second=two) * scale
         )
-
-
-def test_a_preference_of_another_length_is_refused() -> None:
-    weighting = get_weighting("sdmgrad", pref_vector=torch.ones(3))
-
-    with pytest.raises(ParameterError, match="`pref_vector` must be of length 2"):
-        weighting(torch.eye(2))
 
 
 def test_weights_of_another_library() -> None:
