@@ -369,19 +369,28 @@ def test_stationary_rows_are_found_in_few_steps(
     assert len(steps) <= 35
 
 
-def test_many_rows_that_depend_on_each_other_are_solved_by_factors_in_float32(
+def test_many_rows_that_do_not_depend_on_each_other_are_solved_by_products(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def refused(*arguments: np.ndarray) -> np.ndarray:
-        raise AssertionError("a factorisation in float64 takes twice as long")
-
-    monkeypatch.setattr(_gains, "solve_definite", refused)
-    rows = draw("gauss", 160, 100).double()
+    systems = _systems_solved(monkeypatch)
+    rows = draw("gauss", 160, 400).double()
 
     gramian = rows @ rows.T
     weights = get_weighting("nash_mtl", max_norm=0.0)(gramian)
 
     torch.testing.assert_close(weights * (gramian @ weights), torch.ones(160).double())
+    assert not systems
+
+
+@pytest.mark.parametrize(("name", "most"), [("nash_mtl", 6), ("fairgrad", 8)])
+def test_independent_rows_take_few_systems(
+    name: str, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Fairness of any degree is not solved by way of Nash bargaining, nor what has a proximal term
+    # to more digits than the next stage needs.
+    systems = _systems_solved(monkeypatch)
+    get_aggregator(name)(draw("gauss", 16, 32))
+    assert len(systems) <= most
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,10 @@ With D the row norms, ``C = D⁻¹ G D⁻¹`` and ``b = D a``, it is the minimum
 ``½ bᵀ C b - Σ k_i b_i^(1 - e) / (1 - e)`` with ``k = h d^(e - 1)`` (``Σ k_i log b_i`` for e = 1).
 Damped Newton steps relative to b solve it: with B the diagonal matrix of b and ``s = k b^(1 - e)``
 their matrix is ``B C B + e S``, which is positive definite even where C is singular, and no step
-leaves ``b > 0``. Where e is small, rows that gain enough from the others have a share that is a
-large power of their gain, such as 1e-160: steps to there are made in its logarithm. A proximal term
-makes a first stage solvable for every C; a second does without.
+leaves ``b > 0``: none shrinks a share by more than a hundred. Where e is small, rows that gain
+enough from the others have a share that is a large power of their gain, such as 1e-160, which none
+of the others sees: the search ends far above. A proximal term makes a first stage solvable for
+every C; a second, which begins once the first is near its end, does without.
 
 Where that fails, 0 lies in the convex hull of some rows, to about 1e-6 of their norms or to the
 precision at which they are known. These rows are found in the null space of C and leave the game,
@@ -19,12 +20,12 @@ below, the answer of the first stage conflicts with no row, and is given.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import torch
-from attrs import frozen
+from attrs import define, frozen
 from numpy.typing import NDArray
-from torch import Tensor
 
 from jdcore.aggregation import report_residual
 from jdcore.linalg import equilibrate, factorize, product, solve_definite, substitute
@@ -39,10 +40,13 @@ _PROXIMAL = 1e-12
 _STEPS = 100
 # From this number of rows on, a factorisation takes longer than a product for every 8 of them.
 _MANY, _ROWS_PER_PRODUCT = 96, 8
-_NARROW = 1e-5  # accuracy of products in float32
-_CORRECTIONS = 8  # products that suffice where there is a factor in float32
-_SEEN = 1e-6  # eigenvalues that rounding to float32 leaves a digit of
+# Steps by products: how much closer they are to come each time, how close at most, and the least
+# eigenvalues of which float32 leaves some digits.
+_CLOSER, _CLOSE, _SEEN = 0.1, 1e-4, 1e-4
 _NEARBY = 0.1  # see `_Game.nearby`
+# Changes that may be left, relative to that: of a solution, and where it is only known about.
+_EXACT, _ABOUT = 1e-11, 1e-2
+_LEAST, _SHORTEST = 1e-2, 1e-12  # what a step leaves of a share, and the part of it that is made
 _ROUNDINGS = 16.0  # of a share, in what it is found by
 _UNSEEN = 1e-60  # part of the largest share that changes no sum
 # Combinations of stationary rows vanish to 1e-6, which is more than rounding to float32 leaves, or
@@ -50,7 +54,7 @@ _UNSEEN = 1e-60  # part of the largest share that changes no sum
 _STATIONARY, _ROUNDED = 1e-6, 4.0
 # Shares from which on all rows may be found to cancel, and the least of them then, relative to the
 # largest; eigenvalues that vanish, and solves that leave nothing else.
-_LARGE, _PART, _ZERO, _SOLVES = 1e3, 1e-3, 1e-11, 3
+_LARGE, _PART, _ZERO, _SOLVES = 1e3, 1e-4, 1e-11, 3
 _CONFLICT = 1e-5  # of unit rows with an update, which what is left of stationary ones may cause
 
 
@@ -116,32 +120,44 @@ class _Gains:
 
     def _share(self, cosines: Floats, logarithms: Floats, levels: Floats) -> _Answer:
         """The b above for a matrix of cosines and the logarithms of k."""
-        game = _Game(cosines, logarithms, self.exponent)
-        nash = game if game.is_nash else _Game(cosines, np.zeros_like(logarithms), 1.0)
-        near, _ = nash.newton(nash.start(), _PROXIMAL, until=_LARGE)
+        game = _game(cosines, logarithms, self.exponent)
+        proximal = game.shifted()
+        near, change = proximal.newton(game.start(), enough=_ABOUT, until=_LARGE)
         if float(near.max()) > _LARGE:
             combination = _vanishing_altogether(cosines, near)
             if combination is not None:
                 everything = np.ones(len(near), np.bool_)
-                return combination, game.residual(combination, everything), _allowed(levels)
-            near, _ = nash.newton(near, _PROXIMAL)
-        shares, decrement = nash.newton(near, 0.0, give_up=_NEARBY)
-        if decrement > _NEARBY:
+                return (
+                    combination,
+                    game.residual(combination, everything, everything),
+                    _allowed(levels),
+                )
+            near, change = proximal.newton(near, enough=_ABOUT)
+        shares, change = game.newton(near, change, give_up=_NEARBY)
+        if change > _NEARBY:
             # Which rows are stationary does not depend on what the others bargain for.
-            combination = _vanishing(cosines, near)
+            bargained = near if game.is_nash else bargain(cosines)
+            combination = _vanishing(cosines, bargained)
             # Its entries are of the order of 1e6. Other shares can be large, but have no such part.
             stationary = combination > max(1e4, 1e-3 * float(combination.max()))
             if stationary.all():
                 combination /= combination.max()
-                return combination, game.residual(combination, stationary), _allowed(levels)
+                return (
+                    combination,
+                    game.residual(combination, stationary, stationary),
+                    _allowed(levels),
+                )
             if stationary.any():
-                return self._best_beside(game, near, stationary, levels)
-            shares, decrement = nash.newton(near, 0.0)
-        if game is not nash:
-            shares, decrement = game.newton(game.start(), _PROXIMAL)
-            shares, decrement = game.newton(shares, 0.0)
-        residual = game.residual(shares, solved=decrement < _NEARBY)
-        return game.settled(shares)[0], residual, UNSOLVED
+                return self._best_beside(game, bargained, stationary, levels)
+            shares, change = game.newton(near)
+        shares, seen = game.settled(shares)
+        return shares, game.residual(shares, seen, solved=change < _NEARBY), UNSOLVED
+
+    @staticmethod
+    def _cancelling(game: _Game, combination: Floats, levels: Floats) -> _Answer:
+        everything = np.ones(len(combination), np.bool_)
+        residual = game.residual(combination, everything, everything)
+        return combination, residual, _allowed(levels)
 
     def _best_beside(
         self, game: _Game, near: Floats, stationary: NDArray[np.bool_], levels: Floats
@@ -154,10 +170,10 @@ class _Gains:
         """
         allowed = _allowed(levels)
         shares = self._beside(game, near, stationary, levels)
-        residual = game.residual(shares, stationary)
+        residual = game.residual(shares, game.seen(shares), stationary)
         if residual <= allowed and game.conflict(shares) <= _CONFLICT:
             return shares, residual, allowed
-        proximal = near if game.is_nash else game.newton(game.start(), _PROXIMAL)[0]
+        proximal, _ = game.shifted().newton(near if game.is_nash else game.start())
         return proximal, game.conflict(proximal), _CONFLICT
 
     def _beside(
@@ -237,23 +253,28 @@ class NativeFairAllocationSolver:
 
 
 @np.errstate(over="ignore", invalid="ignore", divide="ignore")
-def bargain(cosines: Floats, shift: float) -> Floats:
+def bargain(cosines: Floats, shift: float = _PROXIMAL) -> Floats:
     """
     Shares b > 0 of Nash bargaining with ``C + shift I``, for a matrix of cosines C [m, m].
 
     Rows that cancel have shares of about one over the root of the shift.
     """
-    game = _Game(cosines, np.zeros(len(cosines)), 1.0)
-    return game.newton(game.start(), shift)[0]
+    game = _game(cosines, np.zeros(len(cosines)), 1.0)
+    return game.shifted(shift).newton(game.start(), enough=_ABOUT)[0]
 
 
 @frozen
 class _Game:
-    """The minimum of the module docstring, for a matrix of cosines C and the logarithms of k."""
+    """
+    The minimum of the module docstring, for a matrix of cosines C and the logarithms of k.
+
+    :param narrow: C in float32, in which products take half of the time; None for few rows.
+    """
 
     cosines: Floats
     logarithms: Floats
     exponent: float
+    narrow: NDArray[np.float32] | None
 
     @property
     def is_nash(self) -> bool:
@@ -283,6 +304,7 @@ class _Game:
     def residual(
         self,
         shares: Floats,
+        counted: NDArray[np.bool_],
         stationary: NDArray[np.bool_] | None = None,
         *,
         solved: bool = True,
@@ -290,6 +312,7 @@ class _Game:
         """
         What the gains of any row miss, relative to the terms that they are summed from.
 
+        :param counted: Rows that are looked at.
         :param stationary: Rows that are to gain nothing.
         """
         wanted = self.spent(shares)
@@ -300,7 +323,6 @@ class _Game:
             scale = np.where(stationary, 1.0 + scale, scale)
             wanted = np.where(stationary, 0.0, wanted)
         missed = np.abs(shares * product(self.cosines, shares) - wanted) / scale
-        counted = self.seen(shares) if stationary is not None else ~self.settled(shares)[1]
         return float(missed[counted].max(initial=0.0))
 
     def conflict(self, shares: Floats) -> float:
@@ -312,13 +334,16 @@ class _Game:
         """
         What is not seen, as its gain is that from the others: 0 where float64 ends.
 
-        :returns: The shares, and which of them are not seen. A share that would be seen for such a
-            gain, or that gains nothing, is none of these.
+        :returns: The shares, and which of them are seen. A share that would be seen for such a
+            gain, or that gains nothing, counts as one of these.
         """
-        gains = np.log(product(self.cosines, shares))
-        exact = np.exp((self.logarithms - gains) / self.exponent)
-        unseen = ~self.seen(shares) & (exact <= 2.0 * _UNSEEN * shares.max())
-        return np.where(unseen, exact, shares), unseen
+        seen = self.seen(shares)
+        if not seen.all():
+            gains = np.log(product(self.cosines, shares))
+            exact = np.exp((self.logarithms - gains) / self.exponent)
+            seen |= ~(exact <= 2.0 * _UNSEEN * shares.max())
+            shares = np.where(seen, shares, exact)
+        return shares, seen
 
     def start(self) -> Floats:
         """The best multiple of what is exact for orthogonal rows."""
@@ -329,168 +354,157 @@ class _Game:
         started: Floats = shares * min(scale, 1e6)
         return started
 
+    def shifted(self, shift: float = _PROXIMAL) -> _Game:
+        """The game with a proximal term, with which it is solvable for every C."""
+        cosines = self.cosines.copy()
+        cosines.flat[:: len(cosines) + 1] += shift
+        return _Game(cosines, self.logarithms, self.exponent, self.narrow)
+
     def newton(
-        self, shares: Floats, shift: float, give_up: float = math.inf, until: float = math.inf
+        self,
+        shares: Floats,
+        change: float = math.inf,
+        *,
+        enough: float = _EXACT,
+        give_up: float = math.inf,
+        until: float = math.inf,
     ) -> tuple[Floats, float]:
         """
-        Minimise with C + shift I.
+        Minimise.
 
+        :param change: By what part shares changed last.
+        :param enough: By what part they may still be wrong at the end.
         :param give_up: Stop before a step that changes a share by more than that.
         :param until: Stop after one that brings a share above that.
         :returns: The shares, and the largest relative change in the last step.
         """
-        nearby = self.nearby
-        previous, change, full = math.inf, math.inf, False
-        products = len(shares) // _ROWS_PER_PRODUCT if len(shares) >= _MANY else 0
-        # Steps may be as rough as float32, in which a product takes half of the time.
-        narrow = (
-            torch.from_numpy(self.cosines).float() if products else torch.empty(0, device="cpu")
-        )
+        now, full, narrow = self._at(shares), False, self.narrow
         for _ in range(_STEPS):
-            spent, gained = self.spent(shares), self._gained(shares, shift)
-            gradient = gained - spent
-            # Nearby, where both agree, the mean would take longer than it is worth.
-            weights = spent if previous < nearby else _between(gained, spent)
-            system = self._system(shares, shift, weights)
-            if len(narrow) and float(system.added.min()) <= _SEEN:  # no eigenvalue is below that
-                products, narrow = 0, narrow[:0]
-            accuracy = max(0.1 * min(previous, 1.0), _NARROW)
-            step = system.approximate(gradient, narrow, accuracy, products)
-            if step is None and len(narrow):  # as it will be for the next one, too
-                products, step = 0, system.corrected(gradient, narrow, accuracy)
+            system = self._system(now, near=change < self.nearby)
+            accuracy = max(_CLOSER * min(change, 1.0), _CLOSE)
+            step = None if narrow is None else system.approximate(narrow, accuracy)
             if step is None:
-                narrow = narrow[:0]
+                narrow, accuracy = None, 0.0
                 try:
-                    step = system.solve(gradient)
+                    step = system.solve(self.cosines)
                 except np.linalg.LinAlgError:  # shares whose squares leave the range of float64
-                    return shares, math.inf
-            change = max(-float(step.min()), float(step.max()))
-            if change > nearby:  # what nobody sees any more may shrink further
-                change = float(np.abs(step[self.seen(shares) | (step < 0.0)]).max())
+                    return now.shares, math.inf
+            growth, previous, change = -float(step.min()), change, float(step.max())
+            if change > self.nearby > growth:  # what nobody sees any more may shrink further
+                change = float(step[self.seen(now.shares)].max(initial=0.0))
+            change = max(change, growth)
             if not change <= give_up or math.isinf(change):
                 break
-            # After a full step, what has not shrunk by far is rounding.
-            stalled = full and 0.5 * previous < change < nearby
-            slope = 0.0 if change < nearby else float(gradient @ step)
-            shares, full = self._stepped(shares, shift, step, slope)
-            if change < 1e-7 or stalled or shares.max() > until:
+            if change < self.nearby:
+                shares = _moved(now.shares, step)
+                left = change * max(change / self.nearby, accuracy)
+                # After a full step, what has not shrunk by far is rounding.
+                if left < enough * self.nearby or (full and change > 0.5 * previous):
+                    return shares, change
+                now, full = self._at(shares), True
+            else:
+                now, full = self._along(now, step)
+            if until < math.inf and now.shares.max() > until:
                 break
-            previous = change
-        return shares, change
+        return now.shares, change
 
-    def _gained(self, shares: Floats, shift: float) -> Floats:
-        return shares * (product(self.cosines, shares) + shift * shares)
+    def _at(self, shares: Floats) -> _Point:
+        return _Point(shares, shares * product(self.cosines, shares), self.spent(shares))
 
-    def _system(self, shares: Floats, shift: float, weights: Floats) -> _System:
-        """The Hessian relative to the shares, for what is spent or a mean of that."""
-        added = shift * shares * shares + self.exponent * weights
+    def _system(self, now: _Point, *, near: bool) -> _System:
+        """What Newton's step solves, relative to the shares."""
+        excess, weights = now.gained - now.spent, now.spent
+        if not near:
+            # At the solution, gained and spent agree. From afar, with what is spent a share that is
+            # a million times too large would shrink by a constant factor per step; with the
+            # logarithmic mean, one that no other depends on gets right at once, by whatever power.
+            means = excess / np.log(now.gained / now.spent)
+            weights = np.where(means > 0.0, means, weights)
+        weights = self.exponent * weights
         # Rows differ by what is spent on them, which no solver must take for importance.
-        inverse_roots = 1.0 / np.sqrt(self.cosines.diagonal() * shares * shares + added)
-        factors = shares * inverse_roots
-        return _System(self.cosines, factors, added * inverse_roots**2, inverse_roots)
+        inverse_roots = 1.0 / np.sqrt(now.shares * now.shares + weights)
+        factors, added = now.shares * inverse_roots, weights * inverse_roots * inverse_roots
+        return _System(factors, added, excess * inverse_roots, inverse_roots)
 
-    def _stepped(
-        self, shares: Floats, shift: float, step: Floats, slope: float
-    ) -> tuple[Floats, bool]:
+    def _along(self, start: _Point, step: Floats) -> tuple[_Point, bool]:
         """
-        The shares after a step, and whether it is a full one.
+        The end of a step, and whether that is the full one.
 
-        Shares that shrink by much do so by powers, so that none becomes negative; others linearly,
-        as combinations that cancel have to stay such.
-
-        :param slope: How steeply the objective falls: a step is halved until it does not rise by
-            half as much at its end. Zero takes a full step.
+        A step is halved until the objective does not rise by half as much at its end as it falls at
+        the beginning.
         """
-        if slope == 0.0 and float(step.max()) < 0.5:
-            return shares * (1.0 - step), True
-        size = 1.0
+        slope, size = float((start.gained - start.spent) @ step), 1.0
         while True:
-            moves = size * step
-            linear = moves < 0.5
-            factors = np.where(linear, 1.0 - moves, 0.5 * np.exp(0.5 - moves))
-            moved = shares * factors
-            moved = np.maximum(moved, _UNSEEN * moved.max())
-            if slope == 0.0 or size < 1e-12:
-                return moved, size == 1.0
-            rates = np.where(linear, step / factors, step)
-            rise = float(rates @ (self.spent(moved) - self._gained(moved, shift)))
-            if rise <= 0.5 * slope:
-                return moved, size == 1.0
+            end, factors = self._at(_moved(start.shares, size * step)), 1.0 - size * step
+            rates = np.where(factors > _LEAST, step / factors, 0.0)
+            rise = float(rates @ (end.spent - end.gained))
+            if rise <= 0.5 * slope or size < _SHORTEST:
+                return end, size == 1.0
             size *= 0.5
 
 
-def _between(gained: Floats, spent: Floats) -> Floats:
-    """
-    Logarithmic means of what is gained and what is spent, which are equal at the minimum.
-
-    Newton's method has what is spent there, for which a share that is a million times too large
-    shrinks by a constant factor per step. With the mean, a share that no other one depends on gets
-    right in one step, by whatever power.
-    """
-    ratios = np.log(np.maximum(gained, 1e-300) / spent)
-    near = np.abs(ratios) < 1e-3
-    means = np.where(near, 0.5 * (gained + spent), (gained - spent) / np.where(near, 1.0, ratios))
-    return np.where(gained > 0.0, means, spent)
+def _game(cosines: Floats, logarithms: Floats, exponent: float) -> _Game:
+    narrow = cosines.astype(np.float32) if len(cosines) >= _MANY else None
+    return _Game(cosines, logarithms, exponent, narrow)
 
 
-@frozen
+def _moved(shares: Floats, step: Floats) -> Floats:
+    """Shares after a step, of which one that is to vanish keeps none from growing."""
+    moved = shares * np.maximum(1.0 - step, _LEAST)
+    bounded: Floats = np.maximum(moved, _UNSEEN * moved.max())
+    return bounded
+
+
+@define
+class _Point:
+    """Shares, their gains times them, and what is spent on them [m]."""
+
+    shares: Floats
+    gained: Floats
+    spent: Floats
+
+
+@define
 class _System:
-    """``R⁻¹ (F C F + A) R⁻¹`` for diagonal matrices R, F and A, with a diagonal of ones inside."""
+    """``R⁻¹ (F C F + A) R⁻¹ p = R⁻¹ r`` for diagonal matrices; the matrix inside has ones there."""
 
-    cosines: Floats
     factors: Floats
     added: Floats
+    right: Floats
     inverse_roots: Floats
 
-    def solve(self, right: Floats) -> Floats:
-        matrix = self.cosines * self.factors[:, None]
+    def solve(self, cosines: Floats) -> Floats:
+        matrix = cosines * self.factors[:, None]
         matrix *= self.factors
-        matrix.flat[:: len(right) + 1] += self.added
-        solution: Floats = solve_definite(matrix, right * self.inverse_roots) * self.inverse_roots
+        matrix.flat[:: len(matrix) + 1] += self.added
+        solution: Floats = solve_definite(matrix, self.right) * self.inverse_roots
         return solution
 
-    def corrected(self, right: Floats, narrow: Tensor, accuracy: float) -> Floats | None:
-        """:meth:`approximate` with the help of a factorisation in float32, if there is one."""
-        factors, added = (torch.from_numpy(x).float() for x in (self.factors, self.added))
-        matrix = (narrow * factors[:, None]).mul_(factors)
-        matrix.diagonal().add_(added)
-        factor, failed = factorize(matrix)
-        if failed.item():
+    def approximate(self, cosines: NDArray[Any], accuracy: float) -> Floats | None:
+        """
+        :meth:`solve` by conjugate gradients, for C in float32.
+
+        :returns: p, to a relative accuracy; None where a factorisation takes less time, or rounding
+            to float32 leaves too little of C.
+        """
+        least = float(self.added.min())  # no eigenvalue is below that
+        if not least > _SEEN:
             return None
-        return self.approximate(right, narrow, accuracy, _CORRECTIONS, factor)
-
-    def approximate(
-        self,
-        right: Floats,
-        narrow: Tensor,
-        accuracy: float,
-        products: int,
-        factor: Tensor | None = None,
-    ) -> Floats | None:
-        """
-        Conjugate gradients to a relative accuracy; None if that takes more products.
-
-        :param narrow: The cosines in float32.
-        :param factor: Cholesky factor of what they are preconditioned by, in float32.
-        """
-        residual = right * self.inverse_roots
-        solution = np.zeros_like(right)
-        enough = accuracy * accuracy * float(residual @ residual)
-        direction, before = np.zeros_like(right), math.inf
-        for _ in range(products):
-            if float(residual @ residual) <= enough:
+        solution, residual, energy = np.zeros_like(self.right), self.right, 0.0
+        direction, squared, before = residual, float(residual @ residual), math.inf
+        for _ in range(len(residual) // _ROWS_PER_PRODUCT):
+            # That bounds the energy of what is left. The residual by itself tells nothing: few
+            # directions can make up most of it, and others nearly all of the solution.
+            if squared <= accuracy * accuracy * least * energy:
                 return solution * self.inverse_roots
-            near = residual
-            if factor is not None:
-                column = torch.from_numpy(residual.astype(np.float32))[:, None]
-                near = substitute(factor, column)[:, 0].numpy().astype(np.float64)
-            squared = float(residual @ near)
-            direction, before = near + (squared / before) * direction, squared
-            scaled = torch.from_numpy((self.factors * direction).astype(np.float32))
-            image = self.factors * narrow.mv(scaled).numpy() + self.added * direction
+            direction = residual + (squared / before) * direction
+            scaled = (self.factors * direction).astype(cosines.dtype)
+            image = self.factors * product(cosines, scaled) + self.added * direction
             size = squared / float(direction @ image)
             solution += size * direction
             residual = residual - size * image
+            energy += size * squared
+            before, squared = squared, float(residual @ residual)
         return None
 
 
@@ -518,11 +532,13 @@ def _vanishing_altogether(cosines: Floats, shares: Floats) -> Floats | None:
         return None
     combination = torch.from_numpy(shares)[:, None]
     for _ in range(_SOLVES):  # each leaves the null space, and of the rest next to nothing
-        combination = _ZERO * substitute(factor, combination)
+        before, combination = combination, _ZERO * substitute(factor, combination)
+        if not combination.min() > _PART * before.max():
+            return None
     found: Floats = combination[:, 0].numpy() / float(combination.max())
     square = float(found @ product(cosines, found))
     rounding = _ROUNDINGS * len(found) * float(np.finfo(np.float64).eps) * float(found @ found)
-    return found if float(found.min()) > _PART and square <= rounding else None
+    return found if square <= rounding else None
 
 
 def _allowed(levels: Floats) -> float:
