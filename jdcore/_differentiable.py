@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.masked import MaskedTensor
 
 from jdcore._modes import is_inside_of, is_wrapped
@@ -13,11 +13,24 @@ from jdcore.errors import ParameterError, ParameterTypeError
 from jdcore.validators import FLOATS, describe_tensor, is_frozen, no_float64
 
 _DISPATCH = Tensor.__torch_dispatch__
+_PLAIN = {Tensor, nn.Parameter}
 
 
 def dispatches(tensor: Tensor) -> bool:
     """Whether the class of a tensor runs all operations by itself, on numbers somewhere else."""
     return type(tensor).__torch_dispatch__ is not _DISPATCH
+
+
+def plain(tensor: Tensor) -> Tensor:
+    """
+    A tensor without the class that a user gave it, whose Python code would run in our arithmetic.
+
+    Torch's own derivatives, in C++, do not run it either. Wrappers, whose numbers are somewhere
+    else, stay as they are.
+    """
+    if type(tensor) in _PLAIN or dispatches(tensor):
+        return tensor
+    return tensor.as_subclass(Tensor)
 
 
 def check_kind(tensor: Tensor, name: str, remedy: str | None = None) -> None:

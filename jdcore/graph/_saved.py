@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 from torch.utils import checkpoint
 
+from jdcore._differentiable import plain
+
 T = TypeVar("T")
 
 # How the names of functions written in C++ end, which are templates. No operation of torch is one.
@@ -70,11 +72,11 @@ def saved(node: Any, name: str) -> Any:
         return value
     raw: Any = getattr(node, f"_raw_saved_{name}", None)
     if getattr(raw, "unpack_hook", None) is None:
-        return value
+        return plain(value)
     if not isinstance(getattr(raw, "data", None), checkpoint._Holder):
-        return value.clone()
+        return plain(value).clone()
     _put_back(raw, value)
-    return value
+    return plain(value)
 
 
 def all_saved(node: Any) -> dict[str, Any] | None:
@@ -87,7 +89,8 @@ def all_saved(node: Any) -> dict[str, Any] | None:
     for raw, unpacked, name in _tensor_names(type(node)):
         if getattr(getattr(node, raw), "unpack_hook", node) is not None:
             return None
-        found[name] = getattr(node, unpacked)
+        value = getattr(node, unpacked)
+        found[name] = plain(value) if isinstance(value, Tensor) else value
     return found
 
 

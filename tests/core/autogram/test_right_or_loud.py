@@ -751,3 +751,43 @@ def test_nested_tensors_of_all_layouts(layout: torch.layout, batch_dim: int | No
     outputs = net(torch.nested.nested_tensor(pieces, layout=layout))
     losses = torch.stack([piece.square().sum() for piece in outputs.unbind()])
     _right(Engine(net, batch_dim=batch_dim), losses, list(net.parameters()))
+
+
+class _OneMore(Tensor):
+    """Samples of a class with an arithmetic of its own, which no backward pass of torch runs."""
+
+    armed: ClassVar[bool] = False
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = super().__torch_function__(func, types, args, kwargs or {})
+        if not (cls.armed and isinstance(found, Tensor)):
+            return found
+        with torch._C.DisableTorchFunctionSubclass():
+            return found + 1
+
+
+@pytest.mark.parametrize("batch_dim", [0, None])
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (nn.Linear(3, 4), (B, 3)),
+        (nn.Linear(3, 4), (B, 2, 3)),
+        (nn.Conv2d(2, 3, 2), (B, 2, 4, 4)),
+        (nn.LayerNorm(3), (B, 3)),
+    ],
+)
+def test_samples_of_a_class_that_computes_otherwise(
+    layer: nn.Module, shape: tuple[int, ...], batch_dim: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer = copy.deepcopy(layer).double()
+    parameters, weights = list(layer.parameters()), torch.arange(4.0)
+    losses = layer(randn(*shape).as_subclass(_OneMore)).as_subclass(Tensor).flatten(1).sin().sum(1)
+    jacobian = explicit_jacobian(losses, parameters)
+    monkeypatch.setattr(_OneMore, "armed", True)
+    engine = Engine(layer, batch_dim=batch_dim)
+    assert relative_error(engine.compute_gramian(losses), jacobian @ jacobian.T) < 1e-12
+    engine.backward(losses, lambda gramian: (gramian, weights)[1])
+    assert [type(p.grad) for p in parameters] == [Tensor] * len(parameters)
+    update = torch.cat([p.grad.flatten() for p in parameters if p.grad is not None])
+    assert relative_error(update, weights @ jacobian) < 1e-12
