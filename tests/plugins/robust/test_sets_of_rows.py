@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from jdcore import ParameterError, ParameterTypeError, get_aggregator, get_weighting
+from jdplugins.robust.smea import _sets
 
 
 def column(*entries: float) -> Tensor:
@@ -134,6 +135,13 @@ def variance(rows: Tensor) -> float:
 def test_more_sets_than_can_be_tried_are_refused_with_a_way_out() -> None:
     with pytest.raises(ParameterError, match=r"20 of 60 rows.*Choose CAF"):
         get_aggregator("smea", n_byzantine=20)(drawn(0, 60))
+
+
+@pytest.mark.parametrize(("m", "f", "together"), [(20, 3, 1024), (301, 1, 46), (3000, 1, 1)])
+def test_sets_come_in_portions_whose_matrices_fit_into_memory(
+    m: int, f: int, together: int
+) -> None:
+    assert next(_sets(m, m - f)).shape == (together, m - f)
 
 
 def test_a_row_alone_in_the_direction_of_the_largest_variance_loses_its_weight() -> None:

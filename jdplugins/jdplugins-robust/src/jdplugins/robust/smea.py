@@ -15,7 +15,7 @@ from jdcore.validators import integer
 from jdplugins.robust._rows import average_of, require_majority
 
 _MOST_SETS = 100_000  # some seconds
-_AT_ONCE = 1024
+_AT_ONCE, _ENTRIES = 1024, 1 << 22  # sets, and entries of their matrices
 # Of sets whose variances agree up to rounding, the first one counts.
 _BETTER = 1.0 - 1e-12
 
@@ -81,8 +81,8 @@ def _least_variance(gramian: NDArray[np.float64], size: int) -> NDArray[np.int64
 
 def _sets(m: int, size: int) -> Iterator[NDArray[np.int64]]:
     """All sets of rows of this size, as arrays [k, size]."""
-    # In portions, as there may be more sets than memory has room for.
-    every = combinations(range(m), size)
-    while portion := list(islice(every, _AT_ONCE)):
+    # In portions, as there may be more sets than memory has room for their matrices.
+    every, many = combinations(range(m), size), max(1, min(_AT_ONCE, _ENTRIES // size**2))
+    while portion := list(islice(every, many)):
         flat = np.fromiter(chain.from_iterable(portion), dtype=np.int64)
         yield flat.reshape(len(portion), size)
