@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -46,32 +46,37 @@ def first_order_change(
         raise ParameterError("step", "of at least one parameter, as a mapping", got)
     _check_values(step, "step")
     _check_values(before or {}, "before")
-    parameters = list(step)
     # The optimizer has stepped already: the change is told from where the step began.
     present = {p: p.detach().clone() for p in before} if before else {}
     try:
         _assign(before or {})
         # The generators go on as if nothing had been evaluated, so that the training is the same
         # with a record.
-        with torch.enable_grad(), torch.random.fork_rng(devices=_cuda_devices(parameters)):
-            values = losses()
-            _check(values)
-            # Any v will do, as (Jᵀ v)·Δθ is linear in it.
-            directions = torch.zeros_like(values, requires_grad=True)
-            gradients = torch.autograd.grad(
-                values, parameters, directions, create_graph=True, allow_unused=True
-            )
-            # `None` for parameters that these losses do not reach; their part of the step changes
-            # nothing.
-            pairs = zip(gradients, step.values(), strict=True)
-            terms = [(g * delta).sum().to(values.dtype) for g, delta in pairs if g is not None]
-            if not terms:
-                raise ParameterError(
-                    "losses", "a function of the parameters in `step`", "losses that reach none"
-                )
-            [change] = torch.autograd.grad(torch.stack(terms).sum(), directions)
+        with torch.enable_grad(), torch.random.fork_rng(devices=_cuda_devices(step)):
+            return _derivative(losses(), step)
     finally:
         _assign(present)
+
+
+def _derivative(values: Tensor, step: Mapping[Tensor, Tensor]) -> Tensor:
+    """The derivative of the values of losses along a step."""
+    if not isinstance(values, Tensor) or not values.requires_grad:
+        raise ParameterError(
+            "losses", "one that returns differentiable losses", describe_tensor(values)
+        )
+    # Any v will do, as (Jᵀ v)·Δθ is linear in it.
+    directions = torch.zeros_like(values, requires_grad=True)
+    gradients = torch.autograd.grad(
+        values, list(step), directions, create_graph=True, allow_unused=True
+    )
+    # `None` for parameters that these losses do not reach; their part of the step changes nothing.
+    pairs = zip(gradients, step.values(), strict=True)
+    terms = [(g * delta).sum().to(values.dtype) for g, delta in pairs if g is not None]
+    if not terms:
+        raise ParameterError(
+            "losses", "a function of the parameters in `step`", "losses that reach none"
+        )
+    [change] = torch.autograd.grad(torch.stack(terms).sum(), directions)
     return change.detach()
 
 
@@ -85,13 +90,6 @@ def _check_values(values: Mapping[Tensor, Tensor], name: str) -> None:
             raise ParameterError(name, expected, describe_tensor(value))
 
 
-def _check(values: Tensor) -> None:
-    if not isinstance(values, Tensor) or not values.requires_grad:
-        raise ParameterError(
-            "losses", "one that returns differentiable losses", describe_tensor(values)
-        )
-
-
 @torch.no_grad()
 def _assign(values: Mapping[Tensor, Tensor]) -> None:
     for parameter, value in values.items():
@@ -100,5 +98,5 @@ def _assign(values: Mapping[Tensor, Tensor]) -> None:
         parameter.copy_(value)
 
 
-def _cuda_devices(tensors: list[Tensor]) -> list[int]:
+def _cuda_devices(tensors: Iterable[Tensor]) -> list[int]:
     return sorted({t.device.index for t in tensors if t.is_cuda and t.device.index is not None})
