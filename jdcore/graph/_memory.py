@@ -72,6 +72,15 @@ class Memory:
         return cls(entries, gradients, max(_ROWS, gradients), cached=False)
 
     @property
+    def read_at_once(self) -> int:
+        """
+        Entries that rows may have which are made by one call and read by the next one.
+
+        On a CPU as many as its second cache has room for, beside what they are made of.
+        """
+        return self.entries // 4 if self.cached else self.entries
+
+    @property
     def joined(self) -> int:
         """
         Entries that tensors of several layers may have that are computed together.

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from collections.abc import Container, Hashable
+from collections.abc import Container, Hashable, Mapping, Sequence
 from contextlib import suppress
 from functools import cached_property
 from typing import Any
@@ -12,7 +12,7 @@ from torch import Size, Tensor
 
 from jdcore.errors import UnservedGraphError
 from jdcore.graph._cost import outer_ghost_beats_rows
-from jdcore.graph._graph import Form, Graph, Place
+from jdcore.graph._graph import Form, Graph, Place, once_for_each_form
 from jdcore.graph._hooks import look
 from jdcore.graph._layout import Layout
 from jdcore.graph._operations import (
@@ -360,7 +360,26 @@ def plan_of_tasks(graph: Graph, tasks: int, hooked: set[int], alone: Container[i
     :param alone: Leaves that one loss alone reaches, which have but one row.
     """
     form = graph.form
-    plan = Plan(form, {}, called=set())
+    plan, served = Plan(form, {}, called=set()), set[int]()
+    for leaf, found in _uses(form).items():
+        node, operand, descent = found[0]
+        if len(found) > 1 or leaf in hooked or leaf in alone:
+            continue
+        if _is_cheap(graph, tasks, leaf, node, operand):
+            plan.frontier[node] = [operand]
+            # One sample that has all positions: the share is that of one row per task.
+            plan.layouts[node, 0] = Layout(0, 1, form.result((node, 0)).shape[0])
+            plan.finish_at_once(form.inputs[node][operand], descent)
+            served.add(leaf)
+    plan.ordinary = [place for place in form.targets if place[0] not in served]
+    moved = form.rearranged - form.leaves
+    plan.below = [n for n in reversed(form.upwards) if n in moved]
+    return plan
+
+
+@once_for_each_form
+def _uses(form: Form) -> Mapping[int, Sequence[tuple[int, int, Descent]]]:
+    """By leaf, the operations that it enters as it is or rearranged, and as which operands."""
     uses: dict[int, list[tuple[int, int, Descent]]] = {}
     inner = REARRANGING | PARTS
     for node, edges in enumerate(form.inputs):
@@ -375,21 +394,7 @@ def plan_of_tasks(graph: Graph, tasks: int, hooked: set[int], alone: Container[i
         descent = descend(form, start)
         if descent is not None:
             uses.setdefault(descent.leaf, []).append((*start, descent))
-    served: set[int] = set()
-    for leaf, found in uses.items():
-        node, operand, descent = found[0]
-        if len(found) > 1 or leaf in hooked or leaf in alone:
-            continue
-        if _is_cheap(graph, tasks, leaf, node, operand):
-            plan.frontier[node] = [operand]
-            # One sample that has all positions: the share is that of one row per task.
-            plan.layouts[node, 0] = Layout(0, 1, form.result((node, 0)).shape[0])
-            plan.finish_at_once(form.inputs[node][operand], descent)
-            served.add(leaf)
-    plan.ordinary = [place for place in form.targets if place[0] not in served]
-    moved = form.rearranged - form.leaves
-    plan.below = [n for n in reversed(form.upwards) if n in moved]
-    return plan
+    return uses
 
 
 def _is_cheap(graph: Graph, tasks: int, leaf: int, node: int, operand: int) -> bool:

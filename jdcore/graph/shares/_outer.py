@@ -10,6 +10,7 @@ from jdcore.graph._cost import outer_ghost_beats_direct
 from jdcore.graph._memory import pieces
 from jdcore.graph.shares._ghost import Gram, add_contracted, linear_gram, summed_up
 from jdcore.graph.shares._product import (
+    cut,
     outer,
     product,
     scaled,
@@ -87,12 +88,12 @@ class Outer(Share):
 
     def _add_direct(self, inputs: Tensor, gramian: Accumulator) -> None:
         K, B, T, _ = self.grads.shape
-        memory, grads = gramian.memory, self.grads
+        room, grads = gramian.memory.read_at_once, self.grads
         # One call for all tasks, which copies the inputs for each.
         if K == 1:
             grads = grads[0]
-        for some in torch.split(grads, max(1, memory.entries // max(1, K * B * T)), dim=-1):
-            parts = memory.pieces(inputs.shape[2], K * B * max(some.shape[-1], T))
+        for some in cut(grads, max(1, room // max(1, K * B * T)), -1):
+            parts = pieces(inputs.shape[2], room // max(1, K * B * max(some.shape[-1], T)))
             for start, stop in parts:
                 factor = inputs if len(parts) == 1 else inputs[..., start:stop]
                 gramian.add_rows(product(factor.mT, some).reshape(K * B, -1))

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache, reduce
@@ -12,9 +12,6 @@ from jdcore._modes import rounding
 
 _COLUMNS = 16384
 _COLUMNS_ELSEWHERE = 2048
-
-# Entries that stay in the caches of a CPU, so that few calls count.
-_CACHED = 1 << 17
 
 HALVES = (torch.bfloat16, torch.float16)
 
@@ -45,6 +42,11 @@ def columns_at_once(rows: Tensor) -> int:
     beside the rows.
     """
     return _COLUMNS if rows.is_cpu else max(_COLUMNS_ELSEWHERE, 16 * rows.shape[0])
+
+
+def cut(tensor: Tensor, most: int, dim: int) -> Sequence[Tensor]:
+    """Parts of at most so many entries along a dimension; of one part, no view is made."""
+    return (tensor,) if tensor.shape[dim] <= most else torch.split(tensor, most, dim)
 
 
 def sum_over(tensor: Tensor, dims: list[int]) -> Tensor:
@@ -165,8 +167,6 @@ def weighted_sum(weights: Tensor, rows: Tensor) -> Tensor:
         by_sample = rows.to(dtype).flatten(2).transpose(0, 1)
         summed = product(weights.to(dtype).T[:, None], by_sample)
         return summed.view(rows.shape[1:])
-    if rows.numel() <= _CACHED:
-        return scaled(weights, rows).sum(0)
     total = scaled(weights[0], rows[0])
     scale = weights.to(dtype).view(*weights.shape, *[1] * (rows.ndim - 2))
     for k in range(1, rows.shape[0]):

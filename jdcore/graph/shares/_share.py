@@ -12,6 +12,7 @@ from jdcore.graph.shares._product import (
     HALVES,
     columns_at_once,
     combined,
+    cut,
     product,
     sum_over,
     widened,
@@ -308,7 +309,7 @@ class Accumulator:
         """Add the Gramian of rows [R, n]."""
         width, (R, length) = columns_at_once(rows), rows.shape
         if length > (most := max(1, self.memory.entries // max(1, R))):
-            for columns in torch.split(rows, most, dim=1):  # products in float64 copy them
+            for columns in cut(rows, most, 1):  # products in float64 copy them
                 self.add_rows(columns)
             return
         if length > 2 * width:
@@ -320,7 +321,7 @@ class Accumulator:
                 return
             rows = rows[:, count * width :]
         parts = self.halves()
-        for columns in torch.split(rows, width, dim=1):
+        for columns in cut(rows, width, 1):
             for start, stop in parts:
                 self.add(lower_product(columns, start, stop), start)
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from jdcore.autogram import Engine
-from jdcore.graph._memory import Memory, blocks
+from jdcore.graph._memory import CAPACITY, Memory, blocks
 from jdcore.graph.shares import Accumulator, Geometry, Patches, _outer, _patches
 from tests.core.autogram.oracle import check_engine, randn
 
@@ -123,6 +123,24 @@ def test_samples_in_any_dimension_of_the_losses(batch_dim: int) -> None:
         return model(randn(5, 6)).pow(2).view(5, 2, 3).movedim(0, batch_dim)
 
     check_engine(lambda: nn.Linear(6, 6), losses, batch_dim)
+
+
+def test_rows_that_are_read_at_once_stay_in_the_second_cache(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    sizes: list[int] = []
+    add_rows = Accumulator.add_rows
+
+    def noting(gramian: Accumulator, rows: Tensor) -> None:
+        sizes.append(rows.numel())
+        add_rows(gramian, rows)
+
+    monkeypatch.setattr(Accumulator, "add_rows", noting)
+    layer = nn.Linear(300, 96, bias=False)
+    losses = layer(torch.randn(16, 32, 300)).square().sum((1, 2))
+    Engine(layer, batch_dim=0).compute_gramian(losses)
+    assert sum(sizes) == 16 * 300 * 96
+    assert max(sizes) <= CAPACITY // 4
 
 
 def test_gramians_are_exactly_symmetric() -> None:

@@ -78,6 +78,19 @@ def test_forms_are_forgotten_without_the_collector_of_cycles() -> None:
     assert all(form() is None for form in forms[:20])
 
 
+def test_what_losses_without_samples_enter_is_found_once_for_each_form(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2))
+    engine, x = Engine(model, batch_dim=None), torch.ones(3, 4)
+    expected = engine.compute_gramian(model(x).square().sum(0))
+    calls: list[object] = []
+    monkeypatch.setattr(_plan, "descend", lambda *given: calls.append(given))
+    found = engine.compute_gramian(model(x).square().sum(0))
+    assert not calls
+    assert torch.equal(found, expected)
+
+
 def test_a_parameter_whose_data_was_replaced_has_its_new_shape() -> None:
     parameter = nn.Parameter(torch.ones(2))
     kept = parameter * 2  # whose node of the leaf is that of later graphs, too
