@@ -60,7 +60,7 @@ class _Work:
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.done = 0.0
-        factors, run, solve = PassiveSets.factors, Splitting.run, ActiveSet.solve
+        factors, steps, solve = PassiveSets.factors, Splitting._steps, ActiveSet.solve
         batch, pivot = _pivoting._batch_of_few, _Paths._pivot
 
         def counted(sets: PassiveSets, passive: Tensor, sizes: np.ndarray) -> Any:
@@ -68,9 +68,9 @@ class _Work:
             self.done += float((smaller**3).sum()) / 6.0
             return factors(sets, passive, sizes)
 
-        def guessed(splitting: Splitting, Q: Tensor, start: Tensor, steps: int, *how: Any) -> Any:
-            self.done += len(splitting.rho) * steps * Q.numel() * Q.shape[1] / 8.0
-            return run(splitting, Q, start, steps, *how)
+        def guessed(splitting: Splitting, B: Tensor, start: Tensor, number: int, *how: Any) -> Any:
+            self.done += number * B.numel() * B.shape[2] / 8.0
+            return steps(splitting, B, start, number, *how)
 
         def alone(method: ActiveSet, q: np.ndarray, start: np.ndarray) -> Any:
             before = method.work
@@ -90,7 +90,7 @@ class _Work:
         patch.setattr(_pivoting, "_batch_of_few", factorised)
         patch.setattr(_Paths, "_pivot", followed)
         patch.setattr(PassiveSets, "factors", counted)
-        patch.setattr(Splitting, "run", guessed)
+        patch.setattr(Splitting, "_steps", guessed)
         patch.setattr(ActiveSet, "solve", alone)
 
 
@@ -123,9 +123,23 @@ def test_rows_beside_those_that_cancel_take_no_pivot_of_each(kind: str, limit: f
     assert work(kind, 64, 0) <= limit * least_work(64)
 
 
-@pytest.mark.parametrize("m", [16, 32])
+@pytest.mark.parametrize("m", [40, 64, 160])
+@pytest.mark.parametrize("times", [1.3, 4, 20])
+def test_random_rows_are_solved_by_steps_alone(
+    m: int, times: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_lcp, "pivot", None)
+    rows = np.random.default_rng(m).standard_normal((m, int(times * m)))
+    C = torch.from_numpy(equilibrate(rows @ rows.T)[0])
+    Z, residuals = solve_lcps(C, C)
+    assert float(residuals.max()) <= 2e-14
+    assert lcp_residual(C.numpy(), C.numpy(), Z.numpy()).max() <= 2e-14
+
+
+@pytest.mark.parametrize("m", [16, 32, 128])
 def test_multiples_of_one_row_take_no_pivot(m: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_cone_of_few, "follow", None)
+    monkeypatch.setattr(_lcp, "guess", None)
     G = gramian_of("one row and its opposite", m)
     V = NativeDualConeSolver()(G, np.eye(m) / m)
     assert np.abs(V.sum(axis=0) @ G).max() <= 1e-9 * G.max()  # nothing is left of any row
@@ -155,12 +169,12 @@ def test_80_rows_are_followed_pivot_by_pivot_only_where_no_guess_is_good(
 def test_rows_that_have_noise_of_all_sizes_go_at_their_own_pace() -> None:
     C = cosines("one row and noise", 128)
     true = solve_lcps(C, C)[0] > 0.0
-    X, _ = _guess.guess(C, C, 5e-4)
+    X, _ = _guess.guess(C, C, 5e-4, 0.0)
 
     def wrong(X: Tensor) -> list[float]:
         return [float(((x > 0.0) ^ true[:4]).double().mean()) for x in X]
 
-    X, least = _guess.guess_again(C, C, X, torch.arange(4), wrong, 1.0)
+    X, least = _guess.guess_again(C, C, X.float(), torch.arange(4), wrong, 1.0)
     assert least <= 0.01
     assert float(((X > 0.0) ^ true).double().mean()) <= 0.01  # 0.05 where all rows go at one pace
 

@@ -25,9 +25,6 @@ _OPPOSED, _OPPOSED_TO_ONE = 6, 10  # rows from which on an inverse pays; for one
 _INVERTED = 96  # rows up to which numpy inverts by one thread
 _SOME = 4  # rows that have positive products with one projection of rows that nearly all conflict
 _MANY = 32  # rows from which on a guess pays
-# Residual that the proximal term of float32 leaves of multiples of one row, half of it, and what
-# their absolute cosines differ by. What other rows have beside a common one may be as small.
-_MULTIPLES, _EQUAL = 2e-12, 1e-14
 _INDEPENDENT = 3e-3  # length of what each unit row has beside those before it
 
 
@@ -163,12 +160,6 @@ def _beside_some(inverse: Floats, reference: Floats) -> tuple[Floats, NDArray[np
     return found[None], few
 
 
-def _are_multiples(C: Floats) -> bool:
-    """Whether rows of some cosines are multiples of one, but for a proximal term."""
-    others = np.abs(C[0, 1:])
-    return bool(others.max(initial=0.0) - others.min(initial=1.0) <= _EQUAL)
-
-
 def _solved(C: Floats, Q: Floats) -> Floats | None:
     """Solutions of the LCPs of all rows of Q; None where there may be none."""
     if _are_independent(C):
@@ -176,8 +167,8 @@ def _solved(C: Floats, Q: Floats) -> Floats | None:
         Z = exchange_few(C, Q, -Q, product(near, C) + Q < near)
         left = ~(lcp_residual(C, Q, Z) <= EXACT)
     else:
-        Z, residuals = one_entry(C, Q)
-        left = ~(residuals <= (_MULTIPLES if _are_multiples(C) else EXACT))
+        Z, residuals, enough = one_entry(C, Q)
+        left = ~(residuals <= enough)
     if left.any():
         Z[left], residuals = follow(C, Q[left])
         if not residuals.max() <= ROUGH:

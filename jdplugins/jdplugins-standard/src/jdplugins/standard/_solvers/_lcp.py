@@ -19,7 +19,7 @@ from torch import Tensor
 
 from jdcore.linalg import factorize, misplaced, natural_residual, one_thread, pivot
 from jdplugins.standard._solvers._active_set import WORK, ActiveSet
-from jdplugins.standard._solvers._alone import THREADS, solve_one
+from jdplugins.standard._solvers._alone import EXACT, THREADS, solve_one
 from jdplugins.standard._solvers._faces import find_face
 from jdplugins.standard._solvers._guess import GOOD, guess, guess_again
 from jdplugins.standard._solvers._parametric import follow
@@ -52,6 +52,9 @@ _ALONE = 16  # rows that are solved one by one before another guess would be mad
 # Residuals: that suffices for few rows, above which an answer is handed on to the next method, and
 # of answers of which only signs that are rounding are wrong.
 _EXACT, ROUGH, _NEARLY = 1e-12, 1e-11, 1e-7
+# Residual that the proximal term of float32 leaves of multiples of one row, half of it, and what
+# their absolute cosines differ by. What other rows have beside a common one may be as small.
+_MULTIPLES, _EQUAL = 2e-12, 1e-14
 # Part of the signs that may still change in a guess, proximal terms to pivot with one after the
 # other, and the residual that suffices. Of many solutions of rows that cancel, a proximal term
 # chooses one near the guess; what differs between these is as small as the least eigenvalues, and
@@ -95,15 +98,17 @@ class _Search:
         self.near = self.Z.clone()
         self.residuals = Q.amin(1).neg_().clamp_min_(0.0)
         self.all = torch.arange(len(Q), device=Q.device)
-        pivot = _smallest_pivot(C)
-        self.cancelling, self.independent = pivot < _SINGULAR, pivot >= _FAR
+        self.pivot = _smallest_pivot(C)
+        self.cancelling, self.independent = self.pivot < _SINGULAR, self.pivot >= _FAR
         self.settled, self.deltas, self.enough = _CANCELLING if self.cancelling else _ANY
 
     def run(self) -> None:
         k, m = self.Q.shape
+        enough = _EXACT
         if not self.independent:
-            self.keep(self.all, *one_entry(self.C, self.Q))
-        left = self.left(_EXACT)
+            Z, residuals, enough = one_entry(self.C, self.Q)
+            self.keep(self.all, Z, residuals)
+        left = self.left(enough)
         if not len(left):
             return
         few = k * m**3 <= _WORTH and (m <= _GUESSED or self.independent or self.cancelling)
@@ -136,8 +141,15 @@ class _Search:
 
     def _guess(self, rows: Tensor) -> None:
         """Guess, and pivot from there if that is close."""
-        X, changing = guess(self.C, self.Q[rows], self.settled)
-        self.X[rows], self.near[rows] = X, X.clamp_min(0.0).double()
+        X, changing = guess(self.C, self.Q[rows], self.settled, self.pivot)
+        Z = X.clamp_min(0.0)
+        residuals = natural_residual(self.C, self.Q[rows], Z)
+        self.keep(rows, Z, torch.where(residuals <= _EXACT, residuals, torch.inf))
+        left = (residuals > _EXACT).nonzero()[:, 0]
+        rows = rows[left]
+        if not len(rows):
+            return
+        self.X[rows], self.near[rows] = X[left].float(), Z[left]
         # To look for a better scale costs less than to pivot from far.
         sure = (self.independent or self.cancelling) and not changing
         if sure or self._wrong(few := rows[_sample(rows)], self.X[few][None])[0] <= GOOD:
@@ -150,8 +162,8 @@ class _Search:
         # Beside a few that cancel, others of small problems are followed in less time.
         if face is not None and (len(self.C) > _LARGE or len(face.inside) > len(face.outside)):
             if not self.near.any():
-                X, _ = guess(self.C, self.Q[rows], self.settled)
-                self.near[rows] = X.clamp_min(0.0).double()
+                X, _ = guess(self.C, self.Q[rows], self.settled, self.pivot)
+                self.near[rows] = X.clamp_(0.0)
             Z = face.solve(self.Q[rows], self.near[rows], lambda C, Q: solve_lcps(C, Q)[0])
             self.keep(rows, Z, natural_residual(self.C, self.Q[rows], Z))
             self.come_nearer(rows, Z)
@@ -220,18 +232,23 @@ class _Search:
             self.keep(rows, torch.from_numpy(np.stack(Z)).to(self.Q), self.Q.new_tensor(residuals))
 
 
-def one_entry(C: Matrix, Q: Matrix) -> tuple[Matrix, Matrix]:
+def one_entry(C: Matrix, Q: Matrix) -> tuple[Matrix, Matrix, float]:
     """
     The z of which one entry may be positive, and their residuals, as of :func:`solve_lcps`.
 
     They are solutions where all rows of a Jacobian are multiples of one.
+
+    :returns: The two, and the residuals that suffice.
     """
     rows, position = list(range(len(Q))), Q.argmin(1)
     z = (-Q[rows, position]).clip(min=0.0) / C.diagonal()[position]
     y = Q + C[position] * z[:, None]
     Z = 0.0 * Q
     Z[rows, position] = z
-    return Z, (-y[rows, y.argmin(1)]).clip(min=0.0) / (1.0 + z)
+    others = abs(C[0, 1:])
+    multiples = bool((abs(others - others[-1:]) <= _EQUAL).all())
+    residuals = (-y[rows, y.argmin(1)]).clip(min=0.0) / (1.0 + z)
+    return Z, residuals, _MULTIPLES if multiples else EXACT
 
 
 def objective(C: Tensor, Q: Tensor, Z: Tensor) -> Tensor:
