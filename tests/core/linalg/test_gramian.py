@@ -12,6 +12,7 @@ from torch.autograd import forward_ad
 
 from jdcore import ParameterError, ParameterTypeError
 from jdcore.linalg import _gramian, cross_gramian, gramian
+from jdcore.linalg._blas import short_columns
 from jdcore.linalg._gramian import sum_gramians
 from tests.operations import Operations
 
@@ -99,7 +100,7 @@ def test_malformed_jacobians_are_refused() -> None:
 
 @pytest.mark.parametrize("m", [1, 2, 3, 4, 5, 9, 64, 65, 200])
 def test_pieces_of_all_widths_count_once(m: int) -> None:
-    columns = max(1024, 2**18 // m)
+    columns = short_columns(m) if m in _gramian._SHORT else max(1024, 2**16 // m)
     widths = [columns - 1, 3, columns, 0, columns + 1, 2 * columns, 5]
     blocks = [torch.randint(-4, 5, (m, n)).to(torch.float32) for n in widths]
 
@@ -124,14 +125,15 @@ def test_rows_that_cancel_keep_the_digits_that_their_products_have_in_float64(m:
 
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("value", [float("inf"), float("nan"), 1e200])
-def test_entries_out_of_range_show_in_the_products_of_their_row_alone(value: float) -> None:
-    rows = torch.ones(3, 20_000, dtype=torch.float64)
+@pytest.mark.parametrize("n", [20_000, 60_000])
+def test_entries_out_of_range_show_in_the_products_of_their_row_alone(value: float, n: int) -> None:
+    rows = torch.ones(3, n, dtype=torch.float64)
     rows[1, 7] = value
 
     result = gramian(rows)
 
     assert not result[1].isfinite().any() if value != 1e200 else result[1, 1] == float("inf")
-    assert torch.equal(result[[0, 2]][:, [0, 2]], torch.full((2, 2), 20_000.0).double())
+    assert torch.equal(result[[0, 2]][:, [0, 2]], torch.full((2, 2), float(n)).double())
 
 
 # -- on accelerators -------------------------------------------------------------------------------
@@ -178,7 +180,9 @@ def test_what_is_neither_a_matrix_nor_a_list_is_refused_by_name(jacobian: Any) -
         cross_gramian(torch.ones(2, 3), jacobian)
 
 
-@pytest.mark.parametrize(("m", "n"), [(3, 4000), (12, 4000), (64, 600), (100, 40), (260, 4)])
+@pytest.mark.parametrize(
+    ("m", "n"), [(3, 4000), (12, 12_000), (64, 600), (64, 2100), (100, 40), (100, 1500), (260, 4)]
+)
 @pytest.mark.parametrize("cut", [1, 0])
 def test_rows_beside_which_something_else_is_differentiated_are_multiplied_as_ever(
     m: int, n: int, cut: int
