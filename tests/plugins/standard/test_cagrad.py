@@ -12,7 +12,8 @@ import jdcore
 from jdcore.aggregation import CAGrad, CAGradWeighting, DualProj
 from jdcore.errors import ParameterError, ParameterTypeError
 from jdcore.testing import FAMILIES, family
-from jdplugins.standard._solvers import _conflict_averse
+from jdplugins.standard._solvers import _alone, _conflict_averse
+from tests.plugins.standard.dependent_rows import KINDS
 
 J = torch.tensor([[-4.0, 1.0, 1.0], [6.0, 1.0, 1.0]])
 LD = np.longdouble
@@ -111,6 +112,24 @@ def test_independent_rows_take_no_linear_complementarity_problem_where_they_are_
     gap, radius = _certificate(_matrix(name, 128, 300, 0).numpy(), 0.5)
     assert gap <= 3e-11
     assert radius == pytest.approx(0.5, rel=1e-9)
+
+
+def test_a_level_starts_from_the_rows_that_are_active_at_the_one_before(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # Gradient steps from there would take all of both rows of pairs that are nearly equal.
+    solved: list[int] = []
+
+    class Counted(_alone.ActiveSet):
+        def solve(self, *arguments: np.ndarray) -> tuple[np.ndarray, float]:
+            solved.append(len(arguments[0]))
+            return super().solve(*arguments)
+
+    monkeypatch.setattr(_alone, "ActiveSet", Counted)
+    for seed in (1, 2):
+        rows = KINDS["nearly equal"](64, np.random.default_rng(seed))
+        CAGrad(c=0.5)(torch.from_numpy(rows).float())
+    assert len(solved) <= 2
 
 
 @pytest.mark.parametrize("c", [0.2, 1.0])

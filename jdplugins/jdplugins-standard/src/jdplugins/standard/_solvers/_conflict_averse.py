@@ -149,7 +149,7 @@ class _Levels:
     def _at(self, level: float, start: Floats) -> tuple[Floats, float]:
         """The v of a level, and by how much the norm of its ``Jᵀ v`` exceeds the radius."""
         q = self.b - level * self.a
-        v, _ = solve_one(self.C, q, descend(self.C, q, start) > 0.0)
+        v, _ = solve_one(self.C, q, start > 0.0 if start.any() else None)
         norm = math.sqrt(max(float(v @ product(self.C, v)), 0.0))
         return v, norm / self.radius - 1.0
 
