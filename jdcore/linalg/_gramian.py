@@ -22,8 +22,9 @@ _NARROWEST = 1024  # columns, below which the product itself gets slow
 # takes twice as long to arrange these as to multiply them.
 _SHORT = range(2, 65)
 # Entries up to which blocks are joined, converted and multiplied by one call each: beside a few
-# layers of a small network, each further call takes longer than what it does.
-_ONE = 1 << 17
+# layers of a small network, each further call takes longer than what it does. Long rows would keep
+# most of an accelerator waiting.
+_ONE, _ONE_ELSEWHERE = 1 << 17, 1 << 15
 # Rows from which on half of a product is left out on a CPU, and how many strips it is cut into.
 _MANY, _STRIPS = 96, 4
 _MIRRORED = 256  # rows up to which numpy copies a triangle in less time than torch
@@ -93,12 +94,13 @@ def gramian_and_rows(blocks: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
 
 def _joined(blocks: Sequence[Tensor]) -> Tensor | None:
     """The rows of blocks in float64, side by side; None if that are too many entries."""
-    if sum([block.numel() for block in blocks]) > _ONE:
+    entries = sum([block.numel() for block in blocks])
+    if entries > _ONE:
         return None
-    if len(blocks) == 1:
-        return blocks[0].double()
-    # They may lie on several devices.
-    return torch.cat(list(blocks), 1).double() if all(b.is_cpu for b in blocks) else None
+    if all(block.is_cpu for block in blocks):
+        return (torch.cat(list(blocks), 1) if len(blocks) > 1 else blocks[0]).double()
+    # Several may lie on several devices.
+    return blocks[0].double() if len(blocks) == 1 and entries <= _ONE_ELSEWHERE else None
 
 
 @np.errstate(over="ignore", invalid="ignore")
