@@ -212,6 +212,12 @@ def test_the_same_for_many_matrices(family: str, m: int, n: int) -> None:
             check_conflicts(name, family, m, n, seed)
 
 
+def test_rows_in_half_precision_bargain_by_what_their_precision_tells() -> None:
+    # With a proximal term below that precision, weights would be a million, and the length of the
+    # update rounding.
+    check_order_and_dtype("nash_mtl", "one opposite pair", 64, 30, seed=100)
+
+
 def test_weights_stay_small_where_rows_cancel_up_to_rounding() -> None:
     for seed in range(5):
         rows = rows_of("weakly stationary", 20, 100, seed).float()

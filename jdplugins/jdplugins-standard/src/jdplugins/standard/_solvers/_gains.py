@@ -14,7 +14,8 @@ every C; a second, which begins once the first is near its end, does without.
 Where that fails, 0 lies in the convex hull of some rows, to about 1e-6 of their norms or to the
 precision at which they are known. These rows are found in the null space of C and leave the game,
 see :class:`~jdcore.protocols.NashBargainingSolver`. Where some are just above that and some just
-below, the answer of the first stage conflicts with no row, and is given.
+below, the answer with a proximal term of the precision of the rows conflicts with none beyond that,
+and is given.
 """
 
 from __future__ import annotations
@@ -173,8 +174,11 @@ class _Gains:
         residual = game.residual(shares, game.seen(shares), stationary)
         if residual <= allowed and game.conflict(shares) <= _CONFLICT:
             return shares, residual, allowed
-        proximal, _ = game.shifted().newton(near if game.is_nash else game.start())
-        return proximal, game.conflict(proximal), _CONFLICT
+        # Below the precision of the rows, weights would grow until they are made of rounding.
+        shift = max(_PROXIMAL, float(levels.max()))
+        proximal, _ = game.shifted(shift).newton(game.start())
+        limit = max(_CONFLICT, _ROUNDED * math.sqrt(shift))
+        return proximal, game.conflict(proximal), limit
 
     def _beside(
         self, game: _Game, near: Floats, stationary: NDArray[np.bool_], levels: Floats
