@@ -18,7 +18,7 @@ from jdcore.graph.shares._product import (
     weighted_sum,
     widened,
 )
-from jdcore.graph.shares._share import Accumulator, Share, apart
+from jdcore.graph.shares._share import Accumulator, Share, apart, check_unmodified
 
 # Entries of gradients from which on to copy them for several layers takes longer than calls.
 _COPIED = 1 << 14
@@ -65,6 +65,12 @@ class Outer(Share):
     ) -> None:
         self.inputs, self.grads, self.grads_first = inputs, grads, grads_first
         self.shape, self.bias = torch.Size(shape), bias
+        self._writes = self._saved._version
+
+    @property
+    def _saved(self) -> Tensor:
+        """What is in the hands of the user as well."""
+        return self.inputs.index if isinstance(self.inputs, OneHot) else self.inputs
 
     def __repr__(self) -> str:
         K, B, T, o = self.grads.shape
@@ -120,6 +126,7 @@ class Outer(Share):
     # -- rows and their sums -----------------------------------------------------------------------
 
     def weighted(self, weights: Tensor) -> Tensor:
+        check_unmodified(self._saved, self._writes)
         inputs, grads = self.inputs, self.grads
         if isinstance(inputs, OneHot):
             return self._looked_up_sum(inputs, weighted_sum(weights, grads).flatten(0, 1))
@@ -132,6 +139,7 @@ class Outer(Share):
         if self.bias is None:
             return super().gradients(weights)
         assert isinstance(self.inputs, Tensor)  # tables have none
+        check_unmodified(self.inputs, self._writes)
         grads = weighted_sum(weights, self.grads)
         return [self._total(self.inputs, grads), grads.sum((0, 1)).view(self.bias)]
 

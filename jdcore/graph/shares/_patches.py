@@ -13,7 +13,7 @@ from jdcore.graph._cost import GHOST_LIMIT, conv_ghost_beats_direct
 from jdcore.graph._memory import Memory, blocks
 from jdcore.graph.shares._ghost import Gram, add_contracted, linear_gram
 from jdcore.graph.shares._product import combined, product, weighted_sum, widened
-from jdcore.graph.shares._share import Accumulator, Share
+from jdcore.graph.shares._share import Accumulator, Share, check_unmodified
 
 # Rows kept for the weighted gradient may take this many times the memory of the gradients they
 # replace.
@@ -84,6 +84,7 @@ class Patches(Share):
     ) -> None:
         self._weight, self._geometry, self.shape = weight, geometry, weight.shape
         self._images, self._grads = images, grads
+        self._writes = images._version
         self._sizes = grads.shape[0], samples, grads.shape[1] // samples
         self._kept: Tensor | None = None
 
@@ -228,6 +229,7 @@ class Patches(Share):
         if self._kept is not None:
             total = combined(weights.reshape(-1), self._kept)
             return total.view(self.shape[0], *self._features).movedim(-1, 1).reshape(self.shape)
+        check_unmodified(self._images, self._writes)
         K, B, r = self._sizes
         by_sample = self._grads.reshape(K, B, r, *self._grads.shape[2:])
         grads = weighted_sum(weights, by_sample).flatten(0, 1)

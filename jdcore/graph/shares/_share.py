@@ -7,6 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from jdcore.errors import UnservedGraphError
 from jdcore.graph._memory import Memory, pieces
 from jdcore.graph.shares._product import (
     HALVES,
@@ -30,6 +31,23 @@ _LEFT = 0.05
 _PENDING, _PENDING_HERE = 1 << 20, 1 << 16
 
 _OURS = "jdcore."
+
+
+def check_unmodified(saved: Tensor, writes: int) -> None:
+    """
+    Check that nobody wrote into what an operation saved since the Gramian was made of it.
+
+    As torch does for each backward pass, of which the weighted gradients need none here.
+
+    :param writes: How often somebody had written into it by then.
+    :raises UnservedGraphError: If somebody did.
+    """
+    if saved._version != writes:
+        raise UnservedGraphError(
+            "an operand that was modified in place while the losses were weighed",
+            "the Gramian is that of what was there before",
+            "Write into inputs and parameters after the step.",
+        )
 
 
 class Share(ABC):

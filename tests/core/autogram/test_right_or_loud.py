@@ -791,3 +791,29 @@ def test_samples_of_a_class_that_computes_otherwise(
     assert [type(p.grad) for p in parameters] == [Tensor] * len(parameters)
     update = torch.cat([p.grad.flatten() for p in parameters if p.grad is not None])
     assert relative_error(update, weights @ jacobian) < 1e-12
+
+
+@pytest.mark.parametrize(
+    ("make", "shape", "batch_dim"),
+    [
+        (lambda: nn.Linear(3, 5), (B, 3), 0),
+        (lambda: nn.Linear(3, 5), (B, 3), None),
+        (lambda: nn.Linear(3, 5, bias=False), (B, 2, 3), 0),
+        (lambda: nn.Embedding(9, 3), (B, 2), 0),
+        (lambda: nn.Conv2d(8, 8, 3), (B, 8, 3, 3), 0),
+    ],
+)
+def test_samples_that_a_weighting_writes_into(
+    make: Callable[[], nn.Module], shape: tuple[int, ...], batch_dim: int | None
+) -> None:
+    layer = make()
+    samples = torch.ones(shape, dtype=int if isinstance(layer, nn.Embedding) else None)
+
+    def weighting(gramian: Tensor) -> Tensor:
+        samples.zero_()  # a buffer that the next batch is read into
+        return torch.ones_like(gramian[0])
+
+    losses = layer(samples).flatten(1).sin().sum(1)
+    with pytest.raises(UnservedGraphError, match="modified in place while the losses were weighed"):
+        Engine(layer, batch_dim=batch_dim).backward(losses, weighting)
+    assert all(p.grad is None for p in layer.parameters())

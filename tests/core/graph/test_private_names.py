@@ -86,6 +86,9 @@ READ = {
         "_sym_",
     },
     "jdcore/graph/_functions.py": {"_version"},
+    "jdcore/graph/shares/_outer.py": {"_version"},
+    "jdcore/graph/shares/_patches.py": {"_version"},
+    "jdcore/graph/shares/_share.py": {"_version"},
 }
 """By module, all that it reads."""
 
