@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from jdcore.aggregation._answers import checked_vectors, shape_of
 from jdcore.aggregation._columns import widest
 from jdcore.aggregation._source import taken_by
 from jdcore.aggregation._weigh import Result
@@ -38,21 +39,12 @@ def vectors_of(
     if not (isinstance(answer, tuple) and len(answer) == 2 and isinstance(answer[0], Sequence)):
         expected = "one whose aggregate_blocks returns a list of vectors, and weights or None"
         raise ParameterError("aggregator", expected, f"one that returns {describe_tensor(answer)}")
-    vectors, weights = answer
-    shapes, got = [(block.shape[1],) for block in blocks], list(map(_shape, vectors))
-    if got != shapes:
-        raise ParameterError(
-            "aggregator", f"one that returns real vectors of shapes {shapes}", f"shapes {got}"
-        )
+    vectors, weights = checked_vectors(answer[0], blocks), answer[1]
     m = blocks[0].shape[0]
-    if weights is not None and _shape(weights) != (m,):
+    if weights is not None and shape_of(weights) != (m,):
         expected = f"one that returns real weights of shape [{m}], or None"
         raise ParameterError("aggregator", expected, describe_tensor(weights))
     return vectors, weights
-
-
-def _shape(vector: object) -> tuple[int, ...] | str:
-    return tuple(vector.shape) if holds_real_numbers(vector) else describe_tensor(vector)
 
 
 def _of_matrix(

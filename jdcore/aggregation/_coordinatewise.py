@@ -6,6 +6,7 @@ import torch
 from attrs import define
 from torch import Tensor
 
+from jdcore.aggregation._answers import checked_vectors
 from jdcore.aggregation._columns import Columns
 from jdcore.aggregation._matrix_aggregator import MatrixAggregator
 from jdcore.errors import left_out
@@ -56,9 +57,13 @@ class CoordinatewiseAggregator(MatrixAggregator):
 
     def _aggregate_block(self, block: Tensor) -> Tensor:
         if 0 < block.numel() <= _at_once(block):
-            vector = self.compute(_widened(block))
+            vector = self._computed(_widened(block))
             return vector if vector.dtype == block.dtype else vector.to(block.dtype)
         vector = block.new_empty(block.shape[1])
         for cut in portions(block):
-            vector[cut] = self.compute(_widened(block[:, cut]))
+            vector[cut] = self._computed(_widened(block[:, cut]))
         return vector
+
+    def _computed(self, columns: Tensor) -> Tensor:
+        # What is broadcast would be taken for the vector.
+        return checked_vectors([self.compute(columns)], [columns])[0]

@@ -8,6 +8,7 @@ from attrs import Attribute, define
 from torch import Tensor
 
 from jdcore._modes import refuse_tangents
+from jdcore.aggregation._answers import shape_of
 from jdcore.aggregation._columns import Columns, widest
 from jdcore.aggregation._coordinatewise import portions
 from jdcore.aggregation._finite import finite_required, is_finite, nonfinite_rows
@@ -15,7 +16,7 @@ from jdcore.aggregation._informed_aggregator import InformedAggregator
 from jdcore.aggregation._nested_state import state_kept
 from jdcore.aggregation._source import ColumnsSource, GramianSource, check_losses
 from jdcore.aggregation._state import StateFields, state_field
-from jdcore.aggregation._weigh import Result, combined, watched
+from jdcore.aggregation._weigh import Result, checked, combined, watched
 from jdcore.errors import NonFiniteError, ParameterError, left_out
 from jdcore.linalg._pages import new_tensor
 from jdcore.validators import describe_tensor
@@ -125,7 +126,7 @@ class HistoryAggregator(StateFields, InformedAggregator):
         history = self._advanced(rows, values)
         parts = list(torch.split(history, [block.shape[1] for block in blocks], dim=1))
         jacobian, kept = (Columns(each, columns.second) for each in (rows, parts))
-        weights, state = self.weigh_rows(jacobian, kept, values)
+        weights, state = self._weighed(jacobian, kept, values)
         if not is_finite(weights):  # what is wrapped looked at more than the rows
             if finite_required(self.check_finite):
                 raise NonFiniteError(nonfinite_rows(columns.second or blocks))
@@ -140,6 +141,15 @@ class HistoryAggregator(StateFields, InformedAggregator):
         told = None if self.combines_history else weights.to(blocks[0].device, dtype)
         return [vector.to(b) for vector, b in zip(vectors, blocks, strict=True)], told
 
+    def _weighed(
+        self, rows: Columns, history: Columns, losses: Tensor | None
+    ) -> tuple[Tensor, dict[str, Any]]:
+        answer: Any = self.weigh_rows(rows, history, losses)
+        if isinstance(answer, tuple) and len(answer) == 2 and isinstance(answer[1], dict):
+            return checked(answer[0], (history.rows,)), answer[1]
+        expected = "a method that returns weights, and a dictionary of state"
+        raise ParameterError("weigh_rows", expected, describe_tensor(answer))
+
     def _advanced(self, rows: list[Tensor], losses: Tensor | None) -> Tensor:
         widths = [block.shape[1] for block in rows]
         old = self._old(len(rows[0]), sum(widths), rows[0])
@@ -150,7 +160,11 @@ class HistoryAggregator(StateFields, InformedAggregator):
             # In portions that stay in the cache: what `advance` makes would go through memory.
             for cut in portions(piece):
                 past = None if before is None else before[:, cut]
-                part[:, cut] = self.advance(piece[:, cut], past, losses)
+                fresh = self.advance(piece[:, cut], past, losses)
+                if shape_of(fresh) != part[:, cut].shape:  # would be broadcast
+                    expected = f"a method that returns a Tensor of shape {list(part[:, cut].shape)}"
+                    raise ParameterError("advance", expected, describe_tensor(fresh))
+                part[:, cut] = fresh
         return new
 
     def _known(self, losses: Tensor | None, m: int) -> Tensor | None:

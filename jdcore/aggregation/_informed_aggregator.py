@@ -1,16 +1,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from attrs import define, field
 from torch import Tensor
 
 from jdcore._modes import without_graph
+from jdcore.aggregation._answers import checked_vectors
 from jdcore.aggregation._columns import Columns
 from jdcore.aggregation._differentiation import forbid_differentiation
 from jdcore.aggregation._on_numbers import on_numbers
-from jdcore.errors import left_out
-from jdcore.validators import boolean, check_blocks, check_matrix, check_second
+from jdcore.errors import ParameterError, left_out
+from jdcore.validators import boolean, check_blocks, check_matrix, check_second, describe_tensor
 
 
 @define(eq=False)
@@ -56,7 +58,7 @@ class InformedAggregator:
         """
         check_matrix(matrix)
         others = None if second is None else check_second([second], [matrix])
-        [vector], _ = self.aggregate_parts(Columns([without_graph(matrix)], others), losses)
+        [vector], _ = self._parts(Columns([without_graph(matrix)], others), losses)
         return forbid_differentiation(self, matrix, vector)
 
     @on_numbers
@@ -80,4 +82,11 @@ class InformedAggregator:
         """
         check_blocks(blocks)
         columns = Columns(list(map(without_graph, blocks)), check_second(second, blocks))
-        return self.aggregate_parts(columns, losses)
+        return self._parts(columns, losses)
+
+    def _parts(self, columns: Columns, losses: Tensor | None) -> tuple[list[Tensor], Tensor | None]:
+        answer: Any = self.aggregate_parts(columns, losses)
+        if isinstance(answer, tuple) and len(answer) == 2:
+            return checked_vectors(answer[0], columns.blocks), answer[1]
+        expected = "a method that returns a list of vectors, and weights or None"
+        raise ParameterError("aggregate_parts", expected, describe_tensor(answer))

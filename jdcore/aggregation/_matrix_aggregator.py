@@ -8,6 +8,7 @@ from attrs import define, field
 from torch import Tensor
 
 from jdcore._modes import without_graph
+from jdcore.aggregation._answers import checked_vectors
 from jdcore.aggregation._columns import Columns
 from jdcore.aggregation._differentiation import forbid_differentiation
 from jdcore.aggregation._finite import finite_required
@@ -102,7 +103,8 @@ class MatrixAggregator:
 
     def _vectors(self, columns: Columns) -> list[Tensor]:
         if columns.finite():
-            return self.aggregate_finite(columns)
+            vectors = self.aggregate_finite(columns)
+            return checked_vectors(vectors, columns.blocks) if columns.local else vectors
         if finite_required(self.check_finite):
             raise NonFiniteError(columns.nonfinite_rows())
         return columns.filled(math.nan)

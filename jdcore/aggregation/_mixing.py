@@ -12,6 +12,7 @@ from torch import Tensor
 
 from jdcore._modes import exact_products, without_autocast
 from jdcore.aggregation._aggregator import GramianAggregator
+from jdcore.aggregation._answers import array_for, describe_answer
 from jdcore.aggregation._any import vectors_of
 from jdcore.aggregation._columns import Columns, power, power_of_two, widest
 from jdcore.aggregation._finite import (
@@ -135,7 +136,7 @@ class RowMixing(NestedState, InformedAggregator):
 
     def _agreed_mixing(self, columns: Columns, source: GramianSource) -> NDArray[np.float64]:
         # As weights: drawn at random, it must be the same on all processes.
-        mixing = columns.agreed(torch.from_numpy(self.mix(source))).numpy()
+        mixing = columns.agreed(torch.from_numpy(_mixed_by(self, source))).numpy()
         # What mixes at random has not looked at the rows, and NaN times zero would hide which of
         # them are at fault.
         if not source.asked and not columns.finite():
@@ -219,7 +220,7 @@ class MixedWeighting(Delegating, NestedState):
         return weights
 
     def _weigh(self, source: GramianSource) -> Tensor:
-        mixing = self.mixing.mix(source)
+        mixing = _mixed_by(self.mixing, source)
         if not len(mixing):
             # NaN is not to be taken for nothing.
             finite_gramian(source) if source.compute is not None else _finite_cross(source)
@@ -326,6 +327,14 @@ def finite_gramian(source: GramianSource) -> NDArray[np.float64]:
     if not np.isfinite(gramian).all():
         raise gramian_error(gramian)
     return gramian
+
+
+def _mixed_by(mixing: RowMixing, source: GramianSource) -> NDArray[np.float64]:
+    array = array_for("mix", f"[k, {source.rows}]", answer := mixing.mix(source))
+    if array.ndim == 2 and array.shape[1] == source.rows:
+        return array
+    expected = f"a method that returns a real array [k, {source.rows}]"
+    raise ParameterError("mix", expected, describe_answer(answer))
 
 
 def _finite_cross(source: GramianSource) -> NDArray[np.float64]:

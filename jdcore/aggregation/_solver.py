@@ -8,6 +8,7 @@ from attrs import Attribute, field
 from numpy.typing import NDArray
 
 from jdcore._registry import shared_solver
+from jdcore.aggregation._answers import describe_answer, real_array
 from jdcore.errors import ParameterError, ParameterTypeError, PluginError, UnknownNameError
 
 
@@ -90,14 +91,8 @@ def solution(
     found = (shared_solver(problem, solver) if isinstance(solver, str) else solver)(*arguments)
     if type(found) is np.ndarray and found.shape == shape and found.dtype == np.float64:
         return found
-    try:
-        answer = np.asarray(found)
-        if answer.shape == shape and answer.dtype.kind in "fiu":
-            return answer.astype(np.float64, copy=False)
-    except (TypeError, ValueError, RuntimeError):  # ragged lists, tensors of an accelerator
-        pass
-    got = f"an object of type {type(found).__name__}"
-    if isinstance(found, np.ndarray):
-        got = f"an array of {found.dtype} of shape {list(found.shape)}"
+    answer = real_array(found)
+    if answer is not None and answer.shape == shape:
+        return answer
     expected = f"one that answers a {problem} problem by a real array of shape {list(shape)}"
-    raise ParameterError("solver", expected, got)
+    raise ParameterError("solver", expected, describe_answer(found))

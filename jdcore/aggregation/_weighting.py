@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from jdcore._by_class import ByClass
+from jdcore.aggregation._answers import array_for
 from jdcore.aggregation._differentiation import forbid_differentiation
 from jdcore.aggregation._finite import finite_required, gramian_error
 from jdcore.aggregation._on_numbers import on_numbers
@@ -23,6 +24,7 @@ from jdcore.validators import boolean, check_gramian
 
 # Entries whose squares are summed in less time than an array of truth values is made of them.
 _SMALL = 4096
+_DTYPE = np.dtype(np.float64)
 _THERE = 128  # rows from which on it may pay to work where the Gramian is
 
 
@@ -136,7 +138,11 @@ class GramianWeighting:
         # A finite sum of squares has finite terms only, and costs less than looking at a few.
         small = known or (array.size <= _SMALL and math.isfinite(np.vdot(array, array)))
         if small or np.isfinite(array).all():
-            return torch.from_numpy(np.asarray(self.compute_from(array, source), dtype=np.float64))
+            weights = self.compute_from(array, source)
+            # As nearly always; not reversed, which torch does not look at.
+            if type(weights) is np.ndarray and weights.dtype is _DTYPE and weights.strides == (8,):
+                return torch.from_numpy(weights)
+            return torch.from_numpy(array_for("compute", f"[{m}]", weights))
         if finite_required(self.check_finite):
             raise gramian_error(array)
         return torch.full((m,), math.nan, dtype=torch.float64, device="cpu")

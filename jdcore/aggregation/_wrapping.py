@@ -12,7 +12,7 @@ from jdcore.aggregation._nested_state import NestedState, restorer
 from jdcore.aggregation._on_numbers import on_numbers
 from jdcore.aggregation._row_vectors import check_row_vectors
 from jdcore.aggregation._source import GramianSource, numbers_of
-from jdcore.aggregation._weigh import as_weighting, weigh
+from jdcore.aggregation._weigh import as_weighting, checked, weigh
 from jdcore.errors import left_out
 from jdcore.linalg._combine import sent
 from jdcore.protocols import Weighting
@@ -98,7 +98,7 @@ class WeightingWrapper(Delegating, NestedState):
         if not source.rows:
             return torch.empty(0, dtype=torch.float64, device="cpu")
         undo = restorer(self)
-        weights = self.rewrite(source)
+        weights = checked(self.rewrite(source), (source.rows,))
         if not source.asked:  # then nobody knows yet whether the rows are finite
             source.undo.append(undo)
         if is_finite(weights):
