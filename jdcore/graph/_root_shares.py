@@ -142,6 +142,8 @@ class RootShares:
         places += map(self._place_of, biases)
         if only is not None:
             self._single.append((places[0], only, share.rows()[0, 0]))
+            if not self._keep and share.shape.numel() >= SHORT:
+                self._add_single()  # it may be as large as fits into memory
         elif isinstance(share, Dense) and share.shape.numel() < SHORT:
             self._short.setdefault(share.dtype, []).append((places, share))
         elif len(roots) > 1:
@@ -188,12 +190,16 @@ class RootShares:
             shapes = [share.shape for of_share, share in same for _ in of_share]
             self._add_last(places, ShortRows(rows, shapes))
         self._short.clear()
+        self._add_single()
+        # It has the same shares, which are to be freed one after the other by what weighs them.
+        del self._total
+
+    def _add_single(self) -> None:
+        """Add rows of single losses."""
         if self._single:
             places, losses, rows = map(list, zip(*self._single, strict=True))
             self._single.clear()
             self._add_last(places, SingleRows(rows, losses))
-        # It has the same shares, which are to be freed one after the other by what weighs them.
-        del self._total
 
     def _add_last(self, places: Sequence[Place], share: Addend) -> None:
         self._add(share, places)
@@ -272,7 +278,8 @@ class RootShares:
         final |= {graph.leaves[leaf]: grad for leaf, grad in pulled.items()}
         # Operations may hand one gradient on to several leaves, or a part of it.
         passed = {graph.leaves[n]: g for n, g in pulled.items() if grads.get((n, 0)) is not g}
-        final |= zip(passed, disjoint(passed.values()), strict=True)
+        if passed:
+            final |= zip(passed, disjoint(passed.values()), strict=True)
         for leaf, rows in self._finished.items():
             tensor = graph.wanted[leaf]
             share = Dense(rows[None], tensor.shape)

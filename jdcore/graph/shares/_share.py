@@ -186,9 +186,16 @@ class SingleRows:
 
     def add_gramian(self, gramian: Accumulator) -> None:
         """Add their squares to the diagonal, as they are orthogonal to all others."""
-        lengths = torch._foreach_norm(self._rows, 2, torch.float64)
+        largest = max(1, gramian.memory.read_at_once // 4)  # each is copied to float64
+        parts: list[Tensor] = []
+        losses: list[int] = []
+        for row, loss in zip(self._rows, self._losses, strict=True):
+            of_row = [row] if row.numel() <= largest else cut(row.flatten(), largest, 0)
+            parts += of_row
+            losses += [loss] * len(of_row)
+        lengths = torch._foreach_norm(parts, 2, torch.float64)
         of_loss: list[list[Tensor]] = [[] for _ in range(gramian.rows)]
-        for loss, length in zip(self._losses, lengths, strict=True):
+        for loss, length in zip(losses, lengths, strict=True):
             of_loss[loss].append(length)
         # In one sum of a fixed order, whatever the device.
         most, zero = max(map(len, of_loss)), torch.zeros_like(lengths[0])

@@ -478,13 +478,27 @@ def test_the_plan_that_was_not_used_for_longest_is_forgotten(
     assert searched == [2, 3, 4, 5]
 
 
-@pytest.mark.parametrize(("budget", "limit"), [(None, 95), (256 << 20, 17)])
-def test_a_layer_costs_few_calls(budget: int | None, limit: int) -> None:
+def _perceptron(layers: int) -> nn.Module:
+    return nn.Sequential(*(part for _ in range(layers) for part in (nn.Linear(6, 6), nn.Tanh())))
+
+
+def _encoder(layers: int) -> nn.Module:
+    layer = nn.TransformerEncoderLayer(6, 2, 8, dropout=0.0, batch_first=True)
+    encoder = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
+    return nn.Sequential(nn.Unflatten(1, (3, 2)), nn.Linear(2, 6), encoder, nn.Flatten())
+
+
+@pytest.mark.parametrize(
+    ("make", "budget", "limit"),
+    [(_perceptron, None, 17), (_perceptron, 256 << 20, 17), (_encoder, 256 << 20, 130)],
+)
+def test_a_layer_costs_few_calls(
+    make: Callable[[int], nn.Module], budget: int | None, limit: int
+) -> None:
     """Functions of this library that a step calls; layers of one form come together."""
 
     def calls(layers: int) -> int:
-        parts = [part for _ in range(layers) for part in (nn.Linear(6, 6), nn.Tanh())]
-        model = nn.Sequential(*parts)
+        model = make(layers)
         engine = Engine(model, batch_dim=0, memory_budget=budget)
         count = 0
 

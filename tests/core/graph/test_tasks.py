@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from jdcore import autogram, autojac
-from jdcore.graph import Graph, Objectives, Walk, _hooks, _tasks
+from jdcore.graph import Graph, Objectives, Walk, _hooks, _memory, _tasks
 from jdcore.graph._tasks import starts_of
 from tests.core.autogram.oracle import explicit_jacobian, generalized, randn, relative_error
 from tests.memory import peak_bytes
@@ -504,6 +504,22 @@ def test_a_parameter_of_one_head_has_one_row_in_memory() -> None:
         heads.zero_grad()
     # The rows, of which the gradients are multiples.
     assert peaks[0] <= 2.1 * peaks[1]
+
+
+def test_rows_of_heads_that_are_not_kept_are_in_memory_one_by_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(_memory, "_ROWS", 1)  # a pass for each parameter
+    heads, x = nn.ModuleList(nn.Conv1d(300, 300, 1, bias=False) for _ in range(6)), randn(2, 300, 3)
+    engine = autogram.Engine(heads.float(), batch_dim=None)
+    losses = torch.stack([head(x.float()).square().mean() for head in heads])
+    gramian = engine.compute_gramian(losses)
+    for k, head in enumerate(heads):
+        [row] = torch.autograd.grad(losses[k], [*head.parameters()], retain_graph=True)
+        assert relative_error(gramian[k, k], row.double().square().sum()) <= 1e-6
+    # In float64, a row twice as large would lie beside it.
+    peak = peak_bytes(lambda: engine.compute_gramian(losses))
+    assert peak <= 2.5 * 4 * 300 * 300
 
 
 @pytest.mark.parametrize("layers", [1, 2])
