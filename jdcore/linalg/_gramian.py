@@ -8,6 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from jdcore._modes import has_tangent, innermost_transform
 from jdcore.errors import ParameterError, ParameterTypeError
 from jdcore.linalg._blas import add_short_products, is_small, short_columns, small_gramian
 from jdcore.validators import check_blocks
@@ -36,9 +37,10 @@ def gramian(jacobian: Tensor | Sequence[Tensor], /) -> Tensor:
     """
     Gramian ``J Jᵀ`` of a matrix, or of a Jacobian given as column blocks, in float64.
 
-    Blocks are not concatenated, unless they are small, and need not share a dtype. Accumulating in
-    float64 keeps the error near 1e-13 of the largest diagonal entry where ``J @ J.T`` in float32
-    reaches 1e-3 for long rows, and neither overflows nor underflows for any float32 input.
+    Blocks are not concatenated, unless they are small or the Gramian is to be differentiated, and
+    need not share a dtype. Accumulating in float64 keeps the error near 1e-13 of the largest
+    diagonal entry where ``J @ J.T`` in float32 reaches 1e-3 for long rows, and neither overflows
+    nor underflows for any float32 input.
 
     :param jacobian: Matrix [m, n] of a real floating dtype, or blocks [m, n1], [m, n2], ...
     :returns: float64 Tensor [m, m] on the device of the Jacobian, exactly symmetric.
@@ -61,7 +63,14 @@ def sum_gramians(blocks: Sequence[Tensor]) -> Tensor:
     """:func:`gramian` of blocks that have been checked."""
     if len(blocks) == 1 and is_small(blocks[0]):
         return torch.from_numpy(small_gramian(blocks[0])[1])
+    if innermost_transform() is not None or any(map(_is_differentiated, blocks)):
+        rows = torch.cat([block.to(blocks[0].device, torch.float64) for block in blocks], 1)
+        return symmetric(rows.mm(rows.T))
     return gramian_and_rows(blocks)[0]
+
+
+def _is_differentiated(block: Tensor) -> bool:
+    return (block.requires_grad and torch.is_grad_enabled()) or has_tangent(block)
 
 
 def gramian_and_rows(blocks: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:

@@ -81,6 +81,7 @@ def _factors(m: int, level: float) -> NDArray[np.float64]:
     return factors
 
 
+@np.errstate(over="ignore", invalid="ignore")
 def rounding_shows(weights: Tensor, gramian: Tensor, /) -> bool:
     """
     Whether the update needs factors of float64, because the weighted rows cancel.

@@ -180,9 +180,10 @@ def test_what_is_neither_a_matrix_nor_a_list_is_refused_by_name(jacobian: Any) -
         cross_gramian(torch.ones(2, 3), jacobian)
 
 
-@pytest.mark.parametrize(
-    ("m", "n"), [(3, 4000), (12, 12_000), (64, 600), (64, 2100), (100, 40), (100, 1500), (260, 4)]
-)
+SHAPES = [(3, 4000), (12, 12_000), (64, 600), (64, 2100), (100, 40), (100, 1500), (260, 4)]
+
+
+@pytest.mark.parametrize(("m", "n"), SHAPES)
 @pytest.mark.parametrize("cut", [1, 0])
 def test_rows_beside_which_something_else_is_differentiated_are_multiplied_as_ever(
     m: int, n: int, cut: int
@@ -195,3 +196,27 @@ def test_rows_beside_which_something_else_is_differentiated_are_multiplied_as_ev
         torch.testing.assert_close(gramian(blocks), expected)
     derivative = torch.func.grad(lambda factor: (factor * gramian(blocks)).sum())
     torch.testing.assert_close(derivative(torch.ones((), dtype=torch.float64)), expected.sum())
+
+
+@pytest.mark.parametrize(("m", "n"), SHAPES)
+@pytest.mark.parametrize("cut", [1, 0])
+def test_rows_may_be_differentiated_themselves(m: int, n: int, cut: int) -> None:
+    matrix = torch.randn(m, n, generator=torch.Generator().manual_seed(0))
+    expected = (matrix.double() @ matrix.double().T).sum()
+
+    def total(factor: torch.Tensor) -> torch.Tensor:
+        rows = factor * matrix
+        return gramian([rows[:, :cut], rows[:, cut:]] if cut else rows).sum()
+
+    one = torch.ones(())
+    leaf = one.clone().requires_grad_()
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(one, one)
+        tangent = forward_ad.unpack_dual(total(dual)).tangent
+    for derivative in (
+        tangent,
+        *torch.autograd.grad(total(leaf), leaf),
+        torch.func.grad(total)(one),
+    ):
+        torch.testing.assert_close(derivative.double(), 2 * expected, rtol=1e-5, atol=0.0)
+    torch.testing.assert_close(torch.func.functionalize(total)(one), expected)

@@ -61,6 +61,9 @@ def test_rows_that_cancel_need_float64_factors(m: int) -> None:
     exact = weights / 3.0 @ rows.double()
     combined = combine(weights / 3.0, rows, wide=True)
     torch.testing.assert_close(combined, exact.float(), rtol=2e-7, atol=0.0)
+    # Of infinite rows without a weight nothing is to be said, also not by numpy.
+    weights[0], G[0, 0] = 0.0, torch.inf
+    assert not rounding_shows(weights, G)
 
 
 def test_an_aggregator_combines_what_cancels_without_loss() -> None:
