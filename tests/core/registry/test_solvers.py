@@ -296,12 +296,12 @@ def test_a_field_takes_an_object_where_its_default_is_missing(fill: Fill) -> Non
 @pytest.mark.parametrize(
     ("answer", "told"),
     [
-        (None, "an object of type NoneType"),
-        (1.0, "an object of type float"),
-        ([[1.0], [1.0, 2.0]], "an object of type list"),
+        (None, "a NoneType"),
+        (1.0, "a float"),
+        ([[1.0], [1.0, 2.0]], "a list"),
         (np.ones((1, 2)), r"an array of float64 of shape \[1, 2\]"),
         (np.ones(2, complex), r"an array of complex128 of shape \[2\]"),
-        (torch.ones(2, requires_grad=True), "an object of type Tensor"),
+        (torch.ones(2, device="meta"), r"a float32 Tensor of shape \[2\] on the meta device"),
     ],
 )
 def test_what_is_no_answer_is_told(answer: Any, told: str) -> None:
@@ -310,7 +310,13 @@ def test_what_is_no_answer_is_told(answer: Any, told: str) -> None:
         solution("nothing", lambda given: given, (2,), answer)
 
 
-@pytest.mark.parametrize("answer", [[1, 2], np.array([1.0, 2.0], np.float32), torch.arange(1, 3)])
+@pytest.mark.parametrize(
+    "answer",
+    [
+        *([1, 2], np.array([1.0, 2.0], np.float32), torch.arange(1, 3)),
+        torch.tensor([1.0, 2.0], requires_grad=True),
+    ],
+)
 def test_an_answer_is_of_float64(answer: Any) -> None:
     found = solution("nothing", lambda given: given, (2,), answer)
 
