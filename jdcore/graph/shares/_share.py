@@ -18,6 +18,7 @@ from jdcore.graph.shares._product import (
     sum_over,
     widened,
 )
+from jdcore.linalg._combine import sent
 
 # Products of fewer rows are slow.
 _ROWS = 128
@@ -194,13 +195,16 @@ class SingleRows:
             parts += of_row
             losses += [loss] * len(of_row)
         lengths = torch._foreach_norm(parts, 2, torch.float64)
-        of_loss: list[list[Tensor]] = [[] for _ in range(gramian.rows)]
+        of_loss: dict[int, list[Tensor]] = {}
         for loss, length in zip(losses, lengths, strict=True):
-            of_loss[loss].append(length)
-        # In one sum of a fixed order, whatever the device.
-        most, zero = max(map(len, of_loss)), torch.zeros_like(lengths[0])
-        padded = [length for own in of_loss for length in own + [zero] * (most - len(own))]
-        gramian.add_diagonal(torch.stack(padded).view(-1, most).square().sum(1))
+            of_loss.setdefault(loss, []).append(length)
+        alike: dict[int, list[int]] = {}
+        for loss, own in of_loss.items():
+            alike.setdefault(len(own), []).append(loss)
+        # In sums of a fixed order, whatever the device.
+        for count, group in alike.items():
+            stacked = torch.stack([length for loss in group for length in of_loss[loss]])
+            gramian.add_squares(stacked.view(-1, count).square().sum(1), group)
 
     def gradients(self, weights: Tensor) -> list[Tensor]:
         """The weighted gradients of all operands."""
@@ -307,9 +311,10 @@ class Accumulator:
         else:
             self.pend(product[None])
 
-    def add_diagonal(self, squares: Tensor) -> None:
-        """Add to the diagonal, float64 [R]."""
-        self._lower.diagonal().add_(squares)
+    def add_squares(self, squares: Tensor, losses: Sequence[int]) -> None:
+        """Add to the diagonal, float64, at single losses."""
+        index = sent(torch.tensor(losses, device="cpu"), squares.device)
+        self._lower.diagonal().index_add_(0, index, squares)
 
     def pend(self, products: Tensor) -> None:
         """Add Gramians [n, R, R], small ones later and all at once: each addition is a kernel."""

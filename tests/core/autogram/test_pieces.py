@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from jdcore.autogram import Engine
 from jdcore.graph._memory import CAPACITY, Memory, blocks
-from jdcore.graph.shares import Accumulator, Geometry, Patches, _outer, _patches
+from jdcore.graph.shares import Accumulator, Geometry, Patches, SingleRows, _outer, _patches
 from tests.core.autogram.oracle import check_engine, randn
 
 
@@ -67,6 +67,21 @@ def test_rows_of_any_number_give_their_gramian(rows: int) -> None:
         gramian.result()[0], 5 * jacobian @ jacobian.T, rtol=1e-12, atol=1e-12
     )
     assert torch.equal(gramian.result()[0], gramian.result()[0].T)
+
+
+def test_many_rows_of_one_loss_take_no_room_for_those_of_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rows, losses = [randn(3) for _ in range(60)], [*range(50), *[7] * 10]
+    stacked, stack = [], torch.stack
+    monkeypatch.setattr(torch, "stack", lambda parts: (stacked.append(len(parts)), stack(parts))[1])
+    gramian = _accumulator_of(51)
+    SingleRows(rows, losses).add_gramian(gramian)
+    assert sum(stacked) == 60
+    expected = torch.zeros(51, dtype=torch.float64)
+    for row, loss in zip(rows, losses, strict=True):
+        expected[loss] += row.square().sum()
+    torch.testing.assert_close(gramian.result()[0], expected.diag())
 
 
 def test_what_lies_above_the_diagonal_does_not_count() -> None:
