@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeAlias
 
-from attrs import define
+from attrs import define, field
 from torch.utils.hooks import RemovableHandle
 
 Hooks: TypeAlias = "dict[int, Callable[..., Any]]"
@@ -16,6 +16,7 @@ Hooks: TypeAlias = "dict[int, Callable[..., Any]]"
 @define
 class _Own:
     count: int = 0
+    present: set[int] = field(factory=set)
 
 
 _OWN = _Own()
@@ -26,6 +27,11 @@ def hooks_made() -> int:
     return RemovableHandle.next_id - _OWN.count
 
 
+def is_own(number: int) -> bool:
+    """Whether a hook is ours, of a pass in any thread, by the number of its handle."""
+    return number in _OWN.present
+
+
 @contextmanager
 def own_hooks(made: Iterable[RemovableHandle]) -> Iterator[None]:
     """
@@ -34,13 +40,16 @@ def own_hooks(made: Iterable[RemovableHandle]) -> Iterator[None]:
     :param made: Makes them, one whenever the next one is asked for.
     """
     handles = list(made)
+    numbers = [handle.id for handle in handles]
     # Not what the count grew by: another thread may make some, too.
     _OWN.count += len(handles)
+    _OWN.present.update(numbers)
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
+        _OWN.present.difference_update(numbers)
 
 
 def hooks_of(node: Any) -> tuple[Hooks, Hooks]:

@@ -12,14 +12,14 @@ import gc
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable
-from functools import partial
+from itertools import starmap
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from jdcore._accumulators import accumulator_hooks
-from jdcore._handles import hooks_made, hooks_of
+from jdcore._handles import hooks_made, hooks_of, is_own
 from jdcore._living import living
 from jdcore.graph._graph import Graph
 from jdcore.graph._saved import next_computed_at, some_computed_before
@@ -72,7 +72,7 @@ def hooks_anywhere(leaves: Iterable[Tensor]) -> bool:
     # All kinds of hooks lie in such dictionaries, by the number of their handle. They are copied,
     # since another thread may add a hook meanwhile.
     dictionaries = [d for d in living(OrderedDict) if type(d) is OrderedDict and _by_number(d)]
-    found = {id(d): d for d in dictionaries if any(map(_matters, list(d.values())))}
+    found = {id(d): d for d in dictionaries if any(starmap(_matters, list(d.items())))}
     leaves = list(leaves)
     for leaf in leaves:
         found.pop(id(leaf._post_accumulate_grad_hooks), None)
@@ -125,15 +125,9 @@ def is_ignored(hook: object) -> bool:
     return getattr(hook, "__qualname__", None) in _HARMLESS
 
 
-def _matters(value: object) -> bool:
+def _matters(number: int, value: object) -> bool:
     # Modules note in such dictionaries, too, how some of their hooks are to be called.
-    return callable(value) and not is_ignored(value) and not _is_own(value)
-
-
-def _is_own(hook: object) -> bool:
-    """Whether a hook is ours: of a pass that another thread makes."""
-    function = hook.func if isinstance(hook, partial) else hook
-    return str(getattr(function, "__module__", "")).startswith("jdcore.")
+    return callable(value) and not is_ignored(value) and not is_own(number)
 
 
 def _by_number(hooks: OrderedDict[Any, Any]) -> bool:

@@ -17,6 +17,7 @@ from jdcore.autogram import Engine
 from jdcore.autojac import gramian_backward
 from jdcore.errors import UnservedGraphError
 from jdcore.graph._nesting import OuterPass
+from jdcore.linalg import gramian
 from tests.core.autogram.oracle import explicit_jacobian, randn, relative_error
 
 B = 4
@@ -188,6 +189,10 @@ def _on_an_activation(hidden: Tensor) -> None:
     hidden.register_hook(lambda g: g.flip(0) + g)
 
 
+def _by_a_function_of_ours(hidden: Tensor) -> None:
+    hidden.register_hook(gramian)
+
+
 def _on_an_operation(hidden: Tensor) -> None:
     hidden.grad_fn.register_hook(lambda found, _: tuple(g.flip(0) for g in found))
 
@@ -196,7 +201,9 @@ def _before_an_operation(hidden: Tensor) -> None:
     hidden.grad_fn.register_prehook(lambda grads: (grads[0].flip(0),))
 
 
-@pytest.mark.parametrize("hook", [_on_an_activation, _on_an_operation, _before_an_operation])
+@pytest.mark.parametrize(
+    "hook", [_on_an_activation, _by_a_function_of_ours, _on_an_operation, _before_an_operation]
+)
 def test_hooks_of_the_graph_are_run_row_by_row_which_is_told(
     hook: Callable[[Tensor], None],
 ) -> None:
