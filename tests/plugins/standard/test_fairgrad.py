@@ -233,6 +233,19 @@ def test_degrees_without_an_inverse_are_refused() -> None:
         get_weighting("fairgrad", alpha=1e-320)
 
 
+@pytest.mark.parametrize("alpha", [5.0, 10.0, 20.0])
+def test_large_shares_of_nearly_opposite_rows_do_not_stop_the_small_ones(alpha: float) -> None:
+    # Rounding leaves more of the gains of the former than all that the latter have to gain.
+    for seed in range(20):
+        matrix = draw("gauss", 4, 6, seed).double()
+        matrix[0] = 2e-6 * matrix[0] - matrix[1]
+
+        vector = get_aggregator("fairgrad", alpha=alpha)(matrix)  # which warns of what is unsolved
+
+        lengths = matrix.norm(dim=1) * vector.norm()
+        assert float((matrix @ vector / lengths).min()) >= -1e-6
+
+
 @pytest.mark.parametrize("name", ["gauss", "conflict", "neardup", "badscale"])
 @pytest.mark.parametrize("alpha", [0.05, 0.01, 0.001, 1e-4, 1e-6])
 def test_little_fairness_is_solved_as_well(name: str, alpha: float) -> None:

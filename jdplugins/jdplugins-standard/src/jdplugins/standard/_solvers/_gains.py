@@ -29,7 +29,7 @@ from attrs import define, frozen
 from numpy.typing import NDArray
 
 from jdcore.aggregation import report_residual
-from jdcore.linalg import equilibrate, factorize, product, solve_definite, substitute
+from jdcore.linalg import EPS, equilibrate, factorize, product, solve_definite, substitute
 from jdplugins.standard._solvers._gains_of_few import balance_few
 from jdplugins.standard._solvers._tiny import HANDFUL
 from jdplugins.standard._solvers._unsolved import UNSOLVED, warn_if_unsolved
@@ -127,12 +127,7 @@ class _Gains:
         if float(near.max()) > _LARGE:
             combination = _vanishing_altogether(cosines, near)
             if combination is not None:
-                everything = np.ones(len(near), np.bool_)
-                return (
-                    combination,
-                    game.residual(combination, everything, everything),
-                    _allowed(levels),
-                )
+                return self._cancelling(game, combination, levels)
             near, change = proximal.newton(near, enough=_ABOUT)
         shares, change = game.newton(near, change, give_up=_NEARBY)
         if change > _NEARBY:
@@ -143,12 +138,7 @@ class _Gains:
             # Its entries are of the order of 1e6. Other shares can be large, but have no such part.
             stationary = combination > max(1e4, 1e-3 * float(combination.max()))
             if stationary.all():
-                combination /= combination.max()
-                return (
-                    combination,
-                    game.residual(combination, stationary, stationary),
-                    _allowed(levels),
-                )
+                return self._cancelling(game, combination / combination.max(), levels)
             if stationary.any():
                 return self._best_beside(game, bargained, stationary, levels)
             shares, change = game.newton(near)
@@ -443,7 +433,9 @@ class _Game:
             end, factors = self._at(_moved(start.shares, size * step)), 1.0 - size * step
             rates = np.where(factors > _LEAST, step / factors, 0.0)
             rise = float(rates @ (end.spent - end.gained))
-            if rise <= 0.5 * slope or size < _SHORTEST:
+            # Of large shares that cancel, it may be rounding, which must not stop the small ones.
+            rounding = EPS * float(np.abs(rates) @ end.shares) * float(end.shares.sum())
+            if rise <= 0.5 * slope + rounding or size < _SHORTEST:
                 return end, size == 1.0
             size *= 0.5
 
