@@ -448,7 +448,17 @@ def _swap(losses: list[Tensor], vector: Tensor) -> None:
     losses[0], losses[1] = losses[1], losses[0]
 
 
-@pytest.mark.parametrize("change", [_hear, _hear_operation, _swap, lambda *_: None])
+def _cut_off(losses: list[Tensor], vector: Tensor) -> None:
+    vector.detach_()
+
+
+def _begin_anew(losses: list[Tensor], vector: Tensor) -> None:
+    vector.detach_().requires_grad_()
+
+
+@pytest.mark.parametrize(
+    "change", [_hear, _hear_operation, _swap, _cut_off, _begin_anew, lambda *_: None]
+)
 def test_entries_of_a_vector_have_the_rows_that_they_have_one_by_one(
     change: Callable[[list[Tensor], Tensor], None],
 ) -> None:

@@ -229,12 +229,13 @@ def _heads_of_all_kinds() -> tuple[list[Tensor], list[Tensor]]:
 def _taken_apart() -> tuple[list[Tensor], list[Tensor]]:
     net, vector = _Net(), randn(3).requires_grad_()
     first, *middle, last = net.trunk(randn(7, 4)).square().mean(0)
-    # Of a vector that is a parameter, of rows, and of one that is asked for itself.
+    # Of a vector that is a parameter, of rows, and where one or all are asked for themselves.
     rows = [row.square().sum() for row in net.third(randn(2, 6))]
     whole = net.heads[0](randn(4, 6)).square()[:, 0]
-    whole.retain_grad()
+    for tensor in (first, whole):
+        tensor.retain_grad()
     return [last, *middle, first, *rows, *vector, *whole, *_heads(net, randn(3, 6))], [
-        *(*net.parameters(), vector, whole)
+        *(*net.parameters(), vector, first, whole)
     ]
 
 
