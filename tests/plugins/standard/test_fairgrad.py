@@ -255,6 +255,17 @@ def test_little_fairness_is_solved_as_well(name: str, alpha: float) -> None:
         assert residual(draw(name, m).double(), alpha) < 1e-12 + 4e-15 / alpha
 
 
+def test_little_fairness_of_rows_of_all_lengths_is_solved() -> None:
+    # Gains of other rows must not hide that a share has become so small that it is worth a power
+    # of 99 of what it was.
+    for seed in (0, 1, 3, 4):
+        generator = torch.Generator().manual_seed(seed)
+        matrix = family("gauss", 64, 65, generator=generator).double()
+        matrix *= 10.0 ** (6.0 * torch.rand(64, 1, dtype=torch.float64, generator=generator) - 3.0)
+
+        assert residual(matrix, 0.01) <= 1e-9
+
+
 def test_little_fairness_of_conflicting_rows_by_hand() -> None:
     # G = [[1, -1/2], [-1/2, 1]]: both weights are w with w / 2 = w^(-1000), w = 2^(1/1001).
     gramian = torch.tensor([[1.0, -0.5], [-0.5, 1.0]], dtype=torch.float64)

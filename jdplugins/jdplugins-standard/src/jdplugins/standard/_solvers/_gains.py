@@ -431,8 +431,11 @@ class _Game:
         slope, size = float((start.gained - start.spent) @ step), 1.0
         while True:
             end, factors = self._at(_moved(start.shares, size * step)), 1.0 - size * step
-            rates = np.where(factors > _LEAST, step / factors, 0.0)
-            rise = float(rates @ (end.spent - end.gained))
+            excess = end.spent - end.gained
+            # Shares that shrink as far as they may stand still, but none may go too far.
+            moving = (factors > _LEAST) | (excess > 0.0)
+            rates = np.where(moving, step / np.maximum(factors, _LEAST), 0.0)
+            rise = float(rates @ excess)
             # Of large shares that cancel, it may be rounding, which must not stop the small ones.
             rounding = EPS * float(np.abs(rates) @ end.shares) * float(end.shares.sum())
             if rise <= 0.5 * slope + rounding or size < _SHORTEST:
