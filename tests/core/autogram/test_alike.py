@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from jdcore import autogram
 from jdcore.autogram import Engine
 from tests.core.autogram.oracle import explicit_jacobian, randn, relative_error
 from tests.operations import Operations
@@ -260,6 +261,16 @@ def test_the_rows_of_a_table_of_positions_wait_for_no_comparison() -> None:
         gramian = engine.compute_gramian(losses)
     assert relative_error(gramian, rows @ rows.T) < 1e-12
     assert operations.counts["embedding_dense_backward"] == 1  # of all rows, and no other one
+
+
+def test_gradients_of_parameters_that_were_added_have_memory_of_their_own() -> None:
+    one, other, third = (nn.Parameter(randn(D, D)) for _ in range(3))
+    losses = (randn(B, D) @ (one + other) @ third).square().sum(1)
+    autogram.backward(losses, lambda gramian: gramian.diagonal(), batch_dim=0)
+    places = {
+        p.grad.untyped_storage().data_ptr() for p in (one, other, third) if p.grad is not None
+    }
+    assert len(places) == 3
 
 
 def test_gradients_of_layers_of_one_form_have_memory_of_their_own() -> None:
